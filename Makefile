@@ -1,0 +1,42 @@
+# Every target does its own set-up: the first one to run builds .venv with every extra.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: test check format demo clean
+
+test: $(READY)
+	$(BIN)/python -m pytest
+	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
+		echo "$(BIN)/python -m pytest --nbval notebooks"; $(BIN)/python -m pytest --nbval notebooks; \
+	else echo "notebooks/ holds no notebook: nothing to check there"; fi
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY)
+	$(BIN)/paged-infer compare
+	$(BIN)/paged-infer generate "Once upon a time"
+
+# The package itself is installed in place, without its dependencies: requirements.txt has named them.
+$(READY): pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "paged_infer needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+		echo "Name another one:  make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-input --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --no-input --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Caches and build leftovers. The environment is kept: `rm -rf .venv` drops it too.
+clean:
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find paged_infer tests notebooks -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf

@@ -1,0 +1,37 @@
+"""paged_infer: LLM inference, small enough to read and real enough to use.
+
+The public names are imported when they are first used, so that ``import paged_infer`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paged_infer.llm import LLM as LLM
+    from paged_infer.outputs import CompletionOutput as CompletionOutput
+    from paged_infer.outputs import RequestOutput as RequestOutput
+    from paged_infer.params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "paged_infer.llm",
+    "SamplingParams": "paged_infer.params",
+    "RequestOutput": "paged_infer.outputs",
+    "CompletionOutput": "paged_infer.outputs",
+}
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,107 @@
+"""What a request adds to its logits before anything is drawn: biases, forbidden ends, penalties.
+
+Only rows that ask are touched, on a copy, and in them only the tokens concerned: a batch where nobody asks
+costs nothing, and no penalty walks the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from paged_infer.params import SampleRow
+
+# A repetition penalty is held within these, so that float32 neither rounds it to 0 nor to inf.
+SMALLEST, LARGEST = 1e-20, 1e20
+
+
+def edit_logits(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Apply logit_bias, then the min_tokens mask, then penalties.
+
+    Args:
+        logits: [R, V], any float type, any device; left as they are.
+        rows: what each of the R rows asks for. Token ids in them lie within the vocabulary.
+
+    Returns:
+        [R, V], in float32 at least; ``logits`` itself if no row asks for anything.
+    """
+    vocab_size = logits.shape[1]
+    biased: list[int] = []  # places in the flattened [R * V] logits
+    biases: list[float] = []
+    masked: list[int] = []
+    penalised: list[int] = []
+    for i, row in enumerate(rows):
+        params = row.params
+        if params.logit_bias:
+            biased += [i * vocab_size + token_id for token_id in params.logit_bias]
+            biases += params.logit_bias.values()
+        if row.num_output_tokens < params.min_tokens:
+            masked += [i * vocab_size + token_id for token_id in row.end_token_ids]
+        if params.has_penalties:
+            penalised.append(i)
+    if not (biased or masked or penalised):
+        return logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    edited = logits.to(wide, copy=True, memory_format=torch.contiguous_format)
+    flat = edited.view(-1)
+    if biased:
+        flat[torch.tensor(biased, device=flat.device)] += torch.tensor(biases, dtype=wide, device=flat.device)
+    if masked:
+        flat[torch.tensor(masked, device=flat.device)] = -math.inf
+    if penalised:
+        penalise(flat, rows, penalised, vocab_size)
+    return edited
+
+
+def penalise(flat: Tensor, rows: Sequence[SampleRow], penalised: list[int], vocab_size: int) -> None:
+    """Apply the three penalties in place, to the tokens that were seen.
+
+    Repetition (Keskar et al. 2019, "CTRL", 4.1, with negative logits multiplied so that they too fall) looks
+    at the prompt and the output; presence and frequency look at the output alone.
+
+    Args:
+        flat: float [R * V], the logits of all rows, one after the other.
+        rows: all R rows.
+        penalised: the rows to work on.
+        vocab_size: V.
+    """
+    params = [rows[i].params for i in penalised]
+    outputs = [rows[i].output_token_ids for i in penalised]
+    offsets = np.array(penalised, dtype=np.int64) * vocab_size
+
+    def on_device(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(flat.device)
+
+    repetition = np.clip([p.repetition_penalty for p in params], SMALLEST, LARGEST)
+    if (repetition != 1.0).any():
+        prompts = [rows[i].prompt_token_ids for i in penalised]
+        owners, ids, _ = _distinct(outputs + prompts, len(params), vocab_size)
+        places, penalty = on_device(offsets[owners] + ids), on_device(repetition[owners]).to(flat.dtype)
+        value = flat[places]
+        flat[places] = torch.where(value > 0, value / penalty, value * penalty)
+
+    presence, frequency = np.array([(p.presence_penalty, p.frequency_penalty) for p in params]).T
+    if presence.any() or frequency.any():
+        owners, ids, counts = _distinct(outputs, len(params), vocab_size)
+        penalty = on_device(presence[owners] + frequency[owners] * counts).to(flat.dtype)
+        flat[on_device(offsets[owners] + ids)] -= penalty
+
+
+def _distinct(sequences: list[Sequence[int]], num_owners: int, vocab_size: int) -> tuple[NDArray[Any], ...]:
+    """Which tokens each owner has, of sequences dealt out to the owners in turn.
+
+    Found on the host, by sorting what was seen.
+
+    Returns:
+        Three int64 arrays: an owner, a token id that it has, how often.
+    """
+    ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    owners = np.repeat(np.arange(len(sequences)) % num_owners, [len(sequence) for sequence in sequences])
+    places, counts = np.unique(owners * vocab_size + ids, return_counts=True)
+    return places // vocab_size, places % vocab_size, counts

@@ -1,0 +1,80 @@
+"""What a caller gets back. Plain Python: nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Logprob(NamedTuple):
+    """One token's log-probability in the raw distribution, and where it ranks there (1 is the most probable)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""For one position: token id -> its Logprob, the chosen token first, then the top ones in order."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request.
+
+    ``token_ids`` keeps the token that ended it; ``text`` does not. ``finish_reason`` is None while it grows, then
+    "stop" (end token, stop token or stop string), "length" or "abort". ``cumulative_logprob`` and ``logprobs`` are
+    None unless ``SamplingParams.logprobs`` asked for them.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = (
+        None  # the stop token or stop string that ended it; None for the EOS token
+    )
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds on one clock; None until the moment has come."""
+
+    arrival_time_s: float
+    first_token_time_s: float | None = None
+    finished_time_s: float | None = None
+    num_generation_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, in seconds from arrival, waiting in the queue included."""
+        return None if self.first_token_time_s is None else self.first_token_time_s - self.arrival_time_s
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from arrival to the last token."""
+        return None if self.finished_time_s is None else self.finished_time_s - self.arrival_time_s
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first, in seconds; None with fewer than two tokens."""
+        if self.finished_time_s is None or self.first_token_time_s is None or self.num_generation_tokens < 2:
+            return None
+        return (self.finished_time_s - self.first_token_time_s) / (self.num_generation_tokens - 1)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request as it stands: its prompt, and one CompletionOutput for each of its ``n`` samples."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    finished: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None)

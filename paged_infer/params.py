@@ -1,0 +1,171 @@
+"""What a caller asks of one request. Plain Python: nothing here imports torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
+
+    The order of work on a row of logits is: ``logit_bias``, ``min_tokens`` (end tokens cannot be drawn), the
+    three penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``, then one draw. Logprobs are of the raw
+    distribution, before any of these.
+
+    Args:
+        n: samples drawn for the prompt, each with its own noise. More than one needs ``temperature > 0``.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of most probable tokens whose probabilities reach ``top_p``.
+        min_p: keep tokens at least ``min_p`` times as probable as the most probable one.
+        repetition_penalty: above 1 makes tokens of the prompt and of the output less likely
+            (CTRL, Keskar et al. 2019, 4.1).
+        presence_penalty: subtracted once from the logit of every token that the output holds.
+        frequency_penalty: subtracted once for each time the output holds the token.
+        logit_bias: token id -> what is added to its logit, within [-100, 100].
+        seed: the request's own seed. Without one, the engine derives it from its own and the request's
+            number.
+        max_tokens: the most tokens to generate; None means as many as ``max_model_len`` leaves.
+        min_tokens: no end-of-sequence token, stop token or stop string is honoured before this many tokens.
+        stop: strings that end the output; the text ends before the first of them. A lone str is one of them.
+        stop_token_ids: tokens that end the output; like the end-of-sequence token, they are in
+            ``token_ids``, not in ``text``.
+        ignore_eos: do not stop at the end-of-sequence token.
+        logprobs: for each output token, return the log-probabilities of this many top tokens and of the
+            token itself.
+        prompt_logprobs: the same for each prompt token but the first.
+        truncate_prompt_tokens: keep only the last k tokens of the prompt; -1 keeps as many as the
+            context allows.
+
+    ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict.
+
+    Raises:
+        ValueError: a value out of its range or not of its type; the message names the value and the limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", self._as_tuple("stop_token_ids"))
+        if not isinstance(self.logit_bias or {}, Mapping):
+            raise ValueError(f"logit_bias={self.logit_bias!r}: must map token ids to numbers")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+
+        self._check_integer("n", 1)
+        self._check_number("temperature", 0.0, None)
+        self._check_integer("top_k", -1)
+        self._check_number("top_p", 0.0, 1.0, open_low=True)
+        self._check_number("min_p", 0.0, 1.0)
+        self._check_number("repetition_penalty", 0.0, None, open_low=True)
+        self._check_number("presence_penalty", -2.0, 2.0)
+        self._check_number("frequency_penalty", -2.0, 2.0)
+        if self.seed is not None:
+            self._check_integer("seed", -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            self._check_integer("max_tokens", 1)
+        self._check_integer("min_tokens", 0, self.max_tokens)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 0)
+        if self.truncate_prompt_tokens is not None:
+            self._check_integer("truncate_prompt_tokens", -1)
+            if self.truncate_prompt_tokens == 0:
+                raise ValueError("truncate_prompt_tokens=0: must be an integer >= 1, or -1")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(f"n={self.n} with temperature=0: greedy samples are all the same; n must be 1")
+        for string in stop:
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"stop={string!r}: a stop string must be a non-empty str")
+        for token_id in (*self.stop_token_ids, *self.logit_bias):
+            if not _is_integer(token_id) or token_id < 0:
+                raise ValueError(
+                    f"stop_token_ids or logit_bias: token id {token_id!r} must be an integer >= 0"
+                )
+        for token_id, bias in self.logit_bias.items():
+            if not _is_number(bias) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias[{token_id}]={bias!r}: must be within [-100, 100]")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether choosing a token needs the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if not _is_integer(value) or value < low or (high is not None and value > high):
+            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
+            raise ValueError(f"{name}={value!r}: must be an integer {limit}")
+
+    def _as_tuple(self, name: str) -> tuple[object, ...]:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, Iterable):
+            raise ValueError(f"{name}={value!r}: must be a sequence")
+        return tuple(value or ())
+
+    def _check_number(self, name: str, low: float, high: float | None, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        too_low = not _is_number(value) or (value <= low if open_low else value < low)
+        if too_low or (high is not None and value > high):
+            above = f"> {low:g}" if open_low else f">= {low:g}"
+            limit = above if high is None else f"{above} and <= {high:g}"
+            raise ValueError(f"{name}={value!r}: must be a finite number {limit}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """A number that a float holds: NaN fails the comparison, as do infinities and integers beyond 1.8e308."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """How to draw the next token of one sequence: everything the sampler needs beside the logits, picklable.
+
+    Attributes:
+        seed: the request's own, resolved; any int64.
+        sample_index: which of the request's ``n`` samples.
+        position: index that the new token will have in the sequence, prompt included.
+        num_output_tokens: how many tokens this sample has generated so far.
+        end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
+        prompt_token_ids: filled only where ``params.has_penalties``; so is ``output_token_ids``.
+    """
+
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    position: int
+    num_output_tokens: int
+    end_token_ids: tuple[int, ...] = ()
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()

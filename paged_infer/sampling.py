@@ -1,0 +1,290 @@
+"""Logits to tokens: edit, keep, race.
+
+::
+
+    logits [R, V] --edit--> logit_bias, min_tokens, penalties        (only the rows that ask; on a copy)
+                  --keep--> temperature, min_p, top_k, top_p         (drops tokens, moves no noise)
+                  --race--> argmax(p / E)                            (greedy rows: argmax of the logits)
+
+Rows are independent: a row's token is a function of its own logits and its own ``SampleRow``, whatever stands
+beside it. Rows of one kind are drawn together, each kind in the cheapest way that is exact:
+
+- greedy rows take one argmax;
+- rows without top_k and top_p race over the whole vocabulary: no sort;
+- rows with top_k look for the K most probable tokens (K a little above their k) and race among those;
+- rows with top_p alone do the same with the K most probable tokens, which nearly always hold the nucleus.
+
+Where K was too few (k-th place shared by many tokens, a flat distribution), the row is drawn again with eight
+times as many, up to the whole vocabulary. Noise belongs to a token, so none of this changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paged_infer.logit_edits import edit_logits
+from paged_infer.noise import noise, row_keys
+from paged_infer.outputs import Logprob, TokenLogprobs
+from paged_infer.params import SampleRow, SamplingParams
+
+__all__ = ["SampleRow", "SampledTokens", "Sampler", "token_logprobs"]
+
+# A temperature is held within these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
+# logits of any use, one beyond gives the same distribution as the limit.
+SMALLEST, LARGEST = 1e-20, 1e20
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """What was drawn, a row each; ``logprobs`` is None where the row's ``params.logprobs`` is."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class Sampler:
+    """Draws one token for every row. It has no state: the same rows give the same tokens."""
+
+    def __call__(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampledTokens:
+        """Draw a token from each row of ``logits``.
+
+        Args:
+            logits: [R, V], any float type, any device; left as they are.
+            rows: how to draw from each of the R rows. Token ids in them lie within the vocabulary.
+
+        Raises:
+            FloatingPointError: a row holds NaN or +inf where it matters, or no finite logit; the message
+            names it.
+            ValueError: R is not ``len(rows)``.
+        """
+        num_rows, vocab_size = logits.shape
+        if num_rows != len(rows):
+            raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
+        if not rows:
+            return SampledTokens([], [])
+        edited = edit_logits(logits, rows)
+        ways: dict[tuple[_Draw, int], list[int]] = {}
+        for i, row in enumerate(rows):
+            ways.setdefault(_way_to_draw(row.params, vocab_size), []).append(i)
+
+        tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+        scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        for (draw, num_candidates), members in ways.items():
+            index = slice(None) if len(members) == num_rows else torch.tensor(members, device=logits.device)
+            asking = [rows[i] for i in members]
+            tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
+        token_ids: list[int] = torch.where(scores.isfinite(), tokens, -1).tolist()  # one wait for the device
+        broken = [i for i, token_id in enumerate(token_ids) if token_id < 0]
+        if broken:
+            raise FloatingPointError(
+                f"logits of rows {broken} cannot be drawn from: NaN, +inf or nothing finite"
+            )
+
+        logprobs: list[TokenLogprobs | None] = [None] * num_rows
+        asked = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+        if asked:
+            places = list(asked)
+            wanted = logits if len(places) == num_rows else logits[places]
+            found = token_logprobs(wanted, [token_ids[i] for i in places], list(asked.values()))
+            for i, of_row in zip(places, found, strict=True):
+                logprobs[i] = of_row
+        return SampledTokens(token_ids, logprobs)
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of given tokens and of the most probable ones, from the raw distribution.
+
+    Works on slices of rows, so the memory it takes does not grow with R.
+
+    Args:
+        logits: [R, V], any float type; left as they are.
+        token_ids: R token ids within the vocabulary.
+        num_top: for each row, how many of the most probable tokens to add; the whole vocabulary at most.
+
+    Returns:
+        For each row, token id -> ``Logprob`` in float32: the given token first, then the top ones, best first
+        (of equals the lower id). ``rank`` is 1 plus the number of strictly more probable tokens; no text yet.
+
+    Raises:
+        FloatingPointError: a row holds NaN or +inf, or no finite logit; the message names it.
+    """
+    results: list[TokenLogprobs] = []
+    num_rows, vocab_size = logits.shape
+    step = max(1, (1 << 22) // vocab_size)
+    for start in range(0, num_rows, step):
+        stop = start + step
+        part = logits[start:stop].to(torch.float32)  # [r, V]
+        ids = torch.tensor(token_ids[start:stop], device=logits.device).unsqueeze(1)  # [r, 1]
+        value = part.gather(1, ids)
+        ranks: list[int] = (part > value).sum(dim=1).add_(1).tolist()
+        num_columns = max(num_top[start:stop])
+        if num_columns > 0:
+            top_value, top_ids = _largest(part, num_columns)
+            value, ids = torch.cat((value, top_value), dim=1), torch.cat((ids, top_ids), dim=1)
+        largest = part.amax(dim=1, keepdim=True)
+        log_total = (part - largest).exp_().sum(dim=1, keepdim=True).log_()
+        broken: list[int] = (~log_total.isfinite()).flatten().nonzero().flatten().tolist()
+        if broken:
+            broken = [start + i for i in broken]
+            raise FloatingPointError(f"logits of rows {broken} have no logprobs: NaN, +inf or nothing finite")
+        values: list[list[float]] = (value - largest - log_total).tolist()
+        results.extend(map(_by_token, values, ids.tolist(), ranks, num_top[start:stop]))
+    return results
+
+
+def _by_token(logprobs: list[float], ids: list[int], rank: int, num_top: int) -> TokenLogprobs:
+    """One row's answer: ``logprobs`` and ``ids`` hold the given token, then the top ones in order."""
+    found = {ids[0]: Logprob(logprobs[0], rank)}
+    top_rank, previous = 1, math.inf
+    for place in range(1, min(num_top, len(ids) - 1) + 1):
+        token_id, logprob = ids[place], logprobs[place]
+        if logprob != previous:
+            top_rank, previous = place, logprob
+        found.setdefault(token_id, Logprob(logprob, top_rank))
+    return found
+
+
+# ---------------------------------------------------------------------------------------- keep and race
+
+# (logits [r, V], their r rows, num_candidates) -> (tokens int64 [r], scores [r]). The winner's score is not
+# finite where the row cannot be drawn from: NaN wins every maximum, and softmax makes NaN of +inf and of
+# nothing but -inf.
+_Drawn = tuple[Tensor, Tensor]
+_Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
+
+
+def _way_to_draw(params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
+    """The cheapest exact way for a row, and how many candidates to start with: the row alone decides."""
+    if params.temperature == 0:
+        return _draw_greedy, 1
+    if 0 < params.top_k < vocab_size:
+        return _draw_top_k, (1 << params.top_k.bit_length()) + 32  # powers of two: few ways; 32 more for ties
+    if params.top_p < 1.0:
+        return _draw_top_p, max(128, vocab_size // 128)
+    return _draw_from_all, vocab_size
+
+
+def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    """Draw a few rows at a time: as many candidates as a CPU's caches hold, or as spare a GPU's memory."""
+    max_elements = torch.get_num_threads() << 16 if logits.device.type == "cpu" else 1 << 26
+    step = max(1, max_elements // num_candidates)
+    if step >= len(rows):
+        return draw(logits, rows, num_candidates)
+    starts = range(0, len(rows), step)
+    drawn = [draw(logits[i : i + step], rows[i : i + step], num_candidates) for i in starts]
+    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([scores for _, scores in drawn])
+
+
+def _draw_greedy(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    """The most probable token; of equals, the lower id."""
+    scores, tokens = logits.max(dim=1)
+    return tokens, scores.float()
+
+
+def _draw_from_all(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    """Neither top_k nor top_p: every token races."""
+    probs = _probs(logits, rows)  # [r, V]
+    return _race(probs, torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device), rows)
+
+
+def _draw_top_k(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    """top_k, and top_p of what it leaves. Tokens as probable as the k-th all stay, as in vLLM."""
+    values, ids = _largest(logits, num_candidates)  # [r, K] each
+    kth = values.gather(1, _column([row.params.top_k - 1 for row in rows], torch.int64, logits.device))
+    probs = _probs(values.masked_fill(values < kth, -math.inf), rows)
+    drawn = _race(_nucleus(probs, rows, probs), ids, rows)
+    if num_candidates >= logits.shape[1]:
+        return drawn
+    # Is the k-th place shared with tokens that were not looked at?
+    cut_off = (values[:, -1:] == kth) & (kth > -math.inf)  # [r, 1]
+    return _draw_again(_draw_top_k, cut_off, drawn, logits, rows, num_candidates)
+
+
+def _draw_top_p(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    """top_p alone: the nucleus is the first of the candidates, as long as it ends among them."""
+    probs = _probs(logits, rows)  # [r, V]
+    candidates, ids = _largest(probs, num_candidates)  # [r, K] each
+    nucleus = _nucleus(candidates, rows, probs)
+    drawn = _race(nucleus, ids, rows)
+    if num_candidates >= logits.shape[1]:
+        return drawn
+    # Does the nucleus hold the last candidate, or an equal of it?
+    cut_off = ((nucleus == candidates[:, -1:]) & (nucleus > 0.0)).any(dim=1)  # [r]
+    return _draw_again(_draw_top_p, cut_off, drawn, logits, rows, num_candidates)
+
+
+def _draw_again(
+    draw: _Draw,
+    cut_off: Tensor,
+    drawn: _Drawn,
+    logits: Tensor,
+    rows: Sequence[SampleRow],
+    num_candidates: int,
+) -> _Drawn:
+    """Draw anew, from eight times as many candidates, the rows that had too few: bool ``cut_off`` of r."""
+    index = cut_off.flatten().nonzero().flatten()
+    if len(index) > 0:
+        tokens, scores = drawn
+        rows = [rows[i] for i in index.tolist()]
+        tokens[index], scores[index] = _in_slices(draw, logits[index], rows, num_candidates * 8)
+    return drawn
+
+
+def _probs(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Probabilities at each row's temperature, 0 where min_p drops the token: [r, K] -> float32 [r, K]."""
+    temperatures = [min(max(row.params.temperature, SMALLEST), LARGEST) for row in rows]
+    scaled = logits / _column(temperatures, torch.float32, logits.device)
+    probs = torch.softmax(scaled, dim=1, dtype=torch.float32)
+    if any(row.params.min_p > 0.0 for row in rows):
+        min_p = _column([row.params.min_p for row in rows], torch.float32, logits.device)
+        probs.masked_fill_(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)
+    return probs
+
+
+def _largest(values: Tensor, num_largest: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row, best first, of equals the lower index: [r, V] -> [r, K], int64 [r, K]."""
+    vocab_size = values.shape[1]
+    if num_largest >= vocab_size:
+        return torch.sort(values, dim=1, descending=True, stable=True)
+    top, ids = values.topk(num_largest, dim=1)
+    is_new = top[:, 1:] != top[:, :-1]
+    if not is_new.all():  # topk leaves equals in any order: sort ids within each run of equals
+        runs = torch.nn.functional.pad(is_new.cumsum(dim=1), (1, 0))
+        ids = (runs * vocab_size + ids).sort(dim=1).values % vocab_size
+    return top, ids
+
+
+def _nucleus(candidates: Tensor, rows: Sequence[SampleRow], probs: Tensor) -> Tensor:
+    """top_p (Holtzman et al. 2020, "The curious case of neural text degeneration"): 0 for what lies outside.
+
+    A token stays while those before it hold less than top_p, so the one that crosses the boundary stays. Sums
+    are in float64: the boundary does not depend on the order in which a device adds.
+
+    Args:
+        candidates: float32 [r, K], best first.
+        rows: the r rows.
+        probs: float32 [r, V], whose sum top_p is a share of.
+    """
+    if all(row.params.top_p >= 1.0 for row in rows):
+        return candidates
+    shares = [row.params.top_p if row.params.top_p < 1.0 else math.inf for row in rows]
+    limit = _column(shares, torch.float64, probs.device) * probs.sum(dim=1, keepdim=True, dtype=torch.float64)
+    wide = candidates.double()
+    before = wide.cumsum(dim=1) - wide
+    return candidates.masked_fill(before >= limit, 0.0)
+
+
+def _race(probs: Tensor, ids: Tensor, rows: Sequence[SampleRow]) -> _Drawn:
+    """Draw one token a row, in proportion to ``probs`` [r, K] of the tokens ``ids`` [K] or [r, K]."""
+    keys = row_keys([r.seed for r in rows], [r.sample_index for r in rows], [r.position for r in rows])
+    scores, winners = (probs / noise(keys.to(probs.device), ids.to(torch.int32))).max(dim=1)
+    return (winners if ids.dim() == 1 else ids.gather(1, winners.unsqueeze(1)).squeeze(1)), scores
+
+
+def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)  # [r, 1]

@@ -1,0 +1,289 @@
+"""Text to token ids and back, whole or as a sequence grows. ``transformers`` is imported when a tokenizer is loaded."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import regex
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer behind the few calls that the engine makes. Errors are ValueErrors."""
+
+    def __init__(self, hf_tokenizer: Any) -> None:
+        self._hf = hf_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | PathLike[str]) -> Tokenizer | None:
+        """The tokenizer of a local checkpoint folder or of a hub id; None for a folder that holds no tokenizer.
+
+        Without a tokenizer the engine serves token ids. Files that cannot be read are a ValueError.
+        """
+        folder = Path(path_or_id)
+        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(path_or_id)))
+        except (
+            Exception
+        ) as error:  # transformers and tokenizers raise many kinds, a bare Exception among them
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path_or_id}: its tokenizer cannot be loaded ({reason})") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with the special tokens that this tokenizer adds by default (a BOS, say)."""
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a str, not {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            lone = text[error.start]
+            raise ValueError(
+                f"character {lone!r} at position {error.start} is half of a surrogate pair, not text"
+            ) from None
+        return list(
+            self._hf.encode(text, verbose=False)
+        )  # verbose would warn of the length, which the engine checks
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``. Bytes that are no UTF-8 become U+FFFD; ids that name no token become nothing."""
+        return self._hf.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """What one token looks like inside a text: its leading space is kept, and special tokens are shown."""
+        alone = self.decode([token_id], skip_special_tokens=False)
+        twice = self.decode([token_id, token_id], skip_special_tokens=False)
+        # Decoders such as Llama's strip the first space of a text, so the second of two tells the whole token.
+        return twice[len(alone) :] if REPLACEMENT not in twice and twice.startswith(alone) else alone
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation as the model was trained to read it, ready for the assistant's turn.
+
+        Raises:
+            ValueError: no template, an empty conversation, or a message that is malformed (its index is named) or
+                that the template itself refuses.
+        """
+        _check_messages(messages)
+        if not self._hf.chat_template:
+            raise ValueError(
+                "this tokenizer has no chat template: pass a prompt to generate() instead of messages"
+            )
+        from jinja2 import TemplateError
+
+        try:
+            ids = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return list(ids)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._hf.eos_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's embedding may have more rows than this."""
+        return len(self._hf)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether ``decode`` leaves the token out: a special token, or an id that names none."""
+        return token_id in self._special_ids or self._hf.convert_ids_to_tokens(token_id) is None
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._hf.added_tokens_decoder
+        return frozenset(self._hf.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def byte_tokens(self) -> dict[int, int]:
+        """Token id -> byte, for the ``<0xNN>`` tokens of a tokenizer with byte fallback; empty for every other kind."""
+        vocab = self._hf.get_vocab()
+        ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
+        if None in ids:
+            return {}
+        c3, a9, ff = ids[0xC3], ids[0xA9], ids[0xFF]
+        is_fallback = self.decode([c3, a9]) == "é" and self.decode([c3, a9, ff]) == REPLACEMENT * 3
+        return {token_id: byte for byte, token_id in enumerate(ids)} if is_fallback else {}
+
+
+def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages must be a list of {{'role', 'content'}}, not {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages is empty: a conversation needs at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"messages[{index}] must be a dict, not {type(message).__name__}")
+        missing = [key for key in ("role", "content") if key not in message]
+        if missing:
+            raise ValueError(f"messages[{index}] has no {missing[0]!r}; it has {sorted(map(str, message))}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"messages[{index}]['role'] is {message['role']!r}; known: {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise ValueError(f"messages[{index}]['content'] must be a str, not {kind}")
+
+
+class StreamingDecoder:
+    """Turns the growing ids of one sequence into text that, once given out, never changes.
+
+    The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``. Held back is:
+
+    - a trailing U+FFFD, which may be the first bytes of a character whose rest comes with a later token;
+    - with byte-fallback tokens (``<0xNN>``), the whole open run of them, since the decoder turns a run that is not
+      UTF-8 into one U+FFFD a byte: only a token of another kind, or an invalid byte, settles the run;
+    - the last grapheme cluster (Unicode annex 29) while its last character may still grow into a larger one: symbols
+      and emoji (So, Sk, extended pictographs, regional indicators), format characters such as ZWJ (Cf), marks (Mn,
+      Mc, Me), conjoining jamo, and letters without case that are not wide (Thai, Devanagari, Arabic, ...). It goes out
+      with the text that shows that it is closed, or once it is longer than 32 code points.
+
+    Everything else (ASCII, Latin, Cyrillic, Greek, digits, CJK, kana, Hangul syllables) goes out at once, so most text
+    streams with no delay. One case is left: a mark that comes in a later token than such a base (``e`` + U+0301, the
+    keycap ``1`` + U+FE0F + U+20E3) begins a piece of its own.
+
+    Like vLLM's incremental detokenizer it decodes a short window of the newest ids, and a token costs O(1), amortised:
+
+        window_ids   [ t t t t t t t ]   ->   text   [ context: is out | held ]
+    """
+
+    WINDOW = 8  # tokens that a window grows by before it is cut
+    CONTEXT = 3  # characters of text that stay in front, see _cut_window
+    MAX_CLUSTER = 32  # code points; Unicode's stream-safe format allows 30 marks
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._byte_of = tokenizer.byte_tokens
+        self._window_ids: list[int] = []
+        self._num_out = 0  # characters of the window's text that have gone out
+        self._cut_at = self.WINDOW
+        self._run_length = 0  # byte tokens at the end of the window that no other token has closed
+        self._run_utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._run_is_valid = True
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Adds ids; returns the text that they settle, often "" or a few characters."""
+        pieces: list[str] = []
+        stale = False  # ids were added since the window was decoded
+        for token_id in token_ids:
+            if self._tokenizer.is_silent(token_id):
+                continue
+            byte = self._byte_of.get(token_id)
+            if byte is None:
+                self._close_run()
+                self._window_ids.append(token_id)
+                stale = True
+                continue
+            if stale:
+                pieces.append(self._emit())
+                stale = False
+            pieces.append(self._push_byte(token_id, byte))
+        if stale:
+            pieces.append(self._emit())
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The text that was held back: nothing more will come."""
+        return self._give_out(self._tokenizer.decode(self._window_ids))
+
+    def _push_byte(self, token_id: int, byte: int) -> str:
+        self._run_length += 1
+        if not self._run_is_valid and self._run_length > 2:
+            return REPLACEMENT  # the window's held U+FFFD goes out and this byte's is held instead
+        self._window_ids.append(token_id)
+        try:
+            self._run_utf8.decode(bytes([byte]))
+        except UnicodeDecodeError:
+            self._run_is_valid = False
+        if self._run_is_valid or self._run_length < 2:
+            return ""
+        # Nothing can save the run: all of it is U+FFFD for good, and so is every byte that will prolong it. From here
+        # a window of two invalid bytes, the first out and the second held, stands for the run.
+        piece = self._give_out(self._tokenizer.decode(self._window_ids)[:-1])
+        invalid_id = next(i for i, b in self._byte_of.items() if b == 0xFF)
+        self._window_ids, self._num_out, self._cut_at = [invalid_id, invalid_id], 1, self.WINDOW
+        return piece
+
+    def _close_run(self) -> None:
+        if self._run_length:
+            self._run_length, self._run_is_valid = 0, True
+            self._run_utf8.reset()
+
+    def _emit(self) -> str:
+        text = self._tokenizer.decode(self._window_ids)
+        num_new = num_settled(text[self._num_out :], self.MAX_CLUSTER)
+        piece = self._give_out(text[: self._num_out + num_new])
+        if len(self._window_ids) > self._cut_at:
+            self._cut_window(text)
+        return piece
+
+    def _give_out(self, settled: str) -> str:
+        piece = settled[self._num_out :]
+        self._num_out = len(settled)
+        return piece
+
+    def _cut_window(self, text: str) -> None:
+        """Drops ids from the front whose text is out.
+
+        The shorter window may begin inside a character, and its decoder sees a start of text, which can cost a space.
+        Both show in its first characters only: at most three bytes of a begun character, each one U+FFFD, then the
+        decoder is in step with the whole again. So a cut is right when that many characters behind it are out.
+        """
+        num_held = len(text) - self._num_out
+        num_kept = 2
+        while num_kept < len(self._window_ids):
+            shorter = self._tokenizer.decode(self._window_ids[-num_kept:])
+            if len(shorter) - num_held >= self.CONTEXT and text.endswith(shorter[self.CONTEXT :]):
+                self._window_ids = self._window_ids[-num_kept:]
+                self._num_out = len(shorter) - num_held
+                break
+            num_kept *= 2
+        self._cut_at = len(self._window_ids) + self.WINDOW
+
+
+def num_settled(text: str, max_cluster: int = StreamingDecoder.MAX_CLUSTER) -> int:
+    """How many characters of ``text`` no later text can change or join: see StreamingDecoder."""
+    end = len(text) - 1 if text.endswith(REPLACEMENT) else len(text)
+    if not end or not _may_grow(text[end - 1]):
+        return end
+    *_, last = regex.finditer(r"\X", text, endpos=end)
+    return last.start() if end - last.start() <= max_cluster else end
+
+
+def _may_grow(char: str) -> bool:
+    if char.isascii():
+        return False
+    category = unicodedata.category(char)
+    if category == "Lo":
+        is_conjoining = "\u1100" <= char <= "\u11ff" or "\ua960" <= char <= "\ua97f"
+        return is_conjoining or unicodedata.east_asian_width(char) not in ("W", "F")
+    growing = category in ("So", "Sk", "Cf", "Mn", "Mc", "Me")
+    return growing or regex.match(r"\p{Extended_Pictographic}", char) is not None

@@ -1,0 +1,80 @@
+"""ContiguousCache: the cached and static rungs. One row a sequence, reserved at its greatest length from the start.
+
+row 0  [ . . p p p p o o _ _ _ _ ]      .  padding on the left, so that all rows end in the same column
+row 1  [ p p p p p p o o _ _ _ _ ]      p  prompt    o  output so far    _  reserved, holds nothing yet
+                        ^ next column
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+
+
+class ContiguousCache:
+    """Keys and values of ``len(pad_lens)`` sequences that start, grow and leave together.
+
+    Args:
+        spec: what one token leaves in each layer.
+        max_len: columns reserved for each row, padding included.
+        pad_lens: columns of padding at the left of each row.
+    """
+
+    def __init__(
+        self,
+        spec: Sequence[LayerSpec],
+        max_len: int,
+        pad_lens: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        batch = len(pad_lens)
+        self.spec = spec
+        self.max_len = max_len
+        self.pad_lens = torch.tensor(pad_lens, device=device)
+        # Heads before columns: attention reads a head's keys as one run.
+        self._keys = [
+            torch.zeros(batch, s.num_kv_heads, max_len, s.k_dim, dtype=s.dtype, device=device) for s in spec
+        ]
+        self._values = [
+            torch.zeros(batch, s.num_kv_heads, max_len, s.v_dim, dtype=s.dtype, device=device) for s in spec
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the reservation costs, filled or not."""
+        return len(self.pad_lens) * self.max_len * kv_bytes_per_token(self.spec)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+        """q [T, H, D], k and v [T, H_kv, D] with T = rows * columns of this step, row by row -> [T, H, D]."""
+        batch, end = len(self.pad_lens), step.max_seq_len
+        columns = q.shape[0] // batch
+        start = end - columns
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, :, start:end] = k.view(batch, columns, *k.shape[1:]).transpose(1, 2)
+        values[:, :, start:end] = v.view(batch, columns, *v.shape[1:]).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q.view(batch, columns, *q.shape[1:]).transpose(1, 2),  # [B, H, columns, D]
+            keys[:, :, :end],
+            values[:, :, :end],
+            attn_mask=self._mask(start, end, self.spec[layer].window, step),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+    def _mask(self, start: int, end: int, window: int | None, step: StepMeta) -> Tensor:
+        """Which columns each query sees: [B, 1, end - start, end], the same for all layers with this window."""
+        if ("mask", window) not in step.plan:
+            key = torch.arange(end, device=self.pad_lens.device)
+            query = torch.arange(start, end, device=self.pad_lens.device)[:, None]
+            seen = key <= query
+            if window is not None:
+                seen &= key > query - window
+            seen = seen & (key >= self.pad_lens[:, None, None])
+            # A padding query sees itself: a row of nothing would be NaN, and 0 * NaN spreads.
+            step.plan["mask", window] = (seen | (key == query))[:, None]
+        return step.plan["mask", window]

@@ -1,0 +1,28 @@
+"""NoCache: the naive rung. Nothing is kept, so a step must bring every token of its sequences again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from paged_infer.cache.spec import LayerSpec, StepMeta
+from paged_infer.kernels.reference import dense_attention
+
+
+class NoCache:
+    """Attention over the tokens of this step alone; whole sequences, packed one after the other."""
+
+    def __init__(self, spec: Sequence[LayerSpec]) -> None:
+        self.spec = spec
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+        """q [T, H, D], k and v [T, H_kv, D] -> [T, H, D]."""
+        out = torch.empty_like(q)
+        bounds = step.query_start_loc.tolist()
+        for start, end in pairwise(bounds):
+            rows = slice(start, end)
+            out[rows] = dense_attention(q[rows], k[rows], v[rows], window=self.spec[layer].window)
+        return out

@@ -1,0 +1,62 @@
+"""What every cache and every decoder agree on: the shape of what is kept, and the description of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one token leaves in the cache of one layer."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None  # tokens a query sees, itself included; None: all before it
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_kv_heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+
+
+def kv_bytes_per_token(spec: Sequence[LayerSpec]) -> int:
+    """2 * layers * kv_heads * head_dim * bytes, for the usual case of equal layers."""
+    return sum(layer.bytes_per_token for layer in spec)
+
+
+@dataclass(slots=True)
+class StepMeta:
+    """Where the T tokens of a step belong: B sequences packed without padding, those with one token first.
+
+        sequence 0   sequence 1        sequence 2
+        [ t ]        [ t ]             [ t t t t t ]          T = 7, B = 3, num_decodes = 2
+        query_start_loc = [0, 1, 2, 7]     seq_lens = [9, 4, 5]
+
+    ``seq_lens`` counts a sequence's tokens up to and including this step's, so its queries are the last ones of them.
+    """
+
+    positions: Tensor  # [T] int64, place of each token in its own sequence
+    slot_mapping: Tensor  # [T] int64, where its key and value go; -1 nowhere
+    query_start_loc: Tensor  # [B + 1] int32
+    seq_lens: Tensor  # [B] int32
+    block_tables: Tensor  # [B, max_blocks] int32, physical block of each logical block
+    num_decodes: int  # the first rows, one query each
+    max_query_len: int
+    max_seq_len: int
+    plan: dict[Any, Any] = field(
+        default_factory=dict
+    )  # what a backend worked out once for all layers of this step
+
+
+class Cache(Protocol):
+    """Remembers keys and values, and lets queries read them."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+        """Keep k [T, H_kv, k_dim] and v [T, H_kv, v_dim]; return causal attention of q [T, H, k_dim]: [T, H, v_dim]."""
+        ...

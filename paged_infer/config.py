@@ -1,0 +1,67 @@
+"""EngineConfig: the options of ``LLM(...)`` under vLLM's names, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs. Sizes in tokens unless the name says otherwise.
+
+    Args:
+        dtype: of weights, activations and cache. "auto" is float32 on CPU and the checkpoint's own dtype on a GPU.
+        device: "auto" is "cuda" where there is one, else "cpu".
+        attention_backend: how the paged cache is read; see ``kernels.registry``. "auto" takes the fastest there is.
+        block_size: tokens in a block of the paged cache.
+        num_blocks: blocks in the pool. None: on CPU what ``max_num_seqs`` requests of ``max_model_len`` need, at most
+            1 GiB; on a GPU what ``gpu_memory_utilization`` leaves after the weights and one step's activations.
+        gpu_memory_utilization: share of the GPU's memory that this process may use.
+        max_model_len: longest sequence, prompt and output together. None: the smaller of the model's limit and pool.
+        max_num_seqs: most sequences running at once.
+        max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in chunks.
+        seed: from it come the seeds of requests that bring none.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    attention_backend: str = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not known; known: {', '.join(DTYPES)}")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _check_at_least_one(name, getattr(self, name))
+        for name in ("num_blocks", "max_model_len"):
+            if getattr(self, name) is not None:
+                _check_at_least_one(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Raises TypeError for an unknown name; the message lists the known ones."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**options)
+
+
+def _check_at_least_one(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be an integer >= 1")

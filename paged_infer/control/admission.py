@@ -1,0 +1,69 @@
+"""The gates that a request meets at the door, before it may wait (the first two of four).
+
+1. max_model_len           a rule      the prompt must leave room for one token; max_tokens is clamped to what is left
+2. the pool's size         physics     blocks for its longest possible life must exist at all
+3. max_num_batched_tokens  flow        } met later, step by step, in the scheduler
+4. max_num_seqs            crowd       }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ReadOnlyList
+
+from paged_infer.control.block_manager import Allocation, BlockManager
+from paged_infer.params import SamplingParams
+
+
+def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    """The prompt's last tokens, as many as ``truncate_prompt_tokens`` keeps."""
+    keep = params.truncate_prompt_tokens
+    if keep is None:
+        return list(prompt_token_ids)
+    return list(prompt_token_ids[-(max_model_len - 1 if keep == -1 else keep) :])
+
+
+def check_request(
+    prompt_token_ids: ReadOnlyList[int],
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    manager: BlockManager,
+) -> None:
+    """Law 5: refuse here what could not be served, naming the value and the limit.
+
+    Raises:
+        ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens or ask
+            for more logprobs than there are tokens; or the pool could not hold the request even if it ran alone.
+    """
+    num_prompt = len(prompt_token_ids)
+    if not num_prompt:
+        raise ValueError("the prompt is empty (0 tokens): at least 1 is needed")
+    for token_id in prompt_token_ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise ValueError(f"prompt token id {token_id!r} is outside the vocabulary [0, {vocab_size})")
+    for token_id in (*params.stop_token_ids, *params.logit_bias):
+        if token_id >= vocab_size:
+            raise ValueError(
+                f"stop_token_ids or logit_bias: token id {token_id} is outside [0, {vocab_size})"
+            )
+    for name, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if number is not None and number > vocab_size:
+            raise ValueError(f"{name}={number} is more than the vocabulary's {vocab_size} tokens")
+    if num_prompt >= max_model_len:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens: it must be shorter than max_model_len={max_model_len}"
+        )
+    if params.n > max_num_seqs:
+        raise ValueError(f"n={params.n} samples cannot run at once: max_num_seqs={max_num_seqs}")
+    # The last token is drawn and never stored. In the worst case the samples share nothing.
+    longest = (
+        max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
+    )
+    needed = params.n * manager.blocks_for(longest - 1)
+    if manager.can_allocate(needed * manager.block_size) is Allocation.NEVER:
+        raise ValueError(
+            f"{params.n} sample(s) of {num_prompt} prompt and up to {longest - num_prompt} output tokens need "
+            f"{needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
+        )

@@ -1,0 +1,149 @@
+"""One request's life, and the life of each of its samples.
+
+    WAITING --admitted--> RUNNING --last token--> FINISHED
+       ^                     |                       ^
+       +----- preempted -----+        abort ---------+  (from any state)
+
+A sequence is one sample of a request: a list of tokens of which the first ``num_computed_tokens`` have their keys and
+values in the cache. Prefill, a chunk of it, decode, and recomputation after a preemption are the same act: compute
+some more of the tokens that are known; when the last known one has been computed, one more is drawn.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
+
+from paged_infer.params import SamplingParams
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_MOVES = {
+    SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
+    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.FINISHED: set(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request. Identity is its own: two sequences are never equal."""
+
+    sequence_id: int
+    request_id: str
+    sample_index: int
+    params: SamplingParams
+    seed: int
+    token_ids: list[int]  # prompt, then output
+    num_prompt_tokens: int
+    max_total_tokens: int  # prompt and output together: max_tokens and max_model_len, whichever is less
+    eos_token_ids: frozenset[int]
+    state: SequenceState = SequenceState.WAITING
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    last_step: int = -1  # when it was last scheduled
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is SequenceState.FINISHED
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end this sequence once ``min_tokens`` are out."""
+        eos = () if self.params.ignore_eos else tuple(sorted(self.eos_token_ids))
+        return (*eos, *self.params.stop_token_ids)
+
+    def move_to(self, state: SequenceState) -> None:
+        if state not in _MOVES[self.state]:
+            raise RuntimeError(
+                f"sequence {self.sequence_id} cannot go from {self.state.value} to {state.value}"
+            )
+        self.state = state
+
+    def preempt(self) -> None:
+        """Back to waiting; its blocks are gone, so everything known is to be computed again."""
+        self.move_to(SequenceState.WAITING)
+        self.num_computed_tokens = 0
+        self.num_preemptions += 1
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        self.move_to(SequenceState.FINISHED)
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def append(self, token_id: int) -> tuple[str, int | None] | None:
+        """Take one more token. Returns (finish reason, stop token) if it was the last, None if more are to come.
+
+        The reason is only reported: to finish is for whoever owns the sequence's blocks.
+        """
+        self.token_ids.append(token_id)
+        if self.num_output_tokens >= self.params.min_tokens:
+            if token_id in self.eos_token_ids and not self.params.ignore_eos:
+                return "stop", None
+            if token_id in self.params.stop_token_ids:
+                return "stop", token_id
+        if self.num_tokens >= self.max_total_tokens:
+            return "length", None
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one caller asked for: a prompt and ``n`` samples of what follows. Times: the caller's clock, seconds."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time_s: float
+    sequences: list[Sequence] = field(default_factory=list)
+    first_token_time_s: float | None = None
+    finished_time_s: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+    def add_sequences(
+        self, first_sequence_id: int, seed: int, max_model_len: int, eos_token_ids: ReadOnlyList[int]
+    ) -> None:
+        """One sequence a sample, each with its own copy of the prompt's ids to grow."""
+        num_prompt = len(self.prompt_token_ids)
+        wanted = max_model_len if self.params.max_tokens is None else num_prompt + self.params.max_tokens
+        for index in range(self.params.n):
+            self.sequences.append(
+                Sequence(
+                    sequence_id=first_sequence_id + index,
+                    request_id=self.request_id,
+                    sample_index=index,
+                    params=self.params,
+                    seed=seed,
+                    token_ids=list(self.prompt_token_ids),
+                    num_prompt_tokens=num_prompt,
+                    max_total_tokens=min(wanted, max_model_len),
+                    eos_token_ids=frozenset(eos_token_ids),
+                )
+            )

@@ -1,0 +1,46 @@
+"""What one engine step computes: plain picklable data, made by the scheduler and carried out by the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paged_infer.params import SampleRow
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Some more tokens of one sequence.
+
+    Attributes:
+        token_ids: the tokens to compute now.
+        num_computed_tokens: how many before them are in the cache already; the first token's position.
+        block_table: physical blocks, enough for all of these tokens.
+        sample: how to draw the next token; None while known tokens remain after these.
+        num_prompt_logprobs: top tokens to report for each of ``next_prompt_token_ids``; None for no report.
+        next_prompt_token_ids: where a report is asked for, the prompt token that follows each of ``token_ids``.
+    """
+
+    sequence_id: int
+    token_ids: Sequence[int]
+    num_computed_tokens: int
+    block_table: Sequence[int]
+    sample: SampleRow | None
+    num_prompt_logprobs: int | None = None
+    next_prompt_token_ids: Sequence[int] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """Everything that runs in one step, sequences with a single token first."""
+
+    index: int
+    sequences: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.sequences)

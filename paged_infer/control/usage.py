@@ -1,0 +1,24 @@
+"""How much of the KV memory in use holds tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class KVUsage:
+    """Slots held (each one token's keys and values, filled or not) and tokens stored, step after step."""
+
+    peak_slots: int = 0
+    slot_steps: int = 0
+    token_steps: int = 0
+
+    def record(self, num_slots: int, num_tokens: int) -> None:
+        self.peak_slots = max(self.peak_slots, num_slots)
+        self.slot_steps += num_slots
+        self.token_steps += num_tokens
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots held that hold a token, over all steps; 1 while none was held."""
+        return self.token_steps / self.slot_steps if self.slot_steps else 1.0

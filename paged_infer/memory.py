@@ -1,0 +1,66 @@
+"""How large the block pool is and how long a sequence may get, from the device and the options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paged_infer.cache.spec import kv_bytes_per_token
+from paged_infer.config import EngineConfig
+from paged_infer.model.decoder import Decoder
+
+CPU_POOL_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes of the paged cache. ``pool_bytes`` = num_blocks * block_size * kv_bytes_per_token."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    kv_bytes_per_token: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+
+def plan_memory(config: EngineConfig, decoder: Decoder) -> MemoryPlan:
+    """Fill in what the options leave open.
+
+    Raises:
+        ValueError: ``max_model_len`` exceeds the model's positions, or not one block fits the device.
+    """
+    limit = decoder.config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={limit}"
+        )
+    per_token = kv_bytes_per_token(decoder.kv_spec())
+    longest = config.max_model_len or limit
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        bytes_per_block = per_token * config.block_size
+        crowd = config.max_num_seqs * -(-longest // config.block_size)
+        room = _gpu_room_bytes(config, decoder) if decoder.device.type == "cuda" else CPU_POOL_BYTES
+        num_blocks = min(crowd, room // bytes_per_block)
+        if num_blocks < 1:
+            raise ValueError(
+                f"one block of {bytes_per_block} bytes does not fit the {room} bytes left for the cache"
+            )
+    pool_tokens = num_blocks * config.block_size
+    return MemoryPlan(
+        num_blocks, config.block_size, config.max_model_len or min(limit, pool_tokens), per_token
+    )
+
+
+def _gpu_room_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """Free memory now, less the share that others keep and less an estimate of the largest step's activations."""
+    free, total = torch.cuda.mem_get_info(decoder.device)
+    model = decoder.config
+    widest = model.hidden_size * 6 + model.intermediate_size * 3
+    activations = config.max_num_batched_tokens * widest * decoder.dtype.itemsize
+    logits = config.max_num_seqs * model.vocab_size * 4 * 3  # float32, and two copies while sampling
+    return max(0, int(free - total * (1 - config.gpu_memory_utilization) - activations - logits))

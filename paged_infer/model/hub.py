@@ -1,0 +1,35 @@
+"""From what a user calls a model to a folder on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve_model(model: str | Path) -> Path:
+    """A local folder as it is; else a hub id, from the local hub cache or, if it is not there, downloaded.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be had; one line that says why.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(str(model)):
+        raise ValueError(f"model {str(model)!r} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_FILES, local_files_only=True))
+    except Exception:  # not cached: the hub is asked below
+        pass
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_FILES, etag_timeout=5))
+    except Exception as error:  # the hub client raises a dozen kinds; a user needs one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model {str(model)!r} is no folder here, and the hub did not give it: {reason}"
+        ) from None

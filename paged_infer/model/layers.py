@@ -1,0 +1,120 @@
+"""The pieces of a decoder layer that hold no state of the sequence: norms, rotary positions, the MLP.
+
+T is the number of tokens in the step, all sequences packed one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paged_infer.model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); the mean square is taken in float32."""
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
+        if x.dtype == torch.float32 and self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias over the last dimension (Ba 2016)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return LayerNorm(config.hidden_size, config.norm_eps)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Angle that each pair of a head's dimensions turns by per position, in radians: [head_dim / 2], float32.
+
+    Su 2021 (RoFormer), equation 15; Llama 3's stretch of long wavelengths where the configuration asks for it.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
+    scaling = config.rope_llama3
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    turns = (
+        scaling.original_max_position / wavelengths
+    )  # full turns within the context it was first trained on
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0.0, 1.0)  # 0: a long wave, slowed by the factor; 1: a short wave, kept
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns positions into the two factors that ``apply_rope`` multiplies with, once a step for all layers."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [T] -> cos [T, 1, D] and signed sin [T, 1, D], where the first half of sin is negated."""
+        angles = positions[:, None].float() * self.inverse_frequencies  # [T, D / 2]
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of a head by its angle: [T, H, D] -> [T, H, D].
+
+    x * cos + rotate_half(x) * sin; the sign of rotate_half sits in ``signed_sin``, so that a roll replaces its copies.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+class MLP(nn.Module):
+    """act(gate(x)) * up(x), then down (SwiGLU, Shazeer 2020), with gate and up in one matrix; or plain act(up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size * (2 if config.gated_mlp else 1)
+        self.gated = config.gated_mlp
+        self.activation = config.activation
+        self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)  # gated: rows are gate, then up
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
+        wide = self.up(x)
+        if self.gated:
+            gate, wide = wide.chunk(2, dim=-1)
+            return self.down(activate(self.activation, gate) * wide)
+        return self.down(activate(self.activation, wide))
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    if name == "silu":
+        return F.silu(x)
+    if name == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

@@ -1,0 +1,108 @@
+"""From a sequence's tokens to what its reader sees: text, stop strings, logprobs."""
+
+from __future__ import annotations
+
+from paged_infer.control.request import Sequence
+from paged_infer.outputs import CompletionOutput, Logprob, TokenLogprobs
+from paged_infer.tokenizer import StreamingDecoder, Tokenizer
+
+
+class Completion:
+    """The growing output of one sequence.
+
+    Text is decoded token by token only where somebody needs it early: a stop string to look for, or a stream. Else it
+    is decoded once, at the end.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, streamed: bool) -> None:
+        self._sequence = sequence
+        self._tokenizer = tokenizer
+        self._stops: tuple[str, ...] = tuple(sequence.params.stop)
+        incremental = tokenizer is not None and (streamed or self._stops)
+        self._decoder = StreamingDecoder(tokenizer) if incremental and tokenizer is not None else None
+        self._num_decoded = 0  # output tokens given to the decoder
+        self._text = ""
+        self._stop_string: str | None = None
+        self._logprobs: list[TokenLogprobs] | None = None if sequence.params.logprobs is None else []
+
+    def advance(self, logprobs: TokenLogprobs | None = None) -> str | None:
+        """Take the sequence's newest token. Returns the stop string that it completes, if any: the sequence is over."""
+        if logprobs is not None and self._logprobs is not None:
+            self._logprobs.append(self._named(logprobs))
+        if self._decoder is None:
+            return None
+        settled = len(self._text)
+        visible = self._visible_token_ids()
+        self._text += self._decoder.push(visible[self._num_decoded :])
+        self._num_decoded = len(visible)
+        if self._sequence.is_finished:
+            self._text += self._decoder.finish()
+        if self._sequence.num_output_tokens >= max(1, self._sequence.params.min_tokens):
+            self._find_stop(settled)
+        return self._stop_string
+
+    def _visible_token_ids(self) -> list[int]:
+        """The output without the token that ended it."""
+        ids = self._sequence.output_token_ids
+        return ids[:-1] if self._sequence.finish_reason == "stop" else ids
+
+    def _find_stop(self, settled: int) -> None:
+        """Cut the text at the first stop string that ends in its unsettled part."""
+        found = []
+        for stop in self._stops:
+            at = self._text.find(stop, max(0, settled - len(stop) + 1))
+            if at >= 0:
+                found.append((at, stop))
+        if found:
+            at, self._stop_string = min(found)
+            self._text = self._text[:at]
+
+    def _named(self, logprobs: TokenLogprobs) -> TokenLogprobs:
+        return named_logprobs(logprobs, self._tokenizer)
+
+    def output(self) -> CompletionOutput:
+        """The sample as it stands. While it grows, text that may turn out to begin a stop string is held back."""
+        sequence = self._sequence
+        finish_reason, stop_reason = sequence.finish_reason, sequence.stop_reason
+        if self._stop_string is not None:  # seen in the text, perhaps in the same step as another ending
+            finish_reason, stop_reason = "stop", self._stop_string
+        cumulative = None
+        if self._logprobs is not None:
+            token_ids = sequence.output_token_ids
+            cumulative = sum(row[token].logprob for row, token in zip(self._logprobs, token_ids, strict=True))
+        return CompletionOutput(
+            index=sequence.sample_index,
+            text=self._shown_text(finish_reason),
+            token_ids=sequence.output_token_ids,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            cumulative_logprob=cumulative,
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+        )
+
+    def _shown_text(self, finish_reason: str | None) -> str:
+        if self._tokenizer is None:
+            return ""
+        if self._decoder is None:
+            return self._tokenizer.decode(self._visible_token_ids())
+        if finish_reason == "abort":  # it ended between two steps, with characters still held back
+            return self._text + self._decoder.finish()
+        if finish_reason is not None:
+            return self._text
+        held = max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        return self._text[: len(self._text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop`` without being all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def named_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
+    """The same with each token's text, where there is a tokenizer to ask."""
+    if tokenizer is None:
+        return logprobs
+    return {
+        token_id: Logprob(entry.logprob, entry.rank, tokenizer.token_text(token_id))
+        for token_id, entry in logprobs.items()
+    }

@@ -1,0 +1,254 @@
+"""LLMEngine: requests in, outputs out, one step at a time.
+
+add_request -> [Scheduler.schedule -> ModelRunner.execute -> Scheduler.update -> Completion.advance] -> outputs
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.completion import Completion, named_logprobs
+from paged_infer.config import EngineConfig
+from paged_infer.control.admission import check_request, truncated
+from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.request import Request
+from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.usage import KVUsage
+from paged_infer.kernels.registry import attention_backend
+from paged_infer.memory import plan_memory
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.weights import load_decoder
+from paged_infer.noise import request_seed
+from paged_infer.outputs import RequestMetrics, RequestOutput, TokenLogprobs
+from paged_infer.params import SamplingParams
+from paged_infer.runner import ModelRunner, StepResult
+from paged_infer.tokenizer import Tokenizer
+
+Prompt = str | ReadOnlyList[int]
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A request in the engine, and what its reader will get."""
+
+    request: Request
+    completions: list[Completion]
+    streamed: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None)
+
+
+class LLMEngine:
+    """One model, one paged cache, any number of requests. Not thread-safe: one caller steps it."""
+
+    def __init__(self, folder: Path, config: EngineConfig) -> None:
+        """Load ``folder`` and reserve the block pool.
+
+        Raises:
+            ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
+        """
+        self.config = config
+        self.device = _device(config.device)
+        self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device)
+        self.tokenizer = Tokenizer.from_pretrained(folder)
+        self.memory = plan_memory(config, self.decoder)
+        cache = PagedCache(
+            self.decoder.kv_spec(),
+            self.memory.num_blocks,
+            self.memory.block_size,
+            attention_backend(config.attention_backend, self.device),
+            self.device,
+        )
+        self.runner = ModelRunner(self.decoder, cache)
+        self.manager = BlockManager(self.memory.num_blocks, self.memory.block_size)
+        self.scheduler = Scheduler(self.manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self.usage = KVUsage()
+        self._live: dict[str, _Live] = {}
+        self._num_requests = 0
+        self._num_sequences = 0
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._live)
+
+    # -- the door ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+        """Check and tokenize a request without queueing it.
+
+        Raises:
+            ValueError: the request could not be served; the message names the value and the limit.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
+        token_ids = truncated(token_ids, params, self.memory.max_model_len)
+        check_request(
+            token_ids,
+            params,
+            vocab_size=self.decoder.config.vocab_size,
+            max_model_len=self.memory.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            manager=self.manager,
+        )
+        seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
+        request = Request(request_id, text, token_ids, params, arrival_time_s=time.perf_counter())
+        request.add_sequences(
+            self._num_sequences, seed, self.memory.max_model_len, self.decoder.config.eos_token_ids
+        )
+        self._num_requests += 1
+        self._num_sequences += params.n
+        return request
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
+        return self.tokenizer.encode(text)
+
+    def submit(self, request: Request, *, streamed: bool = False) -> None:
+        """Queue a prepared request. A streamed one is reported after every step, others when they finish.
+
+        Raises:
+            ValueError: a request of this id is still being served.
+        """
+        if request.request_id in self._live:
+            raise ValueError(f"request_id={request.request_id!r} is already being served")
+        live = _Live(request, [Completion(s, self.tokenizer, streamed) for s in request.sequences], streamed)
+        if request.params.prompt_logprobs is not None:
+            live.prompt_logprobs = [None] * len(request.prompt_token_ids)
+        self._live[request.request_id] = live
+        self.scheduler.add(request.sequences)
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, streamed: bool = False
+    ) -> None:
+        """Check, tokenize and queue; see ``prepare`` and ``submit``."""
+        self.submit(self.prepare(request_id, prompt, params), streamed=streamed)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return None
+        for sequence in live.request.sequences:
+            self.scheduler.finish(sequence, "abort")
+        live.request.finished_time_s = time.perf_counter()
+        return self._output(live)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step. Returns the requests that it finished, and the streamed ones that it moved."""
+        if not self.scheduler.has_work:
+            return []
+        step = self.scheduler.schedule()
+        if not step.sequences:
+            raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
+        result = self.runner.execute(step)
+        grown = self.scheduler.update(step, result.token_ids)
+        now = time.perf_counter()
+        moved: dict[str, _Live] = {}
+        for sequence in grown:
+            live = self._live[sequence.request_id]
+            if live.request.first_token_time_s is None:
+                live.request.first_token_time_s = now
+            stop = live.completions[sequence.sample_index].advance(result.logprobs.get(sequence.sequence_id))
+            if stop is not None:
+                self.scheduler.finish(sequence, "stop", stop)
+            if live.streamed or sequence.is_finished:
+                moved[sequence.request_id] = live
+        if result.prompt_logprobs:
+            self._keep_prompt_logprobs(result)
+        self._record_usage(step_tokens=step.num_tokens)
+        return [output for live in moved.values() if (output := self._reported(live, now)) is not None]
+
+    def _reported(self, live: _Live, now: float) -> RequestOutput | None:
+        if live.request.is_finished:
+            live.request.finished_time_s = now
+            del self._live[live.request.request_id]
+        elif not live.streamed:
+            return None
+        return self._output(live)
+
+    def _keep_prompt_logprobs(self, result: StepResult) -> None:
+        for live in self._live.values():
+            report = result.prompt_logprobs.get(live.request.sequences[0].sequence_id)
+            if report is not None and live.prompt_logprobs is not None:
+                first, entries = report
+                live.prompt_logprobs[first : first + len(entries)] = [
+                    named_logprobs(entry, self.tokenizer) for entry in entries
+                ]
+
+    def _record_usage(self, step_tokens: int) -> None:
+        stored = sum(sequence.num_computed_tokens for sequence in self.scheduler.running)
+        if self.scheduler.running:
+            self.usage.record(self.manager.pool.num_used * self.memory.block_size, stored)
+
+    def _output(self, live: _Live) -> RequestOutput:
+        return request_output(live.request, live.completions, live.prompt_logprobs)
+
+    # -- looking inside ---------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts since the engine was made, and the queues and blocks as they are now."""
+        return {
+            "steps": self.scheduler.stats.steps,
+            "preemptions": self.scheduler.stats.preemptions,
+            "num_waiting": len(self.scheduler.waiting),
+            "num_running": len(self.scheduler.running),
+            "num_blocks": self.memory.num_blocks,
+            "free_blocks": self.manager.pool.num_free,
+            "peak_kv_bytes": self.usage.peak_slots * self.memory.kv_bytes_per_token,
+            "kv_fill": self.usage.fill,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if law 2 (nothing leaks, nothing is shared by accident) does not hold right now."""
+        self.scheduler.check_integrity()
+        if not self._live and self.manager.pool.num_used:
+            raise RuntimeError(f"no request is served and {self.manager.pool.num_used} blocks are held")
+
+
+def request_output(
+    request: Request, completions: list[Completion], prompt_logprobs: list[TokenLogprobs | None] | None
+) -> RequestOutput:
+    """The request as it stands, for whoever asked for it."""
+    metrics = RequestMetrics(
+        arrival_time_s=request.arrival_time_s,
+        first_token_time_s=request.first_token_time_s,
+        finished_time_s=request.finished_time_s,
+        num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
+        num_preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
+    )
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[completion.output() for completion in completions],
+        metrics=metrics,
+        finished=request.is_finished,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else ModelConfig.from_pretrained(folder).dtype
+    return getattr(torch, name)

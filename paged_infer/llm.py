@@ -1,0 +1,182 @@
+"""LLM: the door for offline use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as ReadOnlyList
+from pathlib import Path
+from typing import Any
+
+from paged_infer import storyteller
+from paged_infer.config import EngineConfig
+from paged_infer.control.request import Request
+from paged_infer.engine import LLMEngine, Prompt
+from paged_infer.model.hub import resolve_model
+from paged_infer.outputs import RequestOutput
+from paged_infer.params import SamplingParams
+from paged_infer.tokenizer import Tokenizer
+
+
+class LLM:
+    """A model that tells what comes next, through paged memory and continuous batching.
+
+    >>> llm = LLM()                                              # the bundled storyteller
+    >>> llm.generate("Once upon a time")[0].outputs[0].text      # doctest: +SKIP
+
+    Args:
+        model: None for the storyteller, a local folder, or a hub id, in Hugging Face format.
+        options: see ``EngineConfig``.
+
+    Raises:
+        TypeError: an unknown option; the message lists the known ones.
+        ValueError: a model or an option that cannot be used; the message names the value and the limit.
+    """
+
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        config = EngineConfig.from_options(**options)
+        self.folder = resolve_model(storyteller.PATH if model is None else model)
+        self.engine = LLMEngine(self.folder, config)
+        self._num_requests = 0
+        self._mail: dict[str, RequestOutput] = {}  # the newest output of each request that somebody waits for
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the checkpoint has none and serves token ids."""
+        return self.engine.tokenizer
+
+    @property
+    def is_storyteller(self) -> bool:
+        """Whether this is the bundled model."""
+        return self.folder == storyteller.PATH
+
+    def generate(
+        self,
+        prompts: Prompt | ReadOnlyList[Prompt],
+        sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; outputs in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            sampling_params: one for all, or one a prompt; None is ``SamplingParams()``.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
+        """
+        requests = self.prepare(prompts, sampling_params)
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            with _progress(len(requests), use_tqdm) as bar:
+                num_done = 0
+                while num_done < len(requests):
+                    self._step()
+                    num_before, num_done = num_done, sum(request.is_finished for request in requests)
+                    bar.update(num_done - num_before)
+            return [self._mail[request.request_id] for request in requests]
+        finally:  # an interrupt or a failed step leaves nothing behind
+            self._drop(requests)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding the whole output so far after every token; closing the iterator aborts it."""
+        requests = self.prepare(
+            [prompt], sampling_params
+        )  # here, not in the generator: bad input is told at once
+        return self._stream(requests[0])
+
+    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+        try:
+            self.engine.submit(request, streamed=True)
+            finished = False
+            while not finished:
+                while request.request_id not in self._mail:
+                    self._step()
+                output = self._mail.pop(request.request_id)
+                finished = output.finished
+                yield output
+        finally:
+            self._drop([request])
+
+    def _step(self) -> None:
+        """One engine step. A stream and a ``generate`` may be under way together: each finds its own in the mail."""
+        for output in self.engine.step():
+            self._mail[output.request_id] = output
+
+    def _drop(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.engine.abort(request.request_id)
+            self._mail.pop(request.request_id, None)
+
+    def chat(
+        self,
+        messages: ReadOnlyList[dict[str, str]] | ReadOnlyList[ReadOnlyList[dict[str, str]]],
+        sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, in the form of the tokenizer's chat template.
+
+        ``messages`` are dicts with "role" ("system", "user", "assistant") and "content".
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: ReadOnlyList[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the answer."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "this checkpoint has no tokenizer, so it cannot chat: give token ids to generate()"
+            )
+        return self.tokenizer.apply_chat_template(messages)
+
+    def stats(self) -> dict[str, int | float]:
+        """Steps, preemptions, blocks and KV use; see ``LLMEngine.stats``."""
+        return self.engine.stats()
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if a block leaks or is shared by accident."""
+        self.engine.check_integrity()
+
+    def prepare(
+        self,
+        prompts: Prompt | ReadOnlyList[Prompt],
+        sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None,
+    ) -> list[Request]:
+        """Check and tokenize prompts without queueing them; errors as ``generate``, naming the prompt's index."""
+        requests = []
+        for index, (prompt, params) in enumerate(pair_prompts(prompts, sampling_params)):
+            try:
+                requests.append(self.engine.prepare(str(self._num_requests + index), prompt, params))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        self._num_requests += len(requests)
+        return requests
+
+
+def pair_prompts(
+    prompts: Prompt | ReadOnlyList[Prompt],
+    sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None,
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters.
+
+    Raises:
+        ValueError: as many parameters as prompts were not given.
+    """
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
+    each: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [(prompt, sampling_params or SamplingParams()) for prompt in each]
+    if len(sampling_params) != len(each):
+        raise ValueError(
+            f"{len(sampling_params)} sampling_params for {len(each)} prompts: one, or one a prompt"
+        )
+    return list(zip(each, sampling_params, strict=True))
+
+
+def _progress(total: int, shown: bool):  # type: ignore[no-untyped-def]
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="requests", unit="req", disable=not shown)

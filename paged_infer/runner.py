@@ -1,0 +1,122 @@
+"""From a ScheduledStep to drawn tokens: pack, run the decoder, sample.
+
+sequences   A: 1 token   B: 1 token   C: 3 tokens of its prompt, the last ones
+token_ids       [ a9 | b4 | c0 c1 c2 ]          T = 5, no padding
+hidden rows        0    1         4   -> logits [3, vocab] -> one new token for each of A, B, C
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.cache.spec import StepMeta
+from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.model.decoder import Decoder
+from paged_infer.outputs import TokenLogprobs
+from paged_infer.sampling import Sampler, token_logprobs
+
+_PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step drew, by sequence id; prompt logprobs with the index of their first token."""
+
+    token_ids: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Carries out scheduled steps on one decoder and its paged cache."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.sampler = Sampler()
+
+    @torch.inference_mode()
+    def execute(self, step: ScheduledStep) -> StepResult:
+        """Compute every scheduled token and draw one for each sequence that asks.
+
+        Raises:
+            FloatingPointError: the model produced NaN for a sequence.
+        """
+        token_ids, meta = self._pack(step.sequences)
+        hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
+        result = StepResult()
+        self._sample(step.sequences, hidden, meta, result)
+        self._report_prompts(step.sequences, hidden, meta, result)
+        return result
+
+    def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, StepMeta]:
+        block_size = self.cache.block_size
+        query_lens = np.fromiter((s.num_tokens for s in sequences), np.int64, len(sequences))
+        starts = np.fromiter((s.num_computed_tokens for s in sequences), np.int64, len(sequences))
+        query_start_loc = np.zeros(len(sequences) + 1, np.int32)
+        query_start_loc[1:] = query_lens.cumsum()
+        seq_lens = starts + query_lens
+
+        tables = np.zeros(
+            (len(sequences), max(len(s.block_table) for s in sequences)), np.int32
+        )  # [B, max_blocks]
+        for row, sequence in enumerate(sequences):
+            tables[row, : len(sequence.block_table)] = sequence.block_table
+
+        rows = np.repeat(np.arange(len(sequences)), query_lens)  # [T] which sequence each token belongs to
+        positions = np.arange(len(rows)) - query_start_loc[rows] + starts[rows]
+        slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        token_ids = np.fromiter((t for s in sequences for t in s.token_ids), np.int64, len(rows))
+
+        meta = StepMeta(
+            positions=self._to_device(positions),
+            slot_mapping=self._to_device(slots),
+            query_start_loc=self._to_device(query_start_loc),
+            seq_lens=self._to_device(seq_lens.astype(np.int32)),
+            block_tables=self._to_device(tables),
+            num_decodes=int((query_lens == 1).argmin()) if query_lens[-1] > 1 else len(sequences),
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+        return self._to_device(token_ids), meta
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.decoder.device, non_blocking=True)
+
+    def _sample(
+        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
+    ) -> None:
+        drawing = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
+        samples = [sequence.sample for sequence in sequences if sequence.sample is not None]
+        if not drawing:
+            return
+        if len(drawing) < hidden.shape[0]:
+            hidden = hidden[meta.query_start_loc[1:][drawing].long() - 1]  # the last row of each
+        sampled = self.sampler(self.decoder.logits(hidden), samples)
+        for row, token_id, logprobs in zip(drawing, sampled.token_ids, sampled.logprobs, strict=True):
+            result.token_ids[sequences[row].sequence_id] = token_id
+            if logprobs is not None:
+                result.logprobs[sequences[row].sequence_id] = logprobs
+
+    def _report_prompts(
+        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
+    ) -> None:
+        if all(sequence.num_prompt_logprobs is None for sequence in sequences):
+            return
+        bounds = meta.query_start_loc.tolist()
+        for row, sequence in enumerate(sequences):
+            if sequence.num_prompt_logprobs is None:
+                continue
+            targets = list(sequence.next_prompt_token_ids)
+            entries: list[TokenLogprobs] = []
+            for first in range(0, len(targets), _PROMPT_LOGITS_ROWS):
+                part = targets[first : first + _PROMPT_LOGITS_ROWS]
+                begin = bounds[row] + first
+                logits = self.decoder.logits(hidden[begin : begin + len(part)])
+                entries += token_logprobs(logits, part, [sequence.num_prompt_logprobs] * len(part))
+            result.prompt_logprobs[sequence.sequence_id] = sequence.num_computed_tokens + 1, entries

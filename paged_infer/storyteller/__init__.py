@@ -1,0 +1,15 @@
+"""The bundled tiny model: it tells stories from a grammar of its own and answers questions about them.
+
+`PATH` is its folder in Hugging Face format, `tell(seed)` writes a story of the grammar, and `evaluate(llm)` says how
+near a model has come to that grammar. Importing this package imports neither torch nor transformers.
+"""
+
+from pathlib import Path
+
+from paged_infer.storyteller.evaluation import evaluate
+from paged_infer.storyteller.grammar import Story, tell
+from paged_infer.storyteller.world import Question
+
+PATH = Path(__file__).parent / "weights"
+
+__all__ = ["PATH", "Question", "Story", "evaluate", "tell"]

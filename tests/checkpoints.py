@@ -1,0 +1,103 @@
+"""Tiny random checkpoints, saved by transformers, of every family: odd widths on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 1003
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_ROPE_FAMILY: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 272,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+}
+# name -> (model_type, settings, save_pretrained options)
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 512}, {}),
+    "gpt2-untied": (
+        "gpt2",
+        {
+            "n_embd": 96,
+            "n_head": 4,
+            "n_layer": 2,
+            "n_positions": 512,
+            "n_inner": 150,
+            "tie_word_embeddings": False,
+        },
+        {},
+    ),
+    "llama2": ("llama", {**_ROPE_FAMILY, "num_key_value_heads": 6}, {"max_shard_size": "400KB"}),
+    "llama3": ("llama", {**_ROPE_FAMILY, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}, {}),
+    "llama-biased": ("llama", {**_ROPE_FAMILY, "attention_bias": True, "mlp_bias": True, "head_dim": 80}, {}),
+    "mistral": ("mistral", {**_ROPE_FAMILY, "sliding_window": 13, "head_dim": 80}, {}),
+    "qwen2": ("qwen2", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {"max_shard_size": "400KB"}),
+    "qwen2-window": (
+        "qwen2",
+        {**_ROPE_FAMILY, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+        {},
+    ),
+    "qwen3": ("qwen3", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {}),
+    "qwen3-untied": (
+        "qwen3",
+        {**_ROPE_FAMILY, "head_dim": 80, "attention_bias": True},
+        {"max_shard_size": "400KB"},
+    ),
+}
+
+
+def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of family ``name`` under ``folder``. Weights are wide (std 0.15), so that argmax has no near ties."""
+    model_type, settings, save_options = FAMILIES[name]
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCAB,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+        **settings,
+    )
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for (
+        parameter
+    ) in model.parameters():  # biases and norms too: a weight that is ignored must change the tokens
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    path = folder / name
+    model.save_pretrained(path, **save_options)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """A byte-level BPE of fewer than VOCAB tokens beside the weights in ``path``; ids 0 and 1 are its special tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>", "<|turn|>"],
+        show_progress=False,
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    backend.train_from_iterator([f"{a}{b} {b}{a}" for a in letters for b in letters], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}<|turn|>"
+    tokenizer.save_pretrained(path)

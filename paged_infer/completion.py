@@ -86,7 +86,8 @@ class Completion:
         if self._decoder is None:
             return self._tokenizer.decode(self._visible_token_ids())
         if finish_reason == "abort":  # it ended between two steps, with characters still held back
-            return self._text + self._decoder.finish()
+            self._text += self._decoder.finish()
+            return self._text
         if finish_reason is not None:
             return self._text
         held = max((_overlap(self._text, stop) for stop in self._stops), default=0)

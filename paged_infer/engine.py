@@ -19,6 +19,7 @@ from paged_infer.control.admission import check_request, truncated
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.step import ScheduledStep
 from paged_infer.control.usage import KVUsage
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
@@ -54,6 +55,7 @@ class LLMEngine:
         """
         self.config = config
         self.device = _device(config.device)
+        backend = attention_backend(config.attention_backend, self.device)
         self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.memory = plan_memory(config, self.decoder)
@@ -61,7 +63,7 @@ class LLMEngine:
             self.decoder.kv_spec(),
             self.memory.num_blocks,
             self.memory.block_size,
-            attention_backend(config.attention_backend, self.device),
+            backend,
             self.device,
         )
         self.runner = ModelRunner(self.decoder, cache)
@@ -85,6 +87,8 @@ class LLMEngine:
             ValueError: the request could not be served; the message names the value and the limit.
         """
         text = prompt if isinstance(prompt, str) else None
+        if not isinstance(prompt, ReadOnlyList) or isinstance(prompt, bytes):
+            raise ValueError(f"a prompt is a str or a list of token ids, not {type(prompt).__name__}")
         token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
@@ -151,6 +155,7 @@ class LLMEngine:
         if not step.sequences:
             raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
         result = self.runner.execute(step)
+        self._record_usage(step)
         grown = self.scheduler.update(step, result.token_ids)
         now = time.perf_counter()
         moved: dict[str, _Live] = {}
@@ -165,7 +170,6 @@ class LLMEngine:
                 moved[sequence.request_id] = live
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(result)
-        self._record_usage(step_tokens=step.num_tokens)
         return [output for live in moved.values() if (output := self._reported(live, now)) is not None]
 
     def _reported(self, live: _Live, now: float) -> RequestOutput | None:
@@ -185,10 +189,10 @@ class LLMEngine:
                     named_logprobs(entry, self.tokenizer) for entry in entries
                 ]
 
-    def _record_usage(self, step_tokens: int) -> None:
-        stored = sum(sequence.num_computed_tokens for sequence in self.scheduler.running)
-        if self.scheduler.running:
-            self.usage.record(self.manager.pool.num_used * self.memory.block_size, stored)
+    def _record_usage(self, step: ScheduledStep) -> None:
+        """What is held while the step is in memory, before the sequences that it ends give back their blocks."""
+        stored = sum(sequence.num_computed_tokens for sequence in self.scheduler.running) + step.num_tokens
+        self.usage.record(self.manager.pool.num_used * self.memory.block_size, stored)
 
     def _output(self, live: _Live) -> RequestOutput:
         return request_output(live.request, live.completions, live.prompt_logprobs)
@@ -224,6 +228,7 @@ def request_output(
         first_token_time_s=request.first_token_time_s,
         finished_time_s=request.finished_time_s,
         num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
+        num_longest_output_tokens=max(sequence.num_output_tokens for sequence in request.sequences),
         num_preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
     )
     return RequestOutput(

@@ -45,6 +45,11 @@ class LLM:
         return self.engine.tokenizer
 
     @property
+    def name(self) -> str:
+        """What to call the model in a table."""
+        return "storyteller" if self.is_storyteller else self.folder.name
+
+    @property
     def is_storyteller(self) -> bool:
         """Whether this is the bundled model."""
         return self.folder == storyteller.PATH
@@ -70,11 +75,11 @@ class LLM:
             for request in requests:
                 self.engine.submit(request)
             with _progress(len(requests), use_tqdm) as bar:
-                num_done = 0
-                while num_done < len(requests):
-                    self._step()
-                    num_before, num_done = num_done, sum(request.is_finished for request in requests)
-                    bar.update(num_done - num_before)
+                pending = {request.request_id for request in requests}
+                while pending:
+                    done = pending & {output.request_id for output in self._step()}
+                    pending -= done
+                    bar.update(len(done))
             return [self._mail[request.request_id] for request in requests]
         finally:  # an interrupt or a failed step leaves nothing behind
             self._drop(requests)
@@ -94,6 +99,8 @@ class LLM:
             finished = False
             while not finished:
                 while request.request_id not in self._mail:
+                    if request.is_finished:  # somebody aborted it
+                        return
                     self._step()
                 output = self._mail.pop(request.request_id)
                 finished = output.finished
@@ -101,10 +108,11 @@ class LLM:
         finally:
             self._drop([request])
 
-    def _step(self) -> None:
+    def _step(self) -> list[RequestOutput]:
         """One engine step. A stream and a ``generate`` may be under way together: each finds its own in the mail."""
-        for output in self.engine.step():
-            self._mail[output.request_id] = output
+        outputs = self.engine.step()
+        self._mail.update((output.request_id, output) for output in outputs)
+        return outputs
 
     def _drop(self, requests: list[Request]) -> None:
         for request in requests:
@@ -163,12 +171,19 @@ def pair_prompts(
     """Each prompt with its parameters.
 
     Raises:
-        ValueError: as many parameters as prompts were not given.
+        ValueError: ``prompts`` is neither text nor a list, or as many parameters as prompts were not given.
     """
+    if not isinstance(prompts, ReadOnlyList) or isinstance(prompts, bytes):
+        kind = type(prompts).__name__
+        raise ValueError(f"prompts must be a str, a list of token ids, or a list of either, not {kind}")
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
     each: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [(prompt, sampling_params or SamplingParams()) for prompt in each]
+    if not isinstance(sampling_params, ReadOnlyList) or not all(
+        isinstance(params, SamplingParams) for params in sampling_params
+    ):
+        raise ValueError(f"sampling_params={sampling_params!r}: must be SamplingParams, or a list of them")
     if len(sampling_params) != len(each):
         raise ValueError(
             f"{len(sampling_params)} sampling_params for {len(each)} prompts: one, or one a prompt"

@@ -45,7 +45,8 @@ class RequestMetrics:
     arrival_time_s: float
     first_token_time_s: float | None = None
     finished_time_s: float | None = None
-    num_generation_tokens: int = 0
+    num_generation_tokens: int = 0  # of all samples
+    num_longest_output_tokens: int = 0  # of the longest sample
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
@@ -61,10 +62,14 @@ class RequestMetrics:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first, in seconds; None with fewer than two tokens."""
-        if self.finished_time_s is None or self.first_token_time_s is None or self.num_generation_tokens < 2:
+        """Time per output token after the first, in seconds, of the longest sample; None if that has fewer than two."""
+        if (
+            self.finished_time_s is None
+            or self.first_token_time_s is None
+            or self.num_longest_output_tokens < 2
+        ):
             return None
-        return (self.finished_time_s - self.first_token_time_s) / (self.num_generation_tokens - 1)
+        return (self.finished_time_s - self.first_token_time_s) / (self.num_longest_output_tokens - 1)
 
 
 @dataclass(slots=True)

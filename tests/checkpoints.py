@@ -62,7 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint of family ``name`` under ``folder``. Weights are wide (std 0.15), so that argmax has no near ties."""
+    """A checkpoint of family ``name`` under ``folder``. Wide weights (std 0.15): argmax has no near ties."""
     model_type, settings, save_options = FAMILIES[name]
     config = AutoConfig.for_model(
         model_type,
@@ -86,7 +86,7 @@ def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.f
 
 
 def save_tokenizer(path: Path) -> None:
-    """A byte-level BPE of fewer than VOCAB tokens beside the weights in ``path``; ids 0 and 1 are its special tokens."""
+    """A byte-level BPE of at most VOCAB tokens beside the weights in ``path``; ids 0 and 1 are special."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -99,5 +99,7 @@ def save_tokenizer(path: Path) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     backend.train_from_iterator([f"{a}{b} {b}{a}" for a in letters for b in letters], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}<|turn|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}<|turn|>"
+    )
     tokenizer.save_pretrained(path)

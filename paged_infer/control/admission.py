@@ -41,8 +41,10 @@ def check_request(
     if not num_prompt:
         raise ValueError("the prompt is empty (0 tokens): at least 1 is needed")
     for token_id in prompt_token_ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise ValueError(f"prompt token id {token_id!r} is outside the vocabulary [0, {vocab_size})")
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"prompt token id {token_id!r} is no integer of the vocabulary [0, {vocab_size})"
+            )
     for token_id in (*params.stop_token_ids, *params.logit_bias):
         if token_id >= vocab_size:
             raise ValueError(

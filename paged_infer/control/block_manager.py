@@ -34,15 +34,12 @@ class BlockManager:
         """How many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, num_tokens: int, num_reserved: int = 0) -> Allocation:
-        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored.
-
-        ``num_reserved`` free blocks are spoken for and count as taken.
-        """
+    def can_allocate(self, num_tokens: int) -> Allocation:
+        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored."""
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
             return Allocation.NEVER
-        return Allocation.OK if needed <= self.pool.num_free - num_reserved else Allocation.LATER
+        return Allocation.OK if needed <= self.pool.num_free else Allocation.LATER
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
         """How many more blocks the sequence needs to hold ``num_tokens`` tokens in all."""

@@ -47,7 +47,6 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
-    last_step: int = -1  # when it was last scheduled
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -6,6 +6,9 @@ to fit. A long prompt so streams in beside running decodes instead of stopping t
 
 Order is by arrival throughout. When the pool is exhausted the youngest running sequence gives back all its blocks and
 waits at the head of the queue, so the oldest always gets through: every request that fits the pool finishes.
+
+Two things follow from admitting in order, and only while budget is left: no more sequences run than the budget has
+tokens, so every decode gets its token in every step; and at most one prompt is partly computed, the youngest.
 """
 
 from __future__ import annotations
@@ -24,21 +27,6 @@ from paged_infer.params import SampleRow
 class SchedulerStats:
     preemptions: int = 0
     steps: int = 0
-
-
-class _Grants:
-    """How many tokens each sequence computes in the step being made, and what is left of the budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.left = budget
-        self.num_tokens: dict[Sequence, int] = {}
-
-    def give(self, sequence: Sequence, num_tokens: int) -> None:
-        self.num_tokens[sequence] = num_tokens
-        self.left -= num_tokens
-
-    def take_back(self, sequence: Sequence) -> None:
-        self.left += self.num_tokens.pop(sequence, 0)
 
 
 class Scheduler:
@@ -74,61 +62,46 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Choose the next step's work and give it blocks. ``update`` must follow, unless the step fails."""
-        grants = _Grants(self.max_num_batched_tokens)
-        num_preemptions = self.stats.preemptions
-        self._schedule_running(grants)
-        if (
-            self.waiting and self.stats.preemptions == num_preemptions
-        ):  # who just made room would be asked to leave
-            self._admit(grants)
+        budget = self.max_num_batched_tokens
+        scheduled: list[tuple[Sequence, int]] = []  # who computes how many tokens
+        for sequence in tuple(self.running):
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if sequence.state is not SequenceState.RUNNING or not self._make_room(sequence, num_tokens):
+                break  # preempted, and so are all that are younger
+            scheduled.append((sequence, num_tokens))
+            budget -= num_tokens
+        scheduled += self._admit(budget)
         self.stats.steps += 1
-        for sequence in grants.num_tokens:
-            sequence.last_step = self.stats.steps
-        single_first = sorted(grants.num_tokens.items(), key=lambda grant: grant[1] > 1)
-        return ScheduledStep(self.stats.steps, [self._describe(*grant) for grant in single_first])
+        scheduled.sort(key=lambda item: item[1] > 1)  # stable: single tokens first
+        return ScheduledStep(self.stats.steps, [self._describe(*item) for item in scheduled])
 
-    def _schedule_running(self, grants: _Grants) -> None:
-        decodes = [s for s in self.running if s.num_uncomputed_tokens == 1]
-        chunks = [s for s in self.running if s.num_uncomputed_tokens > 1]
-        if len(decodes) > grants.left:  # they take turns, those served longest ago first
-            decodes = sorted(decodes, key=lambda s: s.last_step)[: grants.left]
-        for sequence in decodes + chunks:
-            wanted = min(sequence.num_uncomputed_tokens, grants.left)
-            if (
-                wanted
-                and sequence.state is SequenceState.RUNNING
-                and self._make_room(sequence, wanted, grants)
-            ):
-                grants.give(sequence, wanted)
-
-    def _make_room(self, sequence: Sequence, wanted: int, grants: _Grants) -> bool:
-        """Blocks for ``wanted`` more tokens, at the cost of the youngest; False if that is the sequence itself."""
-        while not self.manager.grow(sequence.sequence_id, sequence.num_computed_tokens + wanted):
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for ``num_tokens`` more, at the cost of the youngest; False if that is the sequence itself."""
+        while not self.manager.grow(sequence.sequence_id, sequence.num_computed_tokens + num_tokens):
             victim = self.running.pop()
             self.manager.free(victim.sequence_id)
             victim.preempt()
             self.waiting.appendleft(victim)  # younger than all that run, older than all that wait
             self.stats.preemptions += 1
-            grants.take_back(victim)  # it may have been given tokens in this very step
             if victim is sequence:
                 return False
         return True
 
-    def _admit(self, grants: _Grants) -> None:
+    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
         """Let the head of the queue in while there is budget, a place, and room for all its known tokens."""
-        # Prompts that still stream in have been promised the rest of their blocks.
-        reserved = sum(self.manager.missing_blocks(s.sequence_id, s.num_tokens) for s in self.running)
-        while self.waiting and grants.left and len(self.running) < self.max_num_seqs:
+        admitted = []
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if self.manager.can_allocate(sequence.num_tokens, reserved) is not Allocation.OK:
+            if self.manager.can_allocate(sequence.num_tokens) is not Allocation.OK:
                 break
             self.waiting.popleft()
             sequence.move_to(SequenceState.RUNNING)
             self.running.append(sequence)
-            wanted = min(sequence.num_uncomputed_tokens, grants.left)
-            self.manager.grow(sequence.sequence_id, wanted)
-            reserved += self.manager.missing_blocks(sequence.sequence_id, sequence.num_tokens)
-            grants.give(sequence, wanted)
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            self.manager.grow(sequence.sequence_id, num_tokens)
+            admitted.append((sequence, num_tokens))
+            budget -= num_tokens
+        return admitted
 
     def _describe(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         start = sequence.num_computed_tokens

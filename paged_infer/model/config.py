@@ -7,7 +7,6 @@ that this decoder does not compute is refused by name, so a checkpoint never run
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,27 +85,32 @@ class ModelConfig:
     def from_pretrained(cls, folder: Path) -> ModelConfig:
         """Read ``folder/config.json``, and the end tokens of ``generation_config.json`` where there is one."""
         path = folder / "config.json"
-        raw = _read_json(path)
+        raw = read_json(path)
         generation_path = folder / "generation_config.json"
         if generation_path.is_file():
-            generation = _read_json(generation_path)
+            generation = read_json(generation_path)
             raw["eos_token_id"] = generation.get("eos_token_id", raw.get("eos_token_id"))
         try:
             return cls.from_hf(raw)
-        except KeyError as error:
-            raise ValueError(f"{path}: lacks {error.args[0]!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Settings from a ``config.json`` as a dict.
 
         Raises:
-            ValueError: an unknown family (the message lists the known ones), or a value this decoder does not compute.
+            ValueError: an unknown family (the message lists the known ones), a setting that is missing, or a value
+                that this decoder does not compute.
         """
         family = raw.get("model_type")
         if family not in _FAMILIES:
             raise ValueError(f"model_type={family!r} is not known; known: {', '.join(sorted(_FAMILIES))}")
-        config = cls(family=family, **_FAMILIES[family](raw), **_end_tokens(raw), dtype=_dtype(raw))
+        try:
+            settings = _FAMILIES[family](raw)
+        except KeyError as error:
+            raise ValueError(f"lacks {error.args[0]!r}") from None
+        config = cls(family=family, **settings, **_end_tokens(raw), dtype=_dtype(raw))
         if config.num_heads % config.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={config.num_heads} is no multiple of num_key_value_heads={config.num_kv_heads}"
@@ -114,15 +118,19 @@ class ModelConfig:
         return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file; a ValueError that names the file if there is none."""
     if not path.is_file():
         raise ValueError(
             f"{path.parent}: no {path.name} there, so it is not a checkpoint in Hugging Face format"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def _end_tokens(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +160,7 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Both spellings: ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling`` (before)."""
     scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if (scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor={scaling.get('partial_rotary_factor')}: only 1.0 is supported"
-        )
+    _refuse_unless({**raw, **scaling}, partial_rotary_factor=1.0)
     rope: dict[str, Any] = {
         "rope_theta": float(scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     }
@@ -272,8 +277,3 @@ _FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
 }
-
-
-def attention_scale(config: ModelConfig) -> float:
-    """1 / sqrt(head_dim): keeps the variance of a query-key dot product at 1 (Vaswani 2017, 3.2.1)."""
-    return 1.0 / math.sqrt(config.head_dim)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from paged_infer.model.weights import weight_files
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_NOT_FILES = ["*/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -23,11 +26,15 @@ def resolve_model(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_FILES, local_files_only=True))
-    except Exception:  # not cached: the hub is asked below
+        folder = Path(snapshot_download(str(model), local_files_only=True))
+        weight_files(folder)
+        return folder
+    except Exception:  # not cached, or in part (a tokenizer alone, a broken download): the hub is asked below
         pass
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_FILES, etag_timeout=5))
+        return Path(
+            snapshot_download(str(model), allow_patterns=_FILES, ignore_patterns=_NOT_FILES, etag_timeout=5)
+        )
     except Exception as error:  # the hub client raises a dozen kinds; a user needs one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -7,7 +7,6 @@ unexpected tensor; what it names and the checkpoint lacks is a missing one; both
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from paged_infer.model.config import ModelConfig
+from paged_infer.model.config import ModelConfig, read_json
 from paged_infer.model.decoder import Decoder
 
 # Constants that older checkpoints carry beside their weights; the decoder computes them itself.
@@ -61,7 +60,7 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, one at a time, as stored."""
-    for path in _safetensors_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
@@ -70,10 +69,13 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path}: cannot be read as safetensors, perhaps truncated ({error})") from None
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors; a ValueError that names those that are not there."""
     index_path = folder / "model.safetensors.index.json"
     if index_path.is_file():
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index_path}: lacks 'weight_map', so it names no weight files")
         paths = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         paths = [folder / "model.safetensors"]

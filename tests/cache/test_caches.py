@@ -1,0 +1,124 @@
+"""NoCache, ContiguousCache and PagedCache: three places for keys and values, one answer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from paged_infer.cache.contiguous import ContiguousCache
+from paged_infer.cache.none import NoCache
+from paged_infer.cache.paged import PagedCache
+from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.kernels.registry import ATTENTION_BACKENDS
+
+H, H_KV, D = 6, 2, 8
+LENGTHS = (3, 9, 6)  # tokens of three sequences, all but the last of each in the first step
+
+
+def spec(window: int | None, layers: int = 2) -> list[LayerSpec]:
+    return [LayerSpec(H_KV, D, D, window, torch.float32)] * layers
+
+
+def step_meta(query_lens, seq_lens, *, slots=(), tables=((0,),), num_decodes=0) -> StepMeta:
+    starts = [0]
+    for n in query_lens:
+        starts.append(starts[-1] + n)
+    return StepMeta(
+        positions=torch.empty(0, dtype=torch.int64),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_tables=torch.tensor(tables, dtype=torch.int32),
+        num_decodes=num_decodes,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+    )
+
+
+def sequences(layer: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(layer)
+    return [
+        tuple(torch.randn(length, heads, D, generator=rng) for heads in (H, H_KV, H_KV)) for length in LENGTHS
+    ]
+
+
+def packed(layer: int, slices: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [[x[s] for x in qkv] for qkv, s in zip(sequences(layer), slices, strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def whole(window: int | None, layer: int) -> list[Tensor]:
+    """What each sequence's tokens see, computed without a cache."""
+    out = NoCache(spec(window)).attend(layer, *packed(layer, [slice(None)] * 3), step_meta(LENGTHS, LENGTHS))
+    return list(out.split(LENGTHS))
+
+
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(
+    backend, block_size, window
+) -> None:
+    cache = PagedCache(spec(window), 20, block_size, ATTENTION_BACKENDS[backend])
+    for keys in (*cache.keys, *cache.values):
+        keys[:-1] = torch.nan  # what an earlier owner may have left
+    needed = [-(-length // block_size) for length in LENGTHS]
+    free = random.Random(0).sample(range(20), 20)
+    tables = [[free.pop() for _ in range(n)] + [0] * (max(needed) - n) for n in needed]
+
+    def slot(row: int, token: int) -> int:
+        return tables[row][token // block_size] * block_size + token % block_size
+
+    prompts = [slice(0, length - 1) for length in LENGTHS]
+    prompt_lens = [length - 1 for length in LENGTHS]
+    first = step_meta(
+        prompt_lens,
+        prompt_lens,
+        slots=[slot(row, t) for row in range(3) for t in range(prompt_lens[row])],
+        tables=tables,
+    )
+    last = step_meta(
+        [1] * 3,
+        LENGTHS,
+        slots=[slot(row, LENGTHS[row] - 1) for row in range(3)],
+        tables=tables,
+        num_decodes=3,
+    )
+    for layer in range(2):
+        out = cache.attend(layer, *packed(layer, prompts), first).split(prompt_lens)
+        for row, expected in enumerate(whole(window, layer)):
+            torch.testing.assert_close(out[row], expected[:-1])
+    for layer in range(2):
+        out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), last)
+        torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
+    assert all(not keys[-1].any() for keys in (*cache.keys, *cache.values))  # the block of nobody stays zero
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(window) -> None:
+    width = max(LENGTHS) - 1
+    pad_lens = [width - (length - 1) for length in LENGTHS]
+    cache = ContiguousCache(spec(window), width + 4, pad_lens)
+    for layer in range(2):
+        parts = []
+        for qkv, pad in zip(sequences(layer), pad_lens, strict=True):
+            parts.append([torch.cat((torch.full((pad, *x.shape[1:]), 50.0), x[:-1])) for x in qkv])
+        q, k, v = (torch.cat(column) for column in zip(*parts, strict=True))
+        out = cache.attend(layer, q, k, v, step_meta([width] * 3, [width] * 3)).view(3, width, H, D)
+        for row, expected in enumerate(whole(window, layer)):
+            torch.testing.assert_close(out[row, pad_lens[row] :], expected[:-1])
+        out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), step_meta([1] * 3, [width + 1] * 3))
+        torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
+
+
+def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:
+    layers = [LayerSpec(2, 24, 24, None, torch.float32), LayerSpec(4, 16, 8, 5, torch.bfloat16)]
+    assert kv_bytes_per_token(layers) == 2 * 48 * 4 + 4 * 24 * 2
+    assert ContiguousCache(layers, 10, [0, 3]).num_bytes == 2 * 10 * kv_bytes_per_token(layers)
+    cache = PagedCache(layers, 5, 3, ATTENTION_BACKENDS["torch"])
+    assert cache.bytes_per_block == 3 * kv_bytes_per_token(layers)
+    stored = sum(t.nbytes for t in (*cache.keys, *cache.values))
+    assert stored == 6 * cache.bytes_per_block  # 5 blocks, and the one that belongs to nobody

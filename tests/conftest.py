@@ -1,0 +1,96 @@
+"""Shared fixtures: tiny random checkpoints, their transformers twins, and engines over them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may wait for a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import save_random_checkpoint, save_tokenizer
+from hypothesis import settings
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from paged_infer import LLM
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+settings.register_profile("steady", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("steady")
+
+Checkpoint = Callable[[str], Path]
+MakeLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A family's name -> the folder of its random checkpoint, which no test may change."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), dict[str, Path]()
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = save_random_checkpoint(name, folder)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def twin(checkpoint: Checkpoint) -> Callable[[str], Any]:
+    """A family's name -> the same checkpoint in transformers, in float32."""
+    loaded: dict[str, Any] = {}
+
+    def load(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32).eval()
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 that speaks text, and stops at either of two end tokens (ids 0 and 1)."""
+    path = save_random_checkpoint("qwen3", tmp_path_factory.mktemp("text"))
+    save_tokenizer(path)
+    generation = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [0, 1]}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_llm(checkpoint: Checkpoint) -> MakeLLM:
+    """LLMs over the random checkpoints, small unless told otherwise."""
+
+    def make(name: str | Path = "qwen3", **options: Any) -> LLM:
+        folder = name if isinstance(name, Path) else checkpoint(name)
+        return LLM(folder, **{"max_num_seqs": 8, "num_blocks": 64, "device": "cpu", **options})
+
+    return make
+
+
+@pytest.fixture
+def llm(make_llm: MakeLLM) -> Iterator[LLM]:
+    """A fresh engine that serves token ids; whatever the test did, law 2 holds when it ends."""
+    engine = make_llm()
+    yield engine
+    engine.check_integrity()
+    assert engine.stats()["free_blocks"] == engine.stats()["num_blocks"]
+
+
+@pytest.fixture
+def text_llm(make_llm: MakeLLM, text_checkpoint: Path) -> Iterator[LLM]:
+    """A fresh engine that serves text; whatever the test did, law 2 holds when it ends."""
+    engine = make_llm(text_checkpoint)
+    yield engine
+    engine.check_integrity()
+    assert engine.stats()["free_blocks"] == engine.stats()["num_blocks"]

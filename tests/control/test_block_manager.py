@@ -1,0 +1,92 @@
+"""BlockManager: tables grow by whole blocks, all or nothing, and give everything back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paged_infer.control.block_manager import Allocation, BlockManager
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_blocks_for_is_the_least_number_that_holds_the_tokens(num_tokens: int, block_size: int) -> None:
+    blocks = BlockManager(1, block_size).blocks_for(num_tokens)
+    assert blocks * block_size >= num_tokens > (blocks - 1) * block_size
+
+
+def test_a_table_grows_only_when_its_last_block_is_full() -> None:
+    manager = BlockManager(10, 4)
+    sizes = []
+    for num_tokens in range(1, 10):
+        assert manager.grow(1, num_tokens)
+        sizes.append(len(manager.table(1)))
+    assert sizes == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+
+
+def test_a_table_keeps_its_blocks_in_order_as_it_grows() -> None:
+    manager = BlockManager(10, 2)
+    manager.grow(1, 4)
+    before = list(manager.table(1))
+    manager.grow(2, 2)
+    manager.grow(1, 7)
+    assert manager.table(1)[:2] == before
+    assert len(set(manager.table(1) + manager.table(2))) == 5
+
+
+def test_growth_takes_all_that_is_missing_or_nothing() -> None:
+    manager = BlockManager(3, 2)
+    assert manager.grow(1, 4)
+    assert not manager.grow(2, 3)
+    assert manager.table(2) == [] and manager.pool.num_free == 1
+    manager.check_integrity({1: 4})
+
+
+def test_a_table_never_shrinks() -> None:
+    manager = BlockManager(3, 2)
+    manager.grow(1, 5)
+    assert manager.grow(1, 1) and len(manager.table(1)) == 3
+
+
+def test_can_allocate_answers_now_later_or_never() -> None:
+    manager = BlockManager(4, 4)
+    manager.grow(1, 5)
+    assert [manager.can_allocate(n) for n in (8, 9, 16, 17)] == [
+        Allocation.OK,
+        Allocation.LATER,
+        Allocation.LATER,
+        Allocation.NEVER,
+    ]
+
+
+def test_what_is_free_has_all_been_given_back() -> None:
+    manager = BlockManager(4, 2)
+    manager.grow(1, 3)
+    manager.grow(2, 3)
+    manager.free(1)
+    manager.check_integrity({2: 3})
+    manager.free(2)
+    manager.free(2)  # holding nothing is no error
+    assert manager.pool.num_free == 4
+    manager.check_integrity({})
+
+
+def test_missing_blocks_counts_what_growth_would_take() -> None:
+    manager = BlockManager(9, 4)
+    assert manager.missing_blocks(1, 9) == 3
+    manager.grow(1, 5)
+    assert [manager.missing_blocks(1, n) for n in (1, 8, 9, 13)] == [0, 0, 1, 2]
+
+
+def test_integrity_notices_strangers_and_tokens_without_slots() -> None:
+    manager = BlockManager(4, 2)
+    manager.grow(7, 3)
+    with pytest.raises(RuntimeError, match=r"sequences \[7\] hold blocks and do not run"):
+        manager.check_integrity({})
+    with pytest.raises(RuntimeError, match="sequence 7 has stored 5 tokens in too few blocks"):
+        manager.check_integrity({7: 5})
+
+
+def test_a_block_size_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="block_size=0"):
+        BlockManager(4, 0)

@@ -47,11 +47,13 @@ class ModelRunner:
         Raises:
             FloatingPointError: the model produced NaN for a sequence.
         """
-        token_ids, meta = self._pack(step.sequences)
+        # Single tokens first, as StepMeta has it, and among them rows of like length together.
+        sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
+        token_ids, meta = self._pack(sequences)
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
         result = StepResult()
-        self._sample(step.sequences, hidden, meta, result)
-        self._report_prompts(step.sequences, hidden, meta, result)
+        self._sample(sequences, hidden, meta, result)
+        self._report_prompts(sequences, hidden, meta, result)
         return result
 
     def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, StepMeta]:

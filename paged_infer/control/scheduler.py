@@ -72,7 +72,6 @@ class Scheduler:
             budget -= num_tokens
         scheduled += self._admit(budget)
         self.stats.steps += 1
-        scheduled.sort(key=lambda item: item[1] > 1)  # stable: single tokens first
         return ScheduledStep(self.stats.steps, [self._describe(*item) for item in scheduled])
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:

@@ -36,7 +36,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """Everything that runs in one step, sequences with a single token first."""
+    """Everything that runs in one step, the oldest first."""
 
     index: int
     sequences: list[ScheduledSequence]

@@ -324,8 +324,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(scheduled) == bool(self.alive)  # never idle while there is work
         assert step.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(set(scheduled)) == len(scheduled)
-        lengths = [item.num_tokens > 1 for item in step.sequences]
-        assert lengths == sorted(lengths)  # single tokens first
         assert all(item.num_tokens > 0 for item in step.sequences)
 
         preempted = [s for s in were_running if s.state is SequenceState.WAITING]

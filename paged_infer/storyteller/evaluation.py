@@ -1,0 +1,63 @@
+"""How well a model has learned the grammar: does it remember, and how near is it to the best possible perplexity?"""
+
+import math
+from typing import Any
+
+from paged_infer.storyteller.grammar import END, FIRST_EVALUATION_SEED, Story, ask, tell
+
+
+def document(story: Story) -> str:
+    """The story as training saw it, between two `<|endoftext|>`: the first asks for a story, the last is its end."""
+    return END + story.text + END
+
+
+def quizzes(story: Story) -> list[tuple[str, str]]:
+    """(prompt, true answer) for each question, each prompt with the questions and answers before it."""
+    body = story.text[: len(story.text) - len("".join(map(ask, story.questions)))]
+    found = []
+    for question in story.questions:
+        found.append((f"{END}{body}Q: {question.question}\nA:", question.answer))
+        body += ask(question)
+    return found
+
+
+def evaluate(llm: Any, num_stories: int = 100) -> dict[str, float]:
+    """Recall, perplexity and the grammar's perplexity on `num_stories` stories that training never saw.
+
+    `llm` is a `paged_infer.LLM`, or anything whose `generate` does the same.
+
+    - `recall`: share of the questions whose greedy answer equals the true answer exactly.
+    - `perplexity`: exp of the mean nats a token that the model spends on the documents.
+    - `grammar_perplexity`: the same for the grammar itself, which no model can beat but by chance.
+
+    Both perplexities are over the same tokens: all of a document after its leading `<|endoftext|>`, so the first
+    word is predicted too, and the closing `<|endoftext|>`, the decision to end, is counted.
+    """
+    from paged_infer.params import SamplingParams
+
+    if num_stories < 1:
+        raise ValueError(f"num_stories is {num_stories}, but must be at least 1")
+    stories = [tell(FIRST_EVALUATION_SEED + i) for i in range(num_stories)]
+
+    asked = [quiz for story in stories for quiz in quizzes(story)]
+    greedy = SamplingParams(temperature=0, max_tokens=24, stop=["\n"])
+    answers = llm.generate([prompt for prompt, _ in asked], greedy, use_tqdm=False)
+    right = sum(
+        got.outputs[0].text.strip() == answer for got, (_, answer) in zip(answers, asked, strict=True)
+    )
+
+    scored = llm.generate(
+        [document(story) for story in stories],
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    nats, num_tokens = 0.0, 0
+    for output in scored:
+        for token, logprobs in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
+            nats -= logprobs[token].logprob
+            num_tokens += 1
+    return {
+        "recall": right / len(asked),
+        "perplexity": math.exp(nats / num_tokens),
+        "grammar_perplexity": math.exp(-sum(story.logprob for story in stories) / num_tokens),
+    }

@@ -1,0 +1,60 @@
+"""Writes a trained storyteller as a Hugging Face folder, and the picture of its training."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, Qwen3ForCausalLM
+
+from paged_infer.storyteller.grammar import END
+from paged_infer.storyteller.vocabulary import save_tokenizer
+
+
+def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write config, weights (rounded to bfloat16) and tokenizer to `folder`, file by file in one move each.
+
+    config.json still says float32, so that engines compute in it: the bundled weights are small, not the arithmetic.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    end = tokenizer.token_to_id(END)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        draft = Path(name)
+        tensors = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
+        del tensors["lm_head.weight"]  # tied to the embedding
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(draft)
+        config = json.loads((draft / "config.json").read_text())
+        config |= {"architectures": [type(model).__name__], "dtype": "float32"}
+        (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        GenerationConfig(eos_token_id=end, pad_token_id=end).save_pretrained(draft)
+        save_tokenizer(tokenizer, draft)
+        for file in sorted(draft.iterdir()):
+            file.chmod(0o644)
+            os.replace(file, folder / file.name)
+
+
+def plot(log: list[dict[str, float]], path: Path) -> None:
+    """The loss (left axis) and the recall of unseen facts (right axis) over the tokens trained on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    millions = [entry["tokens"] / 1e6 for entry in log]
+    with plt.style.context("default"):
+        figure, left = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained")
+        left.plot(millions, [entry["loss"] for entry in log], color="tab:blue")
+        left.set(xlabel="tokens trained on (millions)", yscale="log", xlim=(0, None))
+        left.set_ylabel("loss (nats a token)", color="tab:blue")
+        right = left.twinx()
+        right.plot(millions, [100 * entry["recall"] for entry in log], color="tab:orange")
+        right.set_ylim(0, 102)
+        right.set_ylabel("answers right (%)", color="tab:orange")
+        left.set_title("Training the storyteller")
+        left.grid(alpha=0.3)
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,134 @@
+"""An endless source of stories: `tell(seed)` writes one, with questions, answers and its exact log-probability.
+
+Every decision is a draw of one `Chooser`, and different draws end in different texts, so a story has exactly one
+derivation and its log-probability is the sum of its draws. No model, however good, can do better than
+exp(-logprob / num_tokens) in perplexity on text from this grammar: that is what the trained model is held against.
+"""
+
+from dataclasses import dataclass
+
+from paged_infer.storyteller import lexicon
+from paged_infer.storyteller.chooser import Chooser
+from paged_infer.storyteller.scenes import SCENES, find
+from paged_infer.storyteller.themes import LAST_WORDS, THEMES
+from paged_infer.storyteller.world import Person, Question, Thing, World
+
+END = "<|endoftext|>"  # stands before a document and after it; never inside
+# Training tells stories with smaller seeds; evaluation begins here.
+FIRST_EVALUATION_SEED = 1_000_000_000
+
+# Kind of story -> (how often, least scenes in its middle, most, chance that one more follows after the least).
+KINDS: dict[str, tuple[float, int, int, float]] = {
+    "short story": (0.25, 0, 0, 0.5),
+    "story": (0.67, 0, 8, 0.55),
+    "long story": (0.08, 4, 18, 0.9),
+}
+MOST_QUESTIONS = 8
+
+
+@dataclass(frozen=True)
+class Story:
+    """One document of the language: a title line, the story, and questions with their answers."""
+
+    text: str
+    questions: tuple[Question, ...]
+    logprob: float  # nats, of the whole text and its end
+
+
+def ask(question: Question) -> str:
+    """The two lines in which a question and its answer stand in a document."""
+    return f"Q: {question.question}\nA: {question.answer}\n"
+
+
+def tell(seed: int) -> Story:
+    """The story of that seed."""
+    return write(Chooser.from_seed(seed))
+
+
+def write(chooser: Chooser) -> Story:
+    """A story made of the chooser's draws."""
+    world = World(chooser)
+    kind = chooser.weigh({name: weight for name, (weight, *_) in KINDS.items()})
+    _, least, most, more = KINDS[kind]
+    hero = world.new_person()
+    discovery, thing = find(world, hero)
+    lines = [f"A {kind} about {hero} and a {thing.colour} {thing.noun}."]
+    lines.append(_opening(world, hero))
+    if kind == "short story":
+        lines.append(f"One morning {discovery}")
+        lines.append(_short_ending(world, hero, thing))
+    else:
+        friend = world.new_person()
+        setups, endings = chooser.pick(THEMES)
+        lines[-1] += " " + _friend(world, hero, friend) + " " + world.say(setups, a=hero, b=friend)
+        lines.append(f"One morning, when {chooser.pick(lexicon.WEATHERS)}, {discovery}")
+        scene = None
+        for number in range(most):
+            if number >= least and not chooser.chance(more):
+                break
+            possible = [s for s in SCENES if s is not scene and s.possible(world)]
+            scene = chooser.weigh({s: s.weight for s in possible})
+            lines.append(f"{_connective(world)}, {scene.tell(world)}")
+        lines.append(world.say(endings, a=hero, b=friend) + " " + chooser.pick(LAST_WORDS))
+    questions = _questions(world)
+    text = "\n".join(lines) + "\n" + "".join(ask(question) for question in questions)
+    return Story(text, tuple(questions), chooser.logprob)
+
+
+def _opening(world: World, hero: Person) -> str:
+    setting, hobby = world.chooser.pick(lexicon.SETTINGS), world.chooser.pick(lexicon.HOBBIES)
+    return world.say(
+        (
+            "Once upon a time, in {s}, there lived a {a.trait} {a.child} named {a}, who {h}.",
+            "In {s} lived a {a.trait} {a.child} named {a}, who {h}.",
+            "There was once a {a.trait} {a.child} named {a}. {a.He} lived in {s}, and {a.he} {h}.",
+        ),
+        a=hero,
+        s=setting,
+        h=hobby,
+    )
+
+
+def _friend(world: World, hero: Person, friend: Person) -> str:
+    return world.say(
+        (
+            "{a.His} best friend was {b}, a {b.trait} {b.child}.",
+            "Next door lived {b}, a {b.trait} {b.child}, and the two were always together.",
+        ),
+        a=hero,
+        b=friend,
+    )
+
+
+def _short_ending(world: World, hero: Person, thing: Thing) -> str:
+    return world.say(
+        (
+            "That night {a} dreamed about the {t.noun}, and it was a happy dream.",
+            "And whenever {a} was sad, {a.he} thought of the {t.noun} and felt better.",
+            "That evening {a} told {a.his} mother everything, and they both had to laugh.",
+            "From that day on, {a} looked at the world as if it were full of presents.",
+            "And the next morning {a} went out to see what else the world had lost.",
+        ),
+        a=hero,
+        t=thing,
+    )
+
+
+def _connective(world: World) -> str:
+    """When a scene happens: soon after the last one, or at the next time of the day."""
+    if world.chooser.chance(0.5):
+        return world.chooser.pick(lexicon.CONNECTIVES)
+    world.daytime = (world.daytime + 1) % len(lexicon.DAYTIMES)
+    return lexicon.DAYTIMES[world.daytime]
+
+
+def _questions(world: World) -> list[Question]:
+    """Two or more of the world's questions in random order."""
+    left = world.questions()
+    asked: list[Question] = []
+    while left and len(asked) < MOST_QUESTIONS:
+        if len(asked) >= 2 and not world.chooser.chance(0.6):
+            break
+        asked.append(world.chooser.pick(left))
+        left.remove(asked[-1])
+    return asked

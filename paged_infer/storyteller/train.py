@@ -1,0 +1,198 @@
+"""Trains the storyteller: `python -m paged_infer.storyteller.train`, whose defaults made the bundled weights."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from paged_infer.storyteller import PATH
+from paged_infer.storyteller.batches import CONTEXT, Batch, Mix, Rows, stream
+from paged_infer.storyteller.export import export, plot
+from paged_infer.storyteller.grammar import FIRST_EVALUATION_SEED
+from paged_infer.storyteller.muon import Muon
+from paged_infer.storyteller.vocabulary import train_tokenizer
+
+
+def new_model(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of 3.1M parameters, initialized so that it soon learns to look back.
+
+    Two things help: weights of about 1 / sqrt(hidden), where 0.02 is usual, and `begin_by_matching`.
+    """
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=192,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=640,
+            max_position_embeddings=CONTEXT,
+            initializer_range=0.07,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+    )
+    begin_by_matching(model)
+    return model
+
+
+@torch.no_grad()
+def begin_by_matching(model: Qwen3ForCausalLM) -> None:
+    """Let the first head of each layer attend to whatever resembles the present token, and copy it.
+
+    Its queries are made like its keys, both in the slowly turning half of the rotary dimensions, so that distance
+    does not blur the match; its output undoes its values. This is "mimetic" initialization (Trockman and Kolter, 2023).
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        size = attention.head_dim
+        fast = torch.arange(size) % (size // 2) < size // 4  # dimensions i and i + size / 2 turn together
+        attention.k_proj.weight[:size] *= torch.where(fast, 0.1, 1.0)[:, None]
+        attention.q_proj.weight[:size] = attention.k_proj.weight[:size]
+        attention.o_proj.weight[:, :size] = attention.v_proj.weight[:size].T
+
+
+def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the embedding and the norms; rates are those of a factor of 1."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        Muon(matrices, lr=5e-3),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted mean, plain mean) of the nats per predicted token."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits  # [B, S - 1, vocabulary]
+    nats = cross_entropy(logits.float().flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
+    weights = batch.weights.flatten()
+    return (nats * weights).sum() / weights.sum(), nats.detach()[weights > 0].mean()
+
+
+class Probe:
+    """The share of answers in unseen stories that the model would give greedily, measured in one go."""
+
+    def __init__(self, rows: Rows, num_batches: int = 2) -> None:
+        unseen = Rows(rows.tokenizer, seed=0)
+        unseen.random = random.Random(FIRST_EVALUATION_SEED)
+        self.batches = unseen.batches(Mix(drills=0.0, answer_weight=2.0), tokens=4000)[:num_batches]
+        self.end_of_answer = rows.newline
+
+    @torch.no_grad()
+    def recall(self, model: Qwen3ForCausalLM) -> float:
+        """An answer counts when each of its tokens is the likeliest after the true ones before it."""
+        right = asked = 0
+        for batch in self.batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits
+            guesses = logits.argmax(-1)  # [B, S - 1]
+            for targets, guess, weights in zip(batch.token_ids[:, 1:], guesses, batch.weights, strict=True):
+                good = True
+                for i in (weights > 1.0).nonzero().flatten().tolist():
+                    good = good and bool(guess[i] == targets[i])
+                    if targets[i] == self.end_of_answer:
+                        right, asked, good = right + good, asked + 1, True
+        return right / asked
+
+
+def run(
+    model: Qwen3ForCausalLM,
+    batches: Iterator[Batch],
+    rate: Callable[[int], float],
+    probe: Probe,
+    every: Callable[[int, list[dict[str, float]]], None],
+    log_every: int = 50,
+) -> list[dict[str, float]]:
+    """Train on all `batches`; rate(step) scales the learning rates. Returns what was logged every `log_every` steps."""
+    tools = optimizers(model)
+    rates = [tool.param_groups[0]["lr"] for tool in tools]
+    log: list[dict[str, float]] = []
+    losses: list[float] = []
+    tokens = 0
+    for step, batch in enumerate(batches, start=1):
+        factor = rate(step)
+        if factor <= 0.0:
+            break
+        loss, plain = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for tool, lr in zip(tools, rates, strict=True):
+            tool.param_groups[0]["lr"] = lr * factor
+            tool.step()
+            tool.zero_grad()
+        losses.append(plain.item())
+        tokens += int((batch.weights > 0).sum())
+        if step % log_every == 0:
+            recall = probe.recall(model)
+            log.append({"step": step, "tokens": tokens, "loss": sum(losses) / len(losses), "recall": recall})
+            losses = []
+            every(step, log)
+    return log
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the model.")] = PATH,
+    figures: Annotated[Path, typer.Option(help="Folder for the loss curve.")] = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Of the weights and of the data.")] = 0,
+    steps: Annotated[int, typer.Option(help="All optimizer steps.")] = 2400,
+    decay_steps: Annotated[int, typer.Option(help="Of them at last, while the rates fall to 0.")] = 900,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 1600,
+    log_every: Annotated[int, typer.Option(help="Steps between two measurements of recall.")] = 50,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train the storyteller and write it in Hugging Face format, with a picture of its loss."""
+    torch.set_num_threads(threads)
+    tokenizer = train_tokenizer()
+    model = new_model(tokenizer.get_vocab_size(), seed)
+    rows = Rows(tokenizer, seed)
+    bar = tqdm(total=steps, unit="step")
+
+    def every(step: int, log: list[dict[str, float]]) -> None:
+        bar.update(step - bar.n)
+        bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", recall=f"{log[-1]['recall']:.0%}")
+        if step % 500 == 0:
+            export(model, tokenizer, out)
+
+    log = run(
+        model,
+        stream(rows, phases(steps), batch_tokens),
+        lambda step: min(1.0, step / 50, (steps - step + 1) / decay_steps),
+        Probe(rows),
+        every,
+        log_every,
+    )
+    bar.close()
+    export(model, tokenizer, out)
+    figures.mkdir(parents=True, exist_ok=True)
+    (figures / "storyteller_loss.json").write_text(
+        json.dumps({"seed": seed, "steps": steps, "log": log}) + "\n"
+    )
+    plot(log, figures / "storyteller_loss.png")
+
+
+def phases(steps: int) -> list[tuple[int, Mix]]:
+    """(steps, mix of rows): memory games, of which only the answers weigh much, then stories."""
+    games = [
+        Mix(drills=0.8, most_facts=3, answer_weight=5.0, drill_weight=0.1),
+        Mix(drills=0.7, most_facts=4, answer_weight=5.0, drill_weight=0.3),
+    ]
+    each = min(500, steps // 4)
+    stories = Mix(drills=0.2, packed=0.02, headless=0.2, answer_weight=4.0)
+    return [*((each, mix) for mix in games), (steps - 2 * each, stories)]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""What the benches run: prompts, and how much is to follow each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from paged_infer.llm import LLM
+from paged_infer.params import SamplingParams
+from paged_infer.storyteller.batches import FIRST_EVALUATION_SEED
+from paged_infer.storyteller.grammar import tell
+
+OPENINGS = (
+    "Once upon a time",
+    "The house stood at the end of the road, and nobody had",
+    "To keep a cache is to remember what was computed, so that",
+    "In the morning they counted the boats. There were seven, and",
+    "A list of things to take along:",
+    "She opened the letter, read it twice, and then",
+    "The reason why the sky is blue",
+    "def fibonacci(n):",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests that arrive at once, greedy, each with its own number of tokens to generate."""
+
+    name: str
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    seed: int
+
+
+def random_lengths(llm: LLM, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
+    """Random token ids; prompt and output lengths each uniform in [shortest, longest]; end tokens are ignored."""
+    rng = random.Random(seed)
+    vocab_size = llm.engine.decoder.config.vocab_size
+    lengths = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(num_requests)]
+    prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for prompt, _ in lengths]
+    params = [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in lengths]
+    return Workload(
+        f"{num_requests} requests, {shortest}..{longest} tokens in and out", prompts, params, seed
+    )
+
+
+def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) -> Workload:
+    """Text worth continuing, cut at varied lengths; each continuation ends by itself or at ``max_tokens``.
+
+    The storyteller gets the beginnings of stories that it has not seen, another model English sentences (or random
+    ids where it has no tokenizer).
+    """
+    rng = random.Random(seed)
+    if llm.tokenizer is None:
+        vocab_size = llm.engine.decoder.config.vocab_size
+        prompts = [
+            [rng.randrange(vocab_size) for _ in range(rng.randint(4, 64))] for _ in range(num_requests)
+        ]
+    elif llm.is_storyteller:
+        first = FIRST_EVALUATION_SEED + seed * num_requests
+        stories = [llm.tokenizer.encode(tell(first + index).text) for index in range(num_requests)]
+        prompts = [story[: min(rng.randint(8, 96), len(story) // 2)] for story in stories]
+    else:
+        texts = [OPENINGS[index % len(OPENINGS)] for index in range(num_requests)]
+        prompts = [llm.tokenizer.encode(text)[: rng.randint(3, 64)] for text in texts]
+    params = [SamplingParams(temperature=0, max_tokens=max_tokens)] * num_requests
+    return Workload(f"{num_requests} beginnings, up to {max_tokens} tokens to follow", prompts, params, seed)

@@ -1,0 +1,218 @@
+"""The command line: ``paged-infer compare | generate | chat | info | bench``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paged_infer.bench import cli as bench_cli
+from paged_infer.console import (
+    Backend,
+    BlockSize,
+    Device,
+    Dtype,
+    MaxModelLen,
+    Model,
+    ModelOption,
+    NumBlocks,
+    Seed,
+    console,
+    fail,
+    open_llm,
+    show_stream,
+)
+from paged_infer.params import SamplingParams
+
+app = typer.Typer(
+    help="LLM inference, small enough to read and real enough to use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench_cli.app, name="bench")
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.", min=1)] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each.", min=1)] = 96,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention_backend: Backend = "auto",
+    block_size: BlockSize = 16,
+    num_blocks: NumBlocks = None,
+    max_model_len: MaxModelLen = None,
+    figures: Annotated[Path, typer.Option(help="Folder for ladder.png and ladder.json.")] = Path("figures"),
+) -> None:
+    """The same prompts on all four rungs of the ladder and through transformers: same tokens, what cost?
+
+    Exits with status 1 if any rung gives other tokens.
+    """
+    try:
+        llm = open_llm(
+            model,
+            dtype=dtype,
+            device=device,
+            attention_backend=attention_backend,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+        )
+        from paged_infer.bench.rungs import our_rungs, transformers_rungs
+        from paged_infer.bench.workloads import story_beginnings
+
+        workload = story_beginnings(llm, num_prompts, max_tokens, seed)
+        report = bench_cli.run_with_progress(
+            {**our_rungs(llm), **transformers_rungs(llm)}, workload, llm.name, repeats=1
+        )
+    except ValueError as error:
+        fail(error)
+    bench_cli.show_ladder(report, figures / "ladder.png")
+    if not all(rung.same_tokens for rung in report.rungs):
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more texts to continue.")],
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this probability.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text before this string; may be repeated.")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention_backend: Backend = "auto",
+    block_size: BlockSize = 16,
+    num_blocks: NumBlocks = None,
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """Continue each prompt. A single one is shown as it grows."""
+    try:
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop or (),
+            seed=seed,
+        )
+        llm = open_llm(
+            model,
+            dtype=dtype,
+            device=device,
+            attention_backend=attention_backend,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+        )
+        if len(prompts) == 1:
+            growing = llm.stream(prompts[0], params)
+            typer.echo(prompts[0], nl=False)
+            show_stream(growing)
+            return
+        for output in llm.generate(prompts, params):
+            typer.echo(f"{output.prompt}{output.outputs[0].text}\n")
+    except ValueError as error:
+        fail(error)
+
+
+@app.command()
+def chat(
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Talk with a model that has a chat template. The storyteller tells stories, and answers questions about them.
+
+    A line that says /new begins a new conversation; Ctrl-D ends.
+    """
+    try:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        llm = open_llm(model, dtype=dtype, device=device)
+        llm.chat_prompt(
+            [{"role": "user", "content": "hello"}]
+        )  # no template: say so before the first question
+    except ValueError as error:
+        fail(error)
+    if llm.is_storyteller:
+        typer.echo(
+            "Try:  Tell me a story about Mia and a red key.    Then:  Where is the key?    (/new, Ctrl-D)"
+        )
+    messages: list[dict[str, str]] = []
+    for line in _lines():
+        if line == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            answer = show_stream(llm.stream(llm.chat_prompt(messages), params))
+        except ValueError as error:  # too long, say: the conversation so far is kept
+            messages.pop()
+            typer.echo(f"error: {error}")
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, line by line, until the end of input; empty lines are left out."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line
+
+
+@app.command()
+def info(
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    block_size: BlockSize = 16,
+    num_blocks: NumBlocks = None,
+    max_model_len: MaxModelLen = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure the storyteller's recall and perplexity.")] = True,
+) -> None:
+    """The device, the model, what a token costs in KV memory, and how many blocks fit."""
+    try:
+        llm = open_llm(
+            model,
+            dtype=dtype,
+            device=device,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+        )
+    except ValueError as error:
+        fail(error)
+    from paged_infer import storyteller
+    from paged_infer.info import info_table
+
+    console.print(info_table(llm))
+    if llm.is_storyteller and evaluate:
+        with console.status("reading unseen stories"):
+            scores = storyteller.evaluate(llm)
+        ratio = scores["perplexity"] / scores["grammar_perplexity"]
+        console.print(
+            f"recall of stated facts {scores['recall']:.1%}, perplexity {scores['perplexity']:.3f}: "
+            f"{ratio:.3f} x what the grammar's own probabilities allow ({scores['grammar_perplexity']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,59 @@
+"""What the commands share: their options, how a model is opened, how an error and a stream are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from paged_infer.llm import LLM
+    from paged_infer.outputs import RequestOutput
+
+console = Console()
+
+Model = Annotated[
+    str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Backend = Annotated[
+    str, typer.Option("--attention-backend", help="How the paged cache is read: auto, sdpa, torch.")
+]
+BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the paged cache.")]
+NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: what `info` shows.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output together.")]
+Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text.")]
+
+
+def open_llm(model: str | None, **options: Any) -> LLM:
+    """Load a model for a command, without the progress bars and notices of the libraries below."""
+    import transformers
+
+    from paged_infer.llm import LLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return LLM(model, **options)
+
+
+def fail(error: ValueError) -> NoReturn:
+    """One line on standard error, and exit status 2."""
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def show_stream(outputs: Iterable[RequestOutput]) -> str:
+    """Print a continuation as it grows; returns it."""
+    shown = ""
+    for output in outputs:
+        text = output.outputs[0].text
+        typer.echo(text[len(shown) :], nl=False)
+        shown = text
+    typer.echo()
+    return shown

@@ -1,0 +1,76 @@
+"""The commands do what their help says, and answer bad input with one line."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from paged_infer import LLM, SamplingParams
+from paged_infer.cli import app
+
+
+def run(*arguments: str, stdin: str = ""):
+    return CliRunner().invoke(app, [*arguments], input=stdin)
+
+
+def test_generate_prints_the_prompt_and_what_the_storyteller_says():
+    result = run("generate", "Once upon a time", "--max-tokens", "12", "--temperature", "0")
+    assert result.exit_code == 0, result.output
+    said = LLM().generate("Once upon a time", SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    assert result.output == "Once upon a time" + said[0].outputs[0].text + "\n"
+
+
+def test_generate_is_the_same_for_the_same_seed_and_differs_for_another():
+    arguments = ("generate", "One morning", "--max-tokens", "24", "--temperature", "1.5")
+    first, again, other = (run(*arguments, "--seed", seed).output for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_generate_continues_several_prompts_in_order():
+    result = run("generate", "Mia", "Tom", "--max-tokens", "4", "--temperature", "0")
+    assert result.exit_code == 0, result.output
+    assert result.output.index("Mia") < result.output.index("Tom")
+
+
+def test_chat_answers_every_line_and_remembers_the_story_until_told_otherwise():
+    story = "Tell me a story about Mia and a red key."
+    result = run("chat", stdin=f"{story}\nWhere is the key?\n/new\n{story}\n")
+    assert result.exit_code == 0, result.output
+    first = result.output.split("\n", 1)[1]
+    llm = LLM()
+    messages = [{"role": "user", "content": story}]
+    params = SamplingParams(temperature=0, max_tokens=512)
+    told = llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
+    assert first.startswith(told)
+    messages += [{"role": "assistant", "content": told}, {"role": "user", "content": "Where is the key?"}]
+    answer = llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
+    assert first == f"{told}\n{answer}\n{told}\n"
+
+
+def test_info_shows_the_formula_with_its_numbers():
+    result = run("info", "--no-evaluate", "--num-blocks", "100", "--block-size", "8")
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert "2 x layers x kv_heads x head_dim x bytes = 2 x 6 x 2 x 32 x 4 = 3,072" in words
+    assert "100 blocks = 800 tokens" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "x", "--model", "no/such-model"), "no/such-model"),
+        (("generate", "x", "--model", "./no/such/folder"), "neither a folder nor a hub id"),
+        (("generate", "x", "--top-p", "0"), "top_p=0"),
+        (("generate", "x", "--attention-backend", "abacus"), "abacus"),
+        (("generate", ""), "the prompt is empty"),
+        (("info", "--block-size", "0"), "block_size=0"),
+        (("compare", "--device", "abacus"), "abacus"),
+        (("bench", "ladder", "--dtype", "int3"), "int3"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.strip().count("\n") == 0
+    assert "Traceback" not in result.output

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check format demo clean
+.PHONY: test check format demo notebooks clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -25,6 +25,9 @@ format: $(READY)
 demo: $(READY)
 	$(BIN)/paged-infer compare
 	$(BIN)/paged-infer generate "Once upon a time"
+
+notebooks: $(READY)
+	$(BIN)/python notebooks/execute.py
 
 # The package itself is installed in place, without its dependencies: requirements.txt has named them.
 $(READY): pyproject.toml requirements.txt

@@ -40,7 +40,7 @@ app.add_typer(bench_cli.app, name="bench")
 def compare(
     model: Model = None,
     num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.", min=1)] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each.", min=1)] = 96,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens that any of them may generate.", min=1)] = 128,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",

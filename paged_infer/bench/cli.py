@@ -96,7 +96,7 @@ def ladder_table(report: LadderReport) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rung", no_wrap=True)
     for name in ("seconds", "tokens/s", "first\ntoken", "peak KV\nMiB", "holds\ntokens", "same\ntokens"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for rung in report.rungs:
         table.add_row(
             rung.name,

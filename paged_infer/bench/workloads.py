@@ -45,8 +45,9 @@ def random_lengths(llm: LLM, num_requests: int, shortest: int, longest: int, see
 
 
 def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) -> Workload:
-    """Text worth continuing, cut at varied lengths; each continuation ends by itself or at ``max_tokens``.
+    """Text worth continuing, cut at varied lengths; each continuation ends by itself or at a limit of its own.
 
+    Limits are uniform in [max_tokens / 8, max_tokens]: callers do not all want the same.
     The storyteller gets the beginnings of stories that it has not seen, another model English sentences (or random
     ids where it has no tokenizer).
     """
@@ -63,5 +64,6 @@ def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) ->
     else:
         texts = [OPENINGS[index % len(OPENINGS)] for index in range(num_requests)]
         prompts = [llm.tokenizer.encode(text)[: rng.randint(3, 64)] for text in texts]
-    params = [SamplingParams(temperature=0, max_tokens=max_tokens)] * num_requests
+    limits = [rng.randint(max(1, max_tokens // 8), max_tokens) for _ in range(num_requests)]
+    params = [SamplingParams(temperature=0, max_tokens=limit) for limit in limits]
     return Workload(f"{num_requests} beginnings, up to {max_tokens} tokens to follow", prompts, params, seed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from paged_infer.cache.spec import Cache, LayerSpec, StepMeta
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, RMSNorm, RotaryEmbedding, apply_rope, make_norm
+from paged_infer.model.linear import Linear
 
 Rope = tuple[Tensor, Tensor]
 
@@ -31,10 +32,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, qkv_rows, bias=config.qkv_bias)  # rows: all q, all k, all v
-        self.output = nn.Linear(
-            config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias
-        )
+        self.qkv = Linear(config.hidden_size, qkv_rows, bias=config.qkv_bias)  # rows: all q, all k, all v
+        self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         # One weight a head: queries and keys are normalised in one pass, though their weights differ.
         heads = config.num_heads + config.num_kv_heads
         self.qk_norm = RMSNorm((heads, config.head_dim), config.norm_eps) if config.qk_norm else None
@@ -82,7 +81,7 @@ class Decoder(nn.Module):
         self.rotary = None if config.learned_positions else RotaryEmbedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -108,6 +107,12 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:  # [R, hidden] -> [R, vocab]
         return self.head(hidden)
+
+    def prepack(self) -> None:
+        """Lay the matrices out for the device's kernels, once the weights are final."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepack()
 
     def kv_spec(self) -> list[LayerSpec]:
         """What one token leaves in the cache, layer by layer."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.model.config import ModelConfig
+from paged_infer.model.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -101,8 +102,8 @@ class MLP(nn.Module):
         width = config.intermediate_size * (2 if config.gated_mlp else 1)
         self.gated = config.gated_mlp
         self.activation = config.activation
-        self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)  # gated: rows are gate, then up
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up = Linear(config.hidden_size, width, bias=config.mlp_bias)  # gated: rows are gate, then up
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
         wide = self.up(x)

@@ -43,6 +43,7 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str = 
     config = ModelConfig.from_pretrained(folder)
     decoder = empty_decoder(config, dtype, device)
     fill(decoder, read_tensors(folder), source=str(folder))
+    decoder.prepack()
     return decoder
 
 

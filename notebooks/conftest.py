@@ -1,0 +1,21 @@
+"""Makes plain ``pytest --nbval notebooks`` work, from any folder: what is compared, and what may differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CELL_TIMEOUT_S = 120
+# Pictures and tables of HTML depend on fonts and versions; warnings on the machine.
+SKIPPED = ("stderr", "image/png", "image/svg+xml", "text/html")
+
+
+def pytest_configure(config):
+    config.option.nbval_sanitize_with = str(HERE / "sanitize.cfg")
+    config.option.nbval_current_env = True  # the kernel that runs is the interpreter that tests
+    config.option.nbval_cell_timeout = CELL_TIMEOUT_S
+
+
+def pytest_collectstart(collector):
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare = (*collector.skip_compare, *SKIPPED)

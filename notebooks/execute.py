@@ -1,0 +1,40 @@
+"""Runs notebooks from top to bottom in a fresh kernel and stores their outputs: ``execute.py [NAME ...]``.
+
+The executed .ipynb is the one source: edit its cells, run this, commit. Widget state is dropped (it is large and tells
+a reader nothing without a kernel) and the kernel is named python3, which every Jupyter has.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+CELL_TIMEOUT_S = 300
+
+
+def execute(path: Path) -> None:
+    """Run ``path`` in its own folder and write it back normalised; a failing cell raises and leaves it unchanged."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel(), "language_info": {"name": "python"}})
+    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": HERE}}).execute()
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["language_info"] = {"name": "python"}
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata.pop("execution", None)  # when it ran
+    nbformat.write(notebook, path)
+
+
+def kernel() -> dict[str, str]:
+    return {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+if __name__ == "__main__":
+    paths = [HERE / Path(name).name for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb"))
+    for path in tqdm(paths, desc="notebooks"):
+        execute(path)

@@ -1,0 +1,33 @@
+"""Linear: x W^T + b, with W laid out once for the CPU's matrix kernels.
+
+torch's own float32 product rearranges W into tiles in every call. A decode step multiplies a few rows by every matrix
+of the model, so the rearranging costs as much as the product. oneDNN, which torch ships, can keep the rearranged copy:
+the products of a step of the 3M storyteller (18 rows, 2 cores) take about a third less time, at the price of a second
+copy of the weights. torch's compiler uses the same two operations.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROWS_HINT = 32  # rows of a typical decode step; the layout serves any number
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that multiplies faster once ``prepack`` has been called; weights must not change after that."""
+
+    _packed: Tensor | None = None
+
+    def prepack(self) -> None:
+        """Keep a rearranged copy of the weights, if they are float32 on a CPU and torch was built with oneDNN."""
+        suits = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        if suits and torch.backends.mkldnn.is_available():
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _ROWS_HINT)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
+        if self._packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")

@@ -141,8 +141,9 @@ def chat(
     A line that says /new begins a new conversation; Ctrl-D ends.
     """
     try:
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         llm = open_llm(model, dtype=dtype, device=device)
+        stop = ["\nQ:"] if llm.is_storyteller else []  # left to itself it goes on to question itself
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
         llm.chat_prompt(
             [{"role": "user", "content": "hello"}]
         )  # no template: say so before the first question
@@ -159,7 +160,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = show_stream(llm.stream(llm.chat_prompt(messages), params))
+            answer = show_stream(llm.stream(llm.chat_prompt(messages), params), keep_space=False)
         except ValueError as error:  # too long, say: the conversation so far is kept
             messages.pop()
             typer.echo(f"error: {error}")

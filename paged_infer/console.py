@@ -48,12 +48,13 @@ def fail(error: ValueError) -> NoReturn:
     raise typer.Exit(2)
 
 
-def show_stream(outputs: Iterable[RequestOutput]) -> str:
-    """Print a continuation as it grows; returns it."""
+def show_stream(outputs: Iterable[RequestOutput], keep_space: bool = True) -> str:
+    """Print a continuation as it grows; returns it. An answer is shown without its leading space."""
     shown = ""
     for output in outputs:
         text = output.outputs[0].text
-        typer.echo(text[len(shown) :], nl=False)
+        piece = text[len(shown) :]
+        typer.echo(piece if shown or keep_space else piece.lstrip(), nl=False)
         shown = text
     typer.echo()
     return shown

@@ -39,12 +39,13 @@ def test_chat_answers_every_line_and_remembers_the_story_until_told_otherwise():
     first = result.output.split("\n", 1)[1]
     llm = LLM()
     messages = [{"role": "user", "content": story}]
-    params = SamplingParams(temperature=0, max_tokens=512)
+    params = SamplingParams(temperature=0, max_tokens=512, stop="\nQ:")
     told = llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
     assert first.startswith(told)
     messages += [{"role": "assistant", "content": told}, {"role": "user", "content": "Where is the key?"}]
     answer = llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
-    assert first == f"{told}\n{answer}\n{told}\n"
+    assert first == f"{told}\n{answer.strip()}\n{told}\n"
+    assert "\n" not in answer.strip()
 
 
 def test_info_shows_the_formula_with_its_numbers():

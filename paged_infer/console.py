@@ -23,7 +23,11 @@ ModelOption = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[
-    str, typer.Option("--attention-backend", help="How the paged cache is read: auto, sdpa, torch.")
+    str,
+    typer.Option(
+        "--attention-backend",
+        help="How the paged cache is read: auto, triton, sdpa, torch, or your module:function.",
+    ),
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the paged cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: what `info` shows.")]

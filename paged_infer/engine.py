@@ -29,6 +29,7 @@ from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestMetrics, RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
 from paged_infer.runner import ModelRunner, StepResult
+from paged_infer.sampling import Sampler
 from paged_infer.tokenizer import Tokenizer
 
 Prompt = str | ReadOnlyList[int]
@@ -55,8 +56,8 @@ class LLMEngine:
         """
         self.config = config
         self.device = _device(config.device)
-        backend = attention_backend(config.attention_backend, self.device)
-        self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device)
+        backend, ops = attention_backend(config.attention_backend, self.device)
+        self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device, ops)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.memory = plan_memory(config, self.decoder)
         cache = PagedCache(
@@ -65,8 +66,9 @@ class LLMEngine:
             self.memory.block_size,
             backend,
             self.device,
+            ops,
         )
-        self.runner = ModelRunner(self.decoder, cache)
+        self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample))
         self.manager = BlockManager(self.memory.num_blocks, self.memory.block_size)
         self.scheduler = Scheduler(self.manager, config.max_num_seqs, config.max_num_batched_tokens)
         self.usage = KVUsage()

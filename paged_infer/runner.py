@@ -35,10 +35,10 @@ class StepResult:
 class ModelRunner:
     """Carries out scheduled steps on one decoder and its paged cache."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
         self.decoder = decoder
         self.cache = cache
-        self.sampler = Sampler()
+        self.sampler = sampler
 
     @torch.inference_mode()
     def execute(self, step: ScheduledStep) -> StepResult:

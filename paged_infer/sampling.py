@@ -39,6 +39,14 @@ __all__ = ["SampleRow", "SampledTokens", "Sampler", "token_logprobs"]
 SMALLEST, LARGEST = 1e-20, 1e20
 
 
+_Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
+# (logits [r, V], their r rows, num_candidates) -> the winners. A winner's score is not finite where the row cannot be
+# drawn from: NaN wins every maximum, and softmax makes NaN of +inf and of nothing but -inf.
+_Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
+# (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
+
+
 @dataclass(slots=True)
 class SampledTokens:
     """What was drawn, a row each; ``logprobs`` is None where the row's ``params.logprobs`` is."""
@@ -48,7 +56,14 @@ class SampledTokens:
 
 
 class Sampler:
-    """Draws one token for every row. It has no state: the same rows give the same tokens."""
+    """Draws one token for every row. It has no state: the same rows give the same tokens.
+
+    Args:
+        kernel: ``kernels.sample.sample``, to draw rows without top_k, top_p and min_p in two launches; None for torch.
+    """
+
+    def __init__(self, kernel: Kernel | None = None) -> None:
+        self._kernel = kernel
 
     def __call__(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampledTokens:
         """Draw a token from each row of ``logits``.
@@ -70,7 +85,7 @@ class Sampler:
         edited = edit_logits(logits, rows)
         ways: dict[tuple[_Draw, int], list[int]] = {}
         for i, row in enumerate(rows):
-            ways.setdefault(_way_to_draw(row.params, vocab_size), []).append(i)
+            ways.setdefault(self._way_to_draw(row.params, vocab_size), []).append(i)
 
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -94,6 +109,22 @@ class Sampler:
             for i, of_row in zip(places, found, strict=True):
                 logprobs[i] = of_row
         return SampledTokens(token_ids, logprobs)
+
+    def _way_to_draw(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
+        draw, num_candidates = _way_to_draw(params, vocab_size)
+        if self._kernel is not None and params.min_p == 0.0 and draw in (_draw_greedy, _draw_from_all):
+            return self._draw_by_kernel, 1
+        return draw, num_candidates
+
+    def _draw_by_kernel(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+        assert self._kernel is not None
+        columns = (
+            torch.tensor([row.params.temperature for row in rows], dtype=torch.float32),
+            torch.tensor([row.seed for row in rows]),
+            torch.tensor([row.sample_index for row in rows]),
+            torch.tensor([row.position for row in rows]),
+        )
+        return self._kernel(logits, *(column.to(logits.device, non_blocking=True) for column in columns))
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
@@ -150,12 +181,6 @@ def _by_token(logprobs: list[float], ids: list[int], rank: int, num_top: int) ->
 
 
 # ---------------------------------------------------------------------------------------- keep and race
-
-# (logits [r, V], their r rows, num_candidates) -> (tokens int64 [r], scores [r]). The winner's score is not
-# finite where the row cannot be drawn from: NaN wins every maximum, and softmax makes NaN of +inf and of
-# nothing but -inf.
-_Drawn = tuple[Tensor, Tensor]
-_Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
 
 
 def _way_to_draw(params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:

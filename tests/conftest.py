@@ -67,13 +67,27 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--attention-backend",
+        default="auto",
+        help="hold this backend (a name, or module:function of your own) to every law that names no other",
+    )
+
+
 @pytest.fixture(scope="session")
-def make_llm(checkpoint: Checkpoint) -> MakeLLM:
+def make_llm(checkpoint: Checkpoint, pytestconfig: pytest.Config) -> MakeLLM:
     """LLMs over the random checkpoints, small unless told otherwise."""
+    usual = {
+        "max_num_seqs": 8,
+        "num_blocks": 64,
+        "device": "cpu",
+        "attention_backend": pytestconfig.getoption("--attention-backend"),
+    }
 
     def make(name: str | Path = "qwen3", **options: Any) -> LLM:
         folder = name if isinstance(name, Path) else checkpoint(name)
-        return LLM(folder, **{"max_num_seqs": 8, "num_blocks": 64, "device": "cpu", **options})
+        return LLM(folder, **{**usual, **options})
 
     return make
 

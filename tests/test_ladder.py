@@ -94,6 +94,26 @@ def test_backend_block_size_chunks_and_preemption_do_not_change_a_greedy_token(
     assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2"])
+def test_the_kernels_give_the_tokens_of_torch_on_a_mixed_batch_with_a_cached_prefix(family, make_llm) -> None:
+    """Decodes beside chunks of 6 that find the beginning of their prompt in the cache; greedy and sampled rows."""
+    prompts = prompts_of((9, 2, 17))
+    params = [
+        SamplingParams(temperature=0, max_tokens=5),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=7),
+        SamplingParams(temperature=0.8, seed=4, max_tokens=3, top_k=20),
+    ]
+    said = {
+        backend: tokens(
+            make_llm(family, attention_backend=backend, max_num_batched_tokens=6, block_size=3).generate(
+                prompts, params, use_tqdm=False
+            )
+        )
+        for backend in ("triton", "torch")
+    }
+    assert said["triton"] == said["torch"]
+
+
 def test_end_tokens_of_the_checkpoint_end_every_rung_as_they_end_transformers(make_llm, twin) -> None:
     llm = make_llm("llama3")
     decoder_config, unended = llm.engine.decoder.config, llm.generate(prompts_of(), GREEDY, use_tqdm=False)

@@ -125,7 +125,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization=nan"),
         ({"dtype": "int8"}, "dtype='int8' is not known; known: auto, float32"),
-        ({"attention_backend": "flash9"}, "attention_backend='flash9' is not known; known: auto, torch"),
+        ({"attention_backend": "flash9"}, "attention_backend='flash9' is not known; known: auto, sdpa, torch, triton"),
         ({"device": "tpu9"}, "device='tpu9'"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": "x"}, "seed='x'"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, StepMeta
-from paged_infer.kernels.reference import dense_attention
+from paged_infer.kernels.flash_attention import flash_attention_reference
 
 
 class NoCache:
@@ -23,6 +23,7 @@ class NoCache:
         out = torch.empty_like(q)
         bounds = step.query_start_loc.tolist()
         for start, end in pairwise(bounds):
-            rows = slice(start, end)
-            out[rows] = dense_attention(q[rows], k[rows], v[rows], window=self.spec[layer].window)
+            heads_first = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, N, D]
+            dense = flash_attention_reference(*heads_first, window=self.spec[layer].window)
+            out[start:end] = dense[0].transpose(0, 1)
         return out

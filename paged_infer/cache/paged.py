@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.kernels.ops import TORCH_OPS, Ops
 from paged_infer.kernels.registry import AttentionBackend
-from paged_infer.kernels.store_kv import store_kv
 
 
 class PagedCache:
@@ -33,11 +33,13 @@ class PagedCache:
         block_size: int,
         backend: AttentionBackend,
         device: torch.device | str = "cpu",
+        ops: Ops = TORCH_OPS,
     ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.backend = backend
+        self.ops = ops
         shape = (num_blocks + 1, block_size)
         self.keys = [torch.zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
         self.values = [
@@ -51,5 +53,5 @@ class PagedCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
         """Store k and v at their slots, then attend through the block tables: [T, H, D]."""
         keys, values = self.keys[layer], self.values[layer]
-        store_kv(k, v, keys, values, step.slot_mapping)
+        self.ops.store_kv(k, v, keys, values, step.slot_mapping)
         return self.backend(q, keys, values, step, window=self.spec[layer].window)

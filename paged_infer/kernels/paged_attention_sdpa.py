@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.cache.spec import StepMeta
-from paged_infer.kernels.reference import causal_mask
+from paged_infer.kernels.mask import causal_mask
 
 
 def paged_attention_batched(

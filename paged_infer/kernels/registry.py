@@ -1,18 +1,31 @@
-"""Attention backends by name: how queries read the paged cache.
+"""Attention backends by name: how queries read the paged cache. The registry is open.
 
-A backend is a function of one layer's query and cache, and of the step that says which tokens belong to whom.
+A backend is a function of one layer's query and cache, and of the step that says which tokens belong to whom::
+
+    @register_attention_backend("mine")
+    def my_attention(q, k_cache, v_cache, step, *, window):
+        ...
+    LLM(attention_backend="mine")
+
+Wherever a backend is named, ``module:function`` names one that is not registered: on the command line, for instance.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import StepMeta
-from paged_infer.kernels.paged_attention import paged_attention_reference
+from paged_infer.kernels.ops import TORCH_OPS, TRITON_OPS, Ops
+from paged_infer.kernels.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.paged_attention_sdpa import paged_attention_batched
+from paged_infer.kernels.triton_runtime import can_run_on
 
 
 class AttentionBackend(Protocol):
@@ -23,6 +36,20 @@ class AttentionBackend(Protocol):
         ...
 
 
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"sdpa": paged_attention_batched}
+
+
+def register_attention_backend(name: str) -> Callable[[AttentionBackend], AttentionBackend]:
+    """Decorator: make a function known as ``attention_backend=name``. A name registered again is replaced."""
+
+    def register(function: AttentionBackend) -> AttentionBackend:
+        ATTENTION_BACKENDS[name] = function
+        return function
+
+    return register
+
+
+@register_attention_backend("torch")
 def torch_backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
 ) -> Tensor:
@@ -38,19 +65,59 @@ def torch_backend(
     )
 
 
-ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"torch": torch_backend, "sdpa": paged_attention_batched}
+@register_attention_backend("triton")
+def triton_backend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
+) -> Tensor:
+    """Our kernels: compiled on CUDA; on CPU interpreted, which is for tests and readers."""
+    return paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables=step.block_tables,
+        seq_lens=step.seq_lens,
+        query_start_loc=step.query_start_loc,
+        window=window,
+        num_decodes=step.num_decodes,
+        max_query_len=step.max_query_len,
+        max_seq_len=step.max_seq_len,
+    )
 
 
-def attention_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend called ``name``; "auto" is the fastest one that ``device`` has.
+def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend, Ops]:
+    """The backend called ``name``, and the set of elementwise pieces that goes with it.
+
+    "auto" is the fastest that ``device`` has: "triton" on CUDA, else "sdpa". With "torch" and "sdpa" everything is
+    plain torch, and with "triton" everything is Triton; beside a backend of one's own, it is what "auto" would take.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name (the message lists the known ones), or Triton cannot run on ``device``.
     """
+    fastest = "triton" if device.type == "cuda" and can_run_on(device) else "sdpa"
     if name == "auto":
-        name = "sdpa"
-    if name not in ATTENTION_BACKENDS:
+        name = fastest
+    if name == "triton" and not can_run_on(device):
         raise ValueError(
-            f"attention_backend={name!r} is not known; known: auto, {', '.join(ATTENTION_BACKENDS)}"
+            f"attention_backend='triton' cannot run on {device} here: triton is not installed for it"
         )
-    return ATTENTION_BACKENDS[name]
+    backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)
+    if backend is None:
+        known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
+        raise ValueError(f"attention_backend={name!r} is not known; known: {known}")
+    uses_triton = (fastest if name not in ("torch", "sdpa", "triton") else name) == "triton"
+    return backend, TRITON_OPS if uses_triton else TORCH_OPS
+
+
+def _imported(name: str) -> AttentionBackend:
+    """``module:function``, where the module may also lie in the current folder, as a script's would."""
+    module_name, _, function_name = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"attention_backend={name!r} cannot be imported: {error}") from None
+    finally:
+        sys.path.pop()
+    if not callable(function):
+        raise ValueError(f"attention_backend={name!r} is no function but {type(function).__name__}")
+    return function

@@ -7,6 +7,8 @@ token meets the tokens before it. Which cache it is, the decoder does not know.
                                     |
                                     +-- x + attention(norm(x)):  q, k, v -> cache.attend(layer, q, k, v, step)
                                     +-- x + mlp(norm(x))
+
+The sums are taken by the norms: an addition and the norm after it are one pass over memory (``kernels.ops``).
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.cache.spec import Cache, LayerSpec, StepMeta
+from paged_infer.kernels.ops import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.layers import MLP, RMSNorm, RotaryEmbedding, apply_rope, make_norm
+from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm
 from paged_infer.model.linear import Linear
 
 Rope = tuple[Tensor, Tensor]
@@ -26,50 +29,61 @@ Rope = tuple[Tensor, Tensor]
 class Attention(nn.Module):
     """Multi-head attention with H query heads over H_kv key and value heads (GQA, Ainslie 2023)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.ops, self.eps = layer, ops, config.norm_eps
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, qkv_rows, bias=config.qkv_bias)  # rows: all q, all k, all v
         self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         # One weight a head: queries and keys are normalised in one pass, though their weights differ.
-        heads = config.num_heads + config.num_kv_heads
-        self.qk_norm = RMSNorm((heads, config.head_dim), config.norm_eps) if config.qk_norm else None
+        norm_shape = (config.num_heads + config.num_kv_heads, config.head_dim)
+        self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: StepMeta) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], num_qk + self.num_kv_heads, self.head_dim)  # [T, H + 2 H_kv, D]
         qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
         if rope is not None:
-            qk = apply_rope(qk, *rope)
+            qk = self.ops.qk_norm_rope(
+                qkv,
+                *rope,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                norm_weight=self.qk_norm_weight,
+                eps=self.eps,
+            )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         out = cache.attend(self.layer, q, k, v, step)  # [T, H, D]
         return self.output(out.reshape(x.shape[0], -1))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.attention_norm = make_norm(config, ops)
+        self.attention = Attention(config, layer, ops)
+        self.mlp_norm = make_norm(config, ops)
+        self.mlp = MLP(config, ops)
 
     def forward(
-        self, x: Tensor, rope: Rope | None, cache: Cache, step: StepMeta
-    ) -> Tensor:  # [T, hidden] both
-        x = x + self.attention(self.attention_norm(x), rope, cache, step)
-        return x + self.mlp(self.mlp_norm(x))
+        self, x: Tensor, residual: Tensor | None, rope: Rope | None, cache: Cache, step: StepMeta
+    ) -> tuple[Tensor, Tensor]:
+        """What is to join the residual stream, and the stream, [T, hidden] both -> the same two after this layer."""
+        x, residual = self.attention_norm(x, residual)
+        x, residual = self.mlp_norm(self.attention(x, rope, cache, step), residual)
+        return self.mlp(x), residual
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer. Build it with ``weights.load_decoder``, or directly for random weights."""
+    """A decoder-only transformer. Build it with ``weights.load_decoder``, or directly for random weights.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        ops: the elementwise pieces, in plain torch or as Triton kernels.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -79,8 +93,8 @@ class Decoder(nn.Module):
             else None
         )
         self.rotary = None if config.learned_positions else RotaryEmbedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config, ops)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
@@ -100,9 +114,10 @@ class Decoder(nn.Module):
         if self.position_embedding is not None:
             x = x + F.embedding(step.positions, self.position_embedding.weight)
         rope = None if self.rotary is None else self.rotary(step.positions, x.dtype)
+        residual = None
         for layer in self.layers:
-            x = layer(x, rope, cache, step)
-        return self.final_norm(x)
+            x, residual = layer(x, residual, rope, cache, step)
+        return self.final_norm(x, residual)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:  # [R, hidden] -> [R, vocab]

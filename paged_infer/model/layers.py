@@ -11,28 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paged_infer.kernels.ops import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); the mean square is taken in float32."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); the mean square is taken in float32.
 
-    def __init__(self, shape: int | tuple[int, ...], eps: float) -> None:
+    Norms add first: what the last sublayer said joins the residual stream, and the sum is normalised for the next one.
+    """
+
+    def __init__(self, dim: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
+        self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
-        if x.dtype == torch.float32 and self.weight.dim() == 1:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[T, dim] both -> the sum normalised, and the sum: [T, dim] both."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * weight + bias over the last dimension (Ba 2016)."""
+    """(x - mean) / std * weight + bias over the last dimension (Ba 2016), of a sum as in ``RMSNorm``."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -40,13 +42,14 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
 
 
-def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+def make_norm(config: ModelConfig, ops: Ops) -> RMSNorm | LayerNorm:
     if config.norm == "rms":
-        return RMSNorm(config.hidden_size, config.norm_eps)
+        return RMSNorm(config.hidden_size, config.norm_eps, ops)
     return LayerNorm(config.hidden_size, config.norm_eps)
 
 
@@ -70,7 +73,10 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns positions into the two factors that ``apply_rope`` multiplies with, once a step for all layers."""
+    """Turns positions into the two factors that rotate queries and keys, once a step for all layers.
+
+    x * cos + rotate_half(x) * sin, where the sign of rotate_half sits in sin, so that a roll replaces its copies.
+    """
 
     inverse_frequencies: Tensor
 
@@ -86,19 +92,12 @@ class RotaryEmbedding(nn.Module):
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) of a head by its angle: [T, H, D] -> [T, H, D].
-
-    x * cos + rotate_half(x) * sin; the sign of rotate_half sits in ``signed_sin``, so that a roll replaces its copies.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
-
-
 class MLP(nn.Module):
     """act(gate(x)) * up(x), then down (SwiGLU, Shazeer 2020), with gate and up in one matrix; or plain act(up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         width = config.intermediate_size * (2 if config.gated_mlp else 1)
         self.gated = config.gated_mlp
         self.activation = config.activation
@@ -107,6 +106,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
         wide = self.up(x)
+        if self.gated and self.activation == "silu":
+            return self.down(self.ops.silu_mul(wide))
         if self.gated:
             gate, wide = wide.chunk(2, dim=-1)
             return self.down(activate(self.activation, gate) * wide)

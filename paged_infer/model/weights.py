@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from paged_infer.kernels.ops import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, read_json
 from paged_infer.model.decoder import Decoder
 
@@ -34,23 +35,27 @@ class Piece:
 Layout = dict[str, tuple[Piece, ...]]
 
 
-def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
-    """Read ``folder`` (config.json and one or many .safetensors) into a Decoder on ``device``.
+def load_decoder(
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", ops: Ops = TORCH_OPS
+) -> Decoder:
+    """Read ``folder`` (config.json, one or many .safetensors) into a Decoder on ``device`` that computes with ``ops``.
 
     Raises:
         ValueError: naming every missing, unexpected or misshapen tensor, or the file that cannot be read.
     """
     config = ModelConfig.from_pretrained(folder)
-    decoder = empty_decoder(config, dtype, device)
+    decoder = empty_decoder(config, dtype, device, ops)
     fill(decoder, read_tensors(folder), source=str(folder))
     decoder.prepack()
     return decoder
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+def empty_decoder(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops = TORCH_OPS
+) -> Decoder:
     """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set."""
     with torch.device("meta"):
-        decoder = Decoder(config).to(dtype)
+        decoder = Decoder(config, ops).to(dtype)
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embedding.weight
@@ -199,7 +204,7 @@ def _llama_like_layout(config: ModelConfig) -> Layout:
             )
             layout[f"{ours}.mlp.down.bias"] = (Piece(f"{mlp}.down_proj.bias", (hidden,)),)
         if config.qk_norm:
-            layout[f"{ours}.attention.qk_norm.weight"] = tuple(
+            layout[f"{ours}.attention.qk_norm_weight"] = tuple(
                 Piece(f"{attention}.{name}_norm.weight", (dim,)) for name in "qk"
             )
     return layout

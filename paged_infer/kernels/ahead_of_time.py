@@ -1,0 +1,113 @@
+"""Kernels compiled for GPUs that are not there: registers, spills and shared memory, from the real compiler.
+
+A launch inside ``compiling_for(arch)`` is compiled for that chip, with the tiles that its wrapper would choose there,
+and not run; tensors may live on "meta", so shapes of any size cost nothing. Triton must not be interpreting: the
+process that does this is started with ``TRITON_INTERPRET=0`` (``paged-infer bench kernels --compile-only`` does so).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to, triton
+
+# Shared memory that one block may use, bytes (CUDA programming guide, table of technical specifications).
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel as a chip would run it."""
+
+    kernel: str
+    arch: int  # 90: sm90
+    registers: int  # a thread
+    spill_bytes: int  # a thread, stores and loads
+    shared_bytes: int  # a block
+    num_warps: int
+    num_stages: int
+    ptx: str
+
+    @property
+    def is_clean(self) -> bool:
+        """No register spilled, and the block fits its chip."""
+        return self.spill_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[self.arch]
+
+
+class _Driver:
+    """Says which chip is there, and nothing else: enough for triton to compile, too little to run."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Compiled]]:
+    """Launches in this block are compiled for sm``arch`` and appended to the list that it yields.
+
+    Raises:
+        RuntimeError: triton is missing, or was imported as an interpreter.
+    """
+    if not HAS_TRITON or INTERPRETED:
+        raise RuntimeError("compiling ahead of time needs triton, started with TRITON_INTERPRET=0")
+    compiled: list[Compiled] = []
+    kernels: set[Any] = set()
+
+    def compile_it(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        binary = kernel.warmup(*args, grid=grid, **named)
+        kernels.add(kernel)
+        registers, spill_bytes = _resources(binary.asm["cubin"])
+        meta = binary.metadata
+        compiled.append(
+            Compiled(
+                kernel.fn.__name__,
+                arch,
+                registers,
+                spill_bytes,
+                meta.shared,
+                meta.num_warps,
+                meta.num_stages,
+                binary.asm["ptx"],
+            )
+        )
+
+    triton.runtime.driver.set_active(_Driver(arch))
+    try:
+        with launches_go_to(compile_it, divmod(arch, 10)):
+            yield compiled
+    finally:
+        if torch.cuda.is_available():
+            triton.runtime.driver.reset_active()
+        for kernel in kernels:
+            kernel.device_caches.clear()  # they are kept by device number, and every chip here is number 0
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes on the stack (which is where registers are spilled to), of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no registers: {report[-500:]}")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,127 @@
+"""What attention's inputs must be, said before anything is launched: one clear error with the shapes (law 5)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def check_dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None
+) -> None:
+    """Raises ValueError unless q [B, H, N, D], k and v [B, H_kv, M, D] fit together."""
+    shapes = _shapes(q=q, k=k, v=v)
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape:
+        raise ValueError(f"attention wants q [B, H, N, D], k and v [B, H_kv, M, D]; got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must share batch size and head_dim; got {shapes}")
+    _check_heads(q.shape[1], k.shape[1], q.shape[3], shapes)
+    _check_alike(q=q, k=k, v=v)
+    _check_numbers(scale, window)
+    if window is not None and not causal:
+        raise ValueError(f"window={window} with causal=False: a window looks back from a query's own place")
+
+
+def check_paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float | None,
+    window: int | None,
+    out: Tensor | None,
+) -> None:
+    """Raises ValueError unless q [T, H, D], caches [num_blocks, block_size, H_kv, D] and the indices fit together."""
+    shapes = _shapes(q=q, k_cache=k_cache, v_cache=v_cache)
+    if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"paged attention wants q [T, H, D] and two caches [num_blocks, block_size, H_kv, D]; got {shapes}"
+        )
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(
+            f"the caches must be contiguous; got strides {k_cache.stride()} and {v_cache.stride()}"
+        )
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(f"q and the caches must share head_dim; got {shapes}")
+    _check_heads(q.shape[1], k_cache.shape[2], q.shape[2], shapes)
+    _check_alike(q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_numbers(scale, window)
+    rows = seq_lens.shape[0] if seq_lens.dim() == 1 else -1
+    if (
+        rows < 0
+        or block_tables.dim() != 2
+        or block_tables.shape[0] != rows
+        or query_start_loc.shape != (rows + 1,)
+    ):
+        raise ValueError(
+            "paged attention wants block_tables [B, max_blocks], seq_lens [B], query_start_loc [B + 1]; got "
+            + _shapes(block_tables=block_tables, seq_lens=seq_lens, query_start_loc=query_start_loc)
+        )
+    for name, index in (
+        ("block_tables", block_tables),
+        ("seq_lens", seq_lens),
+        ("query_start_loc", query_start_loc),
+    ):
+        if index.dtype != torch.int32 or index.device != q.device:
+            raise ValueError(f"{name} must be int32 on {q.device}; got {index.dtype} on {index.device}")
+    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(f"out must be like q; got {_shapes(q=q, out=out)}, {out.dtype} on {out.device}")
+
+
+def check_index_values(
+    block_tables: Tensor, seq_lens: list[int], query_start_loc: list[int], num_queries: int, k_cache: Tensor
+) -> None:
+    """Raises ValueError where a table points outside the cache or lengths disagree. A GPU is waited for."""
+    num_blocks, block_size = k_cache.shape[:2]
+    bounds = query_start_loc
+    if bounds[0] != 0 or bounds[-1] != num_queries or any(b > e for b, e in pairwise(bounds)):
+        raise ValueError(f"query_start_loc must rise from 0 to the {num_queries} queries of q; got {bounds}")
+    room = block_tables.shape[1] * block_size
+    if seq_lens and not 0 <= min(seq_lens) <= max(seq_lens) <= room:
+        raise ValueError(
+            f"seq_lens {seq_lens} must lie within 0..{room}: tables hold {block_tables.shape[1]} blocks of {block_size}"
+        )
+    for row, table in enumerate(block_tables.tolist()):
+        used = table[: -(-seq_lens[row] // block_size)]
+        if used and not 0 <= min(used) <= max(used) < num_blocks:
+            raise ValueError(
+                f"block table {row} is {used[:16]}: it points outside the {num_blocks} blocks of "
+                f"the cache {list(k_cache.shape)}"
+            )
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, dim: int, shapes: str) -> None:
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {shapes}"
+        )
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={dim} must lie within 1..{MAX_HEAD_DIM}; got {shapes}")
+
+
+def _check_alike(**tensors: Tensor) -> None:
+    dtypes = {x.dtype for x in tensors.values()}
+    devices = {x.device for x in tensors.values()}
+    if len(dtypes) > 1 or len(devices) > 1:
+        each = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"attention wants one dtype and one device; got {each}")
+    if dtypes - set(DTYPES):
+        raise ValueError(f"attention is for float32, float16 and bfloat16; got {dtypes.pop()}")
+
+
+def _check_numbers(scale: float | None, window: int | None) -> None:
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale}: must be above 0")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: must be at least 1, the token itself")
+
+
+def _shapes(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())

@@ -1,0 +1,40 @@
+"""The pieces of a step around its matrix products, as one set: all in plain torch, or all as Triton kernels.
+
+The decoder, the cache and the sampler take a set and do not know which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from paged_infer.kernels.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
+from paged_infer.kernels.sample import sample
+from paged_infer.kernels.silu_mul import silu_mul, silu_mul_reference
+from paged_infer.kernels.store_kv import store_kv, store_kv_reference
+
+
+class Ops(NamedTuple):
+    """One implementation of each piece; signatures are those of the functions of the same name."""
+
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    qk_norm_rope: Callable[..., Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+    store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    copy_blocks: Callable[..., None]
+    sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler's own torch draws
+
+
+TORCH_OPS = Ops(
+    add_rms_norm_reference,
+    qk_norm_rope_reference,
+    silu_mul_reference,
+    store_kv_reference,
+    copy_blocks_reference,
+    None,
+)
+TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample)

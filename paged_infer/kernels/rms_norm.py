@@ -1,0 +1,99 @@
+"""Residual addition and RMSNorm in one pass over the row: one read and one write of each where torch makes several.
+
+    x [T, hidden] --(+)--> new_residual ----> / rms ----> * weight ----> normed        one program: one row,
+    residual -------^          |                                                       held in registers
+                               +----> written for the next addition
+
+Numbers are rounded where torch rounds them (the sum, the normalised value and the product, each to x's dtype; the mean
+square in float32), so that the result is that of ``model.layers.RMSNorm`` and of transformers' Llama and Qwen3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paged_infer.kernels.triton_runtime import launch, tl, triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH = 16_384  # a row is held in the registers of one program; beyond this they spill
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm (Zhang and Sennrich 2019) of ``x + residual``, and the sum itself.
+
+    Args:
+        x: [T, hidden]; rows may be apart.
+        residual: the same, or None: then the norm is of x, and the second result is x itself.
+        weight: [hidden].
+        eps: added to the mean square.
+
+    Returns:
+        (normed, new_residual), [T, hidden] each, in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit.
+    """
+    _check(x, residual, weight)
+    num_tokens, width = x.shape
+    normed = x.new_empty(x.shape)
+    total = None if residual is None else x.new_empty(x.shape)
+    block = triton.next_power_of_2(width)
+    launch(
+        _add_rms_norm_kernel,
+        (num_tokens,),
+        *(x, residual, weight, normed, total, x.stride(0), 0 if residual is None else residual.stride(0)),
+        *(width, eps),
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 256)),  # 16 bytes of 2-byte elements a thread
+    )
+    return normed, x if total is None else total
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` in torch."""
+    total = x if residual is None else x + residual
+    if x.dtype == torch.float32:
+        return F.rms_norm(total, weight.shape, weight, eps), total
+    wide = total.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight, total
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x, residual, weight, normed, total, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr
+):  # one program: one row. Arithmetic in float32, rounded to the dtype of x where torch rounds
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    dtype = x.dtype.element_ty
+    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        wide += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = wide.to(dtype)
+        tl.store(total + row * width + column, rounded, mask=inside)
+        wide = rounded.to(tl.float32)
+    mean_square = tl.sum(wide * wide, 0) / width
+    unit = (wide * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
+    tl.store(normed + row * width + column, (unit * scale).to(dtype), mask=inside)
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    tensors = {"x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
+    fits = x.dim() == 2 and weight.shape == x.shape[1:] and (residual is None or residual.shape == x.shape)
+    if not fits or not 1 <= x.shape[1] <= MAX_WIDTH:
+        raise ValueError(
+            f"add_rms_norm wants x and residual [T, hidden], weight [hidden], hidden 1..{MAX_WIDTH}; got "
+            + ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+        )
+    alike = len({(t.dtype, t.device) for t in tensors.values()}) == 1
+    if not (alike and x.dtype in DTYPES and all(t.stride(-1) == 1 for t in tensors.values())):
+        raise ValueError(
+            "add_rms_norm wants one device, one dtype of float32, float16 and bfloat16, rows without gaps; got "
+            + ", ".join(f"{n} {t.dtype} on {t.device}, strides {t.stride()}" for n, t in tensors.items())
+        )

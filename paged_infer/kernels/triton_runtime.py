@@ -1,0 +1,111 @@
+"""Triton made ready for every machine: a GPU compiles the kernels, a CPU interprets them, and neither needs a flag.
+
+Kernel files take ``triton``, ``tl`` and ``launch`` from here. Where no CUDA device is found, ``TRITON_INTERPRET=1`` is
+set before triton is first imported (never over a value already set), and kernels run tile by tile in numpy: slow, and
+right to the rounding. Where triton is not installed (macOS, Windows), the files still import, and only a launch fails.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class _Absent:
+    """Stands in for triton where it is not installed: decorators leave functions as they are, the rest says so."""
+
+    @staticmethod
+    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("triton is not installed: use attention_backend='torch' or 'sdpa'")
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton, tl = _Absent(), _Absent()
+
+HAS_TRITON = not isinstance(triton, _Absent)
+# Whether kernels are interpreted in this process. Decided when triton was imported: its own library is built then.
+INTERPRETED = HAS_TRITON and type(tl.cdiv).__name__ == "InterpretedFunction"
+
+# (kernel, grid, positional arguments, everything named) -> None, in place of a launch; see ``launches_go_to``.
+LaunchHook = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+_hook: LaunchHook | None = None
+_hook_capability: tuple[int, int] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **named: Any) -> None:
+    """Run ``kernel`` once for each place in ``grid``; the first argument is a tensor on the device that runs it.
+
+    Raises:
+        RuntimeError: this process cannot run Triton kernels on that device; the message says why.
+    """
+    if 0 in grid:
+        return
+    named |= {"num_warps": num_warps, "enable_fp_fusion": True}  # fusion: triton 3.10 would turn it off
+    if _hook is not None:
+        _hook(kernel, grid, args, named)
+        return
+    device = args[0].device
+    if device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError(_why_not_interpreted())
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **named)
+    else:
+        kernel[grid](*args, **named)
+
+
+def _why_not_interpreted() -> str:
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton kernels on CPU tensors need its interpreter: start Python with TRITON_INTERPRET=1"
+    return (
+        "triton was imported before paged_infer.kernels: import paged_infer first, or set TRITON_INTERPRET=1"
+    )
+
+
+def can_run_on(device: torch.device) -> bool:
+    """Whether ``launch`` works there: compiled on CUDA, interpreted on CPU."""
+    return HAS_TRITON and (INTERPRETED if device.type == "cpu" else device.type == "cuda" and not INTERPRETED)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) compute capability, by which tiles are chosen; (0, 0) for the interpreter."""
+    if _hook_capability is not None:
+        return _hook_capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors that share a grid; 1 in the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if _hook is None else 132  # an H100's, for a GPU that is not there
+
+
+def must_widen(x: Tensor) -> bool:
+    """Whether kernels must cast to float32 right after a load: the interpreter's bfloat16 arithmetic is wrong."""
+    return INTERPRETED and x.dtype == torch.bfloat16
+
+
+@contextmanager
+def launches_go_to(hook: LaunchHook, gpu_capability: tuple[int, int]) -> Iterator[None]:
+    """Give launches to ``hook`` instead, with tiles chosen for a GPU of ``gpu_capability``; tensors may be "meta"."""
+    global _hook, _hook_capability
+    _hook, _hook_capability = hook, gpu_capability
+    try:
+        yield
+    finally:
+        _hook, _hook_capability = None, None

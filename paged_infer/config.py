@@ -24,6 +24,7 @@ class EngineConfig:
         max_model_len: longest sequence, prompt and output together. None: the smaller of the model's limit and pool.
         max_num_seqs: most sequences running at once.
         max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in chunks.
+        enable_prefix_caching: let requests that begin alike share the blocks of their beginning, computed once.
         seed: from it come the seeds of requests that bring none.
     """
 
@@ -36,6 +37,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class EngineConfig:
                 _check_at_least_one(name, getattr(self, name))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching={self.enable_prefix_caching!r}: must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
 

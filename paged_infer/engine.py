@@ -68,7 +68,12 @@ class LLMEngine:
         )
         self.runner = ModelRunner(self.decoder, cache)
         self.manager = BlockManager(self.memory.num_blocks, self.memory.block_size)
-        self.scheduler = Scheduler(self.manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.manager,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
         self.usage = KVUsage()
         self._live: dict[str, _Live] = {}
         self._num_requests = 0
@@ -80,8 +85,13 @@ class LLMEngine:
 
     # -- the door ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, cache_salt: str | None = None
+    ) -> Request:
         """Check and tokenize a request without queueing it.
+
+        Requests share cached blocks only with those of the same ``cache_salt``: what one tenant has asked cannot be
+        told from how fast another's answer begins.
 
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
@@ -101,8 +111,10 @@ class LLMEngine:
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
         )
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
-        request = Request(request_id, text, token_ids, params, arrival_time_s=time.perf_counter())
+        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt)
         request.add_sequences(
             self._num_sequences, seed, self.memory.max_model_len, self.decoder.config.eos_token_ids
         )
@@ -130,10 +142,16 @@ class LLMEngine:
         self.scheduler.add(request.sequences)
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, streamed: bool = False
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        cache_salt: str | None = None,
+        streamed: bool = False,
     ) -> None:
         """Check, tokenize and queue; see ``prepare`` and ``submit``."""
-        self.submit(self.prepare(request_id, prompt, params), streamed=streamed)
+        self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""
@@ -204,6 +222,8 @@ class LLMEngine:
         return {
             "steps": self.scheduler.stats.steps,
             "preemptions": self.scheduler.stats.preemptions,
+            "prefix_hit_tokens": self.scheduler.stats.prefix_hit_tokens,
+            "evictions": self.manager.pool.num_evictions,
             "num_waiting": len(self.scheduler.waiting),
             "num_running": len(self.scheduler.running),
             "num_blocks": self.memory.num_blocks,
@@ -229,6 +249,7 @@ def request_output(
         finished_time_s=request.finished_time_s,
         num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
         num_longest_output_tokens=max(sequence.num_output_tokens for sequence in request.sequences),
+        num_cached_tokens=request.sequences[0].num_cached_tokens,
         num_preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
     )
     return RequestOutput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -51,23 +52,16 @@ def tokens(outputs: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(twin: Callable[[str], Any]) -> Callable[[str], list[list[int]]]:
+def expected(twin: Callable[[str], Any]) -> Callable[..., list[list[int]]]:
     """What transformers' greedy ``generate`` says to each prompt alone."""
-    cached: dict[str, list[list[int]]] = {}
 
-    def generate(name: str) -> list[list[int]]:
-        if name not in cached:
-            cached[name] = [
-                twin(name)
-                .generate(torch.tensor([p]), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)[
-                    0, len(p) :
-                ]
-                .tolist()
-                for p in prompts_of()
-            ]
-        return cached[name]
+    @cache
+    def generate(name: str, prompt: tuple[int, ...]) -> list[int]:
+        ids = torch.tensor([prompt])
+        said = twin(name).generate(ids, max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
+        return said[0, len(prompt) :].tolist()
 
-    return generate
+    return lambda name, prompts=None: [generate(name, tuple(p)) for p in prompts or prompts_of()]
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW)
@@ -92,6 +86,37 @@ def test_backend_block_size_chunks_and_preemption_do_not_change_a_greedy_token(
         assert llm.stats()["preemptions"] > 0
     llm.check_integrity()
     assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
+
+
+# -- sharing --------------------------------------------------------------------------------------------------------
+
+(STORY,) = prompts_of((40,), seed=11)
+SHARING = [STORY, STORY[:33], STORY, STORY[:9], STORY[:20] + STORY[:12], STORY[1:30], STORY[:33], STORY[:16]]
+SHARING_SETTINGS: dict[str, dict[str, Any]] = {
+    "block-16": {},
+    "block-3-chunk-64": {"block_size": 3, "num_blocks": 200, "max_num_batched_tokens": 64},
+    "block-3-chunk-7": {"block_size": 3, "num_blocks": 200, "max_num_batched_tokens": 7},
+    "block-1-chunk-7-evicting": {"block_size": 1, "num_blocks": 58, "max_num_batched_tokens": 7},
+    "block-3-evicting": {"block_size": 3, "num_blocks": 20},
+    "block-16-evicting": {"block_size": 16, "num_blocks": 4, "max_num_batched_tokens": 64},
+}
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "not-caching"])
+@pytest.mark.parametrize("options", SHARING_SETTINGS.values(), ids=SHARING_SETTINGS)
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen2-window"])
+def test_shared_beginnings_do_not_change_a_greedy_token(family, options, caching, make_llm, expected) -> None:
+    llm = make_llm(family, enable_prefix_caching=caching, **options)
+    for _ in range(2):  # the second time, much of it is there already
+        outputs = llm.generate(SHARING, GREEDY, use_tqdm=False)
+        assert tokens(outputs) == expected(family, SHARING)
+        llm.check_integrity()
+    cached = [output.metrics.num_cached_tokens for output in outputs]
+    assert all(num < len(prompt) for num, prompt in zip(cached, SHARING, strict=True))
+    assert (max(cached) > 0) == (llm.stats()["prefix_hit_tokens"] > 0) == caching
+    tiny = llm.engine.memory.num_blocks * llm.engine.memory.block_size < 65
+    assert (llm.stats()["evictions"] > 0) == (caching and tiny)
+    assert (llm.stats()["preemptions"] > 0) == tiny
 
 
 def test_end_tokens_of_the_checkpoint_end_every_rung_as_they_end_transformers(make_llm, twin) -> None:

@@ -127,6 +127,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"dtype": "int8"}, "dtype='int8' is not known; known: auto, float32"),
         ({"attention_backend": "flash9"}, "attention_backend='flash9' is not known; known: auto, torch"),
         ({"device": "tpu9"}, "device='tpu9'"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": "x"}, "seed='x'"),
     ],
@@ -370,6 +371,20 @@ def test_metrics_rise_and_count_preemptions(make_llm) -> None:
         check_metrics(output)
     assert sum(o.metrics.num_preemptions for o in outputs) == llm.stats()["preemptions"] > 0
     assert outputs[0].metrics.num_preemptions == 0
+
+
+def test_cached_prompt_tokens_are_counted_per_request_and_per_salt(llm) -> None:
+    def cached(prompts: list[list[int]], **options: Any) -> list[int]:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False, **options)
+        return [output.metrics.num_cached_tokens for output in outputs]
+
+    story = list(range(5, 45))
+    assert cached([story, [*story[:33], 9], story]) == [0, 32, 32]
+    assert cached([story], cache_salt="mine") == [0]
+    assert cached([story], cache_salt="mine") == cached([story]) == [32]
+    assert llm.stats()["prefix_hit_tokens"] == 4 * 32
+    with pytest.raises(ValueError, match="cache_salt=7: must be a str or None"):
+        cached([story], cache_salt=7)
 
 
 # -- streams, failures and aborts -----------------------------------------------------------------------------------

@@ -1,15 +1,25 @@
-"""From a sequence's tokens to physical blocks: its block table, grown and freed.
+"""From a sequence's tokens to physical blocks: its block table, grown, shared by prefix, and freed.
 
 tokens       [ t0 .. t15 | t16 .. t31 | t32 t33 ]        block_size = 16
-table        [    7      |     2      |   5     ]        34 tokens need 3 blocks, 14 slots of the last are empty
+table        (    7      ,     2      ,   5     )        34 tokens need 3 blocks, 14 slots of the last are empty
+
+Two prompts that begin with the same 32 tokens:
+
+    A   ( 7, 2, 5 )        blocks 7 and 2 are full and hashed, so B finds them: they are counted twice,
+    B   ( 7, 2, 9 )        and never written again. Block 5 is partly filled, and nobody else's.
+
+A table is a tuple, replaced when it changes: whoever was given one may keep it.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.block_pool import BlockPool
+
+Table = tuple[int, ...]
 
 
 class Allocation(enum.Enum):
@@ -28,17 +38,22 @@ class BlockManager:
             raise ValueError(f"block_size={block_size}: must be at least 1")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
-        self._tables: dict[int, list[int]] = {}
+        self._tables: dict[int, Table] = {}
+        self._unproven: list[int] = []  # blocks published for a step that has not succeeded yet
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, num_tokens: int) -> Allocation:
-        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored."""
+    def can_allocate(self, num_tokens: int, prefix: ReadOnlyList[int] = ()) -> Allocation:
+        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored.
+
+        ``prefix``: blocks that it would share. Those among them that are free now stop being so.
+        """
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
             return Allocation.NEVER
+        needed -= sum(self.pool.reference_count(block) > 0 for block in prefix)
         return Allocation.OK if needed <= self.pool.num_free else Allocation.LATER
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
@@ -51,18 +66,57 @@ class BlockManager:
         if missing > self.pool.num_free:
             return False
         if missing:
-            table = self._tables.setdefault(sequence_id, [])
-            table.extend(self.pool.take() for _ in range(missing))
+            taken = tuple(self.pool.take() for _ in range(missing))
+            self._tables[sequence_id] = self.table(sequence_id) + taken
         return True
 
-    def table(self, sequence_id: int) -> list[int]:
-        """Physical blocks of the sequence, in logical order. The manager's own list: read it, do not keep it."""
-        return self._tables.get(sequence_id, [])
+    def table(self, sequence_id: int) -> Table:
+        """Physical blocks of the sequence, in logical order."""
+        return self._tables.get(sequence_id, ())
 
     def free(self, sequence_id: int) -> None:
-        """Give back all of the sequence's blocks; nothing happens if it holds none."""
-        for block in self._tables.pop(sequence_id, ()):
+        """Give back all of the sequence's blocks, the last first: a suffix is of no use once its prefix is evicted."""
+        for block in reversed(self._tables.pop(sequence_id, ())):
             self.pool.release(block)
+
+    # -- prefix caching ---------------------------------------------------------------------------------------------
+
+    def find_prefix(self, chain: ReadOnlyList[bytes]) -> Table:
+        """Blocks that hold the longest known beginning of ``chain``, a hash a block."""
+        found = []
+        for block_hash in chain:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return tuple(found)
+
+    def adopt(self, sequence_id: int, prefix: Table) -> None:
+        """Begin the table of a sequence that holds no block yet with blocks found by ``find_prefix``."""
+        for block in prefix:
+            self.pool.share(block)
+        if prefix:
+            self._tables[sequence_id] = prefix
+
+    def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
+        """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.
+
+        They may be adopted in the same step, because every layer stores K and V before any row reads.
+        """
+        table = self._tables[sequence_id]
+        for index in range(first, end):
+            if self.pool.publish(table[index], chain[index]):
+                self._unproven.append(table[index])
+
+    def confirm(self) -> None:
+        """The step has succeeded: what was published for it is there."""
+        self._unproven.clear()
+
+    def withdraw(self) -> None:
+        """The step has failed: nothing that was published for it may be found. Who adopted it must begin again."""
+        for block in self._unproven:
+            self.pool.withdraw(block)
+        self._unproven.clear()
 
     def check_integrity(self, num_stored: Mapping[int, int]) -> None:
         """Law 2: nothing leaks, nothing is shared by accident, and ``num_stored`` tokens of each sequence have slots.
@@ -77,3 +131,9 @@ class BlockManager:
         for sequence_id, num_tokens in num_stored.items():
             if self.missing_blocks(sequence_id, num_tokens):
                 raise RuntimeError(f"sequence {sequence_id} has stored {num_tokens} tokens in too few blocks")
+            unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
+            for block in unfilled:
+                if self.pool.hash_of(block) is not None and block not in self._unproven:
+                    raise RuntimeError(
+                        f"block {block} of sequence {sequence_id} is findable and not yet full"
+                    )

@@ -15,6 +15,7 @@ import enum
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
+from paged_infer.control.block_hash import extend_chain, root_hash
 from paged_infer.params import SamplingParams
 
 
@@ -44,8 +45,12 @@ class Sequence:
     num_prompt_tokens: int
     max_total_tokens: int  # prompt and output together: max_tokens and max_model_len, whichever is less
     eos_token_ids: frozenset[int]
+    cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
+    block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
+    last_step: int = 0  # index of the newest step that it was scheduled in
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -76,6 +81,11 @@ class Sequence:
         eos = () if self.params.ignore_eos else tuple(sorted(self.eos_token_ids))
         return (*eos, *self.params.stop_token_ids)
 
+    def hash_chain(self, block_size: int) -> list[bytes]:
+        """The hash of each full block of its tokens; only those that are new since the last call are computed."""
+        extend_chain(self.block_hashes, self.cache_root, self.token_ids, block_size)
+        return self.block_hashes
+
     def move_to(self, state: SequenceState) -> None:
         if state not in _MOVES[self.state]:
             raise RuntimeError(
@@ -83,11 +93,10 @@ class Sequence:
             )
         self.state = state
 
-    def preempt(self) -> None:
+    def restart(self) -> None:
         """Back to waiting; its blocks are gone, so everything known is to be computed again."""
         self.move_to(SequenceState.WAITING)
         self.num_computed_tokens = 0
-        self.num_preemptions += 1
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.move_to(SequenceState.FINISHED)
@@ -118,6 +127,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_time_s: float
+    cache_salt: str | None = None  # only requests of the same salt share blocks through the prefix cache
     sequences: list[Sequence] = field(default_factory=list)
     first_token_time_s: float | None = None
     finished_time_s: float | None = None
@@ -131,6 +141,7 @@ class Request:
     ) -> None:
         """One sequence a sample, each with its own copy of the prompt's ids to grow."""
         num_prompt = len(self.prompt_token_ids)
+        root = root_hash(self.cache_salt)
         wanted = max_model_len if self.params.max_tokens is None else num_prompt + self.params.max_tokens
         for index in range(self.params.n):
             self.sequences.append(
@@ -144,5 +155,6 @@ class Request:
                     num_prompt_tokens=num_prompt,
                     max_total_tokens=min(wanted, max_model_len),
                     eos_token_ids=frozenset(eos_token_ids),
+                    cache_root=root,
                 )
             )

@@ -6,27 +6,27 @@ to fit. A long prompt so streams in beside running decodes instead of stopping t
 
 Order is by arrival throughout. When the pool is exhausted the youngest running sequence gives back all its blocks and
 waits at the head of the queue, so the oldest always gets through: every request that fits the pool finishes.
-
-Two things follow from admitting in order, and only while budget is left: no more sequences run than the budget has
-tokens, so every decode gets its token in every step; and at most one prompt is partly computed, the youngest.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
-from paged_infer.control.block_manager import Allocation, BlockManager
+from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.control.turn import Turn
 from paged_infer.params import SampleRow
 
 
 @dataclass(slots=True)
 class SchedulerStats:
-    preemptions: int = 0
     steps: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Scheduler:
@@ -36,9 +36,17 @@ class Scheduler:
         manager: the block tables; the scheduler is the only one to change them.
         max_num_seqs: most sequences running at once (holding blocks), not just in one step.
         max_num_batched_tokens: most tokens computed in one step.
+        enable_prefix_caching: let requests that begin alike share the blocks of their beginning.
     """
 
-    def __init__(self, manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
         if max_num_batched_tokens < 1:
@@ -46,9 +54,11 @@ class Scheduler:
         self.manager = manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.enable_prefix_caching = enable_prefix_caching
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by arrival
         self.stats = SchedulerStats()
+        self._turn: Turn | None = None  # the step that is out and has not come back
 
     @property
     def has_work(self) -> bool:
@@ -58,64 +68,43 @@ class Scheduler:
         """Queue new sequences behind everything that waits."""
         self.waiting.extend(sequences)
 
+    def requeue(self, sequence: Sequence) -> None:
+        """Queue one that was here before, by age: before all that came later, which is usually all that wait."""
+        place = 0
+        for other in self.waiting:
+            if other.sequence_id > sequence.sequence_id:
+                break
+            place += 1
+        self.waiting.insert(place, sequence)
+
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep:
-        """Choose the next step's work and give it blocks. ``update`` must follow, unless the step fails."""
-        budget = self.max_num_batched_tokens
-        scheduled: list[tuple[Sequence, int]] = []  # who computes how many tokens
-        for sequence in tuple(self.running):
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if sequence.state is not SequenceState.RUNNING or not self._make_room(sequence, num_tokens):
-                break  # preempted, and so are all that are younger
-            scheduled.append((sequence, num_tokens))
-            budget -= num_tokens
-        scheduled += self._admit(budget)
+        """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed."""
+        self._roll_back()
         self.stats.steps += 1
-        return ScheduledStep(self.stats.steps, [self._describe(*item) for item in scheduled])
-
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for ``num_tokens`` more, at the cost of the youngest; False if that is the sequence itself."""
-        while not self.manager.grow(sequence.sequence_id, sequence.num_computed_tokens + num_tokens):
-            victim = self.running.pop()
-            self.manager.free(victim.sequence_id)
-            victim.preempt()
-            self.waiting.appendleft(victim)  # younger than all that run, older than all that wait
-            self.stats.preemptions += 1
-            if victim is sequence:
-                return False
-        return True
-
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Let the head of the queue in while there is budget, a place, and room for all its known tokens."""
-        admitted = []
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if self.manager.can_allocate(sequence.num_tokens) is not Allocation.OK:
-                break
-            self.waiting.popleft()
-            sequence.move_to(SequenceState.RUNNING)
-            self.running.append(sequence)
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            self.manager.grow(sequence.sequence_id, num_tokens)
-            admitted.append((sequence, num_tokens))
-            budget -= num_tokens
-        return admitted
+        turn = self._turn = Turn(self, self.stats.steps)
+        turn.run()
+        turn.admit()
+        self.stats.preemptions += len(turn.preempted)
+        return ScheduledStep(turn.index, [self._describe(*item) for item in turn.scheduled])
 
     def _describe(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        next_prompt_token_ids: list[int] = []
+        num_prompt_logprobs: int | None = None
+        next_prompt_token_ids: ReadOnlyList[int] = ()
         if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
             next_prompt_token_ids = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+            num_prompt_logprobs = sequence.params.prompt_logprobs if next_prompt_token_ids else None
         return ScheduledSequence(
-            sequence_id=sequence.sequence_id,
-            token_ids=sequence.token_ids[start:end],
-            num_computed_tokens=start,
-            block_table=self.manager.table(sequence.sequence_id),
-            sample=sample_row(sequence) if end == sequence.num_tokens else None,
-            num_prompt_logprobs=sequence.params.prompt_logprobs if next_prompt_token_ids else None,
-            next_prompt_token_ids=next_prompt_token_ids,
+            sequence.sequence_id,
+            sequence.token_ids[start:end],
+            start,
+            self.manager.table(sequence.sequence_id),
+            sample_row(sequence) if end == len(sequence.token_ids) else None,
+            num_prompt_logprobs,
+            next_prompt_token_ids,
         )
 
     def update(self, step: ScheduledStep, token_ids: Mapping[int, int]) -> list[Sequence]:
@@ -123,18 +112,36 @@ class Scheduler:
 
         Returns the sequences that got a token, in the step's order.
         """
-        running = {sequence.sequence_id: sequence for sequence in self.running}
+        turn, self._turn = self._turn, None
+        if turn is None or turn.index != step.index:
+            raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
+        self.manager.confirm()
+        self.stats.prefix_hit_tokens += turn.num_hit_tokens
         grown = []
-        for item in step.sequences:
-            sequence = running[item.sequence_id]
-            sequence.num_computed_tokens += item.num_tokens
-            if item.sample is None:
+        for sequence, num_tokens in turn.scheduled:
+            if sequence.is_finished:  # aborted while the step was out
+                continue
+            sequence.num_computed_tokens += num_tokens
+            if sequence.num_computed_tokens < len(sequence.token_ids):
                 continue
             grown.append(sequence)
-            ended = sequence.append(token_ids[item.sequence_id])
+            ended = sequence.append(token_ids[sequence.sequence_id])
             if ended is not None:
                 self.finish(sequence, *ended)
         return grown
+
+    def _roll_back(self) -> None:
+        """The step that is out has failed, and nobody knows how far it came: forget everything that was built on it."""
+        turn, self._turn = self._turn, None
+        if turn is None:
+            return
+        self.manager.withdraw()
+        for sequence in turn.fresh:
+            if sequence.state is SequenceState.RUNNING:
+                self.running.remove(sequence)
+                self.manager.free(sequence.sequence_id)
+                sequence.restart()
+                self.requeue(sequence)
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
@@ -159,14 +166,15 @@ class Scheduler:
 def sample_row(sequence: Sequence) -> SampleRow:
     """How to draw the sequence's next token; the history is in it only where a penalty needs it."""
     params = sequence.params
+    num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
     history = params.has_penalties
     return SampleRow(
-        params=params,
-        seed=sequence.seed,
-        sample_index=sequence.sample_index,
-        position=sequence.num_tokens,
-        num_output_tokens=sequence.num_output_tokens,
-        end_token_ids=sequence.end_token_ids if params.min_tokens else (),
-        prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens] if history else (),
-        output_token_ids=sequence.output_token_ids if history else (),
+        params,
+        sequence.seed,
+        sequence.sample_index,
+        num_tokens,
+        num_tokens - num_prompt,
+        sequence.end_token_ids if params.min_tokens else (),
+        sequence.token_ids[:num_prompt] if history else (),
+        sequence.output_token_ids if history else (),
     )

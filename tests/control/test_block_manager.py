@@ -27,7 +27,7 @@ def test_a_table_grows_only_when_its_last_block_is_full() -> None:
 def test_a_table_keeps_its_blocks_in_order_as_it_grows() -> None:
     manager = BlockManager(10, 2)
     manager.grow(1, 4)
-    before = list(manager.table(1))
+    before = manager.table(1)
     manager.grow(2, 2)
     manager.grow(1, 7)
     assert manager.table(1)[:2] == before
@@ -38,7 +38,7 @@ def test_growth_takes_all_that_is_missing_or_nothing() -> None:
     manager = BlockManager(3, 2)
     assert manager.grow(1, 4)
     assert not manager.grow(2, 3)
-    assert manager.table(2) == [] and manager.pool.num_free == 1
+    assert manager.table(2) == () and manager.pool.num_free == 1
     manager.check_integrity({1: 4})
 
 
@@ -90,3 +90,60 @@ def test_integrity_notices_strangers_and_tokens_without_slots() -> None:
 def test_a_block_size_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="block_size=0"):
         BlockManager(4, 0)
+
+
+def test_a_suffix_is_evicted_before_its_prefix() -> None:
+    manager = BlockManager(3, 2)
+    chain = [b"a", b"b", b"c"]
+    manager.grow(1, 6)
+    manager.publish(1, chain, 0, 3)
+    manager.confirm()
+    manager.free(1)
+    for known in (2, 1, 0):
+        manager.grow(2, 2 * (3 - known))
+        assert len(manager.find_prefix(chain)) == known
+
+
+def test_hits_count_as_room_only_while_somebody_else_holds_them() -> None:
+    manager = BlockManager(4, 2)
+    manager.grow(1, 4)
+    manager.publish(1, [b"a", b"b"], 0, 2)
+    hits = manager.find_prefix([b"a", b"b", b"c"])
+    assert hits == manager.table(1)
+    assert manager.can_allocate(8) is Allocation.LATER and manager.can_allocate(8, hits) is Allocation.OK
+    manager.grow(2, 2)
+    manager.free(1)
+    assert (
+        manager.can_allocate(6, hits) is Allocation.OK and manager.can_allocate(8, hits) is Allocation.LATER
+    )
+
+
+def test_adopted_blocks_are_held_by_both() -> None:
+    manager = BlockManager(4, 2)
+    manager.grow(1, 4)
+    manager.publish(1, [b"a", b"b"], 0, 2)
+    manager.adopt(2, manager.find_prefix([b"a", b"b"]))
+    manager.grow(2, 6)
+    manager.free(1)
+    manager.check_integrity({2: 6})
+    assert manager.pool.num_used == 3
+
+
+def test_what_was_published_for_a_failed_step_is_withdrawn_and_what_was_confirmed_is_not() -> None:
+    manager = BlockManager(4, 2)
+    manager.grow(1, 4)
+    manager.publish(1, [b"a", b"b"], 0, 1)
+    manager.confirm()
+    manager.publish(1, [b"a", b"b"], 1, 2)
+    manager.withdraw()
+    assert len(manager.find_prefix([b"a", b"b"])) == 1
+
+
+def test_integrity_notices_a_findable_block_that_is_not_full() -> None:
+    manager = BlockManager(4, 2)
+    manager.grow(1, 4)
+    manager.publish(1, [b"a", b"b"], 0, 2)
+    manager.check_integrity({1: 0})  # its step is still out
+    manager.confirm()
+    with pytest.raises(RuntimeError, match="findable and not yet full"):
+        manager.check_integrity({1: 3})

@@ -11,61 +11,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling import EOS, FakeMemory, Source, add, counts, make_scheduler, run
 
-from paged_infer.control.block_manager import BlockManager
-from paged_infer.control.request import Request, Sequence, SequenceState
-from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import ScheduledStep
-from paged_infer.params import SamplingParams
-
-EOS = 1
-
-
-def make_scheduler(
-    num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, budget: int = 64
-) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, budget)
-
-
-class Source:
-    """Makes requests with rising sequence ids, as the engine does."""
-
-    def __init__(self, max_model_len: int = 10_000) -> None:
-        self.max_model_len = max_model_len
-        self.num_sequences = 0
-
-    def request(self, num_prompt: int, **params) -> Request:
-        params = SamplingParams(**{"max_tokens": 8, **params})
-        prompt = [2 + (self.num_sequences + i) % 90 for i in range(num_prompt)]
-        request = Request(f"r{self.num_sequences}", None, prompt, params, arrival_time_s=0.0)
-        request.add_sequences(self.num_sequences, 0, self.max_model_len, (EOS,))
-        self.num_sequences += params.n
-        return request
-
-    def sequence(self, num_prompt: int, **params) -> Sequence:
-        return self.request(num_prompt, **params).sequences[0]
-
-
-def add(scheduler: Scheduler, source: Source, *num_prompts: int, **params) -> list[Sequence]:
-    sequences = [source.sequence(n, **params) for n in num_prompts]
-    scheduler.add(sequences)
-    return sequences
-
-
-def counts(step: ScheduledStep) -> dict[int, int]:
-    return {item.sequence_id: item.num_tokens for item in step.sequences}
-
-
-def carry_out(scheduler: Scheduler, step: ScheduledStep, token: int = 7) -> list[Sequence]:
-    return scheduler.update(step, {s.sequence_id: token for s in step.sequences if s.sample is not None})
-
-
-def run(scheduler: Scheduler, num_steps: int = 1) -> ScheduledStep:
-    for _ in range(num_steps):
-        step = scheduler.schedule()
-        carry_out(scheduler, step)
-        scheduler.check_integrity()
-    return step
 
 
 def test_a_long_prompt_streams_in_while_decodes_go_on() -> None:
@@ -133,20 +82,23 @@ def test_a_preempted_sequence_gives_back_all_its_blocks() -> None:
     old, young = add(scheduler, source, 7, 7, max_tokens=6)
     run(scheduler, 2)
     scheduler.schedule()
-    assert scheduler.manager.table(young.sequence_id) == []
+    assert scheduler.manager.table(young.sequence_id) == ()
     assert len(scheduler.manager.table(old.sequence_id)) == 3
     assert scheduler.manager.pool.num_used == 3
     scheduler.check_integrity()
 
 
-def test_a_preempted_sequence_computes_prompt_and_output_again_in_one_go() -> None:
-    scheduler, source = make_scheduler(num_blocks=4, block_size=4), Source()
+@pytest.mark.parametrize(("caching", "start"), [(False, 0), (True, 4)])
+def test_a_preempted_sequence_computes_what_is_lost_again_in_one_go(caching: bool, start: int) -> None:
+    """With the prefix cache, the one of its own two full blocks that the older sequence did not take is not lost."""
+    scheduler, source = make_scheduler(num_blocks=4, block_size=4, enable_prefix_caching=caching), Source()
     _, young = add(scheduler, source, 7, 7, max_tokens=6)
     run(scheduler, 3)
     while young.state is SequenceState.WAITING:
         step = run(scheduler)
     item = next(s for s in step.sequences if s.sequence_id == young.sequence_id)
-    assert (item.num_computed_tokens, item.num_tokens) == (0, 9)
+    assert (item.num_computed_tokens, item.num_tokens) == (start, 9 - start)
+    assert young.num_cached_tokens == 0  # its own do not count
     assert item.sample is not None and item.sample.num_output_tokens == 2
 
 
@@ -245,22 +197,22 @@ def test_control_imports_no_torch() -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests of any size come, steps succeed or fail, requests are aborted; a list in arrival order knows better."""
+    """Requests of any size come, steps succeed or fail, requests are aborted; a fake memory shows what tables mean."""
 
     @initialize(
         num_blocks=st.integers(2, 14),
         block_size=st.sampled_from([1, 2, 3, 5]),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
+        caching=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int) -> None:
-        self.scheduler = make_scheduler(num_blocks, block_size, max_num_seqs, budget)
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+        self.scheduler = make_scheduler(
+            num_blocks, block_size, max_num_seqs, budget, enable_prefix_caching=caching
+        )
+        self.memory = FakeMemory(block_size)
         self.source = Source()
         self.arrived: list[Sequence] = []
-        self.computed: dict[
-            int, int
-        ] = {}  # tokens computed since admission or preemption, by the model's own count
-        self.preemptions: dict[int, int] = {}
 
     @property
     def pool_tokens(self) -> int:
@@ -270,15 +222,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def alive(self) -> list[Sequence]:
         return [s for s in self.arrived if not s.is_finished]
 
-    @rule(data=st.data())
-    def add_request(self, data: st.DataObject) -> None:
+    @property
+    def by_id(self) -> dict[int, Sequence]:
+        return dict(enumerate(self.arrived))
+
+    @rule(data=st.data(), story=st.integers(0, 1), salt=st.sampled_from([None, None, "pepper"]))
+    def add_request(self, data: st.DataObject, story: int, salt: str | None) -> None:
         n = data.draw(st.integers(1, min(3, self.scheduler.max_num_seqs)), label="n")
         most = self.pool_tokens // n - self.scheduler.manager.block_size  # whole blocks for each sample
         if most < 1:
             n, most = 1, self.pool_tokens
         num_prompt = data.draw(st.integers(1, most), label="prompt")
         max_tokens = data.draw(st.integers(1, most - num_prompt + 1), label="max_tokens")
-        request = self.source.request(num_prompt, n=n, max_tokens=max_tokens)
+        request = self.source.request(num_prompt, story, salt, n=n, max_tokens=max_tokens)
         self.arrived += request.sequences
         self.scheduler.add(request.sequences)
 
@@ -287,27 +243,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.one_step(dict.fromkeys(ends, EOS))
 
     @precondition(lambda self: self.alive)
-    @rule()
-    def failing_step(self) -> None:
-        self.checked_schedule()  # and no update
+    @rule(data=st.data())
+    def failing_step(self, data: st.DataObject) -> None:
+        step = self.checked_schedule()  # and no update
+        self.memory.execute(step, self.by_id, data.draw(st.integers(0, 5), label="fails_after"))
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         self.scheduler.finish(data.draw(st.sampled_from(self.alive)), "abort")
 
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort_while_the_step_is_out(self, data: st.DataObject) -> None:
+        step = self.checked_schedule()
+        self.memory.execute(step, self.by_id)
+        aborted = data.draw(st.sampled_from(self.alive))
+        self.scheduler.finish(aborted, "abort")
+        assert aborted not in self.scheduler.update(step, dict.fromkeys(step.drawing, 5))
+
     def one_step(self, ends: dict[int, int]) -> None:
         step = self.checked_schedule()
-        drawn = {}
-        for place, item in enumerate(step.sequences):
-            sequence = self.arrived[item.sequence_id]
-            assert list(item.token_ids) == sequence.token_ids[item.num_computed_tokens :][: item.num_tokens]
-            assert item.num_computed_tokens == self.computed[item.sequence_id]  # each token once, in order
-            self.computed[item.sequence_id] += item.num_tokens
-            assert (item.sample is None) == (self.computed[item.sequence_id] < sequence.num_tokens)
-            if item.sample is not None:
-                assert item.sample.position == sequence.num_tokens
-                drawn[item.sequence_id] = ends.get(place, 5)
+        self.memory.execute(step, self.by_id)
+        drawn = {sequence_id: ends.get(place, 5) for place, sequence_id in enumerate(step.drawing)}
         before = {i: self.arrived[i].num_tokens for i in drawn}
         grown = self.scheduler.update(step, drawn)
         assert [s.sequence_id for s in grown] == list(drawn)
@@ -317,29 +275,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.is_finished == ended
 
     def checked_schedule(self) -> ScheduledStep:
-        were_running = list(self.scheduler.running)
-        decoding = [s for s in were_running if s.num_uncomputed_tokens == 1]
+        decoding = {s.sequence_id for s in self.scheduler.running if s.num_uncomputed_tokens == 1}
+        preemptions = {s.sequence_id: s.num_preemptions for s in self.alive}
         step = pickle.loads(pickle.dumps(self.scheduler.schedule()))
-        scheduled = [item.sequence_id for item in step.sequences]
+        preempted = [s for s in self.alive if s.num_preemptions > preemptions[s.sequence_id]]
+
+        scheduled = {item.sequence_id for item in step.sequences}
         assert bool(scheduled) == bool(self.alive)  # never idle while there is work
         assert step.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len(set(scheduled)) == len(scheduled)
-        assert all(item.num_tokens > 0 for item in step.sequences)
-
-        preempted = [s for s in were_running if s.state is SequenceState.WAITING]
+        assert len(scheduled) == len(step.sequences)
         for sequence in preempted:
             assert all(s.sequence_id < sequence.sequence_id for s in self.scheduler.running)
-        for sequence in self.arrived:
-            if sequence.num_preemptions != self.preemptions.get(sequence.sequence_id, 0):
-                self.preemptions[sequence.sequence_id] = sequence.num_preemptions
-                self.computed[sequence.sequence_id] = 0
-        for sequence in self.scheduler.running:
-            self.computed.setdefault(sequence.sequence_id, 0)
         # What decodes goes on decoding, unless the pool is exhausted.
-        assert {s.sequence_id for s in decoding if s not in preempted} <= set(scheduled)
+        restarted = {s.sequence_id for s in self.alive if s.state is SequenceState.WAITING}
+        assert decoding - restarted <= scheduled
+
         for item in step.sequences:
-            needed = self.scheduler.manager.blocks_for(item.num_computed_tokens + item.num_tokens)
-            assert len(item.block_table) >= needed
+            sequence, end = self.arrived[item.sequence_id], item.num_computed_tokens + item.num_tokens
+            assert item.num_tokens > 0
+            assert list(item.token_ids) == sequence.token_ids[item.num_computed_tokens : end]
+            assert len(item.block_table) >= self.scheduler.manager.blocks_for(end)
+            assert (item.sample is None) == (end < sequence.num_tokens)
+            if item.sample is not None:
+                assert item.sample.position == sequence.num_tokens
+        self.scheduler.check_integrity()
         return step
 
     @invariant()
@@ -349,8 +308,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         # First come, first served: what runs came before what waits, and both queues are in order of arrival.
         line = [s.sequence_id for s in (*self.scheduler.running, *self.scheduler.waiting)]
         assert line == sorted(line) == [s.sequence_id for s in self.alive]
-        for sequence in self.scheduler.running:
-            assert sequence.num_computed_tokens == self.computed[sequence.sequence_id]
 
     def teardown(self) -> None:
         """Everyone left gets served: the oldest in as many steps as it has tokens, then the next oldest."""
@@ -358,7 +315,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             oldest = self.alive[0]
             for _ in range(2 * oldest.max_total_tokens + 1):
                 self.one_step({})
-                assert oldest.num_preemptions == self.preemptions.get(oldest.sequence_id, 0)
                 if oldest.is_finished:
                     break
             assert oldest.is_finished

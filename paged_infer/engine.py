@@ -209,8 +209,8 @@ class LLMEngine:
 
     def _record_usage(self, step: ScheduledStep) -> None:
         """What is held while the step is in memory, before the sequences that it ends give back their blocks."""
-        stored = sum(sequence.num_computed_tokens for sequence in self.scheduler.running) + step.num_tokens
-        self.usage.record(self.manager.pool.num_used * self.memory.block_size, stored)
+        held = self.manager.pool.num_used * self.memory.block_size
+        self.usage.record(held, self.scheduler.num_stored_tokens(step))
 
     def _output(self, live: _Live) -> RequestOutput:
         return request_output(live.request, live.completions, live.prompt_logprobs)
@@ -223,6 +223,7 @@ class LLMEngine:
             "steps": self.scheduler.stats.steps,
             "preemptions": self.scheduler.stats.preemptions,
             "prefix_hit_tokens": self.scheduler.stats.prefix_hit_tokens,
+            "blocks_copied": self.scheduler.stats.blocks_copied,
             "evictions": self.manager.pool.num_evictions,
             "num_waiting": len(self.scheduler.waiting),
             "num_running": len(self.scheduler.running),

@@ -190,6 +190,30 @@ def test_seeded_samples_are_the_same_on_every_rung(family, make_llm) -> None:
         assert [[sample.token_ids for sample in o.outputs] for o in outputs] == want, name
 
 
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "not-caching"])
+@pytest.mark.parametrize("options", SHARING_SETTINGS.values(), ids=SHARING_SETTINGS)
+def test_forked_samples_are_those_that_are_computed_alone(options, caching, make_llm, sampled_alone) -> None:
+    prompts, params, want = sampled_alone
+    llm = make_llm("qwen3", enable_prefix_caching=caching, **options)
+    for _ in range(2):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [[sample.token_ids for sample in o.outputs] for o in outputs] == want
+        llm.check_integrity()
+    assert (llm.stats()["blocks_copied"] > 0) == (llm.engine.memory.block_size > 1)
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(make_llm) -> tuple[list[list[int]], list[SamplingParams], list[list[list[int]]]]:
+    """Prompts with shared beginnings, several samples of each, and what they say one by one and without a cache."""
+    prompts = [STORY[:17], STORY[:6], STORY[:17], STORY[5:18]]
+    params = [
+        SamplingParams(temperature=0.9, n=n, seed=seed, max_tokens=9, ignore_eos=True)
+        for seed, n in enumerate((2, 3, 1, 2))
+    ]
+    outputs = generate_naive(make_llm("qwen3"), prompts, params)
+    return prompts, params, [[sample.token_ids for sample in output.outputs] for output in outputs]
+
+
 def test_requests_without_a_seed_are_reproducible_per_engine_and_differ_from_each_other(make_llm) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=8)
     first, again, other = (

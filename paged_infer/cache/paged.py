@@ -44,6 +44,13 @@ class PagedCache:
             torch.zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device) for s in spec
         ]
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, destination) in every layer. All sources are read before any is written."""
+        if pairs:
+            sources, destinations = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
+            for blocks in (*self.keys, *self.values):
+                blocks[destinations] = blocks[sources]
+
     @property
     def bytes_per_block(self) -> int:
         return self.block_size * kv_bytes_per_token(self.spec)

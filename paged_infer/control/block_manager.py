@@ -8,6 +8,11 @@ Two prompts that begin with the same 32 tokens:
     A   ( 7, 2, 5 )        blocks 7 and 2 are full and hashed, so B finds them: they are counted twice,
     B   ( 7, 2, 9 )        and never written again. Block 5 is partly filled, and nobody else's.
 
+A second sample C of A's prompt begins with all that A has, and copies what it must write to:
+
+    fork   A ( 7, 2, 5 )   C ( 7, 2, 5 )        block 5 is held twice, with room for both
+    write  A ( 7, 2, 6 )   C ( 7, 2, 5 )        A writes first, so A gets a copy (5 -> 6); then 5 is C's alone
+
 A table is a tuple, replaced when it changes: whoever was given one may keep it.
 """
 
@@ -38,6 +43,9 @@ class BlockManager:
             raise ValueError(f"block_size={block_size}: must be at least 1")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
+        self.copies: list[
+            tuple[int, int]
+        ] = []  # (source, destination), to be made before the next step computes
         self._tables: dict[int, Table] = {}
         self._unproven: list[int] = []  # blocks published for a step that has not succeeded yet
 
@@ -60,15 +68,31 @@ class BlockManager:
         """How many more blocks the sequence needs to hold ``num_tokens`` tokens in all."""
         return max(0, self.blocks_for(num_tokens) - len(self._tables.get(sequence_id, ())))
 
-    def grow(self, sequence_id: int, num_tokens: int) -> bool:
-        """Make the sequence's table hold ``num_tokens`` tokens in all. All the blocks it lacks, or none and False."""
-        missing = self.missing_blocks(sequence_id, num_tokens)
-        if missing > self.pool.num_free:
+    def reserve(self, sequence_id: int, start: int, end: int) -> bool:
+        """Give tokens ``start`` to ``end`` of the sequence slots that are its alone. All the blocks it takes, or none.
+
+        A block that others hold too is copied before it is written. Only the one of ``start`` can be: those before
+        are written no more, and those after are new.
+        """
+        table = self._tables.get(sequence_id, ())
+        missing = -(-end // self.block_size) - len(table)
+        index = start // self.block_size
+        shared = index < len(table) and self.pool.reference_count(table[index]) > 1
+        if missing <= 0 and not shared:
+            return True
+        if max(missing, 0) + shared > self.pool.num_free:
             return False
-        if missing:
-            taken = tuple(self.pool.take() for _ in range(missing))
-            self._tables[sequence_id] = self.table(sequence_id) + taken
+        if shared:
+            source, copy = table[index], self.pool.take()
+            self.pool.release(source)
+            self.copies.append((source, copy))
+            table = (*table[:index], copy, *table[index + 1 :])
+        self._tables[sequence_id] = table + tuple(self.pool.take() for _ in range(missing))
         return True
+
+    def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
+        """Let a sequence that holds no block yet begin with the first ``num_tokens`` tokens of another."""
+        self.adopt(child_id, self._tables[parent_id][: self.blocks_for(num_tokens)])
 
     def table(self, sequence_id: int) -> Table:
         """Physical blocks of the sequence, in logical order."""
@@ -92,7 +116,7 @@ class BlockManager:
         return tuple(found)
 
     def adopt(self, sequence_id: int, prefix: Table) -> None:
-        """Begin the table of a sequence that holds no block yet with blocks found by ``find_prefix``."""
+        """Begin the table of a sequence that holds no block yet with blocks that somebody has filled."""
         for block in prefix:
             self.pool.share(block)
         if prefix:
@@ -117,6 +141,16 @@ class BlockManager:
         for block in self._unproven:
             self.pool.withdraw(block)
         self._unproven.clear()
+
+    def num_empty_slots(self, num_stored: Mapping[int, int]) -> int:
+        """Slots in blocks that are held and hold no token, where so many tokens of each sequence are stored."""
+        empty: dict[int, int] = {}  # by block: a partly filled one may stand in several tables
+        for sequence_id, num_tokens in num_stored.items():
+            first = num_tokens // self.block_size
+            for index, block in enumerate(self._tables.get(sequence_id, ())[first:], first):
+                filled = max(0, num_tokens - index * self.block_size)
+                empty[block] = min(empty.get(block, self.block_size), self.block_size - filled)
+        return sum(empty.values())
 
     def check_integrity(self, num_stored: Mapping[int, int]) -> None:
         """Law 2: nothing leaks, nothing is shared by accident, and ``num_stored`` tokens of each sequence have slots.

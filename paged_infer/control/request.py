@@ -46,6 +46,9 @@ class Sequence:
     max_total_tokens: int  # prompt and output together: max_tokens and max_model_len, whichever is less
     eos_token_ids: frozenset[int]
     cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
+    siblings: ReadOnlyList[Sequence] = field(
+        default=(), repr=False
+    )  # all samples of its request, itself included
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
@@ -74,6 +77,24 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.state is SequenceState.FINISHED
+
+    @property
+    def to_fork(self) -> list[Sequence]:
+        """The samples that begin where this one's prompt ends: while it has said nothing, all others that live.
+
+        Empty for a sample that is not the first of those that live: it is itself to be forked.
+        """
+        if len(self.siblings) < 2 or self.num_output_tokens:
+            return []
+        living = [sibling for sibling in self.siblings if not sibling.is_finished]
+        return living[1:] if living[0] is self else []
+
+    @property
+    def waits_for_fork(self) -> bool:
+        """Whether another sample computes this one's prompt."""
+        if len(self.siblings) < 2 or self.num_output_tokens:
+            return False
+        return next(sibling for sibling in self.siblings if not sibling.is_finished) is not self
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -156,5 +177,6 @@ class Request:
                     max_total_tokens=min(wanted, max_model_len),
                     eos_token_ids=frozenset(eos_token_ids),
                     cache_root=root,
+                    siblings=self.sequences,
                 )
             )

@@ -27,6 +27,7 @@ class SchedulerStats:
     steps: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
+    blocks_copied: int = 0
 
 
 class Scheduler:
@@ -81,15 +82,21 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed."""
-        self._roll_back()
+        self.roll_back()
         self.stats.steps += 1
         turn = self._turn = Turn(self, self.stats.steps)
         turn.run()
         turn.admit()
         self.stats.preemptions += len(turn.preempted)
-        return ScheduledStep(turn.index, [self._describe(*item) for item in turn.scheduled])
+        turn.copies, self.manager.copies = self.manager.copies, []
+        sequences = [
+            self._describe(*item, turn.forks.get(item[0].sequence_id, ())) for item in turn.scheduled
+        ]
+        return ScheduledStep(turn.index, sequences, turn.copies)
 
-    def _describe(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    def _describe(
+        self, sequence: Sequence, num_tokens: int, children: ReadOnlyList[Sequence]
+    ) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         num_prompt_logprobs: int | None = None
@@ -103,6 +110,7 @@ class Scheduler:
             start,
             self.manager.table(sequence.sequence_id),
             sample_row(sequence) if end == len(sequence.token_ids) else None,
+            [(child.sequence_id, sample_row(child)) for child in children],
             num_prompt_logprobs,
             next_prompt_token_ids,
         )
@@ -117,26 +125,28 @@ class Scheduler:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
         self.manager.confirm()
         self.stats.prefix_hit_tokens += turn.num_hit_tokens
-        grown = []
+        self.stats.blocks_copied += len(turn.copies)
+        grown: list[Sequence] = []
         for sequence, num_tokens in turn.scheduled:
-            if sequence.is_finished:  # aborted while the step was out
-                continue
-            sequence.num_computed_tokens += num_tokens
-            if sequence.num_computed_tokens < len(sequence.token_ids):
-                continue
-            grown.append(sequence)
-            ended = sequence.append(token_ids[sequence.sequence_id])
-            if ended is not None:
-                self.finish(sequence, *ended)
+            if not sequence.is_finished:  # aborted while the step was out
+                sequence.num_computed_tokens += num_tokens
+            for one in (sequence, *turn.forks.get(sequence.sequence_id, ())):
+                if one.num_computed_tokens == len(one.token_ids) and not one.is_finished:
+                    grown.append(one)
+                    ended = one.append(token_ids[one.sequence_id])
+                    if ended is not None:
+                        self.finish(one, *ended)
         return grown
 
-    def _roll_back(self) -> None:
-        """The step that is out has failed, and nobody knows how far it came: forget everything that was built on it."""
+    def roll_back(self) -> None:
+        """The step that is out, if any, has failed, and nobody knows how far it came: forget what was built on it."""
         turn, self._turn = self._turn, None
         if turn is None:
             return
         self.manager.withdraw()
-        for sequence in turn.fresh:
+        copies = {destination for _, destination in turn.copies}
+        copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
+        for sequence in {*turn.fresh, *copied}:
             if sequence.state is SequenceState.RUNNING:
                 self.running.remove(sequence)
                 self.manager.free(sequence.sequence_id)
@@ -155,6 +165,12 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.finish(reason, stop_reason)
+
+    def num_stored_tokens(self, step: ScheduledStep) -> int:
+        """Tokens in the pool once ``step`` is computed, those of shared blocks counted once."""
+        stored = {sequence.sequence_id: sequence.num_computed_tokens for sequence in self.running}
+        stored.update((s.sequence_id, s.num_computed_tokens + s.num_tokens) for s in step.sequences)
+        return self.manager.pool.num_used * self.manager.block_size - self.manager.num_empty_slots(stored)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless law 2 holds, the crowd gate too, and exactly the running sequences hold blocks."""

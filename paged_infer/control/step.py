@@ -7,7 +7,7 @@ one is created for every running sequence in every step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paged_infer.params import SampleRow
 
@@ -22,6 +22,7 @@ class ScheduledSequence:
         block_table: physical blocks, enough for all of these tokens.
         sample: how to draw the next token; None while known tokens remain after these.
         num_prompt_logprobs: top tokens to report for each of ``next_prompt_token_ids``; None for no report.
+        forks: sequences that begin here, with how each draws its first token: from the same logits, by its own noise.
         next_prompt_token_ids: where a report is asked for, the prompt token that follows each of ``token_ids``.
     """
 
@@ -30,6 +31,7 @@ class ScheduledSequence:
     num_computed_tokens: int
     block_table: Sequence[int]
     sample: SampleRow | None
+    forks: Sequence[tuple[int, SampleRow]] = ()
     num_prompt_logprobs: int | None = None
     next_prompt_token_ids: Sequence[int] = ()
 
@@ -40,10 +42,16 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """Everything that runs in one step, the oldest first."""
+    """Everything that runs in one step, the oldest first.
+
+    Attributes:
+        copies: blocks (source, destination) to copy before anything is computed. All sources are read before any
+            destination is written.
+    """
 
     index: int
     sequences: list[ScheduledSequence]
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -52,4 +60,9 @@ class ScheduledStep:
     @property
     def drawing(self) -> list[int]:
         """Ids of the sequences that draw a token."""
-        return [sequence.sequence_id for sequence in self.sequences if sequence.sample is not None]
+        drawing = []
+        for sequence in self.sequences:
+            if sequence.sample is not None:
+                drawing.append(sequence.sequence_id)
+                drawing += [sequence_id for sequence_id, _ in sequence.forks]
+        return drawing

@@ -3,11 +3,19 @@
     run()      who runs goes on        takes blocks, if need be those of the youngest who has not had its turn yet
     admit()    who waits comes in      never at the cost of anybody who runs
 
+Samples of one request come in together, and only the first computes the prompt:
+
+    step    1                2                 3
+    S0      p0 .. p6         p7 p8 -> a        a -> b        both draw from the logits of p8, each by its own noise,
+    S1      (a place is      fork  -> c        c -> d        and p8's block is copied before the first of them writes
+            kept)
+
 Until the step has succeeded, nothing that was built on it is certain. ``fresh`` lists who would have to begin again.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from typing import TYPE_CHECKING
 
 from paged_infer.control.block_manager import Allocation, Table
@@ -24,7 +32,9 @@ class Turn:
         self.index = index
         self.budget = scheduler.max_num_batched_tokens  # tokens
         self.scheduled: list[tuple[Sequence, int]] = []
+        self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their prompt
         self.preempted: list[Sequence] = []
+        self.copies: list[tuple[int, int]] = []
         self.fresh: list[Sequence] = []
         self.num_hit_tokens = 0
         self._scheduler = scheduler
@@ -33,13 +43,19 @@ class Turn:
         self._waiting = scheduler.waiting
 
     def run(self) -> None:
-        """Give every running sequence its tokens, the oldest first."""
-        for sequence in tuple(self._running):
+        """Give every running sequence its tokens, the oldest first.
+
+        Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
+        """
+        order = list(self._running)
+        if len(order) > self.budget:
+            order.sort(key=lambda sequence: sequence.last_step)
+        for sequence in order:
             if not self.budget:
                 break
             if sequence.state is not SequenceState.RUNNING or sequence.last_step == self.index:
                 continue
-            num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, self.budget)
             if self._make_room(sequence, num_tokens):
                 self._schedule(sequence, num_tokens)
 
@@ -47,15 +63,17 @@ class Turn:
         """Let the head of the queue in while there is budget, a place, and room for all its known tokens."""
         while self._waiting and self.budget and not self.preempted:
             sequence = self._waiting[0]
-            if len(self._running) == self._scheduler.max_num_seqs:
+            places = 1 + len(sequence.to_fork)
+            if sequence.waits_for_fork or len(self._running) + places > self._scheduler.max_num_seqs:
                 break
             prefix = self._find_prefix(sequence)
             if self._manager.can_allocate(sequence.num_tokens, prefix) is not Allocation.OK:
                 break
             self._waiting.popleft()
             self._begin(sequence, prefix)
+            start = sequence.num_computed_tokens
             num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
-            self._manager.grow(sequence.sequence_id, sequence.num_computed_tokens + num_tokens)
+            self._manager.reserve(sequence.sequence_id, start, start + num_tokens)
             self._schedule(sequence, num_tokens)
 
     def _find_prefix(self, sequence: Sequence) -> Table:
@@ -70,9 +88,7 @@ class Turn:
         return self._manager.find_prefix(chain[: (sequence.num_tokens - 1) // block_size])
 
     def _begin(self, sequence: Sequence, prefix: Table) -> None:
-        sequence.move_to(SequenceState.RUNNING)
-        self._running.append(sequence)
-        self.fresh.append(sequence)
+        self._enter(sequence)
         self._manager.adopt(sequence.sequence_id, prefix)
         num_hit = len(prefix) * self._manager.block_size
         sequence.num_computed_tokens = num_hit
@@ -80,20 +96,41 @@ class Turn:
         if not sequence.num_preemptions and not sequence.num_output_tokens:
             sequence.num_cached_tokens = num_hit
 
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.move_to(SequenceState.RUNNING)
+        insort(self._running, sequence, key=lambda running: running.sequence_id)
+        self.fresh.append(sequence)
+
     def _schedule(self, sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
+        end = start + num_tokens
         self.budget -= num_tokens
         self.scheduled.append((sequence, num_tokens))
         sequence.last_step = self.index
         block_size = self._manager.block_size
-        first, end = start // block_size, (start + num_tokens) // block_size
-        if first < end and self._scheduler.enable_prefix_caching:
-            self._manager.publish(sequence.sequence_id, sequence.hash_chain(block_size), first, end)
+        if start // block_size < end // block_size and self._scheduler.enable_prefix_caching:
+            chain = sequence.hash_chain(block_size)
+            self._manager.publish(sequence.sequence_id, chain, start // block_size, end // block_size)
+        if end == sequence.num_prompt_tokens and sequence.to_fork:
+            self._fork(sequence)
+
+    def _fork(self, sequence: Sequence) -> None:
+        children = self.forks[sequence.sequence_id] = sequence.to_fork
+        for child in children:
+            self._waiting.remove(child)
+            self._enter(child)
+            self._manager.fork(sequence.sequence_id, child.sequence_id, sequence.num_prompt_tokens)
+            child.num_computed_tokens = sequence.num_prompt_tokens
+            child.block_hashes = list(sequence.block_hashes)
+            child.last_step = self.index
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for ``num_tokens`` more, at the cost of the youngest; False if that is the sequence itself."""
-        while not self._manager.grow(sequence.sequence_id, sequence.num_computed_tokens + num_tokens):
-            victim = self._running[-1]
+        """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is the sequence itself."""
+        start = sequence.num_computed_tokens
+        while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
+            victim = next(s for s in reversed(self._running) if s.last_step != self.index)
+            if victim is sequence and victim is not self._running[-1]:
+                return False  # the younger ones have had their turns already: its own comes first in the next step
             self._preempt(victim)
             if victim is sequence:
                 return False

@@ -114,6 +114,17 @@ def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(windo
         torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
 
 
+def test_blocks_are_copied_in_every_layer_all_of_them_read_before_any_is_written() -> None:
+    cache = PagedCache(spec(None), 6, 4, ATTENTION_BACKENDS["torch"])
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        blocks.copy_(torch.arange(7)[:, None, None, None] + 10 * number)
+    cache.copy_blocks([(0, 3), (3, 1), (0, 5)])
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        assert (blocks[:, 0, 0, 0] - 10 * number).tolist() == [0, 3, 2, 0, 4, 0, 6]
+        assert (blocks == blocks[:, :1, :1, :1]).all()
+    cache.copy_blocks([])
+
+
 def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:
     layers = [LayerSpec(2, 24, 24, None, torch.float32), LayerSpec(4, 16, 8, 5, torch.bfloat16)]
     assert kv_bytes_per_token(layers) == 2 * 48 * 4 + 4 * 24 * 2

@@ -54,7 +54,7 @@ def counts(step: ScheduledStep) -> dict[int, int]:
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, token: int = 7) -> list[Sequence]:
-    return scheduler.update(step, {s.sequence_id: token for s in step.sequences if s.sample is not None})
+    return scheduler.update(step, dict.fromkeys(step.drawing, token))
 
 
 def run(scheduler: Scheduler, num_steps: int = 1) -> ScheduledStep:
@@ -78,7 +78,8 @@ class FakeMemory:
 
     def execute(self, step: ScheduledStep, sequences: Mapping[int, Sequence], fails_after: int | None = None):
         """Store and read. ``fails_after``: only so many of the step's acts happen, and nothing is read."""
-        acts = [partial(self._store, item, sequences[item.sequence_id]) for item in step.sequences]
+        acts = [partial(self._copy, step.copies)]
+        acts += [partial(self._store, item, sequences[item.sequence_id]) for item in step.sequences]
         for act in acts[:fails_after]:
             act()
         if fails_after is None:
@@ -88,6 +89,11 @@ class FakeMemory:
     def _contents(self, sequence: Sequence, end: int) -> list[int]:
         content = hash(sequence.cache_root)
         return [content := hash((content, token)) for token in sequence.token_ids[:end]]
+
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        read = [[self.slots.get((source, i)) for i in range(self.block_size)] for source, _ in pairs]
+        for (_, destination), contents in zip(pairs, read, strict=True):
+            self.slots.update(((destination, i), content) for i, content in enumerate(contents))
 
     def _store(self, item: ScheduledSequence, sequence: Sequence) -> None:
         end = item.num_computed_tokens + item.num_tokens

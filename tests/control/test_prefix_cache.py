@@ -65,8 +65,8 @@ def test_identical_prompts_of_one_step_are_computed_once() -> None:
 
 def test_only_what_the_step_itself_computes_is_shared_in_it() -> None:
     scheduler, source = make_scheduler(block_size=4, budget=10), Source()
-    first, second = source.sequence(20, story=1), source.sequence(20, story=1)
     serving = source.sequence(1, max_tokens=50)
+    first, second = source.sequence(20, story=1), source.sequence(20, story=1)
     scheduler.add([serving, first, second])
     assert counts(run(scheduler)) == {serving.sequence_id: 1, first.sequence_id: 9}
     assert counts(run(scheduler)) == {serving.sequence_id: 1, first.sequence_id: 9}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduling import EOS, FakeMemory, Source, add, counts, make_scheduler, run
+from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, run
 
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import ScheduledStep
@@ -167,6 +167,75 @@ def test_prompt_logprobs_are_asked_for_once_per_prompt_token() -> None:
     assert reported == request.prompt_token_ids[1:]
 
 
+def test_samples_of_one_request_compute_its_prompt_once() -> None:
+    scheduler, source = make_scheduler(block_size=4, budget=5, enable_prefix_caching=False), Source()
+    scheduler.add(source.request(9, n=3, max_tokens=4).sequences)
+    assert [counts(step := run(scheduler)) for _ in range(2)] == [{0: 5}, {0: 4}]
+    assert step.drawing == [0, 1, 2]  # all from the logits of the last prompt token
+    assert scheduler.manager.pool.num_used == scheduler.manager.pool.num_shared == 3
+    step = run(scheduler)
+    assert counts(step) == {0: 1, 1: 1, 2: 1}
+    third = step.sequences[2].block_table[2]
+    assert [source for source, _ in step.copies] == [third, third]  # the last to write has it for itself
+    assert scheduler.manager.pool.num_used == 2 + 3 and scheduler.stats.blocks_copied == 2
+    assert run(scheduler).copies == []
+
+
+def test_samples_that_fork_where_a_block_ends_copy_nothing() -> None:
+    scheduler, source = make_scheduler(block_size=4), Source()
+    scheduler.add(source.request(8, n=3, max_tokens=4).sequences)
+    run(scheduler, 4)
+    assert not scheduler.has_work and scheduler.stats.blocks_copied == 0
+
+
+def test_a_request_comes_in_only_when_all_its_samples_have_a_place() -> None:
+    scheduler, source = make_scheduler(max_num_seqs=4), Source()
+    (alone, _) = add(scheduler, source, 3, 3, max_tokens=2)
+    samples = source.request(5, n=3, max_tokens=2).sequences
+    scheduler.add(samples)
+    assert len(run(scheduler).sequences) == 2  # both can run, and two places are too few for three samples
+    run(scheduler)
+    assert alone.is_finished and counts(run(scheduler)) == {samples[0].sequence_id: 5}
+
+
+def test_a_sample_that_is_preempted_shares_again_what_its_siblings_hold() -> None:
+    scheduler, source = make_scheduler(num_blocks=6, block_size=4), Source()
+    samples = source.request(8, n=3, max_tokens=4).sequences  # 2 blocks, and 1 each
+    (other,) = add(scheduler, source, 4, max_tokens=6)
+    scheduler.add(samples)
+    while scheduler.has_work:
+        run(scheduler)
+    assert [s.num_preemptions for s in (*samples, other)] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3])
+def test_one_sample_may_be_aborted_at_any_moment(gone: int, num_steps: int) -> None:
+    scheduler, source = make_scheduler(block_size=4, budget=5), Source()
+    samples = source.request(9, n=3, max_tokens=4).sequences
+    scheduler.add(samples)
+    for _ in range(num_steps):
+        run(scheduler)
+    scheduler.finish(samples[gone], "abort")
+    while scheduler.has_work:
+        run(scheduler)
+    assert [s.num_output_tokens for s in samples if s is not samples[gone]] == [4, 4]
+    assert scheduler.manager.pool.num_used == 0
+
+
+def test_a_failed_fork_is_made_again() -> None:
+    scheduler, source, memory = make_scheduler(block_size=4), Source(), FakeMemory(4)
+    samples = source.request(6, n=3, max_tokens=4).sequences
+    scheduler.add(samples)
+    for fails in (True, False, True, False, False, False, False):
+        step = scheduler.schedule()
+        memory.execute(step, dict(enumerate(samples)), 0 if fails else None)
+        if not fails:
+            carry_out(scheduler, step)
+        scheduler.check_integrity()
+    assert not scheduler.has_work
+
+
 @pytest.mark.parametrize("name", ["max_num_seqs", "budget"])
 def test_a_gate_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="=0: must be at least 1"):
@@ -182,6 +251,26 @@ def test_a_budget_below_max_num_seqs_serves_everyone_in_order(budget: int) -> No
         run(scheduler)
         finished += [s for s in sequences if s.is_finished and s not in finished]
     assert finished == sequences
+
+
+def test_decodes_take_turns_where_the_budget_is_too_small_oldest_first() -> None:
+    scheduler, source = make_scheduler(budget=2), Source()
+    scheduler.add(source.request(2, n=5, max_tokens=4).sequences)
+    run(scheduler)
+    turns = [list(counts(run(scheduler))) for _ in range(5)]
+    assert turns == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 0]]
+
+
+def test_whose_turn_it_is_waits_for_room_while_the_younger_ones_compute() -> None:
+    """The oldest needs a block when all others have had their turn: it is skipped, not preempted, and comes first."""
+    scheduler, source = make_scheduler(num_blocks=8, block_size=1, budget=2), Source()
+    first = source.sequence(2, max_tokens=6)
+    scheduler.add([first, *source.request(1, n=3, max_tokens=3).sequences])
+    while scheduler.has_work:
+        before = first.last_step
+        run(scheduler)
+        assert first.is_finished or first.last_step >= before
+    assert first.num_preemptions == 0
 
 
 def test_control_imports_no_torch() -> None:
@@ -213,6 +302,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory = FakeMemory(block_size)
         self.source = Source()
         self.arrived: list[Sequence] = []
+        self.copies_failed = False
 
     @property
     def pool_tokens(self) -> int:
@@ -246,6 +336,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def failing_step(self, data: st.DataObject) -> None:
         step = self.checked_schedule()  # and no update
+        self.copies_failed |= bool(step.copies)
         self.memory.execute(step, self.by_id, data.draw(st.integers(0, 5), label="fails_after"))
 
     @precondition(lambda self: self.alive)
@@ -275,7 +366,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.is_finished == ended
 
     def checked_schedule(self) -> ScheduledStep:
-        decoding = {s.sequence_id for s in self.scheduler.running if s.num_uncomputed_tokens == 1}
+        self.scheduler.roll_back()  # a step that failed, if there was one
+        self.laws_hold()
+        running = {s.sequence_id: s.last_step for s in self.scheduler.running}
         preemptions = {s.sequence_id: s.num_preemptions for s in self.alive}
         step = pickle.loads(pickle.dumps(self.scheduler.schedule()))
         preempted = [s for s in self.alive if s.num_preemptions > preemptions[s.sequence_id]]
@@ -286,9 +379,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(scheduled) == len(step.sequences)
         for sequence in preempted:
             assert all(s.sequence_id < sequence.sequence_id for s in self.scheduler.running)
-        # What decodes goes on decoding, unless the pool is exhausted.
-        restarted = {s.sequence_id for s in self.alive if s.state is SequenceState.WAITING}
-        assert decoding - restarted <= scheduled
+        # Who runs goes on, unless the pool is exhausted; where the budget is too small, those served longest ago do.
+        skipped = running.keys() - scheduled - {s.sequence_id for s in preempted}
+        if skipped and not preempted:
+            assert len(running) > self.scheduler.max_num_batched_tokens
+            served = max(running[i] for i in scheduled & running.keys())
+            assert all(running[i] >= served for i in skipped)
 
         for item in step.sequences:
             sequence, end = self.arrived[item.sequence_id], item.num_computed_tokens + item.num_tokens
@@ -306,14 +402,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         # First come, first served: what runs came before what waits, and both queues are in order of arrival.
-        line = [s.sequence_id for s in (*self.scheduler.running, *self.scheduler.waiting)]
-        assert line == sorted(line) == [s.sequence_id for s in self.alive]
+        queues = [
+            [s.sequence_id for s in queue] for queue in (self.scheduler.running, self.scheduler.waiting)
+        ]
+        assert all(queue == sorted(queue) for queue in queues)
+        line = [*chain.from_iterable(queues)]
+        assert sorted(line) == [s.sequence_id for s in self.alive]
+        if not self.copies_failed:  # who had to begin again then may be older than others who run on
+            assert line == sorted(line)
 
     def teardown(self) -> None:
         """Everyone left gets served: the oldest in as many steps as it has tokens, then the next oldest."""
         while hasattr(self, "scheduler") and self.alive:
             oldest = self.alive[0]
-            for _ in range(2 * oldest.max_total_tokens + 1):
+            before_it = self.alive if self.copies_failed else [oldest]
+            patience = -(
+                -self.scheduler.max_num_seqs // self.scheduler.max_num_batched_tokens
+            )  # till its turn comes
+            for _ in range(patience * sum(2 * s.max_total_tokens + 1 for s in before_it)):
                 self.one_step({})
                 if oldest.is_finished:
                     break
@@ -323,7 +429,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
 
 
 def test_the_oldest_running_sequence_is_never_preempted() -> None:

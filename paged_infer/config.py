@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from paged_infer.control.scheduler import PREEMPTION_MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -25,6 +28,9 @@ class EngineConfig:
         max_num_seqs: most sequences running at once.
         max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in chunks.
         enable_prefix_caching: let requests that begin alike share the blocks of their beginning, computed once.
+        preemption_mode: what becomes of a request that has to give back its blocks: "recompute" computes them again,
+            "swap" moves them to the CPU's memory and back.
+        swap_space: GiB of that memory, at most the pool's size; reserved where ``preemption_mode`` is "swap".
         seed: from it come the seeds of requests that bring none.
     """
 
@@ -38,6 +44,8 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    preemption_mode: str = "recompute"
+    swap_space: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +57,11 @@ class EngineConfig:
         for name in ("num_blocks", "max_model_len"):
             if getattr(self, name) is not None:
                 _check_at_least_one(name, getattr(self, name))
+        if self.preemption_mode not in PREEMPTION_MODES:
+            known = ", ".join(PREEMPTION_MODES)
+            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; known: {known}")
+        if not _is_number(self.swap_space) or not 0 <= self.swap_space < math.inf:
+            raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
         if not isinstance(self.enable_prefix_caching, bool):
@@ -64,6 +77,10 @@ class EngineConfig:
         if unknown:
             raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_at_least_one(name: str, value: object) -> None:

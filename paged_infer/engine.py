@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -65,14 +65,18 @@ class LLMEngine:
             self.memory.block_size,
             backend,
             self.device,
+            num_swap_blocks=self.memory.num_swap_blocks,
         )
         self.runner = ModelRunner(self.decoder, cache)
-        self.manager = BlockManager(self.memory.num_blocks, self.memory.block_size)
+        self.manager = BlockManager(
+            self.memory.num_blocks, self.memory.block_size, num_swap_blocks=self.memory.num_swap_blocks
+        )
         self.scheduler = Scheduler(
             self.manager,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
+            preemption_mode=config.preemption_mode,
         )
         self.usage = KVUsage()
         self._live: dict[str, _Live] = {}
@@ -220,12 +224,10 @@ class LLMEngine:
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was made, and the queues and blocks as they are now."""
         return {
-            "steps": self.scheduler.stats.steps,
-            "preemptions": self.scheduler.stats.preemptions,
-            "prefix_hit_tokens": self.scheduler.stats.prefix_hit_tokens,
-            "blocks_copied": self.scheduler.stats.blocks_copied,
+            **asdict(self.scheduler.stats),
             "evictions": self.manager.pool.num_evictions,
             "num_waiting": len(self.scheduler.waiting),
+            "num_swapped": len(self.scheduler.swapped),
             "num_running": len(self.scheduler.running),
             "num_blocks": self.memory.num_blocks,
             "free_blocks": self.manager.pool.num_free,

@@ -48,7 +48,7 @@ class ModelRunner:
         Raises:
             FloatingPointError: the model produced NaN for a sequence.
         """
-        self.cache.copy_blocks(step.copies)
+        self.cache.move_blocks(step.moves)
         # Single tokens first, as StepMeta has it, and among them rows of like length together.
         sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
         token_ids, meta = self._pack(sequences)

@@ -99,6 +99,19 @@ SHARING_SETTINGS: dict[str, dict[str, Any]] = {
     "block-1-chunk-7-evicting": {"block_size": 1, "num_blocks": 58, "max_num_batched_tokens": 7},
     "block-3-evicting": {"block_size": 3, "num_blocks": 20},
     "block-16-evicting": {"block_size": 16, "num_blocks": 4, "max_num_batched_tokens": 64},
+    "block-1-chunk-7-swapping": {
+        "block_size": 1,
+        "num_blocks": 58,
+        "max_num_batched_tokens": 7,
+        "preemption_mode": "swap",
+    },
+    "block-3-chunk-64-swapping": {
+        "block_size": 3,
+        "num_blocks": 20,
+        "max_num_batched_tokens": 64,
+        "preemption_mode": "swap",
+    },
+    "block-16-swapping": {"block_size": 16, "num_blocks": 4, "preemption_mode": "swap"},
 }
 
 
@@ -117,6 +130,7 @@ def test_shared_beginnings_do_not_change_a_greedy_token(family, options, caching
     tiny = llm.engine.memory.num_blocks * llm.engine.memory.block_size < 65
     assert (llm.stats()["evictions"] > 0) == (caching and tiny)
     assert (llm.stats()["preemptions"] > 0) == tiny
+    assert (llm.stats()["blocks_swapped_out"] > 0) == (options.get("preemption_mode") == "swap")
 
 
 def test_end_tokens_of_the_checkpoint_end_every_rung_as_they_end_transformers(make_llm, twin) -> None:

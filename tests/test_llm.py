@@ -128,6 +128,10 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"attention_backend": "flash9"}, "attention_backend='flash9' is not known; known: auto, torch"),
         ({"device": "tpu9"}, "device='tpu9'"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),
+        ({"preemption_mode": "drop"}, "preemption_mode='drop' is not known; known: recompute, swap"),
+        ({"swap_space": -1}, "swap_space=-1: must be a number of GiB >= 0"),
+        ({"swap_space": math.nan}, "swap_space=nan"),
+        ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB holds no block of 18432 bytes"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": "x"}, "seed='x'"),
     ],
@@ -170,6 +174,11 @@ def test_the_pool_and_the_context_are_planned_from_the_options(make_llm) -> None
     assert (
         memory.kv_bytes_per_token == 2 * 3 * 2 * 24 * 4
     )  # keys and values, layers, heads, dimensions, bytes
+    assert memory.num_swap_blocks == 0
+    swapping = make_llm(num_blocks=5, preemption_mode="swap").engine.memory
+    assert swapping.num_swap_blocks == 5  # 1 GiB, and never more than the pool
+    space = 3.5 * 16 * swapping.kv_bytes_per_token / 2**30
+    assert make_llm(preemption_mode="swap", swap_space=space).engine.memory.num_swap_blocks == 3
     with pytest.raises(
         ValueError, match="num_blocks=5"
     ):  # a longer context is legal; the pool is a second gate

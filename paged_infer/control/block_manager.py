@@ -1,4 +1,4 @@
-"""From a sequence's tokens to physical blocks: its block table, grown, shared by prefix, and freed.
+"""From a sequence's tokens to physical blocks: its block table, grown, shared, swapped and freed.
 
 tokens       [ t0 .. t15 | t16 .. t31 | t32 t33 ]        block_size = 16
 table        (    7      ,     2      ,   5     )        34 tokens need 3 blocks, 14 slots of the last are empty
@@ -19,10 +19,12 @@ A table is a tuple, replaced when it changes: whoever was given one may keep it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.step import BlockMoves
+from paged_infer.control.swap_space import SwapSpace
 
 Table = tuple[int, ...]
 
@@ -36,16 +38,24 @@ class Allocation(enum.Enum):
 
 
 class BlockManager:
-    """Block tables of all sequences over one pool."""
+    """Block tables of all sequences over one pool, and a swap space beside it.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    ``watermark``: share of the pool that newcomers leave free while others hold blocks, so that those do not have to
+    take them back a step later.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.01
+    ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")
+        if not 0 <= watermark < 1:
+            raise ValueError(f"watermark={watermark}: must be >= 0 and < 1")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
-        self.copies: list[
-            tuple[int, int]
-        ] = []  # (source, destination), to be made before the next step computes
+        self.swap = SwapSpace(num_swap_blocks)
+        self.watermark_blocks = int(watermark * num_blocks)
+        self.moves = BlockMoves()  # what the next step has to do before it computes
         self._tables: dict[int, Table] = {}
         self._unproven: list[int] = []  # blocks published for a step that has not succeeded yet
 
@@ -61,8 +71,12 @@ class BlockManager:
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
             return Allocation.NEVER
-        needed -= sum(self.pool.reference_count(block) > 0 for block in prefix)
-        return Allocation.OK if needed <= self.pool.num_free else Allocation.LATER
+        return Allocation.OK if self._has_room(needed, prefix) else Allocation.LATER
+
+    def _has_room(self, num_blocks: int, hits: Iterable[int]) -> bool:
+        """For a newcomer's ``num_blocks`` blocks, of which ``hits`` are found. An idle pool has no watermark."""
+        needed = num_blocks - sum(self.pool.reference_count(block) > 0 for block in hits)
+        return needed <= self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
         """How many more blocks the sequence needs to hold ``num_tokens`` tokens in all."""
@@ -85,7 +99,7 @@ class BlockManager:
         if shared:
             source, copy = table[index], self.pool.take()
             self.pool.release(source)
-            self.copies.append((source, copy))
+            self.moves.copies.append((source, copy))
             table = (*table[:index], copy, *table[index + 1 :])
         self._tables[sequence_id] = table + tuple(self.pool.take() for _ in range(missing))
         return True
@@ -135,12 +149,50 @@ class BlockManager:
     def confirm(self) -> None:
         """The step has succeeded: what was published for it is there."""
         self._unproven.clear()
+        self.swap.reuse_emptied()
 
     def withdraw(self) -> None:
         """The step has failed: nothing that was published for it may be found. Who adopted it must begin again."""
         for block in self._unproven:
             self.pool.withdraw(block)
         self._unproven.clear()
+        self.swap.reuse_emptied()
+
+    # -- swapping ---------------------------------------------------------------------------------------------------
+
+    def swap_out(self, sequence_id: int, num_tokens: int) -> bool:
+        """Move the first ``num_tokens`` tokens of the sequence to swap space and free its table. All or nothing."""
+        table = self._tables[sequence_id][: self.blocks_for(num_tokens)]
+        places = self.swap.put(sequence_id, len(table))
+        if places is None:
+            return False
+        self.moves.swap_outs += zip(table, places, strict=True)
+        self.free(sequence_id)
+        return True
+
+    def swap_in(self, sequence_id: int, chain: ReadOnlyList[bytes], num_tokens: int) -> bool:
+        """Bring the sequence back where ``num_tokens`` tokens, all it knows, have room. All of it, or False.
+
+        ``chain``: hashes of its full blocks that are stored. Those whose like is still in the pool are not moved.
+        """
+        places = self.swap.places(sequence_id)
+        found = {index: self.pool.find(block_hash) for index, block_hash in enumerate(chain)}
+        hits = {index: block for index, block in found.items() if block is not None}
+        if not self._has_room(self.blocks_for(num_tokens), hits.values()):
+            return False
+        for block in hits.values():  # before anything is taken: they may lie free, next to be evicted
+            self.pool.share(block)
+        table = []
+        for index, place in enumerate(places):
+            if index in hits:
+                table.append(hits[index])
+            else:
+                table.append(self.pool.take())
+                self.moves.swap_ins.append((place, table[-1]))
+        self._tables[sequence_id] = tuple(table)
+        self.swap.drop(sequence_id)
+        self.publish(sequence_id, chain, 0, len(chain))
+        return True
 
     def num_empty_slots(self, num_stored: Mapping[int, int]) -> int:
         """Slots in blocks that are held and hold no token, where so many tokens of each sequence are stored."""

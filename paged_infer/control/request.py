@@ -1,8 +1,10 @@
 """One request's life, and the life of each of its samples.
 
     WAITING --admitted--> RUNNING --last token--> FINISHED
-       ^                     |                       ^
-       +----- preempted -----+        abort ---------+  (from any state)
+       ^                    | ^                      ^
+       +---- preempted -----+ |       abort ---------+  (from any state)
+             or else        v |
+                          SWAPPED        its blocks lie in swap space, and nothing has to be computed again
 
 A sequence is one sample of a request: a list of tokens of which the first ``num_computed_tokens`` have their keys and
 values in the cache. Prefill, a chunk of it, decode, and recomputation after a preemption are the same act: compute
@@ -22,12 +24,14 @@ from paged_infer.params import SamplingParams
 class SequenceState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    SWAPPED = "swapped"
     FINISHED = "finished"
 
 
 _MOVES = {
     SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
-    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.SWAPPED, SequenceState.FINISHED},
+    SequenceState.SWAPPED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.FINISHED},
     SequenceState.FINISHED: set(),
 }
 

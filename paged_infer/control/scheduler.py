@@ -5,7 +5,8 @@ step first gives every decoding sequence its one token, then spends what is left
 to fit. A long prompt so streams in beside running decodes instead of stopping them.
 
 Order is by arrival throughout. When the pool is exhausted the youngest running sequence gives back all its blocks and
-waits at the head of the queue, so the oldest always gets through: every request that fits the pool finishes.
+waits at the head of the queue, so the oldest always gets through: every request that fits the pool finishes. Swapped
+sequences come back before anybody who waits comes in.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step import ScheduledSequence, ScheduledStep
-from paged_infer.control.turn import Turn
+from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.control.turn import Turn, insert_by_age
 from paged_infer.params import SampleRow
+
+PREEMPTION_MODES = ("recompute", "swap")
 
 
 @dataclass(slots=True)
@@ -28,6 +31,8 @@ class SchedulerStats:
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     blocks_copied: int = 0
+    blocks_swapped_out: int = 0
+    blocks_swapped_in: int = 0
 
 
 class Scheduler:
@@ -38,6 +43,8 @@ class Scheduler:
         max_num_seqs: most sequences running at once (holding blocks), not just in one step.
         max_num_batched_tokens: most tokens computed in one step.
         enable_prefix_caching: let requests that begin alike share the blocks of their beginning.
+        preemption_mode: one of ``PREEMPTION_MODES``: a sequence that has to give back its blocks computes them again,
+            or has them moved to the manager's swap space and back. Where that is full, it computes them again.
     """
 
     def __init__(
@@ -47,36 +54,33 @@ class Scheduler:
         max_num_batched_tokens: int,
         *,
         enable_prefix_caching: bool = True,
+        preemption_mode: str = "recompute",
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
         if max_num_batched_tokens < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens}: must be at least 1")
+        if preemption_mode not in PREEMPTION_MODES:
+            known = ", ".join(PREEMPTION_MODES)
+            raise ValueError(f"preemption_mode={preemption_mode!r} is not known; known: {known}")
         self.manager = manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
+        self.swaps = preemption_mode == "swap"
         self.waiting: deque[Sequence] = deque()
+        self.swapped: deque[Sequence] = deque()  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.stats = SchedulerStats()
         self._turn: Turn | None = None  # the step that is out and has not come back
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.swapped)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences behind everything that waits."""
         self.waiting.extend(sequences)
-
-    def requeue(self, sequence: Sequence) -> None:
-        """Queue one that was here before, by age: before all that came later, which is usually all that wait."""
-        place = 0
-        for other in self.waiting:
-            if other.sequence_id > sequence.sequence_id:
-                break
-            place += 1
-        self.waiting.insert(place, sequence)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -86,13 +90,14 @@ class Scheduler:
         self.stats.steps += 1
         turn = self._turn = Turn(self, self.stats.steps)
         turn.run()
+        turn.resume()
         turn.admit()
         self.stats.preemptions += len(turn.preempted)
-        turn.copies, self.manager.copies = self.manager.copies, []
+        turn.moves, self.manager.moves = self.manager.moves, BlockMoves()
         sequences = [
             self._describe(*item, turn.forks.get(item[0].sequence_id, ())) for item in turn.scheduled
         ]
-        return ScheduledStep(turn.index, sequences, turn.copies)
+        return ScheduledStep(turn.index, sequences, turn.moves)
 
     def _describe(
         self, sequence: Sequence, num_tokens: int, children: ReadOnlyList[Sequence]
@@ -125,7 +130,9 @@ class Scheduler:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
         self.manager.confirm()
         self.stats.prefix_hit_tokens += turn.num_hit_tokens
-        self.stats.blocks_copied += len(turn.copies)
+        self.stats.blocks_copied += len(turn.moves.copies)
+        self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
+        self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
         grown: list[Sequence] = []
         for sequence, num_tokens in turn.scheduled:
             if not sequence.is_finished:  # aborted while the step was out
@@ -144,14 +151,24 @@ class Scheduler:
         if turn is None:
             return
         self.manager.withdraw()
-        copies = {destination for _, destination in turn.copies}
+        copies = {destination for _, destination in turn.moves.copies}
         copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
-        for sequence in {*turn.fresh, *copied}:
-            if sequence.state is SequenceState.RUNNING:
-                self.running.remove(sequence)
-                self.manager.free(sequence.sequence_id)
+        for sequence in {*turn.fresh, *copied, *turn.preempted}:
+            if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
+                self._leave(sequence)
                 sequence.restart()
-                self.requeue(sequence)
+                insert_by_age(self.waiting, sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take the sequence out of whatever queue it stands in, and give back what it holds."""
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self.manager.free(sequence.sequence_id)
+        elif sequence.state is SequenceState.SWAPPED:
+            self.swapped.remove(sequence)
+            self.manager.swap.drop(sequence.sequence_id)
+        else:
+            self.waiting.remove(sequence)
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
@@ -159,11 +176,7 @@ class Scheduler:
         """End the sequence in whatever state it is; its blocks are free at once. Ending twice changes nothing."""
         if sequence.is_finished:
             return
-        if sequence.state is SequenceState.RUNNING:
-            self.running.remove(sequence)
-            self.manager.free(sequence.sequence_id)
-        else:
-            self.waiting.remove(sequence)
+        self._leave(sequence)
         sequence.finish(reason, stop_reason)
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
@@ -175,6 +188,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless law 2 holds, the crowd gate too, and exactly the running sequences hold blocks."""
         self.manager.check_integrity({s.sequence_id: s.num_computed_tokens for s in self.running})
+        self.manager.swap.check_integrity({s.sequence_id for s in self.swapped})
         if len(self.running) > self.max_num_seqs:
             raise RuntimeError(f"{len(self.running)} sequences run; max_num_seqs={self.max_num_seqs}")
 

@@ -41,17 +41,27 @@ class ScheduledSequence:
 
 
 @dataclass(slots=True)
-class ScheduledStep:
-    """Everything that runs in one step, the oldest first.
+class BlockMoves:
+    """Whole blocks to move before a step computes: first all that go out, then all that come in, then the copies.
 
     Attributes:
-        copies: blocks (source, destination) to copy before anything is computed. All sources are read before any
-            destination is written.
+        swap_outs: (block, place in swap space).
+        swap_ins: (place in swap space, block).
+        copies: (source, destination). All sources are read before any destination is written.
     """
+
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """Everything that runs in one step, in the order in which it was given its place."""
 
     index: int
     sequences: list[ScheduledSequence]
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    moves: BlockMoves = field(default_factory=BlockMoves)
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """One step while it is being filled: the verbs that a schedule is made of.
 
-    run()      who runs goes on        takes blocks, if need be those of the youngest who has not had its turn yet
-    admit()    who waits comes in      never at the cost of anybody who runs
+    run()      who runs goes on: takes blocks, if need be those of the youngest who has not had its turn yet
+    resume()   who is swapped comes back     }  never at the cost of anybody who runs,
+    admit()    who waits comes in            }  and not in a step that had to preempt
 
 Samples of one request come in together, and only the first computes the prompt:
 
@@ -16,10 +17,12 @@ Until the step has succeeded, nothing that was built on it is certain. ``fresh``
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from typing import TYPE_CHECKING
 
 from paged_infer.control.block_manager import Allocation, Table
 from paged_infer.control.request import Sequence, SequenceState
+from paged_infer.control.step import BlockMoves
 
 if TYPE_CHECKING:
     from paged_infer.control.scheduler import Scheduler
@@ -34,61 +37,84 @@ class Turn:
         self.scheduled: list[tuple[Sequence, int]] = []
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their prompt
         self.preempted: list[Sequence] = []
-        self.copies: list[tuple[int, int]] = []
+        self.moves = BlockMoves()
         self.fresh: list[Sequence] = []
         self.num_hit_tokens = 0
         self._scheduler = scheduler
         self._manager = scheduler.manager
         self._running = scheduler.running
         self._waiting = scheduler.waiting
+        self._swapped = scheduler.swapped
 
     def run(self) -> None:
-        """Give every running sequence its tokens, the oldest first.
+        """Give every running sequence its tokens, the oldest first; a long prompt leaves one for each who follows.
 
         Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
         """
         order = list(self._running)
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
-        for sequence in order:
+        for num_following, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):
             if not self.budget:
                 break
             if sequence.state is not SequenceState.RUNNING or sequence.last_step == self.index:
                 continue
-            num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, self.budget)
+            spare = max(1, self.budget - num_following)
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, spare)
             if self._make_room(sequence, num_tokens):
                 self._schedule(sequence, num_tokens)
 
+    def resume(self) -> None:
+        """Bring the oldest of the swapped back while there is budget, a place, and room for all its known tokens."""
+        while self._swapped and self.budget and not self.preempted:
+            sequence = self._swapped[0]
+            stored = self._chain(sequence)[: sequence.num_computed_tokens // self._manager.block_size]
+            if not self._has_place(sequence) or not self._manager.swap_in(
+                sequence.sequence_id, stored, sequence.num_tokens
+            ):
+                break
+            self._swapped.popleft()
+            self._enter(sequence)
+            self._start(sequence)
+
     def admit(self) -> None:
-        """Let the head of the queue in while there is budget, a place, and room for all its known tokens."""
-        while self._waiting and self.budget and not self.preempted:
+        """Let the head of the queue in while there is budget, a place, and room for all its known tokens.
+
+        Nobody comes in before all that are swapped are back.
+        """
+        while self._waiting and self.budget and not self.preempted and not self._swapped:
             sequence = self._waiting[0]
-            places = 1 + len(sequence.to_fork)
-            if sequence.waits_for_fork or len(self._running) + places > self._scheduler.max_num_seqs:
+            if sequence.waits_for_fork or not self._has_place(sequence):
                 break
             prefix = self._find_prefix(sequence)
             if self._manager.can_allocate(sequence.num_tokens, prefix) is not Allocation.OK:
                 break
             self._waiting.popleft()
-            self._begin(sequence, prefix)
-            start = sequence.num_computed_tokens
-            num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
-            self._manager.reserve(sequence.sequence_id, start, start + num_tokens)
-            self._schedule(sequence, num_tokens)
+            self._enter(sequence)
+            self._adopt(sequence, prefix)
+            self._start(sequence)
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        """For the sequence and the samples that will be forked from it."""
+        return len(self._running) + 1 + len(sequence.to_fork) <= self._scheduler.max_num_seqs
+
+    def _chain(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the sequence's full blocks; none where nothing is cached."""
+        if not self._scheduler.enable_prefix_caching:
+            return []
+        return sequence.hash_chain(self._manager.block_size)
 
     def _find_prefix(self, sequence: Sequence) -> Table:
         """Cached blocks that the sequence can begin with: full ones, and never all of its tokens.
 
         A request that reports its prompt's logprobs has to compute every row.
         """
-        if not self._scheduler.enable_prefix_caching or sequence.params.prompt_logprobs is not None:
+        if sequence.params.prompt_logprobs is not None:
             return ()
-        block_size = self._manager.block_size
-        chain = sequence.hash_chain(block_size)
-        return self._manager.find_prefix(chain[: (sequence.num_tokens - 1) // block_size])
+        chain = self._chain(sequence)
+        return self._manager.find_prefix(chain[: (sequence.num_tokens - 1) // self._manager.block_size])
 
-    def _begin(self, sequence: Sequence, prefix: Table) -> None:
-        self._enter(sequence)
+    def _adopt(self, sequence: Sequence, prefix: Table) -> None:
         self._manager.adopt(sequence.sequence_id, prefix)
         num_hit = len(prefix) * self._manager.block_size
         sequence.num_computed_tokens = num_hit
@@ -100,6 +126,13 @@ class Turn:
         sequence.move_to(SequenceState.RUNNING)
         insort(self._running, sequence, key=lambda running: running.sequence_id)
         self.fresh.append(sequence)
+
+    def _start(self, sequence: Sequence) -> None:
+        """Schedule one that has just come in, and that there is room for."""
+        start = sequence.num_computed_tokens
+        num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
+        self._manager.reserve(sequence.sequence_id, start, start + num_tokens)
+        self._schedule(sequence, num_tokens)
 
     def _schedule(self, sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -125,21 +158,37 @@ class Turn:
             child.last_step = self.index
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is the sequence itself."""
+        """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is no way to get them."""
         start = sequence.num_computed_tokens
         while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
-            victim = next(s for s in reversed(self._running) if s.last_step != self.index)
-            if victim is sequence and victim is not self._running[-1]:
-                return False  # the younger ones have had their turns already: its own comes first in the next step
+            victim = self._running[-1]
+            if victim.last_step == self.index:
+                return False  # it has had its turn already; the sequence's own comes first in the next step
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        """Take all of the sequence's blocks: to swap space, or if that is full or not wanted, for good."""
         self._running.remove(sequence)
-        self._manager.free(sequence.sequence_id)
-        sequence.restart()
         sequence.num_preemptions += 1
-        self._scheduler.requeue(sequence)
         self.preempted.append(sequence)
+        stored = sequence.num_computed_tokens
+        if self._scheduler.swaps and stored and self._manager.swap_out(sequence.sequence_id, stored):
+            sequence.move_to(SequenceState.SWAPPED)
+            insert_by_age(self._swapped, sequence)
+        else:
+            self._manager.free(sequence.sequence_id)
+            sequence.restart()
+            insert_by_age(self._waiting, sequence)
+
+
+def insert_by_age(queue: deque[Sequence], sequence: Sequence) -> None:
+    """Queue one that was here before: ahead of all that came later, which is usually all there are."""
+    place = 0
+    for other in queue:
+        if other.sequence_id > sequence.sequence_id:
+            break
+        place += 1
+    queue.insert(place, sequence)

@@ -12,6 +12,7 @@ from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.control.step import BlockMoves
 from paged_infer.kernels.registry import ATTENTION_BACKENDS
 
 H, H_KV, D = 6, 2, 8
@@ -123,6 +124,17 @@ def test_blocks_are_copied_in_every_layer_all_of_them_read_before_any_is_written
         assert (blocks[:, 0, 0, 0] - 10 * number).tolist() == [0, 3, 2, 0, 4, 0, 6]
         assert (blocks == blocks[:, :1, :1, :1]).all()
     cache.copy_blocks([])
+
+
+def test_swapped_blocks_come_back_as_they_were_before_anything_is_copied() -> None:
+    cache = PagedCache(spec(None), 6, 4, ATTENTION_BACKENDS["torch"], num_swap_blocks=2)
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        blocks.copy_(torch.arange(7)[:, None, None, None] + 10 * number)
+    cache.move_blocks(BlockMoves(swap_outs=[(4, 0), (1, 1)]))
+    cache.move_blocks(BlockMoves(swap_outs=[(2, 1)], swap_ins=[(0, 2)], copies=[(2, 3)]))
+    cache.move_blocks(BlockMoves(swap_ins=[(1, 5)]))
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        assert (blocks[:, 0, 0, 0] - 10 * number).tolist() == [0, 1, 4, 4, 4, 2, 6]
 
 
 def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:

@@ -8,16 +8,25 @@ from functools import partial
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
 from paged_infer.params import SamplingParams
 
 EOS = 1
 
 
 def make_scheduler(
-    num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, budget: int = 64, **options
+    num_blocks: int = 100,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    num_swap_blocks: int = 0,
+    watermark: float = 0.01,
+    **options,
 ) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, budget, **options)
+    """Preempts by swapping where it is given room to."""
+    manager = BlockManager(num_blocks, block_size, num_swap_blocks=num_swap_blocks, watermark=watermark)
+    mode = "swap" if num_swap_blocks else "recompute"
+    return Scheduler(manager, max_num_seqs, budget, preemption_mode=mode, **options)
 
 
 class Source:
@@ -74,11 +83,12 @@ class FakeMemory:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.slots: dict[tuple[int, int], int] = {}  # (block, offset) -> content
+        self.slots: dict[tuple[int, int], int | None] = {}  # (block, offset) -> content
+        self.swapped: dict[int, list[int | None]] = {}  # place -> contents
 
     def execute(self, step: ScheduledStep, sequences: Mapping[int, Sequence], fails_after: int | None = None):
         """Store and read. ``fails_after``: only so many of the step's acts happen, and nothing is read."""
-        acts = [partial(self._copy, step.copies)]
+        acts = [partial(self._move, step.moves)]
         acts += [partial(self._store, item, sequences[item.sequence_id]) for item in step.sequences]
         for act in acts[:fails_after]:
             act()
@@ -90,10 +100,16 @@ class FakeMemory:
         content = hash(sequence.cache_root)
         return [content := hash((content, token)) for token in sequence.token_ids[:end]]
 
-    def _copy(self, pairs: list[tuple[int, int]]) -> None:
-        read = [[self.slots.get((source, i)) for i in range(self.block_size)] for source, _ in pairs]
-        for (_, destination), contents in zip(pairs, read, strict=True):
-            self.slots.update(((destination, i), content) for i, content in enumerate(contents))
+    def _move(self, moves: BlockMoves) -> None:
+        for block, place in moves.swap_outs:
+            self.swapped[place] = [self.slots.get((block, i)) for i in range(self.block_size)]
+        arriving = [(self.swapped[place], block) for place, block in moves.swap_ins]
+        self._fill(arriving)
+        self._fill([([self.slots.get((a, i)) for i in range(self.block_size)], b) for a, b in moves.copies])
+
+    def _fill(self, arriving: list[tuple[list[int | None], int]]) -> None:
+        for contents, block in arriving:
+            self.slots.update(((block, i), content) for i, content in enumerate(contents))
 
     def _store(self, item: ScheduledSequence, sequence: Sequence) -> None:
         end = item.num_computed_tokens + item.num_tokens

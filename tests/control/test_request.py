@@ -9,8 +9,12 @@ import pytest
 from paged_infer.control.request import Request, Sequence, SequenceState
 from paged_infer.params import SamplingParams
 
-WAITING, RUNNING, FINISHED = SequenceState
-LEGAL = {(WAITING, RUNNING), (WAITING, FINISHED), (RUNNING, WAITING), (RUNNING, FINISHED)}
+WAITING, RUNNING, SWAPPED, FINISHED = SequenceState
+LEGAL = {
+    *((WAITING, RUNNING), (WAITING, FINISHED)),
+    *((RUNNING, WAITING), (RUNNING, SWAPPED), (RUNNING, FINISHED)),
+    *((SWAPPED, RUNNING), (SWAPPED, WAITING), (SWAPPED, FINISHED)),
+}
 
 
 def make_request(

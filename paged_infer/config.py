@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.scheduler import PREEMPTION_MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,6 +32,9 @@ class EngineConfig:
         preemption_mode: what becomes of a request that has to give back its blocks: "recompute" computes them again,
             "swap" moves them to the CPU's memory and back.
         swap_space: GiB of that memory, at most the pool's size; reserved where ``preemption_mode`` is "swap".
+        scheduling_policy: who gets the next step: "chunked", "prefill_first", "dynamic", "static", or a ``Policy``.
+        scheduler_delay_factor: with "prefill_first", how long prompts wait after a step of prompts, so that decodes go
+            on: so many times as long as that step took.
         seed: from it come the seeds of requests that bring none.
     """
 
@@ -46,6 +50,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     preemption_mode: str = "recompute"
     swap_space: float = 1.0
+    scheduling_policy: str | Policy = "chunked"
+    scheduler_delay_factor: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +68,9 @@ class EngineConfig:
             raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; known: {known}")
         if not _is_number(self.swap_space) or not 0 <= self.swap_space < math.inf:
             raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
+        if not _is_number(self.scheduler_delay_factor):
+            raise ValueError(f"scheduler_delay_factor={self.scheduler_delay_factor!r}: must be a number >= 0")
+        make_policy(self.scheduling_policy, self.scheduler_delay_factor)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
         if not isinstance(self.enable_prefix_caching, bool):

@@ -17,6 +17,7 @@ from paged_infer.completion import Completion, named_logprobs
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_request, truncated
 from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
@@ -59,6 +60,8 @@ class LLMEngine:
         self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.memory = plan_memory(config, self.decoder)
+        policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
+        check_budget(policy, config.max_num_batched_tokens, self.memory.max_model_len)
         cache = PagedCache(
             self.decoder.kv_spec(),
             self.memory.num_blocks,
@@ -77,6 +80,7 @@ class LLMEngine:
             config.max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
             preemption_mode=config.preemption_mode,
+            policy=policy,
         )
         self.usage = KVUsage()
         self._live: dict[str, _Live] = {}
@@ -170,10 +174,16 @@ class LLMEngine:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns the requests that it finished, and the streamed ones that it moved."""
+        """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
+
+        Where the policy waits for a batch to fill, this waits with it.
+        """
         if not self.scheduler.has_work:
             return []
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(time.perf_counter())
+        if step.resume_at_s is not None and not step.sequences:
+            time.sleep(max(0.0, step.resume_at_s - time.perf_counter()))
+            return []
         if not step.sequences:
             raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
         result = self.runner.execute(step)

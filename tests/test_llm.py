@@ -132,6 +132,17 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"swap_space": -1}, "swap_space=-1: must be a number of GiB >= 0"),
         ({"swap_space": math.nan}, "swap_space=nan"),
         ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB holds no block of 18432 bytes"),
+        (
+            {"scheduling_policy": "fifo"},
+            "scheduling_policy='fifo' is no Policy and not known; known: chunked",
+        ),
+        ({"scheduler_delay_factor": 2}, "scheduler_delay_factor=2 with scheduling_policy='chunked'"),
+        ({"scheduler_delay_factor": "x"}, "scheduler_delay_factor='x'"),
+        ({"scheduling_policy": "prefill_first", "scheduler_delay_factor": -1}, "scheduler_delay_factor=-1"),
+        (
+            {"scheduling_policy": "static", "max_num_batched_tokens": 511},
+            "max_num_batched_tokens=511 is less than max_model_len=512",
+        ),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": "x"}, "seed='x'"),
     ],

@@ -49,6 +49,7 @@ class Sequence:
     num_prompt_tokens: int
     max_total_tokens: int  # prompt and output together: max_tokens and max_model_len, whichever is less
     eos_token_ids: frozenset[int]
+    arrival_time_s: float = 0.0  # of its request
     cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
     siblings: ReadOnlyList[Sequence] = field(
         default=(), repr=False
@@ -180,6 +181,7 @@ class Request:
                     num_prompt_tokens=num_prompt,
                     max_total_tokens=min(wanted, max_model_len),
                     eos_token_ids=frozenset(eos_token_ids),
+                    arrival_time_s=self.arrival_time_s,
                     cache_root=root,
                     siblings=self.sequences,
                 )

@@ -1,12 +1,14 @@
-"""Who runs in this step, with how many tokens; who waits; who is preempted.
+"""The queues, and one step after the other: schedule, and update with what was drawn.
 
-Continuous batching (Orca, Yu 2022, section 3) over one token budget (Sarathi-Serve, Agrawal 2024, section 4): each
-step first gives every decoding sequence its one token, then spends what is left on prompts, the oldest first and cut
-to fit. A long prompt so streams in beside running decodes instead of stopping them.
+    add --> waiting --> running --> (finished)
+               ^         |   ^
+               +---------+   |        preempted: computed again from the head of the queue, or
+                         v   |        swapped out and back, before anybody who waits comes in
+                        swapped
 
-Order is by arrival throughout. When the pool is exhausted the youngest running sequence gives back all its blocks and
-waits at the head of the queue, so the oldest always gets through: every request that fits the pool finishes. Swapped
-sequences come back before anybody who waits comes in.
+All queues are in order of arrival. Who runs in a step, and with how many tokens, is for the policy to say, in the verbs
+of a ``Turn``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always
+gets through: every request that fits the pool finishes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
 from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
 from paged_infer.control.turn import Turn, insert_by_age
@@ -36,7 +39,7 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Chunked continuous batching.
+    """Decides each step, and keeps the books on everything that is under way.
 
     Args:
         manager: the block tables; the scheduler is the only one to change them.
@@ -45,6 +48,7 @@ class Scheduler:
         enable_prefix_caching: let requests that begin alike share the blocks of their beginning.
         preemption_mode: one of ``PREEMPTION_MODES``: a sequence that has to give back its blocks computes them again,
             or has them moved to the manager's swap space and back. Where that is full, it computes them again.
+        policy: what a step is made of; ``Chunked()`` if None.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Scheduler:
         *,
         enable_prefix_caching: bool = True,
         preemption_mode: str = "recompute",
+        policy: Policy | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
@@ -67,10 +72,12 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
+        self.policy = policy or Chunked()
         self.swaps = preemption_mode == "swap"
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()  # by arrival
         self.running: list[Sequence] = []  # by arrival
+        self.held: list[Sequence] = []  # ended, and keeping their blocks until nobody runs
         self.stats = SchedulerStats()
         self._turn: Turn | None = None  # the step that is out and has not come back
 
@@ -84,20 +91,21 @@ class Scheduler:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> ScheduledStep:
-        """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed."""
+    def schedule(self, now: float = 0.0) -> ScheduledStep:
+        """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed.
+
+        ``now``: the time, in seconds. Only policies that delay something look at it.
+        """
         self.roll_back()
         self.stats.steps += 1
-        turn = self._turn = Turn(self, self.stats.steps)
-        turn.run()
-        turn.resume()
-        turn.admit()
+        turn = self._turn = Turn(self, self.stats.steps, now)
+        self.policy.plan(turn)
         self.stats.preemptions += len(turn.preempted)
         turn.moves, self.manager.moves = self.manager.moves, BlockMoves()
         sequences = [
             self._describe(*item, turn.forks.get(item[0].sequence_id, ())) for item in turn.scheduled
         ]
-        return ScheduledStep(turn.index, sequences, turn.moves)
+        return ScheduledStep(turn.index, sequences, turn.moves, turn.resume_at_s)
 
     def _describe(
         self, sequence: Sequence, num_tokens: int, children: ReadOnlyList[Sequence]
@@ -170,27 +178,49 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def release_held(self) -> None:
+        """Where a batch leaves together and nobody of it runs any more: give back the blocks of its finished rows."""
+        if not self.running:
+            for sequence in self.held:
+                self.manager.free(sequence.sequence_id)
+            self.held.clear()
+
     # -- endings ----------------------------------------------------------------------------------------------------
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End the sequence in whatever state it is; its blocks are free at once. Ending twice changes nothing."""
+        """End the sequence in whatever state it is; its blocks are free at once, unless its batch leaves together.
+
+        Ending twice changes nothing, except that an abort takes such blocks back too.
+        """
         if sequence.is_finished:
+            if reason == "abort" and sequence in self.held:
+                self.held.remove(sequence)
+                self.manager.free(sequence.sequence_id)
             return
-        self._leave(sequence)
+        is_running = sequence.state is SequenceState.RUNNING
+        if self.policy.leaves_together and is_running and reason != "abort":
+            self.running.remove(sequence)
+            self.held.append(sequence)
+        else:
+            self._leave(sequence)
         sequence.finish(reason, stop_reason)
+        self.release_held()
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
         """Tokens in the pool once ``step`` is computed, those of shared blocks counted once."""
-        stored = {sequence.sequence_id: sequence.num_computed_tokens for sequence in self.running}
+        stored = {sequence.sequence_id: sequence.num_computed_tokens for sequence in self._holders()}
         stored.update((s.sequence_id, s.num_computed_tokens + s.num_tokens) for s in step.sequences)
         return self.manager.pool.num_used * self.manager.block_size - self.manager.num_empty_slots(stored)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless law 2 holds, the crowd gate too, and exactly the running sequences hold blocks."""
-        self.manager.check_integrity({s.sequence_id: s.num_computed_tokens for s in self.running})
+        self.manager.check_integrity({s.sequence_id: s.num_computed_tokens for s in self._holders()})
         self.manager.swap.check_integrity({s.sequence_id for s in self.swapped})
-        if len(self.running) > self.max_num_seqs:
-            raise RuntimeError(f"{len(self.running)} sequences run; max_num_seqs={self.max_num_seqs}")
+        if len(self._holders()) > self.max_num_seqs:
+            raise RuntimeError(f"{len(self._holders())} sequences run; max_num_seqs={self.max_num_seqs}")
+
+    def _holders(self) -> list[Sequence]:
+        return self.running + self.held
 
 
 def sample_row(sequence: Sequence) -> SampleRow:

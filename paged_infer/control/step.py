@@ -57,11 +57,15 @@ class BlockMoves:
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """Everything that runs in one step, in the order in which it was given its place."""
+    """Everything that runs in one step, in the order in which it was given its place.
+
+    Nothing may run before ``resume_at_s`` (the caller's clock), where a policy waits for a batch to fill.
+    """
 
     index: int
     sequences: list[ScheduledSequence]
     moves: BlockMoves = field(default_factory=BlockMoves)
+    resume_at_s: float | None = None
 
     @property
     def num_tokens(self) -> int:

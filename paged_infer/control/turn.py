@@ -31,27 +31,31 @@ if TYPE_CHECKING:
 class Turn:
     """The step of one index: what is left of its budget, and who computes how many tokens."""
 
-    def __init__(self, scheduler: Scheduler, index: int) -> None:
+    def __init__(self, scheduler: Scheduler, index: int, now: float) -> None:
         self.index = index
+        self.now = now
+        self.resume_at_s: float | None = None  # a policy that lets the step be empty says until when
+        self.max_num_seqs = scheduler.max_num_seqs
         self.budget = scheduler.max_num_batched_tokens  # tokens
         self.scheduled: list[tuple[Sequence, int]] = []
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their prompt
         self.preempted: list[Sequence] = []
         self.moves = BlockMoves()
         self.fresh: list[Sequence] = []
+        self._closed = False  # to newcomers, because somebody was preempted for others
         self.num_hit_tokens = 0
         self._scheduler = scheduler
         self._manager = scheduler.manager
-        self._running = scheduler.running
-        self._waiting = scheduler.waiting
-        self._swapped = scheduler.swapped
+        self.running = scheduler.running
+        self.waiting = scheduler.waiting
+        self.swapped = scheduler.swapped
 
     def run(self) -> None:
         """Give every running sequence its tokens, the oldest first; a long prompt leaves one for each who follows.
 
         Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
         """
-        order = list(self._running)
+        order = list(self.running)
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
         for num_following, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):
@@ -66,14 +70,14 @@ class Turn:
 
     def resume(self) -> None:
         """Bring the oldest of the swapped back while there is budget, a place, and room for all its known tokens."""
-        while self._swapped and self.budget and not self.preempted:
-            sequence = self._swapped[0]
+        while self.swapped and self.budget and not self._closed:
+            sequence = self.swapped[0]
             stored = self._chain(sequence)[: sequence.num_computed_tokens // self._manager.block_size]
-            if not self._has_place(sequence) or not self._manager.swap_in(
-                sequence.sequence_id, stored, sequence.num_tokens
-            ):
+            if not self._has_place(sequence) or not self._fits(sequence.num_uncomputed_tokens):
                 break
-            self._swapped.popleft()
+            if not self._manager.swap_in(sequence.sequence_id, stored, sequence.num_tokens):
+                break
+            self.swapped.popleft()
             self._enter(sequence)
             self._start(sequence)
 
@@ -82,21 +86,28 @@ class Turn:
 
         Nobody comes in before all that are swapped are back.
         """
-        while self._waiting and self.budget and not self.preempted and not self._swapped:
-            sequence = self._waiting[0]
+        while self.waiting and self.budget and not self._closed and not self.swapped:
+            sequence = self.waiting[0]
             if sequence.waits_for_fork or not self._has_place(sequence):
                 break
             prefix = self._find_prefix(sequence)
             if self._manager.can_allocate(sequence.num_tokens, prefix) is not Allocation.OK:
                 break
-            self._waiting.popleft()
+            if not self._fits(sequence.num_tokens - len(prefix) * self._manager.block_size):
+                break
+            self.waiting.popleft()
             self._enter(sequence)
             self._adopt(sequence, prefix)
             self._start(sequence)
 
     def _has_place(self, sequence: Sequence) -> bool:
         """For the sequence and the samples that will be forked from it."""
-        return len(self._running) + 1 + len(sequence.to_fork) <= self._scheduler.max_num_seqs
+        taken = len(self.running) + len(self._scheduler.held)
+        return not taken or taken + 1 + len(sequence.to_fork) <= self.max_num_seqs
+
+    def _fits(self, num_tokens: int) -> bool:
+        """Whether the budget has room for these tokens of a newcomer, or for some of them where that will do."""
+        return self._scheduler.policy.chunks_prompts or num_tokens <= self.budget
 
     def _chain(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the sequence's full blocks; none where nothing is cached."""
@@ -124,7 +135,7 @@ class Turn:
 
     def _enter(self, sequence: Sequence) -> None:
         sequence.move_to(SequenceState.RUNNING)
-        insort(self._running, sequence, key=lambda running: running.sequence_id)
+        insort(self.running, sequence, key=lambda running: running.sequence_id)
         self.fresh.append(sequence)
 
     def _start(self, sequence: Sequence) -> None:
@@ -150,7 +161,7 @@ class Turn:
     def _fork(self, sequence: Sequence) -> None:
         children = self.forks[sequence.sequence_id] = sequence.to_fork
         for child in children:
-            self._waiting.remove(child)
+            self.waiting.remove(child)
             self._enter(child)
             self._manager.fork(sequence.sequence_id, child.sequence_id, sequence.num_prompt_tokens)
             child.num_computed_tokens = sequence.num_prompt_tokens
@@ -161,7 +172,7 @@ class Turn:
         """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is no way to get them."""
         start = sequence.num_computed_tokens
         while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
-            victim = self._running[-1]
+            victim = self.running[-1]
             if victim.last_step == self.index:
                 return False  # it has had its turn already; the sequence's own comes first in the next step
             self._preempt(victim)
@@ -171,17 +182,19 @@ class Turn:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all of the sequence's blocks: to swap space, or if that is full or not wanted, for good."""
-        self._running.remove(sequence)
+        self.running.remove(sequence)
         sequence.num_preemptions += 1
         self.preempted.append(sequence)
         stored = sequence.num_computed_tokens
         if self._scheduler.swaps and stored and self._manager.swap_out(sequence.sequence_id, stored):
             sequence.move_to(SequenceState.SWAPPED)
-            insert_by_age(self._swapped, sequence)
+            insert_by_age(self.swapped, sequence)
         else:
             self._manager.free(sequence.sequence_id)
             sequence.restart()
-            insert_by_age(self._waiting, sequence)
+            insert_by_age(self.waiting, sequence)
+        self._scheduler.release_held()
+        self._closed = bool(self.running)
 
 
 def insert_by_age(queue: deque[Sequence], sequence: Sequence) -> None:

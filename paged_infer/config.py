@@ -35,6 +35,7 @@ class EngineConfig:
         scheduling_policy: who gets the next step: "chunked", "prefill_first", "dynamic", "static", or a ``Policy``.
         scheduler_delay_factor: with "prefill_first", how long prompts wait after a step of prompts, so that decodes go
             on: so many times as long as that step took.
+        trace: keep a record of every step in ``LLM.trace``.
         seed: from it come the seeds of requests that bring none.
     """
 
@@ -52,6 +53,7 @@ class EngineConfig:
     swap_space: float = 1.0
     scheduling_policy: str | Policy = "chunked"
     scheduler_delay_factor: float = 0.0
+    trace: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,8 +75,9 @@ class EngineConfig:
         make_policy(self.scheduling_policy, self.scheduler_delay_factor)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(f"enable_prefix_caching={self.enable_prefix_caching!r}: must be True or False")
+        for name in ("enable_prefix_caching", "trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
 

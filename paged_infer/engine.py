@@ -21,6 +21,7 @@ from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
+from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
@@ -81,6 +82,7 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             preemption_mode=config.preemption_mode,
             policy=policy,
+            trace=Trace(self.memory.num_blocks) if config.trace else None,
         )
         self.usage = KVUsage()
         self._live: dict[str, _Live] = {}
@@ -188,8 +190,8 @@ class LLMEngine:
             raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
         result = self.runner.execute(step)
         self._record_usage(step)
-        grown = self.scheduler.update(step, result.token_ids)
         now = time.perf_counter()
+        grown = self.scheduler.update(step, result.token_ids, now)
         moved: dict[str, _Live] = {}
         for sequence in grown:
             live = self._live[sequence.request_id]

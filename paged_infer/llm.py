@@ -10,6 +10,7 @@ from typing import Any
 from paged_infer import storyteller
 from paged_infer.config import EngineConfig
 from paged_infer.control.request import Request
+from paged_infer.control.trace import Trace
 from paged_infer.engine import LLMEngine, Prompt
 from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
@@ -142,6 +143,11 @@ class LLM:
                 "this checkpoint has no tokenizer, so it cannot chat: give token ids to generate()"
             )
         return self.tokenizer.apply_chat_template(messages)
+
+    @property
+    def trace(self) -> Trace | None:
+        """What happened in every step, where ``LLM(..., trace=True)`` asked for it."""
+        return self.engine.scheduler.trace
 
     def stats(self) -> dict[str, int | float]:
         """Steps, preemptions, blocks and KV use; see ``LLMEngine.stats``."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
+from typing import Any
 
 from paged_infer.control.block_pool import BlockPool
 from paged_infer.control.step import BlockMoves
@@ -56,6 +57,7 @@ class BlockManager:
         self.swap = SwapSpace(num_swap_blocks)
         self.watermark_blocks = int(watermark * num_blocks)
         self.moves = BlockMoves()  # what the next step has to do before it computes
+        self.journal: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
         self._tables: dict[int, Table] = {}
         self._unproven: list[int] = []  # blocks published for a step that has not succeeded yet
 
@@ -89,20 +91,27 @@ class BlockManager:
         are written no more, and those after are new.
         """
         table = self._tables.get(sequence_id, ())
-        missing = -(-end // self.block_size) - len(table)
+        missing = max(0, -(-end // self.block_size) - len(table))
         index = start // self.block_size
         shared = index < len(table) and self.pool.reference_count(table[index]) > 1
-        if missing <= 0 and not shared:
+        if not missing and not shared:
             return True
-        if max(missing, 0) + shared > self.pool.num_free:
+        if missing + shared > self.pool.num_free:
             return False
+        taken = tuple(self.pool.take() for _ in range(shared + missing))
         if shared:
-            source, copy = table[index], self.pool.take()
-            self.pool.release(source)
-            self.moves.copies.append((source, copy))
-            table = (*table[:index], copy, *table[index + 1 :])
-        self._tables[sequence_id] = table + tuple(self.pool.take() for _ in range(missing))
+            self.moves.copies.append((table[index], taken[0]))
+            self.pool.release(table[index])
+            rest = table[index + 1 :]
+            self._hold(sequence_id, table[:index], taken[:1] + rest + taken[1:], hits=rest)
+        else:
+            self._hold(sequence_id, table, taken)
         return True
+
+    def _hold(self, sequence_id: int, kept: Table, blocks: Table, hits: Table = ()) -> None:
+        """Set the table to ``kept`` and ``blocks``; ``hits`` are those of them that were not taken from the free."""
+        self._tables[sequence_id] = kept + blocks
+        self.journal.append(("hold", sequence_id, len(kept), blocks, hits))
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
         """Let a sequence that holds no block yet begin with the first ``num_tokens`` tokens of another."""
@@ -116,6 +125,7 @@ class BlockManager:
         """Give back all of the sequence's blocks, the last first: a suffix is of no use once its prefix is evicted."""
         for block in reversed(self._tables.pop(sequence_id, ())):
             self.pool.release(block)
+        self.journal.append(("free", sequence_id))
 
     # -- prefix caching ---------------------------------------------------------------------------------------------
 
@@ -134,7 +144,7 @@ class BlockManager:
         for block in prefix:
             self.pool.share(block)
         if prefix:
-            self._tables[sequence_id] = prefix
+            self._hold(sequence_id, (), prefix, hits=prefix)
 
     def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
         """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.
@@ -145,6 +155,7 @@ class BlockManager:
         for index in range(first, end):
             if self.pool.publish(table[index], chain[index]):
                 self._unproven.append(table[index])
+                self.journal.append(("publish", table[index]))
 
     def confirm(self) -> None:
         """The step has succeeded: what was published for it is there."""
@@ -155,6 +166,7 @@ class BlockManager:
         """The step has failed: nothing that was published for it may be found. Who adopted it must begin again."""
         for block in self._unproven:
             self.pool.withdraw(block)
+            self.journal.append(("withdraw", block))
         self._unproven.clear()
         self.swap.reuse_emptied()
 
@@ -189,7 +201,7 @@ class BlockManager:
             else:
                 table.append(self.pool.take())
                 self.moves.swap_ins.append((place, table[-1]))
-        self._tables[sequence_id] = tuple(table)
+        self._hold(sequence_id, (), tuple(table), hits=tuple(hits.values()))
         self.swap.drop(sequence_id)
         self.publish(sequence_id, chain, 0, len(chain))
         return True

@@ -116,8 +116,8 @@ class Dynamic(Static):
     def _fill(self, turn: Turn) -> None:
         if self.max_batch_size is not None:
             turn.max_num_seqs = min(turn.max_num_seqs, self.max_batch_size)
-        if not turn.running and not turn.swapped and len(turn.waiting) < turn.max_num_seqs:
-            closes_at_s = min(sequence.arrival_time_s for sequence in turn.waiting) + self.window_s
+        if not turn.running and not turn.swapped and 0 < len(turn.waiting) < turn.max_num_seqs:
+            closes_at_s = turn.waiting[0].arrival_time_s + self.window_s
             if turn.now < closes_at_s:
                 turn.resume_at_s = closes_at_s
                 return

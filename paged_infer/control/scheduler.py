@@ -22,6 +22,7 @@ from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.control.trace import Trace
 from paged_infer.control.turn import Turn, insert_by_age
 from paged_infer.params import SampleRow
 
@@ -49,6 +50,7 @@ class Scheduler:
         preemption_mode: one of ``PREEMPTION_MODES``: a sequence that has to give back its blocks computes them again,
             or has them moved to the manager's swap space and back. Where that is full, it computes them again.
         policy: what a step is made of; ``Chunked()`` if None.
+        trace: keeps a record of every step, if given.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         preemption_mode: str = "recompute",
         policy: Policy | None = None,
+        trace: Trace | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
@@ -73,6 +76,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy or Chunked()
+        self.trace = trace
         self.swaps = preemption_mode == "swap"
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()  # by arrival
@@ -87,7 +91,10 @@ class Scheduler:
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences behind everything that waits."""
-        self.waiting.extend(sequences)
+        for one in sequences:
+            self.waiting.append(one)
+            event = ("arrive", one.sequence_id, one.request_id, one.num_prompt_tokens)
+            self.manager.journal.append(event)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -102,9 +109,11 @@ class Scheduler:
         self.policy.plan(turn)
         self.stats.preemptions += len(turn.preempted)
         turn.moves, self.manager.moves = self.manager.moves, BlockMoves()
-        sequences = [
-            self._describe(*item, turn.forks.get(item[0].sequence_id, ())) for item in turn.scheduled
-        ]
+        journal, self.manager.journal = self.manager.journal, []
+        if self.trace is not None:
+            self.trace.record(self, turn, journal)
+        forks = turn.forks
+        sequences = [self._describe(s, n, forks.get(s.sequence_id, ())) for s, n in turn.scheduled]
         return ScheduledStep(turn.index, sequences, turn.moves, turn.resume_at_s)
 
     def _describe(
@@ -128,15 +137,17 @@ class Scheduler:
             next_prompt_token_ids,
         )
 
-    def update(self, step: ScheduledStep, token_ids: Mapping[int, int]) -> list[Sequence]:
+    def update(self, step: ScheduledStep, token_ids: Mapping[int, int], now: float = 0.0) -> list[Sequence]:
         """Take the tokens that the step drew, by sequence id; sequences that they end give back their blocks.
 
-        Returns the sequences that got a token, in the step's order.
+        ``now`` is for the trace. Returns the sequences that got a token, in the step's order.
         """
         turn, self._turn = self._turn, None
         if turn is None or turn.index != step.index:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
         self.manager.confirm()
+        if self.trace is not None:
+            self.trace.steps[-1].ended_s = now
         self.stats.prefix_hit_tokens += turn.num_hit_tokens
         self.stats.blocks_copied += len(turn.moves.copies)
         self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
@@ -164,8 +175,13 @@ class Scheduler:
         for sequence in {*turn.fresh, *copied, *turn.preempted}:
             if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
                 self._leave(sequence)
-                sequence.restart()
-                insert_by_age(self.waiting, sequence)
+                self.restart(sequence)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Queue one that holds nothing any more: it has to compute all that it knows again."""
+        sequence.restart()
+        insert_by_age(self.waiting, sequence)
+        self.manager.journal.append(("wait", sequence.sequence_id))
 
     def _leave(self, sequence: Sequence) -> None:
         """Take the sequence out of whatever queue it stands in, and give back what it holds."""
@@ -204,6 +220,7 @@ class Scheduler:
         else:
             self._leave(sequence)
         sequence.finish(reason, stop_reason)
+        self.manager.journal.append(("end", sequence.sequence_id, reason))
         self.release_held()
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:

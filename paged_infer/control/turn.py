@@ -44,6 +44,7 @@ class Turn:
         self.fresh: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.num_hit_tokens = 0
+        self.num_looked_up_tokens = 0
         self._scheduler = scheduler
         self._manager = scheduler.manager
         self.running = scheduler.running
@@ -130,6 +131,7 @@ class Turn:
         num_hit = len(prefix) * self._manager.block_size
         sequence.num_computed_tokens = num_hit
         self.num_hit_tokens += num_hit
+        self.num_looked_up_tokens += sequence.num_tokens
         if not sequence.num_preemptions and not sequence.num_output_tokens:
             sequence.num_cached_tokens = num_hit
 
@@ -137,6 +139,7 @@ class Turn:
         sequence.move_to(SequenceState.RUNNING)
         insort(self.running, sequence, key=lambda running: running.sequence_id)
         self.fresh.append(sequence)
+        self._manager.journal.append(("run", sequence.sequence_id))
 
     def _start(self, sequence: Sequence) -> None:
         """Schedule one that has just come in, and that there is room for."""
@@ -189,10 +192,10 @@ class Turn:
         if self._scheduler.swaps and stored and self._manager.swap_out(sequence.sequence_id, stored):
             sequence.move_to(SequenceState.SWAPPED)
             insert_by_age(self.swapped, sequence)
+            self._manager.journal.append(("swap", sequence.sequence_id))
         else:
             self._manager.free(sequence.sequence_id)
-            sequence.restart()
-            insert_by_age(self.waiting, sequence)
+            self._scheduler.restart(sequence)
         self._scheduler.release_held()
         self._closed = bool(self.running)
 

@@ -15,6 +15,7 @@ import torch
 
 from paged_infer import LLM, RequestOutput, SamplingParams
 from paged_infer.baselines import generate_cached, generate_naive, generate_static
+from paged_infer.control.policies import Chunked
 from paged_infer.outputs import TokenLogprobs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -405,6 +406,30 @@ def test_cached_prompt_tokens_are_counted_per_request_and_per_salt(llm) -> None:
     assert llm.stats()["prefix_hit_tokens"] == 4 * 32
     with pytest.raises(ValueError, match="cache_salt=7: must be a str or None"):
         cached([story], cache_salt=7)
+
+
+def test_a_trace_is_kept_where_it_is_asked_for(make_llm, llm, tmp_path) -> None:
+    assert llm.trace is None
+    llm = make_llm(trace=True)
+    generate(llm, [[5] * 20, [6] * 3], GREEDY)
+    steps = llm.trace.steps
+    assert [step.num_running for step in steps] == [2] * 5
+    assert [list(step.scheduled.values()) for step in steps] == [[20, 3], *[[1, 1]] * 4]
+    assert all(step.began_s < step.ended_s for step in steps)
+    assert llm.trace.replay(2).pool.num_used == 2 + 1
+    llm.trace.to_perfetto(tmp_path / "trace.json")
+    assert (tmp_path / "trace.json").stat().st_size > 0
+
+
+@pytest.mark.parametrize("policy", ["static", "dynamic", "prefill_first", Chunked()], ids=str)
+def test_requests_that_arrive_while_others_run_are_served_by_every_policy(policy, make_llm) -> None:
+    llm = make_llm(scheduling_policy=policy)
+    want = [ids(generate(llm, p, LONG))[0] for p in ([5, 6], [7])]
+    stream = llm.stream([5, 6], LONG)
+    next(stream)
+    assert ids(generate(llm, [[7]], LONG)) == want[1:]
+    assert ids([list(stream)[-1]]) == want[:1]
+    assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
 
 
 # -- streams, failures and aborts -----------------------------------------------------------------------------------

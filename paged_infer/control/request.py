@@ -85,14 +85,13 @@ class Sequence:
 
     @property
     def to_fork(self) -> list[Sequence]:
-        """The samples that begin where this one's prompt ends: while it has said nothing, all others that live.
+        """The samples that wait to begin where this one's prompt ends: while it has said nothing, all that live.
 
         Empty for a sample that is not the first of those that live: it is itself to be forked.
         """
-        if len(self.siblings) < 2 or self.num_output_tokens:
+        if len(self.siblings) < 2 or self.num_output_tokens or self.waits_for_fork:
             return []
-        living = [sibling for sibling in self.siblings if not sibling.is_finished]
-        return living[1:] if living[0] is self else []
+        return [s for s in self.siblings if s is not self and s.state is SequenceState.WAITING]
 
     @property
     def waits_for_fork(self) -> bool:

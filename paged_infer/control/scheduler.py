@@ -132,7 +132,7 @@ class Scheduler:
             start,
             self.manager.table(sequence.sequence_id),
             sample_row(sequence) if end == len(sequence.token_ids) else None,
-            [(child.sequence_id, sample_row(child)) for child in children],
+            [(child.sequence_id, sample_row(child)) for child in children] if children else (),
             num_prompt_logprobs,
             next_prompt_token_ids,
         )

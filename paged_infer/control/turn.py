@@ -102,9 +102,10 @@ class Turn:
             self._start(sequence)
 
     def _has_place(self, sequence: Sequence) -> bool:
-        """For the sequence and the samples that will be forked from it."""
+        """For the sequence and the samples that will be forked from it, beside those promised to others' samples."""
         taken = len(self.running) + len(self._scheduler.held)
-        return not taken or taken + 1 + len(sequence.to_fork) <= self.max_num_seqs
+        left = self.max_num_seqs - taken - 1 - len(sequence.to_fork)
+        return not taken or (left >= 0 and left >= sum(len(running.to_fork) for running in self.running))
 
     def _fits(self, num_tokens: int) -> bool:
         """Whether the budget has room for these tokens of a newcomer, or for some of them where that will do."""

@@ -148,16 +148,26 @@ def test_everybody_is_served_under_every_policy(
     assert scheduler.manager.pool.num_used == scheduler.manager.swap.num_used == 0
 
 
-def test_a_policy_of_ones_own_is_ten_lines() -> None:
-    class ShortestFirst(Policy):
-        def plan(self, turn: Turn) -> None:
-            turn.run()
-            turn.resume()
-            by_length = sorted(turn.waiting, key=lambda sequence: sequence.num_tokens)
-            turn.waiting.clear()
-            turn.waiting.extend(by_length)
-            turn.admit()
+class ShortestFirst(Policy):
+    def plan(self, turn: Turn) -> None:
+        turn.run()
+        turn.resume()
+        queue = sorted(turn.waiting, key=lambda sequence: sequence.num_tokens)
+        turn.waiting.clear()
+        turn.waiting.extend(queue)
+        turn.admit()
 
+
+def test_places_promised_to_samples_are_kept_whatever_the_order() -> None:
+    scheduler, source = make_scheduler(max_num_seqs=3, budget=4, policy=ShortestFirst()), Source()
+    scheduler.add(source.request(9, n=3, max_tokens=3).sequences)
+    run(scheduler)
+    add(scheduler, source, 1, 1)  # shorter than the samples whose prompt streams in
+    while scheduler.has_work:
+        run(scheduler)
+
+
+def test_a_policy_of_ones_own_is_ten_lines() -> None:
     scheduler, source = make_scheduler(max_num_seqs=1, policy=ShortestFirst()), Source()
     sequences = add(scheduler, source, 9, 3, 6, max_tokens=1)
     order = [s.num_prompt_tokens for _ in range(3) for s in [sequences[run(scheduler).drawing[0]]]]

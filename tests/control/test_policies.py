@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from paged_infer.control.policies import (
     check_budget,
     make_policy,
 )
+from paged_infer.control.request import Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.turn import Turn
 
@@ -152,14 +155,25 @@ class ShortestFirst(Policy):
     def plan(self, turn: Turn) -> None:
         turn.run()
         turn.resume()
-        queue = sorted(turn.waiting, key=lambda sequence: sequence.num_tokens)
-        turn.waiting.clear()
-        turn.waiting.extend(queue)
+        sort_by_length(turn.waiting)
         turn.admit()
 
 
+class NewcomersFirst(Policy):
+    def plan(self, turn: Turn) -> None:
+        sort_by_length(turn.waiting)
+        turn.admit()
+        turn.run()
+
+
+def sort_by_length(queue: deque[Sequence]) -> None:
+    by_length = sorted(queue, key=lambda sequence: sequence.num_tokens)
+    queue.clear()
+    queue.extend(by_length)
+
+
 def test_places_promised_to_samples_are_kept_whatever_the_order() -> None:
-    scheduler, source = make_scheduler(max_num_seqs=3, budget=4, policy=ShortestFirst()), Source()
+    scheduler, source = make_scheduler(max_num_seqs=3, budget=4, policy=NewcomersFirst()), Source()
     scheduler.add(source.request(9, n=3, max_tokens=3).sequences)
     run(scheduler)
     add(scheduler, source, 1, 1)  # shorter than the samples whose prompt streams in

@@ -6,6 +6,7 @@ import json
 import pickle
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -127,15 +128,19 @@ def test_a_trace_is_kept_only_where_it_is_asked_for(traces: bool) -> None:
 
 def test_keeping_a_trace_costs_little() -> None:
     """Under 3 % of a step that takes 5 ms, which is as fast as 256 sequences decode on any machine."""
-    seconds = {}
-    for traces in (False, True):
-        scheduler = traced(2000, 16, 256, 2048) if traces else make_scheduler(2000, 16, 256, 2048)
+    plain, tracing = make_scheduler(2000, 16, 256, 2048), traced(2000, 16, 256, 2048)
+    for scheduler in (plain, tracing):
         add(scheduler, Source(), *[8] * 256, max_tokens=100)
-        times = []
-        for _ in range(90):
-            began = time.perf_counter()
-            step = scheduler.schedule()
-            times.append(time.perf_counter() - began)
-            carry_out(scheduler, step)
-        seconds[traces] = sorted(times)[45]
-    assert seconds[True] - seconds[False] < 0.03 * 5e-3
+    extra = []
+    for _ in range(90):  # side by side, so that both meet the same load
+        took = [scheduled_in(scheduler) for scheduler in (plain, tracing)]
+        extra.append(took[1] - took[0])
+    assert median(extra) < 0.03 * 5e-3
+
+
+def scheduled_in(scheduler: Scheduler) -> float:
+    began = time.perf_counter()
+    step = scheduler.schedule()
+    seconds = time.perf_counter() - began
+    carry_out(scheduler, step)
+    return seconds

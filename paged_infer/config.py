@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from paged_infer.control.policies import Policy, make_policy
+from paged_infer.control.scheduler import PREEMPTION_MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,6 +28,14 @@ class EngineConfig:
         max_model_len: longest sequence, prompt and output together. None: the smaller of the model's limit and pool.
         max_num_seqs: most sequences running at once.
         max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in chunks.
+        enable_prefix_caching: let requests that begin alike share the blocks of their beginning, computed once.
+        preemption_mode: what becomes of a request that has to give back its blocks: "recompute" computes them again,
+            "swap" moves them to the CPU's memory and back.
+        swap_space: GiB of that memory, at most the pool's size; reserved where ``preemption_mode`` is "swap".
+        scheduling_policy: who gets the next step: "chunked", "prefill_first", "dynamic", "static", or a ``Policy``.
+        scheduler_delay_factor: with "prefill_first", how long prompts wait after a step of prompts, so that decodes go
+            on: so many times as long as that step took.
+        trace: keep a record of every step in ``LLM.trace``.
         seed: from it come the seeds of requests that bring none.
     """
 
@@ -36,6 +48,12 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    preemption_mode: str = "recompute"
+    swap_space: float = 1.0
+    scheduling_policy: str | Policy = "chunked"
+    scheduler_delay_factor: float = 0.0
+    trace: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,8 +65,19 @@ class EngineConfig:
         for name in ("num_blocks", "max_model_len"):
             if getattr(self, name) is not None:
                 _check_at_least_one(name, getattr(self, name))
+        if self.preemption_mode not in PREEMPTION_MODES:
+            known = ", ".join(PREEMPTION_MODES)
+            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; known: {known}")
+        if not _is_number(self.swap_space) or not 0 <= self.swap_space < math.inf:
+            raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
+        if not _is_number(self.scheduler_delay_factor):
+            raise ValueError(f"scheduler_delay_factor={self.scheduler_delay_factor!r}: must be a number >= 0")
+        make_policy(self.scheduling_policy, self.scheduler_delay_factor)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
+        for name in ("enable_prefix_caching", "trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
 
@@ -60,6 +89,10 @@ class EngineConfig:
         if unknown:
             raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_at_least_one(name: str, value: object) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,9 +17,11 @@ from paged_infer.completion import Completion, named_logprobs
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_request, truncated
 from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
+from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
@@ -60,6 +62,8 @@ class LLMEngine:
         self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device, ops)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.memory = plan_memory(config, self.decoder)
+        policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
+        check_budget(policy, config.max_num_batched_tokens, self.memory.max_model_len)
         cache = PagedCache(
             self.decoder.kv_spec(),
             self.memory.num_blocks,
@@ -67,10 +71,21 @@ class LLMEngine:
             backend,
             self.device,
             ops,
+            num_swap_blocks=self.memory.num_swap_blocks,
         )
         self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample))
-        self.manager = BlockManager(self.memory.num_blocks, self.memory.block_size)
-        self.scheduler = Scheduler(self.manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self.manager = BlockManager(
+            self.memory.num_blocks, self.memory.block_size, num_swap_blocks=self.memory.num_swap_blocks
+        )
+        self.scheduler = Scheduler(
+            self.manager,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            preemption_mode=config.preemption_mode,
+            policy=policy,
+            trace=Trace(self.memory.num_blocks) if config.trace else None,
+        )
         self.usage = KVUsage()
         self._live: dict[str, _Live] = {}
         self._num_requests = 0
@@ -82,8 +97,13 @@ class LLMEngine:
 
     # -- the door ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, cache_salt: str | None = None
+    ) -> Request:
         """Check and tokenize a request without queueing it.
+
+        Requests share cached blocks only with those of the same ``cache_salt``: what one tenant has asked cannot be
+        told from how fast another's answer begins.
 
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
@@ -103,8 +123,10 @@ class LLMEngine:
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
         )
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
-        request = Request(request_id, text, token_ids, params, arrival_time_s=time.perf_counter())
+        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt)
         request.add_sequences(
             self._num_sequences, seed, self.memory.max_model_len, self.decoder.config.eos_token_ids
         )
@@ -132,10 +154,16 @@ class LLMEngine:
         self.scheduler.add(request.sequences)
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, streamed: bool = False
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        cache_salt: str | None = None,
+        streamed: bool = False,
     ) -> None:
         """Check, tokenize and queue; see ``prepare`` and ``submit``."""
-        self.submit(self.prepare(request_id, prompt, params), streamed=streamed)
+        self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""
@@ -150,16 +178,22 @@ class LLMEngine:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns the requests that it finished, and the streamed ones that it moved."""
+        """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
+
+        Where the policy waits for a batch to fill, this waits with it.
+        """
         if not self.scheduler.has_work:
             return []
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(time.perf_counter())
+        if step.resume_at_s is not None and not step.sequences:
+            time.sleep(max(0.0, step.resume_at_s - time.perf_counter()))
+            return []
         if not step.sequences:
             raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
         result = self.runner.execute(step)
         self._record_usage(step)
-        grown = self.scheduler.update(step, result.token_ids)
         now = time.perf_counter()
+        grown = self.scheduler.update(step, result.token_ids, now)
         moved: dict[str, _Live] = {}
         for sequence in grown:
             live = self._live[sequence.request_id]
@@ -193,8 +227,8 @@ class LLMEngine:
 
     def _record_usage(self, step: ScheduledStep) -> None:
         """What is held while the step is in memory, before the sequences that it ends give back their blocks."""
-        stored = sum(sequence.num_computed_tokens for sequence in self.scheduler.running) + step.num_tokens
-        self.usage.record(self.manager.pool.num_used * self.memory.block_size, stored)
+        held = self.manager.pool.num_used * self.memory.block_size
+        self.usage.record(held, self.scheduler.num_stored_tokens(step))
 
     def _output(self, live: _Live) -> RequestOutput:
         return request_output(live.request, live.completions, live.prompt_logprobs)
@@ -204,9 +238,10 @@ class LLMEngine:
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was made, and the queues and blocks as they are now."""
         return {
-            "steps": self.scheduler.stats.steps,
-            "preemptions": self.scheduler.stats.preemptions,
+            **asdict(self.scheduler.stats),
+            "evictions": self.manager.pool.num_evictions,
             "num_waiting": len(self.scheduler.waiting),
+            "num_swapped": len(self.scheduler.swapped),
             "num_running": len(self.scheduler.running),
             "num_blocks": self.memory.num_blocks,
             "free_blocks": self.manager.pool.num_free,
@@ -231,6 +266,7 @@ def request_output(
         finished_time_s=request.finished_time_s,
         num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
         num_longest_output_tokens=max(sequence.num_output_tokens for sequence in request.sequences),
+        num_cached_tokens=request.sequences[0].num_cached_tokens,
         num_preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
     )
     return RequestOutput(

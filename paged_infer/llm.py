@@ -10,6 +10,7 @@ from typing import Any
 from paged_infer import storyteller
 from paged_infer.config import EngineConfig
 from paged_infer.control.request import Request
+from paged_infer.control.trace import Trace
 from paged_infer.engine import LLMEngine, Prompt
 from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
@@ -59,6 +60,8 @@ class LLM:
         prompts: Prompt | ReadOnlyList[Prompt],
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs in the order of the prompts.
 
@@ -66,11 +69,12 @@ class LLM:
             prompts: a text, a list of token ids, or a list of either.
             sampling_params: one for all, or one a prompt; None is ``SamplingParams()``.
             use_tqdm: show a progress bar.
+            cache_salt: the prompts share cached blocks only with requests of the same salt.
 
         Raises:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
-        requests = self.prepare(prompts, sampling_params)
+        requests = self.prepare(prompts, sampling_params, cache_salt=cache_salt)
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -140,6 +144,11 @@ class LLM:
             )
         return self.tokenizer.apply_chat_template(messages)
 
+    @property
+    def trace(self) -> Trace | None:
+        """What happened in every step, where ``LLM(..., trace=True)`` asked for it."""
+        return self.engine.scheduler.trace
+
     def stats(self) -> dict[str, int | float]:
         """Steps, preemptions, blocks and KV use; see ``LLMEngine.stats``."""
         return self.engine.stats()
@@ -152,12 +161,15 @@ class LLM:
         self,
         prompts: Prompt | ReadOnlyList[Prompt],
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None,
+        *,
+        cache_salt: str | None = None,
     ) -> list[Request]:
         """Check and tokenize prompts without queueing them; errors as ``generate``, naming the prompt's index."""
         requests = []
         for index, (prompt, params) in enumerate(pair_prompts(prompts, sampling_params)):
             try:
-                requests.append(self.engine.prepare(str(self._num_requests + index), prompt, params))
+                request_id = str(self._num_requests + index)
+                requests.append(self.engine.prepare(request_id, prompt, params, cache_salt=cache_salt))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         self._num_requests += len(requests)

@@ -21,6 +21,7 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     kv_bytes_per_token: int
+    num_swap_blocks: int = 0
 
     @property
     def pool_bytes(self) -> int:
@@ -52,8 +53,25 @@ def plan_memory(config: EngineConfig, decoder: Decoder) -> MemoryPlan:
             )
     pool_tokens = num_blocks * config.block_size
     return MemoryPlan(
-        num_blocks, config.block_size, config.max_model_len or min(limit, pool_tokens), per_token
+        num_blocks,
+        config.block_size,
+        config.max_model_len or min(limit, pool_tokens),
+        per_token,
+        _num_swap_blocks(config, num_blocks, per_token * config.block_size),
     )
+
+
+def _num_swap_blocks(config: EngineConfig, num_blocks: int, bytes_per_block: int) -> int:
+    """What ``swap_space`` holds, and never more than the pool does."""
+    if config.preemption_mode != "swap":
+        return 0
+    fitting = int(config.swap_space * 2**30) // bytes_per_block
+    if not fitting:
+        raise ValueError(
+            f"swap_space={config.swap_space} GiB holds no block of {bytes_per_block} bytes, "
+            f"and preemption_mode='swap' needs at least 1"
+        )
+    return min(num_blocks, fitting)
 
 
 def _gpu_room_bytes(config: EngineConfig, decoder: Decoder) -> int:

@@ -148,9 +148,11 @@ def _is_number(value: object) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampleRow:
     """How to draw the next token of one sequence: everything the sampler needs beside the logits, picklable.
+
+    Never changed once made; see ``control.step`` for why it is not declared frozen.
 
     Attributes:
         seed: the request's own, resolved; any int64.

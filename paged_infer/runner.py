@@ -18,6 +18,7 @@ from paged_infer.cache.spec import StepMeta
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
+from paged_infer.params import SampleRow
 from paged_infer.sampling import Sampler, token_logprobs
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
@@ -47,6 +48,7 @@ class ModelRunner:
         Raises:
             FloatingPointError: the model produced NaN for a sequence.
         """
+        self.cache.move_blocks(step.moves)
         # Single tokens first, as StepMeta has it, and among them rows of like length together.
         sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
         token_ids, meta = self._pack(sequences)
@@ -93,17 +95,24 @@ class ModelRunner:
     def _sample(
         self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
     ) -> None:
-        drawing = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
-        samples = [sequence.sample for sequence in sequences if sequence.sample is not None]
-        if not drawing:
+        drawing: list[int] = []  # rows of hidden, one for each token that is drawn; forks draw from one row
+        draws: list[tuple[int, SampleRow]] = []
+        for row, sequence in enumerate(sequences):
+            if sequence.sample is not None:
+                own = (sequence.sequence_id, sequence.sample)
+                draws += (own, *sequence.forks)
+                drawing += [row] * (1 + len(sequence.forks))
+        if not draws:
             return
-        if len(drawing) < hidden.shape[0]:
-            hidden = hidden[meta.query_start_loc[1:][drawing].long() - 1]  # the last row of each
-        sampled = self.sampler(self.decoder.logits(hidden), samples)
-        for row, token_id, logprobs in zip(drawing, sampled.token_ids, sampled.logprobs, strict=True):
-            result.token_ids[sequences[row].sequence_id] = token_id
+        if drawing != list(range(hidden.shape[0])):
+            hidden = hidden[meta.query_start_loc[1:][drawing].long() - 1]  # the last token of each
+        sampled = self.sampler(self.decoder.logits(hidden), [sample for _, sample in draws])
+        for (sequence_id, _), token_id, logprobs in zip(
+            draws, sampled.token_ids, sampled.logprobs, strict=True
+        ):
+            result.token_ids[sequence_id] = token_id
             if logprobs is not None:
-                result.logprobs[sequences[row].sequence_id] = logprobs
+                result.logprobs[sequence_id] = logprobs
 
     def _report_prompts(
         self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult

@@ -24,7 +24,10 @@ def serve(engine: LLMEngine) -> dict[str, list[int]]:
 def is_idle(engine: LLMEngine) -> bool:
     stats = engine.stats()
     return (
-        stats["free_blocks"] == stats["num_blocks"] and not stats["num_running"] and not stats["num_waiting"]
+        stats["free_blocks"] == stats["num_blocks"]
+        and not stats["num_running"]
+        and not stats["num_swapped"]
+        and not stats["num_waiting"]
     )
 
 
@@ -126,10 +129,15 @@ def test_block_rounding_is_all_that_memory_in_use_wastes(make_llm) -> None:
     assert llm.stats()["peak_kv_bytes"] == (14 + 9) * llm.engine.memory.kv_bytes_per_token
 
 
-@pytest.fixture(scope="module")
-def small_engine(make_llm) -> LLMEngine:
+@pytest.fixture(scope="module", params=["recompute", "swap"])
+def small_engine(make_llm, request) -> LLMEngine:
     return make_llm(
-        "gpt2-untied", num_blocks=9, block_size=3, max_num_seqs=3, max_num_batched_tokens=8
+        "gpt2-untied",
+        num_blocks=9,
+        block_size=3,
+        max_num_seqs=3,
+        max_num_batched_tokens=8,
+        preemption_mode=request.param,
     ).engine
 
 
@@ -196,4 +204,6 @@ def test_any_order_of_adding_stepping_failing_and_aborting_leaks_nothing(small_e
     machine = type("Machine", (EngineMachine,), {"engine": small_engine, "alone": {}})
     machine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
     machine.TestCase("runTest").runTest()
-    assert small_engine.stats()["preemptions"] > 0
+    stats = small_engine.stats()
+    assert stats["preemptions"] > 0 and stats["prefix_hit_tokens"] > 0
+    assert (stats["blocks_swapped_in"] > 0) == (small_engine.config.preemption_mode == "swap")

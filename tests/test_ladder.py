@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from checkpoints import FAMILIES, VOCAB
 
 from paged_infer import SamplingParams
 from paged_infer.baselines import generate_cached, generate_naive, generate_static
+from paged_infer.control.policies import Dynamic
 
 LENGTHS = (1, 2, 5, 17, 30, 41)  # around the windows (11, 13) and block sizes (1, 3, 16) that are used here
 NUM_NEW = 14
@@ -51,23 +53,16 @@ def tokens(outputs: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(twin: Callable[[str], Any]) -> Callable[[str], list[list[int]]]:
+def expected(twin: Callable[[str], Any]) -> Callable[..., list[list[int]]]:
     """What transformers' greedy ``generate`` says to each prompt alone."""
-    cached: dict[str, list[list[int]]] = {}
 
-    def generate(name: str) -> list[list[int]]:
-        if name not in cached:
-            cached[name] = [
-                twin(name)
-                .generate(torch.tensor([p]), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)[
-                    0, len(p) :
-                ]
-                .tolist()
-                for p in prompts_of()
-            ]
-        return cached[name]
+    @cache
+    def generate(name: str, prompt: tuple[int, ...]) -> list[int]:
+        ids = torch.tensor([prompt])
+        said = twin(name).generate(ids, max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
+        return said[0, len(prompt) :].tolist()
 
-    return generate
+    return lambda name, prompts=None: [generate(name, tuple(p)) for p in prompts or prompts_of()]
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW)
@@ -97,21 +92,79 @@ def test_backend_block_size_chunks_and_preemption_do_not_change_a_greedy_token(
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2"])
 def test_the_kernels_give_the_tokens_of_torch_on_a_mixed_batch_with_a_cached_prefix(family, make_llm) -> None:
     """Decodes beside chunks of 6 that find the beginning of their prompt in the cache; greedy and sampled rows."""
-    prompts = prompts_of((9, 2, 17))
+    (long,) = prompts_of((17,))
+    prompts = [long[:9], *prompts_of((2,), seed=8), long]
     params = [
         SamplingParams(temperature=0, max_tokens=5),
         SamplingParams(temperature=0.8, seed=3, max_tokens=7),
         SamplingParams(temperature=0.8, seed=4, max_tokens=3, top_k=20),
     ]
-    said = {
-        backend: tokens(
-            make_llm(family, attention_backend=backend, max_num_batched_tokens=6, block_size=3).generate(
-                prompts, params, use_tqdm=False
-            )
+    triton, torch = (
+        make_llm(family, attention_backend=backend, max_num_batched_tokens=6, block_size=3).generate(
+            prompts, params, use_tqdm=False
         )
         for backend in ("triton", "torch")
-    }
-    assert said["triton"] == said["torch"]
+    )
+    assert tokens(triton) == tokens(torch)
+    assert triton[2].metrics.num_cached_tokens >= 6
+
+
+# -- sharing --------------------------------------------------------------------------------------------------------
+
+(STORY,) = prompts_of((40,), seed=11)
+SHARING = [STORY, STORY[:33], STORY, STORY[:9], STORY[:20] + STORY[:12], STORY[1:30], STORY[:33], STORY[:16]]
+SHARING_SETTINGS: dict[str, dict[str, Any]] = {
+    "block-16": {},
+    "block-3-chunk-64": {"block_size": 3, "num_blocks": 200, "max_num_batched_tokens": 64},
+    "block-3-chunk-7": {"block_size": 3, "num_blocks": 200, "max_num_batched_tokens": 7},
+    "block-1-chunk-7-evicting": {"block_size": 1, "num_blocks": 58, "max_num_batched_tokens": 7},
+    "block-3-evicting": {"block_size": 3, "num_blocks": 20},
+    "block-16-evicting": {"block_size": 16, "num_blocks": 4, "max_num_batched_tokens": 64},
+    "block-1-chunk-7-swapping": {
+        "block_size": 1,
+        "num_blocks": 58,
+        "max_num_batched_tokens": 7,
+        "preemption_mode": "swap",
+    },
+    "block-3-chunk-64-swapping": {
+        "block_size": 3,
+        "num_blocks": 20,
+        "max_num_batched_tokens": 64,
+        "preemption_mode": "swap",
+    },
+    "static-swapping": {
+        "block_size": 3,
+        "num_blocks": 20,
+        "preemption_mode": "swap",
+        "scheduling_policy": "static",
+    },
+    "prefill-first": {
+        "block_size": 3,
+        "num_blocks": 20,
+        "scheduling_policy": "prefill_first",
+        "scheduler_delay_factor": 0.5,
+    },
+    "dynamic": {"block_size": 3, "num_blocks": 200, "scheduling_policy": Dynamic(0.01, 3)},
+    "block-16-swapping": {"block_size": 16, "num_blocks": 4, "preemption_mode": "swap"},
+}
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "not-caching"])
+@pytest.mark.parametrize("options", SHARING_SETTINGS.values(), ids=SHARING_SETTINGS)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2-window"])
+def test_shared_beginnings_do_not_change_a_greedy_token(family, options, caching, make_llm, expected) -> None:
+    llm = make_llm(family, enable_prefix_caching=caching, **options)
+    for _ in range(2):  # the second time, much of it is there already
+        outputs = llm.generate(SHARING, GREEDY, use_tqdm=False)
+        assert tokens(outputs) == expected(family, SHARING)
+        llm.check_integrity()
+    cached = [output.metrics.num_cached_tokens for output in outputs]
+    assert all(num < len(prompt) for num, prompt in zip(cached, SHARING, strict=True))
+    assert (max(cached) > 0) == (llm.stats()["prefix_hit_tokens"] > 0) == caching
+    tiny = llm.engine.memory.num_blocks * llm.engine.memory.block_size < 65
+    assert (llm.stats()["evictions"] > 0) == (caching and tiny)
+    assert (llm.stats()["preemptions"] > 0) == tiny
+    assert (llm.stats()["blocks_swapped_out"] > 0) == (options.get("preemption_mode") == "swap")
 
 
 def test_end_tokens_of_the_checkpoint_end_every_rung_as_they_end_transformers(make_llm, twin) -> None:
@@ -183,6 +236,30 @@ def test_seeded_samples_are_the_same_on_every_rung(family, make_llm) -> None:
     for name, rung in RUNGS.items():
         outputs = rung(llm, prompts, params)
         assert [[sample.token_ids for sample in o.outputs] for o in outputs] == want, name
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "not-caching"])
+@pytest.mark.parametrize("options", SHARING_SETTINGS.values(), ids=SHARING_SETTINGS)
+def test_forked_samples_are_those_that_are_computed_alone(options, caching, make_llm, sampled_alone) -> None:
+    prompts, params, want = sampled_alone
+    llm = make_llm("qwen3", enable_prefix_caching=caching, **options)
+    for _ in range(2):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [[sample.token_ids for sample in o.outputs] for o in outputs] == want
+        llm.check_integrity()
+    assert (llm.stats()["blocks_copied"] > 0) == (llm.engine.memory.block_size > 1)
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(make_llm) -> tuple[list[list[int]], list[SamplingParams], list[list[list[int]]]]:
+    """Prompts with shared beginnings, several samples of each, and what they say one by one and without a cache."""
+    prompts = [STORY[:17], STORY[:6], STORY[:17], STORY[5:18]]
+    params = [
+        SamplingParams(temperature=0.9, n=n, seed=seed, max_tokens=9, ignore_eos=True)
+        for seed, n in enumerate((2, 3, 1, 2))
+    ]
+    outputs = generate_naive(make_llm("qwen3"), prompts, params)
+    return prompts, params, [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
 def test_requests_without_a_seed_are_reproducible_per_engine_and_differ_from_each_other(make_llm) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from paged_infer import LLM, RequestOutput, SamplingParams
 from paged_infer.baselines import generate_cached, generate_naive, generate_static
+from paged_infer.control.policies import Chunked
 from paged_infer.outputs import TokenLogprobs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -125,8 +126,27 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization=nan"),
         ({"dtype": "int8"}, "dtype='int8' is not known; known: auto, float32"),
-        ({"attention_backend": "flash9"}, "attention_backend='flash9' is not known; known: auto, sdpa, torch, triton"),
+        (
+            {"attention_backend": "flash9"},
+            "attention_backend='flash9' is not known; known: auto, sdpa, torch, triton",
+        ),
         ({"device": "tpu9"}, "device='tpu9'"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),
+        ({"preemption_mode": "drop"}, "preemption_mode='drop' is not known; known: recompute, swap"),
+        ({"swap_space": -1}, "swap_space=-1: must be a number of GiB >= 0"),
+        ({"swap_space": math.nan}, "swap_space=nan"),
+        ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB holds no block of 18432 bytes"),
+        (
+            {"scheduling_policy": "fifo"},
+            "scheduling_policy='fifo' is no Policy and not known; known: chunked",
+        ),
+        ({"scheduler_delay_factor": 2}, "scheduler_delay_factor=2 with scheduling_policy='chunked'"),
+        ({"scheduler_delay_factor": "x"}, "scheduler_delay_factor='x'"),
+        ({"scheduling_policy": "prefill_first", "scheduler_delay_factor": -1}, "scheduler_delay_factor=-1"),
+        (
+            {"scheduling_policy": "static", "max_num_batched_tokens": 511},
+            "max_num_batched_tokens=511 is less than max_model_len=512",
+        ),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": "x"}, "seed='x'"),
     ],
@@ -169,6 +189,11 @@ def test_the_pool_and_the_context_are_planned_from_the_options(make_llm) -> None
     assert (
         memory.kv_bytes_per_token == 2 * 3 * 2 * 24 * 4
     )  # keys and values, layers, heads, dimensions, bytes
+    assert memory.num_swap_blocks == 0
+    swapping = make_llm(num_blocks=5, preemption_mode="swap").engine.memory
+    assert swapping.num_swap_blocks == 5  # 1 GiB, and never more than the pool
+    space = 3.5 * 16 * swapping.kv_bytes_per_token / 2**30
+    assert make_llm(preemption_mode="swap", swap_space=space).engine.memory.num_swap_blocks == 3
     with pytest.raises(
         ValueError, match="num_blocks=5"
     ):  # a longer context is legal; the pool is a second gate
@@ -370,6 +395,44 @@ def test_metrics_rise_and_count_preemptions(make_llm) -> None:
         check_metrics(output)
     assert sum(o.metrics.num_preemptions for o in outputs) == llm.stats()["preemptions"] > 0
     assert outputs[0].metrics.num_preemptions == 0
+
+
+def test_cached_prompt_tokens_are_counted_per_request_and_per_salt(llm) -> None:
+    def cached(prompts: list[list[int]], **options: Any) -> list[int]:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False, **options)
+        return [output.metrics.num_cached_tokens for output in outputs]
+
+    story = list(range(5, 45))
+    assert cached([story, [*story[:33], 9], story]) == [0, 32, 32]
+    assert cached([story], cache_salt="mine") == [0]
+    assert cached([story], cache_salt="mine") == cached([story]) == [32]
+    assert llm.stats()["prefix_hit_tokens"] == 4 * 32
+    with pytest.raises(ValueError, match="cache_salt=7: must be a str or None"):
+        cached([story], cache_salt=7)
+
+
+def test_a_trace_is_kept_where_it_is_asked_for(make_llm, llm, tmp_path) -> None:
+    assert llm.trace is None
+    llm = make_llm(trace=True)
+    generate(llm, [[5] * 20, [6] * 3], GREEDY)
+    steps = llm.trace.steps
+    assert [step.num_running for step in steps] == [2] * 5
+    assert [list(step.scheduled.values()) for step in steps] == [[20, 3], *[[1, 1]] * 4]
+    assert all(step.began_s < step.ended_s for step in steps)
+    assert llm.trace.replay(2).pool.num_used == 2 + 1
+    llm.trace.to_perfetto(tmp_path / "trace.json")
+    assert (tmp_path / "trace.json").stat().st_size > 0
+
+
+@pytest.mark.parametrize("policy", ["static", "dynamic", "prefill_first", Chunked()], ids=str)
+def test_requests_that_arrive_while_others_run_are_served_by_every_policy(policy, make_llm) -> None:
+    llm = make_llm(scheduling_policy=policy)
+    want = [ids(generate(llm, p, LONG))[0] for p in ([5, 6], [7])]
+    stream = llm.stream([5, 6], LONG)
+    next(stream)
+    assert ids(generate(llm, [[7]], LONG)) == want[1:]
+    assert ids([list(stream)[-1]]) == want[:1]
+    assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
 
 
 # -- streams, failures and aborts -----------------------------------------------------------------------------------

@@ -9,21 +9,25 @@ Who owns which block is decided elsewhere (``control.block_manager``); this clas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.control.step import BlockMoves
+from paged_infer.kernels.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.ops import TORCH_OPS, Ops
 from paged_infer.kernels.registry import AttentionBackend
+
+Pairs = Sequence[tuple[int, int]]
 
 
 class PagedCache:
     """The pool of physical blocks, one pair of tensors a layer: [num_blocks + 1, block_size, H_kv, D].
 
     The last block belongs to nobody and is never written: it stays zero, and reading past a sequence's end can be
-    pointed at it.
+    pointed at it. Beside the pool lie ``num_swap_blocks`` blocks of swap space in the CPU's memory.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class PagedCache:
         backend: AttentionBackend,
         device: torch.device | str = "cpu",
         ops: Ops = TORCH_OPS,
+        *,
+        num_swap_blocks: int = 0,
     ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
@@ -45,6 +51,45 @@ class PagedCache:
         self.values = [
             torch.zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device) for s in spec
         ]
+        # Pinned memory can be read and written by the GPU's own copy engine.
+        pinned = torch.device(device).type == "cuda" and num_swap_blocks > 0
+        self._swap = [
+            torch.empty(num_swap_blocks, *blocks.shape[1:], dtype=blocks.dtype, pin_memory=pinned)
+            for blocks in (*self.keys, *self.values)
+        ]
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        """Carry out a step's moves of whole blocks, in every layer."""
+        self.swap_out(moves.swap_outs)
+        self.swap_in(moves.swap_ins)
+        self.copy_blocks(moves.copies)
+
+    def copy_blocks(self, pairs: Pairs) -> None:
+        """Copy each (source, destination). All sources are read before any destination is written."""
+        if not pairs:
+            return
+        read, written = map(set, zip(*pairs, strict=True))
+        # The kernel copies all pairs at once. A source that its last holder has left may be somebody's destination.
+        copy = self.ops.copy_blocks if read.isdisjoint(written) else copy_blocks_reference
+        sources, destinations = torch.tensor(pairs, device=self.keys[0].device).T.contiguous()
+        copy([*self.keys, *self.values], sources, destinations)
+
+    def swap_out(self, pairs: Pairs) -> None:
+        """Copy each (block, place) from the pool to swap space."""
+        if pairs:
+            blocks, places = torch.tensor(pairs).unbind(1)
+            for pool, swap in self._pools_and_swaps():
+                swap[places] = pool[blocks.to(pool.device)].cpu()
+
+    def swap_in(self, pairs: Pairs) -> None:
+        """Copy each (place, block) from swap space to the pool."""
+        if pairs:
+            places, blocks = torch.tensor(pairs).unbind(1)
+            for pool, swap in self._pools_and_swaps():
+                pool[blocks.to(pool.device)] = swap[places].to(pool.device)
+
+    def _pools_and_swaps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip((*self.keys, *self.values), self._swap, strict=True)
 
     @property
     def bytes_per_block(self) -> int:

@@ -1,15 +1,33 @@
-"""From a sequence's tokens to physical blocks: its block table, grown and freed.
+"""From a sequence's tokens to physical blocks: its block table, grown, shared, swapped and freed.
 
 tokens       [ t0 .. t15 | t16 .. t31 | t32 t33 ]        block_size = 16
-table        [    7      |     2      |   5     ]        34 tokens need 3 blocks, 14 slots of the last are empty
+table        (    7      ,     2      ,   5     )        34 tokens need 3 blocks, 14 slots of the last are empty
+
+Two prompts that begin with the same 32 tokens:
+
+    A   ( 7, 2, 5 )        blocks 7 and 2 are full and hashed, so B finds them: they are counted twice,
+    B   ( 7, 2, 9 )        and never written again. Block 5 is partly filled, and nobody else's.
+
+A second sample C of A's prompt begins with all that A has, and copies what it must write to:
+
+    fork   A ( 7, 2, 5 )   C ( 7, 2, 5 )        block 5 is held twice, with room for both
+    write  A ( 7, 2, 6 )   C ( 7, 2, 5 )        A writes first, so A gets a copy (5 -> 6); then 5 is C's alone
+
+A table is a tuple, replaced when it changes: whoever was given one may keep it.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ReadOnlyList
+from typing import Any
 
 from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.step import BlockMoves
+from paged_infer.control.swap_space import SwapSpace
+
+Table = tuple[int, ...]
 
 
 class Allocation(enum.Enum):
@@ -21,48 +39,182 @@ class Allocation(enum.Enum):
 
 
 class BlockManager:
-    """Block tables of all sequences over one pool."""
+    """Block tables of all sequences over one pool, and a swap space beside it.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    ``watermark``: share of the pool that newcomers leave free while others hold blocks, so that those do not have to
+    take them back a step later.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.01
+    ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")
+        if not 0 <= watermark < 1:
+            raise ValueError(f"watermark={watermark}: must be >= 0 and < 1")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
-        self._tables: dict[int, list[int]] = {}
+        self.swap = SwapSpace(num_swap_blocks)
+        self.watermark_blocks = int(watermark * num_blocks)
+        self.moves = BlockMoves()  # what the next step has to do before it computes
+        self.journal: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
+        self._tables: dict[int, Table] = {}
+        self._unproven: list[int] = []  # blocks published for a step that has not succeeded yet
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, num_tokens: int) -> Allocation:
-        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored."""
+    def can_allocate(self, num_tokens: int, prefix: ReadOnlyList[int] = ()) -> Allocation:
+        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored.
+
+        ``prefix``: blocks that it would share. Those among them that are free now stop being so.
+        """
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
             return Allocation.NEVER
-        return Allocation.OK if needed <= self.pool.num_free else Allocation.LATER
+        return Allocation.OK if self._has_room(needed, prefix) else Allocation.LATER
+
+    def _has_room(self, num_blocks: int, hits: Iterable[int]) -> bool:
+        """For a newcomer's ``num_blocks`` blocks, of which ``hits`` are found. An idle pool has no watermark."""
+        needed = num_blocks - sum(self.pool.reference_count(block) > 0 for block in hits)
+        return needed <= self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
         """How many more blocks the sequence needs to hold ``num_tokens`` tokens in all."""
         return max(0, self.blocks_for(num_tokens) - len(self._tables.get(sequence_id, ())))
 
-    def grow(self, sequence_id: int, num_tokens: int) -> bool:
-        """Make the sequence's table hold ``num_tokens`` tokens in all. All the blocks it lacks, or none and False."""
-        missing = self.missing_blocks(sequence_id, num_tokens)
-        if missing > self.pool.num_free:
+    def reserve(self, sequence_id: int, start: int, end: int) -> bool:
+        """Give tokens ``start`` to ``end`` of the sequence slots that are its alone. All the blocks it takes, or none.
+
+        A block that others hold too is copied before it is written. Only the one of ``start`` can be: those before
+        are written no more, and those after are new.
+        """
+        table = self._tables.get(sequence_id, ())
+        missing = max(0, -(-end // self.block_size) - len(table))
+        index = start // self.block_size
+        shared = index < len(table) and self.pool.reference_count(table[index]) > 1
+        if not missing and not shared:
+            return True
+        if missing + shared > self.pool.num_free:
             return False
-        if missing:
-            table = self._tables.setdefault(sequence_id, [])
-            table.extend(self.pool.take() for _ in range(missing))
+        taken = tuple(self.pool.take() for _ in range(shared + missing))
+        if shared:
+            self.moves.copies.append((table[index], taken[0]))
+            self.pool.release(table[index])
+            rest = table[index + 1 :]
+            self._hold(sequence_id, table[:index], taken[:1] + rest + taken[1:], hits=rest)
+        else:
+            self._hold(sequence_id, table, taken)
         return True
 
-    def table(self, sequence_id: int) -> list[int]:
-        """Physical blocks of the sequence, in logical order. The manager's own list: read it, do not keep it."""
-        return self._tables.get(sequence_id, [])
+    def _hold(self, sequence_id: int, kept: Table, blocks: Table, hits: Table = ()) -> None:
+        """Set the table to ``kept`` and ``blocks``; ``hits`` are those of them that were not taken from the free."""
+        self._tables[sequence_id] = kept + blocks
+        self.journal.append(("hold", sequence_id, len(kept), blocks, hits))
+
+    def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
+        """Let a sequence that holds no block yet begin with the first ``num_tokens`` tokens of another."""
+        self.adopt(child_id, self._tables[parent_id][: self.blocks_for(num_tokens)])
+
+    def table(self, sequence_id: int) -> Table:
+        """Physical blocks of the sequence, in logical order."""
+        return self._tables.get(sequence_id, ())
 
     def free(self, sequence_id: int) -> None:
-        """Give back all of the sequence's blocks; nothing happens if it holds none."""
-        for block in self._tables.pop(sequence_id, ()):
+        """Give back all of the sequence's blocks, the last first: a suffix is of no use once its prefix is evicted."""
+        for block in reversed(self._tables.pop(sequence_id, ())):
             self.pool.release(block)
+        self.journal.append(("free", sequence_id))
+
+    # -- prefix caching ---------------------------------------------------------------------------------------------
+
+    def find_prefix(self, chain: ReadOnlyList[bytes]) -> Table:
+        """Blocks that hold the longest known beginning of ``chain``, a hash a block."""
+        found = []
+        for block_hash in chain:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return tuple(found)
+
+    def adopt(self, sequence_id: int, prefix: Table) -> None:
+        """Begin the table of a sequence that holds no block yet with blocks that somebody has filled."""
+        for block in prefix:
+            self.pool.share(block)
+        if prefix:
+            self._hold(sequence_id, (), prefix, hits=prefix)
+
+    def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
+        """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.
+
+        They may be adopted in the same step, because every layer stores K and V before any row reads.
+        """
+        table = self._tables[sequence_id]
+        for index in range(first, end):
+            if self.pool.publish(table[index], chain[index]):
+                self._unproven.append(table[index])
+                self.journal.append(("publish", table[index]))
+
+    def confirm(self) -> None:
+        """The step has succeeded: what was published for it is there."""
+        self._unproven.clear()
+        self.swap.reuse_emptied()
+
+    def withdraw(self) -> None:
+        """The step has failed: nothing that was published for it may be found. Who adopted it must begin again."""
+        for block in self._unproven:
+            self.pool.withdraw(block)
+            self.journal.append(("withdraw", block))
+        self._unproven.clear()
+        self.swap.reuse_emptied()
+
+    # -- swapping ---------------------------------------------------------------------------------------------------
+
+    def swap_out(self, sequence_id: int, num_tokens: int) -> bool:
+        """Move the first ``num_tokens`` tokens of the sequence to swap space and free its table. All or nothing."""
+        table = self._tables[sequence_id][: self.blocks_for(num_tokens)]
+        places = self.swap.put(sequence_id, len(table))
+        if places is None:
+            return False
+        self.moves.swap_outs += zip(table, places, strict=True)
+        self.free(sequence_id)
+        return True
+
+    def swap_in(self, sequence_id: int, chain: ReadOnlyList[bytes], num_tokens: int) -> bool:
+        """Bring the sequence back where ``num_tokens`` tokens, all it knows, have room. All of it, or False.
+
+        ``chain``: hashes of its full blocks that are stored. Those whose like is still in the pool are not moved.
+        """
+        places = self.swap.places(sequence_id)
+        found = {index: self.pool.find(block_hash) for index, block_hash in enumerate(chain)}
+        hits = {index: block for index, block in found.items() if block is not None}
+        if not self._has_room(self.blocks_for(num_tokens), hits.values()):
+            return False
+        for block in hits.values():  # before anything is taken: they may lie free, next to be evicted
+            self.pool.share(block)
+        table = []
+        for index, place in enumerate(places):
+            if index in hits:
+                table.append(hits[index])
+            else:
+                table.append(self.pool.take())
+                self.moves.swap_ins.append((place, table[-1]))
+        self._hold(sequence_id, (), tuple(table), hits=tuple(hits.values()))
+        self.swap.drop(sequence_id)
+        self.publish(sequence_id, chain, 0, len(chain))
+        return True
+
+    def num_empty_slots(self, num_stored: Mapping[int, int]) -> int:
+        """Slots in blocks that are held and hold no token, where so many tokens of each sequence are stored."""
+        empty: dict[int, int] = {}  # by block: a partly filled one may stand in several tables
+        for sequence_id, num_tokens in num_stored.items():
+            first = num_tokens // self.block_size
+            for index, block in enumerate(self._tables.get(sequence_id, ())[first:], first):
+                filled = max(0, num_tokens - index * self.block_size)
+                empty[block] = min(empty.get(block, self.block_size), self.block_size - filled)
+        return sum(empty.values())
 
     def check_integrity(self, num_stored: Mapping[int, int]) -> None:
         """Law 2: nothing leaks, nothing is shared by accident, and ``num_stored`` tokens of each sequence have slots.
@@ -77,3 +229,9 @@ class BlockManager:
         for sequence_id, num_tokens in num_stored.items():
             if self.missing_blocks(sequence_id, num_tokens):
                 raise RuntimeError(f"sequence {sequence_id} has stored {num_tokens} tokens in too few blocks")
+            unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
+            for block in unfilled:
+                if self.pool.hash_of(block) is not None and block not in self._unproven:
+                    raise RuntimeError(
+                        f"block {block} of sequence {sequence_id} is findable and not yet full"
+                    )

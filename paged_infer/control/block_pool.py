@@ -1,8 +1,8 @@
-"""The physical blocks: which are free, and how often each of the others is held."""
+"""The physical blocks: who is free, who is held and how often, and which can be found by what they hold."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 
 
 class OutOfBlocks(Exception):
@@ -10,10 +10,18 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """``num_blocks`` blocks, each either free or held by one or more block tables.
+    """``num_blocks`` blocks, each in exactly one of three places.
 
-        free    [ 4, 1, 7 ]                     taken from the left, returned to the right
-        counts  { 0: 1,  2: 1,  3: 2, ... }     block 3 stands in two tables
+        blank    [ 4, 1 ]                   free, holding nothing worth finding: taken first, from the left
+        cached   [ 7, 2, 9 ]                free, but findable by hash: evicted from the left, least recently used
+        held     { 0: 1,  3: 2, ... }       in so many block tables, findable or not
+
+             take                release, no hash
+        blank ----> held <----------------------------> blank
+                     ^ |
+        share a hit  | | release, with a hash
+                     | v
+                   cached ----> held, its hash forgotten: an eviction, when no block is blank
 
     Every operation costs the same whatever the pool's size.
     """
@@ -22,42 +30,95 @@ class BlockPool:
         if num_blocks < 1:
             raise ValueError(f"num_blocks={num_blocks}: must be at least 1")
         self.num_blocks = num_blocks
-        self._free = deque(range(num_blocks))
+        self.num_shared = 0  # blocks in more than one table
+        self.num_evictions = 0
+        self._blank = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._counts = [0] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._blank) + len(self._cached)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
+
+    @property
+    def num_findable(self) -> int:
+        """Blocks that have a hash, free or held."""
+        return len(self._hash_of)
 
     def reference_count(self, block: int) -> int:
         """How many tables hold ``block``; 0 for a free one."""
         return self._counts[block]
 
+    def hash_of(self, block: int) -> bytes | None:
+        """What ``block`` is found by, if it can be found."""
+        return self._hash_of.get(block)
+
+    # -- held or free -----------------------------------------------------------------------------------------------
+
     def take(self) -> int:
-        """A free block, now held once.
+        """A free block to write to, now held once: a blank one, else the least recently used, which is evicted.
 
         Raises:
             OutOfBlocks: none is free.
         """
-        if not self._free:
+        if self._blank:
+            block = self._blank.popleft()
+        elif self._cached:
+            block, _ = self._cached.popitem(last=False)
+            del self._block_of[self._hash_of.pop(block)]
+            self.num_evictions += 1
+        else:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are held")
-        block = self._free.popleft()
         self._counts[block] = 1
         return block
+
+    def share(self, block: int) -> None:
+        """One table more holds ``block``, which is held or cached."""
+        if self._counts[block] == 0:
+            del self._cached[block]
+        self._counts[block] += 1
+        self.num_shared += self._counts[block] == 2
 
     def release(self, block: int) -> None:
         """One table fewer holds ``block``; the last one frees it."""
         if self._counts[block] < 1:
             raise RuntimeError(f"block {block} is released but nobody holds it")
         self._counts[block] -= 1
+        self.num_shared -= self._counts[block] == 1
         if self._counts[block] == 0:
-            self._free.append(block)
+            if block in self._hash_of:
+                self._cached[block] = None
+            else:
+                self._blank.append(block)
 
-    def check_integrity(self, tables: list[list[int]]) -> None:
+    # -- findable or not --------------------------------------------------------------------------------------------
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that holds what ``block_hash`` stands for, held or cached."""
+        return self._block_of.get(block_hash)
+
+    def publish(self, block: int, block_hash: bytes) -> bool:
+        """Make the held ``block`` findable. False, and nothing happens, where it or its like is findable already."""
+        if block_hash in self._block_of or block in self._hash_of:
+            return False
+        self._block_of[block_hash] = block
+        self._hash_of[block] = block_hash
+        return True
+
+    def withdraw(self, block: int) -> None:
+        """Forget the hash of ``block``: what it stands for was never stored."""
+        del self._block_of[self._hash_of.pop(block)]
+        if self._counts[block] == 0:
+            del self._cached[block]
+            self._blank.append(block)
+
+    def check_integrity(self, tables: list[tuple[int, ...]]) -> None:
         """Law 2: each block is free or held, and held exactly as often as ``tables`` say.
 
         Raises:
@@ -73,9 +134,16 @@ class BlockPool:
                 f"blocks {wrong[:8]} are counted {[self._counts[b] for b in wrong[:8]]} times "
                 f"but stand in {[held[b] for b in wrong[:8]]} tables"
             )
-        free = set(self._free)
-        if len(free) != len(self._free):
-            raise RuntimeError("a block stands twice in the free list")
+        free = {*self._blank, *self._cached}
+        if len(free) != self.num_free:
+            raise RuntimeError("a block stands twice among the free ones")
         wrong = [block for block in range(self.num_blocks) if (block in free) != (held[block] == 0)]
         if wrong:
             raise RuntimeError(f"blocks {wrong[:8]} are both free and held, or neither")
+        if {block: block_hash for block_hash, block in self._block_of.items()} != self._hash_of:
+            raise RuntimeError("a hash leads to a block that does not carry it")
+        wrong = [*(self._cached.keys() - self._hash_of.keys()), *(self._hash_of.keys() & set(self._blank))]
+        if wrong:
+            raise RuntimeError(f"free blocks {wrong[:8]} lie in the wrong list for what they hold")
+        if self.num_shared != sum(count > 1 for count in held):
+            raise RuntimeError(f"{self.num_shared} blocks are counted as shared")

@@ -1,8 +1,10 @@
 """One request's life, and the life of each of its samples.
 
     WAITING --admitted--> RUNNING --last token--> FINISHED
-       ^                     |                       ^
-       +----- preempted -----+        abort ---------+  (from any state)
+       ^                    | ^                      ^
+       +---- preempted -----+ |       abort ---------+  (from any state)
+             or else        v |
+                          SWAPPED        its blocks lie in swap space, and nothing has to be computed again
 
 A sequence is one sample of a request: a list of tokens of which the first ``num_computed_tokens`` have their keys and
 values in the cache. Prefill, a chunk of it, decode, and recomputation after a preemption are the same act: compute
@@ -15,18 +17,21 @@ import enum
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
+from paged_infer.control.block_hash import extend_chain, root_hash
 from paged_infer.params import SamplingParams
 
 
 class SequenceState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    SWAPPED = "swapped"
     FINISHED = "finished"
 
 
 _MOVES = {
     SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
-    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.SWAPPED, SequenceState.FINISHED},
+    SequenceState.SWAPPED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.FINISHED},
     SequenceState.FINISHED: set(),
 }
 
@@ -44,8 +49,16 @@ class Sequence:
     num_prompt_tokens: int
     max_total_tokens: int  # prompt and output together: max_tokens and max_model_len, whichever is less
     eos_token_ids: frozenset[int]
+    arrival_time_s: float = 0.0  # of its request
+    cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
+    siblings: ReadOnlyList[Sequence] = field(
+        default=(), repr=False
+    )  # all samples of its request, itself included
+    block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
+    last_step: int = 0  # index of the newest step that it was scheduled in
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -71,10 +84,32 @@ class Sequence:
         return self.state is SequenceState.FINISHED
 
     @property
+    def to_fork(self) -> list[Sequence]:
+        """The samples that wait to begin where this one's prompt ends: while it has said nothing, all that live.
+
+        Empty for a sample that is not the first of those that live: it is itself to be forked.
+        """
+        if len(self.siblings) < 2 or self.num_output_tokens or self.waits_for_fork:
+            return []
+        return [s for s in self.siblings if s is not self and s.state is SequenceState.WAITING]
+
+    @property
+    def waits_for_fork(self) -> bool:
+        """Whether another sample computes this one's prompt."""
+        if len(self.siblings) < 2 or self.num_output_tokens:
+            return False
+        return next(sibling for sibling in self.siblings if not sibling.is_finished) is not self
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """Tokens that end this sequence once ``min_tokens`` are out."""
         eos = () if self.params.ignore_eos else tuple(sorted(self.eos_token_ids))
         return (*eos, *self.params.stop_token_ids)
+
+    def hash_chain(self, block_size: int) -> list[bytes]:
+        """The hash of each full block of its tokens; only those that are new since the last call are computed."""
+        extend_chain(self.block_hashes, self.cache_root, self.token_ids, block_size)
+        return self.block_hashes
 
     def move_to(self, state: SequenceState) -> None:
         if state not in _MOVES[self.state]:
@@ -83,11 +118,10 @@ class Sequence:
             )
         self.state = state
 
-    def preempt(self) -> None:
+    def restart(self) -> None:
         """Back to waiting; its blocks are gone, so everything known is to be computed again."""
         self.move_to(SequenceState.WAITING)
         self.num_computed_tokens = 0
-        self.num_preemptions += 1
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.move_to(SequenceState.FINISHED)
@@ -118,6 +152,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_time_s: float
+    cache_salt: str | None = None  # only requests of the same salt share blocks through the prefix cache
     sequences: list[Sequence] = field(default_factory=list)
     first_token_time_s: float | None = None
     finished_time_s: float | None = None
@@ -131,6 +166,7 @@ class Request:
     ) -> None:
         """One sequence a sample, each with its own copy of the prompt's ids to grow."""
         num_prompt = len(self.prompt_token_ids)
+        root = root_hash(self.cache_salt)
         wanted = max_model_len if self.params.max_tokens is None else num_prompt + self.params.max_tokens
         for index in range(self.params.n):
             self.sequences.append(
@@ -144,5 +180,8 @@ class Request:
                     num_prompt_tokens=num_prompt,
                     max_total_tokens=min(wanted, max_model_len),
                     eos_token_ids=frozenset(eos_token_ids),
+                    arrival_time_s=self.arrival_time_s,
+                    cache_root=root,
+                    siblings=self.sequences,
                 )
             )

@@ -1,172 +1,257 @@
-"""Who runs in this step, with how many tokens; who waits; who is preempted.
+"""The queues, and one step after the other: schedule, and update with what was drawn.
 
-Continuous batching (Orca, Yu 2022, section 3) over one token budget (Sarathi-Serve, Agrawal 2024, section 4): each
-step first gives every decoding sequence its one token, then spends what is left on prompts, the oldest first and cut
-to fit. A long prompt so streams in beside running decodes instead of stopping them.
+    add --> waiting --> running --> (finished)
+               ^         |   ^
+               +---------+   |        preempted: computed again from the head of the queue, or
+                         v   |        swapped out and back, before anybody who waits comes in
+                        swapped
 
-Order is by arrival throughout. When the pool is exhausted the youngest running sequence gives back all its blocks and
-waits at the head of the queue, so the oldest always gets through: every request that fits the pool finishes.
-
-Two things follow from admitting in order, and only while budget is left: no more sequences run than the budget has
-tokens, so every decode gets its token in every step; and at most one prompt is partly computed, the youngest.
+All queues are in order of arrival. Who runs in a step, and with how many tokens, is for the policy to say, in the verbs
+of a ``Turn``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always
+gets through: every request that fits the pool finishes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
-from paged_infer.control.block_manager import Allocation, BlockManager
+from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.control.trace import Trace
+from paged_infer.control.turn import Turn, insert_by_age
 from paged_infer.params import SampleRow
+
+PREEMPTION_MODES = ("recompute", "swap")
 
 
 @dataclass(slots=True)
 class SchedulerStats:
-    preemptions: int = 0
     steps: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    blocks_copied: int = 0
+    blocks_swapped_out: int = 0
+    blocks_swapped_in: int = 0
 
 
 class Scheduler:
-    """Chunked continuous batching.
+    """Decides each step, and keeps the books on everything that is under way.
 
     Args:
         manager: the block tables; the scheduler is the only one to change them.
         max_num_seqs: most sequences running at once (holding blocks), not just in one step.
         max_num_batched_tokens: most tokens computed in one step.
+        enable_prefix_caching: let requests that begin alike share the blocks of their beginning.
+        preemption_mode: one of ``PREEMPTION_MODES``: a sequence that has to give back its blocks computes them again,
+            or has them moved to the manager's swap space and back. Where that is full, it computes them again.
+        policy: what a step is made of; ``Chunked()`` if None.
+        trace: keeps a record of every step, if given.
     """
 
-    def __init__(self, manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        enable_prefix_caching: bool = True,
+        preemption_mode: str = "recompute",
+        policy: Policy | None = None,
+        trace: Trace | None = None,
+    ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
         if max_num_batched_tokens < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens}: must be at least 1")
+        if preemption_mode not in PREEMPTION_MODES:
+            known = ", ".join(PREEMPTION_MODES)
+            raise ValueError(f"preemption_mode={preemption_mode!r} is not known; known: {known}")
         self.manager = manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self.policy = policy or Chunked()
+        self.trace = trace
+        self.swaps = preemption_mode == "swap"
         self.waiting: deque[Sequence] = deque()
+        self.swapped: deque[Sequence] = deque()  # by arrival
         self.running: list[Sequence] = []  # by arrival
+        self.held: list[Sequence] = []  # ended, and keeping their blocks until nobody runs
         self.stats = SchedulerStats()
+        self._turn: Turn | None = None  # the step that is out and has not come back
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.swapped)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences behind everything that waits."""
-        self.waiting.extend(sequences)
+        for one in sequences:
+            self.waiting.append(one)
+            event = ("arrive", one.sequence_id, one.request_id, one.num_prompt_tokens)
+            self.manager.journal.append(event)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> ScheduledStep:
-        """Choose the next step's work and give it blocks. ``update`` must follow, unless the step fails."""
-        budget = self.max_num_batched_tokens
-        scheduled: list[tuple[Sequence, int]] = []  # who computes how many tokens
-        for sequence in tuple(self.running):
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if sequence.state is not SequenceState.RUNNING or not self._make_room(sequence, num_tokens):
-                break  # preempted, and so are all that are younger
-            scheduled.append((sequence, num_tokens))
-            budget -= num_tokens
-        scheduled += self._admit(budget)
+    def schedule(self, now: float = 0.0) -> ScheduledStep:
+        """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed.
+
+        ``now``: the time, in seconds. Only policies that delay something look at it.
+        """
+        self.roll_back()
         self.stats.steps += 1
-        return ScheduledStep(self.stats.steps, [self._describe(*item) for item in scheduled])
+        turn = self._turn = Turn(self, self.stats.steps, now)
+        self.policy.plan(turn)
+        self.stats.preemptions += len(turn.preempted)
+        turn.moves, self.manager.moves = self.manager.moves, BlockMoves()
+        journal, self.manager.journal = self.manager.journal, []
+        if self.trace is not None:
+            self.trace.record(self, turn, journal)
+        forks = turn.forks
+        sequences = [self._describe(s, n, forks.get(s.sequence_id, ())) for s, n in turn.scheduled]
+        return ScheduledStep(turn.index, sequences, turn.moves, turn.resume_at_s)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for ``num_tokens`` more, at the cost of the youngest; False if that is the sequence itself."""
-        while not self.manager.grow(sequence.sequence_id, sequence.num_computed_tokens + num_tokens):
-            victim = self.running.pop()
-            self.manager.free(victim.sequence_id)
-            victim.preempt()
-            self.waiting.appendleft(victim)  # younger than all that run, older than all that wait
-            self.stats.preemptions += 1
-            if victim is sequence:
-                return False
-        return True
-
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Let the head of the queue in while there is budget, a place, and room for all its known tokens."""
-        admitted = []
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if self.manager.can_allocate(sequence.num_tokens) is not Allocation.OK:
-                break
-            self.waiting.popleft()
-            sequence.move_to(SequenceState.RUNNING)
-            self.running.append(sequence)
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            self.manager.grow(sequence.sequence_id, num_tokens)
-            admitted.append((sequence, num_tokens))
-            budget -= num_tokens
-        return admitted
-
-    def _describe(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    def _describe(
+        self, sequence: Sequence, num_tokens: int, children: ReadOnlyList[Sequence]
+    ) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        next_prompt_token_ids: list[int] = []
+        num_prompt_logprobs: int | None = None
+        next_prompt_token_ids: ReadOnlyList[int] = ()
         if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
             next_prompt_token_ids = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+            num_prompt_logprobs = sequence.params.prompt_logprobs if next_prompt_token_ids else None
         return ScheduledSequence(
-            sequence_id=sequence.sequence_id,
-            token_ids=sequence.token_ids[start:end],
-            num_computed_tokens=start,
-            block_table=self.manager.table(sequence.sequence_id),
-            sample=sample_row(sequence) if end == sequence.num_tokens else None,
-            num_prompt_logprobs=sequence.params.prompt_logprobs if next_prompt_token_ids else None,
-            next_prompt_token_ids=next_prompt_token_ids,
+            sequence.sequence_id,
+            sequence.token_ids[start:end],
+            start,
+            self.manager.table(sequence.sequence_id),
+            sample_row(sequence) if end == len(sequence.token_ids) else None,
+            [(child.sequence_id, sample_row(child)) for child in children] if children else (),
+            num_prompt_logprobs,
+            next_prompt_token_ids,
         )
 
-    def update(self, step: ScheduledStep, token_ids: Mapping[int, int]) -> list[Sequence]:
+    def update(self, step: ScheduledStep, token_ids: Mapping[int, int], now: float = 0.0) -> list[Sequence]:
         """Take the tokens that the step drew, by sequence id; sequences that they end give back their blocks.
 
-        Returns the sequences that got a token, in the step's order.
+        ``now`` is for the trace. Returns the sequences that got a token, in the step's order.
         """
-        running = {sequence.sequence_id: sequence for sequence in self.running}
-        grown = []
-        for item in step.sequences:
-            sequence = running[item.sequence_id]
-            sequence.num_computed_tokens += item.num_tokens
-            if item.sample is None:
-                continue
-            grown.append(sequence)
-            ended = sequence.append(token_ids[item.sequence_id])
-            if ended is not None:
-                self.finish(sequence, *ended)
+        turn, self._turn = self._turn, None
+        if turn is None or turn.index != step.index:
+            raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
+        self.manager.confirm()
+        if self.trace is not None:
+            self.trace.steps[-1].ended_s = now
+        self.stats.prefix_hit_tokens += turn.num_hit_tokens
+        self.stats.blocks_copied += len(turn.moves.copies)
+        self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
+        self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
+        grown: list[Sequence] = []
+        for sequence, num_tokens in turn.scheduled:
+            if not sequence.is_finished:  # aborted while the step was out
+                sequence.num_computed_tokens += num_tokens
+            for one in (sequence, *turn.forks.get(sequence.sequence_id, ())):
+                if one.num_computed_tokens == len(one.token_ids) and not one.is_finished:
+                    grown.append(one)
+                    ended = one.append(token_ids[one.sequence_id])
+                    if ended is not None:
+                        self.finish(one, *ended)
         return grown
+
+    def roll_back(self) -> None:
+        """The step that is out, if any, has failed, and nobody knows how far it came: forget what was built on it."""
+        turn, self._turn = self._turn, None
+        if turn is None:
+            return
+        self.manager.withdraw()
+        copies = {destination for _, destination in turn.moves.copies}
+        copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
+        for sequence in {*turn.fresh, *copied, *turn.preempted}:
+            if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
+                self._leave(sequence)
+                self.restart(sequence)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Queue one that holds nothing any more: it has to compute all that it knows again."""
+        sequence.restart()
+        insert_by_age(self.waiting, sequence)
+        self.manager.journal.append(("wait", sequence.sequence_id))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take the sequence out of whatever queue it stands in, and give back what it holds."""
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self.manager.free(sequence.sequence_id)
+        elif sequence.state is SequenceState.SWAPPED:
+            self.swapped.remove(sequence)
+            self.manager.swap.drop(sequence.sequence_id)
+        else:
+            self.waiting.remove(sequence)
+
+    def release_held(self) -> None:
+        """Where a batch leaves together and nobody of it runs any more: give back the blocks of its finished rows."""
+        if not self.running:
+            for sequence in self.held:
+                self.manager.free(sequence.sequence_id)
+            self.held.clear()
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End the sequence in whatever state it is; its blocks are free at once. Ending twice changes nothing."""
+        """End the sequence in whatever state it is; its blocks are free at once, unless its batch leaves together.
+
+        Ending twice changes nothing, except that an abort takes such blocks back too.
+        """
         if sequence.is_finished:
+            if reason == "abort" and sequence in self.held:
+                self.held.remove(sequence)
+                self.manager.free(sequence.sequence_id)
             return
-        if sequence.state is SequenceState.RUNNING:
+        is_running = sequence.state is SequenceState.RUNNING
+        if self.policy.leaves_together and is_running and reason != "abort":
             self.running.remove(sequence)
-            self.manager.free(sequence.sequence_id)
+            self.held.append(sequence)
         else:
-            self.waiting.remove(sequence)
+            self._leave(sequence)
         sequence.finish(reason, stop_reason)
+        self.manager.journal.append(("end", sequence.sequence_id, reason))
+        self.release_held()
+
+    def num_stored_tokens(self, step: ScheduledStep) -> int:
+        """Tokens in the pool once ``step`` is computed, those of shared blocks counted once."""
+        stored = {sequence.sequence_id: sequence.num_computed_tokens for sequence in self._holders()}
+        stored.update((s.sequence_id, s.num_computed_tokens + s.num_tokens) for s in step.sequences)
+        return self.manager.pool.num_used * self.manager.block_size - self.manager.num_empty_slots(stored)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless law 2 holds, the crowd gate too, and exactly the running sequences hold blocks."""
-        self.manager.check_integrity({s.sequence_id: s.num_computed_tokens for s in self.running})
-        if len(self.running) > self.max_num_seqs:
-            raise RuntimeError(f"{len(self.running)} sequences run; max_num_seqs={self.max_num_seqs}")
+        self.manager.check_integrity({s.sequence_id: s.num_computed_tokens for s in self._holders()})
+        self.manager.swap.check_integrity({s.sequence_id for s in self.swapped})
+        if len(self._holders()) > self.max_num_seqs:
+            raise RuntimeError(f"{len(self._holders())} sequences run; max_num_seqs={self.max_num_seqs}")
+
+    def _holders(self) -> list[Sequence]:
+        return self.running + self.held
 
 
 def sample_row(sequence: Sequence) -> SampleRow:
     """How to draw the sequence's next token; the history is in it only where a penalty needs it."""
     params = sequence.params
+    num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
     history = params.has_penalties
     return SampleRow(
-        params=params,
-        seed=sequence.seed,
-        sample_index=sequence.sample_index,
-        position=sequence.num_tokens,
-        num_output_tokens=sequence.num_output_tokens,
-        end_token_ids=sequence.end_token_ids if params.min_tokens else (),
-        prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens] if history else (),
-        output_token_ids=sequence.output_token_ids if history else (),
+        params,
+        sequence.seed,
+        sequence.sample_index,
+        num_tokens,
+        num_tokens - num_prompt,
+        sequence.end_token_ids if params.min_tokens else (),
+        sequence.token_ids[:num_prompt] if history else (),
+        sequence.output_token_ids if history else (),
     )

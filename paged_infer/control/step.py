@@ -1,14 +1,18 @@
-"""What one engine step computes: plain picklable data, made by the scheduler and carried out by the runner."""
+"""What one engine step computes: plain picklable data, made by the scheduler and carried out by the runner.
+
+None of it is changed once it is made. It is not declared frozen because that makes creating it six times slower, and
+one is created for every running sequence in every step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paged_infer.params import SampleRow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledSequence:
     """Some more tokens of one sequence.
 
@@ -18,6 +22,7 @@ class ScheduledSequence:
         block_table: physical blocks, enough for all of these tokens.
         sample: how to draw the next token; None while known tokens remain after these.
         num_prompt_logprobs: top tokens to report for each of ``next_prompt_token_ids``; None for no report.
+        forks: sequences that begin here, with how each draws its first token: from the same logits, by its own noise.
         next_prompt_token_ids: where a report is asked for, the prompt token that follows each of ``token_ids``.
     """
 
@@ -26,6 +31,7 @@ class ScheduledSequence:
     num_computed_tokens: int
     block_table: Sequence[int]
     sample: SampleRow | None
+    forks: Sequence[tuple[int, SampleRow]] = ()
     num_prompt_logprobs: int | None = None
     next_prompt_token_ids: Sequence[int] = ()
 
@@ -34,13 +40,43 @@ class ScheduledSequence:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class BlockMoves:
+    """Whole blocks to move before a step computes: first all that go out, then all that come in, then the copies.
+
+    Attributes:
+        swap_outs: (block, place in swap space).
+        swap_ins: (place in swap space, block).
+        copies: (source, destination). All sources are read before any destination is written.
+    """
+
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class ScheduledStep:
-    """Everything that runs in one step, the oldest first."""
+    """Everything that runs in one step, in the order in which it was given its place.
+
+    Nothing may run before ``resume_at_s`` (the caller's clock), where a policy waits for a batch to fill.
+    """
 
     index: int
     sequences: list[ScheduledSequence]
+    moves: BlockMoves = field(default_factory=BlockMoves)
+    resume_at_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def drawing(self) -> list[int]:
+        """Ids of the sequences that draw a token."""
+        drawing = []
+        for sequence in self.sequences:
+            if sequence.sample is not None:
+                drawing.append(sequence.sequence_id)
+                drawing += [sequence_id for sequence_id, _ in sequence.forks]
+        return drawing

@@ -12,6 +12,7 @@ from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.control.step import BlockMoves
 from paged_infer.kernels.registry import ATTENTION_BACKENDS
 
 H, H_KV, D = 6, 2, 8
@@ -112,6 +113,28 @@ def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(windo
             torch.testing.assert_close(out[row, pad_lens[row] :], expected[:-1])
         out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), step_meta([1] * 3, [width + 1] * 3))
         torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
+
+
+def test_blocks_are_copied_in_every_layer_all_of_them_read_before_any_is_written() -> None:
+    cache = PagedCache(spec(None), 6, 4, ATTENTION_BACKENDS["torch"])
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        blocks.copy_(torch.arange(7)[:, None, None, None] + 10 * number)
+    cache.copy_blocks([(0, 3), (3, 1), (0, 5)])
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        assert (blocks[:, 0, 0, 0] - 10 * number).tolist() == [0, 3, 2, 0, 4, 0, 6]
+        assert (blocks == blocks[:, :1, :1, :1]).all()
+    cache.copy_blocks([])
+
+
+def test_swapped_blocks_come_back_as_they_were_before_anything_is_copied() -> None:
+    cache = PagedCache(spec(None), 6, 4, ATTENTION_BACKENDS["torch"], num_swap_blocks=2)
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        blocks.copy_(torch.arange(7)[:, None, None, None] + 10 * number)
+    cache.move_blocks(BlockMoves(swap_outs=[(4, 0), (1, 1)]))
+    cache.move_blocks(BlockMoves(swap_outs=[(2, 1)], swap_ins=[(0, 2)], copies=[(2, 3)]))
+    cache.move_blocks(BlockMoves(swap_ins=[(1, 5)]))
+    for number, blocks in enumerate((*cache.keys, *cache.values)):
+        assert (blocks[:, 0, 0, 0] - 10 * number).tolist() == [0, 1, 4, 4, 4, 2, 6]
 
 
 def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:

@@ -9,8 +9,12 @@ import pytest
 from paged_infer.control.request import Request, Sequence, SequenceState
 from paged_infer.params import SamplingParams
 
-WAITING, RUNNING, FINISHED = SequenceState
-LEGAL = {(WAITING, RUNNING), (WAITING, FINISHED), (RUNNING, WAITING), (RUNNING, FINISHED)}
+WAITING, RUNNING, SWAPPED, FINISHED = SequenceState
+LEGAL = {
+    *((WAITING, RUNNING), (WAITING, FINISHED)),
+    *((RUNNING, WAITING), (RUNNING, SWAPPED), (RUNNING, FINISHED)),
+    *((SWAPPED, RUNNING), (SWAPPED, WAITING), (SWAPPED, FINISHED)),
+}
 
 
 def make_request(
@@ -39,13 +43,13 @@ def test_only_the_drawn_moves_are_legal(start: SequenceState, end: SequenceState
             sequence.move_to(end)
 
 
-def test_a_preempted_sequence_keeps_its_tokens_and_forgets_what_it_computed() -> None:
+def test_a_restarted_sequence_keeps_its_tokens_and_forgets_what_it_computed() -> None:
     sequence = make_sequence()
     sequence.move_to(RUNNING)
     sequence.num_computed_tokens = 4
     sequence.append(7)
-    sequence.preempt()
-    assert (sequence.state, sequence.num_computed_tokens, sequence.num_preemptions) == (WAITING, 0, 1)
+    sequence.restart()
+    assert (sequence.state, sequence.num_computed_tokens) == (WAITING, 0)
     assert sequence.output_token_ids == [7] and sequence.num_uncomputed_tokens == 5
 
 

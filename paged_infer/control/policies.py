@@ -1,0 +1,156 @@
+"""Who gets the next step: four policies behind one interface, so that they can be compared on the same requests.
+
+    a step is      A and B decode, C D E wait, C has a long prompt
+    static         [ a b ] ... until both have ended, then [ C D E ]          the batch leaves together
+    dynamic        the same, but a batch waits to be full or for its window
+    prefill_first  [ C D ] [ E ] [ a b c d e ]                                 A and B stand still meanwhile
+    chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 nobody does
+
+A policy is one method, ``plan(turn)``, that calls the verbs of a ``Turn`` in the order it likes: ``run``, ``resume``,
+``admit``. The verbs keep the laws whatever the order; fairness is the policy's own affair.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paged_infer.control.turn import Turn
+
+
+class Policy(ABC):
+    """Decides each step. It may remember things between steps, so each scheduler needs one of its own.
+
+    Attributes:
+        chunks_prompts: whether a prompt may be spread over several steps.
+        leaves_together: whether a sequence that has ended keeps its place and its blocks until nobody runs.
+    """
+
+    chunks_prompts = True
+    leaves_together = False
+
+    @abstractmethod
+    def plan(self, turn: Turn) -> None:
+        """Fill the step."""
+
+
+class Chunked(Policy):
+    """Running > swapped > waiting, and prompts cut to what is left of the budget (Sarathi-Serve; vLLM V1)."""
+
+    def plan(self, turn: Turn) -> None:
+        turn.run()
+        turn.resume()
+        turn.admit()
+
+
+class PrefillFirst(Policy):
+    """Whole prompts before anybody decodes (Orca; vLLM V0): early first tokens, and decodes that stand still.
+
+    ``delay_factor``: after a step of prompts, the next one waits for that many times as long as the first one took,
+    and decodes go on. vLLM V0 counts from the arrival of whoever waits longest instead, which under a standing queue
+    has always been long enough ago, so that decodes starve as without a delay.
+    """
+
+    chunks_prompts = False
+
+    def __init__(self, delay_factor: float = 0.0) -> None:
+        if not 0 <= delay_factor < float("inf"):
+            raise ValueError(f"scheduler_delay_factor={delay_factor}: must be a number >= 0")
+        self.delay_factor = delay_factor
+        self._began_s: float | None = None  # the step of prompts that was planned last, if nothing was since
+        self._resume_at_s = 0.0
+
+    def plan(self, turn: Turn) -> None:
+        if self._began_s is not None:
+            self._resume_at_s = turn.now + self.delay_factor * (turn.now - self._began_s)
+            self._began_s = None
+            delayed = self.delay_factor > 0
+        else:
+            delayed = turn.now <= self._resume_at_s and self.delay_factor > 0
+        if not delayed or not turn.running:
+            turn.admit()
+        if turn.scheduled:
+            self._began_s = turn.now
+            return
+        turn.run()
+        turn.resume()
+
+
+class Static(Policy):
+    """A batch of whoever waits; the next one begins when all of it has ended. Rows that are done compute nothing."""
+
+    chunks_prompts = False
+    leaves_together = True
+
+    def __init__(self) -> None:
+        self._filling = True  # the budget has cut the batch's prompts short: more of them in the next step
+
+    def plan(self, turn: Turn) -> None:
+        if self._filling or not turn.running:
+            self._fill(turn)
+        if not turn.scheduled:
+            self._filling = False
+            turn.run()
+        if not turn.scheduled and not turn.running:  # the last row had no room beside those that are done
+            self._fill(turn)
+
+    def _fill(self, turn: Turn) -> None:
+        turn.resume()
+        turn.admit()
+        self._filling = bool(turn.waiting)
+
+
+class Dynamic(Static):
+    """Static batches that begin when ``max_batch_size`` wait, or the oldest has waited for ``window_s`` seconds."""
+
+    def __init__(self, window_s: float = 0.05, max_batch_size: int | None = None) -> None:
+        super().__init__()
+        if not 0 <= window_s < float("inf"):
+            raise ValueError(f"window_s={window_s}: must be a number >= 0")
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size}: must be at least 1")
+        self.window_s = window_s
+        self.max_batch_size = max_batch_size
+
+    def _fill(self, turn: Turn) -> None:
+        if self.max_batch_size is not None:
+            turn.max_num_seqs = min(turn.max_num_seqs, self.max_batch_size)
+        if not turn.running and not turn.swapped and 0 < len(turn.waiting) < turn.max_num_seqs:
+            closes_at_s = turn.waiting[0].arrival_time_s + self.window_s
+            if turn.now < closes_at_s:
+                turn.resume_at_s = closes_at_s
+                return
+        super()._fill(turn)
+
+
+POLICIES = {"chunked": Chunked, "prefill_first": PrefillFirst, "dynamic": Dynamic, "static": Static}
+
+
+def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
+    """The policy of a name, or the object itself.
+
+    Raises:
+        ValueError: an unknown name, no policy at all, or a delay factor that the policy would ignore.
+    """
+    if policy == "prefill_first":
+        return PrefillFirst(delay_factor)
+    if delay_factor != 0:
+        raise ValueError(
+            f"scheduler_delay_factor={delay_factor} with scheduling_policy={policy!r}: only 'prefill_first' has a delay"
+        )
+    if isinstance(policy, str) and policy in POLICIES:
+        return POLICIES[policy]()
+    if not isinstance(policy, Policy):
+        known = ", ".join(POLICIES)
+        raise ValueError(f"scheduling_policy={policy!r} is no Policy and not known; known: {known}")
+    return policy
+
+
+def check_budget(policy: Policy, max_num_batched_tokens: int, max_model_len: int) -> None:
+    """Raises ValueError if a sequence could outgrow the step that has to compute it at one go."""
+    if not policy.chunks_prompts and max_num_batched_tokens < max_model_len:
+        raise ValueError(
+            f"max_num_batched_tokens={max_num_batched_tokens} is less than max_model_len={max_model_len}, and "
+            f"{type(policy).__name__} does not spread a prompt over several steps"
+        )

@@ -1,0 +1,211 @@
+"""One step while it is being filled: the verbs that a schedule is made of.
+
+    run()      who runs goes on: takes blocks, if need be those of the youngest who has not had its turn yet
+    resume()   who is swapped comes back     }  never at the cost of anybody who runs,
+    admit()    who waits comes in            }  and not in a step that had to preempt
+
+Samples of one request come in together, and only the first computes the prompt:
+
+    step    1                2                 3
+    S0      p0 .. p6         p7 p8 -> a        a -> b        both draw from the logits of p8, each by its own noise,
+    S1      (a place is      fork  -> c        c -> d        and p8's block is copied before the first of them writes
+            kept)
+
+Until the step has succeeded, nothing that was built on it is certain. ``fresh`` lists who would have to begin again.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from typing import TYPE_CHECKING
+
+from paged_infer.control.block_manager import Allocation, Table
+from paged_infer.control.request import Sequence, SequenceState
+from paged_infer.control.step import BlockMoves
+
+if TYPE_CHECKING:
+    from paged_infer.control.scheduler import Scheduler
+
+
+class Turn:
+    """The step of one index: what is left of its budget, and who computes how many tokens."""
+
+    def __init__(self, scheduler: Scheduler, index: int, now: float) -> None:
+        self.index = index
+        self.now = now
+        self.resume_at_s: float | None = None  # a policy that lets the step be empty says until when
+        self.max_num_seqs = scheduler.max_num_seqs
+        self.budget = scheduler.max_num_batched_tokens  # tokens
+        self.scheduled: list[tuple[Sequence, int]] = []
+        self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their prompt
+        self.preempted: list[Sequence] = []
+        self.moves = BlockMoves()
+        self.fresh: list[Sequence] = []
+        self._closed = False  # to newcomers, because somebody was preempted for others
+        self.num_hit_tokens = 0
+        self.num_looked_up_tokens = 0
+        self._scheduler = scheduler
+        self._manager = scheduler.manager
+        self.running = scheduler.running
+        self.waiting = scheduler.waiting
+        self.swapped = scheduler.swapped
+
+    def run(self) -> None:
+        """Give every running sequence its tokens, the oldest first; a long prompt leaves one for each who follows.
+
+        Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
+        """
+        order = list(self.running)
+        if len(order) > self.budget:
+            order.sort(key=lambda sequence: sequence.last_step)
+        for num_following, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):
+            if not self.budget:
+                break
+            if sequence.state is not SequenceState.RUNNING or sequence.last_step == self.index:
+                continue
+            spare = max(1, self.budget - num_following)
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, spare)
+            if self._make_room(sequence, num_tokens):
+                self._schedule(sequence, num_tokens)
+
+    def resume(self) -> None:
+        """Bring the oldest of the swapped back while there is budget, a place, and room for all its known tokens."""
+        while self.swapped and self.budget and not self._closed:
+            sequence = self.swapped[0]
+            stored = self._chain(sequence)[: sequence.num_computed_tokens // self._manager.block_size]
+            if not self._has_place(sequence) or not self._fits(sequence.num_uncomputed_tokens):
+                break
+            if not self._manager.swap_in(sequence.sequence_id, stored, sequence.num_tokens):
+                break
+            self.swapped.popleft()
+            self._enter(sequence)
+            self._start(sequence)
+
+    def admit(self) -> None:
+        """Let the head of the queue in while there is budget, a place, and room for all its known tokens.
+
+        Nobody comes in before all that are swapped are back.
+        """
+        while self.waiting and self.budget and not self._closed and not self.swapped:
+            sequence = self.waiting[0]
+            if sequence.waits_for_fork or not self._has_place(sequence):
+                break
+            prefix = self._find_prefix(sequence)
+            if self._manager.can_allocate(sequence.num_tokens, prefix) is not Allocation.OK:
+                break
+            if not self._fits(sequence.num_tokens - len(prefix) * self._manager.block_size):
+                break
+            self.waiting.popleft()
+            self._enter(sequence)
+            self._adopt(sequence, prefix)
+            self._start(sequence)
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        """For the sequence and the samples that will be forked from it, beside those promised to others' samples."""
+        taken = len(self.running) + len(self._scheduler.held)
+        left = self.max_num_seqs - taken - 1 - len(sequence.to_fork)
+        return not taken or (left >= 0 and left >= sum(len(running.to_fork) for running in self.running))
+
+    def _fits(self, num_tokens: int) -> bool:
+        """Whether the budget has room for these tokens of a newcomer, or for some of them where that will do."""
+        return self._scheduler.policy.chunks_prompts or num_tokens <= self.budget
+
+    def _chain(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the sequence's full blocks; none where nothing is cached."""
+        if not self._scheduler.enable_prefix_caching:
+            return []
+        return sequence.hash_chain(self._manager.block_size)
+
+    def _find_prefix(self, sequence: Sequence) -> Table:
+        """Cached blocks that the sequence can begin with: full ones, and never all of its tokens.
+
+        A request that reports its prompt's logprobs has to compute every row.
+        """
+        if sequence.params.prompt_logprobs is not None:
+            return ()
+        chain = self._chain(sequence)
+        return self._manager.find_prefix(chain[: (sequence.num_tokens - 1) // self._manager.block_size])
+
+    def _adopt(self, sequence: Sequence, prefix: Table) -> None:
+        self._manager.adopt(sequence.sequence_id, prefix)
+        num_hit = len(prefix) * self._manager.block_size
+        sequence.num_computed_tokens = num_hit
+        self.num_hit_tokens += num_hit
+        self.num_looked_up_tokens += sequence.num_tokens
+        if not sequence.num_preemptions and not sequence.num_output_tokens:
+            sequence.num_cached_tokens = num_hit
+
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.move_to(SequenceState.RUNNING)
+        insort(self.running, sequence, key=lambda running: running.sequence_id)
+        self.fresh.append(sequence)
+        self._manager.journal.append(("run", sequence.sequence_id))
+
+    def _start(self, sequence: Sequence) -> None:
+        """Schedule one that has just come in, and that there is room for."""
+        start = sequence.num_computed_tokens
+        num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
+        self._manager.reserve(sequence.sequence_id, start, start + num_tokens)
+        self._schedule(sequence, num_tokens)
+
+    def _schedule(self, sequence: Sequence, num_tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        self.budget -= num_tokens
+        self.scheduled.append((sequence, num_tokens))
+        sequence.last_step = self.index
+        block_size = self._manager.block_size
+        if start // block_size < end // block_size and self._scheduler.enable_prefix_caching:
+            chain = sequence.hash_chain(block_size)
+            self._manager.publish(sequence.sequence_id, chain, start // block_size, end // block_size)
+        if end == sequence.num_prompt_tokens and sequence.to_fork:
+            self._fork(sequence)
+
+    def _fork(self, sequence: Sequence) -> None:
+        children = self.forks[sequence.sequence_id] = sequence.to_fork
+        for child in children:
+            self.waiting.remove(child)
+            self._enter(child)
+            self._manager.fork(sequence.sequence_id, child.sequence_id, sequence.num_prompt_tokens)
+            child.num_computed_tokens = sequence.num_prompt_tokens
+            child.block_hashes = list(sequence.block_hashes)
+            child.last_step = self.index
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is no way to get them."""
+        start = sequence.num_computed_tokens
+        while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
+            victim = self.running[-1]
+            if victim.last_step == self.index:
+                return False  # it has had its turn already; the sequence's own comes first in the next step
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all of the sequence's blocks: to swap space, or if that is full or not wanted, for good."""
+        self.running.remove(sequence)
+        sequence.num_preemptions += 1
+        self.preempted.append(sequence)
+        stored = sequence.num_computed_tokens
+        if self._scheduler.swaps and stored and self._manager.swap_out(sequence.sequence_id, stored):
+            sequence.move_to(SequenceState.SWAPPED)
+            insert_by_age(self.swapped, sequence)
+            self._manager.journal.append(("swap", sequence.sequence_id))
+        else:
+            self._manager.free(sequence.sequence_id)
+            self._scheduler.restart(sequence)
+        self._scheduler.release_held()
+        self._closed = bool(self.running)
+
+
+def insert_by_age(queue: deque[Sequence], sequence: Sequence) -> None:
+    """Queue one that was here before: ahead of all that came later, which is usually all there are."""
+    place = 0
+    for other in queue:
+        if other.sequence_id > sequence.sequence_id:
+            break
+        place += 1
+    queue.insert(place, sequence)

@@ -31,7 +31,7 @@ class EngineConfig:
         enable_prefix_caching: let requests that begin alike share the blocks of their beginning, computed once.
         preemption_mode: what becomes of a request that has to give back its blocks: "recompute" computes them again,
             "swap" moves them to the CPU's memory and back.
-        swap_space: GiB of that memory, at most the pool's size; reserved where ``preemption_mode`` is "swap".
+        swap_space: GiB of that memory, at most the pool's size; None: 1, with ``preemption_mode="swap"``.
         scheduling_policy: who gets the next step: "chunked", "prefill_first", "dynamic", "static", or a ``Policy``.
         scheduler_delay_factor: with "prefill_first", how long prompts wait after a step of prompts, so that decodes go
             on: so many times as long as that step took.
@@ -50,7 +50,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     preemption_mode: str = "recompute"
-    swap_space: float = 1.0
+    swap_space: float | None = None
     scheduling_policy: str | Policy = "chunked"
     scheduler_delay_factor: float = 0.0
     trace: bool = False
@@ -68,8 +68,7 @@ class EngineConfig:
         if self.preemption_mode not in PREEMPTION_MODES:
             known = ", ".join(PREEMPTION_MODES)
             raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; known: {known}")
-        if not _is_number(self.swap_space) or not 0 <= self.swap_space < math.inf:
-            raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
+        self._check_swap_space()
         if not _is_number(self.scheduler_delay_factor):
             raise ValueError(f"scheduler_delay_factor={self.scheduler_delay_factor!r}: must be a number >= 0")
         make_policy(self.scheduling_policy, self.scheduler_delay_factor)
@@ -80,6 +79,16 @@ class EngineConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
+
+    def _check_swap_space(self) -> None:
+        if self.swap_space is None:
+            object.__setattr__(self, "swap_space", 1.0 if self.preemption_mode == "swap" else 0.0)
+        elif not _is_number(self.swap_space) or not 0 <= self.swap_space < math.inf:
+            raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
+        elif self.swap_space and self.preemption_mode != "swap":
+            raise ValueError(
+                f"swap_space={self.swap_space} with preemption_mode='recompute': nothing is swapped"
+            )
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

@@ -135,6 +135,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"preemption_mode": "drop"}, "preemption_mode='drop' is not known; known: recompute, swap"),
         ({"swap_space": -1}, "swap_space=-1: must be a number of GiB >= 0"),
         ({"swap_space": math.nan}, "swap_space=nan"),
+        ({"swap_space": 2.0}, "swap_space=2.0 with preemption_mode='recompute': nothing is swapped"),
         ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB holds no block of 18432 bytes"),
         (
             {"scheduling_policy": "fifo"},

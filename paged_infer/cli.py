@@ -187,7 +187,9 @@ def info(
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
     max_model_len: MaxModelLen = None,
-    evaluate: Annotated[bool, typer.Option(help="Measure the storyteller's recall and perplexity.")] = True,
+    stories: Annotated[
+        int, typer.Option(help="Unseen stories to measure the storyteller's recall and perplexity on.", min=0)
+    ] = 100,
 ) -> None:
     """The device, the model, what a token costs in KV memory, and how many blocks fit."""
     try:
@@ -205,14 +207,18 @@ def info(
     from paged_infer.info import info_table
 
     console.print(info_table(llm))
-    if llm.is_storyteller and evaluate:
+    if llm.is_storyteller and stories:
         with console.status("reading unseen stories"):
-            scores = storyteller.evaluate(llm)
+            scores = storyteller.evaluate(llm, stories)
         ratio = scores["perplexity"] / scores["grammar_perplexity"]
         console.print(
             f"recall of stated facts {scores['recall']:.1%}, perplexity {scores['perplexity']:.3f}: "
             f"{ratio:.3f} x what the grammar's own probabilities allow ({scores['grammar_perplexity']:.3f})"
         )
+        kinds = (
+            f"{kind} ... ? {right} of {asked}" for kind, (right, asked) in scores["recall_by_kind"].items()
+        )
+        console.print(f"on {stories} stories: {', '.join(kinds)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_chat_answers_every_line_and_remembers_the_story_until_told_otherwise():
 
 
 def test_info_shows_the_formula_with_its_numbers():
-    result = run("info", "--no-evaluate", "--num-blocks", "100", "--block-size", "8")
+    result = run("info", "--stories", "0", "--num-blocks", "100", "--block-size", "8")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     assert "2 x layers x kv_heads x head_dim x bytes = 2 x 6 x 2 x 32 x 4 = 3,072" in words

@@ -1,6 +1,7 @@
 """How well a model has learned the grammar: does it remember, and how near is it to the best possible perplexity?"""
 
 import math
+from collections import Counter
 from typing import Any
 
 from paged_infer.storyteller.grammar import END, FIRST_EVALUATION_SEED, Story, ask, tell
@@ -21,12 +22,13 @@ def quizzes(story: Story) -> list[tuple[str, str]]:
     return found
 
 
-def evaluate(llm: Any, num_stories: int = 100) -> dict[str, float]:
+def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
     """Recall, perplexity and the grammar's perplexity on `num_stories` stories that training never saw.
 
     `llm` is a `paged_infer.LLM`, or anything whose `generate` does the same.
 
     - `recall`: share of the questions whose greedy answer equals the true answer exactly.
+    - `recall_by_kind`: (right, asked) for the questions that begin with the same two words.
     - `perplexity`: exp of the mean nats a token that the model spends on the documents.
     - `grammar_perplexity`: the same for the grammar itself, which no model can beat but by chance.
 
@@ -42,8 +44,11 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, float]:
     asked = [quiz for story in stories for quiz in quizzes(story)]
     greedy = SamplingParams(temperature=0, max_tokens=24, stop=["\n"])
     answers = llm.generate([prompt for prompt, _ in asked], greedy, use_tqdm=False)
-    right = sum(
-        got.outputs[0].text.strip() == answer for got, (_, answer) in zip(answers, asked, strict=True)
+    kinds = [" ".join(prompt.rsplit("Q: ", 1)[1].split()[:2]) for prompt, _ in asked]
+    right = Counter(
+        kind
+        for kind, got, (_, answer) in zip(kinds, answers, asked, strict=True)
+        if got.outputs[0].text.strip() == answer
     )
 
     scored = llm.generate(
@@ -57,7 +62,8 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, float]:
             nats -= logprobs[token].logprob
             num_tokens += 1
     return {
-        "recall": right / len(asked),
+        "recall": right.total() / len(asked),
+        "recall_by_kind": {kind: (right[kind], count) for kind, count in Counter(kinds).most_common()},
         "perplexity": math.exp(nats / num_tokens),
         "grammar_perplexity": math.exp(-sum(story.logprob for story in stories) / num_tokens),
     }

@@ -63,6 +63,10 @@ def test_evaluate_counts_answers_and_nats():
     result = evaluate(Oracle(), num_stories=20)
     asked = sum(len(tell(1_000_000_000 + i).questions) for i in range(20))
     assert result["recall"] == pytest.approx(1 - 1 / asked)
+    right, of = (sum(column) for column in zip(*result["recall_by_kind"].values(), strict=True))
+    assert (right, of) == (asked - 1, asked) and {"What colour", "Where is"} <= result[
+        "recall_by_kind"
+    ].keys()
     assert result["perplexity"] == pytest.approx(2.718281828)
     assert 1.0 < result["grammar_perplexity"] < 1.2  # nats a byte, not a token
 

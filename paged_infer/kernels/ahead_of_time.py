@@ -21,7 +21,7 @@ import torch
 from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to, triton
 
 # Shared memory that one block may use, bytes (CUDA programming guide, table of technical specifications).
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+MAX_ROWS = 65_535  # CUDA's limit on a grid's second and third axes
+MAX_SCALE = 1e30  # times 1/ln 2 and a score of any use, it stays a float32
 
 
 def check_dense_attention(
@@ -40,7 +42,7 @@ def check_paged_attention(
 ) -> None:
     """Raises ValueError unless q [T, H, D], caches [num_blocks, block_size, H_kv, D] and the indices fit together."""
     shapes = _shapes(q=q, k_cache=k_cache, v_cache=v_cache)
-    if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+    if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or not k_cache.shape[1]:
         raise ValueError(
             f"paged attention wants q [T, H, D] and two caches [num_blocks, block_size, H_kv, D]; got {shapes}"
         )
@@ -71,8 +73,14 @@ def check_paged_attention(
     ):
         if index.dtype != torch.int32 or index.device != q.device:
             raise ValueError(f"{name} must be int32 on {q.device}; got {index.dtype} on {index.device}")
+        if index.shape[-1] > 1 and index.stride(-1) != 1:
+            raise ValueError(f"{name} must have dense rows; got strides {index.stride()}")
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that a launch can have")
     if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise ValueError(f"out must be like q; got {_shapes(q=q, out=out)}, {out.dtype} on {out.device}")
+    if out is not None and q.shape[2] > 1 and out.stride(2) != 1:
+        raise ValueError(f"out must have dense rows; got strides {out.stride()}")
 
 
 def check_index_values(
@@ -117,10 +125,10 @@ def _check_alike(**tensors: Tensor) -> None:
 
 
 def _check_numbers(scale: float | None, window: int | None) -> None:
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale}: must be above 0")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: must be at least 1, the token itself")
+    if scale is not None and not 0 < scale <= MAX_SCALE:
+        raise ValueError(f"scale={scale}: must be above 0, and at most {MAX_SCALE:g}")
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"window={window!r}: must be an integer of at least 1, the token itself")
 
 
 def _shapes(**tensors: Tensor) -> str:

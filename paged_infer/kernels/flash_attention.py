@@ -7,8 +7,7 @@
 
 Of the scores only a tile exists at a time, in registers. What is carried along a row is its maximum so far, the sum of
 its exponentials, and the output as if the row ended here; a greater maximum rescales the last two (online softmax,
-Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1). Exponentials are powers of two, with 1/ln 2
-folded into the scale, because that is the instruction that the hardware has.
+Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1): ``attention_tile``.
 """
 
 from __future__ import annotations
@@ -19,11 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.attention_tile import (
+    LOG2_E,
+    attend_tile,
+    finish_softmax,
+    load_tiles,
+    padded,
+    seen_by_tile,
+)
 from paged_infer.kernels.checks import check_dense_attention
 from paged_infer.kernels.mask import causal_mask
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
-
-LOG2_E = 1.0 / math.log(2.0)
 
 
 def flash_attention(
@@ -40,6 +45,7 @@ def flash_attention(
 
     q [B, H, N, D], k and v [B, H_kv, M, D] -> [B, H, N, D]. H is a multiple of H_kv: each group of query heads reads
     one key head (GQA, Ainslie 2023). D is at most 256. Any strides; a last dimension that is not dense is copied.
+    Forward only: no gradient flows back.
 
     Args:
         causal: queries are the last N of M tokens, and see no token after themselves. With N > M the first N - M see
@@ -52,10 +58,10 @@ def flash_attention(
         ValueError: shapes, dtypes or devices that do not fit together; the message names them.
     """
     check_dense_attention(q, k, v, causal, scale, window)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_row_major(x) for x in (q, k, v))
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
-    out = torch.empty_like(q)
+    out = _row_major(torch.empty_like(q))
     lse = torch.empty((batch, num_heads, num_queries) if return_lse else 0, device=q.device)
     block_m, block_n, num_warps, num_stages = flash_tiles(capability(q.device), dim, q.dtype, window)
     num_tiles = triton.cdiv(num_queries, block_m)
@@ -73,7 +79,9 @@ def flash_attention(
         num_queries,
         num_keys,
         (dim**-0.5 if scale is None else scale) * LOG2_E,
-        window or 0,
+        min(
+            window or 0, num_keys + num_queries
+        ),  # a wider one hides nothing, and may be too much for 32 bits
         CAUSAL=causal,
         HAS_WINDOW=window is not None,
         SAVE_LSE=return_lse,
@@ -113,14 +121,14 @@ def flash_attention_reference(
         seen = causal_mask(q.shape[2], k.shape[2], window, q.device)
         scores = scores.masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1)  # [B, H, N]
-    weights = (scores - lse.where(lse > -math.inf, 0.0)[..., None]).exp()
+    weights = scores.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0.0)
     out = (weights @ v_).to(q.dtype)
     return (out, lse.float()) if return_lse else out
 
 
-def padded(dim: int) -> int:
-    """The power of two that holds a head, at least the 16 that tensor cores multiply at a time."""
-    return max(16, triton.next_power_of_2(dim))
+def _row_major(x: Tensor) -> Tensor:
+    """x [B, heads, N, D] with dense rows, near enough for 32 bits to reach any row of a tile (128 at most)."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
 
 
 def common_alignment(*tensors: Tensor) -> int:
@@ -146,8 +154,8 @@ def flash_tiles(
             tiles = 128, 128, 8, 2
         else:
             tiles = (128, 32, 8, 3) if gpu[0] == 8 and dim < 128 else (128, 64, 8, 3)
-    else:
-        tiles = (64, 64, 8, 2) if dim == 256 else (64, 32, 8, 2)
+    else:  # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block
+        tiles = (64, 64, 8, 2) if dim == 256 and gpu in ((8, 0), (9, 0), (10, 0)) else (64, 32, 8, 2)
     block_m, block_n, num_warps, num_stages = tiles
     if window is not None:  # the loop along the window's edge takes registers of its own
         block_n = max(16, block_n // 2)
@@ -155,28 +163,7 @@ def flash_tiles(
 
 
 @triton.jit
-def softmax_step(acc, row_max, row_sum, scores, v, scale_log2, MASKED: tl.constexpr):
-    """One tile of keys more: scores [M, N] unscaled, v [N, D]; rescale what is carried, then add this tile's share."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [M], in powers of two
-    # A row that has seen nothing yet: -inf - (-inf) would be NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    weights = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [M, N]
-    shrink = tl.math.exp2(row_max - shift)  # [M]
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, new_max, row_sum
-
-
-@triton.jit
-def finish_softmax(acc, row_max, row_sum):
-    """The output [M, D] and the log2 of the sum of powers [M]; a row that saw nothing is 0 and -inf."""
-    seen = row_sum > 0.0
-    divisor = tl.where(seen, row_sum, 1.0)
-    return acc / divisor[:, None], tl.where(seen, row_max + tl.math.log2(divisor), float("-inf"))
-
-
-@triton.jit
-def _attend_tiles(
+def _attend_keys(
     acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, query, num_keys, scale_log2, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
     STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,
@@ -189,57 +176,39 @@ def _attend_tiles(
     v_offsets = column[:, None] * STRIDE_V + dim[None, :]
     for start in tl.range(begin, end, BLOCK_N):
         key = start + column  # [N]
-        place = tl.cast(start, tl.int64)  # a long head is more than 2^31 elements; a tile is not
-        k_tile, v_tile = k_ptr + place * STRIDE_K, v_ptr + place * STRIDE_V
-        if MASKED:
-            there = (key < num_keys)[:, None] & (dim < D)[None, :]
-            k = tl.load(k_tile + k_offsets, mask=there, other=0.0)
-            v = tl.load(v_tile + v_offsets, mask=there, other=0.0)
-        elif D == BLOCK_D:
-            k = tl.load(k_tile + k_offsets)
-            v = tl.load(v_tile + v_offsets)
-        else:
-            k = tl.load(k_tile + k_offsets, mask=(dim < D)[None, :], other=0.0)
-            v = tl.load(v_tile + v_offsets, mask=(dim < D)[None, :], other=0.0)
-        if WIDEN:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-        if MASKED:
-            seen = (key < num_keys)[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= query[:, None])
-            if HAS_WINDOW:
-                seen = seen & (key[None, :] > query[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, v, scale_log2, MASKED)
+        # A head may be more than 2^31 elements; a tile is not (_row_major sees to it).
+        place = tl.cast(start, tl.int64)
+        k, v = load_tiles(
+            k_ptr + place * STRIDE_K + k_offsets,
+            v_ptr + place * STRIDE_V + v_offsets,
+            key < num_keys,
+            dim,
+            D,
+            BLOCK_D,
+            MASKED,
+            WIDEN,
+        )
+        acc, row_max, row_sum = attend_tile(
+            acc,
+            row_max,
+            row_sum,
+            q,
+            k,
+            v,
+            query,
+            key,
+            num_keys,
+            scale_log2,
+            window,
+            CAUSAL,
+            HAS_WINDOW,
+            MASKED,
+        )
     return acc, row_max, row_sum
 
 
-@triton.jit
-def seen_by_tile(
-    first, last, num_keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Keys that the queries at positions first..last see: (begin, full_begin, full_end, end).
-
-    begin..full_begin and full_end..end need a mask, full_begin..full_end is seen by all; all but end on tile edges.
-    """
-    if CAUSAL:
-        end = tl.maximum(tl.minimum(last + 1, num_keys), 0)
-        full_end = tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        end = num_keys
-        full_end = num_keys // BLOCK_N * BLOCK_N
-    begin, full_begin = 0, 0
-    if HAS_WINDOW:
-        begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.minimum(
-            tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N
-        )
-        full_end = tl.maximum(full_begin, full_end)
-    return begin, full_begin, full_end, end
-
-
-@triton.jit
+# Lengths differ from call to call, and knowing whether 16 divides them would only compile the kernel again.
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _flash_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
@@ -276,22 +245,22 @@ def _flash_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if HAS_WINDOW:
-        acc, row_max, row_sum = _attend_tiles(
+        acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, q, k_ptr, v_ptr, begin, full_begin, query, num_keys,
             scale_log2, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
         )  # fmt: skip
-    acc, row_max, row_sum = _attend_tiles(
+    acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, q, k_ptr, v_ptr, full_begin, full_end, query, num_keys,
         scale_log2, window, CAUSAL, HAS_WINDOW, False, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend_tiles(
+    acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, q, k_ptr, v_ptr, full_end, end, query, num_keys,
         scale_log2, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
     )  # fmt: skip
 
-    out, lse_log2 = finish_softmax(acc, row_max, row_sum)
+    out, lse = finish_softmax(acc, row_max, row_sum)
     place = out_ptr + row.to(tl.int64)[:, None] * STRIDE_O + dim[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=there)
     if SAVE_LSE:
         lse_row = lse_ptr + batch_head.to(tl.int64) * num_queries + row
-        tl.store(lse_row, lse_log2 / 1.4426950408889634, mask=row < num_queries)  # log2 -> natural
+        tl.store(lse_row, lse, mask=row < num_queries)

@@ -40,7 +40,7 @@ def paged_attention(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:  # Tensor; with return_lse, two
-    """Causal attention of packed queries over paged keys and values, in Triton: one launch for each kind of row.
+    """Causal attention of packed queries over paged keys and values, in Triton: each kind of row by its own kernel.
 
     q [T, H, D]; caches [num_blocks, block_size, H_kv, D]; block_tables [B, max_blocks], seq_lens [B] and
     query_start_loc [B + 1] int32 -> [T, H, D]. The queries of a sequence are the last of its ``seq_lens`` tokens. Slots
@@ -50,12 +50,12 @@ def paged_attention(
     Args:
         scale: what scores are multiplied by, above 0; 1/sqrt(D) unless given.
         window: tokens that a query sees, itself included.
-        num_decodes: the first rows, which have one query each at most. These three are hints: with the first two, no
-            value of the index tensors is read on the host (nor checked), and with all three a CUDA graph can hold the
-            call, as long as lengths stay within them.
-        max_query_len: no row has more queries.
+        num_decodes: the first rows, which have one query each at most. These three are hints. With the first two
+            (one alone is not enough) no value of the index tensors is read on the host, nor checked, and a CUDA graph
+            can hold the call as long as lengths stay within the hints.
+        max_query_len: no row has more queries; what lies beyond would not be computed.
         max_seq_len: no row has more tokens; what the tables have room for unless given.
-        out: where to write, like q.
+        out: where to write, [T, H, D] with dense rows.
         return_lse: also return log(sum(exp(scores))) of every query, float32 [T, H]; -inf where it sees nothing.
 
     Raises:
@@ -68,12 +68,20 @@ def paged_attention(
         query_lens = [end - begin for begin, end in pairwise(bounds)]
         num_decodes = next((row for row, n in enumerate(query_lens) if n > 1), len(query_lens))
         max_query_len = max(query_lens, default=0)
+    elif not 0 <= num_decodes <= seq_lens.shape[0] or max_query_len < 0:
+        raise ValueError(
+            f"num_decodes={num_decodes} must lie within 0..{seq_lens.shape[0]} rows, and max_query_len={max_query_len} "
+            "be at least 0"
+        )
     if max_seq_len is None:
         max_seq_len = block_tables.shape[1] * k_cache.shape[1]
     q = q if q.stride(2) == 1 else q.contiguous()
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty(q.shape[:2] if return_lse else (0, 0), dtype=torch.float32, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    window = (
+        None if window is None else min(window, 2**30)
+    )  # a wider one hides nothing, and overflows 32 bits
     rows = (block_tables, seq_lens, query_start_loc)
     paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len)
     paged_prefill(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_query_len)

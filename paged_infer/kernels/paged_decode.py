@@ -7,9 +7,10 @@
 
 Three choices make it fast. The query heads of a KV group are the rows of one matrix product, so a key tile is read once
 for all of them and tensor cores do the rest (GQA packing). A long context is cut into splits, so that a few long
-sequences still fill the GPU (Flash-Decoding, Dao 2023). And the number of splits follows from the batch and the chip,
-not from the lengths, which stay on the device: the same launch serves every step, so a CUDA graph can hold it. A split
-that holds no key writes a log-sum-exp of -inf, and nothing else.
+sequences still fill the GPU (Flash-Decoding, Dao 2023). And lengths stay on the device: where a split begins is worked
+out there, and the number of splits follows from the batch, the chip and the longest length that the caller promises,
+so one compiled kernel serves every step and a CUDA graph can hold the launch. A split that holds no key writes a
+log-sum-exp of -inf, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.flash_attention import LOG2_E, finish_softmax, padded
+from paged_infer.kernels.attention_tile import LOG2_E, finish_softmax, padded
 from paged_infer.kernels.paged_prefill import attend_blocks
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, num_processors, tl, triton
 
@@ -42,11 +43,12 @@ def paged_decode(
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the first ``num_rows`` rows."""
     num_heads, dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
     gpu = capability(q.device)
-    splits = num_splits(
-        gpu, num_rows * num_kv_heads, min(max_seq_len, window or max_seq_len), num_processors(q.device)
-    )
-    block_n, num_warps, num_stages = decode_tiles(gpu, dim, q.dtype)
+    block_g, block_n, num_warps, num_stages = decode_tiles(gpu, dim, q.dtype, group)
+    head_tiles = triton.cdiv(group, block_g)
+    max_keys = min(max_seq_len, window or max_seq_len)
+    splits = num_splits(gpu, num_rows * num_kv_heads * head_tiles, max_keys, num_processors(q.device))
     is_split = splits > 1
     partial_out = torch.empty(
         (num_rows, splits, num_heads, dim) if is_split else 0, dtype=torch.float32, device=q.device
@@ -56,7 +58,7 @@ def paged_decode(
     )
     launch(
         _decode_kernel,
-        (num_kv_heads, num_rows, splits),
+        (num_kv_heads * head_tiles, num_rows, splits),
         q,
         k_cache,
         v_cache,
@@ -68,14 +70,16 @@ def paged_decode(
         seq_lens,
         query_start_loc,
         block_tables.stride(0),
+        splits,
         scale * LOG2_E,
         window or 0,
         HAS_WINDOW=window is not None,
         SAVE_LSE=lse.numel() > 0,
-        SPLITS=splits,
+        IS_SPLIT=is_split,
         NUM_HEADS=num_heads,
-        GROUP=num_heads // num_kv_heads,
-        BLOCK_G=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),  # a product has 16 rows at least
+        GROUP=group,
+        HEAD_TILES=head_tiles,
+        BLOCK_G=block_g,
         STRIDE_Q=q.stride(0),
         STRIDE_QH=q.stride(1),
         STRIDE_O=out.stride(0),
@@ -99,8 +103,8 @@ def paged_decode(
             out,
             lse,
             query_start_loc,
+            splits,
             SAVE_LSE=lse.numel() > 0,
-            SPLITS=splits,
             BLOCK_S=triton.next_power_of_2(splits),
             CHUNK=min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
             NUM_HEADS=num_heads,
@@ -112,50 +116,58 @@ def paged_decode(
 
 
 def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processors: int) -> int:
-    """Programs a row and KV head: enough to give each processor four, of 256 keys at least."""
+    """Programs a row and KV head: enough to give each processor four, but not many more than one for 256 keys."""
     if gpu == (0, 0):  # the interpreter: few, and small enough that short contexts are split
         return max(1, min(3, max_keys // 32))
     wanted = triton.cdiv(4 * processors, max(1, num_programs))
     return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, 256)))
 
 
-def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_N, num_warps, num_stages): small tiles, many in flight."""
+def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
+    """(BLOCK_G, BLOCK_N, num_warps, num_stages): a group's heads, which a product rounds up to 16; small tiles of keys.
+
+    A group too large for the registers takes several programs, which read the same keys.
+    """
+    block_g = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
     if gpu == (0, 0):
-        return 16, 4, 1
+        return block_g, 16, 4, 1
     if dtype == torch.float32:
-        return 16, 4, 4
+        return block_g, 16, 4, 4
     # A key's address is itself loaded, so of six stages two hold tiles of keys.
-    return (64, 4, 6) if dim <= 64 else (32, 4, 6)
+    return block_g, 64 if dim <= 64 else 32, 4, 6
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel again.
+@triton.jit(do_not_specialize=["stride_table", "splits"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr, seq_lens_ptr,
-    query_start_loc_ptr, stride_table, scale_log2, window,
-    HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr, SPLITS: tl.constexpr, NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr,
-    STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_start_loc_ptr, stride_table, splits, scale_log2, window,
+    HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_G: tl.constexpr,
+    STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     # KV heads are the fastest axis: the heads of a slot lie side by side in memory.
-    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, row, split = tl.program_id(0) // HEAD_TILES, tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + row)
     token = tl.load(query_start_loc_ptr + row).to(tl.int64)
     # 1, or 0 in a row that only fills up the batch: then nothing is written.
-    num_queries = (tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32)
+    has_query = tl.minimum((tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32), 1)
     first_key = 0
     if HAS_WINDOW:
         first_key = tl.maximum(length - window, 0)
-    keys_per_split = tl.cdiv(tl.cdiv(length - first_key, SPLITS), BLOCK_N) * BLOCK_N
+    keys_per_split = tl.cdiv(tl.cdiv(length - first_key, splits), BLOCK_N) * BLOCK_N
     begin = first_key + split * keys_per_split
     end = tl.minimum(begin + keys_per_split, length)
     full_end = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
 
-    member = tl.arange(0, BLOCK_G)  # [G] query heads of this KV head
-    head = kv_head * GROUP + member
+    member = tl.program_id(0) % HEAD_TILES * BLOCK_G + tl.arange(
+        0, BLOCK_G
+    )  # [G] query heads of this KV head
+    head = (kv_head * GROUP + member).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
-    is_head = member < GROUP * num_queries
+    is_head = member < GROUP * has_query
     there = is_head[:, None] & (dim < D)[None, :]
     q = tl.load(q_ptr + token * STRIDE_Q + head[:, None] * STRIDE_QH + dim[None, :], mask=there, other=0.0)
     if WIDEN:
@@ -179,53 +191,53 @@ def _decode_kernel(
         end, scale_log2, window, False, True, D, BLOCK_D, BLOCK_N,
         STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
-    out, lse_log2 = finish_softmax(acc, row_max, row_sum)
+    out, lse = finish_softmax(acc, row_max, row_sum)
 
-    if SPLITS == 1:
+    if not IS_SPLIT:
         place = out_ptr + token * STRIDE_O + head[:, None] * STRIDE_OH + dim[None, :]
         tl.store(place, out.to(out_ptr.dtype.element_ty), mask=there)
         if SAVE_LSE:
-            place = lse_ptr + token * NUM_HEADS + head
-            tl.store(place, lse_log2 / 1.4426950408889634, mask=is_head)
+            tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=is_head)
     else:
-        part = (row * SPLITS + split).to(tl.int64) * NUM_HEADS + head  # [G]
-        tl.store(partial_lse_ptr + part, lse_log2, mask=is_head)
+        part = (row * splits + split).to(tl.int64) * NUM_HEADS + head  # [G]
+        tl.store(partial_lse_ptr + part, lse, mask=is_head)
         width = tl.where(begin < end, D, 0)
         written = is_head[:, None] & (dim < width)[None, :]
         tl.store(partial_out_ptr + part[:, None] * D + dim[None, :], out, mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine_kernel(
-    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, query_start_loc_ptr,
-    SAVE_LSE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, query_start_loc_ptr, splits,
+    SAVE_LSE: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
     NUM_HEADS: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head, row = tl.program_id(0), tl.program_id(1)
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(query_start_loc_ptr + row).to(tl.int64)
-    num_queries = (tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32)
+    has_query = tl.minimum((tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32), 1)
     dim = tl.arange(0, BLOCK_D)
-    parts = row.to(tl.int64) * SPLITS * NUM_HEADS + head  # of split 0; a split further is NUM_HEADS further
+    parts = row.to(tl.int64) * splits * NUM_HEADS + head  # of split 0; a split further is NUM_HEADS further
     split = tl.arange(0, BLOCK_S)
-    lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < SPLITS, other=float("-inf"))
+    lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
     greatest = tl.max(lse, 0)
     shift = tl.where(greatest == float("-inf"), 0.0, greatest)
-    total = tl.sum(tl.math.exp2(lse - shift), 0)
+    total = tl.sum(tl.exp(lse - shift), 0)
 
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in tl.static_range(0, BLOCK_S, CHUNK):
         split = start + tl.arange(0, CHUNK)
-        lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < SPLITS, other=float("-inf"))
-        # An empty split wrote no output: what lies there may be NaN, and 0 * NaN is NaN.
-        wrote = (lse > float("-inf"))[:, None] & (dim < D)[None, :]
+        lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
+        # An empty split wrote no output: what lies there may be NaN, and 0 * NaN is NaN. NaN that was read stays.
+        wrote = (lse != float("-inf"))[:, None] & (dim < D)[None, :]
         part = tl.load(
             partial_out_ptr + (parts + split * NUM_HEADS)[:, None] * D + dim[None, :], mask=wrote, other=0.0
         )
-        acc += tl.sum(part * tl.math.exp2(lse - shift)[:, None], 0)
-    divisor = tl.where(total > 0.0, total, 1.0)
+        acc += tl.sum(part * tl.exp(lse - shift)[:, None], 0)
+    seen = total != 0.0
+    divisor = tl.where(seen, total, 1.0)
     place = out_ptr + token * STRIDE_O + head * STRIDE_OH + dim
-    tl.store(place, (acc / divisor).to(out_ptr.dtype.element_ty), mask=dim < D * num_queries)
+    tl.store(place, (acc / divisor).to(out_ptr.dtype.element_ty), mask=dim < D * has_query)
     if SAVE_LSE:
-        lse_log2 = tl.where(total > 0.0, shift + tl.math.log2(divisor), float("-inf"))
-        tl.store(lse_ptr + token * NUM_HEADS + head, lse_log2 / 1.4426950408889634, mask=num_queries > 0)
+        lse = tl.where(seen, shift + tl.log(divisor), float("-inf"))
+        tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=has_query > 0)

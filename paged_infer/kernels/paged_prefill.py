@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.flash_attention import (
+from paged_infer.kernels.attention_tile import (
     LOG2_E,
+    attend_tile,
     finish_softmax,
-    flash_tiles,
+    load_tiles,
     padded,
     seen_by_tile,
-    softmax_step,
 )
+from paged_infer.kernels.flash_attention import flash_tiles
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
 
@@ -104,29 +105,15 @@ def attend_blocks(
         # A pool may be larger than 2^31 elements.
         offset = block.to(tl.int64) * STRIDE_BLOCK + (key % BLOCK_SIZE) * STRIDE_SLOT
         offsets = offset[:, None] + dim[None, :]  # [N, D]
-        if MASKED:
-            there = (key < num_keys)[:, None] & (dim < D)[None, :]
-            k = tl.load(k_ptr + offsets, mask=there, other=0.0)
-            v = tl.load(v_ptr + offsets, mask=there, other=0.0)
-        elif D == BLOCK_D:
-            k = tl.load(k_ptr + offsets)
-            v = tl.load(v_ptr + offsets)
-        else:
-            k = tl.load(k_ptr + offsets, mask=(dim < D)[None, :], other=0.0)
-            v = tl.load(v_ptr + offsets, mask=(dim < D)[None, :], other=0.0)
-        if WIDEN:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-        if MASKED:
-            seen = (key < num_keys)[None, :] & (key[None, :] <= query[:, None])
-            if HAS_WINDOW:
-                seen = seen & (key[None, :] > query[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, v, scale_log2, MASKED)
+        k, v = load_tiles(k_ptr + offsets, v_ptr + offsets, key < num_keys, dim, D, BLOCK_D, MASKED, WIDEN)
+        acc, row_max, row_sum = attend_tile(
+            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window, True, HAS_WINDOW, MASKED
+        )
     return acc, row_max, row_sum
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel again.
+@triton.jit(do_not_specialize=["stride_table", "first_row"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tables_ptr, seq_lens_ptr, query_start_loc_ptr,
     stride_table, first_row, scale_log2, window,
@@ -136,11 +123,8 @@ def _prefill_kernel(
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     # One program: a tile of queries of one head of one sequence. Late tiles see the most keys, so they start first.
-    tile, head, row = (
-        tl.num_programs(0) - 1 - tl.program_id(0),
-        tl.program_id(1),
-        first_row + tl.program_id(2),
-    )
+    tile, row = tl.num_programs(0) - 1 - tl.program_id(0), first_row + tl.program_id(2)
+    head = tl.program_id(1).to(tl.int64)
     query_start = tl.load(query_start_loc_ptr + row)
     num_queries = tl.load(query_start_loc_ptr + row + 1) - query_start
     if tile * BLOCK_M >= num_queries:
@@ -174,19 +158,19 @@ def _prefill_kernel(
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_begin, full_end, query,
         num_keys, scale_log2, window, HAS_WINDOW, False, D, BLOCK_D, BLOCK_N,
-            STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_end, end, query,
         num_keys, scale_log2, window, HAS_WINDOW, True, D, BLOCK_D, BLOCK_N,
-            STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
 
-    out, lse_log2 = finish_softmax(acc, row_max, row_sum)
+    out, lse = finish_softmax(acc, row_max, row_sum)
     tl.store(
         out_ptr + token[:, None] * STRIDE_O + head * STRIDE_OH + dim[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=there,
     )
     if SAVE_LSE:
-        tl.store(lse_ptr + token * NUM_HEADS + head, lse_log2 / 1.4426950408889634, mask=local < num_queries)
+        tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=local < num_queries)

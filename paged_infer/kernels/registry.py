@@ -111,13 +111,12 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
 def _imported(name: str) -> AttentionBackend:
     """``module:function``, where the module may also lie in the current folder, as a script's would."""
     module_name, _, function_name = name.partition(":")
-    sys.path.append(os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"attention_backend={name!r} cannot be imported: {error}") from None
-    finally:
-        sys.path.pop()
     if not callable(function):
         raise ValueError(f"attention_backend={name!r} is no function but {type(function).__name__}")
     return function

@@ -23,8 +23,8 @@ class _Absent:
     """Stands in for triton where it is not installed: decorators leave functions as they are, the rest says so."""
 
     @staticmethod
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
+    def jit(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        return function if function is not None else lambda decorated: decorated
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError("triton is not installed: use attention_backend='torch' or 'sdpa'")

@@ -105,7 +105,7 @@ BATCHES = st.builds(
 
 
 @given(BATCHES)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_every_backend_equals_the_definition_and_reads_no_stray_slot(batch: Batch) -> None:
     expected = batch.expected()
     for name in BACKENDS:
@@ -208,6 +208,36 @@ def test_rows_that_only_fill_up_a_batch_change_nothing_and_get_zeros(contexts: t
     assert out[real + 2].isnan().all()  # nobody's query: not written
 
 
+@pytest.mark.parametrize("context", [40, 130])  # in one split, and in three
+def test_nan_that_is_read_comes_out_as_nan(context: int) -> None:
+    batch = Batch([(context, 1), (context, 20)], 16, 4, 2, 8, None, seed=5)
+    for row in (0, 1):
+        batch.keys[batch.place(row, 33)] = math.nan
+    for attend in (paged_attention, paged_attention_reference):
+        out, lse = attend(batch.q, batch.keys, batch.values, **indices(batch), return_lse=True)
+        assert out.isnan().all() and lse.isnan().all()
+
+
+def test_a_group_of_more_heads_than_a_program_takes_is_shared_out() -> None:
+    batch = Batch([(40, 1), (3, 1)], 16, 71, 1, 8, None, seed=5)
+    out = paged_attention(batch.q, batch.keys, batch.values, **indices(batch))
+    torch.testing.assert_close(out.double(), batch.expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_beyond_32_bits_hides_nothing() -> None:
+    batch = Batch([(40, 1), (3, 5)], 16, 2, 1, 8, None, seed=5)
+    out = paged_attention(batch.q, batch.keys, batch.values, **indices(batch), window=2**40)
+    torch.testing.assert_close(out.double(), batch.expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_wrong_hint_spoils_no_other_row() -> None:
+    batch = Batch([(40, 1), (3, 5), (9, 4)], 16, 2, 1, 8, None, seed=5)
+    out = paged_attention(batch.q, batch.keys, batch.values, **indices(batch), num_decodes=2, max_query_len=5)
+    torch.testing.assert_close(
+        out[[0, *range(6, 10)]].double(), batch.expected()[[0, *range(6, 10)]], atol=1e-5, rtol=1e-5
+    )
+
+
 def test_queries_may_be_views_into_a_wider_matrix() -> None:
     batch = Batch([(30, 1), (5, 9)], 16, 4, 2, 8, None, seed=5)
     wide = torch.full((10, 6, 8), math.nan)
@@ -235,8 +265,16 @@ def int32(*values: int) -> Tensor:
         ({"seq_lens": int32(33, 2)}, r"seq_lens \[33, 2\] must lie within 0..32: tables hold 2 blocks of 16"),
         ({"query_start_loc": int32(0, 2, 4)}, r"rise from 0 to the 3 queries of q; got \[0, 2, 4\]"),
         ({"out": torch.zeros(3, 4, 4)}, r"out must be like q; got q \[3, 4, 8\], out \[3, 4, 4\]"),
-        ({"window": 0}, r"window=0: must be at least 1"),
+        ({"out": torch.zeros(3, 4, 16)[..., ::2]}, r"out must have dense rows; got strides \(64, 16, 2\)"),
+        ({"block_tables": int32(0, 2, 1, 9).view(2, 2).T}, r"block_tables must have dense rows; got strides"),
+        ({"seq_lens": int32(20, 0, 2, 0)[::2]}, r"seq_lens must have dense rows; got strides \(2,\)"),
+        ({"num_decodes": 3, "max_query_len": 2}, r"num_decodes=3 must lie within 0..2 rows"),
+        ({"num_decodes": -1, "max_query_len": 2}, r"num_decodes=-1 must lie within 0..2 rows"),
+        ({"k_cache": torch.zeros(5, 0, 2, 8), "v_cache": torch.zeros(5, 0, 2, 8)}, r"k_cache \[5, 0, 2, 8\]"),
+        ({"window": 0}, r"window=0: must be an integer of at least 1"),
+        ({"window": 2.5}, r"window=2.5: must be an integer of at least 1"),
         ({"scale": -1.0}, r"scale=-1.0: must be above 0"),
+        ({"scale": math.inf}, r"scale=inf: must be above 0, and at most 1e\+30"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_launch(changes, message) -> None:

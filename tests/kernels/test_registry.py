@@ -27,6 +27,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         ("math:attend", "module 'math' has no attribute 'attend'"),
         ("math:pi", "is no function but float"),
         (":attend", "cannot be imported"),
+        (".relative:attend", "cannot be imported"),
     ],
 )
 def test_a_backend_that_cannot_be_imported_is_refused_with_the_reason(name: str, message: str) -> None:

@@ -1,0 +1,95 @@
+"""What the attention kernels share: a tile of keys met by a tile of queries. Dense or paged, only addresses differ.
+
+scores [M, N]  =  q [M, D]  x  k [N, D]^T          all in registers
+row_max, row_sum [M] and acc [M, D]                carried along the row: the online softmax, in powers of two
+"""
+
+from __future__ import annotations
+
+import math
+
+from paged_infer.kernels.triton_runtime import tl, triton
+
+LOG2_E = 1.0 / math.log(
+    2.0
+)  # folded into the scale: exp(x) = exp2(x * LOG2_E), and exp2 is what the hardware has
+
+
+def padded(dim: int) -> int:
+    """The power of two that holds a head, at least the 16 that tensor cores multiply at a time."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def load_tiles(
+    k_ptrs, v_ptrs, there, dim, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr
+):  # fmt: skip
+    """Keys and values [N, D]: of rows that are ``there`` if MASKED, else of all, which spares a test for each."""
+    if MASKED:
+        k = tl.load(k_ptrs, mask=there[:, None] & (dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=there[:, None] & (dim < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        k, v = tl.load(k_ptrs), tl.load(v_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=(dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=(dim < D)[None, :], other=0.0)
+    if WIDEN:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    return k, v
+
+
+@triton.jit
+def attend_tile(
+    acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take in keys and values [N, D] at places ``key``; hide what queries at places ``query`` do not see if MASKED."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+    if MASKED:
+        seen = (key < num_keys)[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= query[:, None])
+        if HAS_WINDOW:
+            seen = seen & (key[None, :] > query[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [M], in powers of two
+    # A row that has seen nothing yet: -inf - (-inf) would be NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    weights = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [M, N]
+    shrink = tl.math.exp2(row_max - shift)  # [M]
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def finish_softmax(acc, row_max, row_sum):
+    """The output [M, D] and the log-sum-exp [M]; 0 and -inf where nothing was seen, and NaN where NaN was."""
+    seen = row_sum != 0.0
+    divisor = tl.where(seen, row_sum, 1.0)
+    lse = (row_max + tl.math.log2(divisor)) * 0.6931471805599453
+    return acc / divisor[:, None], tl.where(seen, lse, float("-inf"))
+
+
+@triton.jit
+def seen_by_tile(
+    first, last, num_keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Keys that the queries at positions first..last see: (begin, full_begin, full_end, end).
+
+    begin..full_begin and full_end..end need a mask, full_begin..full_end is seen by all; all but end on tile edges.
+    """
+    if CAUSAL:
+        end = tl.maximum(tl.minimum(last + 1, num_keys), 0)
+        full_end = tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        end = num_keys
+        full_end = num_keys // BLOCK_N * BLOCK_N
+    begin, full_begin = 0, 0
+    if HAS_WINDOW:
+        begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.minimum(
+            tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N
+        )
+        full_end = tl.maximum(full_begin, full_end)
+    return begin, full_begin, full_end, end

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check format demo notebooks clean
+.PHONY: test check format demo notebooks gpu clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -28,6 +28,10 @@ demo: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
+
+# On a CUDA machine, with the Python that is there: no .venv, no network. Results come to figures/gpu-<device>/.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m paged_infer.bench.gpu
 
 # The package itself is installed in place, without its dependencies: requirements.txt has named them.
 $(READY): pyproject.toml requirements.txt

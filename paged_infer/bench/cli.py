@@ -11,6 +11,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from paged_infer.bench.kernels_cli import kernels
 from paged_infer.console import Backend, BlockSize, Device, Dtype, Model, Seed, console, fail, open_llm
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ app = typer.Typer(help="Measurements beside what a user would pick instead.", no
 @app.callback()
 def bench() -> None:
     """Measurements beside what a user would pick instead."""
+
+
+app.command()(kernels)
 
 
 @app.command()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from paged_infer.kernels.triton_runtime import tl, triton
 
 LOG2_E = 1.0 / math.log(
@@ -18,6 +20,11 @@ LOG2_E = 1.0 / math.log(
 def padded(dim: int) -> int:
     """The power of two that holds a head, at least the 16 that tensor cores multiply at a time."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def max_registers(dtype: torch.dtype) -> int | None:
+    """Registers a thread; None: as the assembler likes. In float32 it likes to spill a few for more blocks at once."""
+    return 255 if dtype == torch.float32 else None
 
 
 @triton.jit

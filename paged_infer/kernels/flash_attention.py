@@ -23,6 +23,7 @@ from paged_infer.kernels.attention_tile import (
     attend_tile,
     finish_softmax,
     load_tiles,
+    max_registers,
     padded,
     seen_by_tile,
 )
@@ -97,6 +98,7 @@ def flash_attention(
         WIDEN=must_widen(q),
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=max_registers(q.dtype),
     )
     return (out, lse) if return_lse else out
 
@@ -146,14 +148,13 @@ def flash_tiles(
     if gpu == (0, 0):  # the interpreter: small, so that small shapes have many tiles
         return 16, 16, 4, 1
     if dtype == torch.float32:  # full precision has no tensor cores: products take many registers
-        tiles = (64, 32, 8, 2) if dim <= 64 else (16, 32, 8, 2) if dim <= 128 else (32, 16, 8, 2)
+        tiles = (32, 64, 8, 2) if dim <= 64 else (16, 32, 8, 2)
+    elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
+        tiles = (128, 128, 8, 3) if dim == 64 else (128, 128, 8, 2)
     elif dim <= 64:
-        tiles = (128, 128, 8, 3) if gpu[0] == 9 and dim == 64 else (128, 64, 8, 3)
+        tiles = (128, 32, 8, 3) if gpu[0] == 10 else (128, 64, 8, 3)
     elif dim <= 128:
-        if gpu[0] == 9 and dim == 128:
-            tiles = 128, 128, 8, 2
-        else:
-            tiles = (128, 32, 8, 3) if gpu[0] == 8 and dim < 128 else (128, 64, 8, 3)
+        tiles = (128, 32, 8, 3) if gpu[0] == 8 and dim < 128 else (128, 64, 8, 3)
     else:  # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block
         tiles = (64, 64, 8, 2) if dim == 256 and gpu in ((8, 0), (9, 0), (10, 0)) else (64, 32, 8, 2)
     block_m, block_n, num_warps, num_stages = tiles

@@ -14,6 +14,7 @@ from paged_infer.kernels.attention_tile import (
     attend_tile,
     finish_softmax,
     load_tiles,
+    max_registers,
     padded,
     seen_by_tile,
 )
@@ -73,6 +74,7 @@ def paged_prefill(
         WIDEN=must_widen(q),
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=max_registers(q.dtype),
     )
 
 
@@ -81,9 +83,7 @@ def prefill_tiles(
 ) -> tuple[int, int, int, int]:
     """As the dense kernel's, but keys bring an address each: fewer of them, and no more rows than queries."""
     block_m, block_n, num_warps, num_stages = flash_tiles(gpu, dim, dtype, window)
-    block_n = min(block_n, 32 if gpu[0] == 10 and dim <= 64 else 64)
-    if dtype == torch.float32:
-        block_m = min(block_m, 32)
+    block_n = min(block_n, 32 if gpu[0] == 8 and dim > 64 else 64)
     return min(block_m, max(16, triton.next_power_of_2(max_query_len))), block_n, num_warps, num_stages
 
 

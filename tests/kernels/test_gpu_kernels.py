@@ -1,0 +1,251 @@
+"""Every kernel, compiled for the GPU at hand, at a model's shapes: against float64, and against its twin in torch.
+
+The interpreter's tests beside this file vary the shapes. What only a GPU can show is here: real tiles, real dtypes,
+CUDA graphs, pools of more than 2^31 elements. It needs nothing but torch, triton and pytest (no hypothesis, no
+conftest), so that ``make gpu`` can run it on a bare machine.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from paged_infer.bench.kernel_checks import CHECKS, COMPILED
+from paged_infer.bench.kernel_problems import attention_float64, paged_attention_float64, paged_problem
+from paged_infer.kernels.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.flash_attention import flash_attention, flash_attention_reference
+from paged_infer.kernels.paged_attention import paged_attention, paged_attention_reference
+from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
+from paged_infer.kernels.sample import sample, sample_reference
+from paged_infer.kernels.silu_mul import silu_mul, silu_mul_reference
+from paged_infer.kernels.store_kv import store_kv, store_kv_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    rng = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, device=DEVICE, generator=rng).to(dtype)
+
+
+def assert_near(out: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCES[out.dtype]
+    torch.testing.assert_close(out.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.strip("_"))
+def test_every_kernel_equals_float64_at_a_models_shapes(check) -> None:
+    results = list(check(DEVICE, COMPILED))
+    assert [result for result in results if not result.passed] == []
+    assert results
+
+
+# -- Attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_flash_attention_has_tiles_for_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
+    q = random(2, 6, 301, head_dim, dtype=dtype)
+    k, v = (random(2, 2, 333, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    out = flash_attention(q, k, v)
+    exact = [attention_float64(*(x[row].transpose(0, 1) for x in (q, k, v))) for row in range(2)]
+    assert_near(out.transpose(1, 2), torch.stack(exact))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 700), (700, 129), (129, 129)])
+def test_flash_attention_and_its_twin_agree_on_unlike_lengths_and_on_the_log_sum_exp(
+    queries: int, keys: int
+) -> None:
+    q, k, v = random(1, 8, queries, 128), random(1, 2, keys, 128, seed=1), random(1, 2, keys, 128, seed=2)
+    for window in (None, 50):
+        out, lse = flash_attention(q, k, v, window=window, return_lse=True)
+        twin, twin_lse = flash_attention_reference(q, k, v, window=window, return_lse=True)
+        assert_near(out, twin)
+        torch.testing.assert_close(lse, twin_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "num_heads", "num_kv_heads", "head_dim", "window"),
+    [(1, 8, 8, 64, None), (3, 32, 4, 128, None), (16, 8, 2, 80, 100), (16, 16, 8, 256, None)],
+)
+def test_a_mixed_batch_amid_nan_equals_float64_and_the_twin(
+    block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    problem = paged_problem(
+        [(2500, 1), (0, 1), (255, 1), (256, 1), (0, 150), (700, 33), (90, 2)],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        device=DEVICE,
+    )
+    out, lse = paged_attention(**problem.arguments, window=window, return_lse=True)
+    names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
+    twin, twin_lse = paged_attention_reference(
+        **{name: getattr(problem, name) for name in names}, window=window, return_lse=True
+    )
+    assert_near(out, paged_attention_float64(problem, window))
+    assert_near(out, twin)
+    torch.testing.assert_close(lse, twin_lse, atol=1e-3, rtol=1e-3)
+
+
+def test_a_graph_of_a_decode_step_follows_its_lengths_and_pads_its_rows() -> None:
+    """Captured once with two rows to spare; then sequences grow, and one leaves."""
+    rows, block_size, kv_heads, dim = 6, 16, 2, 128
+    k_cache, v_cache = (torch.full((400, block_size, kv_heads, dim), math.nan, device=DEVICE) for _ in "kv")
+    tables = torch.randperm(400, generator=torch.Generator().manual_seed(1))[: rows * 64].view(rows, 64)
+    tables = tables.to(DEVICE, torch.int32)
+    q, k, v = (torch.zeros(rows, heads, dim, device=DEVICE) for heads in (8, kv_heads, kv_heads))
+    slots = torch.full((rows,), -1, device=DEVICE)
+    seq_lens = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    starts = torch.zeros(rows + 1, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(q)
+
+    def step() -> None:
+        store_kv(k, v, k_cache, v_cache, slots)
+        paged_attention(
+            q, k_cache, v_cache, block_tables=tables, seq_lens=seq_lens, query_start_loc=starts,
+            num_decodes=rows, max_query_len=1, max_seq_len=1024, out=out,
+        )  # fmt: skip
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    past = [random(700, 2, kv_heads, dim, dtype=torch.float32, seed=row) for row in range(rows)]
+    for lengths in ([1, 9, 300, 511], [2, 10, 301, 512], [3, 302, 513], [700]):
+        for row, length in enumerate(lengths):
+            token = torch.arange(length - 1, device=DEVICE)
+            at = tables[row, token // block_size].long() * block_size + token % block_size
+            k_cache.flatten(0, 1)[at], v_cache.flatten(0, 1)[at] = past[row][: length - 1].unbind(1)
+            k[row], v[row] = past[row][length - 1]
+        used = len(lengths)
+        q.copy_(random(rows, 8, dim, dtype=torch.float32, seed=sum(lengths)))
+        slots.fill_(-1)
+        seq_lens.zero_()
+        seq_lens[:used] = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        last = (seq_lens[:used] - 1).long()
+        blocks = tables[:used].gather(1, last[:, None] // block_size)[:, 0].long()
+        slots[:used] = blocks * block_size + last % block_size
+        starts.copy_(torch.arange(rows + 1, device=DEVICE).clamp(max=used))
+        out.fill_(math.nan)
+        graph.replay()
+        for row, length in enumerate(lengths):
+            exact = attention_float64(q[row : row + 1], *past[row][:length].unbind(1))
+            assert_near(out[row : row + 1], exact)
+
+
+def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed_to_its_end() -> None:
+    num_blocks, shape = (
+        2**17 + 64,
+        (16, 8, 128),
+    )  # 2^31 elements and 64 blocks: 4.3 GB each, for keys and for values
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free device memory")
+    k_cache, v_cache = (torch.empty(num_blocks, *shape, dtype=torch.bfloat16, device=DEVICE) for _ in "kv")
+    table = torch.tensor([[num_blocks - 1, 3, num_blocks - 2]], dtype=torch.int32, device=DEVICE)
+    k, v = random(40, 8, 128, seed=1), random(40, 8, 128, seed=2)
+    token = torch.arange(40, device=DEVICE)
+    store_kv(k, v, k_cache, v_cache, table[0, token // 16].long() * 16 + token % 16)
+    copy_blocks(
+        [k_cache, v_cache],
+        *(torch.tensor([block], device=DEVICE) for block in (num_blocks - 1, num_blocks - 9)),
+    )
+    table[0, 0] = num_blocks - 9
+    q = random(40, 32, 128)
+    lens = torch.tensor([40], dtype=torch.int32, device=DEVICE)
+    for queries in (1, 40):  # a decode, and a prompt
+        starts = torch.tensor([0, queries], dtype=torch.int32, device=DEVICE)
+        out = paged_attention(
+            q[:queries], k_cache, v_cache, block_tables=table, seq_lens=lens, query_start_loc=starts
+        )
+        assert_near(out, attention_float64(q[:queries], k, v))
+
+
+# -- The pieces around it, against their twins ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("width", [192, 1024, 4096, 16_384])
+def test_norm_and_activation_equal_their_twins(width: int, dtype: torch.dtype) -> None:
+    both, weight = random(300, 2 * width, dtype=dtype), random(width, dtype=dtype, seed=1)
+    x, residual = both.chunk(2, 1)  # rows apart, as in a fused matrix
+    for ours, twin in zip(
+        add_rms_norm(x, residual, weight, 1e-5),
+        add_rms_norm_reference(x, residual, weight, 1e-5),
+        strict=True,
+    ):
+        assert_near(ours, twin)
+    assert_near(silu_mul(both), silu_mul_reference(both))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_qk_norm_rope_equals_its_twin_and_stores_what_it_returns(head_dim: int, has_norm: bool) -> None:
+    tokens, heads, kv_heads = 257, 16, 8
+    qkv = random(tokens, heads + 2 * kv_heads, head_dim)
+    cos, sin = (random(tokens, 1, head_dim, seed=seed).clamp(-1, 1) for seed in (1, 2))
+    slots = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
+    slots[7] = -1
+    options = {"num_heads": heads, "num_kv_heads": kv_heads}
+    options |= {"norm_weight": random(heads + kv_heads, head_dim, seed=3) if has_norm else None}
+    outs, caches = [], []
+    for function in (qk_norm_rope, qk_norm_rope_reference):
+        caches.append(
+            [torch.zeros(tokens + 9, 1, kv_heads, head_dim, dtype=qkv.dtype, device=DEVICE) for _ in "kv"]
+        )
+        k_cache, v_cache = caches[-1]
+        outs.append(function(qkv, cos, sin, **options, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots))
+    torch.testing.assert_close(outs[0].double(), outs[1].double(), atol=0.1, rtol=0.02)
+    stored = slots >= 0
+    assert torch.equal(caches[0][0][slots[stored], 0], outs[0][stored, heads:])
+    assert torch.equal(caches[0][1], caches[1][1])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
+)
+def test_stores_and_copies_equal_their_twins_to_the_bit(dtype: torch.dtype) -> None:
+    k, v = random(500, 4, 80, dtype=dtype), random(500, 4, 80, dtype=dtype, seed=1)
+    slots = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:500].to(DEVICE)
+    slots[::7] = -1
+    pairs = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20].to(DEVICE).view(2, 10)
+    ours, twins = ([random(50, 16, 4, 80, dtype=dtype, seed=seed) for seed in (2, 3)] for _ in "ab")
+    store_kv(k, v, *ours, slots)
+    store_kv_reference(k, v, *twins, slots)
+    copy_blocks(ours, pairs[0], pairs[1])
+    copy_blocks_reference(twins, pairs[0], pairs[1])
+    for a, b in zip(ours, twins, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("vocab_size", [1003, 32_000, 151_936])
+def test_drawn_tokens_are_those_of_the_twin(vocab_size: int) -> None:
+    """To a few units in the last place of exp and log: in 256 draws one may fall to the runner-up."""
+    rows = 256
+    logits = 3 * random(rows, vocab_size, dtype=torch.float32)
+    temperatures = torch.linspace(0, 2, rows, device=DEVICE)
+    seeds, samples = (
+        torch.arange(rows, device=DEVICE) * 104_729 - 10**12,
+        torch.arange(rows, device=DEVICE) % 3,
+    )
+    positions = torch.arange(rows, device=DEVICE) + 2**20
+    tokens, scores = sample(logits, temperatures, seeds, samples, positions)
+    twin_tokens, twin_scores = sample_reference(logits, temperatures, seeds, samples, positions)
+    assert int((tokens != twin_tokens).sum()) <= 1
+    assert tokens[0] == logits[0].argmax()
+    torch.testing.assert_close(scores, twin_scores, atol=1e-4, rtol=1e-5)

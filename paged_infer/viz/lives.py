@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from paged_infer.control.trace import Replay, Trace, TraceStep
 
-# From Paul Tol's "light" scheme: told apart by colour-blind eyes, and pale enough for dark text on top.
-OWNER_COLOURS = ("#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#99ddff", "#eedd88", "#44bb99")
+# Paul Tol's "light" scheme and a mauve: told apart by colour-blind eyes, and pale enough for dark text on top.
+OWNER_COLOURS = ("#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#99ddff", "#eedd88", "#44bb99", "#b07aa1")
 LONGEST_NAME = 10
 
 
 def owner_colour(sequence_id: int) -> str:
-    """A sequence's own colour; the seven that come one after the other have different ones."""
+    """A sequence's own colour; the eight that come one after the other have different ones."""
     return OWNER_COLOURS[sequence_id % len(OWNER_COLOURS)]
 
 

@@ -30,6 +30,7 @@ LEAST_CUT, CUT_TO = (
 )  # of larger pools, blocks at the end that the trace never uses are left out, by fifties
 MOST_BANDS = 4  # colours in one cell
 FONT_SIZES = (8.5, 7.0, 5.5)  # the largest that fits a cell
+DIGIT = 0.66  # a digit's width, in font sizes
 CACHED_COLOUR = "#c3cad3"
 GAP = 0.05  # of a cell, on each side
 HALO = [withStroke(linewidth=1.6, foreground="#ffffffb0")]  # keeps words legible over two colours
@@ -207,23 +208,30 @@ def _write_owners(
     """Who holds it, or how often it is held, as large as fits; in large cells also how many slots are filled."""
     width, height = (inches * 72 for inches in grid.cell_in)  # points
     for cell in cells:
-        if not cell.owners:
+        num_owners = len(cell.owners)
+        if not num_owners:
             continue
-        count = f"×{len(cell.owners)}"
-        label = " ".join(names[owner] for owner in cell.owners) + (
-            f" {count}" if len(cell.owners) > 1 else ""
+        (left, high), _, (right, low), _ = _box(cell, grid)
+        middle = (high + low) / 2
+        if num_owners == 1:
+            partly = f"   {cell.num_tokens}/{block_size}" * (cell.num_tokens < block_size and width > 45)
+            _write(axes, (left + right) / 2, middle, names[cell.owners[0]] + partly, width, height)
+            continue
+        aside = width > 45 and height >= FONT_SIZES[1] * num_owners  # each band has room for its owner's name
+        _write(
+            axes, left + (0.75 if aside else 0.5) * (right - left), middle, f"×{num_owners}", width, height
         )
-        if cell.num_tokens < block_size and width > 45:
-            label += f"   {cell.num_tokens}/{block_size}"
-        labels = [label, count] if len(cell.owners) > 1 else [label]
-        for text, size in ((text, size) for text in labels for size in FONT_SIZES):
-            if 0.66 * size * len(text) <= 0.86 * width and size <= 0.95 * height:
-                x, y = ((a + b) / 2 for a, b in zip(*_box(cell, grid)[::2], strict=True))
-                axes.text(
-                    x, y, text, ha="center", va="center_baseline", fontsize=size, color=INK,
-                    path_effects=HALO if len(cell.owners) > 1 else None,
-                )  # fmt: skip
-                break
+        for band, owner in enumerate(cell.owners if aside else ()):
+            y = high + (band + 0.5) / num_owners * (low - high)
+            _write(axes, left + 0.3 * (right - left), y, names[owner], width / 2, height / num_owners)
+
+
+def _write(axes: Axes, x: float, y: float, text: str, width: float, height: float) -> None:
+    """As large as fits so many points, or not at all."""
+    size = next((s for s in FONT_SIZES if DIGIT * s * len(text) <= 0.86 * width and s <= 0.95 * height), None)
+    if size is not None:
+        halo = HALO if "×" in text else None
+        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=size, color=INK, path_effects=halo)
 
 
 def _title(cells: Sequence[Cell], place: int, replay: Replay, block_size: int) -> str:

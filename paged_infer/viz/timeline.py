@@ -163,7 +163,7 @@ def _write_counts(axes: Axes, row: int, spans: Sequence[Span], edges: Sequence[f
     """Each prefill's tokens in its bar; where those of a run have no room there, their sum where decoding begins."""
 
     def has_room(span: Span, text: str) -> bool:
-        return len(text) * DIGIT_PX <= (edges[span.last + 1] - edges[span.first]) * px
+        return len(text) * DIGIT_PX + 3 <= (edges[span.last + 1] - edges[span.first]) * px
 
     def write(x: float, text: str, align: str, colour: str) -> None:
         axes.text(x, row, text, ha=align, color=colour, fontsize=7.5, va="center_baseline", clip_on=True)
@@ -171,9 +171,8 @@ def _write_counts(axes: Axes, row: int, spans: Sequence[Span], edges: Sequence[f
     groups = [list(group) for _, group in groupby(spans, lambda span: span.state in PREFILLS)]
     for run, following in zip(groups, [*groups[1:], []], strict=True):
         texts = [_tokens(span.num_tokens, span.num_found) for span in run]
-        beside = {
-            id(span): f"+{span.num_found}" for span in run if span.num_found
-        }  # all there: decodes at once
+        back = [span for span in run if span.num_found and span.state == "decode"]  # all was there
+        beside = {id(span): f"+{span.num_found}" for span in back}
         if run[0].state in PREFILLS:
             beside.clear()
             if all(map(has_room, run, texts)):

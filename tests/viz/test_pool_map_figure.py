@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from matplotlib.colors import to_rgba
-from watched import boxes, colours, crowd, family, texts, uneven, watch
+from watched import boxes, colours, crowd, family, uneven, watch
 
 from paged_infer.control.trace import Trace
 from paged_infer.viz.lives import owner_colour
@@ -91,12 +91,22 @@ def test_bands_have_their_owners_colours_and_are_as_long_as_the_block_is_full(ru
 def test_words_say_who_holds_a_block_and_how_often():
     trace, _ = watch(family(), num_blocks=16)
     figure = pool_map_figure(trace, 3)
-    cells = pool_cells(trace, 3)
-    assert max(len(cell.owners) for cell in cells) == 4
-    assert sum("×4" in text for text in texts(figure.axes[0])) == 2
-    assert "a   3/4" not in texts(figure.axes[0]) and "c" in " ".join(texts(figure.axes[0]))
-    partly = [cell for cell in cells if cell.owners and cell.num_tokens < 4]
-    assert sum(f"/{trace.block_size}" in text for text in texts(figure.axes[0])) == len(partly)
+    cells, names = pool_cells(trace, 3), ("a", "b.0", "b.1", "c")
+    assert {len(cell.owners) for cell in cells} == {0, 1, 2, 4}
+    words: dict[int, list[str]] = {}
+    for text in figure.axes[0].texts:
+        x, y = text.get_position()
+        words.setdefault(place_of((x, y, x, y), 8), []).append(text.get_text())
+    expected = {}
+    for cell in cells:
+        partly = f"   {cell.num_tokens}/4" * (cell.num_tokens < 4)
+        if len(cell.owners) == 1:
+            expected[cell.block] = [names[cell.owners[0]] + partly]
+        elif len(cell.owners) == 2:
+            expected[cell.block] = ["×2", *(names[owner] for owner in cell.owners)]
+        elif cell.owners:
+            expected[cell.block] = ["×4"]  # no room for four names
+    assert words == expected
     title = figure.legends[0].get_title().get_text()
     held = sum(bool(cell.owners) for cell in cells)
     assert title.startswith(f"step 3: {held} of 16 blocks held by 4 sequences, ")

@@ -45,7 +45,7 @@ def watch(
     policy: str = "chunked",
     fails: ReadOnlyList[int] = (),
 ) -> tuple[Trace, list[Seen]]:
-    """Serve ``requests``, each with the step before which it arrives; a step takes 0.25 s, and the next begins at 1 s."""
+    """Serve ``requests``, each with the step before which it arrives. Steps begin a second apart and take 0.25."""
     trace = Trace(num_blocks)
     scheduler = Scheduler(
         BlockManager(num_blocks, block_size, num_swap_blocks=num_swap_blocks),

@@ -20,7 +20,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import Crowd, carry_out
+from paged_infer.bench.model_free import Crowd
 from paged_infer.control.block_hash import extend_chain, root_hash
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
@@ -28,8 +28,10 @@ from paged_infer.control.trace import Trace
 
 BLOCK_SIZE = 16
 FULL = 0.95  # share of the pool that is held
-POOLS = (1_100, 10_000, 100_000, 1_000_000)  # blocks
-BLOCKS_A_SEQUENCE = 4  # about what the traffic holds: 32 tokens of prompt and half of 48 tokens of output
+POOLS = (1_000, 10_000, 100_000, 1_000_000)  # blocks
+BLOCKS_A_SEQUENCE = (
+    3.4  # about what the traffic holds: 32 tokens of prompt, some shared, and half of 48 of output
+)
 PROMPTS = (256, 1024, 4096, 16384)  # tokens
 MAX_MODEL_LEN = 1 << 20
 
@@ -94,15 +96,13 @@ class House:
         self._crowd = Crowd(MAX_MODEL_LEN)
         self._beginnings = [[10 + topic] * 2 * BLOCK_SIZE for topic in range(8)]
         self.num_blocks = num_blocks
-        num_running = BLOCKS_A_SEQUENCE * num_seqs
+        num_running = int(BLOCKS_A_SEQUENCE * num_seqs)
         if int(num_blocks * FULL) < num_running:
             raise ValueError(
                 f"{num_blocks} blocks: {num_seqs} sequences need {num_running}, which is to be {FULL:.0%} of the pool"
             )
         manager = BlockManager(num_blocks, BLOCK_SIZE, watermark=0.0)
-        self.scheduler = Scheduler(
-            manager, num_seqs, 2048, trace=Trace(num_blocks) if traced else None
-        )
+        self.scheduler = Scheduler(manager, num_seqs, 2048, trace=Trace(num_blocks) if traced else None)
         self._fill(manager, int(num_blocks * FULL) - num_running)
 
     def _fill(self, manager: BlockManager, num_resident: int) -> None:
@@ -150,7 +150,9 @@ def measure_pools(
     num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, seed: int
 ) -> list[PoolReport]:
     """Each pool plain and traced, all of them one step after the other, so that they meet the same load."""
-    houses = [(House(n, num_seqs, seed, traced=False), House(n, num_seqs, seed, traced=True)) for n in num_blocks]
+    houses = [
+        (House(n, num_seqs, seed, traced=False), House(n, num_seqs, seed, traced=True)) for n in num_blocks
+    ]
     for pair in houses:
         for house in pair:
             house.open()

@@ -7,7 +7,7 @@ The paper (Kwon et al., SOSP 2023, Figure 11) prints the means, and draws the re
     Alpaca           19.31         58.45      instructions: all short
 
 Here each length is log-normal, and what exceeds half the context of 2,048 is dropped (the paper's benchmark drops what
-does not fit, too). The means are the paper's, by calibration; the spreads (sigma) are ours, chosen so that the densities
+does not fit, too). The means are the paper's, by calibration; the spreads (sigma) are ours, chosen so that densities
 peak about as high as the drawn ones. A data set's name here means its stand-in, never the texts themselves.
 """
 
@@ -75,7 +75,8 @@ class Dataset:
         rng = random.Random(f"{self.name} {seed}")
         num_requests = max(1, round(num_output_tokens / self.output.mean))
         return [
-            RequestLengths(self.prompt.draw(rng), self.output.draw(rng), num_samples) for _ in range(num_requests)
+            RequestLengths(self.prompt.draw(rng), self.output.draw(rng), num_samples)
+            for _ in range(num_requests)
         ]
 
 

@@ -25,7 +25,12 @@ PAPER_SHARES = {
     "max": {"tokens": 0.204, "reserved": 0.133, "internal": 0.573, "external": 0.089},
     "pow2": {"tokens": 0.268, "reserved": 0.179, "internal": 0.136, "external": 0.416},
     "oracle": {"tokens": 0.382, "reserved": 0.252, "internal": 0.0, "external": 0.366},
-    "paged": {"tokens": 0.963, "reserved": 0.0, "internal": 0.0, "external": 0.037},  # one number printed: 96.3 %
+    "paged": {
+        "tokens": 0.963,
+        "reserved": 0.0,
+        "internal": 0.0,
+        "external": 0.037,
+    },  # one number printed: 96.3 %
 }
 PAPER_RUNNING = {"max": 7.00, "pow2": 9.81, "oracle": 13.62, "paged": 30.42}  # Figure 13a, requests at once
 # Figure 15a, and for ShareGPT the ends of the range that section 6.3 gives: blocks saved by n samples.
@@ -106,7 +111,9 @@ class PagedRun:
         self.manager = BlockManager(num_slots // block_size, block_size)
         self.scheduler = Scheduler(self.manager, max_num_seqs=num_slots, max_num_batched_tokens=MAX_MODEL_LEN)
         self.use = MemoryUse()
-        self.table_blocks = 0  # of all tables, summed over the measured steps: what there would be without sharing
+        self.table_blocks = (
+            0  # of all tables, summed over the measured steps: what there would be without sharing
+        )
         self.held_blocks = 0
         crowd = Crowd(MAX_MODEL_LEN)
         for request in requests:
@@ -188,7 +195,7 @@ def measure_memory(
     for size in (block_size, *block_sizes):
         if size < 1 or num_slots // size * size < MAX_MODEL_LEN:
             raise ValueError(
-                f"{num_slots} slots in blocks of {size}: a request may need {MAX_MODEL_LEN} slots, in blocks of at least 1"
+                f"{num_slots} slots in blocks of {size}: blocks are >= 1, and a request may need {MAX_MODEL_LEN} slots"
             )
     datasets, sharing = [], []
     for dataset in (SHAREGPT, ALPACA):

@@ -1,4 +1,4 @@
-"""The control plane without a model: requests of given lengths, run by the real Scheduler, each drawing what it must."""
+"""The control plane without a model: requests of given lengths, run by the real Scheduler."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ RESERVATIONS: dict[str, Callable[[RequestLengths], int]] = {
 class BuddyMemory:
     """Slots handed out in chunks of powers of two, each aligned to its size (Knuth, TAOCP 1, 2.5).
 
-        16 slots   [ 4 used | 4 free | 8 free ]      free the first: its buddy is free too, so both become 8,
-                                                     and those 8 and their buddy become 16 again
+    16 slots   [ 4 used | 4 free | 8 free ]      free the first: its buddy is free too, so both become 8,
+                                                 and those 8 and their buddy become 16 again
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -90,7 +90,9 @@ class MemoryUse:
     steps: int = 0
     preemptions: int = 0
 
-    def record(self, *, slots: int, tokens: int, reserved: int, internal: int, held: int, sequences: int) -> None:
+    def record(
+        self, *, slots: int, tokens: int, reserved: int, internal: int, held: int, sequences: int
+    ) -> None:
         self.slots += slots
         self.tokens += tokens
         self.reserved += reserved
@@ -103,7 +105,12 @@ class MemoryUse:
     def shares(self) -> dict[str, float]:
         """Of the whole memory. ``external`` is what is left: rounding, holes too small, blocks kept in hand."""
         external = self.slots - self.tokens - self.reserved - self.internal
-        parts = {"tokens": self.tokens, "reserved": self.reserved, "internal": self.internal, "external": external}
+        parts = {
+            "tokens": self.tokens,
+            "reserved": self.reserved,
+            "internal": self.internal,
+            "external": external,
+        }
         return {name: number / self.slots for name, number in parts.items()}
 
     @property

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from paged_infer.bench.control_load import FULL, House, measure_lookups, measure_pools
 from paged_infer.cli import app
 
-POOLS = (200, 5_000)
+POOLS = (500, 5_000)
 
 
 @pytest.fixture(scope="module")

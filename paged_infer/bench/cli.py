@@ -11,6 +11,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from paged_infer.bench import control_cli
 from paged_infer.console import Backend, BlockSize, Device, Dtype, Model, Seed, console, fail, open_llm
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from paged_infer.bench.workloads import Workload
 
 app = typer.Typer(help="Measurements beside what a user would pick instead.", no_args_is_help=True)
+
+
+app.add_typer(control_cli.app)  # without a name: its commands are commands of ours
 
 
 @app.callback()

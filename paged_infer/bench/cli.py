@@ -11,6 +11,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from paged_infer.bench import control_cli
 from paged_infer.bench.kernels_cli import kernels
 from paged_infer.console import Backend, BlockSize, Device, Dtype, Model, Seed, console, fail, open_llm
 
@@ -28,6 +29,7 @@ def bench() -> None:
 
 
 app.command()(kernels)
+app.add_typer(control_cli.app)  # without a name: its commands are commands of ours
 
 
 @app.command()

@@ -115,7 +115,8 @@ class BlockManager:
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
         """Let a sequence that holds no block yet begin with the first ``num_tokens`` tokens of another."""
-        self.adopt(child_id, self._tables[parent_id][: self.blocks_for(num_tokens)])
+        self._begin(child_id, self._tables[parent_id][: self.blocks_for(num_tokens)])
+        self.journal.append(("fork", child_id, parent_id, num_tokens))
 
     def table(self, sequence_id: int) -> Table:
         """Physical blocks of the sequence, in logical order."""
@@ -141,10 +142,14 @@ class BlockManager:
 
     def adopt(self, sequence_id: int, prefix: Table) -> None:
         """Begin the table of a sequence that holds no block yet with blocks that somebody has filled."""
-        for block in prefix:
-            self.pool.share(block)
         if prefix:
-            self._hold(sequence_id, (), prefix, hits=prefix)
+            self._begin(sequence_id, prefix)
+            self.journal.append(("adopt", sequence_id, len(prefix) * self.block_size))
+
+    def _begin(self, sequence_id: int, blocks: Table) -> None:
+        for block in blocks:
+            self.pool.share(block)
+        self._hold(sequence_id, (), blocks, hits=blocks)
 
     def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
         """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.

@@ -4,6 +4,8 @@
     ("hold", id, first, blocks, hits)                 from place ``first`` on its table is ``blocks``; those in ``hits``
                                                       were somebody's or cached, all others free
     ("free", id)                                      its table is empty
+    ("adopt", id, num_tokens)                         it begins with so many tokens that the prefix cache had
+    ("fork", id, parent_id, num_tokens)               ... or that another sample of its request has stored
     ("publish", block)   ("withdraw", block)          it can be found by its hash, or no longer
 
 A step's events are those since the step before it: what its predecessor's end set free, and what it took itself.
@@ -73,14 +75,21 @@ class Replay:
     pool: BlockPool
     tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)  # "wait", "run", "swap"; who has ended is not in it
+    computed: dict[int, int] = field(
+        default_factory=dict
+    )  # tokens of each stored before this step adds to them
 
     def apply(self, event: Event) -> None:
         kind, subject = event[:2]
         if kind == "hold":
             self._hold(*event[1:])
+        elif kind in ("adopt", "fork"):
+            self.computed[subject] = event[-1]
         elif kind == "free":
             for block in reversed(self.tables.pop(subject, ())):
                 self.pool.release(block)
+            if subject not in self.states:
+                self.computed.pop(subject, None)
         elif kind == "publish":
             self.pool.publish(
                 subject, b"%d" % subject
@@ -89,8 +98,19 @@ class Replay:
             self.pool.withdraw(subject)
         elif kind == "end":
             self.states.pop(subject, None)
+            if subject not in self.tables:  # else its batch leaves together, and it keeps what it has
+                self.computed.pop(subject, None)
         else:
             self.states[subject] = "wait" if kind == "arrive" else kind
+            if self.states[subject] == "wait":
+                self.computed[subject] = 0
+
+    def finish(self, step: TraceStep) -> None:
+        """What the step computed is stored, unless it failed."""
+        if step.ended_s is not None:
+            for sequence_id, num_tokens in step.scheduled.items():
+                if sequence_id in self.computed:
+                    self.computed[sequence_id] += num_tokens
 
     def _hold(self, sequence_id: int, first: int, blocks: tuple[int, ...], hits: tuple[int, ...]) -> None:
         for block in hits:
@@ -111,11 +131,13 @@ class Trace:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.block_size = 0  # tokens; the manager's, known once a step is recorded
         self.steps: list[TraceStep] = []
 
     def record(self, scheduler: Scheduler, turn: Turn, events: list[Event]) -> None:
         """Keep a step that has just been scheduled, with what has changed since the one before."""
         pool, moves = scheduler.manager.pool, turn.moves
+        self.block_size = scheduler.manager.block_size
         step = TraceStep(
             index=turn.index,
             began_s=turn.now,
@@ -150,13 +172,16 @@ class Trace:
     def replay(self, place: int) -> Replay:
         """Everything as it was while ``steps[place]`` ran."""
         last = self.steps[place]
+        return next(replay for step, replay in zip(self.steps, self.replays(), strict=False) if step is last)
+
+    def replays(self) -> Iterator[Replay]:
+        """Step after step, everything as it was while it ran: one object, which the next step changes."""
         replay = Replay(BlockPool(self.num_blocks))
         for step in self.steps:
             for event in step.events:
                 replay.apply(event)
-            if step is last:
-                break
-        return replay
+            yield replay
+            replay.finish(step)
 
     def to_perfetto(self, path: str | Path) -> None:
         """Write the trace as JSON that https://ui.perfetto.dev opens: a track for the engine, one for each sequence."""

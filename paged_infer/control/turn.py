@@ -105,7 +105,8 @@ class Turn:
         """For the sequence and the samples that will be forked from it, beside those promised to others' samples."""
         taken = len(self.running) + len(self._scheduler.held)
         left = self.max_num_seqs - taken - 1 - len(sequence.to_fork)
-        return not taken or (left >= 0 and left >= sum(len(running.to_fork) for running in self.running))
+        promised = (len(running.to_fork) for running in self.running if len(running.siblings) > 1)
+        return not taken or (left >= 0 and left >= sum(promised))
 
     def _fits(self, num_tokens: int) -> bool:
         """Whether the budget has room for these tokens of a newcomer, or for some of them where that will do."""

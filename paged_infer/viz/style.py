@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.legend_handler import HandlerTuple
 
 RUNG_COLOURS = {
     "naive": "#b0b7c3",
@@ -36,3 +39,32 @@ class Picture(Figure):
 def new_picture(width_in: float = 7.0, height_in: float = 3.0) -> Picture:
     """An empty picture of that size in inches, at 100 dots an inch."""
     return Picture(figsize=(width_in, height_in), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def add_key(figure: FigureBase, title: str, entries: Sequence[tuple[Any, str]]) -> None:
+    """The title, and below it what the signs mean, in as few lines as fit: (what looks like it, words).
+
+    Several artists in a tuple are drawn side by side.
+    """
+    lines = max(1, -(-sum(len(words) + 5 for _, words in entries) // 105))
+    key = figure.legend(
+        [artist for artist, _ in entries],
+        [words for _, words in entries],
+        title=title,
+        title_fontsize=9.5,
+        alignment="left",
+        loc="outside upper left",
+        ncols=max(1, -(-len(entries) // lines)),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        handlelength=1.3,
+        handleheight=0.7,
+        handletextpad=0.45,
+        columnspacing=1.3,
+        labelspacing=0.3,
+        borderpad=0.1,
+        borderaxespad=0.2,
+    )
+    key.get_title().set_color(INK)

@@ -55,7 +55,10 @@ def test_the_pool_of_any_step_is_built_again(
         tables = {s.sequence_id: t for s in sequences if (t := scheduler.manager.table(s.sequence_id))}
         queues = {"run": scheduler.running, "wait": scheduler.waiting, "swap": scheduler.swapped}
         states = {s.sequence_id: name for name, queue in queues.items() for s in queue}
-        pictures.append((picture(scheduler.manager.pool), tables, states))
+        computed = {
+            s.sequence_id: s.num_computed_tokens for s in sequences if s.sequence_id in {*tables, *states}
+        }
+        pictures.append((picture(scheduler.manager.pool), tables, states, computed))
         record = scheduler.trace.steps[-1]
         assert record.scheduled == counts(step) and record.num_tokens == step.num_tokens
         assert (record.num_running, record.num_waiting) == (len(scheduler.running), len(scheduler.waiting))
@@ -64,10 +67,11 @@ def test_the_pool_of_any_step_is_built_again(
         if number not in fails:
             scheduler.update(step, {i: EOS if i % 3 else 5 for i in step.drawing}, number + 0.5)
         assert record.ended_s == (None if number in fails else number + 0.5)
-    for place, (pool, tables, states) in enumerate(pictures):
+    for place, (pool, tables, states, computed) in enumerate(pictures):
         replay = scheduler.trace.replay(place)
         assert picture(replay.pool) == pool
         assert {i: t for i, t in replay.tables.items() if t} == tables and replay.states == states
+        assert replay.computed == computed
 
 
 def test_hits_of_one_step_show_in_its_record() -> None:

@@ -1,0 +1,170 @@
+"""What paging is compared with: one contiguous chunk a request, reserved at its arrival (Orca, as the paper models it).
+
+    chunk of 64    [ t t t t t t t t t t | . . . . . . | x x x x x x x x | - - - - ]
+                     tokens stored         reserved:     internal: asked   rounding to the
+                                           will be yet   for, never used   buddy's power of two
+
+How much is asked for is the reservation: ``max`` the whole context, ``pow2`` the output rounded up to a power of two
+(which takes a prophet, but a modest one), ``oracle`` exactly what will be used (which takes a great one).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from paged_infer.bench.lengths import MAX_MODEL_LEN, RequestLengths
+
+
+def _pow2_at_least(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+RESERVATIONS: dict[str, Callable[[RequestLengths], int]] = {
+    "max": lambda request: MAX_MODEL_LEN,
+    "pow2": lambda request: min(MAX_MODEL_LEN, request.num_prompt + _pow2_at_least(request.num_output)),
+    "oracle": lambda request: request.num_stored,
+}
+
+
+class BuddyMemory:
+    """Slots handed out in chunks of powers of two, each aligned to its size (Knuth, TAOCP 1, 2.5).
+
+    16 slots   [ 4 used | 4 free | 8 free ]      free the first: its buddy is free too, so both become 8,
+                                                 and those 8 and their buddy become 16 again
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._free: dict[int, set[int]] = {1 << bit: set() for bit in range(num_slots.bit_length())}
+        self._sizes: dict[int, int] = {}  # of the chunks handed out, by their start
+        start = 0
+        for size in sorted(self._free, reverse=True):
+            if num_slots & size:
+                self._free[size].add(start)
+                start += size
+
+    def take(self, num_slots: int) -> int | None:
+        """Start of a chunk of at least so many slots, or None where no free chunk is large enough."""
+        size = wanted = _pow2_at_least(num_slots)
+        while size in self._free and not self._free[size]:
+            size *= 2
+        if size not in self._free:
+            return None
+        start = min(self._free[size])
+        self._free[size].remove(start)
+        while size > wanted:
+            size //= 2
+            self._free[size].add(start + size)
+        self._sizes[start] = size
+        return start
+
+    def size_of(self, start: int) -> int:
+        return self._sizes[start]
+
+    def free(self, start: int) -> None:
+        size = self._sizes.pop(start)
+        while (buddy := start ^ size) in self._free.get(size, ()):
+            self._free[size].remove(buddy)
+            start, size = min(start, buddy), size * 2
+        self._free[size].add(start)
+
+    @property
+    def num_free(self) -> int:
+        return sum(size * len(starts) for size, starts in self._free.items())
+
+
+@dataclass(slots=True)
+class MemoryUse:
+    """What became of every slot in every step that was measured: four shares of ``slots`` that add up to all of it.
+
+    Counts are slots, summed over the steps.
+    """
+
+    slots: int = 0
+    tokens: int = 0  # hold a token
+    reserved: int = 0  # will hold one of their owner's
+    internal: int = 0  # belong to somebody who will never use them
+    held: int = 0  # belong to somebody at all; in a buddy's chunk also the rounding
+    sequences: int = 0
+    steps: int = 0
+    preemptions: int = 0
+
+    def record(
+        self, *, slots: int, tokens: int, reserved: int, internal: int, held: int, sequences: int
+    ) -> None:
+        self.slots += slots
+        self.tokens += tokens
+        self.reserved += reserved
+        self.internal += internal
+        self.held += held
+        self.sequences += sequences
+        self.steps += 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the whole memory. ``external`` is what is left: rounding, holes too small, blocks kept in hand."""
+        external = self.slots - self.tokens - self.reserved - self.internal
+        parts = {
+            "tokens": self.tokens,
+            "reserved": self.reserved,
+            "internal": self.internal,
+            "external": external,
+        }
+        return {name: number / self.slots for name, number in parts.items()}
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots in use that hold a token."""
+        return self.tokens / self.held
+
+    @property
+    def mean_running(self) -> float:
+        return self.sequences / self.steps
+
+
+@dataclass(slots=True)
+class _Running:
+    request: RequestLengths
+    start: int
+    asked: int
+    stored: int
+
+
+def reserve_contiguously(
+    requests: Iterable[RequestLengths], num_slots: int, ask: Callable[[RequestLengths], int]
+) -> MemoryUse:
+    """Serve the queue first come, first served: who fits runs, one token a step, until its output is out.
+
+    Measured are the steps in which somebody waits, once half of the requests have ended: memory is what limits then,
+    and the requests that run are of all ages.
+    """
+    memory, use = BuddyMemory(num_slots), MemoryUse()
+    waiting = deque(requests)
+    num_ended, num_to_end = 0, len(waiting) / 2
+    running: list[_Running] = []
+    while waiting:
+        while waiting and (start := memory.take(ask(waiting[0]))) is not None:
+            request = waiting.popleft()
+            running.append(_Running(request, start, ask(request), request.num_prompt))
+        if not running:
+            raise ValueError(f"{ask(waiting[0])} slots in one chunk: a memory of {num_slots} slots has none")
+        if waiting and num_ended >= num_to_end:
+            use.record(
+                slots=num_slots,
+                tokens=sum(one.stored for one in running),
+                reserved=sum(one.request.num_stored - one.stored for one in running),
+                internal=sum(one.asked - one.request.num_stored for one in running),
+                held=sum(memory.size_of(one.start) for one in running),
+                sequences=len(running),
+            )
+        staying = []
+        for one in running:
+            if one.stored < one.request.num_stored:
+                one.stored += 1
+                staying.append(one)
+            else:
+                memory.free(one.start)
+                num_ended += 1
+        running = staying
+    return use

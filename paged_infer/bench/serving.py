@@ -1,0 +1,188 @@
+"""Requests that come one after the other, served by an engine or by a simulated one; when each token came.
+
+trace  ---->  serve  ---->  EngineServer     a model and the clock on the wall
+               ^   \\---->  SimulatedServer  the real Scheduler, and a clock that a formula moves
+               |
+          TokenTimes of each request
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+from paged_infer.bench.lengths import RequestLengths
+from paged_infer.bench.model_free import Crowd, carry_out
+from paged_infer.control.request import Sequence
+from paged_infer.control.scheduler import Scheduler
+from paged_infer.params import SamplingParams
+
+if TYPE_CHECKING:
+    from paged_infer.engine import LLMEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    at_s: float
+    lengths: RequestLengths
+
+
+@dataclass(slots=True)
+class TokenTimes:
+    """One request, in seconds since the first could come."""
+
+    arrived_s: float
+    num_prompt: int
+    token_s: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_s[0] - self.arrived_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """From each token to the next. The first is the odd one: a batch may have to fill before it decodes."""
+        return [later - earlier for earlier, later in pairwise(self.token_s)]
+
+
+def poisson_arrivals(
+    num_requests: int, per_s: float, prompts: tuple[int, int], outputs: tuple[int, int], seed: int
+) -> list[Arrival]:
+    """Requests at ``per_s`` a second in the mean, independent of each other; lengths uniform in the ranges given."""
+    rng = random.Random(seed)
+    arrivals, now = [], 0.0
+    for _ in range(num_requests):
+        now += rng.expovariate(per_s)
+        arrivals.append(Arrival(now, RequestLengths(rng.randint(*prompts), rng.randint(*outputs))))
+    return arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step: reading the weights, and computing so many tokens.
+
+    The default is OPT-13B on an A100, from its size: 26 GB at 1.5 TB/s, and 26 GFLOP a token at 200 TFLOP/s.
+    """
+
+    per_step_s: float = 0.017
+    per_token_s: float = 0.000130
+
+    def __call__(self, num_tokens: int) -> float:
+        return self.per_step_s + self.per_token_s * num_tokens
+
+
+class Server(Protocol):
+    """Whoever serves: a clock, a door, and a step that says which sequences got a token."""
+
+    @property
+    def now_s(self) -> float: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def submit(self, lengths: RequestLengths) -> Sequence: ...
+
+    def step(self, next_arrival_s: float) -> Iterable[Sequence]: ...
+
+    def wait_until(self, moment_s: float) -> None: ...
+
+
+class SimulatedServer:
+    """The control plane as it is, and steps that take what ``cost`` says: the same on every machine."""
+
+    def __init__(self, scheduler: Scheduler, cost: StepCost, max_model_len: int) -> None:
+        self.now_s = 0.0
+        self._scheduler = scheduler
+        self._cost = cost
+        self._crowd = Crowd(max_model_len)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, lengths: RequestLengths) -> Sequence:
+        (sequence,) = sequences = self._crowd.request(lengths, self.now_s)
+        self._scheduler.add(sequences)
+        return sequence
+
+    def step(self, next_arrival_s: float) -> Iterable[Sequence]:
+        step = self._scheduler.schedule(self.now_s)
+        if not step.sequences:
+            if step.resume_at_s is None:
+                raise ValueError("a request does not fit the pool or the step")
+            self.wait_until(min(step.resume_at_s, next_arrival_s))
+            return ()
+        self.now_s += self._cost(step.num_tokens)
+        return carry_out(self._scheduler, step, self.now_s)
+
+    def wait_until(self, moment_s: float) -> None:
+        self.now_s = max(self.now_s, moment_s)
+
+
+class EngineServer:
+    """A model, greedy on random prompts that share nothing, and the clock on the wall."""
+
+    def __init__(self, engine: LLMEngine, seed: int = 0) -> None:
+        self.engine = engine
+        self._rng = random.Random(seed)
+        self._num_requests = 0
+        self._live: list[tuple[Sequence, int]] = []  # with how many tokens it had when it was looked at last
+        self._began_s = time.perf_counter()
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter() - self._began_s
+
+    @property
+    def has_work(self) -> bool:
+        return self.engine.has_unfinished_requests
+
+    def submit(self, lengths: RequestLengths) -> Sequence:
+        vocab_size = self.engine.decoder.config.vocab_size
+        prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
+        params = SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
+        request = self.engine.prepare(f"bench {self._num_requests}", prompt, params)
+        self.engine.submit(request)
+        self._num_requests += 1
+        (sequence,) = request.sequences
+        self._live.append((sequence, 0))
+        return sequence
+
+    def step(self, next_arrival_s: float) -> Iterable[Sequence]:
+        self.engine.step()
+        grown = [sequence for sequence, known in self._live if sequence.num_output_tokens > known]
+        self._live = [(s, s.num_output_tokens) for s, _ in self._live if not s.is_finished]
+        return grown
+
+    def wait_until(self, moment_s: float) -> None:
+        time.sleep(max(0.0, moment_s - self.now_s))
+
+
+def serve(server: Server, arrivals: ReadOnlyList[Arrival]) -> list[TokenTimes]:
+    """Submit each request when its time has come (or the step during which it came is over), and run until all end."""
+    times = [TokenTimes(arrival.at_s, arrival.lengths.num_prompt) for arrival in arrivals]
+    of_sequence: dict[int, TokenTimes] = {}
+    num_submitted = 0
+    begin_s = server.now_s  # an engine's clock has run while it was loaded
+    for one in times:
+        one.arrived_s += begin_s
+    while num_submitted < len(times) or server.has_work:
+        while num_submitted < len(times) and times[num_submitted].arrived_s <= server.now_s:
+            sequence = server.submit(arrivals[num_submitted].lengths)
+            of_sequence[sequence.sequence_id] = times[num_submitted]
+            num_submitted += 1
+        next_s = times[num_submitted].arrived_s if num_submitted < len(times) else float("inf")
+        if not server.has_work:
+            server.wait_until(next_s)
+            continue
+        for sequence in server.step(next_s):
+            of_sequence[sequence.sequence_id].token_s.append(server.now_s)
+    for one in times:
+        one.arrived_s -= begin_s
+        one.token_s = [moment - begin_s for moment in one.token_s]
+    return times

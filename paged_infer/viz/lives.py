@@ -1,0 +1,103 @@
+"""What a trace says about each sequence: its name and colour in every picture, and what it did in each step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from paged_infer.control.trace import Replay, Trace, TraceStep
+
+# Paul Tol's "light" scheme and a mauve: told apart by colour-blind eyes, and pale enough for dark text on top.
+OWNER_COLOURS = ("#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#99ddff", "#eedd88", "#44bb99", "#b07aa1")
+LONGEST_NAME = 10
+
+
+def owner_colour(sequence_id: int) -> str:
+    """A sequence's own colour; the eight that come one after the other have different ones."""
+    return OWNER_COLOURS[sequence_id % len(OWNER_COLOURS)]
+
+
+def sequence_names(trace: Trace) -> dict[int, str]:
+    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... behind it."""
+    arrivals = [event for step in trace.steps for event in step.events if event[0] == "arrive"]
+    num_samples = Counter(request_id for _, _, request_id, _ in arrivals)
+    seen: Counter[str] = Counter()
+    names = {}
+    for _, sequence_id, request_id, _ in arrivals:
+        short = request_id if len(request_id) <= LONGEST_NAME else "…" + request_id[1 - LONGEST_NAME :]
+        names[sequence_id] = short if num_samples[request_id] == 1 else f"{short}.{seen[request_id]}"
+        seen[request_id] += 1
+    return names
+
+
+@dataclass(slots=True)
+class Span:
+    """Steps ``first`` to ``last``, both included, that a sequence spent in one state (a key of ``timeline.LOOKS``).
+
+    A step that computes known tokens is a span of its own; it computes ``num_tokens``, and where the sequence came in
+    with it, ``num_found`` more were there already: in the prefix cache, or stored by the sample it was forked from.
+    """
+
+    state: str
+    first: int
+    last: int
+    num_tokens: int = 0
+    num_found: int = 0
+
+
+@dataclass(slots=True)
+class Life:
+    """One sequence from arrival to end. ``preempted``: the steps in which its blocks were taken from it."""
+
+    sequence_id: int
+    name: str
+    spans: list[Span] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    furthest: int = (
+        0  # most tokens that it has ever had stored; what lies before and is computed, is computed again
+    )
+
+    def state_at(self, place: int) -> str | None:
+        """What it was doing in step ``place``; None before it came and after it left."""
+        return next((span.state for span in self.spans if span.first <= place <= span.last), None)
+
+    def add(self, place: int, state: str, num_tokens: int, num_found: int) -> None:
+        last = self.spans[-1] if self.spans else None
+        alone = state in ("prefill", "recompute", "failed")
+        if last is not None and not alone and last.state == state and last.last == place - 1:
+            last.last = place
+        else:
+            self.spans.append(Span(state, place, place, num_tokens if alone else 0, num_found))
+
+
+def sequence_lives(trace: Trace) -> list[Life]:
+    """Every sequence of the trace, by arrival."""
+    lives = {i: Life(i, name) for i, name in sequence_names(trace).items()}
+    for place, (step, replay) in enumerate(zip(trace.steps, trace.replays(), strict=True)):
+        failed = step.ended_s is None and step is not trace.steps[-1]
+        scheduled = step.scheduled
+        found = {event[1]: event[-1] for event in step.events if event[0] in ("adopt", "fork")}
+        for sequence_id in step.preempted:
+            lives[sequence_id].preempted.append(place)
+        for sequence_id in {*replay.states, *replay.tables}:
+            life, num_found = lives[sequence_id], found.get(sequence_id, 0)
+            state = _state(life, step, replay, bool(num_found))
+            if failed and sequence_id in scheduled:
+                state = "failed"
+            life.furthest = max(life.furthest, replay.computed[sequence_id] - num_found)
+            life.add(place, state, scheduled.get(sequence_id, 0), num_found)
+    return list(lives.values())
+
+
+def _state(life: Life, step: TraceStep, replay: Replay, is_fresh: bool) -> str:
+    sequence_id = life.sequence_id
+    state = replay.states.get(sequence_id)
+    if state is None:
+        return "held"
+    if state != "run":
+        return {"wait": "waiting", "swap": "swapped"}[state]
+    if sequence_id in step.sequence_ids:
+        if replay.computed[sequence_id] < life.furthest:
+            return "recompute"
+        return "prefill" if sequence_id in step.prefills else "decode"
+    return "prefill" if is_fresh else "stalled"  # one that was forked in this step draws without computing

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from paged_infer.llm import LLM as LLM
     from paged_infer.outputs import CompletionOutput as CompletionOutput
     from paged_infer.outputs import RequestOutput as RequestOutput
+    from paged_infer.params import BeamSearchParams as BeamSearchParams
     from paged_infer.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -19,10 +20,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "paged_infer.llm",
     "SamplingParams": "paged_infer.params",
+    "BeamSearchParams": "paged_infer.params",
     "RequestOutput": "paged_infer.outputs",
     "CompletionOutput": "paged_infer.outputs",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,7 +66,7 @@ class Completion:
         finish_reason, stop_reason = sequence.finish_reason, sequence.stop_reason
         if self._stop_string is not None:  # seen in the text, perhaps in the same step as another ending
             finish_reason, stop_reason = "stop", self._stop_string
-        cumulative = None
+        cumulative = None if sequence.search is None else sequence.cumulative_logprob
         if self._logprobs is not None:
             token_ids = sequence.output_token_ids
             cumulative = sum(row[token].logprob for row, token in zip(self._logprobs, token_ids, strict=True))
@@ -78,6 +78,7 @@ class Completion:
             stop_reason=stop_reason,
             cumulative_logprob=cumulative,
             logprobs=None if self._logprobs is None else list(self._logprobs),
+            score=sequence.score,
         )
 
     def _shown_text(self, finish_reason: str | None) -> str:

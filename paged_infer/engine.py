@@ -15,7 +15,7 @@ import torch
 from paged_infer.cache.paged import PagedCache
 from paged_infer.completion import Completion, named_logprobs
 from paged_infer.config import EngineConfig
-from paged_infer.control.admission import check_request, truncated
+from paged_infer.control.admission import check_beams, check_request, truncated
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.request import Request
@@ -29,12 +29,13 @@ from paged_infer.model.config import ModelConfig
 from paged_infer.model.weights import load_decoder
 from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestMetrics, RequestOutput, TokenLogprobs
-from paged_infer.params import SamplingParams
+from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.runner import ModelRunner, StepResult
 from paged_infer.sampling import Sampler
 from paged_infer.tokenizer import Tokenizer
 
 Prompt = str | ReadOnlyList[int]
+Params = SamplingParams | BeamSearchParams
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +99,7 @@ class LLMEngine:
     # -- the door ---------------------------------------------------------------------------------------------------
 
     def prepare(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, cache_salt: str | None = None
+        self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None
     ) -> Request:
         """Check and tokenize a request without queueing it.
 
@@ -108,17 +109,28 @@ class LLMEngine:
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
         """
+        beam_params = None
+        if isinstance(params, BeamSearchParams):
+            beam_params, params = params, params.limits
         text = prompt if isinstance(prompt, str) else None
         if not isinstance(prompt, ReadOnlyList) or isinstance(prompt, bytes):
             raise ValueError(f"a prompt is a str or a list of token ids, not {type(prompt).__name__}")
         token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
+        model = self.decoder.config
+        if beam_params is not None:
+            check_beams(
+                beam_params,
+                len(beam_params.stop_token_ids) + (0 if params.ignore_eos else len(model.eos_token_ids)),
+                vocab_size=model.vocab_size,
+                max_num_seqs=self.config.max_num_seqs,
+            )
         token_ids = truncated(token_ids, params, self.memory.max_model_len)
         check_request(
             token_ids,
             params,
-            vocab_size=self.decoder.config.vocab_size,
+            vocab_size=model.vocab_size,
             max_model_len=self.memory.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
@@ -126,10 +138,8 @@ class LLMEngine:
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
-        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt)
-        request.add_sequences(
-            self._num_sequences, seed, self.memory.max_model_len, self.decoder.config.eos_token_ids
-        )
+        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt, beam_params)
+        request.add_sequences(self._num_sequences, seed, self.memory.max_model_len, model.eos_token_ids)
         self._num_requests += 1
         self._num_sequences += params.n
         return request
@@ -143,8 +153,11 @@ class LLMEngine:
         """Queue a prepared request. A streamed one is reported after every step, others when they finish.
 
         Raises:
-            ValueError: a request of this id is still being served.
+            ValueError: a request of this id is still being served, or a beam search, whose text is not settled before
+                its end, is to be streamed.
         """
+        if streamed and request.beam_params is not None:
+            raise ValueError("a beam search cannot be streamed: its beams change until it ends")
         if request.request_id in self._live:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
         live = _Live(request, [Completion(s, self.tokenizer, streamed) for s in request.sequences], streamed)
@@ -157,7 +170,7 @@ class LLMEngine:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams,
+        params: Params,
         *,
         cache_salt: str | None = None,
         streamed: bool = False,
@@ -193,7 +206,7 @@ class LLMEngine:
         result = self.runner.execute(step)
         self._record_usage(step)
         now = time.perf_counter()
-        grown = self.scheduler.update(step, result.token_ids, now)
+        grown = self.scheduler.update(step, result.token_ids, now, result.candidates)
         moved: dict[str, _Live] = {}
         for sequence in grown:
             live = self._live[sequence.request_id]
@@ -227,8 +240,9 @@ class LLMEngine:
 
     def _record_usage(self, step: ScheduledStep) -> None:
         """What is held while the step is in memory, before the sequences that it ends give back their blocks."""
-        held = self.manager.pool.num_used * self.memory.block_size
-        self.usage.record(held, self.scheduler.num_stored_tokens(step))
+        pool, block_size = self.manager.pool, self.memory.block_size
+        stored = self.scheduler.num_stored_tokens(step)
+        self.usage.record(pool.num_used * block_size, stored, pool.num_references * block_size)
 
     def _output(self, live: _Live) -> RequestOutput:
         return request_output(live.request, live.completions, live.prompt_logprobs)
@@ -247,6 +261,7 @@ class LLMEngine:
             "free_blocks": self.manager.pool.num_free,
             "peak_kv_bytes": self.usage.peak_slots * self.memory.kv_bytes_per_token,
             "kv_fill": self.usage.fill,
+            "sharing_saved": self.usage.sharing_saved,
         }
 
     def check_integrity(self) -> None:

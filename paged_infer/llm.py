@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from paged_infer import storyteller
 from paged_infer.config import EngineConfig
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
-from paged_infer.engine import LLMEngine, Prompt
+from paged_infer.engine import LLMEngine, Params, Prompt
 from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
-from paged_infer.params import SamplingParams
+from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.tokenizer import Tokenizer
 
 
@@ -74,7 +74,35 @@ class LLM:
         Raises:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
-        requests = self.prepare(prompts, sampling_params, cache_salt=cache_salt)
+        return self._serve(self.prepare(prompts, sampling_params, cache_salt=cache_salt), use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | ReadOnlyList[Prompt],
+        beam_search_params: BeamSearchParams | ReadOnlyList[BeamSearchParams],
+        use_tqdm: bool = True,
+        *,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Search for the best continuations of each prompt, as transformers' ``generate(num_beams=...)`` does.
+
+        Each output's ``outputs`` are its ``beam_width`` answers, best first, with ``score`` and ``cumulative_logprob``.
+        All prompts are searched at once, on blocks that the beams share; see ``control.beam``.
+
+        Args:
+            prompts: as ``generate`` takes them.
+            beam_search_params: one for all, or one a prompt.
+            use_tqdm: show a progress bar.
+            cache_salt: the prompts share cached blocks only with requests of the same salt.
+
+        Raises:
+            ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
+        """
+        pairs = pair_prompts(prompts, beam_search_params, BeamSearchParams)
+        return self._serve(self._prepare(pairs, cache_salt), use_tqdm)
+
+    def _serve(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        """Run the requests to their ends; outputs in their order."""
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -165,8 +193,13 @@ class LLM:
         cache_salt: str | None = None,
     ) -> list[Request]:
         """Check and tokenize prompts without queueing them; errors as ``generate``, naming the prompt's index."""
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        return self._prepare(pair_prompts(prompts, sampling_params, SamplingParams), cache_salt)
+
+    def _prepare(self, pairs: ReadOnlyList[tuple[Prompt, Params]], cache_salt: str | None) -> list[Request]:
         requests = []
-        for index, (prompt, params) in enumerate(pair_prompts(prompts, sampling_params)):
+        for index, (prompt, params) in enumerate(pairs):
             try:
                 request_id = str(self._num_requests + index)
                 requests.append(self.engine.prepare(request_id, prompt, params, cache_salt=cache_salt))
@@ -176,31 +209,30 @@ class LLM:
         return requests
 
 
+P = TypeVar("P", SamplingParams, BeamSearchParams)
+
+
 def pair_prompts(
-    prompts: Prompt | ReadOnlyList[Prompt],
-    sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None,
-) -> list[tuple[Prompt, SamplingParams]]:
+    prompts: Prompt | ReadOnlyList[Prompt], params: P | ReadOnlyList[P], kind: type[P]
+) -> list[tuple[Prompt, P]]:
     """Each prompt with its parameters.
 
     Raises:
         ValueError: ``prompts`` is neither text nor a list, or as many parameters as prompts were not given.
     """
     if not isinstance(prompts, ReadOnlyList) or isinstance(prompts, bytes):
-        kind = type(prompts).__name__
-        raise ValueError(f"prompts must be a str, a list of token ids, or a list of either, not {kind}")
+        found = type(prompts).__name__
+        raise ValueError(f"prompts must be a str, a list of token ids, or a list of either, not {found}")
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
     each: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [(prompt, sampling_params or SamplingParams()) for prompt in each]
-    if not isinstance(sampling_params, ReadOnlyList) or not all(
-        isinstance(params, SamplingParams) for params in sampling_params
-    ):
-        raise ValueError(f"sampling_params={sampling_params!r}: must be SamplingParams, or a list of them")
-    if len(sampling_params) != len(each):
-        raise ValueError(
-            f"{len(sampling_params)} sampling_params for {len(each)} prompts: one, or one a prompt"
-        )
-    return list(zip(each, sampling_params, strict=True))
+    if isinstance(params, kind):
+        return [(prompt, params) for prompt in each]
+    name = "sampling_params" if kind is SamplingParams else "beam_search_params"
+    if not isinstance(params, ReadOnlyList) or not all(isinstance(one, kind) for one in params):
+        raise ValueError(f"{name}={params!r}: must be {kind.__name__}, or a list of them")
+    if len(params) != len(each):
+        raise ValueError(f"{len(params)} {name} for {len(each)} prompts: one, or one a prompt")
+    return list(zip(each, params, strict=True))
 
 
 def _progress(total: int, shown: bool):  # type: ignore[no-untyped-def]

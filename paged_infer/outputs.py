@@ -20,11 +20,12 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sample of a request.
+    """One sample or beam of a request.
 
     ``token_ids`` keeps the token that ended it; ``text`` does not. ``finish_reason`` is None while it grows, then
     "stop" (end token, stop token or stop string), "length" or "abort". ``cumulative_logprob`` and ``logprobs`` are
-    None unless ``SamplingParams.logprobs`` asked for them.
+    None unless ``SamplingParams.logprobs`` asked for them; a beam has the first, and ``score``, by which it is ranked
+    (None if the search was aborted).
     """
 
     index: int
@@ -36,6 +37,7 @@ class CompletionOutput:
     )
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprobs] | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -74,7 +76,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request as it stands: its prompt, and one CompletionOutput for each of its ``n`` samples."""
+    """A request as it stands: its prompt, and a CompletionOutput for each of its samples or beams, the best first."""
 
     request_id: str
     prompt: str | None

@@ -5,10 +5,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+Candidates = Sequence[tuple[int, float]]
+"""The most probable next tokens of one sequence, best first: (token id, logprob)."""
+
+
+class _Checks:
+    """How parameters refuse a value: by its name, itself, and the limit."""
+
+    __slots__ = ()
+
+    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if not _is_integer(value) or value < low or (high is not None and value > high):
+            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
+            raise ValueError(f"{name}={value!r}: must be an integer {limit}")
+
+    def _as_tuple(self, name: str) -> tuple[object, ...]:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, Iterable):
+            raise ValueError(f"{name}={value!r}: must be a sequence")
+        return tuple(value or ())
+
+    def _check_number(self, name: str, low: float, high: float | None, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        too_low = not _is_number(value) or (value <= low if open_low else value < low)
+        if too_low or (high is not None and value > high):
+            above = f"> {low:g}" if open_low else f">= {low:g}"
+            limit = above if high is None else f"{above} and <= {high:g}"
+            raise ValueError(f"{name}={value!r}: must be a finite number {limit}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(_Checks):
     """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
 
     The order of work on a row of logits is: ``logit_bias``, ``min_tokens`` (end tokens cannot be drawn), the
@@ -116,25 +146,54 @@ class SamplingParams:
         """Whether choosing a token needs the tokens before it."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if not _is_integer(value) or value < low or (high is not None and value > high):
-            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
-            raise ValueError(f"{name}={value!r}: must be an integer {limit}")
 
-    def _as_tuple(self, name: str) -> tuple[object, ...]:
-        value = getattr(self, name)
-        if value is not None and not isinstance(value, Iterable):
-            raise ValueError(f"{name}={value!r}: must be a sequence")
-        return tuple(value or ())
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams(_Checks):
+    """How to search for the most probable continuations. Names and meanings are transformers'.
 
-    def _check_number(self, name: str, low: float, high: float | None, open_low: bool = False) -> None:
-        value = getattr(self, name)
-        too_low = not _is_number(value) or (value <= low if open_low else value < low)
-        if too_low or (high is not None and value > high):
-            above = f"> {low:g}" if open_low else f">= {low:g}"
-            limit = above if high is None else f"{above} and <= {high:g}"
-            raise ValueError(f"{name}={value!r}: must be a finite number {limit}")
+    Args:
+        beam_width: beams kept at every step, and answers returned (transformers' ``num_beams``); 1 is greedy.
+        max_tokens: the most tokens to generate.
+        length_penalty: an answer's score is its sum of logprobs over its length to this power, so above 0 longer
+            answers gain. Within [-10, 10], so that no power of a length overflows.
+        early_stopping: when ``beam_width`` answers are there, True stops at once; False when the best beam, ended
+            here, would not beat the worst of them; "never" when it could not if it went on for nothing to
+            ``max_tokens`` (the same as False unless ``length_penalty > 0``).
+        min_tokens: no end-of-sequence or stop token before this many tokens.
+        stop_token_ids: tokens that end an answer as the end-of-sequence token does.
+        ignore_eos: do not end at the end-of-sequence token.
+
+    Raises:
+        ValueError: a value out of its range or not of its type; the message names the value and the limit.
+    """
+
+    beam_width: int
+    max_tokens: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    min_tokens: int = 0
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", self._as_tuple("stop_token_ids"))
+        self._check_integer("beam_width", 1)
+        self._check_integer("max_tokens", 1)
+        self._check_number("length_penalty", -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping={self.early_stopping!r}: must be True, False or 'never'")
+        _ = self.limits  # which checks the rest
+
+    @property
+    def limits(self) -> SamplingParams:
+        """What a beam has in common with a sample: how many there are, and where one ends."""
+        return SamplingParams(
+            n=self.beam_width,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+        )
 
 
 def _is_integer(value: object) -> bool:
@@ -171,3 +230,11 @@ class SampleRow:
     end_token_ids: tuple[int, ...] = ()
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class TopRow:
+    """Asks for the ``num_top`` most probable next tokens of a beam, but none of ``banned_token_ids``."""
+
+    num_top: int
+    banned_token_ids: tuple[int, ...] = ()

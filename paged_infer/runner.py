@@ -1,4 +1,4 @@
-"""From a ScheduledStep to drawn tokens: pack, run the decoder, sample.
+"""From a ScheduledStep to drawn tokens, and to the best ones for beams: pack, run the decoder, sample.
 
 sequences   A: 1 token   B: 1 token   C: 3 tokens of its prompt, the last ones
 token_ids       [ a9 | b4 | c0 c1 c2 ]          T = 5, no padding
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import StepMeta
+from paged_infer.candidates import best_tokens
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
-from paged_infer.params import SampleRow
+from paged_infer.params import Candidates, SampleRow, TopRow
 from paged_infer.sampling import Sampler, token_logprobs
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
@@ -26,11 +27,12 @@ _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step drew, by sequence id; prompt logprobs with the index of their first token."""
+    """What a step drew, by sequence id; prompt logprobs with the index of their first token; candidates of beams."""
 
     token_ids: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    candidates: dict[int, Candidates] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -55,6 +57,7 @@ class ModelRunner:
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
         result = StepResult()
         self._sample(sequences, hidden, meta, result)
+        self._rank(sequences, hidden, meta, result)
         self._report_prompts(sequences, hidden, meta, result)
         return result
 
@@ -98,21 +101,34 @@ class ModelRunner:
         drawing: list[int] = []  # rows of hidden, one for each token that is drawn; forks draw from one row
         draws: list[tuple[int, SampleRow]] = []
         for row, sequence in enumerate(sequences):
-            if sequence.sample is not None:
+            if isinstance(sequence.sample, SampleRow):
                 own = (sequence.sequence_id, sequence.sample)
                 draws += (own, *sequence.forks)
                 drawing += [row] * (1 + len(sequence.forks))
         if not draws:
             return
-        if drawing != list(range(hidden.shape[0])):
-            hidden = hidden[meta.query_start_loc[1:][drawing].long() - 1]  # the last token of each
-        sampled = self.sampler(self.decoder.logits(hidden), [sample for _, sample in draws])
+        sampled = self.sampler(self._logits(drawing, hidden, meta), [sample for _, sample in draws])
         for (sequence_id, _), token_id, logprobs in zip(
             draws, sampled.token_ids, sampled.logprobs, strict=True
         ):
             result.token_ids[sequence_id] = token_id
             if logprobs is not None:
                 result.logprobs[sequence_id] = logprobs
+
+    def _logits(self, rows: list[int], hidden: Tensor, meta: StepMeta) -> Tensor:
+        """Those after the last token of each of these sequences: [R, V]."""
+        if rows != list(range(hidden.shape[0])):
+            hidden = hidden[meta.query_start_loc[1:][rows].long() - 1]
+        return self.decoder.logits(hidden)
+
+    def _rank(
+        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
+    ) -> None:
+        asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopRow)}
+        if asking:
+            found = best_tokens(self._logits([*asking], hidden, meta), [*asking.values()])
+            ids = (sequences[row].sequence_id for row in asking)
+            result.candidates.update(zip(ids, found, strict=True))
 
     def _report_prompts(
         self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 
+from paged_infer.control.beam import num_candidates
 from paged_infer.control.block_manager import Allocation, BlockManager
-from paged_infer.params import SamplingParams
+from paged_infer.params import BeamSearchParams, SamplingParams
 
 
 def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_model_len: int) -> list[int]:
@@ -59,13 +60,31 @@ def check_request(
         )
     if params.n > max_num_seqs:
         raise ValueError(f"n={params.n} samples cannot run at once: max_num_seqs={max_num_seqs}")
-    # The last token is drawn and never stored. In the worst case the samples share nothing.
+    # The last token is drawn and never stored. In the worst case the samples or beams share nothing.
     longest = (
         max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
     )
     needed = params.n * manager.blocks_for(longest - 1)
     if manager.can_allocate(needed * manager.block_size) is Allocation.NEVER:
         raise ValueError(
-            f"{params.n} sample(s) of {num_prompt} prompt and up to {longest - num_prompt} output tokens need "
-            f"{needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
+            f"{params.n} sample(s) or beam(s) of {num_prompt} prompt and up to {longest - num_prompt} output tokens "
+            f"need {needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
+        )
+
+
+def check_beams(params: BeamSearchParams, num_end_tokens: int, *, vocab_size: int, max_num_seqs: int) -> None:
+    """What a beam search needs beyond ``check_request`` of its ``limits``.
+
+    Raises:
+        ValueError: its beams could not all run at once, or there are fewer tokens than it has to look at.
+    """
+    if params.beam_width > max_num_seqs:
+        raise ValueError(
+            f"beam_width={params.beam_width} beams cannot run at once: max_num_seqs={max_num_seqs}"
+        )
+    needed = num_candidates(params.beam_width, range(num_end_tokens))
+    if needed > vocab_size:
+        raise ValueError(
+            f"beam_width={params.beam_width} with {num_end_tokens} end token(s) looks at {needed} tokens a step: "
+            f"the vocabulary has {vocab_size}"
         )

@@ -13,15 +13,21 @@ A second sample C of A's prompt begins with all that A has, and copies what it m
     fork   A ( 7, 2, 5 )   C ( 7, 2, 5 )        block 5 is held twice, with room for both
     write  A ( 7, 2, 6 )   C ( 7, 2, 5 )        A writes first, so A gets a copy (5 -> 6); then 5 is C's alone
 
+So does a beam that goes on in two ways, at any token: the other takes the place of a beam that goes on in none.
+
+    fork   A ( 7, 2, 6 )   B ( 7, 3, 4 ) -> ( 7, 2, 6 )        3 and 4 are free, if nobody else holds them
+
 A table is a tuple, replaced when it changes: whoever was given one may keep it.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlyList
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from paged_infer.control.block_pool import BlockPool
 from paged_infer.control.step import BlockMoves
@@ -36,6 +42,18 @@ class Allocation(enum.Enum):
     OK = "ok"
     LATER = "later"
     NEVER = "never"
+
+
+class Returning(NamedTuple):
+    """A sequence that is to come back from swap space, where ``num_stored`` of its ``num_tokens`` tokens lie.
+
+    ``chain``: hashes of its full blocks that are stored, if they are to be found.
+    """
+
+    sequence_id: int
+    chain: ReadOnlyList[bytes]
+    num_stored: int
+    num_tokens: int
 
 
 class BlockManager:
@@ -73,12 +91,12 @@ class BlockManager:
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
             return Allocation.NEVER
-        return Allocation.OK if self._has_room(needed, prefix) else Allocation.LATER
+        needed -= sum(self.pool.reference_count(block) > 0 for block in prefix)
+        return Allocation.OK if self._has_room(needed) else Allocation.LATER
 
-    def _has_room(self, num_blocks: int, hits: Iterable[int]) -> bool:
-        """For a newcomer's ``num_blocks`` blocks, of which ``hits`` are found. An idle pool has no watermark."""
-        needed = num_blocks - sum(self.pool.reference_count(block) > 0 for block in hits)
-        return needed <= self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
+    def _has_room(self, num_blocks: int) -> bool:
+        """For a newcomer who takes so many of the free blocks. An idle pool has no watermark."""
+        return num_blocks <= self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
         """How many more blocks the sequence needs to hold ``num_tokens`` tokens in all."""
@@ -114,8 +132,15 @@ class BlockManager:
         self.journal.append(("hold", sequence_id, len(kept), blocks, hits))
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
-        """Let a sequence that holds no block yet begin with the first ``num_tokens`` tokens of another."""
-        self._begin(child_id, self._tables[parent_id][: self.blocks_for(num_tokens)])
+        """Let a sequence hold the first ``num_tokens`` tokens of another, and nothing of what it held before."""
+        wanted, held = self._tables[parent_id][: self.blocks_for(num_tokens)], self.table(child_id)
+        kept = next((i for i, (a, b) in enumerate(zip(wanted, held, strict=False)) if a != b), None)
+        kept = min(len(wanted), len(held)) if kept is None else kept
+        for block in wanted[kept:]:
+            self.pool.share(block)
+        for block in reversed(held[kept:]):
+            self.pool.release(block)
+        self._hold(child_id, held[:kept], wanted[kept:], hits=wanted[kept:])
         self.journal.append(("fork", child_id, parent_id, num_tokens))
 
     def table(self, sequence_id: int) -> Table:
@@ -142,14 +167,11 @@ class BlockManager:
 
     def adopt(self, sequence_id: int, prefix: Table) -> None:
         """Begin the table of a sequence that holds no block yet with blocks that somebody has filled."""
-        if prefix:
-            self._begin(sequence_id, prefix)
-            self.journal.append(("adopt", sequence_id, len(prefix) * self.block_size))
-
-    def _begin(self, sequence_id: int, blocks: Table) -> None:
-        for block in blocks:
+        for block in prefix:
             self.pool.share(block)
-        self._hold(sequence_id, (), blocks, hits=blocks)
+        if prefix:
+            self._hold(sequence_id, (), prefix, hits=prefix)
+            self.journal.append(("adopt", sequence_id, len(prefix) * self.block_size))
 
     def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
         """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.
@@ -177,39 +199,64 @@ class BlockManager:
 
     # -- swapping ---------------------------------------------------------------------------------------------------
 
-    def swap_out(self, sequence_id: int, num_tokens: int) -> bool:
-        """Move the first ``num_tokens`` tokens of the sequence to swap space and free its table. All or nothing."""
-        table = self._tables[sequence_id][: self.blocks_for(num_tokens)]
-        places = self.swap.put(sequence_id, len(table))
+    def swap_out(self, *gang: tuple[int, int]) -> bool:
+        """Move the first tokens of each (sequence id, number of tokens) to swap space and free its table.
+
+        All of them or none. A block that several share is moved once.
+        """
+        tables = {i: self._tables[i][: self.blocks_for(num_tokens)] for i, num_tokens in gang}
+        blocks = list(dict.fromkeys(chain.from_iterable(tables.values())))
+        places = self.swap.take(len(blocks))
         if places is None:
             return False
-        self.moves.swap_outs += zip(table, places, strict=True)
-        self.free(sequence_id)
+        place_of = dict(zip(blocks, places, strict=True))
+        self.moves.swap_outs += place_of.items()
+        for sequence_id, table in tables.items():
+            self.swap.put(sequence_id, tuple(place_of[block] for block in table))
+            self.free(sequence_id)
         return True
 
-    def swap_in(self, sequence_id: int, chain: ReadOnlyList[bytes], num_tokens: int) -> bool:
-        """Bring the sequence back where ``num_tokens`` tokens, all it knows, have room. All of it, or False.
+    def swap_in(self, *gang: Returning) -> bool:
+        """Bring sequences back where all that they know has room. All of them, or False.
 
-        ``chain``: hashes of its full blocks that are stored. Those whose like is still in the pool are not moved.
+        Blocks whose like is still in the pool are not moved.
         """
-        places = self.swap.places(sequence_id)
-        found = {index: self.pool.find(block_hash) for index, block_hash in enumerate(chain)}
-        hits = {index: block for index, block in found.items() if block is not None}
-        if not self._has_room(self.blocks_for(num_tokens), hits.values()):
+        if not self._has_room(self._blocks_to_return(gang)):
             return False
-        for block in hits.values():  # before anything is taken: they may lie free, next to be evicted
-            self.pool.share(block)
-        table = []
-        for index, place in enumerate(places):
-            if index in hits:
-                table.append(hits[index])
-            else:
-                table.append(self.pool.take())
-                self.moves.swap_ins.append((place, table[-1]))
-        self._hold(sequence_id, (), tuple(table), hits=tuple(hits.values()))
-        self.swap.drop(sequence_id)
-        self.publish(sequence_id, chain, 0, len(chain))
+        block_of: dict[int, int] = {}  # by place
+        for one in gang:
+            places = self.swap.places(one.sequence_id)
+            block_of = {**self._residents(places, one.chain), **block_of}
+            hits = tuple(block_of[place] for place in places if place in block_of)
+            for block in hits:  # before anything is taken: they may lie free, next to be evicted
+                self.pool.share(block)
+            for place in places:
+                if place not in block_of:
+                    block_of[place] = self.pool.take()
+                    self.moves.swap_ins.append((place, block_of[place]))
+            self._hold(one.sequence_id, (), tuple(block_of[place] for place in places), hits=hits)
+            self.swap.drop(one.sequence_id)
+            self.publish(one.sequence_id, one.chain, 0, len(one.chain))
         return True
+
+    def _residents(self, places: Table, hashes: ReadOnlyList[bytes]) -> dict[int, int]:
+        """Place -> the block that holds the same. ``hashes``: those of the full ones."""
+        found = ((place, self.pool.find(h)) for place, h in zip(places, hashes, strict=False))
+        return {place: block for place, block in found if block is not None}
+
+    def _blocks_to_return(self, gang: ReadOnlyList[Returning]) -> int:
+        """How many free blocks it takes to bring these back, with copies of the shared ones that they will write to."""
+        tables = [self.swap.places(one.sequence_id) for one in gang]
+        resident: dict[int, int] = {}
+        growth = 0
+        written: Counter[int] = Counter()
+        for one, places in zip(gang, tables, strict=True):
+            resident |= self._residents(places, one.chain)
+            growth += self.blocks_for(one.num_tokens) - len(places)
+            written.update(places[one.num_stored // self.block_size :])
+        missing = len({*chain.from_iterable(tables)} - resident.keys())
+        unheld = sum(self.pool.reference_count(block) == 0 for block in {*resident.values()})
+        return missing + unheld + growth + written.total() - len(written)
 
     def num_empty_slots(self, num_stored: Mapping[int, int]) -> int:
         """Slots in blocks that are held and hold no token, where so many tokens of each sequence are stored."""

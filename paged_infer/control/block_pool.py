@@ -31,6 +31,7 @@ class BlockPool:
             raise ValueError(f"num_blocks={num_blocks}: must be at least 1")
         self.num_blocks = num_blocks
         self.num_shared = 0  # blocks in more than one table
+        self.num_references = 0  # lengths of all tables together: what they would hold if nothing were shared
         self.num_evictions = 0
         self._blank = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -76,6 +77,7 @@ class BlockPool:
         else:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are held")
         self._counts[block] = 1
+        self.num_references += 1
         return block
 
     def share(self, block: int) -> None:
@@ -83,6 +85,7 @@ class BlockPool:
         if self._counts[block] == 0:
             del self._cached[block]
         self._counts[block] += 1
+        self.num_references += 1
         self.num_shared += self._counts[block] == 2
 
     def release(self, block: int) -> None:
@@ -90,6 +93,7 @@ class BlockPool:
         if self._counts[block] < 1:
             raise RuntimeError(f"block {block} is released but nobody holds it")
         self._counts[block] -= 1
+        self.num_references -= 1
         self.num_shared -= self._counts[block] == 1
         if self._counts[block] == 0:
             if block in self._hash_of:
@@ -147,3 +151,5 @@ class BlockPool:
             raise RuntimeError(f"free blocks {wrong[:8]} lie in the wrong list for what they hold")
         if self.num_shared != sum(count > 1 for count in held):
             raise RuntimeError(f"{self.num_shared} blocks are counted as shared")
+        if self.num_references != sum(held):
+            raise RuntimeError(f"{self.num_references} places in tables are counted; there are {sum(held)}")

@@ -9,6 +9,10 @@
 A sequence is one sample of a request: a list of tokens of which the first ``num_computed_tokens`` have their keys and
 values in the cache. Prefill, a chunk of it, decode, and recomputation after a preemption are the same act: compute
 some more of the tokens that are known; when the last known one has been computed, one more is drawn.
+
+What several sequences of a request know in common is computed once, by the first of them: at first that is the prompt.
+The beams of a search need each other at every token. They run together and are preempted together (a ``gang``), so that
+no group can hold blocks while it waits for one of its own, who waits for those blocks.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import enum
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
+from paged_infer.control.beam import Answer, BeamSearch
 from paged_infer.control.block_hash import extend_chain, root_hash
-from paged_infer.params import SamplingParams
+from paged_infer.params import BeamSearchParams, SamplingParams
 
 
 class SequenceState(enum.Enum):
@@ -38,7 +43,7 @@ _MOVES = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample of a request. Identity is its own: two sequences are never equal."""
+    """One sample or beam of a request. Identity is its own: two sequences are never equal."""
 
     sequence_id: int
     request_id: str
@@ -54,6 +59,10 @@ class Sequence:
     siblings: ReadOnlyList[Sequence] = field(
         default=(), repr=False
     )  # all samples of its request, itself included
+    search: BeamSearch | None = field(default=None, repr=False)  # the one that it is a beam of
+    num_common_tokens: int = (
+        0  # first tokens that await being computed once for all siblings; 0 when that is done
+    )
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
@@ -62,6 +71,8 @@ class Sequence:
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    cumulative_logprob: float = 0.0  # of a beam
+    score: float | None = None  # of a beam that has become an answer
 
     @property
     def num_tokens(self) -> int:
@@ -85,20 +96,25 @@ class Sequence:
 
     @property
     def to_fork(self) -> list[Sequence]:
-        """The samples that wait to begin where this one's prompt ends: while it has said nothing, all that live.
+        """Those that wait to begin where the tokens end that this one computes for them: all siblings that live.
 
-        Empty for a sample that is not the first of those that live: it is itself to be forked.
+        Empty for all but the first of those that live: they are themselves to be forked.
         """
-        if len(self.siblings) < 2 or self.num_output_tokens or self.waits_for_fork:
+        if not self.num_common_tokens or self.waits_for_fork:
             return []
         return [s for s in self.siblings if s is not self and s.state is SequenceState.WAITING]
 
     @property
     def waits_for_fork(self) -> bool:
-        """Whether another sample computes this one's prompt."""
-        if len(self.siblings) < 2 or self.num_output_tokens:
+        """Whether a sibling computes what this one begins with."""
+        if not self.num_common_tokens:
             return False
         return next(sibling for sibling in self.siblings if not sibling.is_finished) is not self
+
+    @property
+    def gang(self) -> ReadOnlyList[Sequence]:
+        """Who comes in and is preempted with this one: itself, or the beams of its search once they have parted."""
+        return (self,) if self.search is None or self.num_common_tokens else self.siblings
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -122,6 +138,13 @@ class Sequence:
         """Back to waiting; its blocks are gone, so everything known is to be computed again."""
         self.move_to(SequenceState.WAITING)
         self.num_computed_tokens = 0
+        if self.search is not None and not self.num_common_tokens:
+            self.num_common_tokens = num_common_tokens(self.siblings)
+
+    def begin_at(self, parent: Sequence, num_tokens: int, block_size: int) -> None:
+        """Its first ``num_tokens`` tokens are those of ``parent``, who has them computed."""
+        self.num_computed_tokens = num_tokens
+        self.block_hashes = parent.block_hashes[: num_tokens // block_size]  # further on, the two may differ
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.move_to(SequenceState.FINISHED)
@@ -132,20 +155,41 @@ class Sequence:
 
         The reason is only reported: to finish is for whoever owns the sequence's blocks.
         """
+        ended = self.ending(token_id)
         self.token_ids.append(token_id)
-        if self.num_output_tokens >= self.params.min_tokens:
+        return ended
+
+    def ending(self, token_id: int) -> tuple[str, int | None] | None:
+        """How ``token_id`` would end it as its next token; None if more were to come."""
+        if self.num_output_tokens + 1 >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None
             if token_id in self.params.stop_token_ids:
                 return "stop", token_id
-        if self.num_tokens >= self.max_total_tokens:
+        if self.num_tokens + 1 >= self.max_total_tokens:
             return "length", None
         return None
+
+    def become(self, answer: Answer) -> None:
+        """A search is over: who was a beam is now one of its answers."""
+        self.token_ids = answer.token_ids
+        self.cumulative_logprob, self.score = answer.cumulative_logprob, answer.score
+
+
+def num_common_tokens(beams: ReadOnlyList[Sequence]) -> int:
+    """How many first tokens all beams have in common: at least their prompt. 0 for one alone."""
+    if len(beams) < 2:
+        return 0
+    columns = zip(*(beam.token_ids for beam in beams), strict=True)
+    return next(index for index, column in enumerate(columns) if len(set(column)) > 1)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What one caller asked for: a prompt and ``n`` samples of what follows. Times: the caller's clock, seconds."""
+    """What one caller asked for: a prompt, and ``n`` samples or the best beams of what follows.
+
+    Times: the caller's clock, seconds.
+    """
 
     request_id: str
     prompt: str | None
@@ -153,6 +197,7 @@ class Request:
     params: SamplingParams
     arrival_time_s: float
     cache_salt: str | None = None  # only requests of the same salt share blocks through the prefix cache
+    beam_params: BeamSearchParams | None = None  # a beam search's, whose ``limits`` are then the ``params``
     sequences: list[Sequence] = field(default_factory=list)
     first_token_time_s: float | None = None
     finished_time_s: float | None = None
@@ -164,9 +209,10 @@ class Request:
     def add_sequences(
         self, first_sequence_id: int, seed: int, max_model_len: int, eos_token_ids: ReadOnlyList[int]
     ) -> None:
-        """One sequence a sample, each with its own copy of the prompt's ids to grow."""
+        """One sequence a sample or beam, each with its own copy of the prompt's ids to grow."""
         num_prompt = len(self.prompt_token_ids)
         root = root_hash(self.cache_salt)
+        search = None if self.beam_params is None else BeamSearch(self.beam_params, self.sequences)
         wanted = max_model_len if self.params.max_tokens is None else num_prompt + self.params.max_tokens
         for index in range(self.params.n):
             self.sequences.append(
@@ -183,5 +229,7 @@ class Request:
                     arrival_time_s=self.arrival_time_s,
                     cache_root=root,
                     siblings=self.sequences,
+                    search=search,
+                    num_common_tokens=num_prompt if self.params.n > 1 else 0,
                 )
             )

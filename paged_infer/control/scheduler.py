@@ -8,7 +8,7 @@
 
 All queues are in order of arrival. Who runs in a step, and with how many tokens, is for the policy to say, in the verbs
 of a ``Turn``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always
-gets through: every request that fits the pool finishes.
+gets through: every request that fits the pool finishes. The beams of one search give theirs back together.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from paged_infer.control.beam import BeamSearch, num_candidates, seat
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.turn import Turn, insert_by_age
-from paged_infer.params import SampleRow
+from paged_infer.params import Candidates, SampleRow, TopRow
 
 PREEMPTION_MODES = ("recompute", "swap")
 
@@ -131,16 +133,23 @@ class Scheduler:
             sequence.token_ids[start:end],
             start,
             self.manager.table(sequence.sequence_id),
-            sample_row(sequence) if end == len(sequence.token_ids) else None,
-            [(child.sequence_id, sample_row(child)) for child in children] if children else (),
+            next_row(sequence) if end == len(sequence.token_ids) else None,
+            [(c.sequence_id, sample_row(c)) for c in children] if children and not sequence.search else (),
             num_prompt_logprobs,
             next_prompt_token_ids,
         )
 
-    def update(self, step: ScheduledStep, token_ids: Mapping[int, int], now: float = 0.0) -> list[Sequence]:
+    def update(
+        self,
+        step: ScheduledStep,
+        token_ids: Mapping[int, int],
+        now: float = 0.0,
+        candidates: Mapping[int, Candidates] = MappingProxyType({}),
+    ) -> list[Sequence]:
         """Take the tokens that the step drew, by sequence id; sequences that they end give back their blocks.
 
-        ``now`` is for the trace. Returns the sequences that got a token, in the step's order.
+        ``candidates``: for each beam that asked, its best next tokens. ``now`` is for the trace. Returns the sequences
+        that got a token, in the step's order; all beams of a search get theirs at once.
         """
         turn, self._turn = self._turn, None
         if turn is None or turn.index != step.index:
@@ -156,13 +165,40 @@ class Scheduler:
         for sequence, num_tokens in turn.scheduled:
             if not sequence.is_finished:  # aborted while the step was out
                 sequence.num_computed_tokens += num_tokens
-            for one in (sequence, *turn.forks.get(sequence.sequence_id, ())):
-                if one.num_computed_tokens == len(one.token_ids) and not one.is_finished:
+            family = (sequence, *turn.forks.get(sequence.sequence_id, ()))
+            if len(family) > 1:
+                for one in family:
+                    one.num_common_tokens = 0
+            for one in family:
+                if one.num_computed_tokens != len(one.token_ids) or one.is_finished:
+                    continue
+                if one.search is None:
                     grown.append(one)
                     ended = one.append(token_ids[one.sequence_id])
                     if ended is not None:
                         self.finish(one, *ended)
+                elif one is sequence and one.search.offer(one, candidates[one.sequence_id]):
+                    grown += self._advance(one.search)
         return grown
+
+    def _advance(self, search: BeamSearch) -> ReadOnlyList[Sequence]:
+        """One more token for every beam, or the search's end."""
+        branches = search.advance()
+        for sequence, branch in seat(search.beams, branches) if branches else ():
+            if branch.parent is not sequence:
+                self.fork(branch.parent, sequence)
+            sequence.token_ids.append(branch.token_id)
+            sequence.cumulative_logprob = branch.cumulative_logprob
+        for sequence, answer in zip(search.beams, search.answers, strict=True) if not branches else ():
+            self.finish(sequence, answer.finish_reason, answer.stop_reason)
+            sequence.become(answer)
+        return search.beams
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let ``child`` go on as its sibling ``parent`` would, both running: what it knew and held is dropped."""
+        self.manager.fork(parent.sequence_id, child.sequence_id, parent.num_computed_tokens)
+        child.begin_at(parent, parent.num_computed_tokens, self.manager.block_size)
+        child.token_ids = list(parent.token_ids)
 
     def roll_back(self) -> None:
         """The step that is out, if any, has failed, and nobody knows how far it came: forget what was built on it."""
@@ -172,10 +208,12 @@ class Scheduler:
         self.manager.withdraw()
         copies = {destination for _, destination in turn.moves.copies}
         copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
-        for sequence in {*turn.fresh, *copied, *turn.preempted}:
+        lost = {*turn.fresh, *copied, *turn.preempted}
+        for sequence in {one for loser in lost for one in loser.gang}:
             if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
                 self._leave(sequence)
                 self.restart(sequence)
+        self.release_held()
 
     def restart(self, sequence: Sequence) -> None:
         """Queue one that holds nothing any more: it has to compute all that it knows again."""
@@ -238,6 +276,15 @@ class Scheduler:
 
     def _holders(self) -> list[Sequence]:
         return self.running + self.held
+
+
+def next_row(sequence: Sequence) -> SampleRow | TopRow:
+    """What to make of the logits after the sequence's last token."""
+    if sequence.search is None:
+        return sample_row(sequence)
+    ends = sequence.end_token_ids
+    must_go_on = sequence.num_output_tokens < sequence.params.min_tokens
+    return TopRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())
 
 
 def sample_row(sequence: Sequence) -> SampleRow:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from paged_infer.params import SampleRow
+from paged_infer.params import SampleRow, TopRow
 
 
 @dataclass(slots=True)
@@ -20,7 +20,8 @@ class ScheduledSequence:
         token_ids: the tokens to compute now.
         num_computed_tokens: how many before them are in the cache already; the first token's position.
         block_table: physical blocks, enough for all of these tokens.
-        sample: how to draw the next token; None while known tokens remain after these.
+        sample: how to draw the next token, or a beam's question for the best ones; None while known tokens remain
+            after these.
         num_prompt_logprobs: top tokens to report for each of ``next_prompt_token_ids``; None for no report.
         forks: sequences that begin here, with how each draws its first token: from the same logits, by its own noise.
         next_prompt_token_ids: where a report is asked for, the prompt token that follows each of ``token_ids``.
@@ -30,7 +31,7 @@ class ScheduledSequence:
     token_ids: Sequence[int]
     num_computed_tokens: int
     block_table: Sequence[int]
-    sample: SampleRow | None
+    sample: SampleRow | TopRow | None
     forks: Sequence[tuple[int, SampleRow]] = ()
     num_prompt_logprobs: int | None = None
     next_prompt_token_ids: Sequence[int] = ()
@@ -76,7 +77,12 @@ class ScheduledStep:
         """Ids of the sequences that draw a token."""
         drawing = []
         for sequence in self.sequences:
-            if sequence.sample is not None:
+            if isinstance(sequence.sample, SampleRow):
                 drawing.append(sequence.sequence_id)
                 drawing += [sequence_id for sequence_id, _ in sequence.forks]
         return drawing
+
+    @property
+    def ranking(self) -> list[int]:
+        """Ids of the beams that ask for the best next tokens."""
+        return [s.sequence_id for s in self.sequences if isinstance(s.sample, TopRow)]

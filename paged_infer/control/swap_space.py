@@ -3,11 +3,13 @@
 pool    block 2 [ t0..t15 ]   block 7 [ t16..t22 ]         swap out: (2 -> 0), (7 -> 1), and 2 and 7 are free
            |                     |
 swap    place 0 [ t0..t15 ]   place 1 [ t16..t22 ]         swap in: (1 -> 4), and block 2 is found by its hash
+
+A block that several beams of a gang share is moved once, and stands in the tables of all of them.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 
 class SwapSpace:
@@ -17,25 +19,32 @@ class SwapSpace:
         self.num_blocks = num_blocks
         self._free = deque(range(num_blocks))
         self._tables: dict[int, tuple[int, ...]] = {}
+        self._counts: Counter[int] = Counter()  # in how many tables each place stands
         self._emptied: list[int] = []
 
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._free) - len(self._emptied)
 
-    def put(self, sequence_id: int, num_blocks: int) -> tuple[int, ...] | None:
-        """Places for all of a sequence's blocks, in logical order, or None."""
+    def take(self, num_blocks: int) -> list[int] | None:
+        """So many free places, to be put into tables at once; None if there are fewer."""
         if num_blocks > len(self._free):
             return None
-        self._tables[sequence_id] = tuple(self._free.popleft() for _ in range(num_blocks))
-        return self._tables[sequence_id]
+        return [self._free.popleft() for _ in range(num_blocks)]
+
+    def put(self, sequence_id: int, places: tuple[int, ...]) -> None:
+        """A sequence's blocks lie in these places, in logical order."""
+        self._tables[sequence_id] = places
+        self._counts.update(places)
 
     def places(self, sequence_id: int) -> tuple[int, ...]:
         return self._tables.get(sequence_id, ())
 
     def drop(self, sequence_id: int) -> None:
-        """Empty the sequence's places."""
-        self._emptied += self._tables.pop(sequence_id, ())
+        """Empty the sequence's places, those that nobody else has there too."""
+        places = self._tables.pop(sequence_id, ())
+        self._counts.subtract(places)
+        self._emptied += [place for place in places if not self._counts[place]]
 
     def reuse_emptied(self) -> None:
         """The step that may have read them is over."""
@@ -48,6 +57,9 @@ class SwapSpace:
             raise RuntimeError(
                 f"sequences {sorted(self._tables)[:8]} lie in swap space, not {sorted(sequence_ids)[:8]}"
             )
-        places = [*self._free, *self._emptied, *(place for table in self._tables.values() for place in table)]
+        held = Counter(place for table in self._tables.values() for place in table)
+        if held != +self._counts:
+            raise RuntimeError("a place of the swap space is counted wrongly")
+        places = [*self._free, *self._emptied, *held]
         if sorted(places) != list(range(self.num_blocks)):
-            raise RuntimeError("a place of the swap space is lost, or stands twice")
+            raise RuntimeError("a place of the swap space is lost, or is both free and held")

@@ -121,7 +121,7 @@ class Replay:
                     f"the trace says that block {block} was taken, and the pool had another one next"
                 )
         table = self.tables.get(sequence_id, ())
-        for block in table[first:]:
+        for block in reversed(table[first:]):
             self.pool.release(block)
         self.tables[sequence_id] = table[:first] + blocks
 

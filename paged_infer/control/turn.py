@@ -11,6 +11,9 @@ Samples of one request come in together, and only the first computes the prompt:
     S1      (a place is      fork  -> c        c -> d        and p8's block is copied before the first of them writes
             kept)
 
+Beams too, and again after each preemption: the first computes what all have in common, and the others fork from there.
+From then on they are a gang, and leave together. A beam that has computed all it knows waits for the others, idle.
+
 Until the step has succeeded, nothing that was built on it is certain. ``fresh`` lists who would have to begin again.
 """
 
@@ -18,9 +21,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as ReadOnlyList
 from typing import TYPE_CHECKING
 
-from paged_infer.control.block_manager import Allocation, Table
+from paged_infer.control.block_manager import Allocation, Returning, Table
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import BlockMoves
 
@@ -38,7 +42,7 @@ class Turn:
         self.max_num_seqs = scheduler.max_num_seqs
         self.budget = scheduler.max_num_batched_tokens  # tokens
         self.scheduled: list[tuple[Sequence, int]] = []
-        self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their prompt
+        self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their beginning
         self.preempted: list[Sequence] = []
         self.moves = BlockMoves()
         self.fresh: list[Sequence] = []
@@ -56,7 +60,9 @@ class Turn:
 
         Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
         """
-        order = list(self.running)
+        order = [
+            s for s in self.running if s.num_computed_tokens != len(s.token_ids)
+        ]  # not those that wait, idle
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
         for num_following, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):
@@ -64,23 +70,26 @@ class Turn:
                 break
             if sequence.state is not SequenceState.RUNNING or sequence.last_step == self.index:
                 continue
-            spare = max(1, self.budget - num_following)
-            num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, spare)
+            num_tokens = self._num_next(sequence, max(1, self.budget - num_following))
             if self._make_room(sequence, num_tokens):
                 self._schedule(sequence, num_tokens)
 
     def resume(self) -> None:
         """Bring the oldest of the swapped back while there is budget, a place, and room for all its known tokens."""
         while self.swapped and self.budget and not self._closed:
-            sequence = self.swapped[0]
-            stored = self._chain(sequence)[: sequence.num_computed_tokens // self._manager.block_size]
-            if not self._has_place(sequence) or not self._fits(sequence.num_uncomputed_tokens):
+            gang = list(self.swapped[0].gang)
+            if not self._has_place(gang) or not self._fits(gang[0].num_uncomputed_tokens):
                 break
-            if not self._manager.swap_in(sequence.sequence_id, stored, sequence.num_tokens):
+            if not self._manager.swap_in(*map(self._returning, gang)):
                 break
-            self.swapped.popleft()
-            self._enter(sequence)
-            self._start(sequence)
+            for sequence in gang:
+                self.swapped.remove(sequence)
+                self._enter(sequence)
+            for (
+                sequence
+            ) in gang:  # those for whom the budget is too short go on in the next step, like all who run
+                if self.budget and sequence.num_uncomputed_tokens:
+                    self._start(sequence)
 
     def admit(self) -> None:
         """Let the head of the queue in while there is budget, a place, and room for all its known tokens.
@@ -89,10 +98,10 @@ class Turn:
         """
         while self.waiting and self.budget and not self._closed and not self.swapped:
             sequence = self.waiting[0]
-            if sequence.waits_for_fork or not self._has_place(sequence):
+            if sequence.waits_for_fork or not self._has_place([sequence]):
                 break
             prefix = self._find_prefix(sequence)
-            if self._manager.can_allocate(sequence.num_tokens, prefix) is not Allocation.OK:
+            if self._manager.can_allocate(self._num_tokens_with_forks(sequence), prefix) is not Allocation.OK:
                 break
             if not self._fits(sequence.num_tokens - len(prefix) * self._manager.block_size):
                 break
@@ -101,10 +110,31 @@ class Turn:
             self._adopt(sequence, prefix)
             self._start(sequence)
 
-    def _has_place(self, sequence: Sequence) -> bool:
-        """For the sequence and the samples that will be forked from it, beside those promised to others' samples."""
+    def _num_next(self, sequence: Sequence, most: int) -> int:
+        """How many tokens it computes next: up to where others fork from it, if that is still to come."""
+        end = len(sequence.token_ids)
+        if sequence.num_common_tokens > sequence.num_computed_tokens and sequence.to_fork:
+            end = sequence.num_common_tokens
+        return min(end - sequence.num_computed_tokens, most)
+
+    def _num_tokens_with_forks(self, sequence: Sequence) -> int:
+        """Tokens that fill as many blocks as those of the sequence and, beside what is in common, of its forks."""
+        forks, block_size = sequence.to_fork, self._manager.block_size
+        if not forks:
+            return sequence.num_tokens
+        num_common = sequence.num_common_tokens // block_size
+        own = sum(self._manager.blocks_for(fork.num_tokens) - num_common for fork in forks)
+        return (self._manager.blocks_for(sequence.num_tokens) + own) * block_size
+
+    def _returning(self, sequence: Sequence) -> Returning:
+        num_stored = sequence.num_computed_tokens
+        chain = self._chain(sequence)[: num_stored // self._manager.block_size]
+        return Returning(sequence.sequence_id, chain, num_stored, sequence.num_tokens)
+
+    def _has_place(self, gang: ReadOnlyList[Sequence]) -> bool:
+        """For the gang and those that will be forked from it, beside the places promised to others' forks."""
         taken = len(self.running) + len(self._scheduler.held)
-        left = self.max_num_seqs - taken - 1 - len(sequence.to_fork)
+        left = self.max_num_seqs - taken - len(gang) - len(gang[0].to_fork)
         promised = (len(running.to_fork) for running in self.running if len(running.siblings) > 1)
         return not taken or (left >= 0 and left >= sum(promised))
 
@@ -121,12 +151,14 @@ class Turn:
     def _find_prefix(self, sequence: Sequence) -> Table:
         """Cached blocks that the sequence can begin with: full ones, and never all of its tokens.
 
-        A request that reports its prompt's logprobs has to compute every row.
+        Nor any beyond where others fork from it: no block that can be found is ever written. A request that reports
+        its prompt's logprobs has to compute every row.
         """
         if sequence.params.prompt_logprobs is not None:
             return ()
         chain = self._chain(sequence)
-        return self._manager.find_prefix(chain[: (sequence.num_tokens - 1) // self._manager.block_size])
+        most = min(sequence.num_tokens - 1, sequence.num_common_tokens or sequence.num_tokens)
+        return self._manager.find_prefix(chain[: most // self._manager.block_size])
 
     def _adopt(self, sequence: Sequence, prefix: Table) -> None:
         self._manager.adopt(sequence.sequence_id, prefix)
@@ -146,7 +178,7 @@ class Turn:
     def _start(self, sequence: Sequence) -> None:
         """Schedule one that has just come in, and that there is room for."""
         start = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
+        num_tokens = self._num_next(sequence, self.budget)
         self._manager.reserve(sequence.sequence_id, start, start + num_tokens)
         self._schedule(sequence, num_tokens)
 
@@ -160,7 +192,7 @@ class Turn:
         if start // block_size < end // block_size and self._scheduler.enable_prefix_caching:
             chain = sequence.hash_chain(block_size)
             self._manager.publish(sequence.sequence_id, chain, start // block_size, end // block_size)
-        if end == sequence.num_prompt_tokens and sequence.to_fork:
+        if sequence.num_common_tokens and end >= sequence.num_common_tokens and sequence.to_fork:
             self._fork(sequence)
 
     def _fork(self, sequence: Sequence) -> None:
@@ -168,36 +200,40 @@ class Turn:
         for child in children:
             self.waiting.remove(child)
             self._enter(child)
-            self._manager.fork(sequence.sequence_id, child.sequence_id, sequence.num_prompt_tokens)
-            child.num_computed_tokens = sequence.num_prompt_tokens
-            child.block_hashes = list(sequence.block_hashes)
+            self._manager.fork(sequence.sequence_id, child.sequence_id, sequence.num_common_tokens)
+            child.begin_at(sequence, sequence.num_common_tokens, self._manager.block_size)
             child.last_step = self.index
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is no way to get them."""
         start = sequence.num_computed_tokens
         while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
-            victim = self.running[-1]
-            if victim.last_step == self.index:
-                return False  # it has had its turn already; the sequence's own comes first in the next step
-            self._preempt(victim)
-            if victim is sequence:
+            victims = list(self.running[-1].gang)
+            if any(victim.last_step == self.index for victim in victims):
+                return (
+                    False  # they have had their turn already; the sequence's own comes first in the next step
+                )
+            self._preempt(victims)
+            if sequence in victims:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take all of the sequence's blocks: to swap space, or if that is full or not wanted, for good."""
-        self.running.remove(sequence)
-        sequence.num_preemptions += 1
-        self.preempted.append(sequence)
-        stored = sequence.num_computed_tokens
-        if self._scheduler.swaps and stored and self._manager.swap_out(sequence.sequence_id, stored):
-            sequence.move_to(SequenceState.SWAPPED)
-            insert_by_age(self.swapped, sequence)
-            self._manager.journal.append(("swap", sequence.sequence_id))
+    def _preempt(self, gang: ReadOnlyList[Sequence]) -> None:
+        """Take all of the gang's blocks: to swap space, or if that is full or not wanted, for good."""
+        for sequence in gang:
+            self.running.remove(sequence)
+            sequence.num_preemptions += 1
+        self.preempted += gang
+        stored = [(sequence.sequence_id, sequence.num_computed_tokens) for sequence in gang]
+        if self._scheduler.swaps and stored[0][1] and self._manager.swap_out(*stored):
+            for sequence in gang:
+                sequence.move_to(SequenceState.SWAPPED)
+                insert_by_age(self.swapped, sequence)
+                self._manager.journal.append(("swap", sequence.sequence_id))
         else:
-            self._manager.free(sequence.sequence_id)
-            self._scheduler.restart(sequence)
+            for sequence in gang:
+                self._manager.free(sequence.sequence_id)
+                self._scheduler.restart(sequence)
         self._scheduler.release_held()
         self._closed = bool(self.running)
 

@@ -12,13 +12,21 @@ class KVUsage:
     peak_slots: int = 0
     slot_steps: int = 0
     token_steps: int = 0
+    unshared_slot_steps: int = 0
 
-    def record(self, num_slots: int, num_tokens: int) -> None:
+    def record(self, num_slots: int, num_tokens: int, num_unshared_slots: int | None = None) -> None:
+        """``num_unshared_slots``: those that would be held if everybody had their own; None where everybody has."""
         self.peak_slots = max(self.peak_slots, num_slots)
         self.slot_steps += num_slots
         self.token_steps += num_tokens
+        self.unshared_slot_steps += num_slots if num_unshared_slots is None else num_unshared_slots
 
     @property
     def fill(self) -> float:
         """Share of the slots held that hold a token, over all steps; 1 while none was held."""
         return self.token_steps / self.slot_steps if self.slot_steps else 1.0
+
+    @property
+    def sharing_saved(self) -> float:
+        """Blocks saved by sharing over blocks without it, over all steps (PagedAttention, Kwon 2023, section 6.3)."""
+        return 1 - self.slot_steps / self.unshared_slot_steps if self.unshared_slot_steps else 0.0

@@ -9,7 +9,7 @@ from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
-from paged_infer.params import SamplingParams
+from paged_infer.params import BeamSearchParams, SamplingParams
 
 EOS = 1
 
@@ -37,13 +37,15 @@ class Source:
         self.num_sequences = 0
 
     def request(
-        self, num_prompt: int, story: int | None = None, salt: str | None = None, **params
+        self, num_prompt: int, story: int | None = None, salt: str | None = None, beams: int = 0, **params
     ) -> Request:
         """``story``: requests of the same one begin alike; without it a prompt is like no other."""
-        params = SamplingParams(**{"max_tokens": 8, **params})
+        params = {"max_tokens": 8, **params}
+        search = BeamSearchParams(beams, **params) if beams else None
+        params = SamplingParams(**params) if search is None else search.limits
         first = 1000 * (self.num_sequences + 1) if story is None else -1000 * (story + 1)
         prompt = [first + i for i in range(num_prompt)]
-        request = Request(f"r{self.num_sequences}", None, prompt, params, 0.0, salt)
+        request = Request(f"r{self.num_sequences}", None, prompt, params, 0.0, salt, search)
         request.add_sequences(self.num_sequences, 0, self.max_model_len, (EOS,))
         self.num_sequences += params.n
         return request

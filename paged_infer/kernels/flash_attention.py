@@ -148,7 +148,7 @@ def flash_tiles(
     if gpu == (0, 0):  # the interpreter: small, so that small shapes have many tiles
         return 16, 16, 4, 1
     if dtype == torch.float32:  # full precision has no tensor cores: products take many registers
-        tiles = (32, 64, 8, 2) if dim <= 64 else (16, 32, 8, 2)
+        tiles = (32, 64, 8, 2) if dim <= 64 else (16, 32 if dim <= 128 else 16, 8, 2)
     elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
         tiles = (128, 128, 8, 3) if dim == 64 else (128, 128, 8, 2)
     elif dim <= 64:

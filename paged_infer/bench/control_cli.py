@@ -1,4 +1,4 @@
-"""``paged-infer bench memory | control | policies | arrival``: what the control plane does, measured."""
+"""``paged-infer bench memory | sharing | control | policies | arrival``: what the control plane does, measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from paged_infer.console import Seed, console, fail
+from paged_infer.console import BlockSize, Model, Seed, console, fail, open_llm
 
 if TYPE_CHECKING:
     from paged_infer.bench.arrival import ArrivalReport
@@ -47,6 +47,48 @@ def memory(
     report.save(picture.with_suffix(".json"))
     fragmentation_figure(report).save(picture)
     _say_where(picture)
+
+
+@app.command()
+def sharing(
+    model: Model = None,
+    width: Annotated[
+        list[int] | None, typer.Option(help="Samples or beams of a request; may be repeated.", min=2)
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each sample or beam.", min=1)] = 64,
+    block_size: BlockSize = 16,
+    seed: Seed = 0,
+    figures: Annotated[Path, typer.Option(help="Folder for bench-sharing.json.")] = Path("figures"),
+) -> None:
+    """KV blocks that parallel samples and beams of one request save by sharing them, with a model."""
+    try:
+        llm = open_llm(model, block_size=block_size, enable_prefix_caching=False)
+        from paged_infer.bench.machine import describe_machine
+        from paged_infer.bench.sharing import PAPER, SharingReport, measure_sharing
+        from paged_infer.bench.workloads import story_beginnings
+
+        prompts = story_beginnings(llm, num_requests, max_tokens, seed).prompts
+        with console.status("sampling and searching"):
+            savings = measure_sharing(llm, prompts, width or [2, 4, 6], max_tokens)
+    except ValueError as error:
+        fail(error)
+    mean = sum(map(len, prompts)) / len(prompts)
+    report = SharingReport(llm.name, block_size, num_requests, mean, max_tokens, describe_machine(), savings)
+    title = (
+        f"{llm.name}: {num_requests} prompts of {mean:.0f} tokens on average, {max_tokens} tokens out, "
+        f"blocks of {block_size}"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("a request has")
+    table.add_column("blocks saved", justify="right")
+    table.add_column("the paper's, Alpaca", justify="right")
+    for saving in savings:
+        low, high = PAPER[saving.kind]
+        table.add_row(f"{saving.width} {saving.kind}", f"{saving.saved:.1%}", f"{low} to {high} %")
+    console.print(table)
+    report.save(figures / "bench-sharing.json")
+    console.print(f"numbers: {figures / 'bench-sharing.json'}", highlight=False)
 
 
 def _show_memory(report: MemoryReport) -> None:

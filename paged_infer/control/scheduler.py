@@ -110,7 +110,7 @@ class Scheduler:
         turn = self._turn = Turn(self, self.stats.steps, now)
         self.policy.plan(turn)
         self.stats.preemptions += len(turn.preempted)
-        turn.moves, self.manager.moves = self.manager.moves, BlockMoves()
+        self.manager.moves = BlockMoves()
         journal, self.manager.journal = self.manager.journal, []
         if self.trace is not None:
             self.trace.record(self, turn, journal)
@@ -206,6 +206,7 @@ class Scheduler:
         if turn is None:
             return
         self.manager.withdraw()
+        self.manager.moves = BlockMoves()  # the plan itself may have failed
         copies = {destination for _, destination in turn.moves.copies}
         copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
         lost = {*turn.fresh, *copied, *turn.preempted}

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 from paged_infer.control.block_manager import Allocation, Returning, Table
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step import BlockMoves
 
 if TYPE_CHECKING:
     from paged_infer.control.scheduler import Scheduler
@@ -44,7 +43,7 @@ class Turn:
         self.scheduled: list[tuple[Sequence, int]] = []
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their beginning
         self.preempted: list[Sequence] = []
-        self.moves = BlockMoves()
+        self.moves = scheduler.manager.moves  # what the verbs ask for, whether or not the plan comes to its end
         self.fresh: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.num_hit_tokens = 0

@@ -181,6 +181,41 @@ def test_places_promised_to_samples_are_kept_whatever_the_order() -> None:
         run(scheduler)
 
 
+class Failing(Chunked):
+    """Does all of its work and then fails, as often as it is told to."""
+
+    num_failures = 0
+
+    def plan(self, turn: Turn) -> None:
+        super().plan(turn)
+        if self.num_failures:
+            self.num_failures -= 1
+            raise ZeroDivisionError
+
+
+def test_a_plan_that_fails_leaves_no_block_to_be_moved_later() -> None:
+    """Else a copy would be made a step late, of a block that may hold something else by then."""
+    policy = Failing()
+    scheduler, source, memory = make_scheduler(block_size=4, policy=policy), Source(), FakeMemory(4)
+    first, second = source.request(6, n=2, max_tokens=4).sequences
+    by_id = {s.sequence_id: s for s in (first, second)}
+    scheduler.add([first, second])
+    step = scheduler.schedule()
+    memory.execute(step, by_id)
+    scheduler.update(step, {0: 5, 1: 6})
+    policy.num_failures = 1
+    with pytest.raises(ZeroDivisionError):
+        scheduler.schedule()  # which would have copied the block that both write to
+    scheduler.finish(second, "abort")
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        assert not step.moves.copies  # there is nobody left to share with
+        memory.execute(step, by_id)
+        carry_out(scheduler, step)
+        scheduler.check_integrity()
+    assert scheduler.stats.blocks_copied == 0
+
+
 def test_a_policy_of_ones_own_is_ten_lines() -> None:
     scheduler, source = make_scheduler(max_num_seqs=1, policy=ShortestFirst()), Source()
     sequences = add(scheduler, source, 9, 3, 6, max_tokens=1)

@@ -20,8 +20,8 @@ from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.spec import StepMeta
 from paged_infer.completion import Completion, named_logprobs
+from paged_infer.control.describe import sample_row
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.scheduler import sample_row
 from paged_infer.control.usage import KVUsage
 from paged_infer.engine import Prompt, request_output
 from paged_infer.llm import LLM

@@ -19,14 +19,15 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from paged_infer.control.beam import BeamSearch, num_candidates, seat
+from paged_infer.control.beam import BeamSearch, seat
 from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.describe import describe
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockMoves, ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.turn import Turn, insert_by_age
-from paged_infer.params import Candidates, SampleRow, TopRow
+from paged_infer.params import Candidates
 
 PREEMPTION_MODES = ("recompute", "swap")
 
@@ -115,29 +116,11 @@ class Scheduler:
         if self.trace is not None:
             self.trace.record(self, turn, journal)
         forks = turn.forks
-        sequences = [self._describe(s, n, forks.get(s.sequence_id, ())) for s, n in turn.scheduled]
+        sequences = [
+            describe(s, n, self.manager.table(s.sequence_id), forks.get(s.sequence_id, ()))
+            for s, n in turn.scheduled
+        ]
         return ScheduledStep(turn.index, sequences, turn.moves, turn.resume_at_s)
-
-    def _describe(
-        self, sequence: Sequence, num_tokens: int, children: ReadOnlyList[Sequence]
-    ) -> ScheduledSequence:
-        start = sequence.num_computed_tokens
-        end = start + num_tokens
-        num_prompt_logprobs: int | None = None
-        next_prompt_token_ids: ReadOnlyList[int] = ()
-        if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
-            next_prompt_token_ids = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
-            num_prompt_logprobs = sequence.params.prompt_logprobs if next_prompt_token_ids else None
-        return ScheduledSequence(
-            sequence.sequence_id,
-            sequence.token_ids[start:end],
-            start,
-            self.manager.table(sequence.sequence_id),
-            next_row(sequence) if end == len(sequence.token_ids) else None,
-            [(c.sequence_id, sample_row(c)) for c in children] if children and not sequence.search else (),
-            num_prompt_logprobs,
-            next_prompt_token_ids,
-        )
 
     def update(
         self,
@@ -277,29 +260,3 @@ class Scheduler:
 
     def _holders(self) -> list[Sequence]:
         return self.running + self.held
-
-
-def next_row(sequence: Sequence) -> SampleRow | TopRow:
-    """What to make of the logits after the sequence's last token."""
-    if sequence.search is None:
-        return sample_row(sequence)
-    ends = sequence.end_token_ids
-    must_go_on = sequence.num_output_tokens < sequence.params.min_tokens
-    return TopRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())
-
-
-def sample_row(sequence: Sequence) -> SampleRow:
-    """How to draw the sequence's next token; the history is in it only where a penalty needs it."""
-    params = sequence.params
-    num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
-    history = params.has_penalties
-    return SampleRow(
-        params,
-        sequence.seed,
-        sequence.sample_index,
-        num_tokens,
-        num_tokens - num_prompt,
-        sequence.end_token_ids if params.min_tokens else (),
-        sequence.token_ids[:num_prompt] if history else (),
-        sequence.output_token_ids if history else (),
-    )

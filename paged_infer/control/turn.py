@@ -43,7 +43,9 @@ class Turn:
         self.scheduled: list[tuple[Sequence, int]] = []
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their beginning
         self.preempted: list[Sequence] = []
-        self.moves = scheduler.manager.moves  # what the verbs ask for, whether or not the plan comes to its end
+        self.moves = (
+            scheduler.manager.moves
+        )  # what the verbs ask for, whether or not the plan comes to its end
         self.fresh: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.num_hit_tokens = 0

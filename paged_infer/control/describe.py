@@ -1,0 +1,60 @@
+"""From a sequence to the plain data that a step carries: its next tokens, and what is asked after the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ReadOnlyList
+
+from paged_infer.control.beam import num_candidates
+from paged_infer.control.block_manager import Table
+from paged_infer.control.request import Sequence
+from paged_infer.control.step import ScheduledSequence
+from paged_infer.params import SampleRow, TopRow
+
+
+def describe(
+    sequence: Sequence, num_tokens: int, table: Table, children: ReadOnlyList[Sequence]
+) -> ScheduledSequence:
+    """``num_tokens`` more of the sequence, after which ``children`` begin."""
+    start = sequence.num_computed_tokens
+    end = start + num_tokens
+    num_prompt_logprobs: int | None = None
+    next_prompt_token_ids: ReadOnlyList[int] = ()
+    if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
+        next_prompt_token_ids = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+        num_prompt_logprobs = sequence.params.prompt_logprobs if next_prompt_token_ids else None
+    return ScheduledSequence(
+        sequence.sequence_id,
+        sequence.token_ids[start:end],
+        start,
+        table,
+        next_row(sequence) if end == len(sequence.token_ids) else None,
+        [(c.sequence_id, sample_row(c)) for c in children] if children and not sequence.search else (),
+        num_prompt_logprobs,
+        next_prompt_token_ids,
+    )
+
+
+def next_row(sequence: Sequence) -> SampleRow | TopRow:
+    """What to make of the logits after the sequence's last token."""
+    if sequence.search is None:
+        return sample_row(sequence)
+    ends = sequence.end_token_ids
+    must_go_on = sequence.num_output_tokens < sequence.params.min_tokens
+    return TopRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())
+
+
+def sample_row(sequence: Sequence) -> SampleRow:
+    """How to draw the sequence's next token; the history is in it only where a penalty needs it."""
+    params = sequence.params
+    num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
+    history = params.has_penalties
+    return SampleRow(
+        params,
+        sequence.seed,
+        sequence.sample_index,
+        num_tokens,
+        num_tokens - num_prompt,
+        sequence.end_token_ids if params.min_tokens else (),
+        sequence.token_ids[:num_prompt] if history else (),
+        sequence.output_token_ids if history else (),
+    )

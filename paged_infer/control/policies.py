@@ -7,7 +7,8 @@
     chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 nobody does
 
 A policy is one method, ``plan(turn)``, that calls the verbs of a ``Turn`` in the order it likes: ``run``, ``resume``,
-``admit``. The verbs keep the laws whatever the order; fairness is the policy's own affair.
+``admit``. The verbs keep the laws whatever the order; fairness is the policy's own affair. A step that it leaves empty
+without saying until when is planned as by ``Chunked``, so that nobody it forgets is left behind for ever.
 """
 
 from __future__ import annotations

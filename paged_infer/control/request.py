@@ -100,16 +100,16 @@ class Sequence:
 
         Empty for all but the first of those that live: they are themselves to be forked.
         """
-        if not self.num_common_tokens or self.waits_for_fork:
+        if not self.num_common_tokens or self.leader is not self:
             return []
         return [s for s in self.siblings if s is not self and s.state is SequenceState.WAITING]
 
     @property
-    def waits_for_fork(self) -> bool:
-        """Whether a sibling computes what this one begins with."""
+    def leader(self) -> Sequence:
+        """Who computes what this one begins with: itself, or the first of its siblings that lives."""
         if not self.num_common_tokens:
-            return False
-        return next(sibling for sibling in self.siblings if not sibling.is_finished) is not self
+            return self
+        return next(sibling for sibling in self.siblings if not sibling.is_finished)
 
     @property
     def gang(self) -> ReadOnlyList[Sequence]:

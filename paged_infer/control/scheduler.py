@@ -110,6 +110,8 @@ class Scheduler:
         self.stats.steps += 1
         turn = self._turn = Turn(self, self.stats.steps, now)
         self.policy.plan(turn)
+        if not turn.scheduled and turn.resume_at_s is None:
+            Chunked().plan(turn)  # whom a policy forgets, say in swap space, would else be there for ever
         self.stats.preemptions += len(turn.preempted)
         self.manager.moves = BlockMoves()
         journal, self.manager.journal = self.manager.journal, []

@@ -98,15 +98,15 @@ class Turn:
         Nobody comes in before all that are swapped are back.
         """
         while self.waiting and self.budget and not self._closed and not self.swapped:
-            sequence = self.waiting[0]
-            if sequence.waits_for_fork or not self._has_place([sequence]):
+            sequence = self.waiting[0].leader  # a policy may have put another sample first
+            if sequence.state is not SequenceState.WAITING or not self._has_place([sequence]):
                 break
             prefix = self._find_prefix(sequence)
             if self._manager.can_allocate(self._num_tokens_with_forks(sequence), prefix) is not Allocation.OK:
                 break
             if not self._fits(sequence.num_tokens - len(prefix) * self._manager.block_size):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self._enter(sequence)
             self._adopt(sequence, prefix)
             self._start(sequence)

@@ -181,6 +181,44 @@ def test_places_promised_to_samples_are_kept_whatever_the_order() -> None:
         run(scheduler)
 
 
+class Forgetful(Policy):
+    """Never brings anybody back from swap space."""
+
+    def plan(self, turn: Turn) -> None:
+        turn.run()
+        turn.admit()
+
+
+class LastComeFirst(Policy):
+    def plan(self, turn: Turn) -> None:
+        turn.run()
+        turn.resume()
+        turn.waiting.reverse()
+        turn.admit()
+        turn.waiting.reverse()
+
+
+class Idle(Policy):
+    def plan(self, turn: Turn) -> None:
+        pass
+
+
+@pytest.mark.parametrize("policy", [Forgetful, LastComeFirst, Idle, NewcomersFirst])
+@pytest.mark.parametrize("family", [{"n": 3}, {"beams": 2}], ids=["samples", "beams"])
+def test_no_policy_leaves_somebody_behind_for_ever(policy, family) -> None:
+    scheduler, source = make_scheduler(8, 4, num_swap_blocks=8, policy=policy()), Source()
+    sequences = add(scheduler, source, 7, 7, max_tokens=9)
+    for _ in range(2):
+        sequences += source.request(5, max_tokens=4, **family).sequences
+    scheduler.add(sequences[2:])
+    for _ in range(100):
+        step = scheduler.schedule()
+        ways = {beam: [(2 + beam + way, -way) for way in range(4)] for beam in step.ranking}
+        scheduler.update(step, dict.fromkeys(step.drawing, 5), 0.0, ways)
+        scheduler.check_integrity()
+    assert all(sequence.is_finished for sequence in sequences)
+
+
 class Failing(Chunked):
     """Does all of its work and then fails, as often as it is told to."""
 

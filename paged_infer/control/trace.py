@@ -34,7 +34,7 @@ _US = 1e6  # Perfetto counts microseconds
 class TraceStep:
     """One step. Times in seconds on the caller's clock; queues and blocks as they were while it ran.
 
-    ``ended_s`` is None for a step that failed, or is still out.
+    ``ended_s`` is None for a step that failed, or is still out, or was empty because a batch waits to fill.
     """
 
     index: int
@@ -144,7 +144,9 @@ class Trace:
             sequence_ids=array("q", [sequence.sequence_id for sequence, _ in turn.scheduled]),
             token_counts=array("q", [num_tokens for _, num_tokens in turn.scheduled]),
             prefills=tuple(
-                s.sequence_id for s, n in turn.scheduled if n > 1 or len(s.token_ids) == s.num_prompt_tokens
+                s.sequence_id
+                for s, _ in turn.scheduled
+                if len(s.token_ids) - s.num_computed_tokens > 1 or len(s.token_ids) == s.num_prompt_tokens
             ),
             preempted=tuple(sequence.sequence_id for sequence in turn.preempted),
             num_running=len(scheduler.running),
@@ -165,9 +167,13 @@ class Trace:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the tokens of newcomers that the prefix cache had; 0 while nobody came."""
-        looked_up = sum(step.num_looked_up_tokens for step in self.steps)
-        return sum(step.num_hit_tokens for step in self.steps) / looked_up if looked_up else 0.0
+        """Share of the tokens of newcomers that the prefix cache had; 0 while nobody came.
+
+        Who came in with a step that failed comes in again, and counts once.
+        """
+        ended = [step for step in self.steps if step.ended_s is not None]
+        looked_up = sum(step.num_looked_up_tokens for step in ended)
+        return sum(step.num_hit_tokens for step in ended) / looked_up if looked_up else 0.0
 
     def replay(self, place: int) -> Replay:
         """Everything as it was while ``steps[place]`` ran."""
@@ -195,7 +201,7 @@ class Trace:
     def _engine_track(self) -> Iterator[dict[str, Any]]:
         for step in self.steps:
             ended_s = step.began_s if step.ended_s is None else step.ended_s
-            name = f"step {step.index}" + (" (failed)" if step.ended_s is None else "")
+            name = f"step {step.index}{self._outcome(step)}"
             args = {
                 "tokens": step.num_tokens,
                 "hit tokens": step.num_hit_tokens,
@@ -210,6 +216,14 @@ class Trace:
             queues = {"running": step.num_running, "waiting": step.num_waiting, "swapped": step.num_swapped}
             for name, values in (("blocks", blocks), ("sequences", queues)):
                 yield {"name": name, "ph": "C", "pid": 1, "ts": step.began_s, "args": values}
+
+    def _outcome(self, step: TraceStep) -> str:
+        """What there is to say of a step that did not end as steps do."""
+        if step.ended_s is not None:
+            return ""
+        if not step.num_tokens:
+            return " (waits)"  # for a batch to fill
+        return " (not ended)" if step is self.steps[-1] else " (failed)"
 
     def _sequence_tracks(self) -> Iterator[dict[str, Any]]:
         idle: dict[int, tuple[str, float]] = {}  # who waits or is swapped, and since when

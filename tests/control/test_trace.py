@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scheduling import EOS, Source, add, carry_out, counts, make_scheduler, run
 
 from paged_infer.control.block_pool import BlockPool
-from paged_infer.control.policies import POLICIES, make_policy
+from paged_infer.control.policies import POLICIES, Dynamic, make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.trace import Trace
 
@@ -109,6 +109,43 @@ def test_perfetto_opens_what_is_written(tmp_path: Path) -> None:
         "request r0, sequence 0"  # that one is the name of a track
     }
     Trace(4).to_perfetto(tmp_path / "empty.json")
+
+
+def test_only_a_step_that_failed_is_said_to_have_failed(tmp_path: Path) -> None:
+    """Not one in which a batch waited for its window, nor one that is still out."""
+    scheduler, source = traced(policy=Dynamic(window_s=5.0)), Source()
+    add(scheduler, source, 3, max_tokens=3)
+    for now in (0.0, 6.0, 7.0, 8.0, 9.0):  # waits, computes, fails, computes, is out
+        step = scheduler.schedule(now)
+        if now in (6.0, 8.0):
+            scheduler.update(step, dict.fromkeys(step.drawing, 5), now + 0.5)
+    scheduler.trace.to_perfetto(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [e["name"] for e in events if e["pid"] == 1 and e["ph"] == "X"]
+    assert names == ["step 1 (waits)", "step 2", "step 3 (failed)", "step 4", "step 5 (not ended)"]
+
+
+def test_the_hit_rate_counts_nobody_twice_who_came_in_with_a_step_that_failed() -> None:
+    scheduler, source = traced(block_size=4), Source()
+    scheduler.add([source.sequence(9, story=1)])
+    run(scheduler)
+    scheduler.add([source.sequence(9, story=1)])
+    scheduler.schedule()
+    assert scheduler.trace.hit_rate == 0  # of what has been computed
+    run(scheduler)
+    assert scheduler.trace.hit_rate == scheduler.stats.prefix_hit_tokens / 18 == 8 / 18
+
+
+def test_a_chunk_of_one_token_is_no_decode_while_more_are_known() -> None:
+    scheduler, source = traced(4, 4, 4, 2, enable_prefix_caching=False), Source()
+    add(scheduler, source, 6, 6, max_tokens=6)
+    num_again = 0
+    while scheduler.has_work:
+        step = run(scheduler)
+        chunks = {s.sequence_id for s in step.sequences if s.sample is None}
+        assert chunks <= {*scheduler.trace.steps[-1].prefills}
+        num_again += any(s.num_tokens == 1 and s.sample is None for s in step.sequences)
+    assert scheduler.stats.preemptions and num_again > 3
 
 
 def test_a_trace_of_a_busy_engine_stays_small() -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.spec import StepMeta
-from paged_infer.completion import Completion, named_logprobs
+from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.control.describe import sample_row
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.usage import KVUsage
-from paged_infer.engine import Prompt, request_output
+from paged_infer.engine import Prompt
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams

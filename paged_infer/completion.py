@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from paged_infer.control.request import Sequence
-from paged_infer.outputs import CompletionOutput, Logprob, TokenLogprobs
+from paged_infer.control.request import Request, Sequence
+from paged_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from paged_infer.tokenizer import StreamingDecoder, Tokenizer
 
 
@@ -108,3 +108,27 @@ def named_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> Toke
         token_id: Logprob(entry.logprob, entry.rank, tokenizer.token_text(token_id))
         for token_id, entry in logprobs.items()
     }
+
+
+def request_output(
+    request: Request, completions: list[Completion], prompt_logprobs: list[TokenLogprobs | None] | None
+) -> RequestOutput:
+    """The request as it stands, for whoever asked for it."""
+    metrics = RequestMetrics(
+        arrival_time_s=request.arrival_time_s,
+        first_token_time_s=request.first_token_time_s,
+        finished_time_s=request.finished_time_s,
+        num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
+        num_longest_output_tokens=max(sequence.num_output_tokens for sequence in request.sequences),
+        num_cached_tokens=request.sequences[0].num_cached_tokens,
+        num_preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
+    )
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[completion.output() for completion in completions],
+        metrics=metrics,
+        finished=request.is_finished,
+        prompt_logprobs=prompt_logprobs,
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.completion import Completion, named_logprobs
+from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_beams, check_request, truncated
 from paged_infer.control.block_manager import BlockManager
@@ -23,12 +23,13 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
+from paged_infer.interrupts import uninterrupted
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.weights import load_decoder
 from paged_infer.noise import request_seed
-from paged_infer.outputs import RequestMetrics, RequestOutput, TokenLogprobs
+from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.runner import ModelRunner, StepResult
 from paged_infer.sampling import Sampler
@@ -149,6 +150,7 @@ class LLMEngine:
             raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
         return self.tokenizer.encode(text)
 
+    @uninterrupted()
     def submit(self, request: Request, *, streamed: bool = False) -> None:
         """Queue a prepared request. A streamed one is reported after every step, others when they finish.
 
@@ -178,6 +180,7 @@ class LLMEngine:
         """Check, tokenize and queue; see ``prepare`` and ``submit``."""
         self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
+    @uninterrupted()
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""
         live = self._live.pop(request_id, None)
@@ -197,13 +200,18 @@ class LLMEngine:
         """
         if not self.scheduler.has_work:
             return []
-        step = self.scheduler.schedule(time.perf_counter())
+        with uninterrupted():
+            step = self.scheduler.schedule(time.perf_counter())
         if step.resume_at_s is not None and not step.sequences:
             time.sleep(max(0.0, step.resume_at_s - time.perf_counter()))
             return []
         if not step.sequences:
             raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
-        result = self.runner.execute(step)
+        return self._enter(step, self.runner.execute(step))
+
+    @uninterrupted()
+    def _enter(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
+        """Write the step's results into the books."""
         self._record_usage(step)
         now = time.perf_counter()
         grown = self.scheduler.update(step, result.token_ids, now, result.candidates)
@@ -269,30 +277,6 @@ class LLMEngine:
         self.scheduler.check_integrity()
         if not self._live and self.manager.pool.num_used:
             raise RuntimeError(f"no request is served and {self.manager.pool.num_used} blocks are held")
-
-
-def request_output(
-    request: Request, completions: list[Completion], prompt_logprobs: list[TokenLogprobs | None] | None
-) -> RequestOutput:
-    """The request as it stands, for whoever asked for it."""
-    metrics = RequestMetrics(
-        arrival_time_s=request.arrival_time_s,
-        first_token_time_s=request.first_token_time_s,
-        finished_time_s=request.finished_time_s,
-        num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
-        num_longest_output_tokens=max(sequence.num_output_tokens for sequence in request.sequences),
-        num_cached_tokens=request.sequences[0].num_cached_tokens,
-        num_preemptions=sum(sequence.num_preemptions for sequence in request.sequences),
-    )
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=request.prompt,
-        prompt_token_ids=request.prompt_token_ids,
-        outputs=[completion.output() for completion in completions],
-        metrics=metrics,
-        finished=request.is_finished,
-        prompt_logprobs=prompt_logprobs,
-    )
 
 
 def _device(name: str) -> torch.device:

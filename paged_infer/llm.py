@@ -12,6 +12,7 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
 from paged_infer.engine import LLMEngine, Params, Prompt
+from paged_infer.interrupts import uninterrupted
 from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
@@ -146,6 +147,7 @@ class LLM:
         self._mail.update((output.request_id, output) for output in outputs)
         return outputs
 
+    @uninterrupted()
     def _drop(self, requests: list[Request]) -> None:
         for request in requests:
             self.engine.abort(request.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from functools import partial
 
@@ -9,7 +10,7 @@ from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
-from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.params import BeamSearchParams, Candidates, SamplingParams
 
 EOS = 1
 
@@ -74,6 +75,19 @@ def run(scheduler: Scheduler, num_steps: int = 1) -> ScheduledStep:
         carry_out(scheduler, step)
         scheduler.check_integrity()
     return step
+
+
+def next_tokens(step: ScheduledStep, sequences: Mapping[int, Sequence]) -> dict[int, Candidates]:
+    """What beams may go on with: a function of all that they hold, like logits; now and then they may end."""
+    found = {}
+    for item in step.sequences:
+        if item.sequence_id in step.ranking:
+            rng = random.Random(str(sequences[item.sequence_id].token_ids))
+            words = [(EOS, -rng.random() * 3)] if rng.random() < 0.3 else []
+            words += [(word, -rng.random() * 3) for word in range(2, 2 + item.sample.num_top)]
+            words = [w for w in words if w[0] not in item.sample.banned_token_ids]
+            found[item.sequence_id] = sorted(words, key=lambda word: -word[1])[: item.sample.num_top]
+    return found
 
 
 class FakeMemory:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import EOS, FakeMemory, Source, make_scheduler
+from scheduling import FakeMemory, Source, make_scheduler, next_tokens
 
 from paged_infer.control.block_pool import BlockPool
 from paged_infer.control.policies import POLICIES, make_policy
@@ -14,26 +12,12 @@ from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Replay, Trace
-from paged_infer.params import Candidates
-
-
-def next_tokens(step: ScheduledStep, requests: list[Request]) -> dict[int, Candidates]:
-    """What beams may go on with: a function of all that they hold, like logits; now and then they may end."""
-    found = {}
-    sequences = {s.sequence_id: s for request in requests for s in request.sequences}
-    for item in step.sequences:
-        if item.sequence_id in step.ranking:
-            rng = random.Random(str(sequences[item.sequence_id].token_ids))
-            words = [(EOS, -rng.random() * 3)] if rng.random() < 0.3 else []
-            words += [(word, -rng.random() * 3) for word in range(2, 2 + item.sample.num_top)]
-            words = [w for w in words if w[0] not in item.sample.banned_token_ids]
-            found[item.sequence_id] = sorted(words, key=lambda word: -word[1])[: item.sample.num_top]
-    return found
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, requests: list[Request]) -> None:
     drawn = dict.fromkeys(step.drawing, 5)
-    scheduler.update(step, drawn, 0.0, next_tokens(step, requests))
+    sequences = {s.sequence_id: s for request in requests for s in request.sequences}
+    scheduler.update(step, drawn, 0.0, next_tokens(step, sequences))
 
 
 def gangs_stand_together(requests: list[Request]) -> None:

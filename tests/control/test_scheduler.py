@@ -11,10 +11,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, run
+from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run
 
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import ScheduledStep
+from paged_infer.params import SampleRow
 
 
 def test_a_long_prompt_streams_in_while_decodes_go_on() -> None:
@@ -289,7 +290,7 @@ def test_control_imports_no_torch() -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests of any size come, steps succeed or fail, requests are aborted; a fake memory shows what tables mean."""
+    """Samples and beams come, steps succeed or fail, some are aborted; a fake memory shows what tables mean."""
 
     @initialize(
         num_blocks=st.integers(2, 14),
@@ -336,15 +337,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     def by_id(self) -> dict[int, Sequence]:
         return dict(enumerate(self.arrived))
 
-    @rule(data=st.data(), story=st.integers(0, 1), salt=st.sampled_from([None, None, "pepper"]))
-    def add_request(self, data: st.DataObject, story: int, salt: str | None) -> None:
+    @rule(
+        data=st.data(),
+        story=st.integers(0, 1),
+        salt=st.sampled_from([None, None, "pepper"]),
+        searches=st.sampled_from([False, False, True]),
+    )
+    def add_request(self, data: st.DataObject, story: int, salt: str | None, searches: bool) -> None:
         n = data.draw(st.integers(1, min(3, self.scheduler.max_num_seqs)), label="n")
         most = self.pool_tokens // n - self.scheduler.manager.block_size  # whole blocks for each sample
         if most < 1:
             n, most = 1, self.pool_tokens
         num_prompt = data.draw(st.integers(1, most), label="prompt")
         max_tokens = data.draw(st.integers(1, most - num_prompt + 1), label="max_tokens")
-        request = self.source.request(num_prompt, story, salt, n=n, max_tokens=max_tokens)
+        kind = {"beams": n} if searches else {"n": n}
+        request = self.source.request(num_prompt, story, salt, max_tokens=max_tokens, **kind)
         self.arrived += request.sequences
         self.scheduler.add(request.sequences)
 
@@ -362,23 +369,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.scheduler.finish(data.draw(st.sampled_from(self.alive)), "abort")
+        for sequence in self.family(data):
+            self.scheduler.finish(sequence, "abort")
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def abort_while_the_step_is_out(self, data: st.DataObject) -> None:
         step = self.checked_schedule()
         self.memory.execute(step, self.by_id)
-        aborted = data.draw(st.sampled_from(self.alive))
-        self.scheduler.finish(aborted, "abort")
-        assert aborted not in self.scheduler.update(step, dict.fromkeys(step.drawing, 5))
+        aborted, ways = self.family(data), next_tokens(step, self.by_id)
+        for sequence in aborted:
+            self.scheduler.finish(sequence, "abort")
+        grown = self.scheduler.update(step, dict.fromkeys(step.drawing, 5), 0.0, ways)
+        assert not {*aborted} & {*grown}
+
+    def family(self, data: st.DataObject) -> list[Sequence]:
+        """Somebody who lives: one sample, or all beams of a search."""
+        sequence = data.draw(st.sampled_from(self.alive))
+        return [sequence] if sequence.search is None else [*sequence.siblings]
 
     def one_step(self, ends: dict[int, int]) -> None:
         step = self.checked_schedule()
         self.memory.execute(step, self.by_id)
         drawn = {sequence_id: ends.get(place, 5) for place, sequence_id in enumerate(step.drawing)}
         before = {i: self.arrived[i].num_tokens for i in drawn}
-        grown = self.scheduler.update(step, drawn)
+        grown = self.scheduler.update(step, drawn, 0.0, next_tokens(step, self.by_id))
+        self.gangs_stand_together()
+        grown = [s for s in grown if s.search is None]
         assert [s.sequence_id for s in grown] == list(drawn)
         for sequence in grown:
             assert sequence.num_tokens == before[sequence.sequence_id] + 1
@@ -405,7 +422,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if scheduled - running.keys() - stored.keys():
             assert not self.scheduler.swapped
         # Who runs goes on, unless the pool is exhausted; where the budget is too small, those served longest ago do.
-        skipped = running.keys() - scheduled - {s.sequence_id for s in preempted}
+        # A beam that has computed all it knows waits for the others; one without room, for the gang's next turn.
+        behind = {s.sequence_id for s in self.alive if scheduled.isdisjoint(b.sequence_id for b in s.gang)}
+        idle = {s.sequence_id for s in self.alive if not s.num_uncomputed_tokens}
+        skipped = (running.keys() & behind) - idle - {s.sequence_id for s in preempted}
         if skipped and not preempted:
             assert len(running) > self.scheduler.max_num_batched_tokens
             served = max(running[i] for i in scheduled & running.keys())
@@ -417,10 +437,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert list(item.token_ids) == sequence.token_ids[item.num_computed_tokens : end]
             assert len(item.block_table) >= self.scheduler.manager.blocks_for(end)
             assert (item.sample is None) == (end < sequence.num_tokens)
-            if item.sample is not None:
+            if isinstance(item.sample, SampleRow):
                 assert item.sample.position == sequence.num_tokens
         self.scheduler.check_integrity()
         return step
+
+    def gangs_stand_together(self) -> None:
+        for sequence in self.arrived:
+            if sequence.search is not None and not sequence.num_common_tokens:  # they have parted
+                beams = sequence.siblings
+                assert len({(s.state, s.is_finished or s.num_tokens) for s in beams}) == 1
 
     @invariant()
     def laws_hold(self) -> None:

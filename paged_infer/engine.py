@@ -180,6 +180,10 @@ class LLMEngine:
         """Check, tokenize and queue; see ``prepare`` and ``submit``."""
         self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
+    def serves(self, request: Request) -> bool:
+        """Whether it is this very request that is under way, and not another of its id."""
+        return request.request_id in self._live and self._live[request.request_id].request is request
+
     @uninterrupted()
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""

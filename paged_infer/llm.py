@@ -150,7 +150,8 @@ class LLM:
     @uninterrupted()
     def _drop(self, requests: list[Request]) -> None:
         for request in requests:
-            self.engine.abort(request.request_id)
+            if self.engine.serves(request):
+                self.engine.abort(request.request_id)
             self._mail.pop(request.request_id, None)
 
     def chat(

@@ -460,6 +460,15 @@ def test_a_stream_and_generate_may_be_under_way_together(llm) -> None:
     assert [ids([list(stream)[-1]])[0] for stream in (second, first)] == [want[1], want[0]]
 
 
+def test_an_id_that_somebody_else_uses_costs_them_nothing(llm) -> None:
+    llm.engine.add_request("0", [5, 6], SamplingParams(max_tokens=3))
+    with pytest.raises(ValueError, match="request_id='0' is already being served"):
+        llm.generate([[7]], use_tqdm=False)
+    assert llm.engine.has_unfinished_requests
+    llm.generate([[7]], use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests
+
+
 def test_closing_a_stream_aborts_it(llm) -> None:
     stream = llm.stream([5, 6], LONG)
     next(stream)

@@ -26,6 +26,8 @@ RUNGS: dict[str, Callable[..., Any]] = {
 }
 PAGED_SETTINGS: dict[str, dict[str, Any]] = {
     "torch": {"attention_backend": "torch"},
+    "sdpa": {"attention_backend": "sdpa"},
+    "sdpa-block-3-chunk-7": {"attention_backend": "sdpa", "block_size": 3, "max_num_batched_tokens": 7},
     "torch-block-3-chunk-7": {"attention_backend": "torch", "block_size": 3, "max_num_batched_tokens": 7},
     "block-1": {"block_size": 1, "num_blocks": 400},
     "block-3-chunk-7": {"block_size": 3, "num_blocks": 200, "max_num_batched_tokens": 7},

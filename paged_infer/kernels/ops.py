@@ -1,4 +1,4 @@
-"""The pieces of a step around its matrix products, as one set: all in plain torch, or all as Triton kernels.
+"""The pieces of a step around its matrix products, as one set: in plain torch, as Triton kernels, or in C for a CPU.
 
 The decoder, the cache and the sampler take a set and do not know which it is.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from paged_infer.kernels.c_ops import add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c
 from paged_infer.kernels.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -38,3 +39,4 @@ TORCH_OPS = Ops(
     None,
 )
 TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample)
+C_OPS = Ops(add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c, copy_blocks_reference, None)

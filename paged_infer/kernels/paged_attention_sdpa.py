@@ -29,16 +29,25 @@ def paged_attention_batched(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
 ) -> Tensor:
     """q [T, H, D]; caches [num_blocks + 1, block_size, H_kv, D], the last block zero -> [T, H, D]."""
-    key = ("paged_attention_batched", window)
+    key = ("decodes", window)
     if key not in step.plan:
-        step.plan[key] = _decode_plans(k_cache, step, window), _chunk_plans(k_cache, step, window)
-    decodes, chunks = step.plan[key]
+        step.plan[key] = _decode_plans(k_cache, step, window)
     out = torch.empty_like(q)
-    for decode in decodes:
+    for decode in step.plan[key]:
         out[decode.rows] = _decode(q[decode.rows], k_cache, v_cache, decode)
-    for chunk in chunks:
-        out[chunk.rows] = _chunk(q[chunk.rows], k_cache, v_cache, chunk)
+    attend_chunks(out, q, k_cache, v_cache, step, window)
     return out
+
+
+def attend_chunks(
+    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, window: int | None
+) -> None:
+    """The rows behind the decodes alone: fills their part of ``out`` [T, H, D]."""
+    key = ("chunks", window)
+    if key not in step.plan:
+        step.plan[key] = _chunk_plans(k_cache, step, window)
+    for chunk in step.plan[key]:
+        out[chunk.rows] = _chunk(q[chunk.rows], k_cache, v_cache, chunk)
 
 
 @dataclass(frozen=True, slots=True)

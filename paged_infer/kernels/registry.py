@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import StepMeta
-from paged_infer.kernels.ops import TORCH_OPS, TRITON_OPS, Ops
+from paged_infer.kernels.c_runtime import why_not
+from paged_infer.kernels.ops import C_OPS, TORCH_OPS, TRITON_OPS, Ops
 from paged_infer.kernels.paged_attention import paged_attention, paged_attention_reference
+from paged_infer.kernels.paged_attention_c import paged_attention_c
 from paged_infer.kernels.paged_attention_sdpa import paged_attention_batched
 from paged_infer.kernels.triton_runtime import can_run_on
 
@@ -36,7 +38,7 @@ class AttentionBackend(Protocol):
         ...
 
 
-ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"sdpa": paged_attention_batched}
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"c": paged_attention_c, "sdpa": paged_attention_batched}
 
 
 def register_attention_backend(name: str) -> Callable[[AttentionBackend], AttentionBackend]:
@@ -87,25 +89,39 @@ def triton_backend(
 def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend, Ops]:
     """The backend called ``name``, and the set of elementwise pieces that goes with it.
 
-    "auto" is the fastest that ``device`` has: "triton" on CUDA, else "sdpa". With "torch" and "sdpa" everything is
-    plain torch, and with "triton" everything is Triton; beside a backend of one's own, it is what "auto" would take.
+    "auto" is the fastest that ``device`` has: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". With
+    "torch" and "sdpa" everything is plain torch, with "triton" everything is Triton, and with "c" what one pass in C
+    does better; beside a backend of one's own, it is what "auto" would take.
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones), or Triton cannot run on ``device``.
+        ValueError: an unknown name (the message lists the known ones), or one that cannot run on ``device``.
     """
-    fastest = "triton" if device.type == "cuda" and can_run_on(device) else "sdpa"
+    fastest = fastest_backend(device)
     if name == "auto":
         name = fastest
     if name == "triton" and not can_run_on(device):
         raise ValueError(
             f"attention_backend='triton' cannot run on {device} here: triton is not installed for it"
         )
+    if name == "c" and (device.type != "cpu" or why_not() is not None):
+        raise ValueError(
+            f"attention_backend='c' cannot run on {device} here: {why_not() or 'it is for CPUs'}"
+        )
     backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)
     if backend is None:
         known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
         raise ValueError(f"attention_backend={name!r} is not known; known: {known}")
-    uses_triton = (fastest if name not in ("torch", "sdpa", "triton") else name) == "triton"
-    return backend, TRITON_OPS if uses_triton else TORCH_OPS
+    return backend, _OPS[name if name in _OPS else fastest]
+
+
+def fastest_backend(device: torch.device) -> str:
+    """What "auto" stands for."""
+    if device.type == "cuda" and can_run_on(device):
+        return "triton"
+    return "c" if device.type == "cpu" and why_not() is None else "sdpa"
+
+
+_OPS = {"torch": TORCH_OPS, "sdpa": TORCH_OPS, "c": C_OPS, "triton": TRITON_OPS}
 
 
 def _imported(name: str) -> AttentionBackend:

@@ -57,7 +57,7 @@ def whole(window: int | None, layer: int) -> list[Tensor]:
     return list(out.split(LENGTHS))
 
 
-@pytest.mark.parametrize("backend", ["torch", "sdpa"])
+@pytest.mark.parametrize("backend", ["torch", "sdpa", "c"])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(

@@ -15,7 +15,7 @@ from paged_infer.cache.spec import StepMeta
 from paged_infer.kernels.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.registry import ATTENTION_BACKENDS
 
-BACKENDS = ["torch", "sdpa", "triton"]
+BACKENDS = ["torch", "sdpa", "c", "triton"]
 
 
 @dataclass

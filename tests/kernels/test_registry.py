@@ -7,7 +7,7 @@ import torch
 
 from paged_infer import SamplingParams
 from paged_infer.kernels import registry, triton_runtime
-from paged_infer.kernels.ops import TORCH_OPS, TRITON_OPS
+from paged_infer.kernels.ops import C_OPS, TORCH_OPS, TRITON_OPS
 from paged_infer.kernels.registry import ATTENTION_BACKENDS, attention_backend, register_attention_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"'flash9' is not known; known: auto, sdpa, torch, triton, module:function"
+        ValueError, match=r"'flash9' is not known; known: auto, c, sdpa, torch, triton, module:function"
     ):
         attention_backend("flash9", CPU)
 
@@ -36,6 +36,9 @@ def test_a_backend_that_cannot_be_imported_is_refused_with_the_reason(name: str,
 
 
 def test_auto_is_the_fastest_that_the_device_has(monkeypatch) -> None:
+    monkeypatch.setattr(registry, "why_not", lambda: None)
+    assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["c"], C_OPS)
+    monkeypatch.setattr(registry, "why_not", lambda: "no C compiler")
     assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["sdpa"], TORCH_OPS)
     assert attention_backend("auto", CUDA)[1] is TORCH_OPS  # an interpreting process cannot compile
     monkeypatch.setattr(registry, "can_run_on", lambda device: True)
@@ -46,6 +49,14 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(triton_runtime, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="attention_backend='triton' cannot run on cpu here"):
         attention_backend("triton", CPU)
+
+
+def test_c_is_refused_where_it_cannot_run(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="attention_backend='c' cannot run on cuda here: it is for CPUs"):
+        attention_backend("c", CUDA)
+    monkeypatch.setattr(registry, "why_not", lambda: "cc failed: no room")
+    with pytest.raises(ValueError, match="'c' cannot run on cpu here: cc failed: no room"):
+        attention_backend("c", CPU)
 
 
 def test_with_the_torch_backends_everything_is_torch_and_with_triton_everything_is_triton() -> None:

@@ -1,0 +1,125 @@
+"""The step's elementwise pieces on a CPU, by the functions of ``c_kernels.c``: each in one pass, without temporaries.
+
+Each takes what its twin takes. What the C function does not do (half precision, rows that are not dense, tensors on
+another device) goes to the twin, so callers need not know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.c_runtime import library
+from paged_infer.kernels.qk_norm_rope import qk_norm_rope_reference
+from paged_infer.kernels.rms_norm import add_rms_norm_reference
+from paged_infer.kernels.silu_mul import silu_mul_reference
+from paged_infer.kernels.store_kv import store_kv_reference
+
+
+def suits(*tensors: Tensor) -> bool:
+    """Whether C can read them: float32 on the CPU, the last dimension dense."""
+    return all(x.dtype is torch.float32 and x.is_cpu and x.stride(-1) == 1 for x in tensors)
+
+
+def add_rms_norm_c(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``kernels.rms_norm.add_rms_norm``: [T, hidden] both -> the sum normalised, and the sum."""
+    if not suits(x, weight) or (residual is not None and not suits(residual)):
+        return add_rms_norm_reference(x, residual, weight, eps)
+    num_tokens, width = x.shape
+    normed = torch.empty(num_tokens, width)
+    total = x if residual is None else torch.empty(num_tokens, width)
+    library().add_rms_norm(
+        normed.data_ptr(),
+        total.data_ptr(),
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        num_tokens,
+        width,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return normed, total
+
+
+def silu_mul_c(gate_up: Tensor) -> Tensor:
+    """``kernels.silu_mul.silu_mul``: [T, 2 I] -> [T, I]."""
+    if not suits(gate_up):
+        return silu_mul_reference(gate_up)
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(num_tokens, width)
+    library().silu_mul(
+        out.data_ptr(), gate_up.data_ptr(), num_tokens, width, gate_up.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def qk_norm_rope_c(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``kernels.qk_norm_rope.qk_norm_rope`` without its store: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D]."""
+    num_tokens, _, dim = qkv.shape
+    num_qk = num_heads + num_kv_heads
+    dense = (
+        suits(qkv, cos, signed_sin)
+        and qkv.stride(1) == dim
+        and cos.is_contiguous()
+        and signed_sin.is_contiguous()
+    )
+    if not dense or (norm_weight is not None and not (suits(norm_weight) and norm_weight.is_contiguous())):
+        return qk_norm_rope_reference(
+            qkv,
+            cos,
+            signed_sin,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            norm_weight=norm_weight,
+            eps=eps,
+        )
+    qk = torch.empty(num_tokens, num_qk, dim)
+    library().qk_norm_rope(
+        qk.data_ptr(),
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        signed_sin.data_ptr(),
+        None if norm_weight is None else norm_weight.data_ptr(),
+        num_tokens,
+        num_qk,
+        dim,
+        qkv.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return qk
+
+
+def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """``kernels.store_kv.store_kv``: rows [T, H_kv, D] to their slots; -1 nowhere. Slots lie within the cache."""
+    dim = k.shape[-1]
+    dense = suits(k, v, k_cache, v_cache) and k.stride(1) == v.stride(1) == dim and v.shape == k.shape
+    dense = (
+        dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64
+    )
+    if not dense:
+        store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
+        return
+    library().store_kv(
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        slot_mapping.data_ptr(),
+        k.shape[0],
+        k.shape[1] * dim,
+        k.stride(0),
+        v.stride(0),
+    )

@@ -1,0 +1,95 @@
+"""Each C function equals its torch twin, rows apart and odd widths included; what it cannot do, the twin does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_infer.kernels.c_runtime import why_not
+from paged_infer.kernels.ops import C_OPS, TORCH_OPS
+
+if why_not() is not None:
+    pytest.skip(f"the C kernels cannot be built: {why_not()}", allow_module_level=True)
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+WIDTHS = st.sampled_from([1, 2, 3, 24, 64, 192, 769])
+
+
+@given(st.integers(0, 40), WIDTHS, st.booleans(), st.sampled_from([1e-3, 1.0, 50.0]), st.integers(0, 99))
+@settings(max_examples=60)
+def test_the_norm_equals_its_twin(num_tokens, width, has_residual, scale, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    wide = torch.randn(num_tokens, 3 * width, generator=rng) * scale
+    before = wide.clone()
+    x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None  # rows are apart
+    weight = 1 + 0.2 * torch.randn(width, generator=rng)
+    for ours, theirs in zip(
+        *(ops.add_rms_norm(x, residual, weight, 1e-6) for ops in (C_OPS, TORCH_OPS)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert torch.equal(wide, before)
+
+
+@given(st.integers(0, 40), WIDTHS, st.sampled_from([1e-3, 1.0, 50.0, 1e18]), st.integers(0, 99))
+@settings(max_examples=60)
+def test_silu_mul_equals_its_twin_however_large_the_gate(num_tokens, width, scale, seed) -> None:
+    wide = torch.randn(num_tokens, 4 * width, generator=torch.Generator().manual_seed(seed)) * scale
+    gate_up = wide[:, width : 3 * width]
+    torch.testing.assert_close(C_OPS.silu_mul(gate_up), TORCH_OPS.silu_mul(gate_up), **CLOSE)
+
+
+@given(
+    num_tokens=st.integers(0, 40),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (7, 7)]),
+    dim=st.sampled_from([2, 8, 24, 64, 80]),
+    has_norm=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_rotated_heads_equal_the_twins(num_tokens, heads, dim, has_norm, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    num_all = num_heads + 2 * num_kv_heads
+    qkv = torch.randn(num_tokens, num_all + 1, dim, generator=rng)[:, :num_all]  # rows are apart
+    cos, sin = torch.randn(2, num_tokens, 1, dim, generator=rng)
+    norm = {"norm_weight": torch.rand(num_heads + num_kv_heads, dim, generator=rng)} if has_norm else {}
+    named = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": 1e-5, **norm}
+    ours, theirs = (ops.qk_norm_rope(qkv, cos, sin, **named) for ops in (C_OPS, TORCH_OPS))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@given(st.integers(0, 9), st.sampled_from([1, 3, 16]), st.integers(0, 99))
+@settings(max_examples=30)
+def test_rows_go_to_their_slots_and_none_to_minus_one(num_tokens, block_size, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(num_tokens, 8, 24, generator=rng)
+    slots = torch.randperm(10 * block_size, generator=rng)[:num_tokens]
+    slots[::3] = -1
+    caches = [torch.full((2, 10, block_size, 2, 24), math.nan) for _ in (C_OPS, TORCH_OPS)]
+    for cache, ops in zip(caches, (C_OPS, TORCH_OPS), strict=True):
+        ops.store_kv(qkv[:, 4:6], qkv[:, 6:], cache[0], cache[1], slots)
+    torch.testing.assert_close(*caches, equal_nan=True, rtol=0, atol=0)
+
+
+def test_nan_stays_nan_and_in_its_row() -> None:
+    x = torch.ones(3, 8)
+    x[1, 5] = math.nan
+    assert C_OPS.add_rms_norm(x, None, torch.ones(8), 1e-6)[0].isnan().any(1).tolist() == [False, True, False]
+    assert C_OPS.silu_mul(x).isnan().sum(1).tolist() == [0, 1, 0]
+    rotated = C_OPS.qk_norm_rope(x.view(3, 4, 2), *torch.ones(2, 3, 1, 2), num_heads=2, num_kv_heads=1)
+    assert rotated.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
+    x, weight = torch.randn(2, 8).to(dtype), torch.ones(8).to(dtype)
+    assert torch.equal(C_OPS.silu_mul(x), TORCH_OPS.silu_mul(x))
+    assert torch.equal(
+        C_OPS.add_rms_norm(x, x, weight, 1e-6)[0], TORCH_OPS.add_rms_norm(x, x, weight, 1e-6)[0]
+    )
+    columns = torch.randn(8, 2).mT  # the last dimension is not dense
+    assert torch.equal(C_OPS.silu_mul(columns), TORCH_OPS.silu_mul(columns))

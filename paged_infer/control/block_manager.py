@@ -60,11 +60,12 @@ class BlockManager:
     """Block tables of all sequences over one pool, and a swap space beside it.
 
     ``watermark``: share of the pool that newcomers leave free while others hold blocks, so that those do not have to
-    take them back a step later.
+    take them back a step later. In ``bench memory`` 1 % (vLLM V0's share), 2 % and 3 % mean 0.9, 0.7 and 0.5
+    preemptions a ShareGPT-like request, and 96.8, 96.4 and 95.9 % of the pool in use.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.01
+        self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.02
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")

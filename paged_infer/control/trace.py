@@ -171,9 +171,14 @@ class Trace:
 
         Who came in with a step that failed comes in again, and counts once.
         """
+        num_hits, num_looked_up = self.hits
+        return num_hits / num_looked_up if num_looked_up else 0.0
+
+    @property
+    def hits(self) -> tuple[int, int]:
+        """Tokens of newcomers that the prefix cache had, and all that were looked up."""
         ended = [step for step in self.steps if step.ended_s is not None]
-        looked_up = sum(step.num_looked_up_tokens for step in ended)
-        return sum(step.num_hit_tokens for step in ended) / looked_up if looked_up else 0.0
+        return sum(step.num_hit_tokens for step in ended), sum(step.num_looked_up_tokens for step in ended)
 
     def replay(self, place: int) -> Replay:
         """Everything as it was while ``steps[place]`` ran."""

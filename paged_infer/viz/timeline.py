@@ -118,9 +118,8 @@ def _title(trace: Trace, lives: Sequence[Life]) -> str:
     num_preempted = sum(len(life.preempted) for life in lives)
     if num_preempted:
         title += f", {_count(num_preempted, 'preemption')}"
-    num_hits = sum(step.num_hit_tokens for step in trace.steps)
+    num_hits, num_looked_up = trace.hits
     if num_hits:
-        num_looked_up = sum(step.num_looked_up_tokens for step in trace.steps)
         title += f", {num_hits:,} of {num_looked_up:,} tokens to prefill found in the cache"
     return title
 

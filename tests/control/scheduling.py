@@ -21,7 +21,7 @@ def make_scheduler(
     max_num_seqs: int = 8,
     budget: int = 64,
     num_swap_blocks: int = 0,
-    watermark: float = 0.01,
+    watermark: float = 0.02,
     **options,
 ) -> Scheduler:
     """Preempts by swapping where it is given room to."""

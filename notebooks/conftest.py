@@ -6,8 +6,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CELL_TIMEOUT_S = 120
-# Pictures and tables of HTML depend on fonts and versions; warnings on the machine.
-SKIPPED = ("stderr", "image/png", "image/svg+xml", "text/html")
+# Pictures and tables of HTML depend on fonts and versions; warnings on the machine. Of a widget only the picture beside
+# it is stored, see execute.py.
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+SKIPPED = ("stderr", "image/png", "image/svg+xml", "text/html", WIDGET_VIEW)
 
 
 def pytest_configure(config):

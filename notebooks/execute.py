@@ -1,7 +1,8 @@
 """Runs notebooks from top to bottom in a fresh kernel and stores their outputs: ``execute.py [NAME ...]``.
 
-The executed .ipynb is the one source: edit its cells, run this, commit. Widget state is dropped (it is large and tells
-a reader nothing without a kernel) and the kernel is named python3, which every Jupyter has.
+The executed .ipynb is the one source: edit its cells, run this, commit. Of a widget the picture beside it is kept and
+nothing else: its state is large, and without a kernel Jupyter shows an error in its place. The kernel is named python3,
+which every Jupyter has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 CELL_TIMEOUT_S = 300
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(path: Path) -> None:
@@ -27,6 +29,9 @@ def execute(path: Path) -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata.pop("execution", None)  # when it ran
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", ()):
+                output.data.pop(WIDGET_VIEW, None)
     nbformat.write(notebook, path)
 
 

@@ -1,8 +1,10 @@
-"""Stored outputs come from one clean run, and are what nbval holds the notebooks to."""
+"""Stored outputs come from one clean run, which nbval holds the notebooks to; chapters have what chapters have."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # the tour is no chapter
+EACH_CHAPTER = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
@@ -19,8 +23,24 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-def test_there_is_a_tour():
-    assert "00_tour.ipynb" in [path.name for path in NOTEBOOKS]
+def prose(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def num_words(text: str) -> int:
+    """Words of prose: no code, no formulas, no rules of tables."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$\n]+\$", " ", text, flags=re.DOTALL)
+    return len([word for word in text.split() if re.search(r"[^\W\d_]", word)])
+
+
+def rich_outputs(path: Path) -> list[nbformat.NotebookNode]:
+    return [output for cell in code_cells(path) for output in cell.outputs if "data" in output]
+
+
+def test_there_is_a_tour_and_chapters_are_numbered_from_one():
+    assert NOTEBOOKS[0].name == "00_tour.ipynb"
+    assert len({path.stem[:2] for path in NOTEBOOKS}) == len(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -43,23 +63,74 @@ class TestStoredOutputs:
         assert "widgets" not in notebook["metadata"]
         assert notebook["metadata"]["kernelspec"]["name"] == "python3"
         assert path.stat().st_size < 1_000_000
+        assert not any("widget-view" in kind for output in rich_outputs(path) for kind in output.data)
+
+    def test_nothing_tells_of_the_machine_that_it_ran_on(self, path):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'"[^"]*(/home/|/root/|/tmp/|/usr/|site-packages)', text)
 
     def test_cells_are_short(self, path):
         for cell in code_cells(path):
             assert len([line for line in cell.source.splitlines() if line.strip()]) <= 15, cell.source
 
+    def test_the_first_cell_says_what_for_with_what_and_how_long(self, path):
+        first = nbformat.read(path, as_version=4).cells[0]
+        assert first.cell_type == "markdown" and first.source.startswith(f"# {path.stem[:2]} · ")
+        for heading in ("**Goals.**", "**Prerequisites.**", "**Run time.**"):
+            assert heading in first.source, heading
 
-def test_nbval_notices_a_changed_output(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)", execution_count=1)])
-    for name, text in (("right", "42\n"), ("wrong", "43\n")):
-        notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
-        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    for name in ("conftest.py", "sanitize.cfg"):
-        (tmp_path / name).write_text((FOLDER / name).read_text(encoding="utf-8"), encoding="utf-8")
+    def test_the_end_says_what_was_learned_and_keeps_the_ledger(self, path):
+        assert "## What you learned" in prose(path)
+        tables = re.findall(r"^\|.*invariant.*\|$", prose(path), flags=re.MULTILINE)
+        assert any(re.search(r"invariant.*wins.*loses.*trap", heads) for heads in tables)
 
-    def nbval(name: str) -> int:
+
+@EACH_CHAPTER
+class TestChapters:
+    def test_its_prose_is_neither_thin_nor_long(self, path):
+        assert 1500 <= num_words(prose(path)) <= 3000
+
+    def test_it_cites_papers(self, path):
+        assert len(set(re.findall(r"\b(?:19|20)\d\d\b", prose(path)))) >= 2
+
+    def test_something_can_be_moved_and_a_picture_stands_there_without_a_kernel(self, path):
+        words = ("Playground: ", "steps to explore")
+        movable = [o for o in rich_outputs(path) if any(w in o.data.get("text/plain", "") for w in words)]
+        assert movable and all("image/png" in output.data for output in movable)
+
+    def test_pictures_are_of_a_size_to_read(self, path):
+        pictures = [output.data["image/png"] for output in rich_outputs(path) if "image/png" in output.data]
+        assert len(pictures) >= 3
+        assert all(len(picture) < 120_000 for picture in pictures)
+
+    def test_what_is_built_is_asserted_to_be_right(self, path):
+        assert sum("assert " in cell.source for cell in code_cells(path)) >= 3
+
+    def test_its_exercises_have_a_checker_and_solutions(self, path):
+        name = f"ch{path.stem[:2]}.py"
+        assert (FOLDER / "checks" / name).is_file() and (FOLDER / "solutions" / name).is_file()
+        assert "## Exercises" in prose(path)
+
+
+def test_a_changed_output_makes_nbval_fail(tmp_path):
+    """On a copy of the first cells of a chapter, with one digit of one stored output changed."""
+    notebook = nbformat.read(FOLDER / "01_tokens_to_text.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    texts = ["".join(o.text for o in cell.outputs if o.output_type == "stream") for cell in cells]
+    last = next(i for i, text in enumerate(texts) if re.search(r"\d", text))
+    notebook.cells = cells[: last + 1]
+    nbformat.write(notebook, tmp_path / "as_stored.ipynb")
+    output = notebook.cells[last].outputs[0]
+    output.text = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), output.text, count=1)
+    nbformat.write(notebook, tmp_path / "changed.ipynb")
+    for name in ("conftest.py", "sanitize.cfg", "checks"):
+        source = FOLDER / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+
+    def nbval(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-p", "no:cacheprovider", f"{name}.ipynb"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120).returncode
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
-    assert nbval("right") == 0
-    assert nbval("wrong") == 1
+    stored, changed = nbval("as_stored"), nbval("changed")
+    assert stored.returncode == 0, stored.stdout
+    assert changed.returncode == 1 and "1 failed" in changed.stdout, changed.stdout

@@ -147,6 +147,7 @@ def main(
     notebook, figures = notebook.resolve(), figures and figures.resolve()
     os.environ.setdefault("MPLBACKEND", "Agg")
     os.chdir(notebook.parent)
+    sys.path.insert(0, str(notebook.parent))  # as in Jupyter: notebooks import the checkers beside them
     passed_over = run_notebook(notebook, figures)
     print(f"{notebook.name}: every cell ran" if not passed_over else f"{passed_over} cells passed over")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
 
 from paged_infer.control.trace import Trace
 from paged_infer.viz.lives import sequence_lives
+from paged_infer.viz.playground import Playground
 from paged_infer.viz.pool_map import WIDTH_IN, draw_pool_map, pool_map_figure, pool_map_height_in
 from paged_infer.viz.style import Picture, new_picture
 from paged_infer.viz.timeline import draw_timeline, timeline_figure, timeline_height_in
@@ -16,11 +14,11 @@ from paged_infer.viz.timeline import draw_timeline, timeline_figure, timeline_he
 PLAY_INTERVAL_MS = 400
 
 
-class StepExplorer:
-    """A slider, and the picture that ``draw`` makes of the step that it stands at.
+class StepExplorer(Playground):
+    """A slider with a play button, and the picture that ``draw`` makes of the step that it stands at.
 
-    In a notebook it is a widget, with the picture of the step it stands at stored beside it, which is what GitHub and
-    other readers without a kernel show. Setting ``step`` moves the slider.
+    In a notebook it is a widget, with the picture of the step it stands at stored beside it. Setting ``step`` moves
+    the slider.
 
     Raises:
         ImportError: ipywidgets is missing.
@@ -31,17 +29,11 @@ class StepExplorer:
         if num_steps < 1:
             raise ValueError("the trace has no steps yet: nothing to explore")
         self.num_steps = num_steps
-        self._draw = draw
-        self._picture = draw(self._checked(step))._repr_png_()
-        widgets = _ipywidgets()
-        wide = widgets.Layout(width="32em")
-        self.slider = widgets.IntSlider(step, 0, num_steps - 1, description="step", layout=wide)
-        play = widgets.Play(value=step, min=0, max=num_steps - 1, interval=PLAY_INTERVAL_MS)
-        widgets.jslink((play, "value"), (self.slider, "value"))
-        self._image = widgets.Image(value=self._picture, format="png")
-        self._image.layout.max_width = "100%"
-        self.widget = widgets.VBox([widgets.HBox([play, self.slider]), self._image])
-        self.slider.observe(self._show, names="value")
+        super().__init__(lambda step: draw(step), step=(0, num_steps - 1, self._checked(step)))
+        self.slider = self.sliders["step"]
+        play = self._widgets.Play(value=step, min=0, max=num_steps - 1, interval=PLAY_INTERVAL_MS)
+        self._widgets.jslink((play, "value"), (self.slider, "value"))
+        self._panel.children = [self._widgets.HBox([play, self.slider])]
 
     @property
     def step(self) -> int:
@@ -51,25 +43,13 @@ class StepExplorer:
     def step(self, step: int) -> None:
         self.slider.value = self._checked(step)
 
-    @property
-    def png(self) -> bytes:
-        """The picture that is shown."""
-        return self._picture
-
     def _checked(self, step: int) -> int:
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step={step}: the trace has steps 0 to {self.num_steps - 1}")
         return step
 
-    def _show(self, change: dict[str, Any]) -> None:
-        self._picture = self._draw(change["new"])._repr_png_()
-        self._image.value = self._picture
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = self.widget._repr_mimebundle_(**options)
-        # the widget's own text holds the bytes of the picture, which differ with every version of its fonts
-        text = f"{self.num_steps} steps to explore, at step {self.step}"
-        return {**bundle, "text/plain": text, "image/png": b64encode(self._picture).decode("ascii")}
+    def _in_words(self) -> str:
+        return f"{self.num_steps} steps to explore, at step {self.step}"
 
 
 def explore(trace: Trace, step: int | None = None) -> StepExplorer:
@@ -104,14 +84,3 @@ def explore_pool(trace: Trace, step: int | None = None) -> StepExplorer:
 
 def _fullest(trace: Trace) -> int:
     return min(range(len(trace.steps)), key=lambda i: trace.steps[i].num_free_blocks, default=0)
-
-
-def _ipywidgets() -> ModuleType:
-    try:
-        import ipywidgets
-    except ImportError:
-        raise ImportError(
-            "explorers need ipywidgets, which is not installed: pip install 'paged-infer[notebooks]'; "
-            "timeline_figure and pool_map_figure draw the same pictures without it"
-        ) from None
-    return ipywidgets

@@ -1,0 +1,32 @@
+"""Solutions of chapter 01, tokens to text."""
+
+from __future__ import annotations
+
+import torch
+
+
+def next_tokens(logits, lengths):
+    """Row b's last token stands in column ``lengths[b] - 1``; what comes after it is padding."""
+    rows = torch.arange(len(lengths), device=logits.device)
+    return logits[rows, lengths - 1].argmax(dim=-1)  # [B, V] -> [B]
+
+
+def keep_top_p(probs, top_p):
+    """Sort, keep while less than top_p lies before, and scatter the mask back to the order of the tokens."""
+    ordered, ids = probs.sort(dim=1, descending=True)
+    before = ordered.cumsum(dim=1) - ordered  # [R, V], 0 for the first: it always stays
+    keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    return torch.zeros_like(keep).scatter(1, ids, keep)
+
+
+def perplexity(logits, token_ids):
+    """``logits[t]`` foretell token t + 1, so the last row foretells nothing that is known."""
+    targets = torch.tensor(token_ids[1:], device=logits.device)
+    surprise = torch.nn.functional.cross_entropy(logits[:-1], targets)  # a mean, in nats
+    return surprise.exp().item()
+
+
+def draw(weights, u):
+    """``right=True``: u on a boundary belongs to the interval on its right, so a token of weight 0 has none."""
+    ends = weights.cumsum(dim=0)
+    return torch.searchsorted(ends, u * ends[-1], right=True).item()

@@ -1,0 +1,112 @@
+"""Every exercise has a solution that its checker accepts, and two wrong answers that it rejects, naming the fault."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from checks import Checker, Wrong, is_attempted
+from nbclient import NotebookClient
+from planted import Planted
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+CHAPTERS = sorted(path.stem for path in (FOLDER / "checks").glob("ch*.py"))
+
+
+def of_kind(module: ModuleType, kind: type) -> list:
+    return [value for value in vars(module).values() if isinstance(value, kind)]
+
+
+EXERCISES = [(c, e) for c in CHAPTERS for e in of_kind(import_module(f"checks.{c}"), Checker)]
+PLANTED = [(c, p) for c in CHAPTERS for p in of_kind(import_module(f"exercises.{c}"), Planted)]
+EACH_EXERCISE = pytest.mark.parametrize(
+    ("chapter", "exercise"), EXERCISES, ids=[f"{chapter}-{exercise.name}" for chapter, exercise in EXERCISES]
+)
+
+
+@EACH_EXERCISE
+def test_the_solution_is_right(chapter, exercise, capsys):
+    exercise(getattr(import_module(f"solutions.{chapter}"), exercise.name))
+    assert capsys.readouterr().out == f"{exercise.name}: right\n"
+
+
+@EACH_EXERCISE
+def test_two_wrong_answers_are_planted_for_each_exercise(chapter, exercise):
+    faults = [p.fault for c, p in PLANTED if c == chapter and p.exercise == exercise.name]
+    assert len(set(faults)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("chapter", "planted"), PLANTED, ids=[f"{c}-{p.exercise}-{p.name}" for c, p in PLANTED]
+)
+def test_a_wrong_answer_is_rejected_with_its_fault_named(chapter, planted, capsys):
+    exercise = getattr(import_module(f"checks.{chapter}"), planted.exercise)
+    with pytest.raises(Wrong) as raised:
+        exercise(planted.answer)
+    sentence = str(raised.value)
+    assert re.search(planted.fault, sentence), sentence
+    assert "right" not in capsys.readouterr().out
+
+
+@EACH_EXERCISE
+def test_the_chapter_asks_it_with_nothing_attempted(chapter, exercise):
+    (path,) = FOLDER.glob(f"{chapter[2:]}_*.ipynb")
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    asking = [cell for cell in cells if f"{chapter}.{exercise.name}({exercise.name})" in cell.source]
+    assert len(asking) == 1
+    assert asking[0].outputs[0].text == f"{exercise.name}: not attempted yet\n"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_has_three_or_four_exercises(chapter):
+    assert 3 <= len([exercise for c, exercise in EXERCISES if c == chapter]) <= 4
+
+
+class TestAttempts:
+    def test_a_stub_is_no_attempt(self):
+        def dots(x): ...
+        def words(x):
+            """What to do."""
+            ...  # noqa: PIE790 - as the notebooks write it
+
+        def returns_dots(x):
+            return ...
+
+        class Stub:
+            limit = 4
+
+            def plan(self, turn):
+                """What to do."""
+
+        assert not any(is_attempted(answer) for answer in (None, ..., dots, words, returns_dots, Stub))
+
+    def test_anything_else_is(self):
+        def same(x):
+            return x
+
+        def five(x):
+            return 5
+
+        def forgot_return(x):
+            x + 1
+
+        class Some:
+            def plan(self, turn):
+                turn.run()
+
+        assert all(is_attempted(answer) for answer in (0, "", [], False, same, five, forgot_return, Some))
+
+
+def test_a_notebook_shows_the_sentence_and_not_the_checkers_code():
+    source = "from checks import expect\nexpect(False, 'row 2 is not a probability: it sums to 3')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(
+        notebook, timeout=60, allow_errors=True, resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    assert notebook.cells[0].outputs[0].traceback == [
+        "Not right yet: row 2 is not a probability: it sums to 3"
+    ]

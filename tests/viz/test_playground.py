@@ -1,0 +1,98 @@
+"""A playground draws what its sliders say, and carries a still picture for where no widget can run."""
+
+from __future__ import annotations
+
+import sys
+from base64 import b64decode
+from typing import Any
+
+import pytest
+
+from paged_infer.viz.playground import Playground
+from paged_infer.viz.style import Picture, new_picture
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class Drawing:
+    """Draws a bar of the height it is told, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, **values: Any) -> Picture:
+        self.calls.append(values)
+        picture = new_picture(2, 1)
+        picture.subplots().bar([0], [values["height"]])
+        return picture
+
+
+@pytest.fixture
+def drawing() -> Drawing:
+    pytest.importorskip("ipywidgets")
+    return Drawing()
+
+
+def test_it_draws_at_once_and_whenever_a_slider_moves(drawing):
+    playground = Playground(drawing, height=(0.0, 2.0, 1.0), top_k=(0, 50, 5), model=["small", "large"])
+    first = playground.png
+    playground.sliders["height"].value = 2.0
+    assert drawing.calls == [
+        {"height": 1.0, "top_k": 5, "model": "small"},
+        {"height": 2.0, "top_k": 5, "model": "small"},
+    ]
+    assert playground.png != first and playground.widget.children[1].value == playground.png
+    playground.move(model="large", top_k=7)
+    assert playground.values == drawing.calls[-1] == {"height": 2.0, "top_k": 7, "model": "large"}
+
+
+def test_integers_make_an_integer_slider_and_a_fourth_number_is_the_step(drawing):
+    playground = Playground(drawing, height=(1, 9, 3), width=(0.0, 1.0, 0.5), depth=(0.0, 1.0, 0.5, 0.25))
+    kinds = {name: (type(slider).__name__, slider.step) for name, slider in playground.sliders.items()}
+    assert kinds == {
+        "height": ("IntSlider", 1),
+        "width": ("FloatSlider", 1 / 40),
+        "depth": ("FloatSlider", 0.25),
+    }
+
+
+def test_a_still_picture_stands_beside_the_widget(drawing):
+    playground = Playground(drawing, height=(1, 9, 3))
+    bundle = playground._repr_mimebundle_()
+    assert bundle[WIDGET]["model_id"] == playground.widget.model_id
+    assert b64decode(bundle["image/png"]) == playground.png and playground.png.startswith(b"\x89PNG")
+    assert bundle["text/plain"] == "Playground: height=3"  # nbval compares this
+
+
+@pytest.mark.parametrize(
+    ("controls", "message"),
+    [
+        ({}, "needs a control"),
+        ({"height": (0, 2, 3)}, r"height=3: must be within \[0, 2\]"),
+        ({"height": (0, 2)}, r"height=\(0, 2\): must be \(low, high, start\)"),
+        ({"height": []}, r"height=\[\]: must be"),
+    ],
+)
+def test_controls_that_cannot_be_are_refused(drawing, controls, message):
+    with pytest.raises(ValueError, match=message):
+        Playground(drawing, **controls)
+    assert drawing.calls == []
+
+
+def test_a_move_that_cannot_be_moves_nothing(drawing):
+    playground = Playground(drawing, height=(0, 2, 1), model=["small"])
+    for values, message in (
+        ({"height": 2, "model": "huge"}, r"model='huge': must be one of \['small'\]"),
+        ({"height": 3}, r"height=3: must be within \[0, 2\]"),
+        ({"depth": 1}, "no control is named 'depth'; known: height, model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            playground.move(**values)
+    assert playground.values == {"height": 1, "model": "small"}
+
+
+def test_without_ipywidgets_one_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'paged-infer\[notebooks\]'") as raised:
+        Playground(Drawing(), height=(0, 2, 1))
+    assert raised.value.name == "ipywidgets"  # by which a notebook run as a script passes over the cell

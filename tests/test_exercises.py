@@ -61,6 +61,15 @@ def test_the_chapter_asks_it_with_nothing_attempted(chapter, exercise):
     assert asking[0].outputs[0].text == f"{exercise.name}: not attempted yet\n"
 
 
+@EACH_EXERCISE
+def test_a_stub_replaces_nothing_that_the_chapter_has_built(chapter, exercise):
+    """A playground's slider may be moved after the last cell has run: what it calls must still be what it was."""
+    (path,) = FOLDER.glob(f"{chapter[2:]}_*.ipynb")
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    defined = rf"^(?:def|class) {exercise.name}\b|^{exercise.name} *="
+    assert sum(re.search(defined, source, flags=re.MULTILINE) is not None for source in cells) == 1
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_has_three_or_four_exercises(chapter):
     assert 3 <= len([exercise for c, exercise in EXERCISES if c == chapter]) <= 4

@@ -1,6 +1,6 @@
 """In JupyterLab, in a headless Chromium: open a notebook, run all, move a slider, and the picture changes.
 
-Skipped where playwright or a Chromium is missing. Any Chromium or Chrome will do, from the system's packages (Debian and
+Skipped where playwright or a Chromium is missing. Any Chromium or Chrome will do, from the system's packages (Debian,
 Ubuntu: ``apt install chromium``); one with another name is found by the environment variable CHROMIUM.
 """
 

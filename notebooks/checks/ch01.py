@@ -34,7 +34,7 @@ def next_tokens(answer):
 
 
 @checker
-def keep_top_p(answer):
+def keep_top_p_rows(answer):
     """The nucleus of every row: probs [R, V], top_p [R] -> bool [R, V]."""
     probs = torch.tensor(
         [[0.05, 0.5, 0.1, 0.2, 0.15], [0.4, 0.1, 0.1, 0.1, 0.3], [0.1, 0.1, 0.7, 0.06, 0.04]]
@@ -42,7 +42,7 @@ def keep_top_p(answer):
     limits = torch.tensor([0.8, 0.35, 1.0])
     right = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
     found = answer(probs.clone(), limits)
-    expect_tensor(found, right, "keep_top_p of probs [3, 5]")
+    expect_tensor(found, right, "keep_top_p_rows of probs [3, 5]")
     expect(
         bool(found[1].any()), "row 1 keeps nothing: the most probable token always stays, even above top_p"
     )

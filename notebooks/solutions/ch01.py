@@ -11,7 +11,7 @@ def next_tokens(logits, lengths):
     return logits[rows, lengths - 1].argmax(dim=-1)  # [B, V] -> [B]
 
 
-def keep_top_p(probs, top_p):
+def keep_top_p_rows(probs, top_p):
     """Sort, keep while less than top_p lies before, and scatter the mask back to the order of the tokens."""
     ordered, ids = probs.sort(dim=1, descending=True)
     before = ordered.cumsum(dim=1) - ordered  # [R, V], 0 for the first: it always stays

@@ -27,7 +27,7 @@ def forgets_to_return(logits, lengths):
     logits[:, -1].argmax(dim=-1)
 
 
-@wrong("keep_top_p", "loses the token that crosses top_p")
+@wrong("keep_top_p_rows", "loses the token that crosses top_p")
 def drops_the_boundary(probs, top_p):
     ordered, ids = probs.sort(dim=1, descending=True)
     keep = ordered.cumsum(dim=1) < top_p[:, None]
@@ -35,19 +35,19 @@ def drops_the_boundary(probs, top_p):
     return torch.zeros_like(keep).scatter(1, ids, keep)
 
 
-@wrong("keep_top_p", "row 1 keeps nothing")
+@wrong("keep_top_p_rows", "row 1 keeps nothing")
 def drops_even_the_first(probs, top_p):
     ordered, ids = probs.sort(dim=1, descending=True)
     return torch.zeros_like(probs).bool().scatter(1, ids, ordered.cumsum(dim=1) <= top_p[:, None])
 
 
-@wrong("keep_top_p", "in sorted order")
+@wrong("keep_top_p_rows", "in sorted order")
 def stays_sorted(probs, top_p):
     ordered = probs.sort(dim=1, descending=True).values
     return (ordered.cumsum(dim=1) - ordered < top_p[:, None]) | (top_p[:, None] >= 1)
 
 
-@wrong("keep_top_p", "row 1, with top_p 0.35, keeps tokens")
+@wrong("keep_top_p_rows", "row 1, with top_p 0.35, keeps tokens")
 def takes_the_first_limit_for_all(probs, top_p):
     ordered, ids = probs.sort(dim=1, descending=True)
     keep = ordered.cumsum(dim=1) - ordered < top_p[0]

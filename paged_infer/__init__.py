@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paged_infer.async_engine import AsyncLLM as AsyncLLM
     from paged_infer.llm import LLM as LLM
     from paged_infer.outputs import CompletionOutput as CompletionOutput
     from paged_infer.outputs import RequestOutput as RequestOutput
@@ -19,12 +20,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "paged_infer.llm",
+    "AsyncLLM": "paged_infer.async_engine",
     "SamplingParams": "paged_infer.params",
     "BeamSearchParams": "paged_infer.params",
     "RequestOutput": "paged_infer.outputs",
     "CompletionOutput": "paged_infer.outputs",
 }
-__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ add_request -> [Scheduler.schedule -> ModelRunner.execute -> Scheduler.update ->
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_beams, check_request, truncated
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
-from paged_infer.control.request import Request
+from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Trace
@@ -89,6 +90,7 @@ class LLMEngine:
             trace=Trace(self.memory.num_blocks) if config.trace else None,
         )
         self.usage = KVUsage()
+        self.grown: list[Sequence] = []  # who got a token in the newest step
         self._live: dict[str, _Live] = {}
         self._num_requests = 0
         self._num_sequences = 0
@@ -197,17 +199,18 @@ class LLMEngine:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, sleep: Callable[[float], object] = time.sleep) -> list[RequestOutput]:
         """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
 
-        Where the policy waits for a batch to fill, this waits with it.
+        Where the policy waits for a batch to fill, this waits with it: ``sleep(seconds)``, which may return early.
         """
+        self.grown = []
         if not self.scheduler.has_work:
             return []
         with uninterrupted():
             step = self.scheduler.schedule(time.perf_counter())
         if step.resume_at_s is not None and not step.sequences:
-            time.sleep(max(0.0, step.resume_at_s - time.perf_counter()))
+            sleep(max(0.0, step.resume_at_s - time.perf_counter()))
             return []
         if not step.sequences:
             raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
@@ -218,9 +221,9 @@ class LLMEngine:
         """Write the step's results into the books."""
         self._record_usage(step)
         now = time.perf_counter()
-        grown = self.scheduler.update(step, result.token_ids, now, result.candidates)
+        self.grown = self.scheduler.update(step, result.token_ids, now, result.candidates)
         moved: dict[str, _Live] = {}
-        for sequence in grown:
+        for sequence in self.grown:
             live = self._live[sequence.request_id]
             if live.request.first_token_time_s is None:
                 live.request.first_token_time_s = now

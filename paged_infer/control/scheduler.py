@@ -37,6 +37,7 @@ class SchedulerStats:
     steps: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0  # of those that came in: what could have been a hit
     blocks_copied: int = 0
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
@@ -143,6 +144,7 @@ class Scheduler:
         if self.trace is not None:
             self.trace.steps[-1].ended_s = now
         self.stats.prefix_hit_tokens += turn.num_hit_tokens
+        self.stats.prefix_query_tokens += turn.num_looked_up_tokens
         self.stats.blocks_copied += len(turn.moves.copies)
         self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
         self.stats.blocks_swapped_in += len(turn.moves.swap_ins)

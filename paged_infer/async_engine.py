@@ -1,0 +1,258 @@
+"""AsyncLLM: one engine, any number of callers that await it.
+
+async with AsyncLLM() as engine:
+    async for output in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
+        print(output.outputs[0].text)        # all of it so far
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Sequence as ReadOnlyList
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from paged_infer.control.trace import Trace
+from paged_infer.engine import LLMEngine, Params, Prompt
+from paged_infer.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError, StepReport
+from paged_infer.llm import LLM
+from paged_infer.outputs import RequestOutput
+from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.tokenizer import Tokenizer
+
+__all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
+
+LONG_TEXT = (
+    4096  # characters; about a millisecond of tokenizing, and no event loop should stand still for much more
+)
+T = TypeVar("T")
+
+
+class AsyncLLM:
+    """Generates for many at once: every caller awaits its own outputs, and one thread steps the engine for all.
+
+    Args:
+        model: as ``LLM`` takes it.
+        max_num_waiting: most sequences that may wait for their turn; one more request is a ``QueueFullError``.
+        options: see ``EngineConfig``.
+
+    Raises:
+        TypeError: an unknown option; the message lists the known ones.
+        ValueError: a model or an option that cannot be used; the message names the value and the limit.
+    """
+
+    def __init__(
+        self, model: str | Path | None = None, *, max_num_waiting: int = 1024, **options: Any
+    ) -> None:
+        if isinstance(max_num_waiting, bool) or not isinstance(max_num_waiting, int) or max_num_waiting < 1:
+            raise ValueError(f"max_num_waiting={max_num_waiting!r}: must be an integer >= 1")
+        self._llm = LLM(model, **options)
+        if self.tokenizer is not None:
+            self.tokenizer.encode(
+                "warm up"
+            )  # the first call settles how the tokenizer truncates: not in two threads
+        self._thread = EngineThread(self._llm.engine, max_num_waiting)
+        self._door = threading.Lock()  # requests are numbered and queued in the same order
+        self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _door
+        self._numbers = itertools.count()
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._finalizer = weakref.finalize(self, _stop, self._thread, self._tokenizing)  # at exit, too
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the checkpoint has none and serves token ids."""
+        return self._llm.tokenizer
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self._llm.name
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens, prompt and output together."""
+        return self._llm.engine.memory.max_model_len
+
+    @property
+    def trace(self) -> Trace | None:
+        """What happened in every step, where ``trace=True`` asked for it; ``run`` reads it between two steps."""
+        return self._llm.trace
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        """Why nothing is served any more; None while all is well."""
+        return self._thread.error
+
+    @property
+    def observers(self) -> list[Callable[[StepReport], None]]:
+        """Called on the engine's thread after every step and abort: be quick. One that raises is dropped."""
+        return self._thread.observers
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: Params | None = None,
+        request_id: str | None = None,
+        *,
+        stream: bool = True,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the whole output so far as it grows; the last one is ``finished``.
+
+        To close the generator, or to cancel the task that iterates it, aborts the request and frees its blocks.
+
+        Args:
+            prompt: a text or a list of token ids.
+            params: ``SamplingParams``, or ``BeamSearchParams``, of which only the end is yielded.
+            request_id: a name of one's own; no other request under way may have it.
+            stream: yield after every token that the reader is in time for; False yields the end only, at less cost.
+            cache_salt: share cached blocks only with requests of the same salt.
+
+        Raises:
+            ValueError: the request cannot be served; the message names the value and the limit.
+            QueueFullError: too many wait already.
+            EngineDeadError: the engine has failed, now or earlier, or has been shut down.
+        """
+        answers = await self.submit(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
+        try:
+            async for output in answers:
+                yield output
+        finally:
+            answers.close()
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: Params | None = None,
+        request_id: str | None = None,
+        *,
+        stream: bool = True,
+        cache_salt: str | None = None,
+    ) -> RequestStream:
+        """What ``generate`` does before its first output, errors included: afterwards the request is queued.
+
+        Whoever calls this has to ``close`` what it returns.
+        """
+        params = SamplingParams() if params is None else params
+        text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            prompt = await self._aside(self.tokenizer.encode, prompt, len(prompt))
+        mailbox = Mailbox(asyncio.get_running_loop())
+        with self._door:
+            if request_id is None:
+                request_id = f"request-{next(self._numbers)}"
+            if request_id in self._streams:
+                raise ValueError(f"request_id={request_id!r} is already being served")
+            request = self._llm.engine.prepare(request_id, prompt, params, cache_salt=cache_salt)
+            request.prompt = text
+            self._thread.add(request, mailbox, stream and not isinstance(params, BeamSearchParams))
+            answers = self._streams[request_id] = RequestStream(self, request_id, mailbox)
+        return answers
+
+    async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer."""
+        num_characters = sum(len(str(message)) for message in messages)
+        return await self._aside(self._llm.chat_prompt, messages, num_characters)
+
+    async def _aside(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
+        """``function(text)``; a long text is worked on in another thread, one after the other."""
+        if num_characters <= LONG_TEXT:
+            return function(text)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, text)
+
+    def abort(self, request_id: str) -> None:
+        """From any thread: end a request. Its reader gets what there is, with finish_reason "abort"."""
+        self._thread.abort(request_id)
+
+    def _closed(self, answers: RequestStream, is_over: bool) -> None:
+        with self._door:
+            if self._streams.get(answers.request_id) is answers:
+                del self._streams[answers.request_id]
+        if not is_over:
+            self._thread.abort(answers.request_id)
+
+    # -- looking inside ---------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """See ``LLMEngine.stats``. Read while the engine runs: its counts may be of different moments of one step."""
+        return self._llm.stats()
+
+    async def run(self, function: Callable[[LLMEngine], T]) -> T:
+        """``function(engine)``, called on the engine's thread between two steps, when everything holds still."""
+        return await asyncio.wrap_future(self._thread.call(function))
+
+    async def check_integrity(self) -> None:
+        """Raises RuntimeError if a block leaks or is shared by accident."""
+        await self.run(LLMEngine.check_integrity)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def shutdown(self, finish: bool = False, timeout_s: float | None = None) -> None:
+        """Take no more requests; let those under way finish, for ``timeout_s`` at most, or abort them at once.
+
+        Whoever waits gets an end in either case. Returns when the engine's thread has ended.
+        """
+        self._thread.stop(finish)
+        await asyncio.to_thread(self._thread.join, timeout_s if finish else None)
+        self._thread.stop(finish=False)
+        await asyncio.to_thread(self._thread.join)
+        self._tokenizing.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        await self.shutdown(finish=False)
+
+
+class RequestStream:
+    """The outputs of one request as an async iterator, for one reader. ``close`` aborts what has not finished."""
+
+    def __init__(self, owner: AsyncLLM, request_id: str, mailbox: Mailbox) -> None:
+        self.request_id = request_id
+        self._owner = owner
+        self._mailbox = mailbox
+        self._is_over = False
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            output = await self._mailbox.get()
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            self._end(is_over=True)
+            raise
+        if output.finished:
+            self._end(is_over=True)
+        return output
+
+    def close(self) -> None:
+        if not self._is_over:
+            self._end(is_over=False)
+
+    def _end(self, is_over: bool) -> None:
+        self._is_over = True
+        self._owner._closed(self, is_over)
+
+
+def _stop(thread: EngineThread, tokenizing: ThreadPoolExecutor) -> None:
+    """Nobody will ask any more, or the interpreter is about to go: not in the middle of a step."""
+    thread.stop()
+    if threading.current_thread() is not thread._thread:
+        thread.join()
+    tokenizing.shutdown(wait=False)

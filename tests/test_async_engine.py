@@ -1,0 +1,439 @@
+"""AsyncLLM: many await one engine; whoever leaves frees its blocks, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paged_infer import AsyncLLM, BeamSearchParams, SamplingParams
+from paged_infer.async_engine import EngineDeadError, QueueFullError
+from paged_infer.outputs import RequestOutput
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+Scenario = Callable[[AsyncLLM], Awaitable[None]]
+
+
+@pytest.fixture
+def serve(checkpoint) -> Callable[..., None]:
+    """Runs a scenario on a fresh engine; whatever it did, law 2 holds afterwards and every block is free."""
+
+    def run(scenario: Scenario, model: Path | None = None, **options: Any) -> None:
+        async def main() -> None:
+            usual = {"max_num_seqs": 8, "num_blocks": 64, "device": "cpu"}
+            async with AsyncLLM(model or checkpoint("qwen3"), **{**usual, **options}) as engine:
+                await scenario(engine)
+                await engine.check_integrity()
+            await engine.check_integrity()
+            stats = engine.stats()
+            assert stats["free_blocks"] == stats["num_blocks"]
+
+        asyncio.run(asyncio.wait_for(main(), 60))
+
+    return run
+
+
+async def collect(engine: AsyncLLM, *arguments: Any, **options: Any) -> list[RequestOutput]:
+    return [output async for output in engine.generate(*arguments, **options)]
+
+
+async def last(engine: AsyncLLM, *arguments: Any, **options: Any) -> RequestOutput:
+    return (await collect(engine, *arguments, **options))[-1]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+async def until_idle(engine: AsyncLLM) -> None:
+    await until(lambda: engine.stats()["free_blocks"] == engine.stats()["num_blocks"])
+
+
+def test_outputs_are_cumulative_and_the_last_one_is_finished(serve, llm) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        outputs = await collect(engine, [5, 6, 7], GREEDY)
+        lengths = [len(output.outputs[0].token_ids) for output in outputs]
+        assert lengths == sorted(set(lengths)) and lengths[-1] == 8
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert outputs[-1].outputs[0].token_ids == expected
+
+    expected = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    serve(scenario)
+
+
+def test_many_awaiters_each_get_what_the_offline_engine_says(serve, make_llm) -> None:
+    prompts = [[1 + i % 900, 2 + i % 7, *range(3, 3 + i % 23)] for i in range(60)]
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=1 + i % 11, ignore_eos=True) for i in range(60)
+    ]
+    offline = make_llm().generate(prompts, params, use_tqdm=False)
+
+    async def scenario(engine: AsyncLLM) -> None:
+        online = await asyncio.gather(
+            *(
+                last(engine, *pair, stream=bool(i % 3))
+                for i, pair in enumerate(zip(prompts, params, strict=True))
+            )
+        )
+        assert [o.outputs[0].token_ids for o in online] == [o.outputs[0].token_ids for o in offline]
+        assert engine.stats()["preemptions"] > 0
+
+    serve(scenario, num_blocks=9, block_size=4)
+
+
+def test_text_samples_and_beams_come_through(serve, text_llm, text_checkpoint) -> None:
+    sampled = SamplingParams(n=3, seed=7, max_tokens=6, stop="zz")
+    beams = BeamSearchParams(beam_width=3, max_tokens=6)
+    by_sampling = text_llm.generate("ab cd", sampled, use_tqdm=False)[0].outputs
+    by_search = text_llm.beam_search("ab cd", beams, use_tqdm=False)[0].outputs
+
+    async def scenario(engine: AsyncLLM) -> None:
+        one, other = await asyncio.gather(last(engine, "ab cd", sampled), collect(engine, "ab cd", beams))
+        assert (one.prompt, one.outputs) == ("ab cd", by_sampling)
+        assert len(other) == 1 and [b.token_ids for b in other[0].outputs] == [b.token_ids for b in by_search]
+
+    serve(scenario, text_checkpoint)
+
+
+@pytest.mark.parametrize("leave", ["close", "cancel", "break"])
+def test_whoever_leaves_frees_its_blocks(serve, leave: str) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        generator = engine.generate([5, 6], LONG)
+        if leave == "cancel":
+            began = asyncio.Event()
+
+            async def read() -> None:
+                async for _ in generator:
+                    began.set()
+
+            task = asyncio.create_task(read())
+            await began.wait()
+            assert engine.stats()["free_blocks"] < engine.stats()["num_blocks"]
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            async for _ in generator:
+                break
+            if leave == "close":
+                await generator.aclose()
+            del generator  # a loop that was left by `break` aborts when the generator is collected
+            gc.collect()
+        await until_idle(engine)
+
+    serve(scenario)
+
+
+def test_a_request_that_is_cancelled_while_it_waits_never_runs(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        running = asyncio.create_task(last(engine, [5], GREEDY))
+        waiting = asyncio.create_task(last(engine, [6], LONG))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await running
+        await until_idle(engine)
+        assert engine.stats()["steps"] < 20
+
+    serve(scenario, max_num_seqs=1)
+
+
+def test_an_abort_from_another_thread_ends_the_readers_wait(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        outputs = []
+        async for output in engine.generate([5, 6], LONG, "mine"):
+            if not outputs:
+                threading.Thread(target=engine.abort, args=("mine",)).start()
+            outputs.append(output)
+        end = outputs[-1]
+        assert end.finished and end.outputs[0].finish_reason == "abort"
+        assert 1 <= len(end.outputs[0].token_ids) < 400
+
+    serve(scenario)
+
+
+def test_an_abort_of_nobody_changes_nothing(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        engine.abort("nobody")
+        assert len((await last(engine, [5], GREEDY)).outputs[0].token_ids) == 8
+
+    serve(scenario)
+
+
+def test_an_id_is_served_once_at_a_time_and_free_again_when_its_reader_has_left(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        first = engine.generate([5], LONG, "a")
+        await anext(first)
+        with pytest.raises(ValueError, match="request_id='a' is already being served"):
+            await last(engine, [5], GREEDY, "a")
+        await first.aclose()
+        assert len((await last(engine, [5], GREEDY, "a")).outputs[0].token_ids) == 8
+        assert len((await last(engine, [5], GREEDY, "a")).outputs[0].token_ids) == 8
+
+    serve(scenario)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "the prompt is empty"), ([5000], "5000"), ([1] * 600, "max_model_len"), ("text", "no tokenizer")],
+)
+def test_bad_input_costs_only_its_own_caller(serve, prompt: Any, message: str) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        other = asyncio.create_task(last(engine, [5], GREEDY))
+        with pytest.raises(ValueError, match=message):
+            await last(engine, prompt, GREEDY)
+        assert len((await other).outputs[0].token_ids) == 8
+
+    serve(scenario)
+
+
+def test_a_failing_step_reaches_everybody_and_whoever_comes_later(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        steps = engine._llm.engine.runner
+        execute, count = steps.execute, 0
+
+        def fail(step: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == 5:
+                raise ArithmeticError("the device fell off")
+            return execute(step)
+
+        steps.execute = fail
+        ends = await asyncio.gather(
+            *(last(engine, [i + 1], LONG, stream=bool(i % 2)) for i in range(20)), return_exceptions=True
+        )
+        assert all(isinstance(end, EngineDeadError) for end in ends), ends
+        assert all("the device fell off" in str(end) for end in ends)
+        assert isinstance(ends[0].__cause__, ArithmeticError) and len({id(end) for end in ends}) == 20
+        assert engine.error is not None
+        with pytest.raises(EngineDeadError, match="the device fell off"):
+            await last(engine, [5], GREEDY)
+        assert engine.stats()["free_blocks"] == engine.stats()["num_blocks"]
+
+    serve(scenario)
+
+
+def test_the_queue_is_bounded(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        running = engine.generate([5], LONG)
+        await anext(running)
+        await until(lambda: engine.stats()["num_running"] == 1)
+        waiting = [await engine.submit([6], GREEDY) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="max_num_waiting=3"):
+            await engine.submit([6], GREEDY)
+        await running.aclose()
+        ends = [[output async for output in answers][-1] for answers in waiting]
+        assert [len(end.outputs[0].token_ids) for end in ends] == [8] * 3
+        await last(engine, [6], GREEDY)  # and open again
+
+    serve(scenario, max_num_seqs=1, max_num_waiting=3)
+
+
+@pytest.mark.parametrize("bound", [0, True, 1.5])
+def test_a_queue_must_have_a_place(bound: Any) -> None:
+    with pytest.raises(ValueError, match="max_num_waiting"):
+        AsyncLLM(max_num_waiting=bound)
+
+
+def test_an_idle_engine_sleeps_and_wakes_at_once(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        await last(engine, [5], GREEDY)
+        began, busy = time.perf_counter(), time.process_time()
+        await asyncio.sleep(0.5)
+        assert time.process_time() - busy < 0.05, (
+            "processor time of a half second in which nobody asked anything"
+        )
+        began = time.perf_counter()
+        await anext(engine.generate([5], SamplingParams(max_tokens=1)))
+        assert time.perf_counter() - began < 0.25
+
+    serve(scenario)
+
+
+def test_what_a_step_tells_one_loop_crosses_in_one_call(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        loop = asyncio.get_running_loop()
+        calls, call_soon_threadsafe = [], loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls.append(arguments)
+            return call_soon_threadsafe(*arguments, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        steps = engine.stats()["steps"]
+        await asyncio.gather(*(last(engine, [i + 1], GREEDY) for i in range(8)))
+        loop.call_soon_threadsafe = call_soon_threadsafe  # type: ignore[method-assign]
+        assert 0 < len(calls) <= engine.stats()["steps"] - steps < 8 * 8
+
+    serve(scenario)
+
+
+def test_a_reader_that_does_not_keep_up_gets_the_newest_and_costs_no_memory(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        answers = await engine.submit([5], GREEDY)
+        await until_idle(engine)
+        await asyncio.sleep(0.05)
+        outputs = [output async for output in answers]
+        assert len(outputs) == 1 and len(outputs[0].outputs[0].token_ids) == 8
+
+    serve(scenario)
+
+
+def test_a_batch_that_waits_to_be_filled_begins_as_soon_as_it_is(serve) -> None:
+    from paged_infer.control.policies import Dynamic
+
+    async def scenario(engine: AsyncLLM) -> None:
+        first = asyncio.create_task(last(engine, [5], GREEDY))
+        await asyncio.sleep(0.2)
+        assert not first.done()
+        began = time.perf_counter()
+        await asyncio.gather(first, last(engine, [6], GREEDY))
+        assert time.perf_counter() - began < 5
+
+    serve(scenario, scheduling_policy=Dynamic(window_s=30, max_batch_size=2), max_num_batched_tokens=2048)
+
+
+def test_shutdown_lets_finish_what_runs_when_asked_to(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        running = [asyncio.create_task(last(engine, [i + 1], GREEDY)) for i in range(20)]
+        await asyncio.sleep(0)
+        await engine.shutdown(finish=True)
+        assert {(await one).outputs[0].finish_reason for one in running} == {"length"}
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await last(engine, [5], GREEDY)
+
+    serve(scenario)
+
+
+@pytest.mark.parametrize("options", [{"finish": False}, {"finish": True, "timeout_s": 0.05}])
+def test_shutdown_ends_what_may_not_finish(serve, options: dict[str, Any]) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        running = [asyncio.create_task(last(engine, [i + 1], LONG)) for i in range(40)]
+        await until(lambda: engine.stats()["num_running"] == 8)
+        await engine.shutdown(**options)
+        reasons = {(await one).outputs[0].finish_reason for one in running}
+        assert "abort" in reasons and reasons <= {"abort", "length"}
+
+    serve(scenario)
+
+
+def test_an_engine_that_nobody_holds_any_more_ends_its_thread(checkpoint) -> None:
+    engine = AsyncLLM(checkpoint("qwen3"), num_blocks=64, device="cpu")
+    thread = engine._thread
+    del engine
+    gc.collect()
+    assert thread.ended.wait(5)
+
+
+def test_readers_whose_loop_has_gone_are_aborted(checkpoint) -> None:
+    engine = AsyncLLM(checkpoint("qwen3"), num_blocks=64, device="cpu")
+
+    async def begin() -> None:
+        answers = await engine.submit([5], LONG)
+        await anext(answers)
+
+    asyncio.run(begin())  # and leaves without a word
+    asyncio.run(until_idle(engine))
+    asyncio.run(engine.check_integrity())
+    asyncio.run(engine.shutdown())
+
+
+def test_readers_of_several_loops_are_served_side_by_side(checkpoint) -> None:
+    engine = AsyncLLM(checkpoint("qwen3"), num_blocks=64, device="cpu")
+    said: list[list[int]] = []
+
+    def ask() -> None:
+        said.append(asyncio.run(last(engine, [5, 6], GREEDY)).outputs[0].token_ids)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(said) == 6 and all(one == said[0] for one in said)
+    asyncio.run(engine.shutdown())
+
+
+def test_observers_hear_of_every_token_and_one_that_fails_costs_nobody_anything(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        tokens: list[int] = []
+        ends: list[str] = []
+
+        def watch(report: Any) -> None:
+            tokens.extend(sequence.sequence_id for sequence in report.grown)
+            ends.extend(output.request_id for output in report.outputs if output.finished)
+
+        def fail(report: Any) -> None:
+            raise ArithmeticError
+
+        engine.observers.extend([fail, watch])
+        await asyncio.gather(last(engine, [5], GREEDY, "a"), last(engine, [6], GREEDY, "b", stream=False))
+        await engine.run(lambda _: None)  # the observers have heard of the last step, too
+        assert len(tokens) == 16 and sorted(ends) == ["a", "b"]
+        assert engine.observers == [watch]
+
+    serve(scenario)
+
+
+def test_a_storm_of_readers_that_leave_at_any_moment_leaves_nothing_behind(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        async def fickle(i: int) -> None:
+            with contextlib.suppress(TimeoutError, QueueFullError):
+                async with asyncio.timeout(0.003 * (i % 50)):
+                    await last(engine, [1 + i % 900, 7], LONG, stream=bool(i % 2))
+
+        await asyncio.gather(*(fickle(i) for i in range(200)))
+        await until_idle(engine)
+        await engine.check_integrity()
+        assert engine.stats()["num_waiting"] == engine.stats()["num_running"] == 0
+        assert not engine._streams and not engine._thread._mailboxes
+
+    serve(scenario, max_num_waiting=100)
+
+
+def test_the_event_loop_hardly_waits_while_the_engine_works(serve, text_checkpoint) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        delays = []
+
+        async def watch() -> None:
+            while True:
+                began = time.perf_counter()
+                await asyncio.sleep(0.001)
+                delays.append(time.perf_counter() - began - 0.001)
+
+        watcher = asyncio.create_task(watch())
+        texts = ["ab ba " * 20000, *("ab cd" for _ in range(7))]  # the first is 120,000 characters long
+        long = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, truncate_prompt_tokens=20)
+        await asyncio.gather(*(last(engine, text, long) for text in texts))
+        watcher.cancel()
+        delays.sort()
+        assert len(delays) > 50 and delays[int(0.99 * len(delays))] < 0.05, delays[-5:]
+
+    serve(scenario, text_checkpoint)
+
+
+def test_the_engine_thread_is_gone_when_the_interpreter_ends(tmp_path) -> None:
+    """In a process of its own: leaves in mid-generation, and must neither hang nor crash."""
+    script = (
+        "import asyncio\n"
+        "from paged_infer import AsyncLLM, SamplingParams\n"
+        "engine = AsyncLLM()\n"
+        "async def main():\n"
+        "    async for output in engine.generate('Once', SamplingParams(max_tokens=900, ignore_eos=True)):\n"
+        "        print('one output'); return\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "one output\n"), done.stderr

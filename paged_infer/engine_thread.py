@@ -106,7 +106,9 @@ class EngineThread:
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
         self._inbox: list[_Add | _Abort | _Call] = []  # guarded by _wake, as are the next two
-        self._num_waiting = 0  # in the engine, as it stood when the inbox was emptied last, and added since
+        self._num_waiting = (
+            0  # sequences in the engine, as they stood when it last did something, and in the inbox
+        )
         self._stopping = False
         self._mailboxes: dict[str, Mailbox] = {}  # touched by the thread alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -173,6 +175,7 @@ class EngineThread:
             while self._obey():
                 if self.engine.has_unfinished_requests:
                     outputs = self.engine.step(self._sleep)
+                    self._recount()
                     self._report(self.engine.grown, outputs)
         except BaseException as error:
             logger.exception("the engine has failed")
@@ -190,10 +193,7 @@ class EngineThread:
 
     def _obey(self) -> bool:
         """Wait for work, and carry out the commands that have come. False when it is time to end."""
-        num_waiting = len(self.engine.scheduler.waiting)
         with self._wake:
-            added = [command.request for command in self._inbox if isinstance(command, _Add)]
-            self._num_waiting = num_waiting + sum(len(request.sequences) for request in added)
             while not (self._inbox or self.engine.has_unfinished_requests or self.error):
                 self._wake.wait()
             commands, self._inbox = self._inbox, []
@@ -207,7 +207,14 @@ class EngineThread:
         if self._stopping:
             for request_id in list(self._mailboxes):
                 self._abort(request_id)
+        self._recount()
         return self.error is None or self.engine.has_unfinished_requests
+
+    def _recount(self) -> None:
+        with self._wake:
+            added = [command.request for command in self._inbox if isinstance(command, _Add)]
+            coming = sum(len(request.sequences) for request in added)
+            self._num_waiting = len(self.engine.scheduler.waiting) + coming
 
     def _submit(self, command: _Add) -> None:
         request_id, mailbox = command.request.request_id, command.mailbox

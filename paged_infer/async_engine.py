@@ -57,6 +57,7 @@ class AsyncLLM:
             self.tokenizer.encode(
                 "warm up"
             )  # the first call settles how the tokenizer truncates: not in two threads
+        self.max_num_waiting = max_num_waiting
         self._thread = EngineThread(self._llm.engine, max_num_waiting)
         self._door = threading.Lock()  # requests are numbered and queued in the same order
         self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _door

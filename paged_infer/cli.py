@@ -1,4 +1,4 @@
-"""The command line: ``paged-infer compare | generate | chat | info | bench``."""
+"""The command line: ``paged-infer compare | generate | chat | serve | info | bench``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from paged_infer.console import (
     show_stream,
 )
 from paged_infer.params import SamplingParams
+from paged_infer.server.cli import serve
 
 app = typer.Typer(
     help="LLM inference, small enough to read and real enough to use.",
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_cli.app, name="bench")
+app.command()(serve)
 
 
 @app.command()

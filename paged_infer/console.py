@@ -37,13 +37,18 @@ Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text
 
 def open_llm(model: str | None, **options: Any) -> LLM:
     """Load a model for a command, without the progress bars and notices of the libraries below."""
-    import transformers
-
     from paged_infer.llm import LLM
+
+    quiet_libraries()
+    return LLM(model, **options)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no notices while a model is loaded."""
+    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return LLM(model, **options)
 
 
 def fail(error: ValueError) -> NoReturn:

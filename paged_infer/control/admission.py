@@ -15,6 +15,10 @@ from paged_infer.control.block_manager import Allocation, BlockManager
 from paged_infer.params import BeamSearchParams, SamplingParams
 
 
+class ContextLengthError(ValueError):
+    """The prompt leaves no room for an answer; a server tells this apart from other bad input."""
+
+
 def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_model_len: int) -> list[int]:
     """The prompt's last tokens, as many as ``truncate_prompt_tokens`` keeps."""
     keep = params.truncate_prompt_tokens
@@ -55,7 +59,7 @@ def check_request(
         if number is not None and number > vocab_size:
             raise ValueError(f"{name}={number} is more than the vocabulary's {vocab_size} tokens")
     if num_prompt >= max_model_len:
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {num_prompt} tokens: it must be shorter than max_model_len={max_model_len}"
         )
     if params.n > max_num_seqs:

@@ -1,0 +1,99 @@
+"""From the engine's outputs to OpenAI's JSON, whole or in pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as ReadOnlyList
+from typing import Any
+
+from paged_infer.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+
+DONE = b"data: [DONE]\n\n"
+LOWEST = -9999.0  # JSON has no infinity
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = None) -> dict[str, Any]:
+    """Tokens read and written; a prompt counts once, however many answers it has."""
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    if num_output_tokens is None:
+        num_output_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(o.metrics.num_cached_tokens for o in outputs)},
+    }
+
+
+class Growth:
+    """What is new in one answer since it was looked at last."""
+
+    __slots__ = ("_num_characters", "_num_tokens", "_offset")
+
+    def __init__(self) -> None:
+        self._num_characters = self._num_tokens = self._offset = 0
+
+    def text(self, one: CompletionOutput) -> str:
+        piece = one.text[self._num_characters :]
+        self._num_characters += len(piece)
+        return piece
+
+    def rows(self, one: CompletionOutput) -> tuple[list[int], list[TokenLogprobs]]:
+        """New tokens and their logprobs; nothing where none were asked for."""
+        if one.logprobs is None:
+            return [], []
+        start, self._num_tokens = self._num_tokens, len(one.token_ids)
+        return one.token_ids[start:], one.logprobs[start:]
+
+    def completion_logprobs(
+        self, token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None], texts: ReadOnlyList[str]
+    ) -> dict[str, Any]:
+        """Of ``/v1/completions``; offsets go on where the last ones ended. No row, as for the first token: null."""
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        chosen = [None if row is None else row[i] for i, row in zip(token_ids, rows, strict=True)]
+        return {
+            "tokens": list(texts),
+            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in chosen],
+            "top_logprobs": [None if row is None else _by_text(row) for row in rows],
+            "text_offset": offsets,
+        }
+
+
+def chat_logprobs(
+    token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs], num_top: int
+) -> dict[str, Any]:
+    """Of ``/v1/chat/completions``: each token with the ``num_top`` most probable ones in its place."""
+    content = []
+    for token_id, row in zip(token_ids, rows, strict=True):
+        top = sorted((entry for entry in row.values() if entry.rank <= num_top), key=lambda entry: entry.rank)
+        content.append({**_described(row[token_id]), "top_logprobs": [_described(entry) for entry in top]})
+    return {"content": content, "refusal": None}
+
+
+def texts_of(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs]) -> list[str]:
+    return [row[token_id].decoded_token or "" for token_id, row in zip(token_ids, rows, strict=True)]
+
+
+def _described(entry: Logprob) -> dict[str, Any]:
+    text = entry.decoded_token or ""
+    return {"token": text, "logprob": _finite(entry.logprob), "bytes": list(text.encode())}
+
+
+def _by_text(row: TokenLogprobs) -> dict[str, float]:
+    """Tokens of the same text (pieces of a character, say) share a place: the most probable one has it."""
+    named: dict[str, float] = {}
+    for entry in sorted(row.values(), key=lambda entry: entry.rank):
+        named.setdefault(entry.decoded_token or "", _finite(entry.logprob))
+    return named
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

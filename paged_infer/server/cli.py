@@ -1,0 +1,113 @@
+"""``paged-infer serve``. What it needs beyond the package is imported when it is called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from paged_infer.console import (
+    Backend,
+    BlockSize,
+    Device,
+    Dtype,
+    MaxModelLen,
+    Model,
+    NumBlocks,
+    fail,
+    quiet_libraries,
+)
+
+
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PAGED_INFER_API_KEY",
+            help="Ask clients for this key. In the environment, other users do not see it.",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that clients call the model by; may be repeated.")
+    ] = None,
+    max_num_waiting: Annotated[
+        int, typer.Option(help="Most sequences that wait; one more request is answered 429.")
+    ] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
+    result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
+    ] = 30.0,
+    log_level: Annotated[
+        str, typer.Option(help="uvicorn's: critical, error, warning, info, debug.")
+    ] = "info",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention_backend: Backend = "auto",
+    block_size: BlockSize = 16,
+    num_blocks: NumBlocks = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens computed in one step.")] = 2048,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="Share the blocks of equal beginnings.")] = True,
+    scheduling_policy: Annotated[
+        str, typer.Option(help="chunked, prefill_first, dynamic or static.")
+    ] = "chunked",
+    scheduler_delay_factor: Annotated[
+        float, typer.Option(help="With prefill_first: how long prompts wait.")
+    ] = 0.0,
+    preemption_mode: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
+    swap_space: Annotated[float | None, typer.Option(help="GiB of CPU memory, with swap.")] = None,
+    trace: Annotated[bool, typer.Option(help="Keep a record of every step; it grows.")] = False,
+    seed: Annotated[int, typer.Option(help="From it come the seeds of requests that bring none.")] = 0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, and /generate, /health, /metrics."""
+    try:
+        from paged_infer.server import run, service
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"):
+            raise
+        fail(ValueError(f"serve needs {error.name}: pip install 'paged-infer[serve]'"))
+    from paged_infer.async_engine import AsyncLLM
+
+    quiet_libraries()
+    try:
+        if log_level not in ("critical", "error", "warning", "info", "debug"):
+            raise ValueError(f"log_level={log_level!r}: must be critical, error, warning, info or debug")
+        settings = service.Settings(
+            api_key=api_key,
+            served_model_names=tuple(served_model_name or ()),
+            max_body_bytes=max_body_bytes,
+            result_ttl_s=result_ttl,
+        )
+        engine = AsyncLLM(
+            model,
+            max_num_waiting=max_num_waiting,
+            dtype=dtype,
+            device=device,
+            attention_backend=attention_backend,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            scheduling_policy=scheduling_policy,
+            scheduler_delay_factor=scheduler_delay_factor,
+            preemption_mode=preemption_mode,
+            swap_space=swap_space,
+            trace=trace,
+            seed=seed,
+        )
+    except ValueError as error:
+        fail(error)
+    is_clean = run.serve(
+        engine, settings, host=host, port=port, shutdown_timeout_s=shutdown_timeout, log_level=log_level
+    )
+    if not is_clean:
+        raise typer.Exit(1)

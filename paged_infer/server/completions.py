@@ -1,0 +1,105 @@
+"""/v1/completions: a prompt goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from paged_infer.outputs import CompletionOutput, RequestOutput
+from paged_infer.server.answers import Growth, texts_of
+from paged_infer.server.errors import documented, json_response
+from paged_infer.server.protocol import CompletionRequest
+from paged_infer.server.service import EventStream, service_of, unless_gone
+from paged_infer.server.shape import Shape
+
+router = APIRouter()
+ERRORS = documented(400, 401, 404, 413, 422, 429, 500, 503)
+ANSWER = {
+    "description": "The whole answer, or with `stream` its pieces as server-sent events.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["id", "object", "created", "model", "choices", "usage"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "object": {"type": "string"},
+                    "created": {"type": "integer"},
+                    "model": {"type": "string"},
+                    "choices": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+                    "usage": {"type": "object"},
+                },
+            }
+        },
+        "text/event-stream": {"schema": {"type": "string"}},
+    },
+}
+
+
+@router.post("/v1/completions", responses={200: ANSWER, **ERRORS})
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue one prompt or several, each with `n` answers."""
+    service = service_of(request)
+    shape = _CompletionShape(service, service.check_model(body.model), "cmpl", body.stream_options, body)
+    params = body.params()
+    streams = await service.open(
+        body.prompts(), params, shape.id, stream=bool(body.stream), cache_salt=body.cache_salt
+    )
+    if body.stream:
+        return EventStream(shape.events(streams), streams)
+    outputs = await unless_gone(request, service.finals(streams))
+    return Response(status_code=499) if outputs is None else json_response(shape.whole(outputs))
+
+
+@dataclass
+class _CompletionShape(Shape):
+    body: CompletionRequest
+
+    kind = piece_kind = "text_completion"
+
+    def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
+        return 0 if self.body.only_echoes else Shape.num_output_tokens(self, outputs)
+
+    def choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        return self._choice(growth, output, one, is_first=True)
+
+    def piece(
+        self, growth: Growth, output: RequestOutput, one: CompletionOutput, is_first: bool
+    ) -> dict[str, Any] | None:
+        choice = self._choice(growth, output, one, is_first=is_first)
+        has_tokens = choice["logprobs"] is not None and choice["logprobs"]["tokens"]
+        return choice if choice["text"] or one.finish_reason or has_tokens else None
+
+    def _choice(
+        self, growth: Growth, output: RequestOutput, one: CompletionOutput, *, is_first: bool
+    ) -> dict[str, Any]:
+        """What is new of one answer; the first piece has the prompt in it, where ``echo`` asks for it."""
+        text, (token_ids, rows) = growth.text(one), growth.rows(one)
+        all_rows: list[Any] = list(rows)
+        texts = texts_of(token_ids, rows)
+        if self.body.only_echoes:
+            text, token_ids, all_rows, texts = "", [], [], []
+        if self.body.echo and is_first:
+            text = self._prompt_text(output) + text
+            if output.prompt_logprobs is not None:
+                token_ids = [*output.prompt_token_ids, *token_ids]
+                all_rows = [*output.prompt_logprobs, *all_rows]
+                texts = [*map(self._token_text, output.prompt_token_ids), *texts]
+        has_logprobs = self.body.logprobs is not None
+        return {
+            "text": text,
+            "logprobs": growth.completion_logprobs(token_ids, all_rows, texts) if has_logprobs else None,
+        }
+
+    def _token_text(self, token_id: int) -> str:
+        tokenizer = self.service.engine.tokenizer
+        return "" if tokenizer is None else tokenizer.token_text(token_id)
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None and self.body.truncate_prompt_tokens is None:
+            return output.prompt
+        tokenizer = self.service.engine.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(output.prompt_token_ids)

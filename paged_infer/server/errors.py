@@ -1,0 +1,105 @@
+"""Every error as OpenAI's clients expect it: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+_KINDS = {
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("not_found_error", "not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "queue_full"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "service_unavailable"),
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every answer with a status of 400 or more holds."""
+
+    error: ErrorDetail
+
+
+class APIError(Exception):
+    """An answer that is an error. ``param`` names the field of the body that is to blame."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, headers
+        self.kind, usual = _KINDS.get(status, ("invalid_request_error", None))
+        self.code = code or usual
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return json_response(self.body(), self.status, self.headers)
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII: half a surrogate pair that a client has sent can be quoted back, too."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: these statuses come with an ``ErrorBody``."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def install(app: FastAPI) -> None:
+    """Have every exception answered in this form."""
+
+    @app.exception_handler(APIError)
+    async def own(_: Request, error: APIError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        headers = None if error.headers is None else dict(error.headers)
+        return APIError(error.status_code, str(error.detail), headers=headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(_: Request, error: RequestValidationError) -> Response:
+        return refusal(list(error.errors())).response()
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return APIError(500, f"the server has failed: {type(error).__name__}").response()
+
+
+def refusal(problems: list[dict[str, Any]]) -> APIError:
+    """422 for what is malformed; 400 where the form is right and a field is one that nobody knows."""
+    unknown = [str(p["loc"][-1]) for p in problems if p["type"] == "extra_forbidden"]
+    if unknown and len(unknown) == len(problems):
+        return APIError(400, f"unknown field: {', '.join(unknown)}", param=unknown[0], code="unknown_field")
+    first = problems[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return APIError(422, f"the body is not JSON: {reason}", code="json_invalid")
+    name = ".".join(place)
+    return APIError(
+        422, f"{name or 'the body'}: {first['msg']}", param=place[0] if place else None, code=first["type"]
+    )

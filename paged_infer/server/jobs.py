@@ -1,0 +1,148 @@
+"""/generate and /result/{id}: submit now, ask later."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from paged_infer.async_engine import RequestStream
+from paged_infer.outputs import RequestOutput
+from paged_infer.server.answers import usage
+from paged_infer.server.errors import APIError, documented, json_response
+from paged_infer.server.protocol import GenerateRequest
+from paged_infer.server.service import Service, service_of
+
+router = APIRouter()
+JOB = {
+    "type": "object",
+    "required": ["id", "status"],
+    "properties": {
+        "id": {"type": "string"},
+        "status": {"enum": ["running", "finished", "failed", "aborted"]},
+        "outputs": {"type": "array", "items": {"type": "object"}},
+        "usage": {"type": "object"},
+        "error": {"type": "object"},
+    },
+}
+JOB_ANSWER = {"description": "The job.", "content": {"application/json": {"schema": JOB}}}
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    id: str
+    stream: RequestStream
+    task: asyncio.Task[None] | None = None
+    ended_s: float | None = None  # time.monotonic()
+    output: RequestOutput | None = None
+    error: APIError | None = None
+
+    def describe(self) -> dict[str, Any]:
+        if self.error is not None:
+            status = "aborted" if self.error.code == "aborted" else "failed"
+            return {"id": self.id, "status": status, **self.error.body()}
+        if self.output is None:
+            return {"id": self.id, "status": "running"}
+        outputs = [
+            {
+                "index": one.index,
+                "text": one.text,
+                "token_ids": one.token_ids,
+                "finish_reason": one.finish_reason,
+            }
+            for one in self.output.outputs
+        ]
+        return {"id": self.id, "status": "finished", "outputs": outputs, "usage": usage([self.output])}
+
+
+class Jobs:
+    """Answers on their way and answers that wait to be fetched, which expire; at ``app.state.jobs``."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()  # by age
+        self._ended: OrderedDict[str, _Job] = OrderedDict()  # by when they ended
+
+    async def begin(self, body: GenerateRequest) -> _Job:
+        self._forget()
+        service, job_id = self._service, f"gen-{uuid.uuid4().hex}"
+        (stream,) = await service.open(
+            [body.prompt], body.params(), job_id, stream=False, cache_salt=body.cache_salt
+        )
+        job = self._jobs[job_id] = _Job(job_id, stream)
+        job.task = asyncio.create_task(self._finish(job))
+        return job
+
+    async def _finish(self, job: _Job) -> None:
+        try:
+            (job.output,) = await self._service.finals([job.stream])
+        except APIError as error:
+            job.error = error
+        finally:
+            job.stream.close()
+            job.ended_s = time.monotonic()
+            self._ended[job.id] = job
+
+    def find(self, job_id: str) -> _Job:
+        self._forget()
+        job = self._jobs.get(job_id)
+        if job is None:
+            ttl = self._service.settings.result_ttl_s
+            raise APIError(404, f"there is no result {job_id!r}: results are kept for {ttl:g} s", param="id")
+        return job
+
+    def drop(self, job_id: str) -> _Job:
+        """Abort it if it still runs, and forget it."""
+        job = self.find(job_id)
+        if job.task is not None:
+            job.task.cancel()
+        job.stream.close()
+        del self._jobs[job_id]
+        self._ended.pop(job_id, None)
+        return job
+
+    def _forget(self) -> None:
+        """Drop what has waited too long, and the oldest where too many wait."""
+        now, settings = time.monotonic(), self._service.settings
+        while self._ended:
+            job = next(iter(self._ended.values()))
+            assert job.ended_s is not None
+            if now - job.ended_s < settings.result_ttl_s and len(self._ended) <= settings.max_num_results:
+                break
+            del self._ended[job.id]
+            self._jobs.pop(job.id, None)
+
+
+def _jobs_of(request: Request) -> Jobs:
+    return request.app.state.jobs
+
+
+@router.post(
+    "/generate",
+    status_code=202,
+    responses={202: JOB_ANSWER, **documented(400, 401, 404, 413, 422, 429, 500, 503)},
+)
+async def generate(body: GenerateRequest, request: Request) -> Response:
+    """Queue a prompt and answer at once with the id to ask for at `/result/{id}`."""
+    service_of(request).check_model(body.model)
+    job = await _jobs_of(request).begin(body)
+    return json_response(job.describe(), 202, {"Location": f"/result/{job.id}"})
+
+
+@router.get("/result/{id}", responses={200: JOB_ANSWER, **documented(401, 404, 422)})
+async def result(id: str, request: Request) -> Response:
+    """The job's answer, once it is finished. It can be asked for again until it expires."""
+    return json_response(_jobs_of(request).find(id).describe())
+
+
+@router.delete("/result/{id}", responses={200: JOB_ANSWER, **documented(401, 404, 422)})
+async def abort(id: str, request: Request) -> Response:
+    """Abort the job if it is still running, and forget it."""
+    job = _jobs_of(request).drop(id)
+    return json_response({"id": job.id, "status": "finished" if job.output else "aborted"})

@@ -1,0 +1,154 @@
+"""Prometheus metrics, with the names and meanings of vLLM's, so that dashboards made for it work here.
+
+What vLLM calls a request is a sequence here: it, too, counts each of ``n`` samples. ``gpu_cache_usage_perc`` and
+``num_requests_swapped`` are its V0's names (V1 has ``kv_cache_usage_perc``, and does not swap).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from paged_infer.async_engine import AsyncLLM, StepReport
+from paged_infer.control.request import Sequence
+from paged_infer.outputs import RequestOutput
+
+LABELS = ("model_name", "engine")
+TTFT_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+LATENCY_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+_GAUGES = {  # name -> (what it says, its value from LLMEngine.stats())
+    "num_requests_running": ("Sequences that run.", lambda s: s["num_running"]),
+    "num_requests_waiting": ("Sequences that wait, those preempted included.", lambda s: s["num_waiting"]),
+    "num_requests_swapped": ("Sequences swapped out to the CPU's memory.", lambda s: s["num_swapped"]),
+    "kv_cache_usage_perc": ("Share of the blocks in use; 1 is all of them.", lambda s: _usage(s)),
+    "gpu_cache_usage_perc": ("The same under its older name.", lambda s: _usage(s)),
+}
+_COUNTERS = {
+    "prefix_cache_queries": ("Tokens that the prefix cache was asked for.", "prefix_query_tokens"),
+    "prefix_cache_hits": ("Tokens that it had.", "prefix_hit_tokens"),
+    "num_preemptions": ("Preemptions of sequences.", "preemptions"),
+}
+
+
+def _usage(stats: dict[str, int | float]) -> float:
+    return 1 - stats["free_blocks"] / stats["num_blocks"]
+
+
+class Metrics:
+    """Watches an engine. What it counts itself is told by the engine's thread; the rest is read when asked for."""
+
+    def __init__(self, engine: AsyncLLM, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = engine
+        self._labels = (model_name, "0")
+        self._last_token_s: dict[str, dict[int, float]] = {}  # request id -> sample index -> time
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that have been read.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Answers by how they ended.",
+            (*LABELS, "finished_reason"),
+            registry=self.registry,
+        )
+        for reason in ("stop", "length", "abort"):
+            self._success.labels(*self._labels, reason)
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", TTFT_S
+        )
+        self._gap = self._histogram("inter_token_latency_seconds", "From one token to the next.", TPOT_S)
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds", "Mean of a request's gaps between tokens.", TPOT_S
+        )
+        self._latency = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S
+        )
+        self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._output_length = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._step_tokens = self._histogram(
+            "iteration_tokens_total",
+            "Tokens of a step: drawn, and of prompts that it has finished reading.",
+            TOKENS,
+        )
+        self.registry.register(self)
+        engine.observers.append(self.observe)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry)
+        return histogram.labels(*self._labels)
+
+    def collect(self) -> Iterator[Metric]:
+        """What is read from the engine at this moment."""
+        stats = self._engine.stats()
+        for name, (text, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            gauge.add_metric(self._labels, value(stats))
+            yield gauge
+        for name, (text, key) in _COUNTERS.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            counter.add_metric(self._labels, stats[key])
+            yield counter
+
+    def observe(self, report: StepReport) -> None:
+        """After a step, on the engine's thread."""
+        now = report.now
+        num_read = sum(self._observe_token(sequence, now) for sequence in report.grown)
+        if report.grown:
+            self._prompt_tokens.inc(num_read)
+            self._generation_tokens.inc(len(report.grown))
+            self._step_tokens.observe(num_read + len(report.grown))
+        for output in report.outputs:
+            if output.finished:
+                self._observe_end(output)
+
+    def _observe_token(self, sequence: Sequence, now: float) -> int:
+        """Returns how many tokens of a prompt are now read, if this token is the first behind it."""
+        num_read = 0
+        last_s = self._last_token_s.setdefault(sequence.request_id, {})
+        if sequence.sample_index in last_s:
+            self._gap.observe(now - last_s[sequence.sample_index])
+        elif sequence.sample_index == 0:
+            self._ttft.observe(now - sequence.arrival_time_s)
+            num_read = sequence.num_prompt_tokens
+        last_s[sequence.sample_index] = now
+        return num_read
+
+    def _observe_end(self, output: RequestOutput) -> None:
+        self._last_token_s.pop(output.request_id, None)
+        for one in output.outputs:
+            self._success.labels(*self._labels, one.finish_reason).inc()
+            self._output_length.observe(len(one.token_ids))
+        self._prompt_length.observe(len(output.prompt_token_ids))
+        metrics = output.metrics
+        if metrics.latency is not None:
+            self._latency.observe(metrics.latency)
+        if metrics.tpot is not None:
+            self._tpot.observe(metrics.tpot)

@@ -1,0 +1,90 @@
+"""uvicorn around the application, and a clean end: what runs may finish, within a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+from types import FrameType
+
+import uvicorn
+
+from paged_infer.async_engine import AsyncLLM
+from paged_infer.server.app import create_app
+from paged_infer.server.service import Service, Settings
+
+logger = logging.getLogger("uvicorn.error")
+POLL_S = 0.05
+
+
+class Server(uvicorn.Server):
+    """Ends in three acts. The first signal begins the first, a second one skips it:
+
+    1. new requests get a 503, what is under way goes on, for ``shutdown_timeout_s`` at most;
+    2. what is still there is aborted, and told so;
+    3. the connections are closed.
+
+    An engine that has failed ends the server, too: whoever watches it can start another.
+    """
+
+    def __init__(
+        self, engine: AsyncLLM, settings: Settings, config: uvicorn.Config, shutdown_timeout_s: float
+    ) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._service: Service = config.app.state.service  # type: ignore[union-attr]
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._hurry = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called between two instructions of the main thread, so it only leaves a note."""
+        if self._service.is_closing:
+            self._hurry = True
+        self._service.is_closing = True
+
+    def stop(self) -> None:
+        """From any thread: as the first signal does."""
+        self.handle_exit(signal.SIGTERM, None)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to end."""
+        if self._service.is_closing or self._engine.error is not None:
+            await self._drain()
+            return True
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        num_open = len(self.server_state.tasks)
+        logger.info("Shutting down: %d request(s) under way", num_open)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._shutdown_timeout_s
+        while self.server_state.tasks and clock() < deadline and not self._hurry and not self._engine.error:
+            await asyncio.sleep(POLL_S)
+        await self._engine.shutdown(finish=False)  # those that are left learn that they have ended
+
+
+def serve(
+    engine: AsyncLLM,
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    shutdown_timeout_s: float = 30.0,
+    log_level: str = "info",
+) -> bool:
+    """Serve until a signal comes. False if the engine failed."""
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        host=host,
+        port=port,
+        log_level=log_level,
+        access_log=False,
+        timeout_graceful_shutdown=5,  # for the last bytes to leave, when the engine is already gone
+    )
+    gc.collect()
+    gc.freeze()  # the libraries' 300,000 objects stay for good: no collection has to walk them in mid-service
+    server = Server(engine, settings, config, shutdown_timeout_s)
+    server.run()
+    gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
+    return server._service.is_closing

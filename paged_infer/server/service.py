@@ -1,0 +1,227 @@
+"""The engine as the routes see it: prompts in, outputs out, and every failure an ``APIError``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from paged_infer.async_engine import AsyncLLM, EngineDeadError, QueueFullError, RequestStream
+from paged_infer.control.admission import ContextLengthError
+from paged_infer.engine import Params, Prompt
+from paged_infer.outputs import RequestOutput
+from paged_infer.server.errors import APIError
+from paged_infer.server.protocol import bad_value
+
+RETRY_AFTER_S = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the server behaves. The defaults are for one user on one machine.
+
+    Args:
+        api_key: what clients have to send as ``Authorization: Bearer ...``; None asks nothing.
+        served_model_names: under which names the model is asked for, the first in answers; empty: its own.
+        max_body_bytes: largest body of a request.
+        result_ttl_s: seconds that an answer waits to be fetched from ``/result/{id}``.
+        max_num_results: most such answers kept at once; the oldest is dropped for one more.
+    """
+
+    api_key: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    max_body_bytes: int = 1 << 20
+    result_ttl_s: float = 300.0
+    max_num_results: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "result_ttl_s", "max_num_results"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
+        if self.api_key is not None and not (
+            self.api_key and self.api_key.isascii() and self.api_key.isprintable()
+        ):
+            raise ValueError("api_key: must be printable ASCII, and not empty")
+
+
+@dataclass(slots=True)
+class Service:
+    """One per application, at ``request.app.state.service``."""
+
+    engine: AsyncLLM
+    settings: Settings = field(default_factory=Settings)
+    is_closing: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.settings.served_model_names or (self.engine.name,)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under. Raises APIError 404 for a model that is not served."""
+        if name is not None and name not in self.model_names:
+            known = ", ".join(self.model_names)
+            message = f"model={name!r} is not served; served: {known}"
+            raise APIError(404, message, param="model", code="model_not_found")
+        return name or self.model_names[0]
+
+    async def open(
+        self,
+        prompts: ReadOnlyList[Prompt],
+        params: Params,
+        request_id: str,
+        *,
+        stream: bool,
+        cache_salt: str | None,
+        prompt_field: str = "prompt",
+    ) -> list[RequestStream]:
+        """Queue all of the prompts, or none. Whoever calls this closes what it returns."""
+        if len(prompts) > self.engine.max_num_waiting:
+            limit = f"max_num_waiting={self.engine.max_num_waiting}"
+            raise APIError(
+                400, f"{len(prompts)} prompts in one request: more than {limit}", param=prompt_field
+            )
+        opened: list[RequestStream] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                one = f"{request_id}-{index}"
+                opened.append(
+                    await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt)
+                )
+        except BaseException as error:
+            close_all(opened)
+            raise self.explained(error, prompt_field) from error
+        return opened
+
+    def explained(self, error: BaseException, prompt_field: str = "prompt") -> BaseException:
+        """What to tell the client about what the engine has raised."""
+        if isinstance(error, ContextLengthError):
+            return bad_value(error, prompt_field, "context_length_exceeded")
+        if isinstance(error, ValueError):
+            return bad_value(error, prompt_field)
+        if isinstance(error, QueueFullError):
+            return APIError(429, f"the queue is full: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
+        if isinstance(error, EngineDeadError):
+            return closing_error() if self.is_closing else APIError(500, str(error), code="engine_dead")
+        return error
+
+    def checked(self, output: RequestOutput) -> RequestOutput:
+        """The output, unless it was cut off from this side: half an answer must not pass for a whole one."""
+        if any(one.finish_reason == "abort" for one in output.outputs):
+            raise (
+                closing_error()
+                if self.is_closing
+                else APIError(500, "the request was aborted", code="aborted")
+            )
+        return output
+
+    async def finals(self, streams: ReadOnlyList[RequestStream]) -> list[RequestOutput]:
+        """The end of each."""
+        try:
+            return [self.checked([output async for output in stream][-1]) for stream in streams]
+        except EngineDeadError as error:
+            raise self.explained(error) from error
+        finally:
+            close_all(streams)
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+def closing_error() -> APIError:
+    return APIError(503, "the server is shutting down", headers={"Connection": "close"})
+
+
+def close_all(streams: ReadOnlyList[RequestStream]) -> None:
+    for stream in streams:
+        stream.close()
+
+
+async def merged(streams: ReadOnlyList[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """(index of the stream, output), as they come."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
+
+    async def forward(index: int, stream: RequestStream) -> None:
+        try:
+            async for output in stream:
+                await queue.put((index, output))
+            await queue.put((index, None))
+        except Exception as error:
+            await queue.put((index, error))
+
+    tasks = [asyncio.create_task(forward(*pair)) for pair in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``, which is cancelled when the client goes away before: then None."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        await _end(task, gone)
+
+
+class EventStream(Response):
+    """Server-sent events, from bytes. Stops reading them as soon as the client has gone, and closes ``streams``."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], streams: ReadOnlyList[RequestStream] = ()) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task, gone = asyncio.create_task(self._send(send)), asyncio.create_task(_until_gone(receive))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            close_all(self._streams)
+            await _end(task, gone)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,91 @@
+"""Servers for the tests: the real uvicorn on a free port of 127.0.0.1, in a thread, over a small engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import uvicorn
+from openai import AsyncOpenAI, OpenAI
+
+from paged_infer import AsyncLLM
+from paged_infer.server.app import create_app
+from paged_infer.server.run import Server
+from paged_infer.server.service import Settings
+
+
+class Served:
+    """A server that runs, and clients of it."""
+
+    def __init__(self, settings: Settings, shutdown_timeout_s: float = 5.0, **options: Any) -> None:
+        self.engine = AsyncLLM(options.pop("model", None), device="cpu", **options)
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        app = create_app(self.engine, settings)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+        self.server = Server(self.engine, settings, config, shutdown_timeout_s)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
+        self.thread.start()
+        self.api_key = settings.api_key or "unused"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        while not self.server.started:
+            time.sleep(0.005)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/completions", **body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=60)
+
+    def async_openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=60)
+
+    def is_idle(self) -> bool:
+        stats = self.engine.stats()
+        busy = stats["num_running"] or stats["num_waiting"] or stats["num_swapped"]
+        return stats["free_blocks"] == stats["num_blocks"] and not busy
+
+    def check_idle(self, within_s: float = 10.0) -> None:
+        """Law 2: every block is free, soon."""
+        deadline = time.monotonic() + within_s
+        while not self.is_idle():
+            assert time.monotonic() < deadline, self.engine.stats()
+            time.sleep(0.01)
+        asyncio.run(self.engine.check_integrity())
+
+    def stop(self) -> None:
+        self.http.close()
+        self.server.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+LONG_BODY: dict[str, Any] = {
+    "model": "storyteller",
+    "prompt": "Once upon a time",
+    "max_tokens": 900,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+@contextlib.contextmanager
+def serving(settings: Settings | None = None, **options: Any) -> Iterator[Served]:
+    served = Served(settings or Settings(), **options)
+    try:
+        yield served
+        if served.engine.error is None:
+            served.check_idle()
+    finally:
+        served.stop()

@@ -1,0 +1,71 @@
+"""/generate and /result: submit now, ask later; what nobody fetches goes away."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from serving import Served, serving
+
+from paged_infer import SamplingParams
+from paged_infer.server.service import Settings
+
+LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
+
+
+def poll(served: Served, job_id: str) -> dict[str, Any]:
+    while (answer := served.http.get(f"/result/{job_id}").json())["status"] == "running":
+        time.sleep(0.005)
+    return answer
+
+
+def test_a_job_is_answered_at_once_and_its_result_waits(served, storyteller) -> None:
+    params = {"max_tokens": 12, "n": 2, "seed": 4}
+    submitted = served.post("/generate", prompt="Once upon a time", **params)
+    assert submitted.status_code == 202
+    job = submitted.json()
+    assert job["status"] == "running" and submitted.headers["location"] == f"/result/{job['id']}"
+    result = poll(served, job["id"])
+    said = storyteller.generate("Once upon a time", SamplingParams(**params), use_tqdm=False)[0]
+    assert [(o["text"], o["token_ids"], o["finish_reason"]) for o in result["outputs"]] == [
+        (one.text, one.token_ids, one.finish_reason) for one in said.outputs
+    ]
+    assert result["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in said.outputs)
+    assert served.http.get(f"/result/{job['id']}").json() == result  # and can be asked for again
+
+
+def test_bad_input_is_told_when_it_is_submitted(served) -> None:
+    assert served.post("/generate", prompt="").status_code == 400
+    assert served.post("/generate", prompt="x", model="other").status_code == 404
+
+
+def test_nobody_knows_a_result_that_was_never_asked_for(served) -> None:
+    for response in (served.http.get("/result/x"), served.http.delete("/result/x")):
+        assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
+
+
+def test_a_job_that_is_deleted_is_aborted(served) -> None:
+    job = served.post("/generate", **LONG).json()
+    deleted = served.http.delete(f"/result/{job['id']}")
+    assert deleted.json() == {"id": job["id"], "status": "aborted"}
+    served.check_idle()
+    assert served.http.get(f"/result/{job['id']}").status_code == 404
+
+
+def test_results_expire() -> None:
+    with serving(Settings(result_ttl_s=0.2), num_blocks=32) as served:
+        job = served.post("/generate", prompt="x", max_tokens=1).json()
+        assert poll(served, job["id"])["status"] == "finished"
+        time.sleep(0.25)
+        assert served.http.get(f"/result/{job['id']}").status_code == 404
+
+
+def test_only_so_many_results_are_kept() -> None:
+    with serving(Settings(max_num_results=3), num_blocks=32) as served:
+        jobs = [served.post("/generate", prompt="x", max_tokens=1).json()["id"] for _ in range(5)]
+        poll(served, jobs[-1])
+        served.check_idle()
+        time.sleep(0.05)
+        found = [served.http.get(f"/result/{job}").status_code for job in jobs]
+        assert found == [404, 404, 200, 200, 200]
+        assert len(served.server.config.app.state.jobs._jobs) == 3  # type: ignore[union-attr]

@@ -1,0 +1,69 @@
+"""/metrics: vLLM's names, and numbers that add up."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serving import Served, serving
+
+
+def samples(served: Served) -> dict[str, float]:
+    text = served.http.get("/metrics").text
+    return {
+        sample.name.removeprefix("vllm:") + sample.labels.get("finished_reason", ""): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "le" not in sample.labels
+    }
+
+
+def test_the_numbers_add_up_to_what_was_asked() -> None:
+    with serving(max_num_seqs=8, num_blocks=64) as served:
+        prompt = "The river was wide and cold. " * 8
+        first = served.complete(prompt=prompt, max_tokens=5, ignore_eos=True)["usage"]
+        again = served.complete(prompt=prompt, max_tokens=9, ignore_eos=True, n=2, stop=[])["usage"]
+        ended = served.complete(prompt="Once", max_tokens=50, stop="a", temperature=0)
+        now = samples(served)
+        usages = [first, again, ended["usage"]]
+        assert now["prompt_tokens_total"] == sum(u["prompt_tokens"] for u in usages)
+        assert now["generation_tokens_total"] == sum(u["completion_tokens"] for u in usages)
+        assert now["time_to_first_token_seconds_count"] == now["e2e_request_latency_seconds_count"] == 3
+        assert now["inter_token_latency_seconds_count"] == 4 + 2 * 8 + ended["usage"]["completion_tokens"] - 1
+        assert (now["request_success_totallength"], now["request_success_totalstop"]) == (3, 1)
+        cached = again["prompt_tokens_details"]["cached_tokens"]
+        assert now["prefix_cache_hits_total"] == cached > 0
+        assert now["prefix_cache_queries_total"] == sum(u["prompt_tokens"] for u in usages)
+        assert 0 < now["time_to_first_token_seconds_sum"] < now["e2e_request_latency_seconds_sum"] < 60
+
+
+def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
+    with serving(max_num_seqs=1, num_blocks=64) as served:
+        assert samples(served)["kv_cache_usage_perc"] == samples(served)["num_requests_running"] == 0
+        body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with served.http.stream("POST", "/v1/completions", json=body) as running:
+            next(running.iter_bytes())
+            with served.http.stream("POST", "/v1/completions", json=body):
+                now = samples(served)
+                assert (now["num_requests_running"], now["num_requests_waiting"]) == (1, 1)
+                assert 0 < now["kv_cache_usage_perc"] == now["gpu_cache_usage_perc"] < 1
+        served.check_idle()
+        now = samples(served)
+        assert now["num_requests_running"] == now["num_requests_waiting"] == now["kv_cache_usage_perc"] == 0
+        assert now["request_success_totalabort"] >= 1
+        assert not served.server.config.app.state.metrics._last_token_s  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_preemptions_are_counted(mode: str) -> None:
+    options = {
+        "preemption_mode": mode,
+        "max_num_seqs": 8,
+        "num_blocks": 10,
+        "block_size": 4,
+        "max_model_len": 40,
+    }
+    with serving(**options) as served:
+        served.complete(prompt=["Once upon a time", "Mia"] * 3, max_tokens=20, ignore_eos=True)
+        now = samples(served)
+        assert now["num_preemptions_total"] == served.engine.stats()["preemptions"] > 0
+        assert "num_requests_swapped" in now

@@ -1,0 +1,50 @@
+"""The server does what its OpenAPI document says, under whatever schemathesis sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from serving import Served
+
+PATHS = [
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/generate"),
+    ("GET", "/result/{id}"),
+    ("DELETE", "/result/{id}"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("GET", "/health"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.fixture(scope="module")
+def schema(storyteller_server: Served) -> Any:
+    return schemathesis.openapi.from_url(f"{storyteller_server.url}/openapi.json")
+
+
+def test_every_route_is_in_the_document(schema) -> None:
+    found = {(one.ok().method.upper(), one.ok().path) for one in schema.get_all_operations()}
+    assert found == set(PATHS)
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+def test_the_document_is_kept(served: Served, schema, method: str, path: str) -> None:
+    operation = schema[path][method]
+
+    @hypothesis.given(case=operation.as_strategy())
+    @hypothesis.settings(
+        max_examples=25,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    def holds(case: Any) -> None:
+        case.call_and_validate(base_url=served.url, timeout=20)
+
+    holds()

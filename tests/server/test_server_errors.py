@@ -1,0 +1,274 @@
+"""Bad input gets one clear error with OpenAI's body, by the right status, and costs nobody else anything."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+from serving import serving
+
+from paged_infer.server.protocol import UNSUPPORTED
+from paged_infer.server.service import Settings
+
+PROMPT = {"prompt": "Once upon a time", "max_tokens": 2}
+CHAT = {"messages": [{"role": "user", "content": "Where is the key?"}], "max_tokens": 2}
+
+
+def told(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, (response.status_code, response.text)
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.5),
+        ("temperature", 1e400),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -3),
+        ("seed", 2**64),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("min_tokens", 3),
+        ("n", 0),
+        ("n", 1000),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("stop", ""),
+        ("stop", ["x"] * 17),
+        ("stop", "x" * 257),
+        ("stop_token_ids", [10**6]),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"5": 101}),
+        ("truncate_prompt_tokens", 0),
+        ("length_penalty", 2.0),
+        ("prompt", []),
+        ("prompt", ""),
+        ("prompt", [[]]),
+        ("prompt", [10**6]),
+        ("prompt", [-1]),
+        ("prompt", [2**70]),
+        ("prompt", "x" * 5000),
+        ("store", True),
+    ],
+)
+def test_a_value_out_of_its_range_is_a_400_that_names_it(served, field: str, value: Any) -> None:
+    body = json.dumps({**PROMPT, field: value})  # httpx would not send an infinity
+    response = served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    error = told(response, 400)
+    assert error["param"] in (field, None) and (error["param"] or field in error["message"]), error
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_what_is_not_supported_is_refused_by_name(served, name: str) -> None:
+    for path, body in (("/v1/completions", PROMPT), ("/v1/chat/completions", CHAT)):
+        error = told(served.post(path, **body, **{name: {"an": "object"}}), 400)
+        assert error["param"] == name and error["message"] == f"{name} is not supported"
+        for harmless in (None, *UNSUPPORTED[name]):
+            assert served.post(path, **body, **{name: harmless}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
+def test_an_unknown_field_is_refused_by_name(served, path: str) -> None:
+    body = CHAT if "chat" in path else PROMPT
+    error = told(served.post(path, **body, temprature=0.5), 400)
+    assert (error["param"], error["code"]) == ("temprature", "unknown_field")
+
+
+def test_fields_about_accounts_are_accepted(served) -> None:
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
+    assert served.complete(**PROMPT, **harmless)["choices"]
+
+
+def test_a_field_of_the_other_route_is_unknown_here(served) -> None:
+    assert told(served.post("/v1/chat/completions", **CHAT, echo=True), 400)["param"] == "echo"
+    assert told(served.post("/v1/completions", **PROMPT, messages=[]), 400)["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": 5}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", 5]}, "prompt"),
+        ("/v1/completions", {**PROMPT, "temperature": "hot"}, "temperature"),
+        ("/v1/completions", {**PROMPT, "n": 1.5}, "n"),
+        ("/v1/completions", {**PROMPT, "n": True}, "n"),
+        ("/v1/completions", {**PROMPT, "stream": "yes"}, "stream"),
+        ("/v1/completions", {**PROMPT, "logit_bias": [1]}, "logit_bias"),
+        ("/v1/completions", {**PROMPT, "stream_options": {"include_usage": 1}}, "stream_options"),
+        ("/v1/chat/completions", {}, "messages"),
+        ("/v1/chat/completions", {"messages": "hello"}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "king", "content": "x"}]}, "messages"),
+        ("/v1/chat/completions", {**CHAT, "logprobs": 3}, "logprobs"),
+        ("/generate", {"prompt": ["a"]}, "prompt"),
+        ("/generate", [], None),
+        ("/generate", "text", None),
+        ("/generate", None, None),
+    ],
+)
+def test_a_wrong_type_is_a_422_that_names_the_field(served, path: str, body: Any, param: str | None) -> None:
+    assert told(served.http.post(path, json=body), 422)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"prompt": "x"',
+        b"\xff\xfe",
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        b'{"prompt": "x"} y',
+        b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "x", "temperature": NaN}',
+    ],
+)
+def test_malformed_bodies_are_answered_as_such(served, content: bytes) -> None:
+    response = served.http.post(
+        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    told(response, response.status_code)
+    assert response.status_code in (400, 422)
+
+
+def test_a_conversation_that_makes_no_sense_is_a_400(served) -> None:
+    assert told(served.post("/v1/chat/completions", messages=[]), 400)["param"] == "messages"
+    error = told(served.post("/v1/chat/completions", **CHAT, max_completion_tokens=3), 400)
+    assert error["param"] == "max_completion_tokens"
+    assert told(served.post("/v1/chat/completions", **CHAT, top_logprobs=2), 400)["param"] == "top_logprobs"
+    long = [{"role": "user", "content": "The river was wide. " * 100}]
+    error = told(served.post("/v1/chat/completions", messages=long), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 0.5), ("logprobs", 1), ("stop", "x"), ("logit_bias", {"3": 1})]
+)
+def test_a_beam_search_refuses_what_it_does_not_know(served, field: str, value: Any) -> None:
+    error = told(served.post("/v1/completions", **PROMPT, use_beam_search=True, **{field: value}), 400)
+    assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    "text", ["Zoë, 東京 и мы: 🦊", "nul \0 byte", "\u202eback", "e\u0301\u200d", "\r\n\t"]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_any_text_is_a_prompt(served, storyteller, text: str, stream: bool) -> None:
+    answer = served.complete(prompt=text, max_tokens=4, temperature=0, echo=True)
+    assert answer["choices"][0]["text"].startswith(text)
+    assert answer["usage"]["prompt_tokens"] == len(storyteller.tokenizer.encode(text))
+
+
+def test_half_a_surrogate_pair_is_no_text(served) -> None:
+    response = served.http.post(
+        "/v1/completions", content=rb'{"prompt": "a \ud83d b"}', headers={"Content-Type": "application/json"}
+    )
+    told(response, response.status_code)
+    assert response.status_code in (400, 422)
+
+
+def test_a_path_or_method_that_is_not_there_has_the_same_body(served) -> None:
+    told(served.http.get("/v2/completions"), 404)
+    told(served.http.get("/v1/completions"), 405)
+
+
+def test_bodies_over_the_limit_are_a_413_however_they_come() -> None:
+    with serving(Settings(max_body_bytes=1000), num_blocks=32) as small:
+        assert small.complete(prompt="x" * 20, max_tokens=1)
+        told(small.post("/v1/completions", prompt="x" * 1000), 413)
+        pieces = (b" " * 100 for _ in range(20))  # chunked: no Content-Length
+        told(
+            small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}),
+            413,
+        )
+        with socket.create_connection(("127.0.0.1", small.port)) as raw:  # a promise alone is enough
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_key_is_asked_for_where_one_is_set() -> None:
+    with serving(Settings(api_key="open sesame"), num_blocks=32) as locked:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic open sesame"}):
+            response = locked.http.post("/v1/completions", json=PROMPT, headers=headers)
+            assert told(response, 401)["code"] == "invalid_api_key"
+            told(locked.http.get("/v1/models", headers=headers), 401)
+            told(locked.http.get("/result/x", headers=headers), 401)
+        assert locked.http.get("/health").status_code == locked.http.get("/metrics").status_code == 200
+        assert locked.openai().completions.create(model="storyteller", prompt="x", max_tokens=1).choices
+
+
+def test_the_model_answers_to_the_names_that_it_was_given() -> None:
+    with serving(Settings(served_model_names=("tales", "org/tales")), num_blocks=32) as named:
+        assert [m.id for m in named.openai().models.list()] == ["tales", "org/tales"]
+        assert named.openai().models.retrieve("org/tales").id == "org/tales"
+        assert named.complete(**PROMPT)["model"] == "tales"
+        assert named.complete(**PROMPT, model="org/tales")["model"] == "org/tales"
+        told(named.post("/v1/completions", **PROMPT, model="storyteller"), 404)
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
+    with serving(max_num_seqs=1, max_num_waiting=1, num_blocks=64) as busy:
+        long = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with (
+            busy.http.stream("POST", "/v1/completions", json=long) as running,
+            busy.http.stream("POST", "/v1/completions", json=long),
+        ):
+            next(running.iter_bytes())
+            response = busy.post("/v1/completions", **PROMPT)
+            assert told(response, 429)["type"] == "rate_limit_error"
+            assert int(response.headers["retry-after"]) >= 1
+        busy.check_idle()
+        assert busy.complete(**PROMPT)
+        assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
+
+
+def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
+    with serving(max_num_seqs=4, num_blocks=64) as broken:
+        runner = broken.engine._llm.engine.runner
+        execute, count = runner.execute, 0
+
+        def fail(step: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == 4:
+                raise ArithmeticError("the device fell off")
+            return execute(step)
+
+        runner.execute = fail  # type: ignore[method-assign]
+        with broken.http.stream(
+            "POST", "/v1/completions", json={**PROMPT, "max_tokens": 99, "stream": True}
+        ) as r:
+            events = [line.removeprefix("data: ") for line in r.iter_lines() if line]
+        assert events[-1] == "[DONE]"
+        assert "the device fell off" in json.loads(events[-2])["error"]["message"]
+        broken.thread.join(10)
+        assert not broken.thread.is_alive()
+
+
+def test_a_failed_engine_is_not_healthy() -> None:
+    with serving(num_blocks=32) as broken:
+        broken.server.on_tick = lambda counter: _never()  # type: ignore[method-assign]
+        broken.engine._llm.engine.runner.execute = None  # type: ignore[assignment]
+        assert broken.http.get("/health").status_code == 200
+        assert told(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
+        assert told(broken.http.get("/health"), 503)["code"] == "engine_dead"
+        assert told(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
+        del broken.server.on_tick
+
+
+async def _never() -> bool:
+    return False

@@ -65,6 +65,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+def within(minimum: float | None = None, maximum: float | None = None, **more: Any) -> Any:
+    """A field that may be left out, with its limits as the OpenAPI document tells them.
+
+    They are told there only: ``SamplingParams`` holds to them, so that the message names the value and the limit.
+    """
+    limits = {"minimum": minimum, "maximum": maximum, **more}
+    return Field(None, json_schema_extra={name: limit for name, limit in limits.items() if limit is not None})
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
 
@@ -72,25 +81,25 @@ class StreamOptions(Strict):
 class SamplingFields(Strict):
     """How the tokens are chosen and when the answer ends; see ``paged_infer.SamplingParams``."""
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    n: int | None = within(1)
+    temperature: float | None = within(0)
+    top_p: float | None = within(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = within(-1)
+    min_p: float | None = within(0, 1)
+    repetition_penalty: float | None = within(exclusiveMinimum=0)
+    presence_penalty: float | None = within(-2, 2)
+    frequency_penalty: float | None = within(-2, 2)
     logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
+    seed: int | None = within(-(2**63), 2**63 - 1)
+    max_tokens: int | None = within(0)
+    min_tokens: int | None = within(0)
+    stop: str | list[str] | None = within(minLength=1, maxLength=MAX_STOP_LENGTH, maxItems=MAX_STOPS)
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: int | None = within(-1)
     cache_salt: str | None = Field(None, description="Cached blocks are shared with the same salt only.")
     use_beam_search: bool | None = Field(None, description="Search with `n` beams instead of sampling.")
-    length_penalty: float | None = None
+    length_penalty: float | None = within(-10, 10)
     early_stopping: bool | Literal["never"] | None = None
 
     model: str | None = Field(None, description="One of `/v1/models`; may be left out.")
@@ -160,7 +169,7 @@ class SamplingFields(Strict):
 
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
+    logprobs: int | None = within(0, MAX_LOGPROBS)
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -206,9 +215,9 @@ class ChatMessage(Strict):
 
 class ChatCompletionRequest(SamplingFields):
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = within(1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = within(0, MAX_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -245,6 +254,6 @@ def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None 
     """The engine's own words, with the field that they begin with."""
     message = str(error)
     name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
-    if message.startswith(("the prompt", "prompt token", "this checkpoint has no")):
+    if message.startswith((prompt_field, "the prompt", "prompt token", "this checkpoint has no")):
         name = prompt_field
     return APIError(400, message, param=name if name.isidentifier() else None, code=code)

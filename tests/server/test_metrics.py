@@ -41,9 +41,11 @@ def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
         assert samples(served)["kv_cache_usage_perc"] == samples(served)["num_requests_running"] == 0
         body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
         with served.http.stream("POST", "/v1/completions", json=body) as running:
-            next(running.iter_bytes())
+            pieces = running.iter_bytes()  # held: to drop it is to hang up
+            next(pieces)
             with served.http.stream("POST", "/v1/completions", json=body):
-                now = samples(served)
+                while (now := samples(served))["num_requests_waiting"] == 0:
+                    assert now["num_requests_running"] == 1
                 assert (now["num_requests_running"], now["num_requests_waiting"]) == (1, 1)
                 assert 0 < now["kv_cache_usage_perc"] == now["gpu_cache_usage_perc"] < 1
         served.check_idle()

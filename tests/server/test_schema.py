@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
-from serving import Served
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import Served, serving
 
 PATHS = [
     ("POST", "/v1/completions"),
@@ -23,8 +25,15 @@ PATHS = [
 
 
 @pytest.fixture(scope="module")
-def schema(storyteller_server: Served) -> Any:
-    return schemathesis.openapi.from_url(f"{storyteller_server.url}/openapi.json")
+def served() -> Iterator[Served]:
+    """A short context: much of what schemathesis sends goes on to its end."""
+    with serving(max_num_seqs=16, num_blocks=128, max_model_len=64) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def schema(served: Served) -> Any:
+    return schemathesis.openapi.from_url(f"{served.url}/openapi.json")
 
 
 def test_every_route_is_in_the_document(schema) -> None:
@@ -38,13 +47,15 @@ def test_the_document_is_kept(served: Served, schema, method: str, path: str) ->
 
     @hypothesis.given(case=operation.as_strategy())
     @hypothesis.settings(
-        max_examples=25,
+        max_examples=20,
         derandomize=True,
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     def holds(case: Any) -> None:
-        case.call_and_validate(base_url=served.url, timeout=20)
+        # A schema cannot say what a vocabulary or a context holds: such a 400 is right, and not a broken promise.
+        case.call_and_validate(base_url=served.url, timeout=20, excluded_checks=[positive_data_acceptance])
 
     holds()
+    served.check_idle()

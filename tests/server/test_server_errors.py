@@ -227,7 +227,8 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
             busy.http.stream("POST", "/v1/completions", json=long) as running,
             busy.http.stream("POST", "/v1/completions", json=long),
         ):
-            next(running.iter_bytes())
+            pieces = running.iter_bytes()  # held: to drop it is to hang up
+            next(pieces)
             response = busy.post("/v1/completions", **PROMPT)
             assert told(response, 429)["type"] == "rate_limit_error"
             assert int(response.headers["retry-after"]) >= 1

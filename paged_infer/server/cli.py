@@ -84,6 +84,7 @@ def serve(
             max_body_bytes=max_body_bytes,
             result_ttl_s=result_ttl,
         )
+        door = run.listen(host, port)
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,
@@ -106,8 +107,6 @@ def serve(
         )
     except ValueError as error:
         fail(error)
-    is_clean = run.serve(
-        engine, settings, host=host, port=port, shutdown_timeout_s=shutdown_timeout, log_level=log_level
-    )
+    is_clean = run.serve(engine, settings, door, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
     if not is_clean:
         raise typer.Exit(1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from paged_infer.outputs import CompletionOutput, RequestOutput
+from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from paged_infer.server.answers import Growth, texts_of
 from paged_infer.server.errors import documented, json_response
 from paged_infer.server.protocol import CompletionRequest
@@ -87,16 +88,21 @@ class _CompletionShape(Shape):
             if output.prompt_logprobs is not None:
                 token_ids = [*output.prompt_token_ids, *token_ids]
                 all_rows = [*output.prompt_logprobs, *all_rows]
-                texts = [*map(self._token_text, output.prompt_token_ids), *texts]
+                texts = [*self._prompt_texts(output.prompt_token_ids, output.prompt_logprobs), *texts]
         has_logprobs = self.body.logprobs is not None
         return {
             "text": text,
             "logprobs": growth.completion_logprobs(token_ids, all_rows, texts) if has_logprobs else None,
         }
 
-    def _token_text(self, token_id: int) -> str:
+    def _prompt_texts(self, token_ids: list[int], rows: list[TokenLogprobs | None]) -> Iterator[str]:
+        """A row tells its token's text; only the first token has none."""
         tokenizer = self.service.engine.tokenizer
-        return "" if tokenizer is None else tokenizer.token_text(token_id)
+        for token_id, row in zip(token_ids, rows, strict=True):
+            if row is not None:
+                yield row[token_id].decoded_token or ""
+            else:
+                yield "" if tokenizer is None else tokenizer.token_text(token_id)
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None and self.body.truncate_prompt_tokens is None:

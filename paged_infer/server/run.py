@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
+import socket
 from types import FrameType
 
 import uvicorn
@@ -28,20 +29,18 @@ class Server(uvicorn.Server):
     An engine that has failed ends the server, too: whoever watches it can start another.
     """
 
-    def __init__(
-        self, engine: AsyncLLM, settings: Settings, config: uvicorn.Config, shutdown_timeout_s: float
-    ) -> None:
+    def __init__(self, engine: AsyncLLM, config: uvicorn.Config, shutdown_timeout_s: float) -> None:
         super().__init__(config)
         self._engine = engine
-        self._service: Service = config.app.state.service  # type: ignore[union-attr]
+        self.service: Service = config.app.state.service  # type: ignore[union-attr]
         self._shutdown_timeout_s = shutdown_timeout_s
         self._hurry = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called between two instructions of the main thread, so it only leaves a note."""
-        if self._service.is_closing:
+        if self.service.is_closing:
             self._hurry = True
-        self._service.is_closing = True
+        self.service.is_closing = True
 
     def stop(self) -> None:
         """From any thread: as the first signal does."""
@@ -49,7 +48,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to end."""
-        if self._service.is_closing or self._engine.error is not None:
+        if self.service.is_closing or self._engine.error is not None:
             await self._drain()
             return True
         return await super().on_tick(counter)
@@ -64,27 +63,40 @@ class Server(uvicorn.Server):
         await self._engine.shutdown(finish=False)  # those that are left learn that they have ended
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """The door, before a model is loaded behind it: who knocks meanwhile waits.
+
+    Raises:
+        ValueError: the address cannot be had, in use by somebody else, say.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = str(error.strerror).split(" (")[0]
+        raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
+
+
 def serve(
     engine: AsyncLLM,
     settings: Settings,
+    door: socket.socket,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
     shutdown_timeout_s: float = 30.0,
     log_level: str = "info",
 ) -> bool:
-    """Serve until a signal comes. False if the engine failed."""
+    """Serve on ``door`` until a signal comes. False if the engine failed."""
     config = uvicorn.Config(
         create_app(engine, settings),
-        host=host,
-        port=port,
         log_level=log_level,
         access_log=False,
         timeout_graceful_shutdown=5,  # for the last bytes to leave, when the engine is already gone
     )
     gc.collect()
     gc.freeze()  # the libraries' 300,000 objects stay for good: no collection has to walk them in mid-service
-    server = Server(engine, settings, config, shutdown_timeout_s)
-    server.run()
-    gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
-    return server._service.is_closing
+    server = Server(engine, config, shutdown_timeout_s)
+    try:
+        server.run([door])
+    finally:
+        gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
+    return server.service.is_closing

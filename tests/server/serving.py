@@ -30,7 +30,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
         app = create_app(self.engine, settings)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
-        self.server = Server(self.engine, settings, config, shutdown_timeout_s)
+        self.server = Server(self.engine, config, shutdown_timeout_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
         self.api_key = settings.api_key or "unused"

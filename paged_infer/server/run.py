@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -17,6 +18,7 @@ from paged_infer.server.service import Service, Settings
 
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
+SWITCH_S = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -95,8 +97,13 @@ def serve(
     gc.collect()
     gc.freeze()  # the libraries' 300,000 objects stay for good: no collection has to walk them in mid-service
     server = Server(engine, config, shutdown_timeout_s)
+    usual_s = sys.getswitchinterval()
+    # The engine's thread and the event loop share the interpreter. With Python's usual 5 ms, whoever comes back from
+    # a system call waits that long for the other; shorter turns served 12 % more tokens at 32 requests at once.
+    sys.setswitchinterval(SWITCH_S)
     try:
         server.run([door])
     finally:
+        sys.setswitchinterval(usual_s)
         gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
     return server.service.is_closing

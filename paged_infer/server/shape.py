@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as ReadOnlyList
@@ -31,7 +31,7 @@ class Shape(ABC):
     piece_kind: ClassVar[str]  # and of one in a stream
 
     def __post_init__(self) -> None:
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.prefix}-{random.getrandbits(128):032x}"  # a name, not a secret: no system call
         self.created = int(time.time())  # Unix time
 
     @abstractmethod

@@ -223,15 +223,14 @@ def test_the_model_answers_to_the_names_that_it_was_given() -> None:
 def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
     with serving(max_num_seqs=1, max_num_waiting=1, num_blocks=64) as busy:
         long = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
-        with (
-            busy.http.stream("POST", "/v1/completions", json=long) as running,
-            busy.http.stream("POST", "/v1/completions", json=long),
-        ):
+        with busy.http.stream("POST", "/v1/completions", json=long) as running:
             pieces = running.iter_bytes()  # held: to drop it is to hang up
-            next(pieces)
-            response = busy.post("/v1/completions", **PROMPT)
-            assert told(response, 429)["type"] == "rate_limit_error"
-            assert int(response.headers["retry-after"]) >= 1
+            next(pieces)  # it runs, so the next one waits, and fills the queue
+            with busy.http.stream("POST", "/v1/completions", json=long) as waiting:
+                assert waiting.status_code == 200
+                response = busy.post("/v1/completions", **PROMPT)
+                assert told(response, 429)["type"] == "rate_limit_error"
+                assert int(response.headers["retry-after"]) >= 1
         busy.check_idle()
         assert busy.complete(**PROMPT)
         assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"

@@ -11,6 +11,7 @@ from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.scheduler import PREEMPTION_MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,8 @@ class EngineConfig:
 
     Args:
         dtype: of weights, activations and cache. "auto" is float32 on CPU and the checkpoint's own dtype on a GPU.
+        load_format: "auto" reads the checkpoint's safetensors; "dummy" reads its config.json alone and makes random
+            weights on the device, from ``seed``: for speed, where only the shape matters.
         device: "auto" is "cuda" where there is one, else "cpu".
         attention_backend: how the paged cache is read; see ``kernels.registry``. "auto" takes the fastest there is.
         block_size: tokens in a block of the paged cache.
@@ -40,6 +43,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    load_format: str = "auto"
     device: str = "auto"
     attention_backend: str = "auto"
     block_size: int = 16
@@ -60,6 +64,9 @@ class EngineConfig:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; known: {', '.join(DTYPES)}")
+        if self.load_format not in LOAD_FORMATS:
+            known = ", ".join(LOAD_FORMATS)
+            raise ValueError(f"load_format={self.load_format!r} is not known; known: {known}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_at_least_one(name, getattr(self, name))
         for name in ("num_blocks", "max_model_len"):

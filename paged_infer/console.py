@@ -20,6 +20,9 @@ Model = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")
 ]
+LoadFormat = Annotated[
+    str, typer.Option(help="auto reads the weights; dummy makes random ones of the model's shape.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[

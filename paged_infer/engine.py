@@ -62,7 +62,9 @@ class LLMEngine:
         self.config = config
         self.device = _device(config.device)
         backend, ops = attention_backend(config.attention_backend, self.device)
-        self.decoder = load_decoder(folder, _dtype(config.dtype, folder, self.device), self.device, ops)
+        dtype = _dtype(config.dtype, folder, self.device)
+        seed = config.seed if config.load_format == "dummy" else None
+        self.decoder = load_decoder(folder, dtype, self.device, ops, dummy_seed=seed)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.memory = plan_memory(config, self.decoder)
         policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)

@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from paged_infer.bench import control_cli
 from paged_infer.bench.kernels_cli import kernels
-from paged_infer.console import Backend, BlockSize, Device, Dtype, Model, Seed, console, fail, open_llm
+from paged_infer.bench.shapes import SHAPES, folder_of
+from paged_infer.bench.tables import print_table
+from paged_infer.console import Backend, BlockSize, Device, Dtype, LoadFormat, Seed, console, fail, open_llm
 
 if TYPE_CHECKING:
     from paged_infer.bench.ladder import LadderReport
-    from paged_infer.bench.rungs import Rung
+    from paged_infer.bench.rungs import Contender
     from paged_infer.bench.workloads import Workload
+
+BenchModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help=f"Local folder, hub id, or with --load-format dummy a shape: {', '.join(SHAPES)}. "
+        "Default: the storyteller.",
+    ),
+]
 
 app = typer.Typer(help="Measurements beside what a user would pick instead.", no_args_is_help=True)
 
@@ -34,7 +43,8 @@ app.add_typer(control_cli.app)  # without a name: its commands are commands of o
 
 @app.command()
 def ladder(
-    model: Model = None,
+    model: BenchModel = None,
+    load_format: LoadFormat = "auto",
     num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 32,
     shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16,
     longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128,
@@ -44,44 +54,64 @@ def ladder(
     device: Device = "auto",
     attention_backend: Backend = "auto",
     block_size: BlockSize = 16,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="What the rungs cached and static reserve; dummy weights: twice --longest."),
+    ] = None,
     slow_rungs: Annotated[bool, typer.Option(help="Also naive and cached, one request at a time.")] = False,
     figures: Annotated[Path, typer.Option(help="Folder for bench-ladder.png and .json.")] = Path("figures"),
 ) -> None:
-    """Random prompts and output lengths at once: static and paged beside transformers on the same weights."""
-    try:
-        llm = open_llm(
-            model, dtype=dtype, device=device, attention_backend=attention_backend, block_size=block_size
-        )
-        from paged_infer.bench.rungs import our_rungs, transformers_rungs
-        from paged_infer.bench.workloads import random_lengths
+    """Random prompts and output lengths at once: static and paged beside transformers on the same weights.
 
-        workload = random_lengths(llm, num_requests, shortest, longest, seed)
-        rungs = {**our_rungs(llm), **transformers_rungs(llm)}
-        if not slow_rungs:
-            del rungs["naive"], rungs["cached"]
-        report = run_with_progress(rungs, workload, llm.name, repeats)
+    Exits with status 1 if tokens differ in float32, where they must not.
+    """
+    if load_format == "dummy":
+        max_model_len = max_model_len or 2 * longest
+    try:
+        with folder_of(model, load_format) as folder:
+            llm = open_llm(
+                folder,
+                load_format=load_format,
+                dtype=dtype,
+                device=device,
+                attention_backend=attention_backend,
+                block_size=block_size,
+                max_model_len=max_model_len,
+            )
+            from paged_infer.bench.rungs import our_rungs
+            from paged_infer.bench.transformers_peers import transformers_peers
+            from paged_infer.bench.workloads import random_lengths
+
+            workload = random_lengths(llm, num_requests, shortest, longest, seed)
+            rungs = {**our_rungs(llm), **transformers_peers(llm)}
+            if not slow_rungs:
+                del rungs["naive"], rungs["cached"]
+            report = run_with_progress(rungs, workload, llm.name, repeats)
     except ValueError as error:
         fail(error)
     show_ladder(report, figures / "bench-ladder.png")
-    ratio = report["paged"].tokens_per_s / report["transformers static"].tokens_per_s
-    console.print(f"paged / transformers static = {ratio:.2f} (medians of {repeats} interleaved runs)")
+    for peer in ("transformers static", "transformers generate_batch"):
+        console.print(f"{report.ratio('paged', peer)}", highlight=False)
+    console.print(f"medians of {repeats} interleaved runs, and the least and most of one run's own ratio")
+    if str(llm.engine.decoder.dtype) == "torch.float32" and not all(r.same_tokens for r in report.rungs):
+        raise typer.Exit(1)
 
 
 def run_with_progress(
-    rungs: Mapping[str, Rung], workload: Workload, model: str, repeats: int
+    rungs: Mapping[str, Contender], workload: Workload, model: str, repeats: int
 ) -> LadderReport:
     """``run_ladder`` with a bar that names the rung that ran last."""
     from paged_infer.bench.ladder import run_ladder
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{'warming up':<19}", total=repeats * len(rungs))
+        task = progress.add_task(f"{'warming up':<27}", total=repeats * len(rungs))
         return run_ladder(
             rungs,
             workload,
             model,
             repeats,
-            on_run=lambda name: progress.update(task, advance=1, description=f"{name:<19}"),
+            on_run=lambda name: progress.update(task, advance=1, description=f"{name:<27}"),
         )
 
 
@@ -90,27 +120,27 @@ def show_ladder(report: LadderReport, picture: Path) -> None:
     from paged_infer.bench.machine import machine_line
     from paged_infer.viz.ladder import ladder_figure
 
-    console.print(ladder_table(report))
+    print_ladder(report)
     console.print(f"on {machine_line(report.machine)}", highlight=False)
     report.save(picture.with_suffix(".json"))
     ladder_figure(report).save(picture)
     console.print(f"picture: {picture}   numbers: {picture.with_suffix('.json')}", highlight=False)
 
 
-def ladder_table(report: LadderReport) -> Table:
-    title = f"{report.model}: {report.workload}\nseed {report.seed}, {report.num_tokens:,} tokens out"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("rung", no_wrap=True)
-    for name in ("seconds", "tokens/s", "first\ntoken", "peak KV\nMiB", "holds\ntokens", "same\ntokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for rung in report.rungs:
-        table.add_row(
+def print_ladder(report: LadderReport) -> None:
+    header = ("rung", "seconds", "tokens/s", "first token, ms", "peak KV, MiB", "holds tokens", "same tokens")
+    rows = [
+        (
             rung.name,
             f"{rung.seconds:.2f}",
             f"{rung.tokens_per_s:,.0f}",
-            f"{rung.ttft_s * 1e3:,.0f} ms",
-            f"{rung.peak_kv_bytes / 2**20:,.2f}",
+            f"{rung.ttft_s * 1e3:,.0f}",
+            "-" if rung.peak_kv_bytes is None else f"{rung.peak_kv_bytes / 2**20:,.2f}",
             "-" if rung.kv_fill is None else f"{rung.kv_fill:.1%}",
-            "[green]yes[/green]" if rung.same_tokens else "[bold red]no[/bold red]",
+            "yes" if rung.same_tokens else "NO",
         )
-    return table
+        for rung in report.rungs
+    ]
+    marks = ["" if rung.same_tokens else "bold red" for rung in report.rungs]
+    title = f"{report.model}: {report.workload}, seed {report.seed}, {report.num_tokens:,} tokens out"
+    print_table(title, header, rows, marks)

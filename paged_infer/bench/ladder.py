@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from paged_infer.bench.machine import describe_machine
-from paged_infer.bench.rungs import Rung, RungResult
+from paged_infer.bench.metrics import Run
+from paged_infer.bench.rungs import Contender
 from paged_infer.bench.workloads import Workload
 
 REFERENCE = "transformers"
@@ -23,10 +24,24 @@ class RungReport:
     name: str
     seconds: float
     tokens_per_s: float
-    ttft_s: float
-    peak_kv_bytes: int
+    ttft_s: float  # median over the requests
+    peak_kv_bytes: int | None  # None where a peer does not tell
     kv_fill: float | None
     same_tokens: bool  # as transformers, one request at a time, in every repeat
+    runs_s: list[float] = field(default_factory=list)  # every repeat, in the order of running
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Of medians, and the smallest and largest of a repeat's own."""
+
+    peer: str
+    of_medians: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"paged / {self.peer} = {self.of_medians:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +70,15 @@ class LadderReport:
     def __getitem__(self, name: str) -> RungReport:
         return next(rung for rung in self.rungs if rung.name == name)
 
+    def ratio(self, name: str, peer: str) -> Ratio:
+        """How many times as fast ``name`` is as ``peer``."""
+        pairs = zip(self[peer].runs_s, self[name].runs_s, strict=True)
+        each = [theirs / ours for theirs, ours in pairs]
+        return Ratio(peer, self[peer].seconds / self[name].seconds, min(each), max(each))
+
 
 def run_ladder(
-    rungs: Mapping[str, Rung],
+    rungs: Mapping[str, Contender],
     workload: Workload,
     model: str,
     repeats: int = 1,
@@ -75,7 +96,7 @@ def run_ladder(
         short = Workload(workload.name, workload.prompts[:2], workload.params[:2], workload.seed)
         for rung in rungs.values():
             rung(short)
-    results: dict[str, list[RungResult]] = {name: [] for name in rungs}
+    results: dict[str, list[Run]] = {name: [] for name in rungs}
     for _ in range(repeats):
         for name, rung in rungs.items():
             results[name].append(rung(workload))
@@ -93,13 +114,14 @@ def run_ladder(
     )
 
 
-def _report(name: str, runs: list[RungResult], expected: list[list[int]]) -> RungReport:
+def _report(name: str, runs: list[Run], expected: list[list[int]]) -> RungReport:
     return RungReport(
         name=name,
         seconds=median(run.seconds for run in runs),
         tokens_per_s=median(run.tokens_per_s for run in runs),
-        ttft_s=median(run.ttft_s for run in runs),
-        peak_kv_bytes=max(run.peak_kv_bytes for run in runs),
+        ttft_s=median(one.ttft_s for run in runs for one in run.times),
+        peak_kv_bytes=runs[0].peak_kv_bytes,
         kv_fill=runs[0].kv_fill,
         same_tokens=all(run.token_ids == expected for run in runs),
+        runs_s=[run.seconds for run in runs],
     )

@@ -36,16 +36,27 @@ Layout = dict[str, tuple[Piece, ...]]
 
 
 def load_decoder(
-    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", ops: Ops = TORCH_OPS
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    ops: Ops = TORCH_OPS,
+    *,
+    dummy_seed: int | None = None,
 ) -> Decoder:
     """Read ``folder`` (config.json, one or many .safetensors) into a Decoder on ``device`` that computes with ``ops``.
+
+    Args:
+        dummy_seed: read config.json alone, and make random weights from this seed.
 
     Raises:
         ValueError: naming every missing, unexpected or misshapen tensor, or the file that cannot be read.
     """
     config = ModelConfig.from_pretrained(folder)
     decoder = empty_decoder(config, dtype, device, ops)
-    fill(decoder, read_tensors(folder), source=str(folder))
+    if dummy_seed is None:
+        fill(decoder, read_tensors(folder), source=str(folder))
+    else:
+        fill_at_random(decoder, dummy_seed)
     decoder.prepack()
     return decoder
 
@@ -129,6 +140,30 @@ def fill(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], source: str) -
         raise ValueError(
             f"{source}: {len(problems)} problem(s) with its weights:\n  " + "\n  ".join(problems)
         )
+
+
+@torch.inference_mode()
+def fill_at_random(decoder: Decoder, seed: int) -> None:
+    """Matrices normal with a deviation of 0.02, norms 1, biases 0: drawn in place, on the decoder's device."""
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
+
+
+def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's weights under the checkpoint's names and in its shapes: views, so nothing is copied."""
+    views = {}
+    for name, (rows, piece) in _targets(decoder).items():
+        if piece.transposed:
+            views[name] = rows.t()
+        else:  # a norm's weight that all heads share stands in one row for each of them
+            views[name] = rows if rows.dim() == len(piece.shape) else rows[0]
+    return views
 
 
 def _same(stored: Tensor, weight: Tensor) -> bool:

@@ -37,7 +37,7 @@ def _speed_panel(axes: Axes, rungs: list[RungReport]) -> None:
 
 def _memory_panel(axes: Axes, rungs: list[RungReport]) -> None:
     names = [rung.name for rung in rungs]
-    peaks = [rung.peak_kv_bytes / MIB for rung in rungs]
+    peaks = [(rung.peak_kv_bytes or 0) / MIB for rung in rungs]
     held = [peak * (rung.kv_fill or 0.0) for peak, rung in zip(peaks, rungs, strict=True)]
     outline = axes.barh(
         names, peaks, color="white", edgecolor=[_colour(name) for name in names], hatch="////"
@@ -49,6 +49,8 @@ def _memory_panel(axes: Axes, rungs: list[RungReport]) -> None:
 
 
 def _memory_label(rung: RungReport, peak_mib: float) -> str:
+    if rung.peak_kv_bytes is None:
+        return "it does not say"
     return "none kept" if rung.kv_fill is None else f"{peak_mib:,.1f}, {rung.kv_fill:.0%} full"
 
 

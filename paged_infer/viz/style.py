@@ -17,6 +17,10 @@ RUNG_COLOURS = {
     "paged": "#2f6f9f",
     "transformers": "#8d8fb0",
     "transformers static": "#b9a6c9",
+    "transformers generate_batch": "#7a6a94",
+    "nano-vllm": "#6f9f8f",
+    "vllm": "#4f7f6a",
+    "mini-sglang": "#a3bfa8",
 }
 INK, FAINT = "#22303c", "#d9dee5"
 DPI = 100

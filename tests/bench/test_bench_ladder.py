@@ -63,7 +63,7 @@ def test_compare_says_no_and_fails_when_a_decoder_weight_is_wrong(llm, tmp_path,
         "transformers": True,
         "transformers static": True,
     }
-    assert "no" in result.output.split()
+    assert "NO" in result.output.split()
 
 
 def test_compare_writes_a_picture_and_its_numbers(llm, tmp_path):
@@ -120,6 +120,7 @@ def test_bench_ladder_reports_the_ratio_to_transformers_static(llm, tmp_path):
     arguments = [
         "bench",
         "ladder",
+        "--model",
         str(llm.folder),
         "--num-requests",
         "2",
@@ -131,8 +132,15 @@ def test_bench_ladder_reports_the_ratio_to_transformers_static(llm, tmp_path):
     result = CliRunner().invoke(app, [*arguments, "--repeats", "1", "--figures", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "paged / transformers static =" in result.output
+    assert "paged / transformers generate_batch =" in result.output
     report = LadderReport.load(tmp_path / "bench-ladder.json")
-    assert [rung.name for rung in report.rungs] == ["static", "paged", "transformers", "transformers static"]
+    assert [rung.name for rung in report.rungs] == [
+        "static",
+        "paged",
+        "transformers",
+        "transformers static",
+        "transformers generate_batch",
+    ]
 
 
 def test_the_reference_is_one_request_at_a_time(rungs, workload):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from paged_infer.bench import cli as bench_cli
+from paged_infer.bench import speed_cli
 from paged_infer.console import (
     Backend,
     BlockSize,
@@ -70,12 +71,12 @@ def compare(
         from paged_infer.bench.workloads import story_beginnings
 
         workload = story_beginnings(llm, num_prompts, max_tokens, seed)
-        report = bench_cli.run_with_progress(
+        report = speed_cli.run_with_progress(
             {**our_rungs(llm), **transformers_rungs(llm)}, workload, llm.name, repeats=1
         )
     except ValueError as error:
         fail(error)
-    bench_cli.show_ladder(report, figures / "ladder.png")
+    speed_cli.show_ladder(report, figures / "ladder.png")
     if not all(rung.same_tokens for rung in report.rungs):
         raise typer.Exit(1)
 

@@ -6,13 +6,23 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from paged_infer.llm import LLM
     from paged_infer.outputs import RequestOutput
 
-console = Console()
+
+def __getattr__(name: str) -> Console:
+    """``console``, made when first asked for: what a machine that only measures imports needs no rich."""
+    if name != "console":
+        raise AttributeError(name)
+    from rich.console import Console
+
+    globals()[name] = Console()
+    return globals()[name]
+
 
 Model = Annotated[
     str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")

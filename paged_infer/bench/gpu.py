@@ -1,6 +1,6 @@
 """Everything that a CUDA machine should check, in one command under nine minutes: ``make gpu``.
 
-    kernel tests, compiled  ->  bench kernels  ->  bench ladder  ->  compile-only table  ->  notebooks as scripts
+    kernel tests, compiled  ->  bench kernels, ladder, throughput  ->  compile-only table  ->  notebooks as scripts
 
 It runs from the source tree (``python -m paged_infer.bench.gpu``), and needs no network and nothing but torch, triton,
 transformers, matplotlib, pytest, typer and tqdm. Every step is a process of its own with a limit of its own, and one
@@ -63,12 +63,16 @@ def gpu_steps(out: Path) -> list[Step]:
         str(ROOT / "tests/kernels/test_gpu_kernels.py"), str(ROOT / "tests/bench/test_roofline.py"),
     )  # fmt: skip
     kernels = (*MODULE, "paged_infer.bench.kernels_cli", "--figures", str(out))
+    speed = (*MODULE, "paged_infer.bench.speed_cli")
+    shape = ("--model", "qwen3-0.6b", "--load-format", "dummy")
+    to_out = ("--figures", str(out))
     compile_only = (*kernels, "--compile-only", "--quick")
     notebook = (*MODULE, "paged_infer.bench.notebook_script", "--figures", str(out))
     return [
         Step("kernel-tests", tests, 180),
         Step("bench-kernels", (*kernels, "--time-limit", "160"), 210),
-        Step("bench-ladder", (*MODULE, "paged_infer.bench.gpu_ladder", str(out)), 90),
+        Step("bench-ladder", (*speed, "ladder", "--dtype", "float32", "--peer", "static", *to_out), 90),
+        Step("bench-throughput", (*speed, "throughput", *shape, "--peer", "none", *to_out), 120),
         Step("compile-only", compile_only, 60),
         *(
             Step(f"notebook-{path.stem}", (*notebook, str(path)), 60)

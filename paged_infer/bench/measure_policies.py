@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence as ReadOnlyList
-from pathlib import Path
 
 from paged_infer.bench import arrival, policies
 from paged_infer.bench.arrival import ArrivalReport, compare_arrivals
@@ -15,6 +13,7 @@ COST = StepCost()
 SIMULATED = f"simulated steps of {1e3 * COST.per_step_s:g} ms + {1e3 * COST.per_token_s:g} ms a token"
 SIMULATED_LOAD = Load(200, 10.0, (128, 1024), (32, 256), 0)
 STORYTELLER_LOAD = Load(200, 12.0, (64, 512), (16, 128), 0)
+SHAPE = "qwen3-3m"
 RANDOM_MODEL = "random 3M decoder"
 
 
@@ -57,10 +56,10 @@ def run_arrival(
         servers = {one: simulated(one, COST, num_running + 1, longest) for one in chosen}
         return compare_arrivals(servers, num_running, num_prompt_tokens, SIMULATED, {})
     from paged_infer.bench.machine import describe_machine
-    from paged_infer.bench.random_model import save_random_decoder
+    from paged_infer.bench.shapes import folder_of
 
     machine = describe_machine()
-    with tempfile.TemporaryDirectory() as folder:
-        model = save_random_decoder(Path(folder), longest)
-        engines = {one: served_by_model(one, num_running + 1, model, max_model_len=longest) for one in chosen}
+    with folder_of(SHAPE, "dummy") as model:
+        options = {"load_format": "dummy", "max_model_len": longest}
+        engines = {one: served_by_model(one, num_running + 1, model, **options) for one in chosen}
         return compare_arrivals(engines, num_running, num_prompt_tokens, RANDOM_MODEL, machine)

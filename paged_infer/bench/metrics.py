@@ -8,10 +8,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from statistics import median
+from typing import Any
 
+from paged_infer.bench.floor import Floor
 from paged_infer.control.usage import KVUsage
 
 
@@ -73,6 +77,8 @@ class Run:
     seconds: float
     usage: KVUsage | None = None
     kv_bytes_per_token: int = 0
+    span_s: dict[str, float] = field(default_factory=dict)  # where an engine's steps spent it; see ``spans``
+    overhead_share: float | None = None  # of the steps' time, in which nothing computed
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +97,85 @@ class Run:
     def kv_fill(self) -> float | None:
         """Share of KV bytes in use that hold tokens, over all steps; None where no KV is kept, or a peer is silent."""
         return self.usage.fill if self.usage is not None and self.usage.slot_steps else None
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Percentiles | None:
+        """None where there is nothing to rank, or one of the values is not known."""
+        found = list(values)
+        if not found or None in found:
+            return None
+        ordered = sorted(value for value in found if value is not None)
+        return cls(*(quantile(ordered, share) for share in (0.5, 0.9, 0.99)))
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What a run comes to. Seconds; percentiles over requests, those of ``itl_s`` over all tokens but the first ones.
+
+    MBU and MFU (model bandwidth and FLOPs utilisation) are shares of the measured roofline, of what the workload needs
+    at the least; ``floor_share`` is the floor's seconds over these. None: not known, or not said by a peer.
+    """
+
+    seconds: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float  # prompts and outputs
+    ttft_s: Percentiles | None
+    tpot_s: Percentiles | None
+    itl_s: Percentiles | None
+    latency_s: Percentiles | None
+    mbu: float | None
+    mfu: float | None
+    floor_share: float | None
+    overhead_share: float | None
+    peak_kv_bytes: float | None
+    kv_fill: float | None
+
+    @classmethod
+    def of(cls, run: Run, floor: Floor | None) -> Metrics:
+        prompts = sum(one.num_prompt for one in run.times)
+        gaps = [gap for one in run.times for gap in one.gaps_s]
+        return cls(
+            seconds=run.seconds,
+            output_tokens_per_s=run.tokens_per_s,
+            total_tokens_per_s=(prompts + run.num_tokens) / run.seconds,
+            ttft_s=Percentiles.of(one.ttft_s if one.token_s else None for one in run.times),
+            tpot_s=Percentiles.of(one.tpot_s if one.token_s else None for one in run.times),
+            itl_s=Percentiles.of(gaps),
+            latency_s=Percentiles.of(one.latency_s if one.token_s else None for one in run.times),
+            mbu=None if floor is None else floor.memory_s / run.seconds,
+            mfu=None if floor is None else floor.compute_s / run.seconds,
+            floor_share=None if floor is None else floor.seconds / run.seconds,
+            overhead_share=run.overhead_share,
+            peak_kv_bytes=run.peak_kv_bytes,
+            kv_fill=run.kv_fill,
+        )
+
+    @classmethod
+    def median_of(cls, several: ReadOnlyList[Metrics]) -> Metrics:
+        """Field by field, over the repeats of one contender."""
+        return cls(**{one.name: _median([getattr(m, one.name) for m in several]) for one in fields(cls)})
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Metrics:
+        values: dict[str, Any] = {
+            name: Percentiles(**value) if isinstance(value, dict) else value for name, value in stored.items()
+        }
+        return cls(**values)
+
+
+def _median(values: list[Any]) -> Any:
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], Percentiles):
+        return Percentiles(*(median(getattr(v, p) for v in values) for p in ("p50", "p90", "p99")))
+    return median(values)
 
 
 def quantile(ordered: ReadOnlyList[float], share: float) -> float:

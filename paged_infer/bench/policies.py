@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from paged_infer.bench.metrics import TokenTimes, quantile
 from paged_infer.bench.serving import (
     Arrival,
     EngineServer,
     Server,
     SimulatedServer,
     StepCost,
-    TokenTimes,
     poisson_arrivals,
     serve,
 )
@@ -169,11 +169,6 @@ def report_policy(contender: Contender, times: ReadOnlyList[TokenTimes]) -> Poli
         gap_quantiles_s=[quantile(gaps, share) for share in GAP_QUANTILES],
         ttft_s=ttfts,
     )
-
-
-def quantile(ordered: ReadOnlyList[float], share: float) -> float:
-    """The smallest of ``ordered`` that at least ``share`` of them do not exceed."""
-    return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
 
 
 def compare_policies(

@@ -12,11 +12,12 @@ import random
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 from paged_infer.bench.lengths import RequestLengths
+from paged_infer.bench.metrics import TokenTimes
 from paged_infer.bench.model_free import Crowd, carry_out
 from paged_infer.control.request import Sequence
 from paged_infer.control.scheduler import Scheduler
@@ -32,24 +33,6 @@ class Arrival:
     lengths: RequestLengths
 
 
-@dataclass(slots=True)
-class TokenTimes:
-    """One request, in seconds since the first could come."""
-
-    arrived_s: float
-    num_prompt: int
-    token_s: list[float] = field(default_factory=list)
-
-    @property
-    def ttft_s(self) -> float:
-        return self.token_s[0] - self.arrived_s
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """From each token to the next. The first is the odd one: a batch may have to fill before it decodes."""
-        return [later - earlier for earlier, later in pairwise(self.token_s)]
-
-
 def poisson_arrivals(
     num_requests: int, per_s: float, prompts: tuple[int, int], outputs: tuple[int, int], seed: int
 ) -> list[Arrival]:
@@ -60,6 +43,12 @@ def poisson_arrivals(
         now += rng.expovariate(per_s)
         arrivals.append(Arrival(now, RequestLengths(rng.randint(*prompts), rng.randint(*outputs))))
     return arrivals
+
+
+def poisson_moments(num_requests: int, per_s: float, seed: int) -> list[float]:
+    """When requests come that come at ``per_s`` a second in the mean, independent of each other."""
+    rng = random.Random(seed)
+    return list(accumulate(rng.expovariate(per_s) for _ in range(num_requests)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +134,12 @@ class EngineServer:
     def submit(self, lengths: RequestLengths) -> Sequence:
         vocab_size = self.engine.decoder.config.vocab_size
         prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
-        params = SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
-        request = self.engine.prepare(f"bench {self._num_requests}", prompt, params)
+        return self.send(
+            prompt, SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
+        )
+
+    def send(self, prompt: list[int], params: SamplingParams, cache_salt: str | None = None) -> Sequence:
+        request = self.engine.prepare(f"bench {self._num_requests}", prompt, params, cache_salt=cache_salt)
         self.engine.submit(request)
         self._num_requests += 1
         (sequence,) = request.sequences
@@ -154,8 +147,9 @@ class EngineServer:
         return sequence
 
     def step(self, next_arrival_s: float) -> Iterable[Sequence]:
+        """A sequence stands there once for each token that it got."""
         self.engine.step()
-        grown = [sequence for sequence, known in self._live if sequence.num_output_tokens > known]
+        grown = [s for s, known in self._live for _ in range(s.num_output_tokens - known)]
         self._live = [(s, s.num_output_tokens) for s, _ in self._live if not s.is_finished]
         return grown
 
@@ -163,18 +157,34 @@ class EngineServer:
         time.sleep(max(0.0, moment_s - self.now_s))
 
 
-def serve(server: Server, arrivals: ReadOnlyList[Arrival]) -> list[TokenTimes]:
-    """Submit each request when its time has come (or the step during which it came is over), and run until all end."""
-    times = [TokenTimes(arrival.at_s, arrival.lengths.num_prompt) for arrival in arrivals]
-    of_sequence: dict[int, TokenTimes] = {}
-    num_submitted = 0
+def serve(
+    server: Server, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None
+) -> list[TokenTimes]:
+    """Submit each request when its time has come (or the step during which it came is over), and run until all end.
+
+    Args:
+        num_clients: None: an open loop, where requests come whether or not earlier ones are through. Else a closed one:
+            so many clients, each sending its next request when its last one has ended; that is when it arrives.
+    """
     begin_s = server.now_s  # an engine's clock has run while it was loaded
-    for one in times:
-        one.arrived_s += begin_s
+    times = [TokenTimes(arrival.at_s + begin_s, arrival.lengths.num_prompt) for arrival in arrivals]
+    of_sequence: dict[int, TokenTimes] = {}
+    pending: set[int] = set()
+    num_submitted = 0
+
+    def comes_next() -> bool:
+        if num_submitted == len(times) or times[num_submitted].arrived_s > server.now_s:
+            return False
+        return num_clients is None or len(pending) < num_clients
+
     while num_submitted < len(times) or server.has_work:
-        while num_submitted < len(times) and times[num_submitted].arrived_s <= server.now_s:
+        while comes_next():
+            one = times[num_submitted]
+            if num_clients is not None:
+                one.arrived_s = server.now_s
             sequence = server.submit(arrivals[num_submitted].lengths)
-            of_sequence[sequence.sequence_id] = times[num_submitted]
+            of_sequence[sequence.sequence_id] = one
+            pending.add(sequence.sequence_id)
             num_submitted += 1
         next_s = times[num_submitted].arrived_s if num_submitted < len(times) else float("inf")
         if not server.has_work:
@@ -182,6 +192,8 @@ def serve(server: Server, arrivals: ReadOnlyList[Arrival]) -> list[TokenTimes]:
             continue
         for sequence in server.step(next_s):
             of_sequence[sequence.sequence_id].token_s.append(server.now_s)
+            if sequence.is_finished:
+                pending.discard(sequence.sequence_id)
     for one in times:
         one.arrived_s -= begin_s
         one.token_s = [moment - begin_s for moment in one.token_s]

@@ -122,7 +122,7 @@ def _generate_batch(model: Any, workload: Workload, kv_bytes_per_token: int) -> 
     """``generate_batch``'s own loop, with a limit for each request; its cache is made before the clock starts.
 
     Raises:
-        RuntimeError: a request failed or is missing: transformers only logs that.
+        ValueError: a request failed or is missing: transformers only logs that.
     """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -158,7 +158,7 @@ def _generate_batch(model: Any, workload: Workload, kv_bytes_per_token: int) -> 
     failed = [str(index) for index, one in enumerate(ids) if one not in outputs or outputs[one].error]
     if failed:
         reasons = {str(outputs[one].error) for one in ids if one in outputs and outputs[one].error}
-        raise RuntimeError(
+        raise ValueError(
             f"transformers generate_batch: {len(failed)} of {num_requests} requests failed: {reasons or 'lost'}"
         )
     tokens = [list(outputs[one].generated_tokens) for one in ids]

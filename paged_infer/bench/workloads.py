@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
@@ -24,12 +24,50 @@ OPENINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that arrive at once, greedy, each with its own number of tokens to generate."""
+    """Requests that are drawn alike, each with its own number of tokens to generate."""
 
     name: str
     prompts: list[list[int]]
     params: list[SamplingParams]
     seed: int
+
+    def sample(self, num_requests: int, max_tokens: int) -> Workload:
+        """Its first requests, greedy and cut short: what contenders say to them can be compared."""
+        params = [
+            replace(one, temperature=0, max_tokens=min(max_tokens, one.max_tokens or max_tokens))
+            for one in self.params[:num_requests]
+        ]
+        return Workload(f"the first {len(params)}, greedy", self.prompts[:num_requests], params, self.seed)
+
+
+def nano_vllm_requests(
+    vocab_size: int, num_requests: int = 256, scale: float = 1.0, temperature: float = 0.6, seed: int = 0
+) -> Workload:
+    """The workload of nano-vLLM's bench.py: random ids, prompts and outputs uniform 100..1024, no end token.
+
+    At full size and seed 0 its lengths are the very ones drawn there (133,966 output tokens). ``scale`` multiplies the
+    bounds of the lengths; ids beyond a smaller vocabulary are folded into it.
+    """
+    shortest, longest = max(1, round(100 * scale)), max(1, round(1024 * scale))
+    rng = random.Random(seed)
+    prompts = [
+        [rng.randint(0, 10_000) % vocab_size for _ in range(rng.randint(shortest, longest))]
+        for _ in range(num_requests)
+    ]
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=rng.randint(shortest, longest), ignore_eos=True)
+        for _ in range(num_requests)
+    ]
+    name = f"{num_requests} requests, {shortest}..{longest} tokens in and out, temperature {temperature:g}"
+    return Workload(name, prompts, params, seed)
+
+
+def one_request(vocab_size: int, num_prompt: int, num_output: int, seed: int) -> Workload:
+    """Random ids, greedy, no end token."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(vocab_size) for _ in range(num_prompt)]
+    params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True)
+    return Workload(f"one request, {num_prompt} tokens in, {num_output} out", [prompt], [params], seed)
 
 
 def random_lengths(llm: LLM, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:

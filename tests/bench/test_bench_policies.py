@@ -9,7 +9,8 @@ from paged_infer import LLM
 from paged_infer.bench.arrival import ArrivalReport
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.measure_policies import COST, run_arrival, run_policies
-from paged_infer.bench.policies import Contender, PoliciesReport, quantile, simulated
+from paged_infer.bench.metrics import quantile
+from paged_infer.bench.policies import Contender, PoliciesReport, simulated
 from paged_infer.bench.serving import Arrival, EngineServer, StepCost, poisson_arrivals, serve
 from paged_infer.cli import app
 

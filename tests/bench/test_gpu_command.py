@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from paged_infer.bench import gpu, gpu_ladder, notebook_script
+from paged_infer.bench import gpu, notebook_script, speed_cli
 from paged_infer.bench.gpu import Step, StepResult, gpu_steps, pack, run_steps, slug, write_summary
 from paged_infer.bench.ladder import LadderReport
 from paged_infer.bench.tables import plain_table
@@ -95,9 +95,15 @@ def test_when_all_the_time_has_passed_the_rest_is_reported_as_not_run(tmp_path):
 
 def test_the_steps_run_what_is_there(tmp_path):
     steps = {step.name: step for step in gpu_steps(tmp_path)}
-    assert list(steps)[:4] == ["kernel-tests", "bench-kernels", "bench-ladder", "compile-only"]
+    assert list(steps)[:5] == [
+        "kernel-tests",
+        "bench-kernels",
+        "bench-ladder",
+        "bench-throughput",
+        "compile-only",
+    ]
     notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-    assert list(steps)[4:] == [f"notebook-{stem}" for stem in notebooks]
+    assert list(steps)[5:] == [f"notebook-{stem}" for stem in notebooks]
     for step in steps.values():
         assert importlib.util.find_spec(step.command[2]) is not None
         for argument in step.command:
@@ -141,7 +147,10 @@ def test_names_become_folder_names_and_tables_line_up():
 
 
 def test_the_ladder_step_writes_its_numbers_and_its_picture(tmp_path):
-    gpu_ladder.main(tmp_path, num_requests=2, longest=4, repeats=1)
+    command = {step.name: step.command for step in gpu.gpu_steps(tmp_path)}["bench-ladder"]
+    small = ["--num-requests", "2", "--shortest", "2", "--longest", "4", "--repeats", "1"]
+    result = CliRunner().invoke(speed_cli.app, [*command[command.index("ladder") :], *small])
+    assert result.exit_code == 0, result.output
     report = LadderReport.load(tmp_path / "bench-ladder.json")
     assert [rung.name for rung in report.rungs] == ["static", "paged", "transformers", "transformers static"]
     assert (tmp_path / "bench-ladder.png").exists()
@@ -155,9 +164,9 @@ def test_what_make_gpu_runs_imports_nothing_that_a_bare_machine_lacks(tmp_path):
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({missing!r})  # an import of any of them fails
-from paged_infer.bench import gpu, gpu_ladder, kernel_fused, kernel_table, kernels, kernels_cli, notebook_script
-from paged_infer.bench import ladder, rungs, workloads
-from paged_infer.viz import kernels, ladder
+from paged_infer.bench import gpu, kernel_fused, kernel_table, kernels, kernels_cli, notebook_script
+from paged_infer.bench import ladder, peers, rungs, speed, speed_cli, speed_tables, workloads
+from paged_infer.viz import kernels, ladder, speed
 from paged_infer.bench.tables import print_table
 print_table("ages", ("who", "years"), [("Mia", "7")], ["bold red"])
 import paged_infer.llm

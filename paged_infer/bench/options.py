@@ -1,0 +1,140 @@
+"""The options that the speed benches share, as one block: ``def command(..., common: Common)`` gets them all.
+
+>>> @with_blocks
+... def command(size: int, common: Common) -> None: ...
+>>> list(inspect.signature(command).parameters)[:3]
+['size', 'model', 'load_format']
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paged_infer.bench.shapes import SHAPES, folder_of
+from paged_infer.console import Backend, BlockSize, Device, Dtype, LoadFormat, Seed, open_llm
+
+if TYPE_CHECKING:
+    from paged_infer.bench.rungs import Contender
+    from paged_infer.llm import LLM
+
+BenchModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help=f"Local folder, hub id, or with --load-format dummy a shape: {', '.join(SHAPES)}. "
+        "Default: the storyteller.",
+    ),
+]
+Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        help="Measured beside the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
+        "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
+    ),
+]
+Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
+MaxNumSeqs = Annotated[int, typer.Option(help="Most sequences at once.", min=1)]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Most tokens in a step.", min=1)]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Longest sequence; default: the model's limit, and with dummy weights what is needed."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """Which model, how it is opened, and how often what is run."""
+
+    model: BenchModel = None
+    load_format: LoadFormat = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    attention_backend: Backend = "auto"
+    block_size: BlockSize = 16
+    max_model_len: MaxModelLen = None
+    max_num_seqs: MaxNumSeqs = 256
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048
+    repeats: Repeats = 3
+    seed: Seed = 0
+    figures: Figures = Path("figures")
+
+    @contextmanager
+    def open(self, longest: int, **options: Any) -> Iterator[LLM]:
+        """The engine, for sequences of up to ``longest`` tokens. Raises ValueError as ``LLM`` does."""
+        max_model_len = self.max_model_len
+        if self.load_format == "dummy":
+            max_model_len = max_model_len or longest
+        with folder_of(self.model, self.load_format) as folder:
+            yield open_llm(
+                folder,
+                load_format=self.load_format,
+                dtype=self.dtype,
+                device=self.device,
+                attention_backend=self.attention_backend,
+                block_size=self.block_size,
+                max_model_len=max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                **options,
+            )
+
+    @contextmanager
+    def open_with_peers(
+        self, longest: int, names: list[str] | None, usual: tuple[str, ...]
+    ) -> Iterator[tuple[LLM, dict[str, Contender]]]:
+        """The engine and its peers; on a GPU they share its memory evenly. ``names`` None are the usual ones."""
+        from paged_infer.bench.peers import ENGINES, check_peers, open_peers
+
+        chosen = [name for name in (names or usual) if name != "none"]
+        check_peers(chosen)
+        num_engines = len([name for name in chosen if name in ENGINES])
+        # transformers takes its memory as it goes: it is left as much as an engine
+        share = round(0.9 / (1 + num_engines + (len(chosen) > num_engines)), 3)
+        with (
+            self.open(longest, gpu_memory_utilization=share) as llm,
+            open_peers(chosen, llm, share) as peers,
+        ):
+            yield llm, peers
+
+
+def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are dataclasses stand for their fields, each an option of its own."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters, blocks = [], dict[str, type]()
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints[name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            blocks[name] = hint
+            kinds = typing.get_type_hints(hint, include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name]
+                )
+                for one in fields(hint)
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def flat(**options: Any) -> None:
+        made = {
+            name: block(**{one.name: options.pop(one.name) for one in fields(block)})
+            for name, block in blocks.items()
+        }
+        command(**options, **made)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {one.name: one.annotation for one in parameters}
+    del flat.__wrapped__
+    return flat

@@ -1,0 +1,140 @@
+"""Speed reports on the terminal."""
+
+from __future__ import annotations
+
+from paged_infer.bench.ladder import LadderReport
+from paged_infer.bench.machine import machine_line
+from paged_infer.bench.metrics import Metrics, Percentiles
+from paged_infer.bench.speed import ENGINE, Entry, SpeedReport
+from paged_infer.bench.tables import print_table
+
+HEADER = (
+    "seconds",
+    "output tok/s",
+    "total tok/s",
+    "MBU",
+    "MFU",
+    "of floor",
+    "overhead",
+    "KV MiB",
+    "holds tokens",
+)
+TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency")
+UNKNOWN = "-"
+
+
+def print_speed(report: SpeedReport) -> None:
+    """The metrics of every entry, then what they are held against, and where the engine's time went."""
+    random_weights = ", random weights" * (report.load_format == "dummy")
+    title = (
+        f"{report.model} ({report.dtype}{random_weights}): {report.workload}\n"
+        f"seed {report.seed}, {report.num_prompt_tokens:,} tokens in, {report.num_output_tokens:,} out; "
+        f"medians of {report.repeats} interleaved runs"
+    )
+    rows, times, marks = [], [], []
+    for entry in report.entries:
+        if entry.first is not None:
+            name = f"{entry.name}, first run"
+            rows.append((name, *_cells(entry.first), "", ""))
+            times.append((name, *_times(entry.first)))
+            marks.append("dim")
+        same = UNKNOWN if entry.same_tokens is None else _yes(entry.same_tokens)
+        rows.append((entry.name, *_cells(entry.metrics), _yes(entry.same_counts), same))
+        times.append((entry.name, *_times(entry.metrics)))
+        marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
+    first = "load" if report.command == "load" else "contender"
+    print_table(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
+    print_table("milliseconds: p50 / p90 / p99", (first, *TIMES_HEADER), times, marks)
+    for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
+        print(line)
+    print(f"on {machine_line(report.machine)}")
+
+
+def _cells(metrics: Metrics) -> tuple[str, ...]:
+    kv = UNKNOWN if metrics.peak_kv_bytes is None else f"{metrics.peak_kv_bytes / 2**20:,.1f}"
+    return (
+        f"{metrics.seconds:.2f}",
+        f"{metrics.output_tokens_per_s:,.0f}",
+        f"{metrics.total_tokens_per_s:,.0f}",
+        *(_share(one) for one in (metrics.mbu, metrics.mfu, metrics.floor_share, metrics.overhead_share)),
+        kv,
+        _share(metrics.kv_fill),
+    )
+
+
+def _times(metrics: Metrics) -> tuple[str, ...]:
+    return tuple(_ms(one) for one in (metrics.ttft_s, metrics.tpot_s, metrics.itl_s, metrics.latency_s))
+
+
+def _ms(times: Percentiles | None) -> str:
+    """One number where there is but one request."""
+    if times is None:
+        return UNKNOWN
+    values = [times.p50] if times.p50 == times.p99 else [times.p50, times.p90, times.p99]
+    return " / ".join(f"{1e3 * s:,.{0 if s >= 0.1 else 1}f}" for s in values)
+
+
+def _share(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1%}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def _ratios(report: SpeedReport) -> list[str]:
+    if report.command == "load":
+        return []
+    ours = report[ENGINE]
+    return [ratio_line(ours, other) for other in report.entries if other is not ours]
+
+
+def ratio_line(ours: Entry, other: Entry) -> str:
+    """Of the medians, and of each pair of runs that stood side by side."""
+    each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=True)]
+    ratio = other.metrics.seconds / ours.metrics.seconds
+    return f"{ours.name} / {other.name} = {ratio:.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+def _floor_lines(report: SpeedReport) -> list[str]:
+    roof = report.roofline
+    lines = [
+        f"roofline: copy {roof.copy_bytes_per_s / 1e9:,.1f} GB/s, read {roof.read_bytes_per_s / 1e9:,.1f} GB/s, "
+        f"matmul {roof.matmul_flops_per_s / 1e9:,.0f} GFLOP/s ({roof.matmul_dtype})"
+    ]
+    if report.floor is not None:
+        floor = report.floor
+        lines.append(
+            f"floor: {floor.seconds:.3f} s = prompts {floor.prefill_s:.3f} + decoding {floor.decode_s:.3f}; "
+            f"decoding's memory traffic alone {floor.memory_s:.3f} (MBU), all operations {floor.compute_s:.3f} (MFU)"
+        )
+    return lines
+
+
+def _span_lines(report: SpeedReport) -> list[str]:
+    spent = [entry for entry in report.entries if entry.span_s]
+    if not spent:
+        return []
+    entry = max(spent, key=lambda one: one.metrics.output_tokens_per_s)
+    total = sum(entry.span_s.values())
+    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in entry.span_s.items())
+    return [f"the engine's steps ({entry.name}), host time: {shares}"]
+
+
+def print_ladder(report: LadderReport) -> None:
+    header = ("rung", "seconds", "tokens/s", "first token, ms", "peak KV, MiB", "holds tokens", "same tokens")
+    rows = [
+        (
+            rung.name,
+            f"{rung.seconds:.2f}",
+            f"{rung.tokens_per_s:,.0f}",
+            f"{rung.ttft_s * 1e3:,.0f}",
+            UNKNOWN if rung.peak_kv_bytes is None else f"{rung.peak_kv_bytes / 2**20:,.2f}",
+            _share(rung.kv_fill),
+            _yes(rung.same_tokens),
+        )
+        for rung in report.rungs
+    ]
+    marks = ["" if rung.same_tokens else "bold red" for rung in report.rungs]
+    title = f"{report.model}: {report.workload}, seed {report.seed}, {report.num_tokens:,} tokens out"
+    print_table(title, header, rows, marks)

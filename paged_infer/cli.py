@@ -12,19 +12,17 @@ import typer
 from paged_infer.bench import cli as bench_cli
 from paged_infer.bench import speed_cli
 from paged_infer.console import (
-    Backend,
-    BlockSize,
     Device,
     Dtype,
-    MaxModelLen,
+    EngineOptions,
     Model,
     ModelOption,
-    NumBlocks,
     Seed,
     console,
     fail,
     open_llm,
     show_stream,
+    with_blocks,
 )
 from paged_infer.params import SamplingParams
 from paged_infer.server.cli import serve
@@ -40,17 +38,13 @@ app.command()(serve)
 
 
 @app.command()
+@with_blocks
 def compare(
+    engine: EngineOptions,
     model: Model = None,
     num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.", min=1)] = 16,
     max_tokens: Annotated[int, typer.Option(help="Most tokens that any of them may generate.", min=1)] = 128,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    attention_backend: Backend = "auto",
-    block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
-    max_model_len: MaxModelLen = None,
     figures: Annotated[Path, typer.Option(help="Folder for ladder.png and ladder.json.")] = Path("figures"),
 ) -> None:
     """The same prompts on all four rungs of the ladder and through transformers: same tokens, what cost?
@@ -58,15 +52,7 @@ def compare(
     Exits with status 1 if any rung gives other tokens.
     """
     try:
-        llm = open_llm(
-            model,
-            dtype=dtype,
-            device=device,
-            attention_backend=attention_backend,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_model_len=max_model_len,
-        )
+        llm = engine.open(model)
         from paged_infer.bench.rungs import our_rungs, transformers_rungs
         from paged_infer.bench.workloads import story_beginnings
 
@@ -82,8 +68,10 @@ def compare(
 
 
 @app.command()
+@with_blocks
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more texts to continue.")],
+    engine: EngineOptions,
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
@@ -93,12 +81,6 @@ def generate(
         list[str] | None, typer.Option(help="End the text before this string; may be repeated.")
     ] = None,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    attention_backend: Backend = "auto",
-    block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
-    max_model_len: MaxModelLen = None,
 ) -> None:
     """Continue each prompt. A single one is shown as it grows."""
     try:
@@ -110,15 +92,7 @@ def generate(
             stop=stop or (),
             seed=seed,
         )
-        llm = open_llm(
-            model,
-            dtype=dtype,
-            device=device,
-            attention_backend=attention_backend,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_model_len=max_model_len,
-        )
+        llm = engine.open(model)
         if len(prompts) == 1:
             growing = llm.stream(prompts[0], params)
             typer.echo(prompts[0], nl=False)
@@ -183,27 +157,17 @@ def _lines() -> Iterator[str]:
 
 
 @app.command()
+@with_blocks
 def info(
+    engine: EngineOptions,
     model: Model = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
-    max_model_len: MaxModelLen = None,
     stories: Annotated[
         int, typer.Option(help="Unseen stories to measure the storyteller's recall and perplexity on.", min=0)
     ] = 100,
 ) -> None:
     """The device, the model, what a token costs in KV memory, and how many blocks fit."""
     try:
-        llm = open_llm(
-            model,
-            dtype=dtype,
-            device=device,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_model_len=max_model_len,
-        )
+        llm = engine.open(model)
     except ValueError as error:
         fail(error)
     from paged_infer import storyteller

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -45,7 +50,61 @@ Backend = Annotated[
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the paged cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: what `info` shows.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output together.")]
+Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
 Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text.")]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a command opens its engine."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    attention_backend: Backend = "auto"
+    block_size: BlockSize = 16
+    num_blocks: NumBlocks = None
+    max_model_len: MaxModelLen = None
+
+    def open(self, model: str | None) -> LLM:
+        return open_llm(model, **asdict(self))
+
+
+def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are dataclasses stand for their fields, each an option of its own.
+
+    >>> @with_blocks
+    ... def command(size: int, engine: EngineOptions) -> None: ...
+    >>> list(inspect.signature(command).parameters)[:3]
+    ['size', 'dtype', 'device']
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters, blocks = [], dict[str, type]()
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints[name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            blocks[name] = hint
+            kinds = typing.get_type_hints(hint, include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name]
+                )
+                for one in fields(hint)
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def flat(**options: Any) -> None:
+        made = {
+            name: block(**{one.name: options.pop(one.name) for one in fields(block)})
+            for name, block in blocks.items()
+        }
+        command(**options, **made)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {one.name: one.annotation for one in parameters}
+    del flat.__wrapped__
+    return flat
 
 
 def open_llm(model: str | None, **options: Any) -> LLM:

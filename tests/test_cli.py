@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from paged_infer import LLM, SamplingParams
 from paged_infer.cli import app
+from paged_infer.console import EngineOptions, with_blocks
 
 
 def run(*arguments: str, stdin: str = ""):
@@ -75,3 +77,21 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
     assert message in result.output
     assert result.output.strip().count("\n") == 0
     assert "Traceback" not in result.output
+
+
+def test_a_block_of_options_is_an_option_for_each_of_its_fields(text_llm):
+    """``generate`` takes all that ``EngineOptions`` has, with its defaults, and an engine gets what was said."""
+    made = {}
+
+    @with_blocks
+    def command(engine: EngineOptions, size: int = 1) -> None:
+        made["size"], made["engine"] = size, engine
+
+    small = typer.Typer()
+    small.command()(command)
+    result = CliRunner().invoke(small, ["--size", "3", "--block-size", "5", "--attention-backend", "torch"])
+    assert result.exit_code == 0, result.output
+    assert made["size"] == 3
+    assert made["engine"] == EngineOptions(block_size=5, attention_backend="torch")
+    llm = made["engine"].open(str(text_llm.folder))
+    assert llm.engine.memory.block_size == 5

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from paged_infer.console import BlockSize, Model, Seed, console, fail, open_llm
+from paged_infer.console import BlockSize, Figures, ModelOption, Seed, console, fail, open_llm
 
 if TYPE_CHECKING:
     from paged_infer.bench.arrival import ArrivalReport
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from paged_infer.bench.policies import PoliciesReport
 
 app = typer.Typer()
-
-Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
 
 
 @app.command()
@@ -51,7 +49,7 @@ def memory(
 
 @app.command()
 def sharing(
-    model: Model = None,
+    model: ModelOption = None,
     width: Annotated[
         list[int] | None, typer.Option(help="Samples or beams of a request; may be repeated.", min=2)
     ] = None,

@@ -1,26 +1,17 @@
-"""The options that the speed benches share, as one block: ``def command(..., common: Common)`` gets them all.
-
->>> @with_blocks
-... def command(size: int, common: Common) -> None: ...
->>> list(inspect.signature(command).parameters)[:3]
-['size', 'model', 'load_format']
-"""
+"""The options that the speed benches share, and how they open an engine and its peers."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paged_infer.bench.shapes import SHAPES, folder_of
-from paged_infer.console import Backend, BlockSize, Device, Dtype, LoadFormat, Seed, open_llm
+from paged_infer.console import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
 
 if TYPE_CHECKING:
     from paged_infer.bench.rungs import Contender
@@ -34,7 +25,6 @@ BenchModel = Annotated[
         "Default: the storyteller.",
     ),
 ]
-Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
 Peers = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,35 +96,3 @@ class Common:
             open_peers(chosen, llm, share) as peers,
         ):
             yield llm, peers
-
-
-def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters that are dataclasses stand for their fields, each an option of its own."""
-    hints = typing.get_type_hints(command, include_extras=True)
-    parameters, blocks = [], dict[str, type]()
-    for name, parameter in inspect.signature(command).parameters.items():
-        hint = hints[name]
-        if is_dataclass(hint) and isinstance(hint, type):
-            blocks[name] = hint
-            kinds = typing.get_type_hints(hint, include_extras=True)
-            parameters += [
-                inspect.Parameter(
-                    one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name]
-                )
-                for one in fields(hint)
-            ]
-        else:
-            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def flat(**options: Any) -> None:
-        made = {
-            name: block(**{one.name: options.pop(one.name) for one in fields(block)})
-            for name, block in blocks.items()
-        }
-        command(**options, **made)
-
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    flat.__annotations__ = {one.name: one.annotation for one in parameters}
-    del flat.__wrapped__
-    return flat

@@ -51,6 +51,7 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
     ]
     sampler = runner.sampler
     found: dict[str, float] = {}
+    before = [owner.__dict__.get(method) for _, owner, method in places]  # None: the method of its class
     for name, owner, method in places:
         owner.__dict__[method] = timed(name, getattr(owner, method))
     runner.sampler = timed("sample", sampler)  # type: ignore[assignment]
@@ -58,8 +59,10 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
         yield found
     finally:
         runner.sampler = sampler
-        for _, owner, method in places:
+        for (_, owner, method), own in zip(places, before, strict=True):
             del owner.__dict__[method]
+            if own is not None:
+                owner.__dict__[method] = own
         found.update(
             schedule=seconds["schedule"],
             pack=seconds["execute"] - seconds["model"] - seconds["sample"],

@@ -28,14 +28,15 @@ def _contenders_figure(report: SpeedReport) -> Picture:
     bars = speed.barh(names, rates, color=colours)
     labels = [_rate_label(entry) for entry in report.entries]
     speed.bar_label(bars, labels, padding=3, fontsize=8.5, color=INK)
-    speed.set_title("output tokens per second (share of the floor's)", fontsize=9, color=INK, loc="left")
+    speed.set_title("output tokens/s (share of floor's)", fontsize=9, color=INK, loc="left")
     if report.command == "latency":
         _first_runs(waiting, report.entries, colours)
     else:
         _first_tokens(waiting, report.entries, colours)
     for axes in (speed, waiting):
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, labelsize=9)
+        axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="x", color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.margins(x=0.6)
@@ -70,7 +71,7 @@ def _first_tokens(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
             middle = bar.get_y() + bar.get_height() / 2
             axes.plot([1e3 * ttft.p50, 1e3 * ttft.p99], [middle, middle], color=INK, linewidth=1.2)
         _say_beside(axes, 1e3 * ttft.p99 if ttft else 0.0, entry.name, words)
-    axes.set_title("time to first token, ms (line: to p99)", fontsize=9, color=INK, loc="left")
+    axes.set_title("first token, ms (line: to p99)", fontsize=9, color=INK, loc="left")
 
 
 def _say_beside(axes: Axes, end: float, name: str, words: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -99,6 +99,10 @@ class Run:
         return self.usage.fill if self.usage is not None and self.usage.slot_steps else None
 
 
+# Metrics that are something over the run's seconds, the same something in every repeat.
+PER_SECOND = ("output_tokens_per_s", "total_tokens_per_s", "mbu", "mfu", "floor_share")
+
+
 @dataclass(frozen=True, slots=True)
 class Percentiles:
     p50: float
@@ -159,8 +163,11 @@ class Metrics:
 
     @classmethod
     def median_of(cls, several: ReadOnlyList[Metrics]) -> Metrics:
-        """Field by field, over the repeats of one contender."""
-        return cls(**{one.name: _median([getattr(m, one.name) for m in several]) for one in fields(cls)})
+        """Field by field, over the repeats of one contender; rates and shares are those of the median seconds."""
+        middle = cls(**{one.name: _median([getattr(m, one.name) for m in several]) for one in fields(cls)})
+        known, scale = several[0], several[0].seconds / middle.seconds
+        rates = {name: getattr(known, name) for name in PER_SECOND}
+        return replace(middle, **{name: rate and rate * scale for name, rate in rates.items()})
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Metrics:

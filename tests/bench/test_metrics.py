@@ -64,3 +64,10 @@ def test_the_median_of_runs_is_taken_field_by_field():
     assert middle.output_tokens_per_s == 2.5
     assert middle.ttft_s == several[0].ttft_s
     assert middle.overhead_share is None
+
+
+def test_rates_agree_with_the_median_seconds_of_an_even_number_of_runs():
+    middle = Metrics.median_of([Metrics.of(run(seconds), FLOOR) for seconds in (1.0, 9.0)])
+    assert middle.seconds == 5.0
+    assert middle.output_tokens_per_s == pytest.approx(5 / 5.0)
+    assert middle.floor_share == pytest.approx(FLOOR.seconds / 5.0)

@@ -128,7 +128,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"dtype": "int8"}, "dtype='int8' is not known; known: auto, float32"),
         (
             {"attention_backend": "flash9"},
-            "attention_backend='flash9' is not known; known: auto, sdpa, torch, triton",
+            "attention_backend='flash9' is not known; known: auto, c, sdpa, torch, triton",
         ),
         ({"device": "tpu9"}, "device='tpu9'"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),

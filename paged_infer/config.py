@@ -38,6 +38,8 @@ class EngineConfig:
         scheduling_policy: who gets the next step: "chunked", "prefill_first", "dynamic", "static", or a ``Policy``.
         scheduler_delay_factor: with "prefill_first", how long prompts wait after a step of prompts, so that decodes go
             on: so many times as long as that step took.
+        async_scheduling: plan and begin a step while the one before is still being computed, and read that one's tokens
+            afterwards. None: on a GPU, where the host's work would else be waited for.
         trace: keep a record of every step in ``LLM.trace``.
         seed: from it come the seeds of requests that bring none.
     """
@@ -57,6 +59,7 @@ class EngineConfig:
     swap_space: float | None = None
     scheduling_policy: str | Policy = "chunked"
     scheduler_delay_factor: float = 0.0
+    async_scheduling: bool | None = None
     trace: bool = False
     seed: int = 0
 
@@ -84,6 +87,8 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.async_scheduling not in (None, True, False):
+            raise ValueError(f"async_scheduling={self.async_scheduling!r}: must be True, False or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
 

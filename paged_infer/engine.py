@@ -1,6 +1,6 @@
 """LLMEngine: requests in, outputs out, one step at a time.
 
-add_request -> [Scheduler.schedule -> ModelRunner.execute -> Scheduler.update -> Completion.advance] -> outputs
+add_request -> [Scheduler.schedule -> ModelRunner.launch -> Scheduler.advance, settle -> Completion.advance] -> outputs
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paged_infer.model.weights import load_decoder
 from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.runner import ModelRunner, StepResult
+from paged_infer.runner import ModelRunner, RunningStep, StepResult
 from paged_infer.sampling import Sampler
 from paged_infer.tokenizer import Tokenizer
 
@@ -93,6 +93,9 @@ class LLMEngine:
         )
         self.usage = KVUsage()
         self.grown: list[Sequence] = []  # who got a token in the newest step
+        on_gpu = self.device.type == "cuda"
+        self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+        self._running: RunningStep | None = None  # whose tokens have not been read yet
         self._live: dict[str, _Live] = {}
         self._num_requests = 0
         self._num_sequences = 0
@@ -204,28 +207,54 @@ class LLMEngine:
     def step(self, sleep: Callable[[float], object] = time.sleep) -> list[RequestOutput]:
         """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
 
-        Where the policy waits for a batch to fill, this waits with it: ``sleep(seconds)``, which may return early.
+        With ``async_scheduling``, what is returned is the work of the step before: the one that this call plans and
+        begins is still under way then. Where the policy waits for a batch to fill, this waits with it:
+        ``sleep(seconds)``, which may return early.
         """
         self.grown = []
+        before, self._running = self._running, None
+        try:
+            after, result = self._launch(sleep)
+            outputs = [] if before is None else self._settle(before.step, before.result())
+            if after is not None and result is not None:
+                outputs += self._settle(after.step, result)
+            else:
+                self._running = after
+        except BaseException:
+            with uninterrupted():
+                self.scheduler.roll_back()
+            raise
+        return outputs
+
+    def _launch(self, sleep: Callable[[float], object]) -> tuple[RunningStep | None, StepResult | None]:
+        """Plan a step and begin it, if anybody can go on; and wait for what it draws, if no step may follow before."""
         if not self.scheduler.has_work:
-            return []
+            return None, None
         with uninterrupted():
             step = self.scheduler.schedule(time.perf_counter())
-        if step.resume_at_s is not None and not step.sequences:
-            sleep(max(0.0, step.resume_at_s - time.perf_counter()))
-            return []
         if not step.sequences:
-            raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
-        return self._enter(step, self.runner.execute(step))
+            if step.resume_at_s is not None:
+                sleep(max(0.0, step.resume_at_s - time.perf_counter()))
+            elif not self.scheduler.is_under_way:
+                raise RuntimeError(
+                    "requests wait and nothing can run: the scheduler let in what does not fit"
+                )
+            return None, None
+        running = self.runner.launch(step)
+        result = None if self._looks_ahead and step.can_be_followed else running.result()
+        with uninterrupted():
+            self._record_usage(step)
+            self.scheduler.advance(step)
+        return running, result
 
     @uninterrupted()
-    def _enter(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
-        """Write the step's results into the books."""
-        self._record_usage(step)
+    def _settle(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
+        """Write a step's tokens into the books."""
         now = time.perf_counter()
-        self.grown = self.scheduler.update(step, result.token_ids, now, result.candidates)
+        grown = self.scheduler.settle(step, result.token_ids, now, result.candidates)
+        self.grown += grown
         moved: dict[str, _Live] = {}
-        for sequence in self.grown:
+        for sequence in grown:
             live = self._live[sequence.request_id]
             if live.request.first_token_time_s is None:
                 live.request.first_token_time_s = now

@@ -16,11 +16,12 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import StepMeta
 from paged_infer.candidates import best_tokens
+from paged_infer.control.request import PENDING
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
-from paged_infer.sampling import Sampler, token_logprobs
+from paged_infer.sampling import Drawn, Sampler, logprobs_of, token_logprobs
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
 
@@ -35,6 +36,33 @@ class StepResult:
     candidates: dict[int, Candidates] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class RunningStep:
+    """A step that has been given to the device. ``result`` waits for what it draws."""
+
+    step: ScheduledStep
+    _known: StepResult
+    _logits: Tensor | None  # [R, vocab], one row a draw
+    _draws: list[tuple[int, SampleRow]]
+    _drawn: Drawn | None
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """What it drew.
+
+        Raises:
+            FloatingPointError: the model produced NaN for a sequence.
+        """
+        if self._drawn is not None and self._logits is not None:
+            token_ids = self._drawn.token_ids()
+            logprobs = logprobs_of(self._logits, [row for _, row in self._draws], token_ids)
+            for (sequence_id, _), token_id, of_row in zip(self._draws, token_ids, logprobs, strict=True):
+                self._known.token_ids[sequence_id] = token_id
+                if of_row is not None:
+                    self._known.logprobs[sequence_id] = of_row
+        return self._known
+
+
 class ModelRunner:
     """Carries out scheduled steps on one decoder and its paged cache."""
 
@@ -42,13 +70,21 @@ class ModelRunner:
         self.decoder = decoder
         self.cache = cache
         self.sampler = sampler
+        self._last_tokens: Tensor | None = None  # [R] what the step before drew, on the device
+        self._last_rows: dict[int, int] = {}  # by sequence id: which row of it
+
+    def execute(self, step: ScheduledStep) -> StepResult:
+        """Compute every scheduled token and draw one for each sequence that asks; see ``launch``."""
+        return self.launch(step).result()
 
     @torch.inference_mode()
-    def execute(self, step: ScheduledStep) -> StepResult:
-        """Compute every scheduled token and draw one for each sequence that asks.
+    def launch(self, step: ScheduledStep) -> RunningStep:
+        """Give the step to the device, which carries steps out in order. On a CPU it is computed here and now.
+
+        Tokens that are pending are taken from what the step before drew, where they lie.
 
         Raises:
-            FloatingPointError: the model produced NaN for a sequence.
+            FloatingPointError: the model produced NaN for a beam or a prompt that is reported.
         """
         self.cache.move_blocks(step.moves)
         # Single tokens first, as StepMeta has it, and among them rows of like length together.
@@ -56,10 +92,9 @@ class ModelRunner:
         token_ids, meta = self._pack(sequences)
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
         result = StepResult()
-        self._sample(sequences, hidden, meta, result)
         self._rank(sequences, hidden, meta, result)
         self._report_prompts(sequences, hidden, meta, result)
-        return result
+        return self._draw(step, sequences, hidden, meta, result)
 
     def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, StepMeta]:
         block_size = self.cache.block_size
@@ -90,14 +125,30 @@ class ModelRunner:
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens.max()),
         )
-        return self._to_device(token_ids), meta
+        return self._fill_in(self._to_device(token_ids), sequences, query_start_loc), meta
+
+    def _fill_in(
+        self, token_ids: Tensor, sequences: list[ScheduledSequence], query_start_loc: np.ndarray
+    ) -> Tensor:
+        """Put what the step before drew in the place of tokens that are pending: [T]."""
+        pending = [row for row, sequence in enumerate(sequences) if sequence.token_ids[-1] == PENDING]
+        if pending and self._last_tokens is not None:
+            rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
+            ends = self._to_device(query_start_loc[1:][pending].astype(np.int64) - 1)
+            token_ids[ends] = self._last_tokens[self._to_device(rows)]
+        return token_ids
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.decoder.device, non_blocking=True)
 
-    def _sample(
-        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
-    ) -> None:
+    def _draw(
+        self,
+        step: ScheduledStep,
+        sequences: list[ScheduledSequence],
+        hidden: Tensor,
+        meta: StepMeta,
+        result: StepResult,
+    ) -> RunningStep:
         drawing: list[int] = []  # rows of hidden, one for each token that is drawn; forks draw from one row
         draws: list[tuple[int, SampleRow]] = []
         for row, sequence in enumerate(sequences):
@@ -105,15 +156,13 @@ class ModelRunner:
                 own = (sequence.sequence_id, sequence.sample)
                 draws += (own, *sequence.forks)
                 drawing += [row] * (1 + len(sequence.forks))
+        self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
         if not draws:
-            return
-        sampled = self.sampler(self._logits(drawing, hidden, meta), [sample for _, sample in draws])
-        for (sequence_id, _), token_id, logprobs in zip(
-            draws, sampled.token_ids, sampled.logprobs, strict=True
-        ):
-            result.token_ids[sequence_id] = token_id
-            if logprobs is not None:
-                result.logprobs[sequence_id] = logprobs
+            return RunningStep(step, result, None, [], None)
+        logits = self._logits(drawing, hidden, meta)
+        drawn = self.sampler.draw(logits, [row for _, row in draws])
+        self._last_tokens = drawn.tokens
+        return RunningStep(step, result, logits, draws, drawn)
 
     def _logits(self, rows: list[int], hidden: Tensor, meta: StepMeta) -> Tensor:
         """Those after the last token of each of these sequences: [R, V]."""

@@ -55,6 +55,31 @@ class SampledTokens:
     logprobs: list[TokenLogprobs | None]
 
 
+@dataclass(slots=True)
+class Drawn:
+    """Tokens that are perhaps still being drawn: on the device, and on their way to the host."""
+
+    tokens: Tensor  # [R] int64, on the device, for the next step to go on with
+    host: Tensor  # [R] int64, once ``ready``; -1 where a row cannot be drawn from
+    ready: torch.cuda.Event | None  # None: it is there
+
+    def token_ids(self) -> list[int]:
+        """Waits until they are there.
+
+        Raises:
+            FloatingPointError: a row holds NaN or +inf where it matters, or no finite logit; the message names it.
+        """
+        if self.ready is not None:
+            self.ready.synchronize()
+        token_ids: list[int] = self.host.tolist()
+        broken = [i for i, token_id in enumerate(token_ids) if token_id < 0]
+        if broken:
+            raise FloatingPointError(
+                f"logits of rows {broken} cannot be drawn from: NaN, +inf or nothing finite"
+            )
+        return token_ids
+
+
 class Sampler:
     """Draws one token for every row. It has no state: the same rows give the same tokens.
 
@@ -77,11 +102,16 @@ class Sampler:
             names it.
             ValueError: R is not ``len(rows)``.
         """
+        if not rows:
+            return SampledTokens([], [])
+        token_ids = self.draw(logits, rows).token_ids()
+        return SampledTokens(token_ids, logprobs_of(logits, rows, token_ids))
+
+    def draw(self, logits: Tensor, rows: Sequence[SampleRow]) -> Drawn:
+        """Draw a token from each of at least one row, without waiting for a GPU to have done so; see ``__call__``."""
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
-        if not rows:
-            return SampledTokens([], [])
         edited = edit_logits(logits, rows)
         ways: dict[tuple[_Draw, int], list[int]] = {}
         for i, row in enumerate(rows):
@@ -93,22 +123,7 @@ class Sampler:
             index = slice(None) if len(members) == num_rows else torch.tensor(members, device=logits.device)
             asking = [rows[i] for i in members]
             tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
-        token_ids: list[int] = torch.where(scores.isfinite(), tokens, -1).tolist()  # one wait for the device
-        broken = [i for i, token_id in enumerate(token_ids) if token_id < 0]
-        if broken:
-            raise FloatingPointError(
-                f"logits of rows {broken} cannot be drawn from: NaN, +inf or nothing finite"
-            )
-
-        logprobs: list[TokenLogprobs | None] = [None] * num_rows
-        asked = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
-        if asked:
-            places = list(asked)
-            wanted = logits if len(places) == num_rows else logits[places]
-            found = token_logprobs(wanted, [token_ids[i] for i in places], list(asked.values()))
-            for i, of_row in zip(places, found, strict=True):
-                logprobs[i] = of_row
-        return SampledTokens(token_ids, logprobs)
+        return on_its_way(tokens, scores)
 
     def _way_to_draw(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
         draw, num_candidates = _way_to_draw(params, vocab_size)
@@ -125,6 +140,32 @@ class Sampler:
             torch.tensor([row.position for row in rows]),
         )
         return self._kernel(logits, *(column.to(logits.device, non_blocking=True) for column in columns))
+
+
+def on_its_way(tokens: Tensor, scores: Tensor) -> Drawn:
+    """Winners [R] and their scores [R], not finite where a row cannot be drawn from: their way to the host begins."""
+    valid = torch.where(scores.isfinite(), tokens, -1)
+    if not valid.is_cuda:
+        return Drawn(tokens, valid, None)
+    host = torch.empty(len(valid), dtype=valid.dtype, pin_memory=True).copy_(valid, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return Drawn(tokens, host, ready)
+
+
+def logprobs_of(
+    logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]
+) -> list[TokenLogprobs | None]:
+    """What the rows that ask for it are told of the tokens drawn from them; None for the others."""
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    asked = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+    if asked:
+        places = list(asked)
+        wanted = logits if len(places) == len(rows) else logits[places]
+        found = token_logprobs(wanted, [token_ids[i] for i in places], list(asked.values()))
+        for i, of_row in zip(places, found, strict=True):
+            logprobs[i] = of_row
+    return logprobs
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:

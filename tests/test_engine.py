@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -105,7 +106,7 @@ def test_a_step_that_fails_can_be_tried_again(num_steps, make_llm, monkeypatch) 
     for _ in range(num_steps):
         engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "execute", lambda step: 1 / 0)
+        patch.setattr(engine.runner, "launch", lambda step: 1 / 0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 engine.step()
@@ -129,15 +130,17 @@ def test_block_rounding_is_all_that_memory_in_use_wastes(make_llm) -> None:
     assert llm.stats()["peak_kv_bytes"] == (14 + 9) * llm.engine.memory.kv_bytes_per_token
 
 
-@pytest.fixture(scope="module", params=["recompute", "swap"])
+@pytest.fixture(scope="module", params=["recompute", "swap", "recompute-ahead", "swap-ahead"])
 def small_engine(make_llm, request) -> LLMEngine:
+    mode, _, ahead = request.param.partition("-")
     return make_llm(
         "gpt2-untied",
         num_blocks=9,
         block_size=3,
         max_num_seqs=3,
         max_num_batched_tokens=8,
-        preemption_mode=request.param,
+        preemption_mode=mode,
+        async_scheduling=bool(ahead),
     ).engine
 
 
@@ -178,16 +181,23 @@ class EngineMachine(RuleBasedStateMachine):
                         prompt, output.outputs[0].token_ids
                     )
 
-    @rule()
-    def fail(self) -> None:
-        execute = self.engine.runner.execute
-        self.engine.runner.execute = lambda step: 1 / 0
+    @rule(late=st.booleans())
+    def fail(self, late: bool) -> None:
+        """The device refuses a step, or (where steps are begun ahead) one that was begun comes back with an error."""
+        begun = self.engine._running
+        if late and begun is not None and begun._drawn is not None:
+            begun._drawn.host = torch.full_like(begun._drawn.host, -1)  # as where logits are NaN
+            with pytest.raises(FloatingPointError):
+                self.engine.step()
+            return
+        launch = self.engine.runner.launch
+        self.engine.runner.launch = lambda step: 1 / 0
         try:
             self.engine.step()
         except ZeroDivisionError:
             pass
         finally:
-            self.engine.runner.execute = execute
+            self.engine.runner.launch = launch
 
     @invariant()
     def law_2_holds(self) -> None:

@@ -35,6 +35,20 @@ PAGED_SETTINGS: dict[str, dict[str, Any]] = {
     "two-at-a-time": {"max_num_seqs": 2},
     "block-1-preempting": {"block_size": 1, "num_blocks": 60},
     "block-3-preempting": {"block_size": 3, "num_blocks": 22},
+    "ahead": {"async_scheduling": True},
+    "ahead-block-3-chunk-7": {
+        "async_scheduling": True,
+        "block_size": 3,
+        "num_blocks": 200,
+        "max_num_batched_tokens": 7,
+    },
+    "ahead-block-1-preempting": {"async_scheduling": True, "block_size": 1, "num_blocks": 60},
+    "ahead-block-3-swapping": {
+        "async_scheduling": True,
+        "block_size": 3,
+        "num_blocks": 22,
+        "preemption_mode": "swap",
+    },
     "block-16-preempting": {"block_size": 16, "num_blocks": 4},
     "torch-block-3-chunk-7-preempting": {
         "attention_backend": "torch",

@@ -504,16 +504,16 @@ def test_a_failing_step_leaves_no_blocks_held_and_the_llm_usable(
     llm = make_llm(max_num_batched_tokens=7)
     prompts = [[5] * 12, [6], [7] * 9]
     want = ids(generate(llm, prompts, GREEDY))
-    execute, calls = llm.engine.runner.execute, []
+    launch, calls = llm.engine.runner.launch, []
 
     def failing(step: Any) -> Any:
         calls.append(step)
         if len(calls) == fails_at:
             raise error
-        return execute(step)
+        return launch(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "execute", failing)
+        patch.setattr(llm.engine.runner, "launch", failing)
         with pytest.raises(type(error)):
             generate(llm, prompts, GREEDY)
     assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"] and not llm.engine.has_unfinished_requests
@@ -527,7 +527,7 @@ def test_a_stream_survives_a_step_that_fails_in_somebody_elses_call(make_llm, mo
     stream = llm.stream([5, 6], LONG)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "execute", lambda step: 1 / 0)
+        patch.setattr(llm.engine.runner, "launch", lambda step: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):
             generate(llm, [[7]], LONG)
     assert ids([list(stream)[-1]])[0] == want
@@ -552,13 +552,13 @@ def test_identical_prompts_in_one_batch_say_the_same(rung: Callable[..., Any], l
 
 def test_no_more_than_max_num_seqs_ever_run(make_llm, monkeypatch) -> None:
     llm = make_llm(max_num_seqs=4)
-    execute, running = llm.engine.runner.execute, []
+    launch, running = llm.engine.runner.launch, []
 
     def counting(step: Any) -> Any:
         running.append(llm.stats()["num_running"])
-        return execute(step)
+        return launch(step)
 
-    monkeypatch.setattr(llm.engine.runner, "execute", counting)
+    monkeypatch.setattr(llm.engine.runner, "launch", counting)
     generate(llm, [[5 + i] for i in range(20)], GREEDY)
     assert max(running) == 4
 

@@ -2,11 +2,11 @@
 
     step      |-----------------------------------------------------------------|
     schedule   |----|
-    execute           |------------------------------------------|
+    launch            |------------------------------------------|
     model                 |-----------------------| |--| (head)
     sample                                              |---|
     update                                                         |------|
-    pack = execute - model - sample                     rest = step - schedule - execute - update
+    pack = launch - model - sample                      rest = step - schedule - launch - update
 
 On the CPU all but model and sample is time in which nothing is computed: the engine's overhead. On a GPU these are the
 host's times, and the device may be busy meanwhile; there the overhead is what the device's own record shows as idle.
@@ -28,7 +28,7 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
 
     schedule, pack, model, sample, update and rest add up to all of the steps. Costs about 2 microseconds a step.
     """
-    seconds = dict.fromkeys(("step", "schedule", "execute", "model", "sample", "update"), 0.0)
+    seconds = dict.fromkeys(("step", "schedule", "launch", "model", "sample", "update"), 0.0)
 
     def timed(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -44,32 +44,31 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
     places: list[tuple[str, object, str]] = [
         ("step", engine, "step"),
         ("schedule", scheduler, "schedule"),
-        ("update", scheduler, "update"),
-        ("execute", runner, "execute"),
+        ("update", scheduler, "advance"),
+        ("update", scheduler, "settle"),
+        ("launch", runner, "launch"),
         ("model", runner.decoder, "forward"),
         ("model", runner.decoder, "logits"),
+        ("sample", runner.sampler, "draw"),
     ]
-    sampler = runner.sampler
     found: dict[str, float] = {}
     before = [owner.__dict__.get(method) for _, owner, method in places]  # None: the method of its class
     for name, owner, method in places:
         owner.__dict__[method] = timed(name, getattr(owner, method))
-    runner.sampler = timed("sample", sampler)  # type: ignore[assignment]
     try:
         yield found
     finally:
-        runner.sampler = sampler
         for (_, owner, method), own in zip(places, before, strict=True):
             del owner.__dict__[method]
             if own is not None:
                 owner.__dict__[method] = own
         found.update(
             schedule=seconds["schedule"],
-            pack=seconds["execute"] - seconds["model"] - seconds["sample"],
+            pack=seconds["launch"] - seconds["model"] - seconds["sample"],
             model=seconds["model"],
             sample=seconds["sample"],
             update=seconds["update"],
-            rest=seconds["step"] - seconds["schedule"] - seconds["execute"] - seconds["update"],
+            rest=seconds["step"] - seconds["schedule"] - seconds["launch"] - seconds["update"],
         )
 
 

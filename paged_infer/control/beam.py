@@ -52,14 +52,18 @@ class BeamSearch:
             int, Candidates
         ] = {}  # by sequence id, of those that have computed all they know
 
-    def offer(self, beam: Sequence, candidates: Candidates) -> bool:
-        """Take how ``beam`` may go on. Returns whether no beam is left to wait for.
+    def offer(self, beam: Sequence, candidates: Candidates) -> None:
+        """Take how ``beam`` may go on.
 
-        Where the budget is short, or after a preemption, beams come to their last token in different steps. At the
-        prompt's end the first one speaks for all: the others are its equals, and would only say the same again.
+        At the prompt's end the first one speaks for all: the others are its equals, and would only say the same again.
         """
         self._candidates[beam.sequence_id] = candidates
-        return not any(one.num_uncomputed_tokens for one in self.beams)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no beam is left to wait for. Where the budget is short, or after a preemption, beams come to their
+        last token in different steps."""
+        return bool(self._candidates) and not any(one.num_uncomputed_tokens for one in self.beams)
 
     def advance(self) -> list[Branch]:
         """Choose the new beams, best first, and keep the answers; no beam if the search is over."""

@@ -20,9 +20,14 @@ def root_hash(salt: str | None) -> bytes:
     return blake2b(b"" if salt is None else b"salt" + salt.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
-def extend_chain(chain: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int) -> None:
-    """Append the hashes of the full blocks of ``token_ids`` that ``chain`` has not: linear in new tokens only."""
-    for index in range(len(chain), len(token_ids) // block_size):
+def extend_chain(
+    chain: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int, num_tokens: int | None = None
+) -> None:
+    """Append the hashes of the full blocks of ``token_ids`` that ``chain`` has not: linear in new tokens only.
+
+    ``num_tokens``: how many of the tokens are known; all unless given.
+    """
+    for index in range(len(chain), (len(token_ids) if num_tokens is None else num_tokens) // block_size):
         tokens = array("q", token_ids[index * block_size : (index + 1) * block_size])
         parent = chain[-1] if chain else root
         chain.append(blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest())

@@ -78,7 +78,9 @@ class BlockManager:
         self.moves = BlockMoves()  # what the next step has to do before it computes
         self.journal: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
         self._tables: dict[int, Table] = {}
-        self._unproven: list[int] = []  # blocks published for a step that has not succeeded yet
+        # Blocks published for steps that have not succeeded yet, and as what: meanwhile one may have been freed and
+        # evicted.
+        self._unproven: list[tuple[int, bytes]] = []
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold ``num_tokens`` tokens."""
@@ -182,21 +184,27 @@ class BlockManager:
         table = self._tables[sequence_id]
         for index in range(first, end):
             if self.pool.publish(table[index], chain[index]):
-                self._unproven.append(table[index])
+                self._unproven.append((table[index], chain[index]))
                 self.journal.append(("publish", table[index]))
 
-    def confirm(self) -> None:
-        """The step has succeeded: what was published for it is there."""
-        self._unproven.clear()
+    def confirm(self, num_published: int | None = None) -> None:
+        """The step that is out longest has succeeded: what was published for it, all or the first so many, is there."""
+        del self._unproven[:num_published]
         self.swap.reuse_emptied()
 
     def withdraw(self) -> None:
-        """The step has failed: nothing that was published for it may be found. Who adopted it must begin again."""
-        for block in self._unproven:
-            self.pool.withdraw(block)
-            self.journal.append(("withdraw", block))
+        """What is out has failed: nothing that was published for it may be found. Who adopted it must begin again."""
+        for block, block_hash in self._unproven:
+            if self.pool.find(block_hash) == block:
+                self.pool.withdraw(block)
+                self.journal.append(("withdraw", block))
         self._unproven.clear()
         self.swap.reuse_emptied()
+
+    @property
+    def num_unproven(self) -> int:
+        """Blocks published for steps that have not succeeded yet."""
+        return len(self._unproven)
 
     # -- swapping ---------------------------------------------------------------------------------------------------
 
@@ -279,12 +287,13 @@ class BlockManager:
         strangers = self._tables.keys() - num_stored.keys()
         if strangers:
             raise RuntimeError(f"sequences {sorted(strangers)[:8]} hold blocks and do not run")
+        unproven = {block for block, _ in self._unproven}
         for sequence_id, num_tokens in num_stored.items():
             if self.missing_blocks(sequence_id, num_tokens):
                 raise RuntimeError(f"sequence {sequence_id} has stored {num_tokens} tokens in too few blocks")
             unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
             for block in unfilled:
-                if self.pool.hash_of(block) is not None and block not in self._unproven:
+                if self.pool.hash_of(block) is not None and block not in unproven:
                     raise RuntimeError(
                         f"block {block} of sequence {sequence_id} is findable and not yet full"
                     )

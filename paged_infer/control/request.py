@@ -11,6 +11,9 @@ values in the cache. Prefill, a chunk of it, decode, and recomputation after a p
 some more of the tokens that are known; when the last known one has been computed, one more is drawn.
 
 What several sequences of a request know in common is computed once, by the first of them: at first that is the prompt.
+A token that has been drawn and not yet been read (it may still be on its way from a GPU) has its place among the tokens
+as ``PENDING``: the next step can be planned with it, but not a hash, nor a text.
+
 The beams of a search need each other at every token. They run together and are preempted together (a ``gang``), so that
 no group can hold blocks while it waits for one of its own, who waits for those blocks.
 """
@@ -24,6 +27,8 @@ from dataclasses import dataclass, field
 from paged_infer.control.beam import Answer, BeamSearch
 from paged_infer.control.block_hash import extend_chain, root_hash
 from paged_infer.params import BeamSearchParams, SamplingParams
+
+PENDING = -1  # a token whose value is not known yet
 
 
 class SequenceState(enum.Enum):
@@ -66,6 +71,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
+    num_pending: int = 0  # the last so many of its tokens are not known yet
     last_step: int = 0  # index of the newest step that it was scheduled in
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
     num_preemptions: int = 0
@@ -79,8 +85,12 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending
+
+    @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_known_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -88,11 +98,16 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]
 
     @property
     def is_finished(self) -> bool:
         return self.state is SequenceState.FINISHED
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it ends with the token that is pending, whatever that is."""
+        return self.num_pending > 0 and len(self.token_ids) >= self.max_total_tokens
 
     @property
     def to_fork(self) -> list[Sequence]:
@@ -123,8 +138,8 @@ class Sequence:
         return (*eos, *self.params.stop_token_ids)
 
     def hash_chain(self, block_size: int) -> list[bytes]:
-        """The hash of each full block of its tokens; only those that are new since the last call are computed."""
-        extend_chain(self.block_hashes, self.cache_root, self.token_ids, block_size)
+        """The hash of each full block of known tokens; only those that are new since the last call are computed."""
+        extend_chain(self.block_hashes, self.cache_root, self.token_ids, block_size, self.num_known_tokens)
         return self.block_hashes
 
     def move_to(self, state: SequenceState) -> None:
@@ -147,6 +162,7 @@ class Sequence:
         self.block_hashes = parent.block_hashes[: num_tokens // block_size]  # further on, the two may differ
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        self.forget_pending()
         self.move_to(SequenceState.FINISHED)
         self.finish_reason, self.stop_reason = reason, stop_reason
 
@@ -155,18 +171,34 @@ class Sequence:
 
         The reason is only reported: to finish is for whoever owns the sequence's blocks.
         """
+        self.expect()
+        return self.learn(token_id)
+
+    def expect(self) -> None:
+        """One more token has been drawn, and will be known later."""
+        self.token_ids.append(PENDING)
+        self.num_pending += 1
+
+    def learn(self, token_id: int) -> tuple[str, int | None] | None:
+        """The first of those that are pending is ``token_id``; returns what ``append`` does."""
         ended = self.ending(token_id)
-        self.token_ids.append(token_id)
+        self.token_ids[self.num_known_tokens] = token_id
+        self.num_pending -= 1
         return ended
 
+    def forget_pending(self) -> None:
+        """Whatever is on its way is not wanted any more."""
+        del self.token_ids[self.num_known_tokens :]
+        self.num_pending = 0
+
     def ending(self, token_id: int) -> tuple[str, int | None] | None:
-        """How ``token_id`` would end it as its next token; None if more were to come."""
+        """How ``token_id`` would end it as the next token that is known; None if more were to come."""
         if self.num_output_tokens + 1 >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None
             if token_id in self.params.stop_token_ids:
                 return "stop", token_id
-        if self.num_tokens + 1 >= self.max_total_tokens:
+        if self.num_known_tokens + 1 >= self.max_total_tokens:
             return "length", None
         return None
 

@@ -87,11 +87,18 @@ class Scheduler:
         self.running: list[Sequence] = []  # by arrival
         self.held: list[Sequence] = []  # ended, and keeping their blocks until nobody runs
         self.stats = SchedulerStats()
-        self._turn: Turn | None = None  # the step that is out and has not come back
+        self._turn: Turn | None = None  # the step that was scheduled last, until it is under way
+        self._under_way: deque[Turn] = deque()  # whose tokens are not known yet
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self.swapped)
+        """Whether there is anybody to plan for: not those who only wait for their last token to be read."""
+        return bool(self.waiting or self.swapped) or any(not one.is_spent for one in self.running)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step has been begun whose tokens are not known yet."""
+        return bool(self._under_way)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences behind everything that waits."""
@@ -105,19 +112,23 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> ScheduledStep:
         """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed.
 
+        To plan while the step before is still being computed, tell of it by ``advance`` first, and by ``settle`` when
+        its tokens are known. Its sequences then go on with tokens that are pending.
+
         ``now``: the time, in seconds. Only policies that delay something look at it.
         """
-        self.roll_back()
+        if self._turn is not None:
+            self.roll_back()
         self.stats.steps += 1
         turn = self._turn = Turn(self, self.stats.steps, now)
         self.policy.plan(turn)
-        if not turn.scheduled and turn.resume_at_s is None:
+        if not turn.scheduled and turn.resume_at_s is None and not self._under_way:
             Chunked().plan(turn)  # whom a policy forgets, say in swap space, would else be there for ever
         self.stats.preemptions += len(turn.preempted)
         self.manager.moves = BlockMoves()
         journal, self.manager.journal = self.manager.journal, []
         if self.trace is not None:
-            self.trace.record(self, turn, journal)
+            turn.traced = self.trace.record(self, turn, journal)
         forks = turn.forks
         sequences = [
             describe(s, n, self.manager.table(s.sequence_id), forks.get(s.sequence_id, ()))
@@ -132,23 +143,25 @@ class Scheduler:
         now: float = 0.0,
         candidates: Mapping[int, Candidates] = MappingProxyType({}),
     ) -> list[Sequence]:
-        """Take the tokens that the step drew, by sequence id; sequences that they end give back their blocks.
+        """The step is done: ``advance`` and ``settle`` in one.
 
-        ``candidates``: for each beam that asked, its best next tokens. ``now`` is for the trace. Returns the sequences
-        that got a token, in the step's order; all beams of a search get theirs at once.
+        Args:
+            token_ids: what it drew, by sequence id.
+            now: for the trace.
+            candidates: for each beam that asked, its best next tokens.
+
+        Returns:
+            The sequences that got a token, in the step's order; all beams of a search get theirs at once.
         """
+        self.advance(step)
+        return self.settle(step, token_ids, now, candidates)
+
+    def advance(self, step: ScheduledStep) -> None:
+        """The step is under way: its tokens count as computed, and those that it draws as pending."""
         turn, self._turn = self._turn, None
         if turn is None or turn.index != step.index:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
-        self.manager.confirm()
-        if self.trace is not None:
-            self.trace.steps[-1].ended_s = now
-        self.stats.prefix_hit_tokens += turn.num_hit_tokens
-        self.stats.prefix_query_tokens += turn.num_looked_up_tokens
-        self.stats.blocks_copied += len(turn.moves.copies)
-        self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
-        self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
-        grown: list[Sequence] = []
+        turn.num_published = self.manager.num_unproven - sum(out.num_published for out in self._under_way)
         for sequence, num_tokens in turn.scheduled:
             if not sequence.is_finished:  # aborted while the step was out
                 sequence.num_computed_tokens += num_tokens
@@ -160,13 +173,64 @@ class Scheduler:
                 if one.num_computed_tokens != len(one.token_ids) or one.is_finished:
                     continue
                 if one.search is None:
-                    grown.append(one)
-                    ended = one.append(token_ids[one.sequence_id])
-                    if ended is not None:
-                        self.finish(one, *ended)
-                elif one is sequence and one.search.offer(one, candidates[one.sequence_id]):
-                    grown += self._advance(one.search)
+                    one.expect()
+                    turn.drawing.append(one)
+                elif one is sequence:
+                    turn.ranking.append(one)
+        self._under_way.append(turn)
+
+    def settle(
+        self,
+        step: ScheduledStep,
+        token_ids: Mapping[int, int],
+        now: float = 0.0,
+        candidates: Mapping[int, Candidates] = MappingProxyType({}),
+    ) -> list[Sequence]:
+        """The oldest step under way has come back; see ``update``. Sequences that it ends give back their blocks.
+
+        Where the step behind goes on with one of them, it does so in vain, and what it draws for it is dropped. Blocks
+        freed here are only given to steps still to be scheduled, and a device carries out steps in order: what is
+        written in vain lies there before its new owner writes.
+        """
+        if not self._under_way or self._under_way[0].index != step.index:
+            raise RuntimeError(f"step {step.index} is not the one that has been under way longest")
+        turn = self._under_way.popleft()
+        self.manager.confirm(turn.num_published)
+        if turn.traced is not None:
+            turn.traced.ended_s = now
+        self.stats.prefix_hit_tokens += turn.num_hit_tokens
+        self.stats.prefix_query_tokens += turn.num_looked_up_tokens
+        self.stats.blocks_copied += len(turn.moves.copies)
+        self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
+        self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
+        grown: list[Sequence] = []
+        for one in turn.drawing:
+            if one.is_finished:  # by an abort, or by the token before
+                continue
+            grown.append(one)
+            ended = one.learn(token_ids[one.sequence_id])
+            if ended is not None:
+                self.finish(one, *ended)
+            elif one.num_pending:
+                self._publish(one)
+        asking = [(one, one.search) for one in turn.ranking if one.search is not None and not one.is_finished]
+        for beam, search in asking:
+            search.offer(beam, candidates[beam.sequence_id])
+        for search in dict.fromkeys(search for _, search in asking):
+            if search.is_complete:
+                grown += self._advance(search)
         return grown
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the block findable that the token just learnt completes, if the step behind computes it."""
+        index, offset = divmod(sequence.num_known_tokens, self.manager.block_size)
+        is_stored = (
+            sequence.state is SequenceState.RUNNING
+            and sequence.num_computed_tokens >= sequence.num_known_tokens
+        )
+        if offset == 0 and is_stored and self.enable_prefix_caching:
+            chain = sequence.hash_chain(self.manager.block_size)
+            self.manager.publish(sequence.sequence_id, chain, index - 1, index)
 
     def _advance(self, search: BeamSearch) -> ReadOnlyList[Sequence]:
         """One more token for every beam, or the search's end."""
@@ -188,15 +252,23 @@ class Scheduler:
         child.token_ids = list(parent.token_ids)
 
     def roll_back(self) -> None:
-        """The step that is out, if any, has failed, and nobody knows how far it came: forget what was built on it."""
+        """What is out has failed, and nobody knows how far it came: forget all that was built on it."""
         turn, self._turn = self._turn, None
-        if turn is None:
+        if self._under_way:
+            lost = {*self.running, *self.swapped}
+            for sequence in (one for out in self._under_way for one in out.drawing):
+                sequence.forget_pending()
+            self._under_way.clear()
+        elif turn is not None:
+            copies = {destination for _, destination in turn.moves.copies}
+            copied = [
+                s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))
+            ]
+            lost = {*turn.fresh, *copied, *turn.preempted}
+        else:
             return
         self.manager.withdraw()
         self.manager.moves = BlockMoves()  # the plan itself may have failed
-        copies = {destination for _, destination in turn.moves.copies}
-        copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
-        lost = {*turn.fresh, *copied, *turn.preempted}
         for sequence in {one for loser in lost for one in loser.gang}:
             if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
                 self._leave(sequence)

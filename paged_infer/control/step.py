@@ -17,7 +17,7 @@ class ScheduledSequence:
     """Some more tokens of one sequence.
 
     Attributes:
-        token_ids: the tokens to compute now.
+        token_ids: the tokens to compute now. The last may be ``PENDING``: what this sequence drew in the step before.
         num_computed_tokens: how many before them are in the cache already; the first token's position.
         block_table: physical blocks, enough for all of these tokens.
         sample: how to draw the next token, or a beam's question for the best ones; None while known tokens remain
@@ -71,6 +71,20 @@ class ScheduledStep:
     @property
     def num_tokens(self) -> int:
         return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether the next step can be planned, and begun, before this one's tokens have been read.
+
+        Not where the next draw depends on what was said (penalties), where beams choose, or where logprobs are read.
+        """
+        for sequence in self.sequences:
+            row = sequence.sample
+            if isinstance(row, TopRow) or sequence.num_prompt_logprobs is not None:
+                return False
+            if row is not None and (row.params.has_penalties or row.params.logprobs is not None):
+                return False
+        return True
 
     @property
     def drawing(self) -> list[int]:

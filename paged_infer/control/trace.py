@@ -134,7 +134,7 @@ class Trace:
         self.block_size = 0  # tokens; the manager's, known once a step is recorded
         self.steps: list[TraceStep] = []
 
-    def record(self, scheduler: Scheduler, turn: Turn, events: list[Event]) -> None:
+    def record(self, scheduler: Scheduler, turn: Turn, events: list[Event]) -> TraceStep:
         """Keep a step that has just been scheduled, with what has changed since the one before."""
         pool, moves = scheduler.manager.pool, turn.moves
         self.block_size = scheduler.manager.block_size
@@ -164,6 +164,7 @@ class Trace:
             events=tuple(events),
         )
         self.steps.append(step)
+        return step
 
     @property
     def hit_rate(self) -> float:
@@ -203,9 +204,14 @@ class Trace:
                 event["ts"] = (event["ts"] - begin_s) * _US
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
+    def _spans(self) -> Iterator[tuple[TraceStep, float]]:
+        """Each step and when it ended; where the next one was planned meanwhile, it is drawn until then."""
+        following = [*(step.began_s for step in self.steps[1:]), float("inf")]
+        for step, next_s in zip(self.steps, following, strict=False):
+            yield step, step.began_s if step.ended_s is None else min(step.ended_s, next_s)
+
     def _engine_track(self) -> Iterator[dict[str, Any]]:
-        for step in self.steps:
-            ended_s = step.began_s if step.ended_s is None else step.ended_s
+        for step, ended_s in self._spans():
             name = f"step {step.index}{self._outcome(step)}"
             args = {
                 "tokens": step.num_tokens,
@@ -232,8 +238,7 @@ class Trace:
 
     def _sequence_tracks(self) -> Iterator[dict[str, Any]]:
         idle: dict[int, tuple[str, float]] = {}  # who waits or is swapped, and since when
-        for step in self.steps:
-            ended_s = step.began_s if step.ended_s is None else step.ended_s
+        for step, ended_s in self._spans():
             for kind, subject, *rest in step.events:
                 if kind in ("run", "wait", "swap", "end") and subject in idle:
                     name, since_s = idle.pop(subject)

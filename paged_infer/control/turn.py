@@ -29,6 +29,7 @@ from paged_infer.control.request import Sequence, SequenceState
 
 if TYPE_CHECKING:
     from paged_infer.control.scheduler import Scheduler
+    from paged_infer.control.trace import TraceStep
 
 
 class Turn:
@@ -48,6 +49,10 @@ class Turn:
         )  # what the verbs ask for, whether or not the plan comes to its end
         self.fresh: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
+        self.drawing: list[Sequence] = []  # who gets a token from it
+        self.ranking: list[Sequence] = []  # beams that get candidates
+        self.num_published = 0  # blocks that are there once it has succeeded
+        self.traced: TraceStep | None = None
         self.num_hit_tokens = 0
         self.num_looked_up_tokens = 0
         self._scheduler = scheduler
@@ -61,9 +66,8 @@ class Turn:
 
         Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
         """
-        order = [
-            s for s in self.running if s.num_computed_tokens != len(s.token_ids)
-        ]  # not those that wait, idle
+        # Not beams that wait, idle, nor those that only wait for their last token to be read.
+        order = [s for s in self.running if s.num_computed_tokens != len(s.token_ids) and not s.is_spent]
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
         for num_following, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):
@@ -192,7 +196,8 @@ class Turn:
         block_size = self._manager.block_size
         if start // block_size < end // block_size and self._scheduler.enable_prefix_caching:
             chain = sequence.hash_chain(block_size)
-            self._manager.publish(sequence.sequence_id, chain, start // block_size, end // block_size)
+            num_known = min(end // block_size, len(chain))
+            self._manager.publish(sequence.sequence_id, chain, start // block_size, num_known)
         if sequence.num_common_tokens and end >= sequence.num_common_tokens and sequence.to_fork:
             self._fork(sequence)
 

@@ -201,16 +201,16 @@ def test_bad_input_costs_only_its_own_caller(serve, prompt: Any, message: str) -
 def test_a_failing_step_reaches_everybody_and_whoever_comes_later(serve) -> None:
     async def scenario(engine: AsyncLLM) -> None:
         steps = engine._llm.engine.runner
-        execute, count = steps.execute, 0
+        launch, count = steps.launch, 0
 
         def fail(step: Any) -> Any:
             nonlocal count
             count += 1
             if count == 5:
                 raise ArithmeticError("the device fell off")
-            return execute(step)
+            return launch(step)
 
-        steps.execute = fail
+        steps.launch = fail
         ends = await asyncio.gather(
             *(last(engine, [i + 1], LONG, stream=bool(i % 2)) for i in range(20)), return_exceptions=True
         )

@@ -11,12 +11,9 @@
 #define INLINE static inline __attribute__((always_inline))
 #define WORTH_A_THREAD 16384 /* elements; below, waking a thread costs more than it helps */
 
-/* e^x for x <= 0, to 2 ulps, in a form that vectorises: 2^n * 2^f with |f| <= 1/2. NaN stays NaN. */
+/* e^x for x <= 0, to 2 ulps, without a branch, so that it vectorises: 2^n * 2^f, |f| <= 1/2. NaN stays NaN. */
 INLINE float fast_exp(float x) {
-    float y = x * 1.44269504088896f;
-    y = y < -126.0f ? -126.0f : y;
-    int32_t n = (int32_t)(y + (y < 0.0f ? -0.5f : 0.5f));
-    float f = y - (float)n;
+    float y = x * 1.44269504088896f, clipped = y > -126.0f ? y : -126.0f, whole = rintf(clipped), f = clipped - whole;
     float p = 1.52527338e-5f;
     p = p * f + 1.54035304e-4f;
     p = p * f + 1.33335581e-3f;
@@ -25,10 +22,9 @@ INLINE float fast_exp(float x) {
     p = p * f + 2.40226507e-1f;
     p = p * f + 6.93147181e-1f;
     p = p * f + 1.0f;
-    int32_t bits = (n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return x < -87.3f ? 0.0f : p * power;
+    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
+    float small = p * power.value;
+    return y > -126.0f ? small : (y == y ? 0.0f : y);
 }
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
@@ -61,8 +57,8 @@ void silu_mul(float *out, const float *gate_up, int64_t num_tokens, int64_t widt
     for (int64_t t = 0; t < num_tokens; t++) {
         const float *gate = gate_up + t * stride, *up = gate + width;
         for (int64_t i = 0; i < width; i++) {
-            float small = fast_exp(gate[i] < 0.0f ? gate[i] : -gate[i]); /* within [0, 1], however large the gate */
-            out[t * width + i] = gate[i] * (gate[i] < 0.0f ? small : 1.0f) / (1.0f + small) * up[i];
+            float g = gate[i], small = fast_exp(-fabsf(g)); /* within [0, 1], however large the gate */
+            out[t * width + i] = g * (g < 0.0f ? small : 1.0f) / (1.0f + small) * up[i];
         }
     }
 }
@@ -99,19 +95,18 @@ void store_kv(float *k_cache, float *v_cache, const float *k, const float *v, co
     }
 }
 
-#define TILE 32      /* keys looked at together */
-#define MAX_GROUP 16 /* query heads that read a key together */
-#define MAX_DIM 256
+#define TILE 32           /* keys looked at together */
+#define MAX_TASK_WIDTH 4096 /* elements of query heads that one task holds */
 
-/* One sequence's query heads of one group, over its keys first..length-1: online softmax (Milakov 2018), tile by tile,
-   reading keys and values where they lie. */
-INLINE void attend_group(float *out, const float *q, const float *keys, const float *values, const int32_t *table,
-                         int64_t first, int64_t length, int64_t group, int64_t dim, int64_t block_size,
-                         int64_t slot_stride, float scale) {
-    float acc[MAX_GROUP * MAX_DIM], score[MAX_GROUP][TILE], largest[MAX_GROUP], total[MAX_GROUP];
-    int64_t place[TILE];
-    for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY, total[g] = 0.0f;
-    memset(acc, 0, group * dim * sizeof(float));
+/* One sequence and some of its key heads, whose query heads lie together: online softmax (Milakov 2018) over keys
+   first..length-1, tile by tile, reading keys and values where they lie, all heads of a token in one go. */
+INLINE void attend_row(float *out, const float *q, const float *keys, const float *values, const int32_t *table,
+                       int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t block_size,
+                       int64_t slot_stride, float scale) {
+    int64_t num_heads = num_kv * group, place[TILE];
+    float acc[MAX_TASK_WIDTH], score[num_heads][TILE], largest[num_heads], total[num_heads];
+    for (int64_t h = 0; h < num_heads; h++) largest[h] = -INFINITY, total[h] = 0.0f;
+    memset(acc, 0, num_heads * dim * sizeof(float));
     int64_t block = first / block_size, offset = first % block_size;
     for (int64_t start = first; start < length; start += TILE) {
         int64_t n = length - start < TILE ? length - start : TILE;
@@ -120,49 +115,56 @@ INLINE void attend_group(float *out, const float *q, const float *keys, const fl
             if (++offset == block_size) offset = 0, block++;
         }
         for (int64_t i = 0; i < n; i++)
-            for (int64_t g = 0; g < group; g++) score[g][i] = dot(q + g * dim, keys + place[i], dim) * scale;
-        for (int64_t g = 0; g < group; g++) {
-            float top = largest[g], sum = 0.0f;
-            for (int64_t i = 0; i < n; i++) top = score[g][i] > top ? score[g][i] : top;
-            for (int64_t i = 0; i < n; i++) score[g][i] = fast_exp(score[g][i] - top);
-            for (int64_t i = 0; i < n; i++) sum += score[g][i];
-            float shrink = start == first ? 0.0f : fast_exp(largest[g] - top);
-            for (int64_t d = 0; d < dim; d++) acc[g * dim + d] *= shrink;
-            total[g] = total[g] * shrink + sum;
-            largest[g] = top;
+            for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
+                for (int64_t g = 0; g < group; g++, h++)
+                    score[h][i] = dot(q + h * dim, keys + place[i] + kv * dim, dim) * scale;
+        for (int64_t h = 0; h < num_heads; h++) {
+            float top = largest[h], sum = 0.0f;
+            for (int64_t i = 0; i < n; i++) top = score[h][i] > top ? score[h][i] : top;
+            for (int64_t i = 0; i < n; i++) score[h][i] = fast_exp(score[h][i] - top);
+            for (int64_t i = 0; i < n; i++) sum += score[h][i];
+            float shrink = start == first ? 0.0f : fast_exp(largest[h] - top);
+            for (int64_t d = 0; d < dim; d++) acc[h * dim + d] *= shrink;
+            total[h] = total[h] * shrink + sum;
+            largest[h] = top;
         }
         for (int64_t i = 0; i < n; i++)
-            for (int64_t g = 0; g < group; g++)
-                for (int64_t d = 0; d < dim; d++) acc[g * dim + d] += score[g][i] * values[place[i] + d];
+            for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
+                for (int64_t g = 0; g < group; g++, h++)
+                    for (int64_t d = 0; d < dim; d++)
+                        acc[h * dim + d] += score[h][i] * values[place[i] + kv * dim + d];
     }
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t d = 0; d < dim; d++) out[g * dim + d] = acc[g * dim + d] / total[g];
+    for (int64_t h = 0; h < num_heads; h++)
+        for (int64_t d = 0; d < dim; d++) out[h * dim + d] = acc[h * dim + d] / total[h];
 }
 
-/* One query a sequence: q and out [B, H, D], rows of q apart by q_stride; caches [num_slots, H_kv, D]. */
+/* One query a sequence: q and out [B, H, D], rows of q apart by q_stride; caches [num_slots, H_kv, D].
+   A group's query heads, H / H_kv * D elements, must fit into MAX_TASK_WIDTH. */
 void paged_decode(float *out, const float *q, const float *k_cache, const float *v_cache, const int32_t *tables,
                   const int32_t *lengths, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads, int64_t dim,
                   int64_t block_size, int64_t table_stride, int64_t q_stride, int64_t window, float scale,
                   int threads) {
     int64_t group = num_heads / num_kv_heads, slot_stride = num_kv_heads * dim;
-#pragma omp parallel for collapse(2) schedule(dynamic, 2) num_threads(threads)
-    for (int64_t row = 0; row < num_rows; row++)
-        for (int64_t head = 0; head < num_kv_heads; head++) {
+    int64_t together = MAX_TASK_WIDTH / (group * dim); /* key heads of one task: all, if that leaves enough tasks */
+    if (together > num_kv_heads) together = num_kv_heads;
+    while (together > 1 && num_rows * ((num_kv_heads + together - 1) / together) < 4 * threads) together--;
+    int64_t tasks = (num_kv_heads + together - 1) / together;
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
+    for (int64_t row = num_rows - 1; row >= 0; row--) /* rows of rising length: the longest first */
+        for (int64_t task = 0; task < tasks; task++) {
+            int64_t head = task * together, left = num_kv_heads - head, num_kv = left < together ? left : together;
             int64_t length = lengths[row], first = length > window ? length - window : 0;
             const int32_t *table = tables + row * table_stride;
+            const float *queries = q + row * q_stride + head * group * dim;
             const float *keys = k_cache + head * dim, *values = v_cache + head * dim;
-            for (int64_t g = 0; g < group; g += MAX_GROUP) {
-                int64_t members = group - g < MAX_GROUP ? group - g : MAX_GROUP, at = (head * group + g) * dim;
-                const float *queries = q + row * q_stride + at;
-                float *result = out + row * num_heads * dim + at;
+            float *result = out + (row * num_heads + head * group) * dim;
 #define ATTEND(D) \
-    attend_group(result, queries, keys, values, table, first, length, members, D, block_size, slot_stride, scale)
-                switch (dim) { /* a dimension that the compiler knows is unrolled */
-                    case 32: ATTEND(32); break;
-                    case 64: ATTEND(64); break;
-                    case 128: ATTEND(128); break;
-                    default: ATTEND(dim);
-                }
+    attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, block_size, slot_stride, scale)
+            switch (dim) { /* a dimension that the compiler knows is unrolled */
+                case 32: ATTEND(32); break;
+                case 64: ATTEND(64); break;
+                case 128: ATTEND(128); break;
+                default: ATTEND(dim);
             }
         }
 }

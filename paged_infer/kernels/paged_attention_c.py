@@ -16,7 +16,7 @@ from paged_infer.kernels.c_ops import suits
 from paged_infer.kernels.c_runtime import library
 from paged_infer.kernels.paged_attention_sdpa import attend_chunks, paged_attention_batched
 
-_MAX_DIM = 256
+_MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of c_kernels.c
 
 
 def paged_attention_c(
@@ -31,7 +31,12 @@ def paged_attention_c(
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
     )
-    if not dense or v_cache.shape != k_cache.shape or dim > _MAX_DIM or step.block_tables.stride(-1) != 1:
+    if (
+        not dense
+        or v_cache.shape != k_cache.shape
+        or num_heads // num_kv_heads * dim > _MAX_GROUP_WIDTH
+        or step.block_tables.stride(-1) != 1
+    ):
         return paged_attention_batched(q, k_cache, v_cache, step, window=window)
     out = torch.empty(q.shape)
     if step.num_decodes:

@@ -239,16 +239,16 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
 def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as broken:
         runner = broken.engine._llm.engine.runner
-        execute, count = runner.execute, 0
+        launch, count = runner.launch, 0
 
         def fail(step: Any) -> Any:
             nonlocal count
             count += 1
             if count == 4:
                 raise ArithmeticError("the device fell off")
-            return execute(step)
+            return launch(step)
 
-        runner.execute = fail  # type: ignore[method-assign]
+        runner.launch = fail  # type: ignore[method-assign]
         with broken.http.stream(
             "POST", "/v1/completions", json={**PROMPT, "max_tokens": 99, "stream": True}
         ) as r:
@@ -262,7 +262,7 @@ def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
 def test_a_failed_engine_is_not_healthy() -> None:
     with serving(num_blocks=32) as broken:
         broken.server.on_tick = lambda counter: _never()  # type: ignore[method-assign]
-        broken.engine._llm.engine.runner.execute = None  # type: ignore[assignment]
+        broken.engine._llm.engine.runner.launch = None  # type: ignore[assignment]
         assert broken.http.get("/health").status_code == 200
         assert told(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
         assert told(broken.http.get("/health"), 503)["code"] == "engine_dead"

@@ -27,17 +27,15 @@ def describe(
         sequence.token_ids[start:end],
         start,
         table,
-        next_row(sequence) if end == len(sequence.token_ids) else None,
+        (top_row if sequence.search else sample_row)(sequence) if end == len(sequence.token_ids) else None,
         [(c.sequence_id, sample_row(c)) for c in children] if children and not sequence.search else (),
         num_prompt_logprobs,
         next_prompt_token_ids,
     )
 
 
-def next_row(sequence: Sequence) -> SampleRow | TopRow:
-    """What to make of the logits after the sequence's last token."""
-    if sequence.search is None:
-        return sample_row(sequence)
+def top_row(sequence: Sequence) -> TopRow:
+    """What to ask of the logits after a beam's last token."""
     ends = sequence.end_token_ids
     must_go_on = sequence.num_output_tokens < sequence.params.min_tokens
     return TopRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())

@@ -182,7 +182,7 @@ class Sequence:
     def learn(self, token_id: int) -> tuple[str, int | None] | None:
         """The first of those that are pending is ``token_id``; returns what ``append`` does."""
         ended = self.ending(token_id)
-        self.token_ids[self.num_known_tokens] = token_id
+        self.token_ids[-self.num_pending] = token_id
         self.num_pending -= 1
         return ended
 
@@ -193,12 +193,13 @@ class Sequence:
 
     def ending(self, token_id: int) -> tuple[str, int | None] | None:
         """How ``token_id`` would end it as the next token that is known; None if more were to come."""
-        if self.num_output_tokens + 1 >= self.params.min_tokens:
+        num_tokens = len(self.token_ids) - self.num_pending + 1
+        if num_tokens - self.num_prompt_tokens >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None
             if token_id in self.params.stop_token_ids:
                 return "stop", token_id
-        if self.num_known_tokens + 1 >= self.max_total_tokens:
+        if num_tokens >= self.max_total_tokens:
             return "length", None
         return None
 

@@ -163,20 +163,19 @@ class Scheduler:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
         turn.num_published = self.manager.num_unproven - sum(out.num_published for out in self._under_way)
         for sequence, num_tokens in turn.scheduled:
-            if not sequence.is_finished:  # aborted while the step was out
+            if sequence.state is not SequenceState.FINISHED:  # by an abort, while the step was out
                 sequence.num_computed_tokens += num_tokens
-            family = (sequence, *turn.forks.get(sequence.sequence_id, ()))
-            if len(family) > 1:
-                for one in family:
-                    one.num_common_tokens = 0
-            for one in family:
-                if one.num_computed_tokens != len(one.token_ids) or one.is_finished:
-                    continue
-                if one.search is None:
-                    one.expect()
-                    turn.drawing.append(one)
-                elif one is sequence:
-                    turn.ranking.append(one)
+                if sequence.num_computed_tokens == len(sequence.token_ids):
+                    if sequence.search is None:
+                        sequence.expect()
+                        turn.drawing.append(sequence)
+                    else:
+                        turn.ranking.append(sequence)
+            for child in turn.forks.get(sequence.sequence_id, ()):
+                sequence.num_common_tokens = child.num_common_tokens = 0
+                if child.search is None and not child.is_finished:
+                    child.expect()
+                    turn.drawing.append(child)
         self._under_way.append(turn)
 
     def settle(
@@ -205,7 +204,7 @@ class Scheduler:
         self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
         grown: list[Sequence] = []
         for one in turn.drawing:
-            if one.is_finished:  # by an abort, or by the token before
+            if one.state is SequenceState.FINISHED:  # by an abort, or by the token before
                 continue
             grown.append(one)
             ended = one.learn(token_ids[one.sequence_id])

@@ -67,7 +67,11 @@ class Turn:
         Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
         """
         # Not beams that wait, idle, nor those that only wait for their last token to be read.
-        order = [s for s in self.running if s.num_computed_tokens != len(s.token_ids) and not s.is_spent]
+        order = [
+            s
+            for s in self.running
+            if s.num_computed_tokens != len(s.token_ids) and not (s.num_pending and s.is_spent)
+        ]
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
         for num_following, sequence in zip(range(len(order) - 1, -1, -1), order, strict=True):

@@ -23,6 +23,8 @@ class ContiguousCache:
         spec: what one token leaves in each layer.
         max_len: columns reserved for each row, padding included.
         pad_lens: columns of padding at the left of each row.
+
+    ``keys`` and ``values`` hold a tensor for each layer: [rows, H_kv, max_len, D].
     """
 
     def __init__(
@@ -37,10 +39,10 @@ class ContiguousCache:
         self.max_len = max_len
         self.pad_lens = torch.tensor(pad_lens, device=device)
         # Heads before columns: attention reads a head's keys as one run.
-        self._keys = [
+        self.keys = [
             torch.zeros(batch, s.num_kv_heads, max_len, s.k_dim, dtype=s.dtype, device=device) for s in spec
         ]
-        self._values = [
+        self.values = [
             torch.zeros(batch, s.num_kv_heads, max_len, s.v_dim, dtype=s.dtype, device=device) for s in spec
         ]
 
@@ -54,7 +56,7 @@ class ContiguousCache:
         batch, end = len(self.pad_lens), step.max_seq_len
         columns = q.shape[0] // batch
         start = end - columns
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self.keys[layer], self.values[layer]
         keys[:, :, start:end] = k.view(batch, columns, *k.shape[1:]).transpose(1, 2)
         values[:, :, start:end] = v.view(batch, columns, *v.shape[1:]).transpose(1, 2)
         out = F.scaled_dot_product_attention(

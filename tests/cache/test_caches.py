@@ -115,6 +115,16 @@ def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(windo
         torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
 
 
+def test_the_contiguous_cache_shows_what_it_holds_and_that_the_rest_of_a_row_is_empty() -> None:
+    cache = ContiguousCache(spec(None), 12, [0])
+    q, k, v = sequences(1)[1]  # 9 tokens
+    cache.attend(1, q, k, v, step_meta([9], [9]))
+    for held, kept in ((cache.keys, k), (cache.values, v)):
+        assert held[1].shape == (1, H_KV, 12, D)
+        assert torch.equal(held[1][0, :, :9].transpose(0, 1), kept)
+        assert not held[1][:, :, 9:].any() and not held[0].any()
+
+
 def test_blocks_are_copied_in_every_layer_all_of_them_read_before_any_is_written() -> None:
     cache = PagedCache(spec(None), 6, 4, ATTENTION_BACKENDS["torch"])
     for number, blocks in enumerate((*cache.keys, *cache.values)):

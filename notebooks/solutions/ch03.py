@@ -1,0 +1,34 @@
+"""Solutions to the exercises of chapter 03, the KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rows_computed(requests):
+    """Naive: a prompt of p and the i tokens so far, for each of n. Cached: all but the last output token, once."""
+    return sum(p + i for p, n in requests for i in range(n)), sum(p + n - 1 for p, n in requests)
+
+
+def attend_chunk(q, keys, values):
+    """Query t of T stands at place S - T + t, so the triangle is laid at the bottom right."""
+    (num_queries, dim), num_keys = q.shape, keys.shape[0]
+    seen = torch.ones(num_queries, num_keys).bool().tril(diagonal=num_keys - num_queries)
+    weights = (q @ keys.T / dim**0.5).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return weights @ values
+
+
+def left_padding(lengths):
+    """Columns less padding; causal, from the first real column on, and the diagonal for padding itself."""
+    width = max(lengths)
+    columns, pads = torch.arange(width), width - torch.tensor(lengths)
+    positions = (columns - pads[:, None]).clamp(min=0)
+    seen = (columns <= columns[:, None]) & (columns >= pads[:, None, None])
+    return positions, seen | torch.eye(width).bool()
+
+
+def reserved_bytes(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
+    """A key and a value for each layer and KV head; rows times the widest they can become, and real tokens."""
+    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
+    width = max(prompt_lens) + max_tokens
+    return len(prompt_lens) * width * per_token, sum(prompt_lens) * per_token

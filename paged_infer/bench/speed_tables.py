@@ -6,6 +6,7 @@ from paged_infer.bench.ladder import LadderReport
 from paged_infer.bench.machine import machine_line
 from paged_infer.bench.metrics import Metrics, Percentiles
 from paged_infer.bench.speed import ENGINE, Entry, SpeedReport
+from paged_infer.bench.step_parts import PARTS, StepReport
 from paged_infer.bench.tables import print_table
 
 HEADER = (
@@ -138,3 +139,18 @@ def print_ladder(report: LadderReport) -> None:
     marks = ["" if rung.same_tokens else "bold red" for rung in report.rungs]
     title = f"{report.model}: {report.workload}, seed {report.seed}, {report.num_tokens:,} tokens out"
     print_table(title, header, rows, marks)
+
+
+def print_step(report: StepReport) -> None:
+    """Milliseconds a step and the share of each part, a column a backend."""
+    title = f"{report.model}: {report.workload}; milliseconds a step, medians of {report.repeats} interleaved runs"
+    rows = []
+    for place, part in enumerate(PARTS):
+        cells = [
+            f"{one.part_ms[place]:.3f} ({one.part_ms[place] / one.step_ms:.0%})" for one in report.backends
+        ]
+        rows.append((part, *cells))
+    rows.append(("the step", *(f"{one.step_ms:.3f}" for one in report.backends)))
+    print_table(
+        title, ("part", *(one.backend for one in report.backends)), rows, [""] * len(PARTS) + ["bold"]
+    )

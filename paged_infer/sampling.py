@@ -117,10 +117,13 @@ class Sampler:
         for i, row in enumerate(rows):
             ways.setdefault(self._way_to_draw(row.params, vocab_size), []).append(i)
 
+        if len(ways) == 1:
+            ((draw, num_candidates),) = ways
+            return on_its_way(*_in_slices(draw, edited, rows, num_candidates))
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
         for (draw, num_candidates), members in ways.items():
-            index = slice(None) if len(members) == num_rows else torch.tensor(members, device=logits.device)
+            index = torch.tensor(members, device=logits.device)
             asking = [rows[i] for i in members]
             tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
         return on_its_way(tokens, scores)

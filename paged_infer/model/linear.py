@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROWS_HINT = 32  # rows of a typical decode step; the layout serves any number
+_WORTH_PACKING = (
+    100_000  # elements; a smaller W is rearranged in less time than the call into oneDNN takes longer
+)
 
 
 class Linear(nn.Linear):
@@ -23,6 +26,7 @@ class Linear(nn.Linear):
     def prepack(self) -> None:
         """Keep a rearranged copy of the weights, if they are float32 on a CPU and torch was built with oneDNN."""
         suits = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        suits = suits and self.weight.numel() >= _WORTH_PACKING
         if suits and torch.backends.mkldnn.is_available():
             with torch.inference_mode(False), torch.no_grad():
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _ROWS_HINT)
@@ -30,4 +34,4 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self.bias, "none", [], "")

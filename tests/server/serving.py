@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from paged_infer import AsyncLLM
 from paged_infer.server.app import create_app
-from paged_infer.server.run import Server
+from paged_infer.server.run import Server, listen
 from paged_infer.server.service import Settings
 
 
@@ -25,7 +24,7 @@ class Served:
 
     def __init__(self, settings: Settings, shutdown_timeout_s: float = 5.0, **options: Any) -> None:
         self.engine = AsyncLLM(options.pop("model", None), device="cpu", **options)
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         app = create_app(self.engine, settings)

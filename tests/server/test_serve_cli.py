@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from paged_infer.cli import app
+from paged_infer.server.run import listen
 
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
 
@@ -65,3 +66,11 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mo
         2,
         f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n",
     )
+
+
+def test_connections_send_small_pieces_at_once() -> None:
+    """Else the first event of a stream waits 40 ms, for the client to acknowledge the headers."""
+    with listen("127.0.0.1", 0) as door, socket.create_connection(door.getsockname()):
+        connection, _ = door.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

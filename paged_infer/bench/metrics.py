@@ -69,7 +69,7 @@ class Run:
     """One contender on one workload: what it said, when, and what its cache held meanwhile.
 
     ``seconds`` is from the first request's arrival to the last one's end, on the wall. ``usage`` is None where a peer
-    does not tell.
+    does not tell. Whoever is asked over HTTP answers with ``texts``, and ``token_ids`` is empty.
     """
 
     token_ids: list[list[int]]
@@ -79,10 +79,18 @@ class Run:
     kv_bytes_per_token: int = 0
     span_s: dict[str, float] = field(default_factory=dict)  # where an engine's steps spent it; see ``spans``
     overhead_share: float | None = None  # of the steps' time, in which nothing computed
+    texts: list[str] = field(default_factory=list)
+    is_whole: bool = False  # an answer came as one, so that nobody can tell when its first token was there
+    loop_delay_s: Percentiles | None = None  # of a server's event loop
+
+    @property
+    def num_outputs(self) -> list[int]:
+        """Output tokens of each request."""
+        return [len(ids) for ids in self.token_ids] or [one.num_tokens for one in self.times]
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(ids) for ids in self.token_ids)
+        return sum(self.num_outputs)
 
     @property
     def tokens_per_s(self) -> float:
@@ -140,17 +148,19 @@ class Metrics:
     overhead_share: float | None
     peak_kv_bytes: float | None
     kv_fill: float | None
+    loop_delay_s: Percentiles | None = None
 
     @classmethod
     def of(cls, run: Run, floor: Floor | None) -> Metrics:
         prompts = sum(one.num_prompt for one in run.times)
         gaps = [gap for one in run.times for gap in one.gaps_s]
+        from_first = [] if run.is_whole else run.times
         return cls(
             seconds=run.seconds,
             output_tokens_per_s=run.tokens_per_s,
             total_tokens_per_s=(prompts + run.num_tokens) / run.seconds,
-            ttft_s=Percentiles.of(one.ttft_s if one.token_s else None for one in run.times),
-            tpot_s=Percentiles.of(one.tpot_s if one.token_s else None for one in run.times),
+            ttft_s=Percentiles.of(one.ttft_s if one.token_s else None for one in from_first),
+            tpot_s=Percentiles.of(one.tpot_s if one.token_s else None for one in from_first),
             itl_s=Percentiles.of(gaps),
             latency_s=Percentiles.of(one.latency_s if one.token_s else None for one in run.times),
             mbu=None if floor is None else floor.memory_s / run.seconds,
@@ -159,6 +169,7 @@ class Metrics:
             overhead_share=run.overhead_share,
             peak_kv_bytes=run.peak_kv_bytes,
             kv_fill=run.kv_fill,
+            loop_delay_s=run.loop_delay_s,
         )
 
     @classmethod

@@ -33,6 +33,7 @@ Peers = Annotated[
         "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
     ),
 ]
+NAIVE_RUNGS = ("naive", "cached")  # those that serve one request at a time
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
 MaxNumSeqs = Annotated[int, typer.Option(help="Most sequences at once.", min=1)]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Most tokens in a step.", min=1)]

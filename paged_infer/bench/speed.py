@@ -30,7 +30,7 @@ class Entry:
     """One contender, or one load: medians over its repeats.
 
     ``same_tokens``: greedy on a few requests, as the reference's. ``span_s``: where the engine's steps were, in the
-    run of median length. ``load``: clients or arrivals a second.
+    run of median length. ``load``: clients or arrivals a second; ``series``: whom a picture draws as one line.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Entry:
     first: Metrics | None = None  # of the very first run, where warming up is shown
     span_s: dict[str, float] = field(default_factory=dict)
     load: float | None = None
+    series: str = ""
 
     @classmethod
     def of(cls, name: str, runs: list[Run], floor: Floor | None, **others: Any) -> Entry:
@@ -61,7 +62,7 @@ class SpeedReport:
     seed: int
     repeats: int
     machine: dict[str, Any]
-    roofline: Roofline
+    roofline: Roofline | None  # None: of a machine that was not asked
     floor: Floor | None
     entries: list[Entry]
 
@@ -82,7 +83,7 @@ class SpeedReport:
     @classmethod
     def load(cls, path: Path) -> SpeedReport:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        stored["roofline"] = Roofline(**stored["roofline"])
+        stored["roofline"] = stored["roofline"] and Roofline(**stored["roofline"])
         stored["floor"] = stored["floor"] and Floor(**stored["floor"])
         for entry in stored["entries"]:
             entry["metrics"] = Metrics.from_json(entry["metrics"])
@@ -104,23 +105,23 @@ class Bench:
     def throughput(self, contenders: Mapping[str, Contender], workload: Workload) -> SpeedReport:
         """All requests at once. Each contender's tokens are looked at first, which warms it up too."""
         same = self._check(contenders, workload)
-        runs = self._interleave(contenders, workload)
-        floor = self._floor(workload)
+        runs = interleave(contenders, workload, self.repeats, self.on_run)
+        floor = self.floor(workload)
         self._record_overhead(runs.get(ENGINE, []), workload)
         entries = [
             Entry.of(
-                name, runs[name], floor, same_counts=_counts(runs[name], workload), same_tokens=same[name]
+                name, runs[name], floor, same_counts=gave_all(runs[name], workload), same_tokens=same[name]
             )
             for name in contenders
         ]
-        return self._report("throughput", workload, floor, entries)
+        return self.report("throughput", workload, floor, entries)
 
     def latency(self, contenders: Mapping[str, Contender], workload: Workload) -> SpeedReport:
         """One request, again and again: the very first run of each contender, then the settled ones."""
         firsts = {name: contender(workload) for name, contender in contenders.items()}
-        runs = self._interleave(contenders, workload)
+        runs = interleave(contenders, workload, self.repeats, self.on_run)
         self._record_overhead(runs.get(ENGINE, []), workload)
-        floor = self._floor(workload)
+        floor = self.floor(workload)
         expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))].token_ids
         compared = len(firsts) > 1 and not workload.params[0].temperature
         entries = [
@@ -128,7 +129,7 @@ class Bench:
                 name,
                 runs[name],
                 floor,
-                same_counts=_counts([firsts[name], *runs[name]], workload),
+                same_counts=gave_all([firsts[name], *runs[name]], workload),
                 same_tokens=all(r.token_ids == expected for r in [firsts[name], *runs[name]])
                 if compared
                 else None,
@@ -136,7 +137,7 @@ class Bench:
             )
             for name in contenders
         ]
-        return self._report("latency", workload, floor, entries)
+        return self.report("latency", workload, floor, entries)
 
     def load(
         self, workload: Workload, clients: list[int], rates: list[float] | None, rate_shares: list[float]
@@ -151,11 +152,11 @@ class Bench:
         closed: dict[str, Contender] = {
             f"{n} client{'s' * (n > 1)}": partial(run_engine, engine, num_clients=n) for n in clients
         }
-        runs = self._interleave(closed, workload)
+        runs = interleave(closed, workload, self.repeats, self.on_run)
         entries = []
         for (name, its_runs), num_clients in zip(runs.items(), clients, strict=True):
-            right = _counts(its_runs, workload)
-            floor = self._floor(workload, num_clients)
+            right = gave_all(its_runs, workload)
+            floor = self.floor(workload, num_clients)
             entries.append(Entry.of(name, its_runs, floor, same_counts=right, load=float(num_clients)))
         served_per_s = len(workload.prompts) / entries[-1].metrics.seconds
         per_s = {f"{r:.3g} a second": r for r in rates or [share * served_per_s for share in rate_shares]}
@@ -165,10 +166,10 @@ class Bench:
         opened: dict[str, Contender] = {
             name: partial(run_engine, engine, arrive_s=when) for name, when in moments.items()
         }
-        for name, its_runs in self._interleave(opened, workload).items():
-            right = _counts(its_runs, workload)
+        for name, its_runs in interleave(opened, workload, self.repeats, self.on_run).items():
+            right = gave_all(its_runs, workload)
             entries.append(Entry.of(name, its_runs, None, same_counts=right, load=per_s[name]))
-        return self._report("load", workload, None, entries)
+        return self.report("load", workload, None, entries)
 
     def _check(self, contenders: Mapping[str, Contender], workload: Workload) -> dict[str, bool | None]:
         sample = workload.sample(CHECKED_REQUESTS, CHECKED_TOKENS)
@@ -178,14 +179,6 @@ class Bench:
         expected = said[REFERENCE if REFERENCE in said else next(iter(said))]
         return {name: token_ids == expected for name, token_ids in said.items()}
 
-    def _interleave(self, contenders: Mapping[str, Contender], workload: Workload) -> dict[str, list[Run]]:
-        runs: dict[str, list[Run]] = {name: [] for name in contenders}
-        for _ in range(self.repeats):
-            for name, contender in contenders.items():
-                runs[name].append(contender(workload))
-                self.on_run(name)
-        return runs
-
     def _record_overhead(self, runs: list[Run], workload: Workload) -> None:
         """On a CUDA device, by one more run that is recorded; on the CPU every run knows its own."""
         if not runs or self.llm.engine.device.type != "cuda":
@@ -194,17 +187,17 @@ class Bench:
         for run in runs:
             run.overhead_share = 1 - busy_s / run.seconds
 
-    def _floor(self, workload: Workload, num_clients: int | None = None) -> Floor:
-        prompts, outputs = _lengths(workload)
+    def floor(self, workload: Workload, num_clients: int | None = None) -> Floor:
+        prompts, outputs = lengths(workload)
         engine = self.llm.engine
         num_running = min(num_clients or len(prompts), len(prompts), engine.config.max_num_seqs)
         return ModelCost.of(engine.decoder).floor(prompts, outputs, self.roofline, num_running)
 
-    def _report(
+    def report(
         self, command: str, workload: Workload, floor: Floor | None, entries: list[Entry]
     ) -> SpeedReport:
         engine = self.llm.engine
-        prompts, outputs = _lengths(workload)
+        prompts, outputs = lengths(workload)
         return SpeedReport(
             command=command,
             model=self.llm.name,
@@ -222,11 +215,27 @@ class Bench:
         )
 
 
-def _lengths(workload: Workload) -> tuple[list[int], list[int]]:
+def interleave(
+    contenders: Mapping[str, Contender],
+    workload: Workload,
+    repeats: int,
+    on_run: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[Run]]:
+    """``repeats`` runs of each, in turn: what slows the machine down for a while slows them all."""
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            runs[name].append(contender(workload))
+            on_run(name)
+    return runs
+
+
+def lengths(workload: Workload) -> tuple[list[int], list[int]]:
+    """Of the prompts, and of the outputs asked for."""
     return [len(p) for p in workload.prompts], [one.max_tokens or 0 for one in workload.params]
 
 
-def _counts(runs: list[Run], workload: Workload) -> bool:
+def gave_all(runs: list[Run], workload: Workload) -> bool:
     """Whether everybody gave each request exactly what it asked for."""
-    asked = _lengths(workload)[1]
-    return all([len(ids) for ids in run.token_ids] == asked for run in runs)
+    asked = lengths(workload)[1]
+    return all(run.num_outputs == asked for run in runs)

@@ -1,4 +1,7 @@
-"""``paged-infer bench latency | throughput | load | ladder``; ``python -m`` runs it where rich is not installed."""
+"""``paged-infer bench latency | throughput | load | ladder``, and what ``bench serve`` shares with them.
+
+``python -m`` runs it where rich is not installed.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,14 @@ def latency(
     from paged_infer.bench.workloads import one_request
 
     with (
-        _errors(),
+        errors(),
         common.open_with_peers(prompt_tokens + max_tokens, peer, ("generate",)) as (llm, peers),
     ):
         workload = one_request(llm.engine.decoder.config.vocab_size, prompt_tokens, max_tokens, common.seed)
         contenders = {**_engine(llm), **peers}
-        with _bench(llm, common.repeats, common.repeats * len(contenders)) as bench:
+        with bench_of(llm, common.repeats, common.repeats * len(contenders)) as bench:
             report = bench.latency(contenders, workload)
-    _show(report, common.figures)
+    show(report, common.figures)
 
 
 @app.command()
@@ -80,15 +83,15 @@ def throughput(
     scale = scale or (1.0 if on_gpu else CPU_SCALE)
     longest = 2 * max(1, round(1024 * scale))
     with (
-        _errors(),
+        errors(),
         common.open_with_peers(longest, peer, ("static", "generate_batch")) as (llm, peers),
     ):
         vocab_size = llm.engine.decoder.config.vocab_size
         workload = nano_vllm_requests(vocab_size, num_requests, scale, temperature, common.seed)
         contenders = {**_engine(llm), **peers}
-        with _bench(llm, common.repeats, common.repeats * len(contenders)) as bench:
+        with bench_of(llm, common.repeats, common.repeats * len(contenders)) as bench:
             report = bench.throughput(contenders, workload)
-    _show(report, common.figures)
+    show(report, common.figures)
 
 
 @app.command()
@@ -116,11 +119,13 @@ def load(
     from paged_infer.bench.workloads import random_lengths
 
     counts = clients or [1, 4, 8, 16, 32]
-    with _errors(), common.open(2 * longest) as llm:
+    with errors(), common.open(2 * longest) as llm:
         workload = random_lengths(llm, num_requests, shortest, longest, common.seed)
-        with _bench(llm, common.repeats, common.repeats * (len(counts) + len(rate or RATE_SHARES))) as bench:
+        with bench_of(
+            llm, common.repeats, common.repeats * (len(counts) + len(rate or RATE_SHARES))
+        ) as bench:
             report = bench.load(workload, counts, rate, RATE_SHARES)
-    _show(report, common.figures)
+    show(report, common.figures)
 
 
 @app.command()
@@ -143,7 +148,7 @@ def ladder(
 
     names = peer or ["static", "generate_batch"]
     with (
-        _errors(),
+        errors(),
         common.open_with_peers(2 * longest, ["generate", *names], ()) as (llm, peers),
     ):
         workload = random_lengths(llm, num_requests, shortest, longest, common.seed)
@@ -205,7 +210,7 @@ def run_with_progress(
     """``run_ladder`` with a bar that names the rung that ran last."""
     from paged_infer.bench.ladder import run_ladder
 
-    with _progress(repeats * (len(rungs) - 1) + 1) as advance:
+    with progress(repeats * (len(rungs) - 1) + 1) as advance:
         return run_ladder(rungs, workload, model, repeats, on_run=advance)
 
 
@@ -222,7 +227,7 @@ def show_ladder(report: LadderReport, picture: Path) -> None:
     print(f"picture: {picture}   numbers: {picture.with_suffix('.json')}")
 
 
-def _show(report: SpeedReport, figures: Path) -> None:
+def show(report: SpeedReport, figures: Path) -> None:
     from paged_infer.bench.speed_tables import print_speed
     from paged_infer.viz.speed import speed_figure
 
@@ -243,7 +248,7 @@ def _engine(llm: LLM) -> dict[str, Contender]:
 
 
 @contextmanager
-def _bench(llm: LLM, repeats: int, num_runs: int) -> Iterator[Bench]:
+def bench_of(llm: LLM, repeats: int, num_runs: int) -> Iterator[Bench]:
     """The machine described and its roofline measured, before anything runs."""
     from paged_infer.bench.machine import describe_machine
     from paged_infer.bench.roofline import measure
@@ -251,12 +256,12 @@ def _bench(llm: LLM, repeats: int, num_runs: int) -> Iterator[Bench]:
 
     machine = describe_machine()
     roofline = measure(llm.engine.device, dtype=llm.engine.decoder.dtype)
-    with _progress(num_runs) as advance:
+    with progress(num_runs) as advance:
         yield Bench(llm, roofline, repeats, on_run=advance, machine=machine)
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def progress(total: int) -> Iterator[Callable[[str], None]]:
     from tqdm import tqdm
 
     with tqdm(total=total, leave=False, desc="warming up", disable=None) as bar:  # None: not into a file
@@ -269,7 +274,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """What a user got wrong, or a peer that does not start, is one line."""
     try:
         yield

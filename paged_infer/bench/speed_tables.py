@@ -20,7 +20,7 @@ HEADER = (
     "KV MiB",
     "holds tokens",
 )
-TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency")
+TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency", "event loop late")
 UNKNOWN = "-"
 
 
@@ -43,9 +43,12 @@ def print_speed(report: SpeedReport) -> None:
         rows.append((entry.name, *_cells(entry.metrics), _yes(entry.same_counts), same))
         times.append((entry.name, *_times(entry.metrics)))
         marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
-    first = "load" if report.command == "load" else "contender"
+    first = "load" if report.command in ("load", "serve") else "contender"
+    tells_loop = any(entry.metrics.loop_delay_s is not None for entry in report.entries)
+    times_header = (first, *TIMES_HEADER)[: None if tells_loop else -1]
+    times = [row[: len(times_header)] for row in times]
     print_table(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
-    print_table("milliseconds: p50 / p90 / p99", (first, *TIMES_HEADER), times, marks)
+    print_table("milliseconds: p50 / p90 / p99", times_header, times, marks)
     for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
         print(line)
     print(f"on {machine_line(report.machine)}")
@@ -64,7 +67,8 @@ def _cells(metrics: Metrics) -> tuple[str, ...]:
 
 
 def _times(metrics: Metrics) -> tuple[str, ...]:
-    return tuple(_ms(one) for one in (metrics.ttft_s, metrics.tpot_s, metrics.itl_s, metrics.latency_s))
+    times = (metrics.ttft_s, metrics.tpot_s, metrics.itl_s, metrics.latency_s, metrics.loop_delay_s)
+    return tuple(_ms(one) for one in times)
 
 
 def _ms(times: Percentiles | None) -> str:
@@ -86,19 +90,33 @@ def _yes(value: bool) -> str:
 def _ratios(report: SpeedReport) -> list[str]:
     if report.command == "load":
         return []
+    if report.command == "serve":
+        return _serve_ratios(report)
     ours = report[ENGINE]
     return [ratio_line(ours, other) for other in report.entries if other is not ours]
 
 
+def _serve_ratios(report: SpeedReport) -> list[str]:
+    """The most clients of each closed loop, beside the same requests without HTTP."""
+    closed = [one for one in report.entries if "client" in one.name]
+    most = [one for one in closed if one.load == max(other.load or 0.0 for other in closed)]
+    offline = [one for one in report.entries if one.load is None]
+    return [ratio_line(one, other) for other in offline for one in most]
+
+
 def ratio_line(ours: Entry, other: Entry) -> str:
     """Of the medians, and of each pair of runs that stood side by side."""
-    each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=True)]
+    each = [
+        theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)
+    ]  # one may run once
     ratio = other.metrics.seconds / ours.metrics.seconds
     return f"{ours.name} / {other.name} = {ratio:.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
 def _floor_lines(report: SpeedReport) -> list[str]:
     roof = report.roofline
+    if roof is None:
+        return []
     lines = [
         f"roofline: copy {roof.copy_bytes_per_s / 1e9:,.1f} GB/s, read {roof.read_bytes_per_s / 1e9:,.1f} GB/s, "
         f"matmul {roof.matmul_flops_per_s / 1e9:,.0f} GFLOP/s ({roof.matmul_dtype})"

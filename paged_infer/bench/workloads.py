@@ -72,8 +72,14 @@ def one_request(vocab_size: int, num_prompt: int, num_output: int, seed: int) ->
 
 def random_lengths(llm: LLM, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
     """Random token ids; prompt and output lengths each uniform in [shortest, longest]; end tokens are ignored."""
+    return random_ids(llm.engine.decoder.config.vocab_size, num_requests, shortest, longest, seed)
+
+
+def random_ids(vocab_size: int, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
+    """``random_lengths`` without a model at hand: ids below ``vocab_size``."""
+    if shortest > longest:
+        raise ValueError(f"shortest={shortest}: must be at most longest={longest}")
     rng = random.Random(seed)
-    vocab_size = llm.engine.decoder.config.vocab_size
     lengths = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(num_requests)]
     prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for prompt, _ in lengths]
     params = [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in lengths]

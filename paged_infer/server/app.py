@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
 import paged_infer
@@ -11,7 +15,13 @@ from paged_infer.server.door import Door
 from paged_infer.server.metrics import Metrics
 from paged_infer.server.service import Service, Settings
 
-ROUTERS = (completions.router, chat.router, jobs.router, status.router)  # a new route: a module with one more
+LOOP_DELAY_EVERY_S = 0.02
+ROUTERS = (  # a new route: a module with one more
+    completions.router,
+    chat.router,
+    jobs.router,
+    status.router,
+)
 
 
 def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
@@ -20,6 +30,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
         title="paged_infer",
         version=paged_infer.__version__,
         description=__doc__,
+        lifespan=_lifespan,
         docs_url=None,  # these pages would fetch their scripts from elsewhere
         redoc_url=None,
     )
@@ -32,3 +43,27 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
         app.include_router(router)
     app.add_middleware(Door, service=service)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    watch = asyncio.create_task(watch_loop(app.state.metrics.loop_delay.observe))
+    try:
+        yield
+    finally:
+        watch.cancel()
+
+
+async def watch_loop(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:
+    """Tell ``observe`` how many seconds late the event loop came to each of the moments ``every_s`` apart.
+
+    A loop that stood still missed several of them, and each counts: so long whoever had come then would have waited.
+    """
+    clock = asyncio.get_running_loop().time
+    due_s = clock() + every_s
+    while True:
+        await asyncio.sleep(due_s - clock())
+        now_s = clock()
+        while due_s <= now_s:
+            observe(now_s - due_s)
+            due_s += every_s

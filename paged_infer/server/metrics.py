@@ -1,7 +1,8 @@
 """Prometheus metrics, with the names and meanings of vLLM's, so that dashboards made for it work here.
 
 What vLLM calls a request is a sequence here: it, too, counts each of ``n`` samples. ``gpu_cache_usage_perc`` and
-``num_requests_swapped`` are its V0's names (V1 has ``kv_cache_usage_perc``, and does not swap).
+``num_requests_swapped`` are its V0's names (V1 has ``kv_cache_usage_perc``, and does not swap). One is ours alone:
+``paged_infer:event_loop_delay_seconds``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,25 @@ TTFT_S = (
 )
 TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 LATENCY_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+LOOP_DELAY_S = (
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.5,
+    1,
+    2,
+)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 _GAUGES = {  # name -> (what it says, its value from LLMEngine.stats())
@@ -95,6 +115,13 @@ class Metrics:
             "Tokens of a step: drawn, and of prompts that it has finished reading.",
             TOKENS,
         )
+        self.loop_delay = Histogram(
+            "paged_infer:event_loop_delay_seconds",
+            "How late the event loop comes to what is due; sampled.",
+            LABELS,
+            buckets=LOOP_DELAY_S,
+            registry=self.registry,
+        ).labels(*self._labels)
         self.registry.register(self)
         engine.observers.append(self.observe)
 

@@ -7,14 +7,16 @@ from matplotlib.axes import Axes
 from paged_infer.bench.metrics import Percentiles
 from paged_infer.bench.speed import Entry, SpeedReport
 from paged_infer.viz.policies import log_heights
+from paged_infer.viz.serving import serving_figure
 from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
 
 CLOSED, OPEN = RUNG_COLOURS["paged"], RUNG_COLOURS["cached"]
 
 
 def speed_figure(report: SpeedReport) -> Picture:
-    """Of ``latency`` and ``throughput``: bars for each contender. Of ``load``: lines over the load."""
-    figure = _load_figure(report) if report.command == "load" else _contenders_figure(report)
+    """Of ``latency`` and ``throughput``: bars for each contender. Of ``load`` and ``serve``: lines over the load."""
+    draw = {"load": _load_figure, "serve": serving_figure}.get(report.command, _contenders_figure)
+    figure = draw(report)
     figure.suptitle(f"{report.model}, {report.dtype}: {report.workload}", fontsize=9.5, color=INK)
     return figure
 

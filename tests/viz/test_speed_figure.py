@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from paged_infer.bench.floor import Floor
@@ -93,3 +95,31 @@ def test_load_has_a_bar_and_percentiles_for_each_load():
     assert next(list(line.get_ydata()) for line in first.lines) == pytest.approx([40.0, 10.0])
     assert len(gaps.lines) == 6
     assert len(figure._repr_png_()) < 80_000
+
+
+def test_the_servers_lines_are_its_series_over_the_clients():
+    def whole(seconds: float) -> Metrics:
+        return replace(metrics(seconds), ttft_s=None)
+
+    entries = [
+        Entry("LLM.generate", metrics(0.8), [0.8]),
+        Entry("4 clients", whole(2.0), [2.0], load=4.0, series="the server"),
+        Entry("32 clients", whole(1.0), [1.0], load=32.0, series="the server"),
+        Entry("4 clients, streaming", metrics(4.0), [4.0], load=4.0, series="streaming"),
+        Entry("32 clients, streaming", metrics(2.0), [2.0], load=32.0, series="streaming"),
+        Entry("4 clients, cached rung", whole(10.0), [10.0], load=4.0, series="cached rung"),
+        Entry("5 a second, streaming", metrics(1.0), [1.0], load=5.0, series="arrivals"),
+    ]
+    speed, latency, first, arrivals = speed_figure(report("serve", entries)).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in speed.lines}
+    assert lines == {
+        "the server": [50.0, 100.0],
+        "streaming": [25.0, 50.0],
+        "cached rung": [10.0],
+        "LLM.generate, without HTTP": [125.0, 125.0],
+    }
+    colours = [line.get_color() for line in speed.lines]
+    assert len(set(colours)) == len(colours)
+    assert [len(axes.lines) for axes in (latency, first, arrivals)] == [6, 2, 4]
+    assert list(latency.lines[0].get_ydata()) == pytest.approx([20.0, 10.0])
+    assert list(latency.lines[1].get_ydata()) == pytest.approx([60.0, 30.0])

@@ -1,0 +1,151 @@
+"""The client of ``bench serve``: requests to /v1/completions over HTTP, and when their answers came.
+
+It runs in a process of its own, which imports no torch: what it costs to ask is not taken from the server's share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+TIMEOUT_S = 600.0  # of one answer: the last of a crowd before a slow server waits long
+LOOP_DELAY = "paged_infer:event_loop_delay_seconds"
+DATA, DONE = b"data: ", b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to ask of a server. Each request is sent at its second of ``arrive_s``, or by one of so many clients."""
+
+    url: str
+    api_key: str | None
+    bodies: list[dict[str, Any]]
+    num_clients: int | None = None
+    arrive_s: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Seconds of ``time.perf_counter``. An answer that came as a whole has its end for its first token, too."""
+
+    arrived_s: float  # of an open loop: when it was due, however late the client was
+    first_s: float
+    end_s: float
+    num_output: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """In the order of the bodies. ``loop_delays``: those of the server's event loop meanwhile, counted by the least
+    bound that they do not exceed, in seconds; empty where the server does not tell.
+    """
+
+    replies: list[Reply]
+    loop_delays: dict[float, int]
+
+
+def ask(job: Job) -> Replies:
+    """Carry out ``job``. Raises ValueError, with the server's words, if an answer is an error or does not come."""
+    try:
+        return asyncio.run(_ask(job))
+    except ExceptionGroup as group:
+        error = group.exceptions[0]
+    except httpx.TransportError as its_error:
+        error = its_error
+    raise ValueError(f"{job.url}: {error if isinstance(error, ValueError) else repr(error)}")
+
+
+async def _ask(job: Job) -> Replies:
+    headers = {} if job.api_key is None else {"Authorization": f"Bearer {job.api_key}"}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=job.url, headers=headers, limits=limits, timeout=TIMEOUT_S) as http:
+        before = await _loop_delays(http)
+        replies = await (_open_loop(http, job) if job.arrive_s is not None else _closed_loop(http, job))
+        after = await _loop_delays(http)
+    return Replies(replies, {bound: after[bound] - before.get(bound, 0) for bound in after})
+
+
+async def _closed_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
+    replies: dict[int, Reply] = {}
+    requests = iter(enumerate(job.bodies))
+
+    async def client() -> None:
+        for index, body in requests:  # one iterator for all: the next request is whoever's turn it is
+            replies[index] = await _complete(http, body, time.perf_counter())
+
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(job.num_clients or 1):
+            clients.create_task(client())
+    return [replies[index] for index in range(len(job.bodies))]
+
+
+async def _open_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
+    begin_s, tasks = time.perf_counter(), []
+    async with asyncio.TaskGroup() as requests:
+        for body, at_s in zip(job.bodies, job.arrive_s or [], strict=True):
+            await asyncio.sleep(begin_s + at_s - time.perf_counter())
+            tasks.append(requests.create_task(_complete(http, body, begin_s + at_s)))
+    return [task.result() for task in tasks]
+
+
+async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: float) -> Reply:
+    if not body.get("stream"):
+        response = await http.post("/v1/completions", json=body)
+        end_s = time.perf_counter()
+        _check(response)
+        answer = response.json()
+        text = answer["choices"][0]["text"]
+        return Reply(arrived_s, end_s, end_s, answer["usage"]["completion_tokens"], text)
+    first_s, end_s, num_output, texts = 0.0, 0.0, 0, []
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            await response.aread()
+        _check(response)
+        rest = b""
+        async for chunk in response.aiter_bytes():
+            now = time.perf_counter()
+            *events, rest = (rest + chunk).split(b"\n\n")
+            for piece in _pieces(events):
+                for choice in piece["choices"]:
+                    first_s, end_s = first_s or now, now
+                    texts.append(choice["text"])
+                if piece.get("usage"):
+                    num_output = piece["usage"]["completion_tokens"]
+    return Reply(arrived_s, first_s, end_s, num_output, "".join(texts))
+
+
+def _pieces(events: list[bytes]) -> Iterator[dict[str, Any]]:
+    for event in events:
+        content = event.strip().removeprefix(DATA)
+        if event.strip().startswith(DATA) and content != DONE:
+            piece = json.loads(content)
+            if "error" in piece:
+                raise ValueError(f"the server broke off an answer: {piece['error']['message']}")
+            yield piece
+
+
+def _check(response: httpx.Response) -> None:
+    if response.status_code != 200:
+        raise ValueError(f"the server answered {response.status_code}: {response.text[:300]}")
+
+
+async def _loop_delays(http: httpx.AsyncClient) -> dict[float, int]:
+    """Since the server was started."""
+    response = await http.get("/metrics")
+    if response.status_code != 200:
+        return {}
+    counts: dict[float, int] = {}
+    num_below = 0
+    for line in response.text.splitlines():
+        if line.startswith(f"{LOOP_DELAY}_bucket{{"):
+            labels, _, value = line.rpartition(" ")
+            bound = float(labels.split('le="')[1].split('"')[0])
+            counts[bound], num_below = int(float(value)) - num_below, int(float(value))
+    return counts

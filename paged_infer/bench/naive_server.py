@@ -1,0 +1,86 @@
+"""What ``bench serve`` measures beside the server: a rung that serves one request at a time, behind the same HTTP.
+
+    clients  --->  FastAPI  --->  a queue of one  --->  generate_cached or generate_naive, in a thread
+
+It is the server that one writes first: it listens while it computes, and everybody waits for everybody before them.
+Whoever leaves is computed all the same, and it does not stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+import uvicorn
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from paged_infer import baselines
+from paged_infer.bench.options import NAIVE_RUNGS
+from paged_infer.console import EngineOptions, Model, fail, with_blocks
+from paged_infer.llm import LLM
+from paged_infer.params import BeamSearchParams
+from paged_infer.server import errors
+from paged_infer.server.answers import usage
+from paged_infer.server.protocol import CompletionRequest, bad_value
+from paged_infer.server.run import listen
+
+GENERATE = {"naive": baselines.generate_naive, "cached": baselines.generate_cached}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@with_blocks
+def serve(
+    engine: EngineOptions,
+    model: Model = None,
+    rung: Annotated[str, typer.Option(help=f"{' or '.join(NAIVE_RUNGS)}.")] = "cached",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve /v1/completions with a rung of the ladder, one request at a time."""
+    try:
+        if rung not in NAIVE_RUNGS:
+            raise ValueError(f"rung={rung!r}: must be {' or '.join(NAIVE_RUNGS)}")
+        door = listen(host, port)
+        application = create_app(engine.open(model), rung)
+    except ValueError as error:
+        fail(error)
+    uvicorn.Server(uvicorn.Config(application, log_level="warning")).run([door])
+
+
+def create_app(llm: LLM, rung: str) -> FastAPI:
+    """The application, on the weights of ``llm``."""
+    served = FastAPI(title=f"the {rung} rung", docs_url=None, redoc_url=None)
+    errors.install(served)
+    turn = asyncio.Lock()
+
+    @served.get("/health")
+    async def health() -> Response:
+        return errors.json_response({"status": "ok"})
+
+    @served.post("/v1/completions")
+    async def completions(body: CompletionRequest) -> Response:
+        params = body.params()
+        if body.stream or isinstance(params, BeamSearchParams):
+            raise errors.APIError(400, "whole answers only, and no beam search: stream, use_beam_search")
+        async with turn:
+            try:
+                outputs = await asyncio.to_thread(GENERATE[rung], llm, body.prompts(), params)
+            except ValueError as error:
+                raise bad_value(error) from None
+        answers = [one for output in outputs for one in output.outputs]
+        choices = [
+            {"index": index, "text": one.text, "logprobs": None, "finish_reason": one.finish_reason}
+            for index, one in enumerate(answers)
+        ]
+        return errors.json_response(
+            {"object": "text_completion", "model": llm.name, "choices": choices, "usage": usage(outputs)}
+        )
+
+    return served
+
+
+if __name__ == "__main__":
+    app()

@@ -192,7 +192,7 @@ def step(
         common = dataclasses.replace(common, attention_backend=fastest_backend(torch.device("cpu")))
     other = dataclasses.replace(common, device="cpu", attention_backend=beside)
     with (
-        _errors(),
+        errors(),
         other.open(2 * longest) as before,
         dataclasses.replace(common, device="cpu").open(2 * longest) as llm,
     ):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
 from paged_infer.bench.step_parts import PARTS, measure_step, watch_parts
 from paged_infer.bench.workloads import random_lengths
+from paged_infer.cli import app
 
 
 def test_parts_add_up_to_the_step_and_backends_differ(make_llm) -> None:
@@ -35,3 +37,23 @@ def test_watching_leaves_no_trace(llm) -> None:
     for old, new in zip(before, after, strict=True):
         assert old.keys() == new.keys()
         assert all(new[name] is old[name] for name in ("ops", "backend", "forward") if name in old)
+
+
+def test_the_command_prints_every_part_and_leaves_the_numbers(llm, tmp_path) -> None:
+    small = [
+        "--num-requests",
+        "2",
+        "--shortest",
+        "2",
+        "--longest",
+        "4",
+        "--repeats",
+        "1",
+        "--beside",
+        "torch",
+    ]
+    options = ["--model", str(llm.folder), "--figures", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", "step", *small, *options])
+    assert result.exit_code == 0, result.output
+    assert all(part in result.output for part in PARTS) and "load before" in result.output
+    assert (tmp_path / "bench-step.json").exists()

@@ -1,0 +1,51 @@
+"""Solutions of chapter 08, continuous batching."""
+
+from __future__ import annotations
+
+from paged_infer.control.policies import Policy
+
+
+def kept_waiting(outputs, seats):
+    """Each batch lasts as long as its own longest row."""
+    batches = [outputs[first : first + seats] for first in range(0, len(outputs), seats)]
+    return [max(batch) - tokens for batch in batches for tokens in batch]
+
+
+def promise(gap_us, num_running, num_prompt, per_step_us, per_token_us):
+    """Who decodes takes a token each of the budget; the prompt gets the rest, and its last step is seldom full."""
+    budget = (gap_us - per_step_us) // per_token_us
+    num_full, rest = divmod(num_prompt, budget - num_running)
+    ttft_us = num_full * (per_step_us + per_token_us * budget)
+    if rest:
+        ttft_us += per_step_us + per_token_us * (rest + num_running)
+    return budget, ttft_us
+
+
+def preempt(held, needed, free):
+    """The youngest who still runs is the last of ``running``; who has been served is older than who is being served."""
+    running, gone = list(range(len(held))), []
+    for sequence in range(len(held)):
+        while sequence in running and needed[sequence] > free:
+            victim = running.pop()
+            gone.append(victim)
+            free += held[victim]
+        if sequence in running:
+            free -= needed[sequence]
+    return gone
+
+
+class Alternate(Policy):
+    """Remembers one thing: whether the last step was one of prompts."""
+
+    chunks_prompts = False
+
+    def __init__(self):
+        self.had_prompts = False
+
+    def plan(self, turn):
+        if not (self.had_prompts and turn.running):
+            turn.admit()
+        self.had_prompts = bool(turn.scheduled)
+        if not turn.scheduled:
+            turn.run()
+            turn.resume()

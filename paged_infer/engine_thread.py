@@ -231,6 +231,8 @@ class EngineThread:
             self._report([], [output])
 
     def _answer(self, command: _Call) -> None:
+        if not command.answer.set_running_or_notify_cancel():  # whoever asked has gone
+            return
         try:
             command.answer.set_result(command.function(self.engine))
         except Exception as error:

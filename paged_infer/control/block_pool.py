@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Collection
 
 
 class OutOfBlocks(Exception):
@@ -46,6 +47,11 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
+
+    @property
+    def findable(self) -> Collection[int]:
+        """Blocks that have a hash, free or held."""
+        return self._hash_of.keys()
 
     @property
     def num_findable(self) -> int:

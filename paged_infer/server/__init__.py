@@ -2,5 +2,6 @@
 
 protocol   what a body may hold          answers   outputs -> OpenAI's JSON       door      key, sizes, closing time
 completions, chat, jobs, status          the routes, one APIRouter each           metrics   Prometheus
+page, watch                              the page at /, and what it watches
 service    the engine behind them        app       all of it put together         run       uvicorn, and a clean end
 """

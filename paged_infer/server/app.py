@@ -10,10 +10,11 @@ from fastapi import FastAPI
 
 import paged_infer
 from paged_infer.async_engine import AsyncLLM
-from paged_infer.server import chat, completions, errors, jobs, status
+from paged_infer.server import chat, completions, errors, jobs, page, status, watch
 from paged_infer.server.door import Door
 from paged_infer.server.metrics import Metrics
 from paged_infer.server.service import Service, Settings
+from paged_infer.server.watch import Watch
 
 LOOP_DELAY_EVERY_S = 0.02
 ROUTERS = (  # a new route: a module with one more
@@ -21,6 +22,8 @@ ROUTERS = (  # a new route: a module with one more
     chat.router,
     jobs.router,
     status.router,
+    watch.router,
+    page.router,
 )
 
 
@@ -38,6 +41,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     app.state.jobs = jobs.Jobs(service)
     app.state.metrics = Metrics(engine, service.model_names[0])
+    app.state.watch = Watch(service)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -47,11 +51,11 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    watch = asyncio.create_task(watch_loop(app.state.metrics.loop_delay.observe))
+    task = asyncio.create_task(watch_loop(app.state.metrics.loop_delay.observe))
     try:
         yield
     finally:
-        watch.cancel()
+        task.cancel()
 
 
 async def watch_loop(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:

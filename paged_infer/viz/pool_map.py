@@ -14,6 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from paged_infer.control.pool_view import Cell
+from paged_infer.control.pool_view import pool_cells as held_or_findable
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.viz.lives import OWNER_COLOURS, owner_colour, sequence_names
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture
@@ -34,21 +36,6 @@ DIGIT = 0.66  # a digit's width, in font sizes
 CACHED_COLOUR = "#c3cad3"
 GAP = 0.05  # of a cell, on each side
 HALO = [withStroke(linewidth=1.6, foreground="#ffffffb0")]  # keeps words legible over two colours
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One block while a step runs, the tokens that this step stores included."""
-
-    block: int
-    owners: tuple[int, ...]  # sequence ids; as many as its reference count
-    num_tokens: int
-    is_findable: bool  # by its hash
-
-    @property
-    def state(self) -> str:
-        """ "held", "cached" (free, but findable until it is taken) or "free"."""
-        return "held" if self.owners else "cached" if self.is_findable else "free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +110,12 @@ def draw_pool_map(figure: FigureBase, trace: Trace, step: int) -> None:
 
 def _cells(trace: Trace, step: int, replay: Replay) -> list[Cell]:
     now = trace.steps[step].scheduled
-    owners: list[list[int]] = [[] for _ in range(trace.num_blocks)]
-    filled = [0] * trace.num_blocks
-    for sequence_id, table in sorted(replay.tables.items()):
-        stored = replay.computed[sequence_id] + now.get(sequence_id, 0)
-        for index, block in enumerate(table):
-            owners[block].append(sequence_id)
-            here = min(trace.block_size, max(0, stored - index * trace.block_size))
-            filled[block] = max(filled[block], here)
-    cells = []
-    for block in range(trace.num_blocks):
-        findable = replay.pool.hash_of(block) is not None
-        num_tokens = filled[block] if owners[block] else trace.block_size * findable
-        cells.append(Cell(block, tuple(owners[block]), num_tokens, findable))
-    return cells
+    tables = (
+        (sequence_id, table, replay.computed[sequence_id] + now.get(sequence_id, 0))
+        for sequence_id, table in sorted(replay.tables.items())
+    )
+    cells = held_or_findable(tables, replay.pool, trace.block_size)
+    return [cells.get(block) or Cell(block, (), 0, False) for block in range(trace.num_blocks)]
 
 
 def _num_shown(trace: Trace) -> int:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import httpx
 import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
 from paged_infer import AsyncLLM
+from paged_infer.engine import LLMEngine
 from paged_infer.server.app import create_app
 from paged_infer.server.run import Server, listen
 from paged_infer.server.service import Settings
+
+T = TypeVar("T")
 
 
 class Served:
@@ -62,7 +64,11 @@ class Served:
         while not self.is_idle():
             assert time.monotonic() < deadline, self.engine.stats()
             time.sleep(0.01)
-        asyncio.run(self.engine.check_integrity())
+        self.on_engine(LLMEngine.check_integrity)
+
+    def on_engine(self, function: Callable[[LLMEngine], T]) -> T:
+        """``AsyncLLM.run`` without an event loop: a browser's driver has one in this thread already."""
+        return self.engine._thread.call(function).result(10)
 
     def stop(self) -> None:
         self.http.close()

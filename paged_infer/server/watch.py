@@ -1,0 +1,135 @@
+"""/events: what the pool and the queues look like, as server-sent events: whole at first, then what has changed.
+
+    engine's thread    take() between two steps, ten times a second at most, and only while somebody watches
+          |
+       Snapshot        the newest one, for all who watch
+          |
+    event loop         each watcher: the difference to the snapshot that it was told last
+
+Nothing is kept but those snapshots, however long one watches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from paged_infer.control.pool_view import Cell, pool_cells
+from paged_infer.control.request import Sequence
+from paged_infer.engine import LLMEngine
+from paged_infer.server.answers import event
+from paged_infer.server.service import EventStream, Service, closing_error, service_of
+
+EVERY_S = 0.1
+MOST_OF_ENGINE = (
+    0.05  # share of the engine's time that looking at it may take: a large pool is looked at less often
+)
+QUIET_S = 15.0  # then a comment shows, to whatever lies between, that the connection lives
+MOST_LISTED = 64  # sequences of each queue; the counts are of all
+MOST_MARKED = 65_536  # blocks of a pool in which free blocks that can be found are told
+
+CLOSING = b"event: closing\ndata: {}\n\n"
+router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine between two steps."""
+
+    stats: dict[str, int | float]
+    block_size: int
+    queues: dict[str, list[dict[str, Any]]]
+    cells: dict[int, Cell]  # blocks that hold something
+
+
+def take(engine: LLMEngine) -> Snapshot:
+    """On the engine's thread, or while nobody steps it."""
+    scheduler, manager = engine.scheduler, engine.manager
+    holders = [*scheduler.running, *scheduler.held]
+    tables = ((s.sequence_id, manager.table(s.sequence_id), s.num_computed_tokens) for s in holders)
+    is_marked = manager.pool.num_blocks <= MOST_MARKED
+    return Snapshot(
+        stats=engine.stats(),
+        block_size=manager.block_size,
+        queues={
+            "running": _listed(scheduler.running),
+            "waiting": _listed(scheduler.waiting),
+            "swapped": _listed(scheduler.swapped),
+        },
+        cells=pool_cells(tables, manager.pool, manager.block_size, cached=is_marked),
+    )
+
+
+def _listed(queue: Iterable[Sequence]) -> list[dict[str, Any]]:
+    return [
+        {"id": one.sequence_id, "request": one.request_id, "num_tokens": one.num_tokens}
+        for one, _ in zip(queue, range(MOST_LISTED), strict=False)
+    ]
+
+
+def change(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
+    """What leads from ``old`` to ``new``. A cell is [block, owners, tokens, findable], or [block] if it is blank."""
+    known = {} if old is None else old.cells
+    held = [list(cell) for block, cell in new.cells.items() if known.get(block) != cell]
+    blank = [[block] for block in known if block not in new.cells]
+    return {
+        "is_whole": old is None,
+        "block_size": new.block_size,
+        "stats": new.stats,
+        **new.queues,
+        "cells": held + blank,
+    }
+
+
+class Watch:
+    """The newest snapshot, taken anew when it is too old; at ``app.state.watch``."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._door = asyncio.Lock()
+        self._newest: Snapshot | None = None
+        self._next_s = 0.0  # time.monotonic()
+
+    async def newest(self) -> Snapshot:
+        async with self._door:
+            if self._newest is not None and time.monotonic() < self._next_s:
+                return self._newest
+            took_s, taken = await self._service.engine.run(_timed_take)
+            self._newest, self._next_s = taken, time.monotonic() + max(EVERY_S, took_s / MOST_OF_ENGINE)
+            return taken
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Until the server closes, or the engine fails."""
+        told: Snapshot | None = None
+        told_s = time.monotonic()
+        while not self._service.is_closing and self._service.engine.error is None:
+            now = await self.newest()
+            if now != told:
+                yield event(change(told, now))
+                told, told_s = now, time.monotonic()
+            elif time.monotonic() - told_s > QUIET_S:
+                yield b": nothing has changed\n\n"
+                told_s = time.monotonic()
+            await asyncio.sleep(EVERY_S)
+        yield CLOSING
+
+
+def _timed_take(engine: LLMEngine) -> tuple[float, Snapshot]:
+    began_s = time.perf_counter()
+    snapshot = take(engine)
+    return time.perf_counter() - began_s, snapshot
+
+
+@router.get("/events", include_in_schema=False)
+async def events(request: Request) -> Response:
+    """Server-sent events for the page at /."""
+    if service_of(request).is_closing:
+        raise closing_error()
+    watch: Watch = request.app.state.watch
+    return EventStream(watch.events())

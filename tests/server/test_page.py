@@ -127,7 +127,7 @@ def test_long_queues_are_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(watch, "MOST_LISTED", 3)
     with serving(max_num_seqs=2, num_blocks=64) as served:
         watcher = Watcher(served.url)
-        served.complete(**{**LONG, "prompt": ["Once"] * 12})
+        served.complete(**{**LONG, "prompt": ["Once"] * 12, "max_tokens": 20})
         waiting = [(len(change["waiting"]), change["stats"]["num_waiting"]) for change in watcher.events]
         assert all(listed == min(3, count) for listed, count in waiting)
         assert max(count for _, count in waiting) > 3

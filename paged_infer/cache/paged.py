@@ -19,6 +19,7 @@ from paged_infer.control.step import BlockMoves
 from paged_infer.kernels.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.ops import TORCH_OPS, Ops
 from paged_infer.kernels.registry import AttentionBackend
+from paged_infer.transfer import to_device
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -71,7 +72,7 @@ class PagedCache:
         read, written = map(set, zip(*pairs, strict=True))
         # The kernel copies all pairs at once. A source that its last holder has left may be somebody's destination.
         copy = self.ops.copy_blocks if read.isdisjoint(written) else copy_blocks_reference
-        sources, destinations = torch.tensor(pairs, device=self.keys[0].device).T.contiguous()
+        sources, destinations = to_device(torch.tensor(pairs).T.contiguous(), self.keys[0].device)
         copy([*self.keys, *self.values], sources, destinations)
 
     def swap_out(self, pairs: Pairs) -> None:
@@ -97,6 +98,17 @@ class PagedCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
         """Store k and v at their slots, then attend through the block tables: [T, H, D]."""
-        keys, values = self.keys[layer], self.values[layer]
-        self.ops.store_kv(k, v, keys, values, step.slot_mapping)
-        return self.backend(q, keys, values, step, window=self.spec[layer].window)
+        self.ops.store_kv(k, v, self.keys[layer], self.values[layer], step.slot_mapping)
+        return self.attend_stored(layer, q, step)
+
+    def slots(self, layer: int, step: StepMeta) -> dict[str, Tensor]:
+        """What ``attend`` would store to."""
+        return {
+            "k_cache": self.keys[layer],
+            "v_cache": self.values[layer],
+            "slot_mapping": step.slot_mapping,
+        }
+
+    def attend_stored(self, layer: int, q: Tensor, step: StepMeta) -> Tensor:
+        """Attend through the block tables to what has been stored: [T, H, D]."""
+        return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,4 +59,20 @@ class Cache(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
         """Keep k [T, H_kv, k_dim] and v [T, H_kv, v_dim]; return causal attention of q [T, H, k_dim]: [T, H, v_dim]."""
+        ...
+
+
+@runtime_checkable
+class SlottedCache(Cache, Protocol):
+    """A cache whose storing can be left to the kernel that makes the keys, which saves a launch a layer."""
+
+    def slots(self, layer: int, step: StepMeta) -> dict[str, Tensor]:
+        """Where to store, as ``k_cache``, ``v_cache`` and ``slot_mapping`` of ``kernels.qk_norm_rope``.
+
+        Who stores there calls ``attend_stored`` next, in place of ``attend``.
+        """
+        ...
+
+    def attend_stored(self, layer: int, q: Tensor, step: StepMeta) -> Tensor:
+        """``attend`` without its first half."""
         ...

@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[..., None]
     sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler's own torch draws
+    fuses_store: bool = False  # qk_norm_rope also stores keys and values, in the same launch
 
 
 TORCH_OPS = Ops(
@@ -38,5 +39,5 @@ TORCH_OPS = Ops(
     copy_blocks_reference,
     None,
 )
-TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample)
+TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True)
 C_OPS = Ops(add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c, copy_blocks_reference, None)

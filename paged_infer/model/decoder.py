@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paged_infer.cache.spec import Cache, LayerSpec, StepMeta
+from paged_infer.cache.spec import Cache, LayerSpec, SlottedCache, StepMeta
 from paged_infer.kernels.ops import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm
@@ -45,6 +45,8 @@ class Attention(nn.Module):
         num_qk = self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], num_qk + self.num_kv_heads, self.head_dim)  # [T, H + 2 H_kv, D]
         qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
+        fuses = self.ops.fuses_store and rope is not None
+        slotted = cache if fuses and isinstance(cache, SlottedCache) else None
         if rope is not None:
             qk = self.ops.qk_norm_rope(
                 qkv,
@@ -53,9 +55,14 @@ class Attention(nn.Module):
                 num_kv_heads=self.num_kv_heads,
                 norm_weight=self.qk_norm_weight,
                 eps=self.eps,
+                **({} if slotted is None else slotted.slots(self.layer, step)),
             )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        out = cache.attend(self.layer, q, k, v, step)  # [T, H, D]
+        out = (
+            cache.attend(self.layer, q, k, v, step)
+            if slotted is None
+            else slotted.attend_stored(self.layer, q, step)
+        )  # [T, H, D]
         return self.output(out.reshape(x.shape[0], -1))
 
 

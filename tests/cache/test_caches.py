@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paged_infer import SamplingParams
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
@@ -155,3 +156,30 @@ def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:
     assert cache.bytes_per_block == 3 * kv_bytes_per_token(layers)
     stored = sum(t.nbytes for t in (*cache.keys, *cache.values))
     assert stored == 6 * cache.bytes_per_block  # 5 blocks, and the one that belongs to nobody
+
+
+# -- Storing by the kernel that rotates
+
+
+@pytest.mark.parametrize(("family", "is_fused"), [("qwen3", True), ("mistral", True), ("gpt2", False)])
+def test_keys_are_stored_by_the_kernel_that_rotates_them_where_there_is_one(
+    family, is_fused, make_llm
+) -> None:
+    """Same tokens, same pool as by a launch of its own; GPT-2 rotates nothing, so its cache stores."""
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    caches, tokens = [], []
+    for fuses in (True, False):
+        llm = make_llm(family, attention_backend="triton", num_blocks=8, block_size=4)
+        cache, stored = llm.engine.runner.cache, []
+        store_kv = cache.ops.store_kv
+        cache.ops = cache.ops._replace(store_kv=lambda *a, s=stored, f=store_kv: s.append(1) or f(*a))
+        for layer in llm.engine.decoder.layers:
+            layer.attention.ops = layer.attention.ops._replace(fuses_store=fuses)
+        tokens.append(llm.generate([[5, 6, 7, 8, 9], [3]], params, use_tqdm=False))
+        caches.append(cache)
+        assert bool(stored) == (not (fuses and is_fused))
+    assert [o.outputs[0].token_ids for o in tokens[0]] == [o.outputs[0].token_ids for o in tokens[1]]
+    for ours, theirs in zip(
+        caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+    ):
+        assert torch.equal(ours, theirs) and ours.any()

@@ -40,6 +40,8 @@ class EngineConfig:
             on: so many times as long as that step took.
         async_scheduling: plan and begin a step while the one before is still being computed, and read that one's tokens
             afterwards. None: on a GPU, where the host's work would else be waited for.
+        enforce_eager: launch every kernel of a decode step by itself instead of replaying CUDA graphs. None: graphs on
+            a GPU with ``attention_backend="triton"``; False: graphs, or an error where there can be none.
         trace: keep a record of every step in ``LLM.trace``.
         seed: from it come the seeds of requests that bring none.
     """
@@ -60,6 +62,7 @@ class EngineConfig:
     scheduling_policy: str | Policy = "chunked"
     scheduler_delay_factor: float = 0.0
     async_scheduling: bool | None = None
+    enforce_eager: bool | None = None
     trace: bool = False
     seed: int = 0
 
@@ -87,8 +90,9 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
-        if self.async_scheduling not in (None, True, False):
-            raise ValueError(f"async_scheduling={self.async_scheduling!r}: must be True, False or None")
+        for name in ("async_scheduling", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True, False or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
 

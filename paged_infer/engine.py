@@ -24,6 +24,7 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
+from paged_infer.graphs import decode_graphs, uses_graphs
 from paged_infer.interrupts import uninterrupted
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
@@ -62,6 +63,7 @@ class LLMEngine:
         self.config = config
         self.device = _device(config.device)
         backend, ops = attention_backend(config.attention_backend, self.device)
+        has_graphs = uses_graphs(config.enforce_eager, self.device, backend)
         dtype = _dtype(config.dtype, folder, self.device)
         seed = config.seed if config.load_format == "dummy" else None
         self.decoder = load_decoder(folder, dtype, self.device, ops, dummy_seed=seed)
@@ -78,7 +80,12 @@ class LLMEngine:
             ops,
             num_swap_blocks=self.memory.num_swap_blocks,
         )
-        self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample))
+        graphs = (
+            decode_graphs(self.decoder, cache, config.max_num_seqs, self.memory.max_model_len)
+            if has_graphs
+            else None
+        )
+        self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample), graphs)
         self.manager = BlockManager(
             self.memory.num_blocks, self.memory.block_size, num_swap_blocks=self.memory.num_swap_blocks
         )

@@ -18,10 +18,12 @@ from paged_infer.cache.spec import StepMeta
 from paged_infer.candidates import best_tokens
 from paged_infer.control.request import PENDING
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.graphs import DecodeGraphs
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
-from paged_infer.sampling import Drawn, Sampler, logprobs_of, token_logprobs
+from paged_infer.sampling import Drawn, Sampler, logprobs_of, on_its_way, token_logprobs
+from paged_infer.transfer import to_device
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
 
@@ -64,12 +66,15 @@ class RunningStep:
 
 
 class ModelRunner:
-    """Carries out scheduled steps on one decoder and its paged cache."""
+    """Carries out scheduled steps on one decoder and its paged cache; decodes by ``graphs``, if there are any."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: PagedCache, sampler: Sampler, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.sampler = sampler
+        self.graphs = graphs
         self._last_tokens: Tensor | None = None  # [R] what the step before drew, on the device
         self._last_rows: dict[int, int] = {}  # by sequence id: which row of it
 
@@ -87,6 +92,8 @@ class ModelRunner:
             FloatingPointError: the model produced NaN for a beam or a prompt that is reported.
         """
         self.cache.move_blocks(step.moves)
+        if self.graphs is not None and self.graphs.fits(step):
+            return self._replay(step, self.graphs)
         # Single tokens first, as StepMeta has it, and among them rows of like length together.
         sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
         token_ids, meta = self._pack(sequences)
@@ -135,11 +142,25 @@ class ModelRunner:
         if pending and self._last_tokens is not None:
             rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
             ends = self._to_device(query_start_loc[1:][pending].astype(np.int64) - 1)
-            token_ids[ends] = self._last_tokens[self._to_device(rows)]
+            # A row that could not be drawn from left -1. Any token will do after it: that step's error ends both.
+            token_ids[ends] = self._last_tokens[self._to_device(rows)].clamp_min(0)
         return token_ids
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.decoder.device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self.decoder.device)
+
+    def _replay(self, step: ScheduledStep, graphs: DecodeGraphs) -> RunningStep:
+        """A step of decodes alone, as one launch. What the kernel in it cannot draw is drawn from its logits."""
+        draws = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SampleRow)]
+        logits, tokens = graphs.run(step.sequences, self._last_tokens, self._last_rows)
+        rows = [row for _, row in draws]
+        if graphs.draws and self.sampler.is_kernel_enough(rows, logits.shape[1]):
+            drawn = on_its_way(tokens, tokens)
+        else:
+            drawn = self.sampler.draw(logits, rows)
+        self._last_tokens = drawn.tokens
+        self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
+        return RunningStep(step, StepResult(), logits, draws, drawn)
 
     def _draw(
         self,

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from paged_infer.logit_edits import edit_logits
 from paged_infer.noise import noise, row_keys
 from paged_infer.outputs import Logprob, TokenLogprobs
 from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.transfer import to_device
 
 __all__ = ["SampleRow", "SampledTokens", "Sampler", "token_logprobs"]
 
@@ -119,14 +121,26 @@ class Sampler:
 
         if len(ways) == 1:
             ((draw, num_candidates),) = ways
-            return on_its_way(*_in_slices(draw, edited, rows, num_candidates))
+            tokens, scores = _in_slices(draw, edited, rows, num_candidates)
+            return on_its_way(tokens, torch.where(scores.isfinite(), tokens, -1))
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
         for (draw, num_candidates), members in ways.items():
-            index = torch.tensor(members, device=logits.device)
+            index = to_device(torch.tensor(members), logits.device)
             asking = [rows[i] for i in members]
             tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
-        return on_its_way(tokens, scores)
+        return on_its_way(tokens, torch.where(scores.isfinite(), tokens, -1))
+
+    def is_kernel_enough(self, rows: Sequence[SampleRow], vocab_size: int) -> bool:
+        """Whether the kernel alone, on the logits as they are, draws what ``draw`` would draw for all of these rows."""
+        kinds = {id(row.params): row.params for row in rows}  # requests often share theirs
+        for params in kinds.values():
+            is_simple = self._way_to_draw(params, vocab_size)[0] == self._draw_by_kernel
+            if not is_simple or params.logit_bias or params.has_penalties:
+                return False
+        return not any(
+            row.params.min_tokens and row.num_output_tokens < row.params.min_tokens for row in rows
+        )
 
     def _way_to_draw(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
         draw, num_candidates = _way_to_draw(params, vocab_size)
@@ -136,23 +150,26 @@ class Sampler:
 
     def _draw_by_kernel(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
         assert self._kernel is not None
-        columns = (
-            torch.tensor([row.params.temperature for row in rows], dtype=torch.float32),
-            torch.tensor([row.seed for row in rows]),
-            torch.tensor([row.sample_index for row in rows]),
-            torch.tensor([row.position for row in rows]),
-        )
-        return self._kernel(logits, *(column.to(logits.device, non_blocking=True) for column in columns))
+        num = len(rows)
+        # One array, so one copy to the device; an even number of columns, so that all of them begin at 16 bytes, as the
+        # kernel was compiled for.
+        columns = np.empty((4, num + num % 2), np.int64)
+        columns[0].view(np.float32)[:num] = [min(row.params.temperature, LARGEST) for row in rows]
+        columns[1, :num] = [row.seed for row in rows]
+        columns[2, :num] = [row.sample_index for row in rows]
+        columns[3, :num] = [row.position for row in rows]
+        on_device = to_device(torch.from_numpy(columns), logits.device)
+        return self._kernel(logits, on_device[0].view(torch.float32)[:num], *on_device[1:, :num])
 
 
-def on_its_way(tokens: Tensor, scores: Tensor) -> Drawn:
-    """Winners [R] and their scores [R], not finite where a row cannot be drawn from: their way to the host begins."""
-    valid = torch.where(scores.isfinite(), tokens, -1)
+def on_its_way(tokens: Tensor, valid: Tensor) -> Drawn:
+    """Tokens [R], and the same with -1 where a row cannot be drawn from: the latter's way to the host begins."""
+    host = torch.empty(len(valid), dtype=valid.dtype, pin_memory=valid.is_cuda)
+    host.copy_(valid, non_blocking=True)
     if not valid.is_cuda:
-        return Drawn(tokens, valid, None)
-    host = torch.empty(len(valid), dtype=valid.dtype, pin_memory=True).copy_(valid, non_blocking=True)
+        return Drawn(tokens, host, None)
     ready = torch.cuda.Event()
-    ready.record()
+    ready.record(torch.cuda.current_stream(valid.device))
     return Drawn(tokens, host, ready)
 
 

@@ -51,6 +51,8 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
         ("model", runner.decoder, "logits"),
         ("sample", runner.sampler, "draw"),
     ]
+    if runner.graphs is not None:
+        places.append(("model", runner.graphs, "replay"))
     found: dict[str, float] = {}
     before = [owner.__dict__.get(method) for _, owner, method in places]  # None: the method of its class
     for name, owner, method in places:

@@ -127,8 +127,9 @@ class Decoder(nn.Module):
         return self.final_norm(x, residual)[0]
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:  # [R, hidden] -> [R, vocab]
-        return self.head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, hidden] -> [R, vocab], written to ``out`` if that is given."""
+        return self.head(hidden) if out is None else torch.mm(hidden, self.head.weight.t(), out=out)
 
     def prepack(self) -> None:
         """Lay the matrices out for the device's kernels, once the weights are final."""

@@ -62,6 +62,12 @@ def serve(
     ] = 0.0,
     preemption_mode: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
     swap_space: Annotated[float | None, typer.Option(help="GiB of CPU memory, with swap.")] = None,
+    async_scheduling: Annotated[
+        bool | None, typer.Option(help="Begin a step while the one before runs. Default: on a GPU.")
+    ] = None,
+    enforce_eager: Annotated[
+        bool | None, typer.Option(help="No CUDA graphs. Default: graphs on a GPU, with triton.")
+    ] = None,
     trace: Annotated[bool, typer.Option(help="Keep a record of every step; it grows.")] = False,
     seed: Annotated[int, typer.Option(help="From it come the seeds of requests that bring none.")] = 0,
 ) -> None:
@@ -102,6 +108,8 @@ def serve(
             scheduler_delay_factor=scheduler_delay_factor,
             preemption_mode=preemption_mode,
             swap_space=swap_space,
+            async_scheduling=async_scheduling,
+            enforce_eager=enforce_eager,
             trace=trace,
             seed=seed,
         )

@@ -1,0 +1,229 @@
+"""CUDA graphs for decode steps: the whole step, from token ids to drawn tokens, as one launch.
+
+A decode step of a small model is hundreds of kernels of a few microseconds each, and the host needs longer to launch
+them than the device to run them. A graph holds the launches, addresses and all, and replays them at once:
+
+    sources, token_ids -> where a token is pending, take it from what the step before drew
+                       -> decoder -> head -> logits [size, V] -> sampling kernel -> drawn [size]
+
+All of it works on the tensors of ``step_buffers``. There is a graph for each of a list of batch sizes, and a step takes
+the smallest that holds it. They are captured from the largest down and share one pool of memory: what a step needs in
+between is dead when it ends, and steps run one after the other.
+
+What is baked in must hold for every step: one query a row, and no row longer than ``max_model_len``.
+"""
+
+from __future__ import annotations
+
+import gc
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.cache.spec import StepMeta
+from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.kernels.registry import AttentionBackend, triton_backend
+from paged_infer.model.decoder import Decoder
+from paged_infer.params import SampleRow
+from paged_infer.step_buffers import StepBuffers
+
+Replay = Callable[[], object]
+Capture = Callable[[Callable[[], None]], Replay]
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """Rows of the graphs, so that each number up to ``largest`` has one that is at least as large, and not by much.
+
+    1, 2, 4, every 8th up to 256, every 16th up to 512, every 32nd up to 1024 and so on; and ``largest`` itself.
+
+    >>> batch_sizes(20)
+    [1, 2, 4, 8, 16, 20]
+    """
+    sizes, size = [1, 2, 4], 8
+    while size < largest:
+        sizes.append(size)
+        size += max(8, (1 << size.bit_length()) >> 5)
+    return [size for size in sizes if size < largest] + [largest]
+
+
+def uses_graphs(enforce_eager: bool | None, device: torch.device, backend: AttentionBackend) -> bool:
+    """Whether decode steps are to be captured.
+
+    Raises:
+        ValueError: graphs are asked for (``enforce_eager=False``) where there can be none.
+    """
+    can_be_captured = device.type == "cuda" and backend is triton_backend
+    if enforce_eager is False and not can_be_captured:
+        raise ValueError(
+            f"enforce_eager=False asks for CUDA graphs, which need a GPU and attention_backend='triton'; the device is "
+            f"{device}"
+        )
+    return can_be_captured and not enforce_eager
+
+
+def decode_graphs(decoder: Decoder, cache: PagedCache, max_num_seqs: int, max_model_len: int) -> DecodeGraphs:
+    """Those of an engine on a GPU, captured now, and what memory they took."""
+    before = _free_bytes(decoder.device)
+    with _no_collection():
+        graphs = DecodeGraphs(
+            decoder,
+            cache,
+            cache.ops.sample,
+            max_rows=max_num_seqs,
+            max_model_len=max_model_len,
+            capture=CudaCapture(decoder.device),
+        )
+    graphs.num_bytes = before - _free_bytes(decoder.device)
+    return graphs
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection could drop an earlier engine's graphs in the middle of a capture, where the driver forbids it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _free_bytes(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class CudaCapture:
+    """Runs a function once, which compiles its kernels and makes the libraries' workspaces, then captures it.
+
+    All captures of one object share a pool of memory. Both runs are on a stream of their own: nothing may be captured
+    on the default one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, fn: Callable[[], None]) -> Replay:
+        with torch.cuda.device(self.device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                fn()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                fn()
+        return graph.replay
+
+
+class DecodeGraphs:
+    """Decode steps of up to ``max_rows`` sequences, captured when this is made.
+
+    Args:
+        sample: ``kernels.sample.sample``, or None: then tokens are drawn outside, from the logits.
+        max_rows: the most sequences in a step.
+        max_model_len: the longest sequence.
+        capture: ``CudaCapture``; what it is given, and its replays, read and write the same tensors each time.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        sample: Callable[..., tuple[Tensor, Tensor]] | None,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        capture: Capture,
+    ) -> None:
+        self.decoder, self.cache = decoder, cache
+        self.draws = sample is not None
+        self._sample = sample
+        self._max_model_len = max_model_len
+        self.num_bytes = 0  # that they took, where it was measured
+        self.sizes = batch_sizes(max_rows)
+        self.buffers = StepBuffers(
+            max_rows,
+            -(-max_model_len // cache.block_size),
+            decoder.config.vocab_size,
+            decoder.dtype,
+            decoder.device,
+        )
+        self._last: Tensor | None = None  # what ``run`` returned last: it lies in the buffers already
+        with torch.inference_mode():
+            largest_first = {size: capture(self._step_of(size)) for size in reversed(self.sizes)}
+        self._replays = [largest_first[size] for size in self.sizes]
+
+    def fits(self, step: ScheduledStep) -> bool:
+        """Whether ``step`` is nothing but decodes, each of which draws one token."""
+        return len(step.sequences) <= self.buffers.max_rows and all(
+            len(s.token_ids) == 1
+            and isinstance(s.sample, SampleRow)
+            and not s.forks
+            and s.num_prompt_logprobs is None
+            for s in step.sequences
+        )
+
+    def run(
+        self, sequences: Sequence[ScheduledSequence], last: Tensor | None, last_rows: Mapping[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """One step, queued on the device.
+
+        Args:
+            sequences: of a step that ``fits``; R of them.
+            last: tokens that the step before drew, on the device, at most ``max_rows``; None: none are pending.
+            last_rows: by sequence id, which of those tokens is its own.
+
+        Returns:
+            logits [R, V], and tokens int64 [R] if there is a sampling kernel: what it drew by temperature and seed
+            alone, -1 where a row cannot be drawn from. Both are overwritten by the next run.
+        """
+        if last is not None and last is not self._last:
+            self.buffers.drawn[: len(last)].copy_(last)
+        which = bisect_left(self.sizes, len(sequences))
+        self.buffers.fill(sequences, self.sizes[which], self.cache.block_size, last_rows)
+        self.replay(which)
+        self._last = self.buffers.drawn[: len(sequences)]
+        return self.buffers.logits[: len(sequences)], self._last
+
+    def replay(self, which: int) -> None:
+        """Queue the graph of ``sizes[which]``."""
+        self._replays[which]()
+
+    def _step_of(self, size: int) -> Callable[[], None]:
+        """What is captured for ``size`` rows. Nothing in it waits for the device or copies from the host."""
+        buffers = self.buffers
+        columns = {name: column[:size] for name, column in buffers.columns.items()}
+        block_tables, query_start_loc = buffers.block_tables[:size], buffers.query_start_loc[: size + 1]
+        drawn, logits = buffers.drawn[:size], buffers.logits[:size]
+
+        def step() -> None:
+            sources = columns["sources"]
+            # A row that could not be drawn from left -1. Any token will do after it: that step's error ends both.
+            pending = buffers.drawn.index_select(0, sources.clamp_min(0)).clamp_min(0)
+            token_ids = torch.where(sources >= 0, pending, columns["token_ids"])
+            meta = StepMeta(
+                positions=columns["positions"],
+                slot_mapping=columns["slot_mapping"],
+                query_start_loc=query_start_loc,
+                seq_lens=columns["seq_lens"],
+                block_tables=block_tables,
+                num_decodes=size,
+                max_query_len=1,
+                max_seq_len=self._max_model_len,
+            )
+            self.decoder.logits(self.decoder(token_ids, self.cache, meta), out=logits)
+            if self._sample is not None:
+                names = ("temperatures", "seeds", "sample_indices", "sample_positions")
+                tokens, _ = self._sample(logits, *(columns[name] for name in names))
+                drawn.copy_(tokens)
+
+        return step

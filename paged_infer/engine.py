@@ -28,6 +28,7 @@ from paged_infer.graphs import decode_graphs, uses_graphs
 from paged_infer.interrupts import uninterrupted
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
+from paged_infer.memory_profile import CudaMeter, Ledger
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.weights import load_decoder
 from paged_infer.noise import request_seed
@@ -66,9 +67,14 @@ class LLMEngine:
         has_graphs = uses_graphs(config.enforce_eager, self.device, backend)
         dtype = _dtype(config.dtype, folder, self.device)
         seed = config.seed if config.load_format == "dummy" else None
+        is_measured = self.device.type == "cuda" and config.num_blocks is None
+        ledger = Ledger.open(CudaMeter(self.device)) if is_measured else None
         self.decoder = load_decoder(folder, dtype, self.device, ops, dummy_seed=seed)
         self.tokenizer = Tokenizer.from_pretrained(folder)
-        self.memory = plan_memory(config, self.decoder)
+        profile = None
+        if ledger is not None:
+            profile = ledger.close(config, self.decoder, backend, ops, has_graphs=has_graphs)
+        self.memory = plan_memory(config, self.decoder, profile)
         policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
         check_budget(policy, config.max_num_batched_tokens, self.memory.max_model_len)
         cache = PagedCache(

@@ -5,9 +5,28 @@ from __future__ import annotations
 from rich.table import Table
 
 from paged_infer.bench.machine import describe_machine, machine_line
+from paged_infer.config import EngineConfig
 from paged_infer.llm import LLM
+from paged_infer.memory_profile import MemoryProfile
 
 MIB = 2**20
+
+
+def profile_rows(profile: MemoryProfile, config: EngineConfig) -> dict[str, str]:
+    """Where a GPU's memory goes, line by line: what the pool could have is what the lines above it leave."""
+    share = f"gpu_memory_utilization x total = {profile.gpu_memory_utilization:g} x {_mib(profile.total)}"
+    return {
+        "GPU memory": f"{share}, of {_mib(profile.free)} that were free: {_mib(profile.budget)}",
+        "- weights": f"{_mib(profile.weights)}, measured",
+        "- activations": f"{_mib(profile.activations)}, measured in a step of {config.max_num_batched_tokens:,} tokens",
+        "- sampling": f"{_mib(profile.logits)}, measured on {config.max_num_seqs:,} rows of logits, sorted whole",
+        "- graphs reserved": f"{_mib(profile.graphs)}: their largest step, measured, and an allowance for each graph",
+        "= room for the pool": _mib(profile.room),
+    }
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / MIB:,.1f} MiB"
 
 
 def info_table(llm: LLM) -> Table:
@@ -29,6 +48,13 @@ def info_table(llm: LLM) -> Table:
         "longest sequence": f"max_model_len = {memory.max_model_len:,} tokens;"
         f" {pool_tokens // memory.max_model_len:,} such sequences fit at once",
     }
+    graphs = engine.runner.graphs
+    if memory.profile is not None:
+        rows |= profile_rows(memory.profile, engine.config)
+    if graphs is not None:
+        rows["graphs"] = (
+            f"{len(graphs.sizes)}, for {graphs.sizes[0]:,} to {graphs.sizes[-1]:,} rows: {_mib(graphs.num_bytes)} taken"
+        )
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", value)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.config import EngineConfig
+from paged_infer.memory_profile import MemoryProfile
 from paged_infer.model.decoder import Decoder
 
 CPU_POOL_BYTES = 2**30
@@ -22,14 +21,18 @@ class MemoryPlan:
     max_model_len: int
     kv_bytes_per_token: int
     num_swap_blocks: int = 0
+    profile: MemoryProfile | None = None  # where the pool was given what a GPU had left
 
     @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.block_size * self.kv_bytes_per_token
 
 
-def plan_memory(config: EngineConfig, decoder: Decoder) -> MemoryPlan:
+def plan_memory(config: EngineConfig, decoder: Decoder, profile: MemoryProfile | None = None) -> MemoryPlan:
     """Fill in what the options leave open.
+
+    Args:
+        profile: what a GPU has left. None: on a CPU, or where ``num_blocks`` says how large the pool is.
 
     Raises:
         ValueError: ``max_model_len`` exceeds the model's positions, or not one block fits the device.
@@ -45,11 +48,12 @@ def plan_memory(config: EngineConfig, decoder: Decoder) -> MemoryPlan:
     if num_blocks is None:
         bytes_per_block = per_token * config.block_size
         crowd = config.max_num_seqs * -(-longest // config.block_size)
-        room = _gpu_room_bytes(config, decoder) if decoder.device.type == "cuda" else CPU_POOL_BYTES
+        room = CPU_POOL_BYTES if profile is None else profile.room
         num_blocks = min(crowd, room // bytes_per_block)
         if num_blocks < 1:
             raise ValueError(
                 f"one block of {bytes_per_block} bytes does not fit the {room} bytes left for the cache"
+                + ("" if profile is None else f": {profile}")
             )
     pool_tokens = num_blocks * config.block_size
     return MemoryPlan(
@@ -58,6 +62,7 @@ def plan_memory(config: EngineConfig, decoder: Decoder) -> MemoryPlan:
         config.max_model_len or min(limit, pool_tokens),
         per_token,
         _num_swap_blocks(config, num_blocks, per_token * config.block_size),
+        profile,
     )
 
 
@@ -72,13 +77,3 @@ def _num_swap_blocks(config: EngineConfig, num_blocks: int, bytes_per_block: int
             f"and preemption_mode='swap' needs at least 1"
         )
     return min(num_blocks, fitting)
-
-
-def _gpu_room_bytes(config: EngineConfig, decoder: Decoder) -> int:
-    """Free memory now, less the share that others keep and less an estimate of the largest step's activations."""
-    free, total = torch.cuda.mem_get_info(decoder.device)
-    model = decoder.config
-    widest = model.hidden_size * 6 + model.intermediate_size * 3
-    activations = config.max_num_batched_tokens * widest * decoder.dtype.itemsize
-    logits = config.max_num_seqs * model.vocab_size * 4 * 3  # float32, and two copies while sampling
-    return max(0, int(free - total * (1 - config.gpu_memory_utilization) - activations - logits))

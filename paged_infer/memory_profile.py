@@ -1,0 +1,194 @@
+"""What a GPU's memory goes to beside the block pool, measured by running what needs the most of it.
+
+    gpu_memory_utilization x total    [ weights | activations | logits, sampling | graphs |      block pool      ]
+                                        loaded    the largest step   the costliest    the      what is left
+                                                                     sampling         largest
+
+Everything is run once on a cache of one block, before the pool takes the rest (vLLM sizes its pool in this way too).
+Graphs are captured after the pool has been made, as they hold its address; what they will take is what their largest
+step takes when it is launched kernel by kernel, and an allowance for what the driver keeps of each graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.cache.spec import StepMeta
+from paged_infer.config import EngineConfig
+from paged_infer.graphs import DecodeGraphs, batch_sizes
+from paged_infer.kernels.ops import Ops
+from paged_infer.kernels.registry import AttentionBackend
+from paged_infer.model.decoder import Decoder
+from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.sampling import Sampler
+
+DRIVER_BYTES_PER_GRAPH = (
+    8 * 2**20
+)  # an allowance, not a measurement; what was taken is known after the capture
+
+
+class Meter(Protocol):
+    """Reads a device's memory."""
+
+    def free_and_total(self) -> tuple[int, int]:
+        """Bytes."""
+        ...
+
+    def allocated(self) -> int:
+        """Bytes in tensors now."""
+        ...
+
+    def peak_of(self, run: Callable[[], object]) -> int:
+        """The most bytes in tensors while ``run`` runs, beyond those before."""
+        ...
+
+
+class CudaMeter:
+    """Reads a GPU's memory, through torch's allocator and the driver."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free_and_total(self) -> tuple[int, int]:
+        self._settle()
+        return torch.cuda.mem_get_info(self._device)
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak_of(self, run: Callable[[], object]) -> int:
+        self._settle()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = self.allocated()
+        run()
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        self._settle()
+        return peak
+
+    def _settle(self) -> None:
+        """Let the allocator give back what it keeps, so that the driver sees it as free."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryProfile:
+    """Bytes of a device, and what of them is spoken for. ``free`` is from before the weights were loaded."""
+
+    total: int
+    free: int
+    gpu_memory_utilization: float
+    weights: int
+    activations: int
+    logits: int
+    graphs: int
+
+    @property
+    def budget(self) -> int:
+        """What this engine may use: its share, or what others leave of it."""
+        return min(int(self.total * self.gpu_memory_utilization), self.free)
+
+    @property
+    def room(self) -> int:
+        """What is left for the pool."""
+        return max(0, self.budget - self.weights - self.activations - self.logits - self.graphs)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Opened before the weights are loaded, so that they can be told from what was there before."""
+
+    meter: Meter
+    free: int
+    total: int
+    allocated: int
+
+    @classmethod
+    def open(cls, meter: Meter) -> Ledger:
+        free, total = meter.free_and_total()
+        return cls(meter, free, total, meter.allocated())
+
+    def close(
+        self,
+        config: EngineConfig,
+        decoder: Decoder,
+        backend: AttentionBackend,
+        ops: Ops,
+        *,
+        has_graphs: bool,
+    ) -> MemoryProfile:
+        """Run what needs the most memory, and write down what it took."""
+        weights = self.meter.allocated() - self.allocated
+        cache = PagedCache(decoder.kv_spec(), 1, config.block_size, backend, decoder.device, ops)
+        longest = config.max_model_len or decoder.config.max_position_embeddings
+        graphs = 0
+        with torch.inference_mode():
+            activations = self.meter.peak_of(lambda: run_largest_step(config, decoder, cache, longest))
+            logits = self.meter.peak_of(lambda: draw_at_greatest_cost(config, decoder, ops))
+        if has_graphs:
+            graphs = DRIVER_BYTES_PER_GRAPH * len(batch_sizes(config.max_num_seqs))
+            graphs += self.meter.peak_of(lambda: run_largest_decode(config, decoder, cache, longest))
+        return MemoryProfile(
+            total=self.total,
+            free=self.free,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            weights=weights,
+            activations=activations,
+            logits=logits,
+            graphs=graphs,
+        )
+
+
+def run_largest_step(config: EngineConfig, decoder: Decoder, cache: PagedCache, longest: int) -> Tensor:
+    """``max_num_batched_tokens`` tokens of as few prompts as hold them: hidden [T, hidden]. Nothing is stored."""
+    num_tokens, device = config.max_num_batched_tokens, decoder.device
+    full, rest = divmod(num_tokens, longest)
+    lengths = [rest] * (rest > 0) + [longest] * full  # a prompt of one token comes first, as StepMeta has it
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.arange(num_tokens) - torch.repeat_interleave(bounds[:-1], torch.tensor(lengths))
+    max_blocks = -(-max(lengths) // cache.block_size)
+    step = StepMeta(
+        positions=positions.to(device),
+        slot_mapping=torch.full((num_tokens,), -1, device=device),
+        query_start_loc=bounds.to(device, torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_tables=torch.zeros(len(lengths), max_blocks, dtype=torch.int32, device=device),
+        num_decodes=lengths.count(1),
+        max_query_len=max(lengths),
+        max_seq_len=max(lengths),
+    )
+    return decoder(torch.zeros(num_tokens, dtype=torch.int64, device=device), cache, step)
+
+
+def draw_at_greatest_cost(config: EngineConfig, decoder: Decoder, ops: Ops) -> Tensor:
+    """``max_num_seqs`` rows with a penalty and a nucleus in a flat distribution, which is sorted whole: tokens [R]."""
+    hidden = torch.zeros(
+        config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device
+    )
+    params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0)
+    rows = [SampleRow(params, seed, 0, 1, 1, output_token_ids=[0]) for seed in range(config.max_num_seqs)]
+    return Sampler(ops.sample).draw(decoder.logits(hidden), rows).tokens
+
+
+def run_largest_decode(config: EngineConfig, decoder: Decoder, cache: PagedCache, longest: int) -> None:
+    """What is going to be captured, launched instead."""
+
+    def launched(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return step
+
+    DecodeGraphs(
+        decoder,
+        cache,
+        cache.ops.sample,
+        max_rows=config.max_num_seqs,
+        max_model_len=longest,
+        capture=launched,
+    )

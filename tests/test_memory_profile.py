@@ -1,0 +1,112 @@
+"""The pool gets what measured numbers leave; what is run to measure them runs here too, on a meter that is made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from paged_infer.config import EngineConfig
+from paged_infer.info import profile_rows
+from paged_infer.kernels.ops import TORCH_OPS
+from paged_infer.kernels.registry import torch_backend
+from paged_infer.memory import plan_memory
+from paged_infer.memory_profile import DRIVER_BYTES_PER_GRAPH, Ledger, MemoryProfile
+
+MIB = 2**20
+GIB = 2**30
+PROFILE = MemoryProfile(
+    total=80 * GIB,
+    free=79 * GIB,
+    gpu_memory_utilization=0.9,
+    weights=16 * GIB,
+    activations=2 * GIB,
+    logits=GIB,
+    graphs=GIB,
+)
+
+
+class MadeUpMeter:
+    """An 80 GiB device on which whatever is run takes one more MiB than what was run before."""
+
+    def __init__(self) -> None:
+        self.in_tensors, self.num_runs = 5 * MIB, 0
+
+    def free_and_total(self) -> tuple[int, int]:
+        return 79 * GIB, 80 * GIB
+
+    def allocated(self) -> int:
+        return self.in_tensors
+
+    def peak_of(self, run: Callable[[], object]) -> int:
+        run()
+        self.num_runs += 1
+        return self.num_runs * MIB
+
+
+def changed(**numbers: float) -> MemoryProfile:
+    return MemoryProfile(**{**{n: getattr(PROFILE, n) for n in PROFILE.__slots__}, **numbers})
+
+
+def test_the_room_is_the_share_less_everything_that_was_measured() -> None:
+    assert PROFILE.budget == 72 * GIB and PROFILE.room == 52 * GIB
+    for name in ("weights", "activations", "logits", "graphs"):
+        assert changed(**{name: getattr(PROFILE, name) + MIB}).room == PROFILE.room - MIB, name
+
+
+def test_what_others_hold_bounds_the_share_and_no_room_is_never_less_than_none() -> None:
+    assert changed(free=30 * GIB).room == 10 * GIB
+    assert changed(free=71 * GIB).room == PROFILE.room - GIB
+    assert changed(free=20 * GIB - 1).room == 0
+    # Two engines with half of nine tenths each: the second finds what the first has left.
+    assert changed(gpu_memory_utilization=0.45, free=43 * GIB).room == 16 * GIB
+
+
+@pytest.mark.parametrize("max_num_seqs", [3, 8])
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64, 65, 128])
+def test_every_line_is_measured_by_running_what_needs_it(
+    max_num_seqs, max_num_batched_tokens, make_llm
+) -> None:
+    decoder = make_llm().engine.decoder
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=64
+    )
+    steps: list[tuple[int, int]] = []
+    forward = decoder.forward
+    decoder.forward = lambda ids, cache, step: (
+        steps.append((len(ids), len(step.seq_lens))) or forward(ids, cache, step)
+    )
+    try:
+        meter = MadeUpMeter()
+        ledger = Ledger.open(meter)
+        meter.in_tensors += 100 * MIB  # the weights
+        profile = ledger.close(config, decoder, torch_backend, TORCH_OPS, has_graphs=True)
+    finally:
+        del decoder.forward
+    assert steps[0] == (max_num_batched_tokens, -(-max_num_batched_tokens // 64))
+    assert steps[1] == (max_num_seqs, max_num_seqs)  # the largest graph first
+    num_graphs = len(steps) - 1
+    assert (profile.weights, profile.activations, profile.logits) == (100 * MIB, MIB, 2 * MIB)
+    assert profile.graphs == 3 * MIB + num_graphs * DRIVER_BYTES_PER_GRAPH
+    without = Ledger.open(meter).close(config, decoder, torch_backend, TORCH_OPS, has_graphs=False)
+    assert without.graphs == 0
+
+
+def test_the_pool_holds_the_crowd_or_what_there_is_room_for(make_llm) -> None:
+    decoder = make_llm().engine.decoder
+    config = EngineConfig(max_num_seqs=4, max_model_len=64)
+    per_block = 16 * sum(layer.bytes_per_token for layer in decoder.kv_spec())
+    assert plan_memory(config, decoder, PROFILE).num_blocks == 4 * 4
+    tight = changed(free=20 * GIB + 5 * per_block + 1)
+    plan = plan_memory(config, decoder, tight)
+    assert plan.num_blocks == 5 and plan.profile is tight
+    with pytest.raises(ValueError, match=rf"one block of {per_block} bytes does not fit the {per_block - 1}"):
+        plan_memory(config, decoder, changed(free=20 * GIB + per_block - 1))
+
+
+def test_info_prints_the_lines_and_they_add_up() -> None:
+    rows = profile_rows(PROFILE, EngineConfig())
+    numbers = [float(text.split(" MiB")[0].split()[-1].replace(",", "")) for text in rows.values()]
+    budget = float(rows["GPU memory"].split(": ")[-1].removesuffix(" MiB").replace(",", ""))
+    assert budget - sum(numbers[1:5]) == numbers[5] == 52 * 1024
+    assert "0.9 x 81,920.0 MiB" in rows["GPU memory"] and "2,048 tokens" in rows["- activations"]

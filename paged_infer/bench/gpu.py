@@ -1,6 +1,6 @@
 """Everything that a CUDA machine should check, in one command under nine minutes: ``make gpu``.
 
-    kernel tests, compiled  ->  bench kernels, ladder, throughput  ->  compile-only table  ->  notebooks as scripts
+    tests, compiled  ->  bench kernels, ladder, throughput, optimisations  ->  compile-only table  ->  notebooks
 
 It runs from the source tree (``python -m paged_infer.bench.gpu``), and needs no network and nothing but torch, triton,
 transformers, matplotlib, pytest, typer and tqdm. Every step is a process of its own with a limit of its own, and one
@@ -61,6 +61,7 @@ def gpu_steps(out: Path) -> list[Step]:
         *MODULE, "pytest", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
         "-m", "gpu", "-q", "-rfE", "--durations=5", "-W", "ignore::pytest.PytestUnknownMarkWarning",
         str(ROOT / "tests/kernels/test_gpu_kernels.py"), str(ROOT / "tests/bench/test_roofline.py"),
+        str(ROOT / "tests/test_gpu_engine.py"),
     )  # fmt: skip
     kernels = (*MODULE, "paged_infer.bench.kernels_cli", "--figures", str(out))
     speed = (*MODULE, "paged_infer.bench.speed_cli")
@@ -73,6 +74,7 @@ def gpu_steps(out: Path) -> list[Step]:
         Step("bench-kernels", (*kernels, "--time-limit", "160"), 210),
         Step("bench-ladder", (*speed, "ladder", "--dtype", "float32", "--peer", "static", *to_out), 90),
         Step("bench-throughput", (*speed, "throughput", *shape, "--peer", "none", *to_out), 120),
+        Step("bench-optimisations", (*speed, "optimisations", *shape, "--repeats", "2", *to_out), 150),
         Step("compile-only", compile_only, 60),
         *(
             Step(f"notebook-{path.stem}", (*notebook, str(path)), 60)

@@ -1,4 +1,4 @@
-"""``paged-infer bench latency | throughput | load | ladder``, and what ``bench serve`` shares with them.
+"""``paged-infer bench latency | throughput | optimisations | load | ladder | step``, and what ``serve`` shares with them.
 
 ``python -m`` runs it where rich is not installed.
 """
@@ -27,6 +27,14 @@ RATE_SHARES = [0.3, 0.6, 0.9, 1.2]  # of what the most clients were served at
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 CPU_REQUESTS, CPU_SCALE = 32, 0.125  # of the throughput workload, where there is no GPU
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        help="Of the lengths, 100..1024 tokens in and out. Default: 1 on a GPU; "
+        f"{CPU_SCALE:g} on a CPU, so that a run with the storyteller or qwen3-30m takes less than two minutes.",
+        min=0.001,
+    ),
+]
 
 
 @app.command()
@@ -58,14 +66,7 @@ def throughput(
     num_requests: Annotated[
         int | None, typer.Option(help=f"Default: 256 on a GPU, {CPU_REQUESTS} on a CPU.", min=1)
     ] = None,
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Of the lengths, 100..1024 tokens in and out. Default: 1 on a GPU; "
-            f"{CPU_SCALE:g} on a CPU, so that a run with the storyteller or qwen3-30m takes less than two minutes.",
-            min=0.001,
-        ),
-    ] = None,
+    scale: Scale = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.6,
     peer: Peers = None,
 ) -> None:
@@ -74,11 +75,9 @@ def throughput(
     What contenders say is compared on a few requests, greedy. Exits with status 1 if anybody gives another number of
     tokens or, in float32, others.
     """
-    import torch
-
     from paged_infer.bench.workloads import nano_vllm_requests
 
-    on_gpu = common.device != "cpu" and torch.cuda.is_available()
+    on_gpu = _on_gpu(common)
     num_requests = num_requests or (256 if on_gpu else CPU_REQUESTS)
     scale = scale or (1.0 if on_gpu else CPU_SCALE)
     longest = 2 * max(1, round(1024 * scale))
@@ -91,6 +90,40 @@ def throughput(
         contenders = {**_engine(llm), **peers}
         with bench_of(llm, common.repeats, common.repeats * len(contenders)) as bench:
             report = bench.throughput(contenders, workload)
+    show(report, common.figures)
+
+
+@app.command()
+@with_blocks
+def optimisations(
+    common: Common,
+    num_requests: Annotated[
+        int | None, typer.Option(help=f"Default: 256 on a GPU, {CPU_REQUESTS // 2} on a CPU.", min=1)
+    ] = None,
+    scale: Scale = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.6,
+) -> None:
+    """The throughput workload on a ladder of engines, each with one optimisation more: what did it buy?
+
+    On a GPU: every kernel launched by itself, then CUDA graphs, then running ahead. On a CPU: attention in torch, in
+    batches, in C, then running ahead. Exits with status 1 if a rung gives other tokens, where they must not differ.
+    """
+    import torch
+
+    from paged_infer.bench.optimisations import measure_rungs, open_rungs
+    from paged_infer.bench.workloads import nano_vllm_requests
+
+    on_gpu = _on_gpu(common)
+    num_requests = num_requests or (256 if on_gpu else CPU_REQUESTS // 2)
+    scale = scale or (1.0 if on_gpu else CPU_SCALE)
+    longest = 2 * max(1, round(1024 * scale))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    with errors(), open_rungs(common, device, longest) as engines:
+        last = [*engines.values()][-1]
+        vocab_size = last.engine.decoder.config.vocab_size
+        workload = nano_vllm_requests(vocab_size, num_requests, scale, temperature, common.seed)
+        with bench_of(last, common.repeats, common.repeats * len(engines)) as bench:
+            report = measure_rungs(bench, engines, workload)
     show(report, common.figures)
 
 
@@ -238,6 +271,12 @@ def show(report: SpeedReport, figures: Path) -> None:
     print(f"picture: {picture}   numbers: {picture.with_suffix('.json')}")
     if not report.is_right:
         raise typer.Exit(1)
+
+
+def _on_gpu(common: Common) -> bool:
+    import torch
+
+    return common.device != "cpu" and torch.cuda.is_available()
 
 
 def _engine(llm: LLM) -> dict[str, Contender]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from paged_infer.bench.ladder import LadderReport
 from paged_infer.bench.machine import machine_line
 from paged_infer.bench.metrics import Metrics, Percentiles
@@ -92,6 +94,10 @@ def _ratios(report: SpeedReport) -> list[str]:
         return []
     if report.command == "serve":
         return _serve_ratios(report)
+    if report.command == "optimisations":  # each rung beside the one before, and the last beside the first
+        first, *_, last = report.entries
+        pairs = [(after, before) for before, after in pairwise(report.entries)]
+        return [ratio_line(after, before) for after, before in [*pairs, (last, first)]]
     ours = report[ENGINE]
     return [ratio_line(ours, other) for other in report.entries if other is not ours]
 

@@ -95,15 +95,16 @@ def test_when_all_the_time_has_passed_the_rest_is_reported_as_not_run(tmp_path):
 
 def test_the_steps_run_what_is_there(tmp_path):
     steps = {step.name: step for step in gpu_steps(tmp_path)}
-    assert list(steps)[:5] == [
+    assert list(steps)[:6] == [
         "kernel-tests",
         "bench-kernels",
         "bench-ladder",
         "bench-throughput",
+        "bench-optimisations",
         "compile-only",
     ]
     notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-    assert list(steps)[5:] == [f"notebook-{stem}" for stem in notebooks]
+    assert list(steps)[6:] == [f"notebook-{stem}" for stem in notebooks]
     for step in steps.values():
         assert importlib.util.find_spec(step.command[2]) is not None
         for argument in step.command:
@@ -165,7 +166,7 @@ def test_what_make_gpu_runs_imports_nothing_that_a_bare_machine_lacks(tmp_path):
 import sys
 sys.modules |= dict.fromkeys({missing!r})  # an import of any of them fails
 from paged_infer.bench import gpu, kernel_fused, kernel_table, kernels, kernels_cli, notebook_script
-from paged_infer.bench import ladder, peers, rungs, speed, speed_cli, speed_tables, workloads
+from paged_infer.bench import ladder, optimisations, peers, rungs, speed, speed_cli, speed_tables, workloads
 from paged_infer.viz import kernels, ladder, speed
 from paged_infer.bench.tables import print_table
 print_table("ages", ("who", "years"), [("Mia", "7")], ["bold red"])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+import torch
 from checkpoints import save_random_checkpoint
 from typer.testing import CliRunner
 
 from paged_infer import LLM, SamplingParams
 from paged_infer.bench.engine_runs import run_engine, watched_engine
+from paged_infer.bench.optimisations import rungs
 from paged_infer.bench.peers import open_peers
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.speed import Bench, SpeedReport
 from paged_infer.bench.workloads import Workload, nano_vllm_requests, one_request, random_lengths
 from paged_infer.cli import app
+from paged_infer.config import EngineConfig
 
 ROOF = Roofline(1e9, 1e9, 1e10, "float32", "cpu")
 
@@ -200,3 +205,26 @@ def test_a_sample_of_a_workload_is_greedy_and_short(workload):
     sample = warm.sample(2, 5)
     assert [(one.temperature, one.max_tokens) for one in sample.params] == [(0, 5), (0, 5)]
     assert sample.prompts == workload.prompts[:2]
+
+
+def test_optimisations_are_a_ladder_of_engines_that_say_the_same(tmp_path):
+    small = ["--num-requests", "2", "--scale", "0.01", "--repeats", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["bench", "optimisations", *small, "--figures", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    report = SpeedReport.load(tmp_path / "bench-optimisations.json")
+    expected = rungs(torch.device("cpu"))
+    assert [entry.name for entry in report.entries] == [*expected]
+    assert all(entry.same_counts and entry.same_tokens for entry in report.entries)
+    assert (tmp_path / "bench-optimisations.png").exists()
+    first, *_, last = expected
+    assert f"{last} / {first} = " in result.output and f"sdpa / {first} = " in result.output
+
+
+def test_each_rung_has_one_optimisation_more_than_the_one_before():
+    for device in ("cpu", "cuda"):
+        options = [*rungs(torch.device(device)).values()]
+        for before, after in pairwise(options):
+            assert before.keys() == after.keys()
+            assert sum(before[name] != after[name] for name in before) == 1
+        assert options[-1]["async_scheduling"] and not options[0]["async_scheduling"]
+        EngineConfig(**options[-1])

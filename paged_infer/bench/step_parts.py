@@ -115,7 +115,8 @@ def watch_parts(llm: LLM) -> Iterator[dict[str, float]]:
     runner, cache, scheduler = engine.runner, engine.runner.cache, engine.scheduler
 
     def timed_ops(ops: Ops) -> Ops:
-        return ops._replace(**{name: timed(part, getattr(ops, name)) for name, part in _OPS.items()})
+        watched: dict[str, Any] = {name: timed(part, getattr(ops, name)) for name, part in _OPS.items()}
+        return ops._replace(**watched)
 
     with ExitStack() as places:
 

@@ -9,7 +9,13 @@ import torch
 from captured import Recorder, call_again, unchecked, with_graphs  # noqa: F401
 
 from paged_infer import SamplingParams
+from paged_infer.cache.paged import PagedCache
 from paged_infer.graphs import DecodeGraphs, batch_sizes
+from paged_infer.kernels.ops import TRITON_OPS
+from paged_infer.kernels.registry import triton_backend
+from paged_infer.kernels.triton_runtime import launches_go_to
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.decoder import Decoder
 from paged_infer.params import SampleRow
 from paged_infer.sampling import Sampler
 
@@ -137,6 +143,38 @@ def test_what_is_captured_is_all_that_a_step_needs(ahead, make_llm) -> None:
     assert_alike(said(captured, params, PROMPTS[:3]), expected)
     graphs = captured.engine.runner.graphs
     assert graphs.draws and graphs.num_replays == 6 and recorder.num_operations > 30
+
+
+def test_on_a_gpu_a_layer_is_five_launches_that_no_value_decides(checkpoint) -> None:
+    """On tensors without values, with tiles as for sm90: whatever looked at a length or a token would fail here.
+
+    One more where a long context is cut into splits; none to store, as the rotation does, and none for prompts.
+    """
+    config = ModelConfig.from_pretrained(checkpoint("qwen3"))
+    with torch.device("meta"):
+        decoder = Decoder(config, TRITON_OPS)
+    cache = PagedCache(decoder.kv_spec(), 9, 16, triton_backend, "meta", TRITON_OPS)
+    launched: list[list[str]] = []
+
+    def capture(fn):
+        launched.append([])
+        fn()
+        return lambda: None
+
+    def note(kernel, *_) -> None:
+        launched[-1].append(kernel.fn.__name__)
+
+    with launches_go_to(note, (9, 0)):
+        graphs = DecodeGraphs(
+            decoder, cache, TRITON_OPS.sample, max_rows=300, max_model_len=512, capture=capture
+        )
+    layer = ["_add_rms_norm_kernel", "_qk_norm_rope_kernel", "_decode_kernel", "_combine_kernel"]
+    layer += ["_add_rms_norm_kernel", "_silu_mul_kernel"]
+    end = ["_add_rms_norm_kernel", "_race_kernel", "_final_kernel"]
+    smallest, largest = launched[-1], launched[0]
+    assert len(launched) == len(graphs.sizes)
+    assert smallest == layer * config.num_layers + end
+    assert largest == [name for name in smallest if name != "_combine_kernel"]
 
 
 def test_a_capture_that_reads_the_host_or_waits_for_the_device_is_found() -> None:

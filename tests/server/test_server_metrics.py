@@ -23,6 +23,7 @@ def test_the_numbers_add_up_to_what_was_asked() -> None:
         first = served.complete(prompt=prompt, max_tokens=5, ignore_eos=True)["usage"]
         again = served.complete(prompt=prompt, max_tokens=9, ignore_eos=True, n=2, stop=[])["usage"]
         ended = served.complete(prompt="Once", max_tokens=50, stop="a", temperature=0)
+        served.check_idle()  # answers leave before the books are written: ask behind the last step
         now = samples(served)
         usages = [first, again, ended["usage"]]
         assert now["prompt_tokens_total"] == sum(u["prompt_tokens"] for u in usages)

@@ -151,7 +151,7 @@ class _Batch:
             ended = sequence.append(token_id)
             if ended is not None:
                 sequence.finish(*ended)
-            stop = self._completion_of[sequence.sequence_id].advance(logprobs)
+            stop = self._completion_of[sequence.sequence_id].advance(() if logprobs is None else [logprobs])
             if stop is not None and not sequence.is_finished:
                 sequence.finish("stop", stop)
             request = self._request_of[sequence.sequence_id]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ReadOnlyList
+
 from paged_infer.control.request import Request, Sequence
 from paged_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from paged_infer.tokenizer import StreamingDecoder, Tokenizer
@@ -25,21 +27,32 @@ class Completion:
         self._stop_string: str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if sequence.params.logprobs is None else []
 
-    def advance(self, logprobs: TokenLogprobs | None = None) -> str | None:
-        """Take the sequence's newest token. Returns the stop string that it completes, if any: the sequence is over."""
-        if logprobs is not None and self._logprobs is not None:
-            self._logprobs.append(self._named(logprobs))
-        if self._decoder is None:
-            return None
+    def advance(self, logprobs: ReadOnlyList[TokenLogprobs] = (), num_new: int = 1) -> str | None:
+        """Take the sequence's newest tokens; ``logprobs`` are those of each, where it asks for them.
+
+        Returns the stop string that they complete, if any: the sequence is over, and tokens behind it are dropped.
+        """
+        num_kept = num_new
+        if self._decoder is not None:
+            num_before = self._sequence.num_output_tokens - num_new
+            num_kept = next((n for n in range(1, num_new + 1) if self._say(num_before + n)), num_new)
+            self._sequence.drop_last(num_new - num_kept)
+        if self._logprobs is not None:
+            self._logprobs += [self._named(of_token) for of_token in logprobs[:num_kept]]
+        return self._stop_string
+
+    def _say(self, num_tokens: int) -> bool:
+        """Decode up to that many output tokens. Whether a stop string ends the text there."""
+        assert self._decoder is not None
         settled = len(self._text)
-        visible = self._visible_token_ids()
+        visible = self._visible_token_ids()[:num_tokens]
         self._text += self._decoder.push(visible[self._num_decoded :])
         self._num_decoded = len(visible)
-        if self._sequence.is_finished:
+        if self._sequence.is_finished and num_tokens == self._sequence.num_output_tokens:
             self._text += self._decoder.finish()
-        if self._sequence.num_output_tokens >= max(1, self._sequence.params.min_tokens):
+        if num_tokens >= max(1, self._sequence.params.min_tokens):
             self._find_stop(settled)
-        return self._stop_string
+        return self._stop_string is not None
 
     def _visible_token_ids(self) -> list[int]:
         """The output without the token that ended it."""

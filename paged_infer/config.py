@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.scheduler import PREEMPTION_MODES
+from paged_infer.control.speculation import SpeculativeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -42,6 +44,9 @@ class EngineConfig:
             afterwards. None: on a GPU, where the host's work would else be waited for.
         enforce_eager: launch every kernel of a decode step by itself instead of replaying CUDA graphs. None: graphs on
             a GPU with ``attention_backend="triton"``; False: graphs, or an error where there can be none.
+        speculative_config: guess tokens and compute them together, with the same text:
+            ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
+            ``{"method": "draft_model", "model": folder, "num_speculative_tokens": 4}``; see ``control.speculation``.
         trace: keep a record of every step in ``LLM.trace``.
         seed: from it come the seeds of requests that bring none.
     """
@@ -63,6 +68,7 @@ class EngineConfig:
     scheduler_delay_factor: float = 0.0
     async_scheduling: bool | None = None
     enforce_eager: bool | None = None
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None
     trace: bool = False
     seed: int = 0
 
@@ -93,8 +99,18 @@ class EngineConfig:
         for name in ("async_scheduling", "enforce_eager"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True, False or None")
+        if self.speculation is not None and self.async_scheduling:
+            raise ValueError(
+                "async_scheduling=True with speculative_config: drafts follow what has been read"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """``speculative_config``, checked."""
+        options = self.speculative_config
+        return None if options is None else SpeculativeConfig.from_options(options)
 
     def _check_swap_space(self) -> None:
         if self.swap_space is None:

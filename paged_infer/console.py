@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -50,6 +51,14 @@ Backend = Annotated[
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the paged cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: what `info` shows.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output together.")]
+Speculation = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        help='JSON: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2} '
+        'or {"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}.',
+    ),
+]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
 Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text.")]
 
@@ -64,9 +73,19 @@ class EngineOptions:
     block_size: BlockSize = 16
     num_blocks: NumBlocks = None
     max_model_len: MaxModelLen = None
+    speculative_config: Speculation = None
 
     def open(self, model: str | None) -> LLM:
-        return open_llm(model, **asdict(self))
+        options = asdict(self) | {"speculative_config": read_speculation(self.speculative_config)}
+        return open_llm(model, **options)
+
+
+def read_speculation(text: str | None) -> Any:
+    """``--speculative-config`` as ``EngineConfig`` takes it. Raises ValueError for what is no JSON."""
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--speculative-config {text!r} is no JSON: {error}") from None
 
 
 def with_blocks(command: Callable[..., None]) -> Callable[..., None]:

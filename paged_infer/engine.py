@@ -6,6 +6,7 @@ add_request -> [Scheduler.schedule -> ModelRunner.launch -> Scheduler.advance, s
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.speculation import make_proposer
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
@@ -102,12 +104,14 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             preemption_mode=config.preemption_mode,
             policy=policy,
+            proposer=make_proposer(config.speculation),
             trace=Trace(self.memory.num_blocks) if config.trace else None,
         )
         self.usage = KVUsage()
-        self.grown: list[Sequence] = []  # who got a token in the newest step
+        self.grown: list[Sequence] = []  # who got a token in the newest step, once for each token
         on_gpu = self.device.type == "cuda"
-        self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+        looks_ahead = on_gpu and config.speculation is None
+        self._looks_ahead = looks_ahead if config.async_scheduling is None else config.async_scheduling
         self._running: RunningStep | None = None  # whose tokens have not been read yet
         self._live: dict[str, _Live] = {}
         self._num_requests = 0
@@ -264,14 +268,16 @@ class LLMEngine:
     def _settle(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Write a step's tokens into the books."""
         now = time.perf_counter()
-        grown = self.scheduler.settle(step, result.token_ids, now, result.candidates)
-        self.grown += grown
+        grown = self.scheduler.settle(step, result.token_ids, now, result.candidates, result.accepted)
         moved: dict[str, _Live] = {}
-        for sequence in grown:
+        for sequence, num_new in Counter(grown).items():
             live = self._live[sequence.request_id]
             if live.request.first_token_time_s is None:
                 live.request.first_token_time_s = now
-            stop = live.completions[sequence.sample_index].advance(result.logprobs.get(sequence.sequence_id))
+            num_before = sequence.num_output_tokens - num_new
+            logprobs = result.logprobs.get(sequence.sequence_id, ())
+            stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
+            self.grown += [sequence] * (sequence.num_output_tokens - num_before)
             if stop is not None:
                 self.scheduler.finish(sequence, "stop", stop)
             if live.streamed or sequence.is_finished:
@@ -312,6 +318,7 @@ class LLMEngine:
         """Counts since the engine was made, and the queues and blocks as they are now."""
         return {
             **asdict(self.scheduler.stats),
+            "acceptance_rate": self.scheduler.stats.acceptance_rate,
             "evictions": self.manager.pool.num_evictions,
             "num_waiting": len(self.scheduler.waiting),
             "num_swapped": len(self.scheduler.swapped),

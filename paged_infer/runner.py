@@ -17,6 +17,7 @@ from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import StepMeta
 from paged_infer.candidates import best_tokens
 from paged_infer.control.request import PENDING
+from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.graphs import DecodeGraphs
 from paged_infer.model.decoder import Decoder
@@ -33,9 +34,12 @@ class StepResult:
     """What a step drew, by sequence id; prompt logprobs with the index of their first token; candidates of beams."""
 
     token_ids: dict[int, int] = field(default_factory=dict)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one for each new token
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     candidates: dict[int, Candidates] = field(default_factory=dict)
+    accepted: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # drafts that hold; in ``token_ids`` is what follows
 
 
 @dataclass(slots=True)
@@ -58,10 +62,20 @@ class RunningStep:
         if self._drawn is not None and self._logits is not None:
             token_ids = self._drawn.token_ids()
             logprobs = logprobs_of(self._logits, [row for _, row in self._draws], token_ids)
-            for (sequence_id, _), token_id, of_row in zip(self._draws, token_ids, logprobs, strict=True):
-                self._known.token_ids[sequence_id] = token_id
-                if of_row is not None:
-                    self._known.logprobs[sequence_id] = of_row
+            drafts = {s.sequence_id: s.drafts for s in self.step.sequences if s.num_drafts}
+            first = 0
+            while first < len(token_ids):
+                sequence_id, _ = self._draws[first]
+                end = first + 1 + len(drafts.get(sequence_id, ()))
+                last = first  # of the draws that count
+                if end > first + 1:
+                    last += num_accepted(drafts[sequence_id], token_ids[first:end])
+                    self._known.accepted[sequence_id] = token_ids[first:last]
+                self._known.token_ids[sequence_id] = token_ids[last]
+                reports = [of_row for of_row in logprobs[first : last + 1] if of_row is not None]
+                if reports:
+                    self._known.logprobs[sequence_id] = reports
+                first = end
         return self._known
 
 
@@ -170,25 +184,37 @@ class ModelRunner:
         meta: StepMeta,
         result: StepResult,
     ) -> RunningStep:
-        drawing: list[int] = []  # rows of hidden, one for each token that is drawn; forks draw from one row
+        drawing: list[int] = []  # the sequence of each token that is drawn; forks draw from the same logits
+        behind: list[int] = []  # how many of its tokens come after the one that is drawn from: drafts
         draws: list[tuple[int, SampleRow]] = []
         for row, sequence in enumerate(sequences):
             if isinstance(sequence.sample, SampleRow):
-                own = (sequence.sequence_id, sequence.sample)
-                draws += (own, *sequence.forks)
-                drawing += [row] * (1 + len(sequence.forks))
+                rows = (
+                    rows_after(sequence.sample, sequence.drafts)
+                    if sequence.num_drafts
+                    else (sequence.sample,)
+                )
+                draws += [(sequence.sequence_id, own) for own in rows]
+                draws += sequence.forks
+                drawing += [row] * (len(rows) + len(sequence.forks))
+                behind += [*range(sequence.num_drafts, 0, -1), *[0] * (1 + len(sequence.forks))]
         self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
         if not draws:
             return RunningStep(step, result, None, [], None)
-        logits = self._logits(drawing, hidden, meta)
+        logits = self._logits(drawing, hidden, meta, behind)
         drawn = self.sampler.draw(logits, [row for _, row in draws])
         self._last_tokens = drawn.tokens
         return RunningStep(step, result, logits, draws, drawn)
 
-    def _logits(self, rows: list[int], hidden: Tensor, meta: StepMeta) -> Tensor:
-        """Those after the last token of each of these sequences: [R, V]."""
+    def _logits(
+        self, rows: list[int], hidden: Tensor, meta: StepMeta, behind: list[int] | None = None
+    ) -> Tensor:
+        """Those after the last token of each of these sequences, or after the one so many before it: [R, V]."""
         if rows != list(range(hidden.shape[0])):
-            hidden = hidden[meta.query_start_loc[1:][rows].long() - 1]
+            places = meta.query_start_loc[1:][rows].long() - 1
+            if behind is not None and any(behind):
+                places -= self._to_device(np.asarray(behind))
+            hidden = hidden[places]
         return self.decoder.logits(hidden)
 
     def _rank(

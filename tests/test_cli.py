@@ -22,6 +22,21 @@ def test_generate_prints_the_prompt_and_what_the_storyteller_says():
     assert result.output == "Once upon a time" + said[0].outputs[0].text + "\n"
 
 
+def test_generate_says_the_same_with_speculation():
+    arguments = ("generate", "One morning", "--max-tokens", "40", "--temperature", "0.8")
+    config = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 1}'
+    drafted = run(*arguments, "--speculative-config", config)
+    assert drafted.exit_code == 0 and drafted.output == run(*arguments).output
+
+
+@pytest.mark.parametrize(
+    ("config", "said"), [("{", "is no JSON"), ('{"method": "ngram"}', "num_speculative_tokens missing")]
+)
+def test_a_speculative_config_that_cannot_be_used_is_one_line(config, said):
+    result = run("generate", "Once", "--speculative-config", config)
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_generate_is_the_same_for_the_same_seed_and_differs_for_another():
     arguments = ("generate", "One morning", "--max-tokens", "24", "--temperature", "1.5")
     first, again, other = (run(*arguments, "--seed", seed).output for seed in ("1", "1", "2"))

@@ -150,7 +150,7 @@ def test_cumulative_logprob_is_the_sum_over_the_chosen_tokens() -> None:
     completion = Completion(sequence, None, False)
     for token, logprob in ((7, -0.5), (8, -2.0)):
         sequence.append(token)
-        completion.advance({token: Logprob(logprob, 3), 9: Logprob(-0.1, 1)})
+        completion.advance([{token: Logprob(logprob, 3), 9: Logprob(-0.1, 1)}])
     output = completion.output()
     assert output.cumulative_logprob == -2.5 and [list(row) for row in output.logprobs] == [[7, 9], [8, 9]]
     assert output.text == ""

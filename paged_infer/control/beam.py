@@ -5,7 +5,7 @@
     B  -1.5    or:    A b -1.2   A <eos> -1.3   A c -1.6    A b and A c go on, A <eos> is an answer, B is dropped
 
 A beam is a sequence of the request. The best way to go on from it keeps its place and its blocks; another one takes
-the place of a beam from which nothing goes on, sharing the parent's blocks (``Scheduler.fork``). So there are always as
+the place of a beam from which nothing goes on, sharing the parent's blocks (``go_on``). So there are always as
 many sequences as beams, and when the search is over they become its answers.
 
 An answer's score is its sum of logprobs over its length to the power ``length_penalty`` (Wu et al. 2016, section 7, in
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from paged_infer.params import BeamSearchParams, Candidates
 
 if TYPE_CHECKING:
+    from paged_infer.control.block_manager import BlockManager
     from paged_infer.control.request import Sequence
+    from paged_infer.control.scheduler import Scheduler
 
 
 class Branch(NamedTuple):
@@ -122,3 +124,24 @@ def seat(beams: ReadOnlyList[Sequence], branches: ReadOnlyList[Branch]) -> list[
     childless = [beam for beam in beams if beam.sequence_id not in first]
     moved = zip(childless, others, strict=True)
     return [*moved, *((branch.parent, branch) for branch in first.values())]
+
+
+def go_on(search: BeamSearch, scheduler: Scheduler) -> ReadOnlyList[Sequence]:
+    """One more token for every beam, or the search's end."""
+    branches = search.advance()
+    for sequence, branch in seat(search.beams, branches) if branches else ():
+        if branch.parent is not sequence:
+            fork(branch.parent, sequence, scheduler.manager)
+        sequence.token_ids.append(branch.token_id)
+        sequence.cumulative_logprob = branch.cumulative_logprob
+    for sequence, answer in zip(search.beams, search.answers, strict=True) if not branches else ():
+        scheduler.finish(sequence, answer.finish_reason, answer.stop_reason)
+        sequence.become(answer)
+    return search.beams
+
+
+def fork(parent: Sequence, child: Sequence, manager: BlockManager) -> None:
+    """Let ``child`` go on as its sibling ``parent`` would, both running: what it knew and held is dropped."""
+    manager.fork(parent.sequence_id, child.sequence_id, parent.num_computed_tokens)
+    child.begin_at(parent, parent.num_computed_tokens, manager.block_size)
+    child.token_ids = list(parent.token_ids)

@@ -146,6 +146,14 @@ class BlockManager:
         self._hold(child_id, held[:kept], wanted[kept:], hits=wanted[kept:])
         self.journal.append(("fork", child_id, parent_id, num_tokens))
 
+    def trim(self, sequence_id: int, num_tokens: int) -> None:
+        """Give back the blocks behind those of the sequence's first ``num_tokens`` tokens, the last first."""
+        table, kept = self.table(sequence_id), self.blocks_for(num_tokens)
+        if len(table) > kept:
+            for block in reversed(table[kept:]):
+                self.pool.release(block)
+            self._hold(sequence_id, table[:kept], ())
+
     def table(self, sequence_id: int) -> Table:
         """Physical blocks of the sequence, in logical order."""
         return self._tables.get(sequence_id, ())

@@ -12,11 +12,15 @@ from paged_infer.params import SampleRow, TopRow
 
 
 def describe(
-    sequence: Sequence, num_tokens: int, table: Table, children: ReadOnlyList[Sequence]
+    sequence: Sequence,
+    num_tokens: int,
+    table: Table,
+    children: ReadOnlyList[Sequence],
+    drafts: ReadOnlyList[int] = (),
 ) -> ScheduledSequence:
-    """``num_tokens`` more of the sequence, after which ``children`` begin."""
+    """``num_tokens`` more of the sequence, the last of them ``drafts``, after which ``children`` begin."""
     start = sequence.num_computed_tokens
-    end = start + num_tokens
+    end = start + num_tokens - len(drafts)
     num_prompt_logprobs: int | None = None
     next_prompt_token_ids: ReadOnlyList[int] = ()
     if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
@@ -24,13 +28,14 @@ def describe(
         num_prompt_logprobs = sequence.params.prompt_logprobs if next_prompt_token_ids else None
     return ScheduledSequence(
         sequence.sequence_id,
-        sequence.token_ids[start:end],
+        [*sequence.token_ids[start:end], *drafts] if drafts else sequence.token_ids[start:end],
         start,
         table,
         (top_row if sequence.search else sample_row)(sequence) if end == len(sequence.token_ids) else None,
         [(c.sequence_id, sample_row(c)) for c in children] if children and not sequence.search else (),
         num_prompt_logprobs,
         next_prompt_token_ids,
+        len(drafts),
     )
 
 

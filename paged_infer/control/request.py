@@ -186,6 +186,22 @@ class Sequence:
         self.num_pending -= 1
         return ended
 
+    def take(self, token_ids: ReadOnlyList[int]) -> tuple[int, tuple[str, int | None] | None]:
+        """The first that is pending, and any that follow it, up to one that ends the sequence.
+
+        Returns how many it took, and what ``append`` does.
+        """
+        ended = self.learn(token_ids[0])
+        num_taken = 1
+        while ended is None and num_taken < len(token_ids):
+            ended = self.append(token_ids[num_taken])
+            num_taken += 1
+        return num_taken, ended
+
+    def drop_last(self, num_tokens: int) -> None:
+        """Its last tokens are not wanted: what it said before them ends it."""
+        del self.token_ids[len(self.token_ids) - num_tokens :]
+
     def forget_pending(self) -> None:
         """Whatever is on its way is not wanted any more."""
         del self.token_ids[self.num_known_tokens :]

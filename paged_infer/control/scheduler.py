@@ -19,11 +19,12 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from paged_infer.control.beam import BeamSearch, seat
+from paged_infer.control.beam import go_on
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.describe import describe
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
+from paged_infer.control.speculation import Proposer
 from paged_infer.control.step import BlockMoves, ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.turn import Turn, insert_by_age
@@ -41,6 +42,14 @@ class SchedulerStats:
     blocks_copied: int = 0
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
+    num_drafts: int = 0  # times that a sequence had drafts in a step
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # tokens gained by them: those of a step beyond the first
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that were accepted; 0 while none was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
 
 class Scheduler:
@@ -54,6 +63,7 @@ class Scheduler:
         preemption_mode: one of ``PREEMPTION_MODES``: a sequence that has to give back its blocks computes them again,
             or has them moved to the manager's swap space and back. Where that is full, it computes them again.
         policy: what a step is made of; ``Chunked()`` if None.
+        proposer: drafts for those who decode, if given. A step with drafts must be settled before the next is planned.
         trace: keeps a record of every step, if given.
     """
 
@@ -66,6 +76,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         preemption_mode: str = "recompute",
         policy: Policy | None = None,
+        proposer: Proposer | None = None,
         trace: Trace | None = None,
     ) -> None:
         if max_num_seqs < 1:
@@ -80,6 +91,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy or Chunked()
+        self.proposer = proposer
         self.trace = trace
         self.swaps = preemption_mode == "swap"
         self.waiting: deque[Sequence] = deque()
@@ -124,14 +136,21 @@ class Scheduler:
         self.policy.plan(turn)
         if not turn.scheduled and turn.resume_at_s is None and not self._under_way:
             Chunked().plan(turn)  # whom a policy forgets, say in swap space, would else be there for ever
+        turn.speculate()
         self.stats.preemptions += len(turn.preempted)
         self.manager.moves = BlockMoves()
         journal, self.manager.journal = self.manager.journal, []
         if self.trace is not None:
             turn.traced = self.trace.record(self, turn, journal)
-        forks = turn.forks
+        forks, drafts = turn.forks, turn.drafts
         sequences = [
-            describe(s, n, self.manager.table(s.sequence_id), forks.get(s.sequence_id, ()))
+            describe(
+                s,
+                n,
+                self.manager.table(s.sequence_id),
+                forks.get(s.sequence_id, ()),
+                drafts.get(s.sequence_id, ()),
+            )
             for s, n in turn.scheduled
         ]
         return ScheduledStep(turn.index, sequences, turn.moves, turn.resume_at_s)
@@ -142,6 +161,7 @@ class Scheduler:
         token_ids: Mapping[int, int],
         now: float = 0.0,
         candidates: Mapping[int, Candidates] = MappingProxyType({}),
+        accepted: Mapping[int, ReadOnlyList[int]] = MappingProxyType({}),
     ) -> list[Sequence]:
         """The step is done: ``advance`` and ``settle`` in one.
 
@@ -149,12 +169,14 @@ class Scheduler:
             token_ids: what it drew, by sequence id.
             now: for the trace.
             candidates: for each beam that asked, its best next tokens.
+            accepted: for each sequence that had drafts, those that equal the draws; ``token_ids`` has the draw after.
 
         Returns:
-            The sequences that got a token, in the step's order; all beams of a search get theirs at once.
+            The sequences that got a token, once for each token, in the step's order; all beams of a search get theirs
+            at once.
         """
         self.advance(step)
-        return self.settle(step, token_ids, now, candidates)
+        return self.settle(step, token_ids, now, candidates, accepted)
 
     def advance(self, step: ScheduledStep) -> None:
         """The step is under way: its tokens count as computed, and those that it draws as pending."""
@@ -164,7 +186,7 @@ class Scheduler:
         turn.num_published = self.manager.num_unproven - sum(out.num_published for out in self._under_way)
         for sequence, num_tokens in turn.scheduled:
             if sequence.state is not SequenceState.FINISHED:  # by an abort, while the step was out
-                sequence.num_computed_tokens += num_tokens
+                sequence.num_computed_tokens += num_tokens - len(turn.drafts.get(sequence.sequence_id, ()))
                 if sequence.num_computed_tokens == len(sequence.token_ids):
                     if sequence.search is None:
                         sequence.expect()
@@ -184,6 +206,7 @@ class Scheduler:
         token_ids: Mapping[int, int],
         now: float = 0.0,
         candidates: Mapping[int, Candidates] = MappingProxyType({}),
+        accepted: Mapping[int, ReadOnlyList[int]] = MappingProxyType({}),
     ) -> list[Sequence]:
         """The oldest step under way has come back; see ``update``. Sequences that it ends give back their blocks.
 
@@ -206,8 +229,10 @@ class Scheduler:
         for one in turn.drawing:
             if one.state is SequenceState.FINISHED:  # by an abort, or by the token before
                 continue
-            grown.append(one)
-            ended = one.learn(token_ids[one.sequence_id])
+            num_new, ended = one.take([*accepted.get(one.sequence_id, ()), token_ids[one.sequence_id]])
+            grown += [one] * num_new
+            if one.sequence_id in turn.drafts:
+                turn.accept(one, num_new - 1)
             if ended is not None:
                 self.finish(one, *ended)
             elif one.num_pending:
@@ -217,7 +242,7 @@ class Scheduler:
             search.offer(beam, candidates[beam.sequence_id])
         for search in dict.fromkeys(search for _, search in asking):
             if search.is_complete:
-                grown += self._advance(search)
+                grown += go_on(search, self)
         return grown
 
     def _publish(self, sequence: Sequence) -> None:
@@ -230,25 +255,6 @@ class Scheduler:
         if offset == 0 and is_stored and self.enable_prefix_caching:
             chain = sequence.hash_chain(self.manager.block_size)
             self.manager.publish(sequence.sequence_id, chain, index - 1, index)
-
-    def _advance(self, search: BeamSearch) -> ReadOnlyList[Sequence]:
-        """One more token for every beam, or the search's end."""
-        branches = search.advance()
-        for sequence, branch in seat(search.beams, branches) if branches else ():
-            if branch.parent is not sequence:
-                self.fork(branch.parent, sequence)
-            sequence.token_ids.append(branch.token_id)
-            sequence.cumulative_logprob = branch.cumulative_logprob
-        for sequence, answer in zip(search.beams, search.answers, strict=True) if not branches else ():
-            self.finish(sequence, answer.finish_reason, answer.stop_reason)
-            sequence.become(answer)
-        return search.beams
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let ``child`` go on as its sibling ``parent`` would, both running: what it knew and held is dropped."""
-        self.manager.fork(parent.sequence_id, child.sequence_id, parent.num_computed_tokens)
-        child.begin_at(parent, parent.num_computed_tokens, self.manager.block_size)
-        child.token_ids = list(parent.token_ids)
 
     def roll_back(self) -> None:
         """What is out has failed, and nobody knows how far it came: forget all that was built on it."""
@@ -264,6 +270,7 @@ class Scheduler:
                 s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))
             ]
             lost = {*turn.fresh, *copied, *turn.preempted}
+            turn.drop_drafts()
         else:
             return
         self.manager.withdraw()
@@ -321,9 +328,9 @@ class Scheduler:
         self.release_held()
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
-        """Tokens in the pool once ``step`` is computed, those of shared blocks counted once."""
+        """Tokens in the pool once ``step`` is computed, those of shared blocks counted once, and no drafts."""
         stored = {sequence.sequence_id: sequence.num_computed_tokens for sequence in self._holders()}
-        stored.update((s.sequence_id, s.num_computed_tokens + s.num_tokens) for s in step.sequences)
+        stored.update((s.sequence_id, s.num_computed_tokens + s.num_known_tokens) for s in step.sequences)
         return self.manager.pool.num_used * self.manager.block_size - self.manager.num_empty_slots(stored)
 
     def check_integrity(self) -> None:

@@ -18,6 +18,7 @@ class ScheduledSequence:
 
     Attributes:
         token_ids: the tokens to compute now. The last may be ``PENDING``: what this sequence drew in the step before.
+            Drafts are behind the known ones; those that are ``PENDING`` are the draft model's to fill in.
         num_computed_tokens: how many before them are in the cache already; the first token's position.
         block_table: physical blocks, enough for all of these tokens.
         sample: how to draw the next token, or a beam's question for the best ones; None while known tokens remain
@@ -25,6 +26,7 @@ class ScheduledSequence:
         num_prompt_logprobs: top tokens to report for each of ``next_prompt_token_ids``; None for no report.
         forks: sequences that begin here, with how each draws its first token: from the same logits, by its own noise.
         next_prompt_token_ids: where a report is asked for, the prompt token that follows each of ``token_ids``.
+        num_drafts: the last so many of ``token_ids`` are drafts; ``sample`` is how to draw after the token before them.
     """
 
     sequence_id: int
@@ -35,10 +37,20 @@ class ScheduledSequence:
     forks: Sequence[tuple[int, SampleRow]] = ()
     num_prompt_logprobs: int | None = None
     next_prompt_token_ids: Sequence[int] = ()
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Those of ``token_ids`` that are no drafts."""
+        return len(self.token_ids) - self.num_drafts
+
+    @property
+    def drafts(self) -> Sequence[int]:
+        return self.token_ids[self.num_known_tokens :]
 
 
 @dataclass(slots=True)
@@ -76,11 +88,12 @@ class ScheduledStep:
     def can_be_followed(self) -> bool:
         """Whether the next step can be planned, and begun, before this one's tokens have been read.
 
-        Not where the next draw depends on what was said (penalties), where beams choose, or where logprobs are read.
+        Not where the next draw depends on what was said (penalties), where beams choose, where logprobs are read, or
+        where nobody knows yet how many drafts will be accepted.
         """
         for sequence in self.sequences:
             row = sequence.sample
-            if isinstance(row, TopRow) or sequence.num_prompt_logprobs is not None:
+            if isinstance(row, TopRow) or sequence.num_prompt_logprobs is not None or sequence.num_drafts:
                 return False
             if row is not None and (row.params.has_penalties or row.params.logprobs is not None):
                 return False

@@ -57,6 +57,9 @@ class TraceStep:
     num_evictions: int  # since the engine was made
     events: tuple[Event, ...]
     ended_s: float | None = None
+    rejected: dict[int, int] = field(
+        default_factory=dict
+    )  # how many of a sequence's tokens were drafts in vain
 
     @property
     def scheduled(self) -> dict[int, int]:
@@ -110,7 +113,7 @@ class Replay:
         if step.ended_s is not None:
             for sequence_id, num_tokens in step.scheduled.items():
                 if sequence_id in self.computed:
-                    self.computed[sequence_id] += num_tokens
+                    self.computed[sequence_id] += num_tokens - step.rejected.get(sequence_id, 0)
 
     def _hold(self, sequence_id: int, first: int, blocks: tuple[int, ...], hits: tuple[int, ...]) -> None:
         for block in hits:

@@ -3,6 +3,7 @@
     run()      who runs goes on: takes blocks, if need be those of the youngest who has not had its turn yet
     resume()   who is swapped comes back     }  never at the cost of anybody who runs,
     admit()    who waits comes in            }  and not in a step that had to preempt
+    speculate()  who decodes also computes drafts, from what budget and blocks nobody else has asked for
 
 Samples of one request come in together, and only the first computes the prompt:
 
@@ -43,6 +44,7 @@ class Turn:
         self.budget = scheduler.max_num_batched_tokens  # tokens
         self.scheduled: list[tuple[Sequence, int]] = []
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their beginning
+        self.drafts: dict[int, list[int]] = {}  # by sequence id; see control.speculation
         self.preempted: list[Sequence] = []
         self.moves = (
             scheduler.manager.moves
@@ -118,6 +120,50 @@ class Turn:
             self._enter(sequence)
             self._adopt(sequence, prefix)
             self._start(sequence)
+
+    def speculate(self) -> None:
+        """Draft for those whose last known token is computed in this step, once everybody else has been served.
+
+        Nobody is preempted, kept out or cut short for a draft. A sequence drafts no further than it could get.
+        """
+        proposer = self._scheduler.proposer
+        if proposer is None:
+            return
+        for place, (sequence, num_tokens) in enumerate(self.scheduled):
+            end, sequence_id = sequence.num_tokens, sequence.sequence_id
+            most = min(self.budget, sequence.max_total_tokens - 1 - end)
+            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_pending
+            if most < 1 or not is_ready or sequence.search is not None or sequence_id in self.forks:
+                continue
+            drafts = proposer.propose(sequence.token_ids, most)
+            while drafts and not self._manager.reserve(sequence_id, end, end + len(drafts)):
+                drafts.pop()
+            if drafts:
+                self.drafts[sequence_id] = drafts
+                self.budget -= len(drafts)
+                self.scheduled[place] = (sequence, num_tokens + len(drafts))
+
+    def accept(self, sequence: Sequence, num_accepted: int) -> None:
+        """So many of the sequence's drafts have become its tokens, computed like any; the others leave no trace."""
+        num_drafts, block_size = len(self.drafts[sequence.sequence_id]), self._manager.block_size
+        self._scheduler.stats.num_drafts += 1
+        self._scheduler.stats.num_draft_tokens += num_drafts
+        self._scheduler.stats.num_accepted_tokens += num_accepted
+        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_accepted
+        sequence.num_computed_tokens = end
+        if start // block_size < end // block_size and self._scheduler.enable_prefix_caching:
+            chain = sequence.hash_chain(block_size)
+            self._manager.publish(sequence.sequence_id, chain, start // block_size, end // block_size)
+            self._manager.confirm()  # they are there: their step is over, and no other is out
+        self._manager.trim(sequence.sequence_id, end)
+        if self.traced is not None:
+            self.traced.rejected[sequence.sequence_id] = num_drafts - num_accepted
+
+    def drop_drafts(self) -> None:
+        """The step has failed: what was reserved for drafts is given back."""
+        for sequence, _ in self.scheduled:
+            if sequence.sequence_id in self.drafts and sequence.state is SequenceState.RUNNING:
+                self._manager.trim(sequence.sequence_id, sequence.num_computed_tokens)
 
     def _num_next(self, sequence: Sequence, most: int) -> int:
         """How many tokens it computes next: up to where others fork from it, if that is still to come."""

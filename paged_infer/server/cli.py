@@ -14,8 +14,10 @@ from paged_infer.console import (
     MaxModelLen,
     Model,
     NumBlocks,
+    Speculation,
     fail,
     quiet_libraries,
+    read_speculation,
 )
 
 
@@ -68,6 +70,7 @@ def serve(
     enforce_eager: Annotated[
         bool | None, typer.Option(help="No CUDA graphs. Default: graphs on a GPU, with triton.")
     ] = None,
+    speculative_config: Speculation = None,
     trace: Annotated[bool, typer.Option(help="Keep a record of every step; it grows.")] = False,
     seed: Annotated[int, typer.Option(help="From it come the seeds of requests that bring none.")] = 0,
 ) -> None:
@@ -110,6 +113,7 @@ def serve(
             swap_space=swap_space,
             async_scheduling=async_scheduling,
             enforce_eager=enforce_eager,
+            speculative_config=read_speculation(speculative_config),
             trace=trace,
             seed=seed,
         )

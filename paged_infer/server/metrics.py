@@ -72,6 +72,9 @@ _GAUGES = {  # name -> (what it says, its value from LLMEngine.stats())
 _COUNTERS = {
     "prefix_cache_queries": ("Tokens that the prefix cache was asked for.", "prefix_query_tokens"),
     "prefix_cache_hits": ("Tokens that it had.", "prefix_hit_tokens"),
+    "spec_decode_num_drafts": ("Times that a sequence had drafts in a step.", "num_drafts"),
+    "spec_decode_num_draft_tokens": ("Tokens drafted.", "num_draft_tokens"),
+    "spec_decode_num_accepted_tokens": ("Tokens gained by drafts.", "num_accepted_tokens"),
     "num_preemptions": ("Preemptions of sequences.", "preemptions"),
 }
 

@@ -70,3 +70,16 @@ def test_preemptions_are_counted(mode: str) -> None:
         now = samples(served)
         assert now["num_preemptions_total"] == served.engine.stats()["preemptions"] > 0
         assert "num_requests_swapped" in now
+
+
+def test_drafts_and_those_that_were_accepted_are_counted() -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with serving(max_num_seqs=8, num_blocks=64, speculative_config=config) as served:
+        prompt = "The river was wide and cold. " * 8
+        usage = served.complete(prompt=prompt, max_tokens=60, temperature=0, ignore_eos=True)["usage"]
+        now, stats = samples(served), served.engine.stats()
+        assert now["spec_decode_num_drafts_total"] == stats["num_drafts"] > 0
+        assert now["spec_decode_num_draft_tokens_total"] == stats["num_draft_tokens"]
+        assert now["spec_decode_num_accepted_tokens_total"] == stats["num_accepted_tokens"] > 0
+        assert now["generation_tokens_total"] == usage["completion_tokens"] == 60
+        assert now["inter_token_latency_seconds_count"] == 59

@@ -1,0 +1,234 @@
+"""Speculation in the engine: the same tokens as without it, whoever drafts and however the steps are cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from checkpoints import FAMILIES, VOCAB
+from conftest import MakeLLM
+
+from paged_infer import LLM, BeamSearchParams, SamplingParams
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "block-16": {},
+    "block-3-chunk-7": {"block_size": 3, "num_blocks": 200, "max_num_batched_tokens": 7},
+    "block-1-chunk-64": {"block_size": 1, "num_blocks": 400, "max_num_batched_tokens": 64},
+    "block-1-preempting": {"block_size": 1, "num_blocks": 88},
+    "block-3-swapping": {"block_size": 3, "num_blocks": 30, "preemption_mode": "swap"},
+    "uncached": {"enable_prefix_caching": False},
+    "prefill-first": {
+        "scheduling_policy": "prefill_first",
+        "max_num_batched_tokens": 512,
+        "max_model_len": 512,
+    },
+    "static": {"scheduling_policy": "static", "max_num_batched_tokens": 512, "max_model_len": 512},
+}
+
+
+def prompts() -> list[list[int]]:
+    """Some say the same again, so that there is something to look up; two begin alike."""
+    rng = random.Random(3)
+    tale = [rng.randrange(2, VOCAB) for _ in range(9)]
+    return [tale * 2, [*tale * 2, 7], tale[:3] * 5, tale[:1], [rng.randrange(2, VOCAB) for _ in range(17)]]
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+SEEDED = [SamplingParams(temperature=0.8, seed=i, max_tokens=24, n=1 + i % 2) for i in range(5)]
+EDITED = [
+    SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3, logprobs=2),
+    SamplingParams(temperature=0.7, seed=1, max_tokens=20, presence_penalty=1.5, frequency_penalty=0.5, n=2),
+    SamplingParams(temperature=0, max_tokens=20, logit_bias={5: 4.0, 9: -50.0}, min_tokens=15, logprobs=0),
+    SamplingParams(temperature=0.8, seed=2, top_k=5, max_tokens=20, logprobs=1, prompt_logprobs=1),
+    SamplingParams(temperature=1.5, seed=3, top_p=0.9, min_p=0.01, max_tokens=20),
+]
+
+
+def said(llm: LLM, params: Any) -> list[Any]:
+    """Everything that does not depend on the clock."""
+    outputs = llm.generate(prompts(), params, use_tqdm=False)
+    llm.check_integrity()
+    assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
+    return [
+        (one.token_ids, one.finish_reason, one.stop_reason, one.text, flat(one.logprobs))
+        for output in outputs
+        for one in output.outputs
+    ]
+
+
+def flat(logprobs: Any) -> list[float]:
+    """Token, rank and logprob, one after the other."""
+    rows = (entry for row in logprobs or () for entry in row.items())
+    return [n for t, entry in rows for n in (t, entry.rank, entry.logprob)]
+
+
+def assert_same(one: list[Any], other: list[Any]) -> None:
+    """The logprobs to within a rounding error, all else exactly."""
+    assert [told[:4] for told in one] == [told[:4] for told in other]
+    for a, b in zip(one, other, strict=True):
+        assert a[4] == pytest.approx(b[4], abs=1e-4, rel=0)
+
+
+@pytest.fixture(scope="module")
+def expected(make_llm: MakeLLM) -> Callable[[str, str], list[Any]]:
+    made: dict[tuple[str, str], list[Any]] = {}
+
+    def without(family: str, kind: str) -> list[Any]:
+        if (family, kind) not in made:
+            made[family, kind] = said(make_llm(family), KINDS[kind])
+        return made[family, kind]
+
+    return without
+
+
+KINDS: dict[str, Any] = {"greedy": GREEDY, "seeded": SEEDED, "edited": EDITED}
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_do_not_change_a_token(family, options, make_llm, expected) -> None:
+    llm = make_llm(family, speculative_config=NGRAM, **options)
+    for kind in KINDS:
+        assert_same(said(llm, KINDS[kind]), expected(family, kind))
+    stats = llm.stats()
+    assert stats["num_draft_tokens"] > stats["num_drafts"] > 0
+    if options.get("num_blocks", 200) < 100:
+        assert stats["preemptions"] > 0
+
+
+def test_repetitive_text_is_accepted_and_takes_fewer_steps(make_llm) -> None:
+    tale = [17, 23, 99, 412] * 12
+    steps = {}
+    params = SamplingParams(
+        temperature=0, max_tokens=40, ignore_eos=True, logit_bias=dict.fromkeys(tale, 100.0)
+    )
+    for config in (None, NGRAM):
+        llm = make_llm(speculative_config=config)
+        tokens = llm.generate([tale], params, use_tqdm=False)[0].outputs[0].token_ids
+        steps[config is None] = (tokens, llm.stats()["steps"])
+        accepted = llm.stats()["num_accepted_tokens"]
+    (plain, num_plain), (drafted, num_drafted) = steps[True], steps[False]
+    assert plain == drafted and num_plain == 40
+    assert accepted == num_plain - num_drafted > 0
+    assert llm.stats()["acceptance_rate"] == accepted / llm.stats()["num_draft_tokens"] > 0
+
+
+class Prophet:
+    """Drafts that are right, from having heard the text before, and now and then one that is not."""
+
+    def __init__(self, texts: list[list[int]], seed: int = 0) -> None:
+        self._texts, self._rng = texts, random.Random(seed)
+
+    def propose(self, token_ids: list[int], most: int) -> list[int]:
+        known = [t for t in self._texts if t[: len(token_ids)] == token_ids]
+        drafts = known[0][len(token_ids) :][: min(most, 6)] if known else []
+        return [self._rng.randrange(VOCAB) if self._rng.random() < 0.1 else t for t in drafts]
+
+
+def prophesied(llm: LLM, params: SamplingParams, prompt: Any) -> tuple[Any, Any, LLM]:
+    """What is said of a prompt without drafts, and with drafts that are nearly all right."""
+    plain = llm.generate(prompt, params, use_tqdm=False)[0]
+    llm.engine.scheduler.proposer = Prophet(
+        [[*plain.prompt_token_ids, *told] for told in heard(llm, params, prompt)]
+    )
+    drafted = llm.generate(prompt, params, use_tqdm=False)[0]
+    llm.check_integrity()
+    return plain, drafted, llm
+
+
+def heard(llm: LLM, params: SamplingParams, prompt: Any) -> list[list[int]]:
+    """How it would go on if nothing stopped it."""
+    free = SamplingParams(
+        temperature=params.temperature, seed=params.seed, n=params.n, ignore_eos=True, max_tokens=60
+    )
+    return [one.token_ids for one in llm.generate(prompt, free, use_tqdm=False)[0].outputs]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_string_within_a_run_of_accepted_drafts_ends_the_text_there(text_llm, streamed) -> None:
+    free = SamplingParams(temperature=0.9, seed=5, max_tokens=40, ignore_eos=True)
+    text = text_llm.generate("ab ba", free, use_tqdm=False)[0].outputs[0].text
+    for begin in (5, 11, 20):
+        params = SamplingParams(
+            temperature=0.9, seed=5, max_tokens=40, ignore_eos=True, stop=text[begin : begin + 3], logprobs=1
+        )
+        plain, drafted, llm = prophesied(text_llm, params, "ab ba")
+        if streamed:
+            *_, drafted = llm.stream("ab ba", params)
+        a, b = plain.outputs[0], drafted.outputs[0]
+        assert (a.text, a.token_ids, a.stop_reason) == (b.text, b.token_ids, b.stop_reason)
+        assert a.finish_reason == b.finish_reason == "stop" and len(a.logprobs) == len(b.logprobs)
+        assert drafted.metrics.num_generation_tokens == len(a.token_ids)
+    assert text_llm.stats()["num_accepted_tokens"] > 0
+
+
+def test_an_end_token_within_a_run_ends_the_sequence_there(make_llm) -> None:
+    llm = make_llm()
+    text = heard(llm, GREEDY, [[5, 6, 7]])[0]
+    for place in (3, 4, 9):
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[text[place]])
+        plain, drafted, _ = prophesied(llm, params, [[5, 6, 7]])
+        assert plain.outputs[0].token_ids == drafted.outputs[0].token_ids
+        assert drafted.outputs[0].finish_reason == "stop"
+    assert llm.stats()["num_accepted_tokens"] > 0
+
+
+def test_the_next_request_finds_the_blocks_that_accepted_drafts_have_filled(make_llm) -> None:
+    llm = make_llm(block_size=4, num_blocks=100)
+    _, drafted, _ = prophesied(
+        llm, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), [[5, 6, 7]]
+    )
+    follow = [5, 6, 7, *drafted.outputs[0].token_ids, 8]
+    again = llm.generate([follow], GREEDY, use_tqdm=False)[0]
+    assert again.metrics.num_cached_tokens == 32
+    fresh = make_llm().generate([follow], GREEDY, use_tqdm=False)[0]
+    assert again.outputs[0].token_ids == fresh.outputs[0].token_ids
+
+
+def test_an_abort_and_a_failing_step_leave_nothing_behind(make_llm, expected, monkeypatch) -> None:
+    llm = make_llm(speculative_config=NGRAM)
+    stream = llm.stream(prompts()[0], GREEDY)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    llm.check_integrity()
+    launch, calls = llm.engine.runner.launch, []
+
+    def fail_at_times(step: Any) -> Any:
+        calls.append(step)
+        if sum(s.num_drafts for s in step.sequences) and len(calls) % 3 == 0:
+            raise OSError("the device is gone")
+        return launch(step)
+
+    monkeypatch.setattr(llm.engine.runner, "launch", fail_at_times)
+    for request in llm.prepare(prompts(), GREEDY):
+        llm.engine.submit(request)
+    done, num_failed = {}, 0
+    while llm.engine.has_unfinished_requests:
+        try:
+            done |= {int(o.request_id): o.outputs[0].token_ids for o in llm.engine.step()}
+        except OSError:
+            num_failed += 1
+        llm.check_integrity()
+    assert num_failed > 2
+    assert [done[i] for i in sorted(done)] == [one[0] for one in expected("qwen3", "greedy")]
+
+
+def test_beams_find_the_same_answers_beside_those_who_speculate(make_llm) -> None:
+    beam = BeamSearchParams(beam_width=3, max_tokens=8)
+    plain, drafting = (make_llm(speculative_config=config) for config in (None, NGRAM))
+    a, b = (llm.beam_search(prompts(), beam, use_tqdm=False) for llm in (plain, drafting))
+    assert [[one.token_ids for one in o.outputs] for o in a] == [
+        [one.token_ids for one in o.outputs] for o in b
+    ]
+    assert drafting.stats()["num_drafts"] == 0
+
+
+def test_a_config_that_cannot_be_used_is_refused_before_anything_is_loaded(checkpoint) -> None:
+    with pytest.raises(ValueError, match="unknown tokens; known: method"):
+        LLM(checkpoint("qwen3"), speculative_config={**NGRAM, "tokens": 3})
+    with pytest.raises(ValueError, match="async_scheduling=True with speculative_config"):
+        LLM(checkpoint("qwen3"), speculative_config=NGRAM, async_scheduling=True)

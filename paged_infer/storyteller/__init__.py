@@ -1,7 +1,8 @@
 """The bundled tiny model: it tells stories from a grammar of its own and answers questions about them.
 
-`PATH` is its folder in Hugging Face format, `tell(seed)` writes a story of the grammar, and `evaluate(llm)` says how
-near a model has come to that grammar. Importing this package imports neither torch nor transformers.
+`PATH` is its folder in Hugging Face format, and `DRAFT_PATH` that of a smaller model that drafts for it. `tell(seed)`
+writes a story of the grammar, and `evaluate(llm)` says how near a model has come to that grammar. Importing this
+package imports neither torch nor transformers.
 """
 
 from pathlib import Path
@@ -11,5 +12,6 @@ from paged_infer.storyteller.grammar import Story, tell
 from paged_infer.storyteller.world import Question
 
 PATH = Path(__file__).parent / "weights"
+DRAFT_PATH = Path(__file__).parent / "draft"
 
-__all__ = ["PATH", "Question", "Story", "evaluate", "tell"]
+__all__ = ["DRAFT_PATH", "PATH", "Question", "Story", "evaluate", "tell"]

@@ -19,9 +19,18 @@ from paged_infer.storyteller.grammar import FIRST_EVALUATION_SEED
 from paged_infer.storyteller.muon import Muon
 from paged_infer.storyteller.vocabulary import train_tokenizer
 
+SHAPE = {
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 640,
+}
+Loss = Callable[[Qwen3ForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]]
 
-def new_model(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 3.1M parameters, initialized so that it soon learns to look back.
+
+def new_model(vocab_size: int, seed: int, shape: dict[str, int] = SHAPE) -> Qwen3ForCausalLM:
+    """A Qwen3 of 3.1M parameters (or of another shape), initialized so that it soon learns to look back.
 
     Two things help: weights of about 1 / sqrt(hidden), where 0.02 is usual, and `begin_by_matching`.
     """
@@ -29,12 +38,8 @@ def new_model(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocab_size,
-            hidden_size=192,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=2,
+            **shape,
             head_dim=32,
-            intermediate_size=640,
             max_position_embeddings=CONTEXT,
             initializer_range=0.07,
             tie_word_embeddings=True,
@@ -115,6 +120,7 @@ def run(
     probe: Probe,
     every: Callable[[int, list[dict[str, float]]], None],
     log_every: int = 50,
+    loss_of: Loss = loss_of,
 ) -> list[dict[str, float]]:
     """Train on all `batches`; rate(step) scales the learning rates. Returns what was logged every `log_every` steps."""
     tools = optimizers(model)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from checkpoints import FAMILIES, VOCAB
-from conftest import MakeLLM
 
 from paged_infer import LLM, BeamSearchParams, SamplingParams
+
+MakeLLM = Callable[..., LLM]
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -55,7 +55,8 @@ Speculation = Annotated[
     str | None,
     typer.Option(
         "--speculative-config",
-        help='JSON: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}.',
+        help='JSON: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2} '
+        'or {"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}.',
     ),
 ]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]

@@ -10,8 +10,10 @@ token, however bad the drafts. (Leviathan et al. 2023, "Fast inference from tran
 the distribution by accepting at random; here draft and target share their noise instead: a coupling.) Keys of drafts
 that are not kept lie in slots that are written again by whoever comes next.
 
-Drafts come from the text itself, by ``ngram``: what followed the last few tokens where they stood before (Saxena 2023,
-"Prompt lookup decoding").
+Drafts come from one of two:
+
+- ``ngram``: what followed the last few tokens where they stood before (Saxena 2023, "Prompt lookup decoding").
+- ``draft_model``: a small model of the same vocabulary (``paged_infer.draft_model``). Here its places are planned.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+from paged_infer.control.request import PENDING
 from paged_infer.params import SampleRow
 
-METHODS = ("ngram",)
+METHODS = ("ngram", "draft_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +38,17 @@ class SpeculativeConfig:
     Args:
         method: one of ``METHODS``.
         num_speculative_tokens: the most tokens drafted for a sequence in a step.
-        prompt_lookup_max: the most last tokens to look for; the longest that is found is followed.
+        model: the draft model's folder or hub id, in Hugging Face format.
+        prompt_lookup_max: with ``ngram``, the most last tokens to look for; the longest that is found is followed.
         prompt_lookup_min: the fewest. One of the two alone is both; without either they are 5.
 
     Raises:
-        ValueError: a value out of its range; the message names it.
+        ValueError: a value out of its range, missing, or of no use to the method; the message names it.
     """
 
     method: str
     num_speculative_tokens: int
+    model: str | Path | None = None
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
 
@@ -66,6 +72,18 @@ class SpeculativeConfig:
         if self.method not in METHODS:
             raise self._error("method", f"is not known; known: {', '.join(METHODS)}")
         self._check_at_least_one("num_speculative_tokens")
+        if self.method == "ngram":
+            self._check_ngram()
+            return
+        if not isinstance(self.model, (str, Path)) or not str(self.model):
+            raise self._error("model", "draft_model needs a folder or hub id")
+        for name in ("prompt_lookup_max", "prompt_lookup_min"):
+            if getattr(self, name) is not None:
+                raise self._error(name, "only ngram looks anything up")
+
+    def _check_ngram(self) -> None:
+        if self.model is not None:
+            raise self._error("model", "ngram has no draft model")
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         object.__setattr__(self, "prompt_lookup_min", low if low is not None else 5 if high is None else high)
         object.__setattr__(self, "prompt_lookup_max", high if high is not None else self.prompt_lookup_min)
@@ -87,7 +105,7 @@ class Proposer(Protocol):
     """Who drafts. Plain Python, asked while a step is planned."""
 
     def propose(self, token_ids: ReadOnlyList[int], most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow ``token_ids``."""
+        """Up to ``most`` tokens that may follow ``token_ids``; ``PENDING`` where the runner's draft model will say."""
 
 
 class NgramProposer:
@@ -111,8 +129,20 @@ class NgramProposer:
         return []
 
 
+class DraftPlaces:
+    """Places for the tokens of a draft model, which speaks once the step is planned."""
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._most = config.num_speculative_tokens
+
+    def propose(self, token_ids: ReadOnlyList[int], most: int) -> list[int]:
+        return [PENDING] * min(most, self._most)
+
+
 def make_proposer(config: SpeculativeConfig | None) -> Proposer | None:
-    return None if config is None else NgramProposer(config)
+    if config is None:
+        return None
+    return NgramProposer(config) if config.method == "ngram" else DraftPlaces(config)
 
 
 def rows_after(row: SampleRow, drafts: ReadOnlyList[int]) -> list[SampleRow]:

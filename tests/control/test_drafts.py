@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler
 
 from paged_infer.control.block_pool import BlockPool
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.request import PENDING, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import NgramProposer, SpeculativeConfig, num_accepted, rows_after
 from paged_infer.control.step import ScheduledStep
@@ -329,7 +329,7 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
         ("ngram", "speculative_config='ngram': must be a dict"),
         (
             {"method": "eagle", "num_speculative_tokens": 4},
-            "method='eagle': is not known; known: ngram",
+            "method='eagle': is not known; known: ngram, draft_model",
         ),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
@@ -337,12 +337,21 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
         ),
         ({"method": "ngram", "num_speculative_tokens": True}, "num_speculative_tokens=True"),
         (
+            {"method": "ngram", "num_speculative_tokens": 4, "model": "x"},
+            "model='x': ngram has no draft model",
+        ),
+        (
             {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 0},
             "prompt_lookup_min=0: must be an integer >= 1",
         ),
         (
             {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 3},
             "prompt_lookup_min=3: exceeds prompt_lookup_max=2",
+        ),
+        ({"method": "draft_model", "num_speculative_tokens": 4}, "model=None: draft_model needs a folder"),
+        (
+            {"method": "draft_model", "model": "x", "num_speculative_tokens": 4, "prompt_lookup_max": 4},
+            "prompt_lookup_max=4: only ngram looks",
         ),
     ],
 )
@@ -361,3 +370,11 @@ def test_the_lookup_defaults_are_vllms() -> None:
     assert lookup(prompt_lookup_max=3) == (3, 3)
     assert lookup(prompt_lookup_min=2) == (2, 2)
     assert lookup(prompt_lookup_min=2, prompt_lookup_max=4) == (2, 4)
+
+
+def test_a_draft_models_places_are_planned_and_left_open() -> None:
+    from paged_infer.control.speculation import make_proposer
+
+    proposer = make_proposer(SpeculativeConfig(method="draft_model", model="x", num_speculative_tokens=3))
+    assert proposer is not None and proposer.propose([1, 2], 9) == [PENDING] * 3
+    assert proposer.propose([1, 2], 2) == [PENDING] * 2 and make_proposer(None) is None

@@ -12,8 +12,6 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from paged_infer.cache.paged import PagedCache
 from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.config import EngineConfig
@@ -26,12 +24,14 @@ from paged_infer.control.speculation import make_proposer
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
+from paged_infer.device import device_of, dtype_of
+from paged_infer.draft_model import DraftModel, load_draft
 from paged_infer.graphs import decode_graphs, uses_graphs
 from paged_infer.interrupts import uninterrupted
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.memory import plan_memory
 from paged_infer.memory_profile import CudaMeter, Ledger
-from paged_infer.model.config import ModelConfig
+from paged_infer.model.decoder import Decoder
 from paged_infer.model.weights import load_decoder
 from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
@@ -64,39 +64,37 @@ class LLMEngine:
             ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
         """
         self.config = config
-        self.device = _device(config.device)
+        self.device = device_of(config.device)
         backend, ops = attention_backend(config.attention_backend, self.device)
         has_graphs = uses_graphs(config.enforce_eager, self.device, backend)
-        dtype = _dtype(config.dtype, folder, self.device)
+        dtype = dtype_of(config.dtype, folder, self.device)
         seed = config.seed if config.load_format == "dummy" else None
         is_measured = self.device.type == "cuda" and config.num_blocks is None
         ledger = Ledger.open(CudaMeter(self.device)) if is_measured else None
         self.decoder = load_decoder(folder, dtype, self.device, ops, dummy_seed=seed)
         self.tokenizer = Tokenizer.from_pretrained(folder)
+        draft = load_draft(config, self.decoder, ops)  # here, so that the ledger counts its weights, too
         profile = None
         if ledger is not None:
             profile = ledger.close(config, self.decoder, backend, ops, has_graphs=has_graphs)
-        self.memory = plan_memory(config, self.decoder, profile)
+        self.memory = plan_memory(config, self.decoder, profile, draft)
         policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
         check_budget(policy, config.max_num_batched_tokens, self.memory.max_model_len)
-        cache = PagedCache(
-            self.decoder.kv_spec(),
-            self.memory.num_blocks,
-            self.memory.block_size,
-            backend,
-            self.device,
-            ops,
-            num_swap_blocks=self.memory.num_swap_blocks,
-        )
+        size, num_swap_blocks = (self.memory.num_blocks, self.memory.block_size), self.memory.num_swap_blocks
+
+        def cache_of(decoder: Decoder) -> PagedCache:
+            spec = decoder.kv_spec()
+            return PagedCache(spec, *size, backend, self.device, ops, num_swap_blocks=num_swap_blocks)
+
+        cache = cache_of(self.decoder)
         graphs = (
             decode_graphs(self.decoder, cache, config.max_num_seqs, self.memory.max_model_len)
             if has_graphs
             else None
         )
-        self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample), graphs)
-        self.manager = BlockManager(
-            self.memory.num_blocks, self.memory.block_size, num_swap_blocks=self.memory.num_swap_blocks
-        )
+        drafter = None if draft is None else DraftModel(draft, cache_of(draft), Sampler(ops.sample))
+        self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample), graphs, drafter)
+        self.manager = BlockManager(*size, num_swap_blocks=num_swap_blocks)
         self.scheduler = Scheduler(
             self.manager,
             config.max_num_seqs,
@@ -335,20 +333,3 @@ class LLMEngine:
         self.scheduler.check_integrity()
         if not self._live and self.manager.pool.num_used:
             raise RuntimeError(f"no request is served and {self.manager.pool.num_used} blocks are held")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else ModelConfig.from_pretrained(folder).dtype
-    return getattr(torch, name)

@@ -14,7 +14,10 @@ CPU_POOL_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes of the paged cache. ``pool_bytes`` = num_blocks * block_size * kv_bytes_per_token."""
+    """Sizes of the paged cache. ``pool_bytes`` = num_blocks * block_size * kv_bytes_per_token.
+
+    Where a draft model has a cache of the same blocks, its bytes are among those of a token.
+    """
 
     num_blocks: int
     block_size: int
@@ -28,21 +31,28 @@ class MemoryPlan:
         return self.num_blocks * self.block_size * self.kv_bytes_per_token
 
 
-def plan_memory(config: EngineConfig, decoder: Decoder, profile: MemoryProfile | None = None) -> MemoryPlan:
+def plan_memory(
+    config: EngineConfig,
+    decoder: Decoder,
+    profile: MemoryProfile | None = None,
+    draft: Decoder | None = None,
+) -> MemoryPlan:
     """Fill in what the options leave open.
 
     Args:
         profile: what a GPU has left. None: on a CPU, or where ``num_blocks`` says how large the pool is.
+        draft: a model that drafts, with a cache of as many blocks.
 
     Raises:
-        ValueError: ``max_model_len`` exceeds the model's positions, or not one block fits the device.
+        ValueError: ``max_model_len`` exceeds the positions of the model or of its draft model, or not one block fits
+            the device.
     """
     limit = decoder.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(
             f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={limit}"
         )
-    per_token = kv_bytes_per_token(decoder.kv_spec())
+    per_token = kv_bytes_per_token([*decoder.kv_spec(), *(draft.kv_spec() if draft is not None else ())])
     longest = config.max_model_len or limit
     num_blocks = config.num_blocks
     if num_blocks is None:
@@ -55,11 +65,16 @@ def plan_memory(config: EngineConfig, decoder: Decoder, profile: MemoryProfile |
                 f"one block of {bytes_per_block} bytes does not fit the {room} bytes left for the cache"
                 + ("" if profile is None else f": {profile}")
             )
-    pool_tokens = num_blocks * config.block_size
+    max_model_len = config.max_model_len or min(limit, num_blocks * config.block_size)
+    if draft is not None and draft.config.max_position_embeddings < max_model_len:
+        raise ValueError(
+            f"max_model_len={max_model_len} exceeds the draft model's "
+            f"max_position_embeddings={draft.config.max_position_embeddings}"
+        )
     return MemoryPlan(
         num_blocks,
         config.block_size,
-        config.max_model_len or min(limit, pool_tokens),
+        max_model_len,
         per_token,
         _num_swap_blocks(config, num_blocks, per_token * config.block_size),
         profile,

@@ -8,6 +8,7 @@ hidden rows        0    1         4   -> logits [3, vocab] -> one new token for 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
 from paged_infer.sampling import Drawn, Sampler, logprobs_of, on_its_way, token_logprobs
 from paged_infer.transfer import to_device
+
+if TYPE_CHECKING:
+    from paged_infer.draft_model import DraftModel
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
 
@@ -83,8 +87,14 @@ class ModelRunner:
     """Carries out scheduled steps on one decoder and its paged cache; decodes by ``graphs``, if there are any."""
 
     def __init__(
-        self, decoder: Decoder, cache: PagedCache, sampler: Sampler, graphs: DecodeGraphs | None = None
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        sampler: Sampler,
+        graphs: DecodeGraphs | None = None,
+        drafter: DraftModel | None = None,
     ) -> None:
+        self.drafter = drafter
         self.decoder = decoder
         self.cache = cache
         self.sampler = sampler
@@ -105,6 +115,8 @@ class ModelRunner:
         Raises:
             FloatingPointError: the model produced NaN for a beam or a prompt that is reported.
         """
+        if self.drafter is not None:
+            step = self.drafter.fill_in(step)
         self.cache.move_blocks(step.moves)
         if self.graphs is not None and self.graphs.fits(step):
             return self._replay(step, self.graphs)

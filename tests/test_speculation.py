@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,3 +236,75 @@ def test_a_config_that_cannot_be_used_is_refused_before_anything_is_loaded(check
         LLM(checkpoint("qwen3"), speculative_config={**NGRAM, "tokens": 3})
     with pytest.raises(ValueError, match="async_scheduling=True with speculative_config"):
         LLM(checkpoint("qwen3"), speculative_config=NGRAM, async_scheduling=True)
+
+
+def draft_config(folder: Path, num_speculative_tokens: int = 4) -> dict[str, Any]:
+    return {"method": "draft_model", "model": folder, "num_speculative_tokens": num_speculative_tokens}
+
+
+DRAFTED = ("block-16", "block-3-chunk-7", "block-1-preempting", "block-3-swapping", "uncached")
+
+
+@pytest.mark.parametrize("options", DRAFTED)
+@pytest.mark.parametrize(("family", "draft"), [("qwen3", "qwen3"), ("gpt2", "qwen3"), ("mistral", "mistral")])
+def test_a_draft_model_does_not_change_a_token(
+    family, draft, options, make_llm, checkpoint, expected
+) -> None:
+    """A model that drafts for itself is nearly always right, and any other of these nearly never."""
+    llm = make_llm(family, speculative_config=draft_config(checkpoint(draft)), **SETTINGS[options])
+    for kind in KINDS:
+        assert_same(said(llm, KINDS[kind]), expected(family, kind))
+    stats = llm.stats()
+    assert stats["num_drafts"] > 0
+    assert stats["acceptance_rate"] > 0.9 if family == draft else stats["acceptance_rate"] < 0.1
+    if options.endswith("ing"):
+        assert stats["preemptions"] > 0
+
+
+def test_a_draft_model_reads_what_the_prefix_cache_has_and_what_comes_back_from_swap_space(
+    make_llm, checkpoint
+) -> None:
+    """One that drafts for itself is right to the last token only if its own keys are where the tables say."""
+    config = draft_config(checkpoint("qwen3"))
+    llm = make_llm(speculative_config=config, block_size=4, num_blocks=24, preemption_mode="swap")
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=30, ignore_eos=True)
+    for _ in range(2):
+        outputs = llm.generate([p[:18] for p in prompts()], params, use_tqdm=False)
+    stats = llm.stats()
+    assert stats["preemptions"] > 0 and stats["blocks_swapped_in"] > 0
+    assert any(output.metrics.num_cached_tokens for output in outputs)
+    assert stats["acceptance_rate"] > 0.99
+
+
+def test_a_draft_model_of_other_tokens_or_of_fewer_positions_is_refused(make_llm, checkpoint) -> None:
+    from paged_infer import storyteller
+
+    with pytest.raises(ValueError, match=r"has a vocabulary of 1755 tokens, .* for one of 1003"):
+        make_llm(speculative_config=draft_config(storyteller.DRAFT_PATH))
+    with pytest.raises(ValueError, match=r"max_model_len=100 exceeds the draft model's .*=64"):
+        make_llm(speculative_config=draft_config(short_sighted(checkpoint)), max_model_len=100)
+
+
+def short_sighted(checkpoint: Callable[[str], Path]) -> Path:
+    """The same model, said to see 64 tokens."""
+    folder = checkpoint("qwen3").parent / "short-sighted"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    return folder
+
+
+def test_the_storyteller_accepts_most_of_what_its_draft_model_says() -> None:
+    from paged_infer import storyteller
+
+    config = draft_config(storyteller.DRAFT_PATH)
+    begin = ["Once upon a time", "Mia had a red key."]
+    for params in (
+        SamplingParams(temperature=0, max_tokens=80, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=2, max_tokens=80, n=2, ignore_eos=True),
+    ):
+        plain, drafting = LLM(num_blocks=64), LLM(num_blocks=64, speculative_config=config)
+        a, b = (llm.generate(begin, params, use_tqdm=False) for llm in (plain, drafting))
+        assert [[one.text for one in o.outputs] for o in a] == [[one.text for one in o.outputs] for o in b]
+        assert drafting.stats()["acceptance_rate"] > 0.5
+        assert drafting.stats()["steps"] < plain.stats()["steps"] / 2

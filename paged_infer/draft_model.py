@@ -1,0 +1,102 @@
+"""A small model that drafts for a large one: it takes every step first, and goes on alone where drafts are wanted.
+
+    step           A: t7 + 3 places     B: 5 tokens of its prompt
+    draft model    A: t7 -> a           B: the same 5          a forward pass of all that is known, in its own cache,
+                   A: a -> b                                   and one for each draft; the last one only
+                   A: b -> c                                   stores keys and values: if all are accepted, nobody
+                   A: c                                        computes c here again
+    step, filled   A: t7 a b c          B: 5 tokens
+
+Its cache has the shape of the large one's pool: the same blocks, tables, copies and swaps, and it computes whatever the
+large one computes. So what holds for a block there holds for it here, too (shared, found by its hash, swapped out and
+in), and nobody keeps a second set of books.
+
+It draws with the sequence's own parameters and noise: where the two models' distributions are alike, so are the draws.
+Two independent draws would be the same only with probability sum(p_i q_i), which is small even where p = q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.config import EngineConfig
+from paged_infer.control.speculation import rows_after
+from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.kernels.ops import Ops
+from paged_infer.model.decoder import Decoder
+from paged_infer.model.hub import resolve_model
+from paged_infer.model.weights import load_decoder
+from paged_infer.params import SampleRow
+from paged_infer.runner import ModelRunner
+from paged_infer.sampling import Sampler
+
+
+def load_draft(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | None:
+    """The decoder of ``config.speculation.model``, in the target's dtype and on its device; None if none is asked for.
+
+    Raises:
+        ValueError: a checkpoint that cannot be used, or whose tokens are not the target's.
+    """
+    if config.speculation is None or config.speculation.model is None:
+        return None
+    folder = resolve_model(config.speculation.model)
+    seed = config.seed if config.load_format == "dummy" else None
+    draft = load_decoder(folder, target.dtype, target.device, ops, dummy_seed=seed)
+    if draft.config.vocab_size != target.config.vocab_size:
+        raise ValueError(
+            f"speculative_config: model={str(folder)!r} has a vocabulary of {draft.config.vocab_size} tokens, "
+            f"and the model it drafts for one of {target.config.vocab_size}"
+        )
+    return draft
+
+
+class DraftModel:
+    """Fills in the drafts of scheduled steps; see ``ModelRunner``, whose steps it sees first."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
+        """``cache``: as many blocks, of as many tokens, as the large model's."""
+        self._runner = ModelRunner(decoder, cache, sampler)
+
+    def fill_in(self, step: ScheduledStep) -> ScheduledStep:
+        """The step with tokens in the places of its drafts. All of its tokens are computed here, too."""
+        drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
+        drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
+        now, moves = [_known(sequence) for sequence in step.sequences], step.moves
+        while now:
+            drawn = self._runner.execute(ScheduledStep(step.index, now, moves)).token_ids
+            for sequence_id, token_id in drawn.items():
+                drafts[sequence_id].append(token_id)
+            now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
+            moves = BlockMoves()
+        filled = [
+            replace(s, token_ids=[*s.token_ids[: s.num_known_tokens], *drafts[s.sequence_id]])
+            if s.num_drafts
+            else s
+            for s in step.sequences
+        ]
+        return replace(step, sequences=filled)
+
+
+def _known(sequence: ScheduledSequence) -> ScheduledSequence:
+    """The sequence without its drafts, of which the first is drawn."""
+    return ScheduledSequence(
+        sequence.sequence_id,
+        sequence.token_ids[: sequence.num_known_tokens],
+        sequence.num_computed_tokens,
+        sequence.block_table,
+        sequence.sample if sequence.num_drafts else None,
+    )
+
+
+def _behind(sequence: ScheduledSequence, drafts: list[int]) -> ScheduledSequence:
+    """The last of the drafts, after which the next is drawn, if more are wanted."""
+    assert isinstance(sequence.sample, SampleRow)
+    is_last = len(drafts) == sequence.num_drafts
+    return ScheduledSequence(
+        sequence.sequence_id,
+        drafts[-1:],
+        sequence.num_computed_tokens + sequence.num_known_tokens + len(drafts) - 1,
+        sequence.block_table,
+        None if is_last else rows_after(sequence.sample, drafts)[-1],
+    )

@@ -56,7 +56,7 @@ class DraftModel:
 
     def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
         """``cache``: as many blocks, of as many tokens, as the large model's."""
-        self._runner = ModelRunner(decoder, cache, sampler)
+        self.runner = ModelRunner(decoder, cache, sampler)
 
     def fill_in(self, step: ScheduledStep) -> ScheduledStep:
         """The step with tokens in the places of its drafts. All of its tokens are computed here, too."""
@@ -64,7 +64,7 @@ class DraftModel:
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
         now, moves = [_known(sequence) for sequence in step.sequences], step.moves
         while now:
-            drawn = self._runner.execute(ScheduledStep(step.index, now, moves)).token_ids
+            drawn = self.runner.execute(ScheduledStep(step.index, now, moves)).token_ids
             for sequence_id, token_id in drawn.items():
                 drafts[sequence_id].append(token_id)
             now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as ReadOnlyList
+from dataclasses import replace
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.metrics import Run
@@ -45,6 +46,7 @@ def run_engine(
     The run's seconds are from the first arrival to the last token.
     """
     engine.usage = KVUsage()
+    before = replace(engine.scheduler.stats)
     server = WorkloadServer(engine, workload)
     moments = arrive_s or [0.0] * len(workload.prompts)
     arrivals = [
@@ -53,6 +55,9 @@ def run_engine(
     ]
     with watch_steps(engine) as span_s:
         times = serve(server, arrivals, num_clients)
+    stats = engine.scheduler.stats
+    num_drafted = stats.num_draft_tokens - before.num_draft_tokens
+    num_accepted = stats.num_accepted_tokens - before.num_accepted_tokens
     return Run(
         token_ids=[list(sequence.output_token_ids) for sequence in server.sequences],
         times=times,
@@ -61,6 +66,8 @@ def run_engine(
         kv_bytes_per_token=engine.memory.kv_bytes_per_token,
         span_s=span_s,
         overhead_share=cpu_overhead_share(span_s) if engine.device.type == "cpu" else None,
+        acceptance_rate=num_accepted / num_drafted if num_drafted else None,
+        num_steps=stats.steps - before.steps,
     )
 
 

@@ -82,6 +82,8 @@ class Run:
     texts: list[str] = field(default_factory=list)
     is_whole: bool = False  # an answer came as one, so that nobody can tell when its first token was there
     loop_delay_s: Percentiles | None = None  # of a server's event loop
+    acceptance_rate: float | None = None  # of drafted tokens; None where none was drafted
+    num_steps: int | None = None  # None: a peer does not tell
 
     @property
     def num_outputs(self) -> list[int]:
@@ -149,6 +151,8 @@ class Metrics:
     peak_kv_bytes: float | None
     kv_fill: float | None
     loop_delay_s: Percentiles | None = None
+    acceptance_rate: float | None = None
+    num_steps: float | None = None
 
     @classmethod
     def of(cls, run: Run, floor: Floor | None) -> Metrics:
@@ -170,6 +174,8 @@ class Metrics:
             peak_kv_bytes=run.peak_kv_bytes,
             kv_fill=run.kv_fill,
             loop_delay_s=run.loop_delay_s,
+            acceptance_rate=run.acceptance_rate,
+            num_steps=run.num_steps,
         )
 
     @classmethod

@@ -53,6 +53,10 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
     ]
     if runner.graphs is not None:
         places.append(("model", runner.graphs, "replay"))
+    if runner.drafter is not None:  # what it computes is computing, too
+        drafting = runner.drafter.runner
+        places += [("model", drafting.decoder, method) for method in ("forward", "logits")]
+        places.append(("sample", drafting.sampler, "draw"))
     found: dict[str, float] = {}
     before = [owner.__dict__.get(method) for _, owner, method in places]  # None: the method of its class
     for name, owner, method in places:

@@ -45,12 +45,14 @@ def print_speed(report: SpeedReport) -> None:
         rows.append((entry.name, *_cells(entry.metrics), _yes(entry.same_counts), same))
         times.append((entry.name, *_times(entry.metrics)))
         marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
-    first = "load" if report.command in ("load", "serve") else "contender"
+    first = "load" if report.command in ("load", "serve", "speculation") else "contender"
     tells_loop = any(entry.metrics.loop_delay_s is not None for entry in report.entries)
     times_header = (first, *TIMES_HEADER)[: None if tells_loop else -1]
     times = [row[: len(times_header)] for row in times]
     print_table(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
     print_table("milliseconds: p50 / p90 / p99", times_header, times, marks)
+    if report.command == "speculation":
+        _print_drafts(report)
     for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
         print(line)
     print(f"on {machine_line(report.machine)}")
@@ -94,12 +96,31 @@ def _ratios(report: SpeedReport) -> list[str]:
         return []
     if report.command == "serve":
         return _serve_ratios(report)
+    if report.command == "speculation":  # each method beside the first, which is none, on as many requests
+        plain = {entry.load: entry for entry in report.entries if entry.series == report.entries[0].series}
+        return [ratio_line(e, plain[e.load]) for e in report.entries if e is not plain[e.load]]
     if report.command == "optimisations":  # each rung beside the one before, and the last beside the first
         first, *_, last = report.entries
         pairs = [(after, before) for before, after in pairwise(report.entries)]
         return [ratio_line(after, before) for after, before in [*pairs, (last, first)]]
     ours = report[ENGINE]
     return [ratio_line(ours, other) for other in report.entries if other is not ours]
+
+
+def _print_drafts(report: SpeedReport) -> None:
+    """What drafts are there for: fewer steps, each with more tokens."""
+    rows = []
+    for entry in report.entries:
+        steps, rate, requests = entry.metrics.num_steps, entry.metrics.acceptance_rate, entry.load or 1.0
+        tokens = entry.metrics.output_tokens_per_s * entry.metrics.seconds
+        known = [UNKNOWN] * 2 if not steps else [f"{steps:,.0f}", f"{tokens / requests / steps:.2f}"]
+        rows.append((entry.name, _share(rate), *known))
+    print_table(
+        "what drafts bought",
+        ("load", "accepted", "steps", "tokens a step and request"),
+        rows,
+        [""] * len(rows),
+    )
 
 
 def _serve_ratios(report: SpeedReport) -> list[str]:

@@ -8,14 +8,17 @@ from paged_infer.bench.metrics import Percentiles
 from paged_infer.bench.speed import Entry, SpeedReport
 from paged_infer.viz.policies import log_heights
 from paged_infer.viz.serving import serving_figure
+from paged_infer.viz.speculation import speculation_figure
 from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
 
 CLOSED, OPEN = RUNG_COLOURS["paged"], RUNG_COLOURS["cached"]
 
 
 def speed_figure(report: SpeedReport) -> Picture:
-    """Of ``latency`` and ``throughput``: bars for each contender. Of ``load`` and ``serve``: lines over the load."""
-    draw = {"load": _load_figure, "serve": serving_figure}.get(report.command, _contenders_figure)
+    """Bars for each contender; of ``load``, ``serve`` and ``speculation``, all of it over the load."""
+    draw = {"load": _load_figure, "serve": serving_figure, "speculation": speculation_figure}.get(
+        report.command, _contenders_figure
+    )
     figure = draw(report)
     figure.suptitle(f"{report.model}, {report.dtype}: {report.workload}", fontsize=9.5, color=INK)
     return figure

@@ -25,9 +25,10 @@ from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.usage import KVUsage
 from paged_infer.engine import Prompt
 from paged_infer.llm import LLM
+from paged_infer.logprobs import token_logprobs
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
-from paged_infer.sampling import Sampler, token_logprobs
+from paged_infer.sampling import Sampler
 
 Prompts = Prompt | ReadOnlyList[Prompt]
 Params = SamplingParams | ReadOnlyList[SamplingParams] | None

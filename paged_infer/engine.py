@@ -12,33 +12,18 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from paged_infer.cache.paged import PagedCache
 from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_beams, check_request, truncated
-from paged_infer.control.block_manager import BlockManager
-from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.request import Request, Sequence
-from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.speculation import make_proposer
 from paged_infer.control.step import ScheduledStep
-from paged_infer.control.trace import Trace
 from paged_infer.control.usage import KVUsage
-from paged_infer.device import device_of, dtype_of
-from paged_infer.draft_model import DraftModel, load_draft
-from paged_infer.graphs import decode_graphs, uses_graphs
+from paged_infer.engine_parts import open_parts
 from paged_infer.interrupts import uninterrupted
-from paged_infer.kernels.registry import attention_backend
-from paged_infer.memory import plan_memory
-from paged_infer.memory_profile import CudaMeter, Ledger
-from paged_infer.model.decoder import Decoder
-from paged_infer.model.weights import load_decoder
 from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.runner import ModelRunner, RunningStep, StepResult
-from paged_infer.sampling import Sampler
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.runner import RunningStep, StepResult
 
 Prompt = str | ReadOnlyList[int]
 Params = SamplingParams | BeamSearchParams
@@ -58,53 +43,12 @@ class LLMEngine:
     """One model, one paged cache, any number of requests. Not thread-safe: one caller steps it."""
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
-        """Load ``folder`` and reserve the block pool.
-
-        Raises:
-            ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
-        """
+        """See ``open_parts``, errors included."""
+        parts = open_parts(folder, config)
         self.config = config
-        self.device = device_of(config.device)
-        backend, ops = attention_backend(config.attention_backend, self.device)
-        has_graphs = uses_graphs(config.enforce_eager, self.device, backend)
-        dtype = dtype_of(config.dtype, folder, self.device)
-        seed = config.seed if config.load_format == "dummy" else None
-        is_measured = self.device.type == "cuda" and config.num_blocks is None
-        ledger = Ledger.open(CudaMeter(self.device)) if is_measured else None
-        self.decoder = load_decoder(folder, dtype, self.device, ops, dummy_seed=seed)
-        self.tokenizer = Tokenizer.from_pretrained(folder)
-        draft = load_draft(config, self.decoder, ops)  # here, so that the ledger counts its weights, too
-        profile = None
-        if ledger is not None:
-            profile = ledger.close(config, self.decoder, backend, ops, has_graphs=has_graphs)
-        self.memory = plan_memory(config, self.decoder, profile, draft)
-        policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
-        check_budget(policy, config.max_num_batched_tokens, self.memory.max_model_len)
-        size, num_swap_blocks = (self.memory.num_blocks, self.memory.block_size), self.memory.num_swap_blocks
-
-        def cache_of(decoder: Decoder) -> PagedCache:
-            spec = decoder.kv_spec()
-            return PagedCache(spec, *size, backend, self.device, ops, num_swap_blocks=num_swap_blocks)
-
-        cache = cache_of(self.decoder)
-        graphs = (
-            decode_graphs(self.decoder, cache, config.max_num_seqs, self.memory.max_model_len)
-            if has_graphs
-            else None
-        )
-        drafter = None if draft is None else DraftModel(draft, cache_of(draft), Sampler(ops.sample))
-        self.runner = ModelRunner(self.decoder, cache, Sampler(ops.sample), graphs, drafter)
-        self.manager = BlockManager(*size, num_swap_blocks=num_swap_blocks)
-        self.scheduler = Scheduler(
-            self.manager,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            enable_prefix_caching=config.enable_prefix_caching,
-            preemption_mode=config.preemption_mode,
-            policy=policy,
-            proposer=make_proposer(config.speculation),
-            trace=Trace(self.memory.num_blocks) if config.trace else None,
-        )
+        self.device, self.decoder, self.tokenizer = parts.device, parts.decoder, parts.tokenizer
+        self.memory, self.runner, self.scheduler = parts.memory, parts.runner, parts.scheduler
+        self.manager = self.scheduler.manager
         self.usage = KVUsage()
         self.grown: list[Sequence] = []  # who got a token in the newest step, once for each token
         on_gpu = self.device.type == "cuda"

@@ -21,10 +21,11 @@ from paged_infer.control.request import PENDING
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.graphs import DecodeGraphs
+from paged_infer.logprobs import logprobs_of, token_logprobs
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
-from paged_infer.sampling import Drawn, Sampler, logprobs_of, on_its_way, token_logprobs
+from paged_infer.sampling import Drawn, Sampler, on_its_way
 from paged_infer.transfer import to_device
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from paged_infer.logprobs import token_logprobs
 from paged_infer.noise import noise, row_keys
 from paged_infer.params import SampleRow, SamplingParams
-from paged_infer.sampling import Sampler, token_logprobs
+from paged_infer.sampling import Sampler
 
 INF = math.inf
 
@@ -332,28 +333,6 @@ def test_logprobs_are_of_the_raw_distribution_whatever_the_parameters() -> None:
             assert logprob.logprob == pytest.approx(float(exact[index, token]), abs=1e-5)
             assert logprob.rank == 1 + int((logits[index] > logits[index, token]).sum())
             assert logprob.decoded_token is None
-
-
-def test_the_chosen_token_is_not_listed_twice_and_equals_share_a_rank() -> None:
-    found = token_logprobs(torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]]), [3], [4])[0]
-    assert list(found) == [3, 1, 2, 4]
-    assert [logprob.rank for logprob in found.values()] == [1, 1, 3, 3]
-
-
-def test_more_logprobs_than_tokens_is_all_tokens() -> None:
-    assert len(token_logprobs(torch.zeros(1, 5), [0], [99])[0]) == 5
-
-
-def test_logprobs_of_a_long_prompt_equal_those_of_its_rows() -> None:
-    """2,000 x 3,000 logits are more than one slice."""
-    logits = torch.randn(2000, 3000, generator=torch.Generator().manual_seed(0))
-    token_ids, num_top = list(range(2000)), [i % 3 for i in range(2000)]
-    found = token_logprobs(logits, token_ids, num_top)
-    for i in (0, 1397, 1398, 1399, 1999):
-        assert found[i] == token_logprobs(logits[i : i + 1], [i], [num_top[i]])[0]
-
-
-# -------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])

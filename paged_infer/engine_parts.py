@@ -1,0 +1,89 @@
+"""What an engine is made of, opened in the order in which each needs the one before.
+
+folder -> decoder, tokenizer -> how much memory is left -> pool, cache -> runner
+                                                        -> BlockManager -> Scheduler
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.config import EngineConfig
+from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.policies import check_budget, make_policy
+from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.speculation import make_proposer
+from paged_infer.control.trace import Trace
+from paged_infer.device import device_of, dtype_of
+from paged_infer.draft_model import DraftModel, load_draft
+from paged_infer.graphs import decode_graphs, uses_graphs
+from paged_infer.kernels.registry import attention_backend
+from paged_infer.memory import MemoryPlan, plan_memory
+from paged_infer.memory_profile import CudaMeter, Ledger
+from paged_infer.model.decoder import Decoder
+from paged_infer.model.weights import load_decoder
+from paged_infer.runner import ModelRunner
+from paged_infer.sampling import Sampler
+from paged_infer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Everything that ``LLMEngine`` puts to work. ``tokenizer`` is None where the checkpoint has none."""
+
+    device: torch.device
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    memory: MemoryPlan
+    runner: ModelRunner
+    scheduler: Scheduler
+
+
+def open_parts(folder: Path, config: EngineConfig) -> EngineParts:
+    """Load ``folder`` and reserve the block pool.
+
+    Raises:
+        ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
+    """
+    device = device_of(config.device)
+    backend, ops = attention_backend(config.attention_backend, device)
+    has_graphs = uses_graphs(config.enforce_eager, device, backend)
+    dtype = dtype_of(config.dtype, folder, device)
+    seed = config.seed if config.load_format == "dummy" else None
+    is_measured = device.type == "cuda" and config.num_blocks is None
+    ledger = Ledger.open(CudaMeter(device)) if is_measured else None
+    decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    draft = load_draft(config, decoder, ops)  # here, so that the ledger counts its weights, too
+    profile = None
+    if ledger is not None:
+        profile = ledger.close(config, decoder, backend, ops, has_graphs=has_graphs)
+    memory = plan_memory(config, decoder, profile, draft)
+    policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
+    check_budget(policy, config.max_num_batched_tokens, memory.max_model_len)
+    size, num_swap_blocks = (memory.num_blocks, memory.block_size), memory.num_swap_blocks
+
+    def cache_of(decoder: Decoder) -> PagedCache:
+        return PagedCache(decoder.kv_spec(), *size, backend, device, ops, num_swap_blocks=num_swap_blocks)
+
+    cache, sampler = cache_of(decoder), Sampler(ops.sample)
+    graphs = None
+    if has_graphs:
+        graphs = decode_graphs(decoder, cache, config.max_num_seqs, memory.max_model_len)
+    drafter = None if draft is None else DraftModel(draft, cache_of(draft), Sampler(ops.sample))
+    scheduler = Scheduler(
+        BlockManager(*size, num_swap_blocks=num_swap_blocks),
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        preemption_mode=config.preemption_mode,
+        policy=policy,
+        proposer=make_proposer(config.speculation),
+        trace=Trace(memory.num_blocks) if config.trace else None,
+    )
+    runner = ModelRunner(decoder, cache, sampler, graphs, drafter)
+    return EngineParts(device, decoder, tokenizer, memory, runner, scheduler)

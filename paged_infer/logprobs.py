@@ -1,0 +1,93 @@
+"""What readers are told of a token: its log-probability, its rank, and the tokens that were more probable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paged_infer.outputs import Logprob, TokenLogprobs
+from paged_infer.params import SampleRow
+
+
+def logprobs_of(
+    logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]
+) -> list[TokenLogprobs | None]:
+    """What the rows that ask for it are told of the tokens drawn from them; None for the others."""
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    asked = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+    if asked:
+        places = list(asked)
+        wanted = logits if len(places) == len(rows) else logits[places]
+        found = token_logprobs(wanted, [token_ids[i] for i in places], list(asked.values()))
+        for i, of_row in zip(places, found, strict=True):
+            logprobs[i] = of_row
+    return logprobs
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of given tokens and of the most probable ones, from the raw distribution.
+
+    Works on slices of rows, so the memory it takes does not grow with R.
+
+    Args:
+        logits: [R, V], any float type; left as they are.
+        token_ids: R token ids within the vocabulary.
+        num_top: for each row, how many of the most probable tokens to add; the whole vocabulary at most.
+
+    Returns:
+        For each row, token id -> ``Logprob`` in float32: the given token first, then the top ones, best first
+        (of equals the lower id). ``rank`` is 1 plus the number of strictly more probable tokens; no text yet.
+
+    Raises:
+        FloatingPointError: a row holds NaN or +inf, or no finite logit; the message names it.
+    """
+    results: list[TokenLogprobs] = []
+    num_rows, vocab_size = logits.shape
+    step = max(1, (1 << 22) // vocab_size)
+    for start in range(0, num_rows, step):
+        stop = start + step
+        part = logits[start:stop].to(torch.float32)  # [r, V]
+        ids = torch.tensor(token_ids[start:stop], device=logits.device).unsqueeze(1)  # [r, 1]
+        value = part.gather(1, ids)
+        ranks: list[int] = (part > value).sum(dim=1).add_(1).tolist()
+        num_columns = max(num_top[start:stop])
+        if num_columns > 0:
+            top_value, top_ids = largest(part, num_columns)
+            value, ids = torch.cat((value, top_value), dim=1), torch.cat((ids, top_ids), dim=1)
+        peak = part.amax(dim=1, keepdim=True)
+        log_total = (part - peak).exp_().sum(dim=1, keepdim=True).log_()
+        broken: list[int] = (~log_total.isfinite()).flatten().nonzero().flatten().tolist()
+        if broken:
+            broken = [start + i for i in broken]
+            raise FloatingPointError(f"logits of rows {broken} have no logprobs: NaN, +inf or nothing finite")
+        values: list[list[float]] = (value - peak - log_total).tolist()
+        results.extend(map(_by_token, values, ids.tolist(), ranks, num_top[start:stop]))
+    return results
+
+
+def _by_token(logprobs: list[float], ids: list[int], rank: int, num_top: int) -> TokenLogprobs:
+    """One row's answer: ``logprobs`` and ``ids`` hold the given token, then the top ones in order."""
+    found = {ids[0]: Logprob(logprobs[0], rank)}
+    top_rank, previous = 1, math.inf
+    for place in range(1, min(num_top, len(ids) - 1) + 1):
+        token_id, logprob = ids[place], logprobs[place]
+        if logprob != previous:
+            top_rank, previous = place, logprob
+        found.setdefault(token_id, Logprob(logprob, top_rank))
+    return found
+
+
+def largest(values: Tensor, num_largest: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row, best first, of equals the lower index: [r, V] -> [r, K], int64 [r, K]."""
+    vocab_size = values.shape[1]
+    if num_largest >= vocab_size:
+        return torch.sort(values, dim=1, descending=True, stable=True)
+    top, ids = values.topk(num_largest, dim=1)
+    is_new = top[:, 1:] != top[:, :-1]
+    if not is_new.all():  # topk leaves equals in any order: sort ids within each run of equals
+        runs = torch.nn.functional.pad(is_new.cumsum(dim=1), (1, 0))
+        ids = (runs * vocab_size + ids).sort(dim=1).values % vocab_size
+    return top, ids

@@ -243,7 +243,6 @@ class EngineThread:
         for output in outputs:
             get = self._mailboxes.pop if output.finished else self._mailboxes.__getitem__
             letters.append((get(output.request_id), output))
-        self._deliver(letters)
         report = StepReport(time.perf_counter(), grown, outputs)
         for observer in list(self.observers):
             try:
@@ -251,6 +250,7 @@ class EngineThread:
             except Exception:  # who only looks on must not cost anybody an answer
                 logger.exception("an observer has failed and is told no more")
                 self.observers.remove(observer)
+        self._deliver(letters)  # last, so that whoever holds an answer finds it counted
 
     def _deliver(self, letters: list[tuple[Mailbox, RequestOutput | Exception]]) -> None:
         """One call for each event loop that has a reader among them: usually one."""

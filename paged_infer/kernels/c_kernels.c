@@ -1,4 +1,5 @@
-/* The pieces of a decode step around its matrix products, on a CPU: one pass over memory each, float32.
+/* The pieces of a decode step around its matrix products, on a CPU: one pass over memory each. Tensors hold float32, or
+   with -DBFLOAT16 bfloat16, which is the upper half of a float32; all is computed in float32.
 
    Built by c_runtime.py with the machine's own compiler, called by c_ops.py and paged_attention_c.py. Each function
    means what the torch twin of its name means; the tests hold the two together. Loops over the last dimension are
@@ -10,6 +11,23 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define WORTH_A_THREAD 16384 /* elements; below, waking a thread costs more than it helps */
+
+#ifdef BFLOAT16
+typedef uint16_t stored;
+INLINE float load(stored x) {
+    union { uint32_t bits; float value; } wide = {(uint32_t)x << 16};
+    return wide.value;
+}
+INLINE stored store(float x) { /* to the nearest, ties to even; NaN stays NaN */
+    union { float value; uint32_t bits; } wide = {x};
+    uint32_t rounded = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16;
+    return x == x ? rounded : 0x7fc0;
+}
+#else
+typedef float stored;
+INLINE float load(stored x) { return x; }
+INLINE stored store(float x) { return x; }
+#endif
 
 /* e^x for x <= 0, to 2 ulps, without a branch, so that it vectorises: 2^n * 2^f, |f| <= 1/2. NaN stays NaN. */
 INLINE float fast_exp(float x) {
@@ -27,71 +45,77 @@ INLINE float fast_exp(float x) {
     return y > -126.0f ? small : (y == y ? 0.0f : y);
 }
 
-INLINE float dot(const float *a, const float *b, int64_t n) {
+INLINE float dot(const float *a, const stored *b, int64_t n) {
     float sum = 0.0f;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    for (int64_t i = 0; i < n; i++) sum += a[i] * load(b[i]);
     return sum;
 }
 
+INLINE float mean_square(const stored *x, int64_t n) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sum += load(x[i]) * load(x[i]);
+    return sum / (float)n;
+}
+
 /* total = x + residual; normed = total / rms(total) * weight. Without a residual the total is x, and is not written. */
-void add_rms_norm(float *normed, float *total, const float *x, const float *residual, const float *weight,
+void add_rms_norm(stored *normed, stored *total, const stored *x, const stored *residual, const stored *weight,
                   int64_t num_tokens, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
                   int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > WORTH_A_THREAD)
     for (int64_t t = 0; t < num_tokens; t++) {
-        const float *row = x + t * x_stride;
+        const stored *row = x + t * x_stride;
         if (residual) {
-            const float *other = residual + t * residual_stride;
-            float *sum = total + t * width;
-            for (int64_t i = 0; i < width; i++) sum[i] = row[i] + other[i];
+            const stored *other = residual + t * residual_stride;
+            stored *sum = total + t * width;
+            for (int64_t i = 0; i < width; i++) sum[i] = store(load(row[i]) + load(other[i]));
             row = sum;
         }
-        float scale = 1.0f / sqrtf(dot(row, row, width) / (float)width + eps);
-        for (int64_t i = 0; i < width; i++) normed[t * width + i] = row[i] * scale * weight[i];
+        float scale = 1.0f / sqrtf(mean_square(row, width) + eps);
+        for (int64_t i = 0; i < width; i++) normed[t * width + i] = store(load(row[i]) * scale * load(weight[i]));
     }
 }
 
 /* out [T, I] = silu(gate) * up, from rows [gate | up]. */
-void silu_mul(float *out, const float *gate_up, int64_t num_tokens, int64_t width, int64_t stride, int threads) {
+void silu_mul(stored *out, const stored *gate_up, int64_t num_tokens, int64_t width, int64_t stride, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > WORTH_A_THREAD)
     for (int64_t t = 0; t < num_tokens; t++) {
-        const float *gate = gate_up + t * stride, *up = gate + width;
+        const stored *gate = gate_up + t * stride, *up = gate + width;
         for (int64_t i = 0; i < width; i++) {
-            float g = gate[i], small = fast_exp(-fabsf(g)); /* within [0, 1], however large the gate */
-            out[t * width + i] = g * (g < 0.0f ? small : 1.0f) / (1.0f + small) * up[i];
+            float g = load(gate[i]), small = fast_exp(-fabsf(g)); /* within [0, 1], however large the gate */
+            out[t * width + i] = store(g * (g < 0.0f ? small : 1.0f) / (1.0f + small) * load(up[i]));
         }
     }
 }
 
 /* qk [T, num_qk, D]: heads of qkv, each normalised (where there is a weight) and turned to its token's position.
    The first half of sin is negated, as model.layers.RotaryEmbedding makes it. */
-void qk_norm_rope(float *qk, const float *qkv, const float *cos, const float *sin, const float *weight,
+void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored *sin, const stored *weight,
                   int64_t num_tokens, int64_t num_qk, int64_t dim, int64_t stride, float eps, int threads) {
     int64_t half = dim / 2;
 #pragma omp parallel for num_threads(threads) if (num_tokens * num_qk * dim > WORTH_A_THREAD)
     for (int64_t t = 0; t < num_tokens; t++) {
-        const float *c = cos + t * dim, *s = sin + t * dim;
+        const stored *c = cos + t * dim, *s = sin + t * dim;
         for (int64_t h = 0; h < num_qk; h++) {
-            const float *in = qkv + t * stride + h * dim;
-            float *x = qk + (t * num_qk + h) * dim;
-            float scale = weight ? 1.0f / sqrtf(dot(in, in, dim) / (float)dim + eps) : 1.0f;
-            for (int64_t i = 0; i < dim; i++) x[i] = weight ? in[i] * scale * weight[h * dim + i] : in[i];
-            for (int64_t i = 0; i < half; i++) {
-                float first = x[i], second = x[i + half];
-                x[i] = first * c[i] + second * s[i];
-                x[i + half] = second * c[i + half] + first * s[i + half];
+            const stored *in = qkv + t * stride + h * dim, *w = weight + h * dim;
+            stored *out = qk + (t * num_qk + h) * dim;
+            float scale = weight ? 1.0f / sqrtf(mean_square(in, dim) + eps) : 1.0f;
+            for (int64_t i = 0, j = half; i < half; i++, j++) {
+                float first = load(in[i]) * scale * (weight ? load(w[i]) : 1.0f);
+                float second = load(in[j]) * scale * (weight ? load(w[j]) : 1.0f);
+                out[i] = store(first * load(c[i]) + second * load(s[i]));
+                out[j] = store(second * load(c[j]) + first * load(s[j]));
             }
         }
     }
 }
 
 /* Rows of k and v [T, H_kv * D] to their slots; a slot of -1 writes nothing. */
-void store_kv(float *k_cache, float *v_cache, const float *k, const float *v, const int64_t *slots, int64_t num_tokens,
-              int64_t width, int64_t k_stride, int64_t v_stride) {
+void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v, const int64_t *slots,
+              int64_t num_tokens, int64_t width, int64_t k_stride, int64_t v_stride) {
     for (int64_t t = 0; t < num_tokens; t++) {
         if (slots[t] < 0) continue;
-        memcpy(k_cache + slots[t] * width, k + t * k_stride, width * sizeof(float));
-        memcpy(v_cache + slots[t] * width, v + t * v_stride, width * sizeof(float));
+        memcpy(k_cache + slots[t] * width, k + t * k_stride, width * sizeof(stored));
+        memcpy(v_cache + slots[t] * width, v + t * v_stride, width * sizeof(stored));
     }
 }
 
@@ -100,13 +124,13 @@ void store_kv(float *k_cache, float *v_cache, const float *k, const float *v, co
 
 /* One sequence and some of its key heads, whose query heads lie together: online softmax (Milakov 2018) over keys
    first..length-1, tile by tile, reading keys and values where they lie, all heads of a token in one go. */
-INLINE void attend_row(float *out, const float *q, const float *keys, const float *values, const int32_t *table,
+INLINE void attend_row(stored *out, const stored *q, const stored *keys, const stored *values, const int32_t *table,
                        int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t block_size,
                        int64_t slot_stride, float scale) {
     int64_t num_heads = num_kv * group, place[TILE];
-    float acc[MAX_TASK_WIDTH], score[num_heads][TILE], largest[num_heads], total[num_heads];
+    float acc[MAX_TASK_WIDTH], query[MAX_TASK_WIDTH], score[num_heads][TILE], largest[num_heads], total[num_heads];
     for (int64_t h = 0; h < num_heads; h++) largest[h] = -INFINITY, total[h] = 0.0f;
-    memset(acc, 0, num_heads * dim * sizeof(float));
+    for (int64_t i = 0; i < num_heads * dim; i++) acc[i] = 0.0f, query[i] = load(q[i]) * scale;
     int64_t block = first / block_size, offset = first % block_size;
     for (int64_t start = first; start < length; start += TILE) {
         int64_t n = length - start < TILE ? length - start : TILE;
@@ -117,7 +141,7 @@ INLINE void attend_row(float *out, const float *q, const float *keys, const floa
         for (int64_t i = 0; i < n; i++)
             for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
                 for (int64_t g = 0; g < group; g++, h++)
-                    score[h][i] = dot(q + h * dim, keys + place[i] + kv * dim, dim) * scale;
+                    score[h][i] = dot(query + h * dim, keys + place[i] + kv * dim, dim);
         for (int64_t h = 0; h < num_heads; h++) {
             float top = largest[h], sum = 0.0f;
             for (int64_t i = 0; i < n; i++) top = score[h][i] > top ? score[h][i] : top;
@@ -132,15 +156,15 @@ INLINE void attend_row(float *out, const float *q, const float *keys, const floa
             for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
                 for (int64_t g = 0; g < group; g++, h++)
                     for (int64_t d = 0; d < dim; d++)
-                        acc[h * dim + d] += score[h][i] * values[place[i] + kv * dim + d];
+                        acc[h * dim + d] += score[h][i] * load(values[place[i] + kv * dim + d]);
     }
     for (int64_t h = 0; h < num_heads; h++)
-        for (int64_t d = 0; d < dim; d++) out[h * dim + d] = acc[h * dim + d] / total[h];
+        for (int64_t d = 0; d < dim; d++) out[h * dim + d] = store(acc[h * dim + d] / total[h]);
 }
 
 /* One query a sequence: q and out [B, H, D], rows of q apart by q_stride; caches [num_slots, H_kv, D].
    A group's query heads, H / H_kv * D elements, must fit into MAX_TASK_WIDTH. */
-void paged_decode(float *out, const float *q, const float *k_cache, const float *v_cache, const int32_t *tables,
+void paged_decode(stored *out, const stored *q, const stored *k_cache, const stored *v_cache, const int32_t *tables,
                   const int32_t *lengths, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads, int64_t dim,
                   int64_t block_size, int64_t table_stride, int64_t q_stride, int64_t window, float scale,
                   int threads) {
@@ -155,9 +179,9 @@ void paged_decode(float *out, const float *q, const float *k_cache, const float 
             int64_t head = task * together, left = num_kv_heads - head, num_kv = left < together ? left : together;
             int64_t length = lengths[row], first = length > window ? length - window : 0;
             const int32_t *table = tables + row * table_stride;
-            const float *queries = q + row * q_stride + head * group * dim;
-            const float *keys = k_cache + head * dim, *values = v_cache + head * dim;
-            float *result = out + (row * num_heads + head * group) * dim;
+            const stored *queries = q + row * q_stride + head * group * dim;
+            const stored *keys = k_cache + head * dim, *values = v_cache + head * dim;
+            stored *result = out + (row * num_heads + head * group) * dim;
 #define ATTEND(D) \
     attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, block_size, slot_stride, scale)
             switch (dim) { /* a dimension that the compiler knows is unrolled */

@@ -1,7 +1,7 @@
 """The step's elementwise pieces on a CPU, by the functions of ``c_kernels.c``: each in one pass, without temporaries.
 
-Each takes what its twin takes. What the C function does not do (half precision, rows that are not dense, tensors on
-another device) goes to the twin, so callers need not know.
+Each takes what its twin takes. What the C function does not do (float16, rows that are not dense, tensors on another
+device) goes to the twin, so callers need not know.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.c_runtime import library
+from paged_infer.kernels.c_runtime import DTYPES, library
 from paged_infer.kernels.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.rms_norm import add_rms_norm_reference
 from paged_infer.kernels.silu_mul import silu_mul_reference
 from paged_infer.kernels.store_kv import store_kv_reference
 
 
-def suits(*tensors: Tensor) -> bool:
-    """Whether C can read them: float32 on the CPU, the last dimension dense."""
-    for x in tensors:  # noqa: SIM110  (asked 40 times a step, and a generator takes three times as long)
-        if x.dtype is not torch.float32 or not x.is_cpu or x.stride(-1) != 1:
+def suits(first: Tensor, *others: Tensor) -> bool:
+    """Whether C can read them: one dtype of ``DTYPES``, on the CPU, the last dimension dense."""
+    dtype = first.dtype
+    if dtype not in DTYPES or not first.is_cpu or first.stride(-1) != 1:
+        return False
+    for x in others:  # noqa: SIM110  (asked 40 times a step, and a generator takes three times as long)
+        if x.dtype is not dtype or not x.is_cpu or x.stride(-1) != 1:
             return False
     return True
 
@@ -29,9 +32,9 @@ def add_rms_norm_c(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     if not suits(x, weight) or (residual is not None and not suits(residual)):
         return add_rms_norm_reference(x, residual, weight, eps)
     num_tokens, width = x.shape
-    normed = torch.empty(num_tokens, width)
-    total = x if residual is None else torch.empty(num_tokens, width)
-    library().add_rms_norm(
+    normed = torch.empty(num_tokens, width, dtype=x.dtype)
+    total = x if residual is None else torch.empty(num_tokens, width, dtype=x.dtype)
+    library(x.dtype).add_rms_norm(
         normed.data_ptr(),
         total.data_ptr(),
         x.data_ptr(),
@@ -52,8 +55,8 @@ def silu_mul_c(gate_up: Tensor) -> Tensor:
     if not suits(gate_up):
         return silu_mul_reference(gate_up)
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(num_tokens, width)
-    library().silu_mul(
+    out = torch.empty(num_tokens, width, dtype=gate_up.dtype)
+    library(gate_up.dtype).silu_mul(
         out.data_ptr(), gate_up.data_ptr(), num_tokens, width, gate_up.stride(0), torch.get_num_threads()
     )
     return out
@@ -88,8 +91,8 @@ def qk_norm_rope_c(
             norm_weight=norm_weight,
             eps=eps,
         )
-    qk = torch.empty(num_tokens, num_qk, dim)
-    library().qk_norm_rope(
+    qk = torch.empty(num_tokens, num_qk, dim, dtype=qkv.dtype)
+    library(qkv.dtype).qk_norm_rope(
         qk.data_ptr(),
         qkv.data_ptr(),
         cos.data_ptr(),
@@ -115,7 +118,7 @@ def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapp
     if not dense:
         store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
         return
-    library().store_kv(
+    library(k.dtype).store_kv(
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         k.data_ptr(),

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401  (its OpenMP runtime has to be the one in the process)
+import torch  # its OpenMP runtime has to be the one in the process
 
 SOURCE = Path(__file__).with_name("c_kernels.c")
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
@@ -28,6 +28,7 @@ FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-fassociative-math"
 ).split()
+DTYPES = {torch.float32: "-DFLOAT32", torch.bfloat16: "-DBFLOAT16"}  # what the tensors hold: a library each
 _BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -45,8 +46,8 @@ class CannotBuild(Exception):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The built kernels.
+def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+    """The built kernels, for tensors of ``dtype``, one of ``DTYPES``.
 
     Raises:
         CannotBuild: no compiler, or its complaint.
@@ -54,10 +55,11 @@ def library() -> ctypes.CDLL:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise CannotBuild("no C compiler (cc, gcc, clang, or one named by CC) was found")
-    target = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
+    flags = [*FLAGS, DTYPES[dtype]]
+    target = _cache_folder() / f"kernels-{_fingerprint(compiler, flags)}.so"
     try:
         if not target.exists():
-            _build(compiler, target)
+            _build(compiler, flags, target)
         loaded = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         raise CannotBuild(f"{compiler}: {error}") from None
@@ -77,13 +79,13 @@ def why_not() -> str | None:
     return None
 
 
-def _build(compiler: str, target: Path) -> None:
+def _build(compiler: str, flags: list[str], target: Path) -> None:
     """Compile to a file of its own, then rename: another process may be doing the same."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         for openmp in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread is better than none
-            command = [*compiler.split(), *FLAGS, *openmp, str(SOURCE), "-o", str(built), "-lm"]
+            command = [*compiler.split(), *flags, *openmp, str(SOURCE), "-o", str(built), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
             if done.returncode == 0:
                 break
@@ -92,10 +94,10 @@ def _build(compiler: str, target: Path) -> None:
         os.replace(built, target)
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, flags: list[str]) -> str:
     """Of all that the result depends on: a home folder may be shared by machines of different kinds."""
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version.stdout, _processor().encode())
+    parts = (SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -38,9 +38,9 @@ def paged_attention_c(
         or step.block_tables.stride(-1) != 1
     ):
         return paged_attention_batched(q, k_cache, v_cache, step, window=window)
-    out = torch.empty(q.shape)
+    out = torch.empty(q.shape, dtype=q.dtype)
     if step.num_decodes:
-        library().paged_decode(
+        library(q.dtype).paged_decode(
             out.data_ptr(),
             q.data_ptr(),
             k_cache.data_ptr(),

@@ -18,16 +18,24 @@ _WORTH_PACKING = (
 )
 
 
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has matrix kernels for it here: bfloat16 wants a processor that has them, too."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` that multiplies faster once ``prepack`` has been called; weights must not change after that."""
 
     _packed: Tensor | None = None
 
     def prepack(self) -> None:
-        """Keep a rearranged copy of the weights, if they are float32 on a CPU and torch was built with oneDNN."""
-        suits = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        suits = suits and self.weight.numel() >= _WORTH_PACKING
-        if suits and torch.backends.mkldnn.is_available():
+        """Keep a rearranged copy of the weights, if oneDNN multiplies their dtype on this CPU."""
+        suits = self.weight.device.type == "cpu" and self.weight.numel() >= _WORTH_PACKING
+        if suits and _multiplies(self.weight.dtype):
             with torch.inference_mode(False), torch.no_grad():
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _ROWS_HINT)
 

@@ -16,6 +16,7 @@ if why_not() is not None:
     pytest.skip(f"the C kernels cannot be built: {why_not()}", allow_module_level=True)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+ONE_ROUNDING = {"atol": 1e-6, "rtol": 2**-8}  # of a float32 to bfloat16
 WIDTHS = st.sampled_from([1, 2, 3, 24, 64, 192, 769])
 
 
@@ -84,7 +85,7 @@ def test_nan_stays_nan_and_in_its_row() -> None:
     assert rotated.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.ones(8).to(dtype)
     assert torch.equal(C_OPS.silu_mul(x), TORCH_OPS.silu_mul(x))
@@ -93,3 +94,66 @@ def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
     )
     columns = torch.randn(8, 2).mT  # the last dimension is not dense
     assert torch.equal(C_OPS.silu_mul(columns), TORCH_OPS.silu_mul(columns))
+
+
+# -- bfloat16: as the twin in float32 on the same values, rounded once ------------------------------------------
+
+
+def nearest(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16)
+
+
+@given(st.integers(0, 40), WIDTHS, st.booleans(), st.integers(0, 99))
+@settings(max_examples=40)
+def test_the_norm_of_bfloat16_is_that_of_float32_rounded_once(num_tokens, width, has_residual, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    wide, weight = (
+        nearest(torch.randn(num_tokens, 3 * width, generator=rng)),
+        nearest(torch.rand(width) + 0.5),
+    )
+    x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None
+    normed, total = C_OPS.add_rms_norm(x, residual, weight, 1e-6)
+    assert normed.dtype is total.dtype is torch.bfloat16
+    assert torch.equal(total, x if residual is None else x + residual)
+    expected, _ = TORCH_OPS.add_rms_norm(total.float(), None, weight.float(), 1e-6)
+    torch.testing.assert_close(normed.float(), expected, **ONE_ROUNDING)
+
+
+@given(st.integers(0, 40), WIDTHS, st.sampled_from([1e-3, 1.0, 50.0]), st.integers(0, 99))
+@settings(max_examples=40)
+def test_silu_mul_of_bfloat16_is_that_of_float32_rounded_once(num_tokens, width, scale, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    gate_up = nearest(torch.randn(num_tokens, 4 * width, generator=rng) * scale)[:, width : 3 * width]
+    expected = TORCH_OPS.silu_mul(gate_up.float())
+    torch.testing.assert_close(C_OPS.silu_mul(gate_up).float(), expected, **ONE_ROUNDING)
+
+
+@given(st.integers(0, 40), st.sampled_from([2, 8, 24, 80]), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40)
+def test_rotated_heads_of_bfloat16_are_those_of_float32_rounded_once(num_tokens, dim, has_norm, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    qkv = nearest(torch.randn(num_tokens, 9, dim, generator=rng))[:, :8]
+    cos, sin = nearest(torch.randn(2, num_tokens, 1, dim, generator=rng))
+    weight = nearest(torch.rand(6, dim, generator=rng)) if has_norm else None
+    named = {"num_heads": 4, "num_kv_heads": 2, "eps": 1e-5}
+    ours = C_OPS.qk_norm_rope(qkv, cos, sin, norm_weight=weight, **named)
+    wide = None if weight is None else weight.float()
+    expected = TORCH_OPS.qk_norm_rope(qkv.float(), cos.float(), sin.float(), norm_weight=wide, **named)
+    torch.testing.assert_close(ours.float(), expected, atol=1e-5, rtol=2**-8)
+
+
+def test_bfloat16_rounds_ties_to_even_and_keeps_nan_and_infinity() -> None:
+    """1 + k / 256 lies between two bfloat16 neighbours of 1 for odd k: every one is a tie."""
+    x, y = torch.ones(1, 64, dtype=torch.bfloat16), torch.arange(64).view(1, 64) / 256
+    total = C_OPS.add_rms_norm(x, nearest(y), torch.ones(64, dtype=torch.bfloat16), 1e-6)[1]
+    assert torch.equal(total, nearest(1 + y))
+    y[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    total = C_OPS.add_rms_norm(x, nearest(y), torch.ones(64, dtype=torch.bfloat16), 1e-6)[1]
+    assert total[0, 0].isnan() and total[0, 1:3].tolist() == [math.inf, -math.inf]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_mixture_of_dtypes_goes_to_the_twin() -> None:
+    x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.bfloat16)
+    ours, theirs = (ops.add_rms_norm(x, None, weight, 1e-6)[0] for ops in (C_OPS, TORCH_OPS))
+    assert ours.dtype is theirs.dtype and torch.equal(ours, theirs)

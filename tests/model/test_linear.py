@@ -35,8 +35,19 @@ def test_a_packed_linear_equals_the_plain_product(rows, width, height, packed, b
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_only_float32_is_packed(dtype) -> None:
-    linear = Linear(400, 400).to(dtype)
+def test_bfloat16_is_packed_where_the_processor_multiplies_it_and_stays_what_it_was() -> None:
+    torch.manual_seed(0)
+    linear = Linear(400, 400).to(torch.bfloat16)
+    x = torch.randn(33, 400, dtype=torch.bfloat16)
+    linear.prepack()
+    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (linear._packed is not None) == can
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x).double(), exact, rtol=2**-7, atol=2**-7)
+
+
+def test_float16_is_not_packed() -> None:
+    linear = Linear(400, 400).to(torch.float16)
     linear.prepack()
     assert linear._packed is None

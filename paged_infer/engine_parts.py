@@ -70,11 +70,11 @@ def open_parts(folder: Path, config: EngineConfig) -> EngineParts:
     def cache_of(decoder: Decoder) -> PagedCache:
         return PagedCache(decoder.kv_spec(), *size, backend, device, ops, num_swap_blocks=num_swap_blocks)
 
-    cache, sampler = cache_of(decoder), Sampler(ops.sample)
+    cache, sampler = cache_of(decoder), Sampler(ops.sample, ops.argmax)
     graphs = None
     if has_graphs:
         graphs = decode_graphs(decoder, cache, config.max_num_seqs, memory.max_model_len)
-    drafter = None if draft is None else DraftModel(draft, cache_of(draft), Sampler(ops.sample))
+    drafter = None if draft is None else DraftModel(draft, cache_of(draft), Sampler(ops.sample, ops.argmax))
     scheduler = Scheduler(
         BlockManager(*size, num_swap_blocks=num_swap_blocks),
         config.max_num_seqs,

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.argmax import argmax_reference
 from paged_infer.logit_edits import edit_logits
 from paged_infer.logprobs import largest, logprobs_of
 from paged_infer.noise import noise, row_keys
@@ -46,6 +47,7 @@ _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 _Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
 # (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
+Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # see ``kernels.argmax``
 
 
 @dataclass(slots=True)
@@ -86,10 +88,12 @@ class Sampler:
 
     Args:
         kernel: ``kernels.sample.sample``, to draw rows without top_k, top_p and min_p in two launches; None for torch.
+        argmax: how greedy rows are drawn where ``kernel`` is None.
     """
 
-    def __init__(self, kernel: Kernel | None = None) -> None:
+    def __init__(self, kernel: Kernel | None = None, argmax: Argmax = argmax_reference) -> None:
         self._kernel = kernel
+        self._argmax = argmax
 
     def __call__(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampledTokens:
         """Draw a token from each row of ``logits``.
@@ -142,10 +146,23 @@ class Sampler:
         )
 
     def _way_to_draw(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
-        draw, num_candidates = _way_to_draw(params, vocab_size)
-        if self._kernel is not None and params.min_p == 0.0 and draw in (_draw_greedy, _draw_from_all):
+        """The cheapest exact way for a row, and how many candidates to start with: the row alone decides."""
+        is_greedy, has_top_k = params.temperature == 0, 0 < params.top_k < vocab_size
+        is_cut = (has_top_k or params.top_p < 1.0) and not is_greedy
+        if self._kernel is not None and params.min_p == 0.0 and not is_cut:
             return self._draw_by_kernel, 1
-        return draw, num_candidates
+        if is_greedy:
+            return self._draw_greedy, 1
+        if has_top_k:
+            return _draw_top_k, (
+                1 << params.top_k.bit_length()
+            ) + 32  # powers of two: few ways; 32 more for ties
+        return (_draw_top_p, max(128, vocab_size // 128)) if is_cut else (_draw_from_all, vocab_size)
+
+    def _draw_greedy(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+        """The most probable token; of equals, the lower id."""
+        scores, tokens = self._argmax(logits)
+        return tokens, scores.float()
 
     def _draw_by_kernel(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
         assert self._kernel is not None
@@ -175,17 +192,6 @@ def on_its_way(tokens: Tensor, valid: Tensor) -> Drawn:
 # ---------------------------------------------------------------------------------------- keep and race
 
 
-def _way_to_draw(params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
-    """The cheapest exact way for a row, and how many candidates to start with: the row alone decides."""
-    if params.temperature == 0:
-        return _draw_greedy, 1
-    if 0 < params.top_k < vocab_size:
-        return _draw_top_k, (1 << params.top_k.bit_length()) + 32  # powers of two: few ways; 32 more for ties
-    if params.top_p < 1.0:
-        return _draw_top_p, max(128, vocab_size // 128)
-    return _draw_from_all, vocab_size
-
-
 def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
     """Draw a few rows at a time: as many candidates as a CPU's caches hold, or as spare a GPU's memory."""
     max_elements = torch.get_num_threads() << 16 if logits.device.type == "cpu" else 1 << 26
@@ -195,12 +201,6 @@ def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SampleRow], num_candi
     starts = range(0, len(rows), step)
     drawn = [draw(logits[i : i + step], rows[i : i + step], num_candidates) for i in starts]
     return torch.cat([tokens for tokens, _ in drawn]), torch.cat([scores for _, scores in drawn])
-
-
-def _draw_greedy(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
-    """The most probable token; of equals, the lower id."""
-    scores, tokens = logits.max(dim=1)
-    return tokens, scores.float()
 
 
 def _draw_from_all(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:

@@ -119,6 +119,39 @@ void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v
     }
 }
 
+/* The order of floats as that of integers, which a vector unit compares; NaN is above all, -0 is 0. */
+INLINE int32_t rank(float x) {
+    union { float value; int32_t bits; } as = {x};
+    int32_t size = as.bits & INT32_MAX, is_nan = -(size > 0x7f800000), is_zero = -(size == 0);
+    int32_t ordered = as.bits ^ ((as.bits >> 31) & INT32_MAX);
+    return (ordered & ~(is_nan | is_zero)) | (is_nan & INT32_MAX);
+}
+
+#define STRETCH 64 /* logits compared together, before anybody asks which of them it was */
+
+/* Of each row of logits [R, V] the largest and its place; of equals the first. NaN is the largest of all. */
+void argmax(int64_t *places, stored *values, const stored *logits, int64_t num_rows, int64_t width, int64_t stride,
+            int threads) {
+#pragma omp parallel for num_threads(threads) if (num_rows * width > 4 * WORTH_A_THREAD)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const stored *row = logits + r * stride;
+        int32_t largest = INT32_MIN;
+        int64_t place = 0;
+        for (int64_t start = 0; start < width; start += STRETCH) {
+            int64_t end = start + STRETCH < width ? start + STRETCH : width;
+            int32_t top = INT32_MIN;
+            for (int64_t i = start; i < end; i++) {
+                int32_t one = rank(load(row[i]));
+                top = one > top ? one : top;
+            }
+            if (top > largest) largest = top, place = start;
+        }
+        while (rank(load(row[place])) < largest) place++;
+        places[r] = place;
+        values[r] = row[place];
+    }
+}
+
 #define TILE 32           /* keys looked at together */
 #define MAX_TASK_WIDTH 4096 /* elements of query heads that one task holds */
 

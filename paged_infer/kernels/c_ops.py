@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.argmax import argmax_reference
 from paged_infer.kernels.c_runtime import DTYPES, library
 from paged_infer.kernels.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.rms_norm import add_rms_norm_reference
@@ -129,3 +130,22 @@ def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapp
         k.stride(0),
         v.stride(0),
     )
+
+
+def argmax_c(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``kernels.argmax.argmax``: [R, V], V > 0 -> values [R], int64 places [R]."""
+    if not suits(logits):
+        return argmax_reference(logits)
+    num_rows, width = logits.shape
+    values = torch.empty(num_rows, dtype=logits.dtype)
+    places = torch.empty(num_rows, dtype=torch.int64)
+    library(logits.dtype).argmax(
+        places.data_ptr(),
+        values.data_ptr(),
+        logits.data_ptr(),
+        num_rows,
+        width,
+        logits.stride(0),
+        torch.get_num_threads(),
+    )
+    return values, places

@@ -36,6 +36,7 @@ _SIGNATURES = {
     "add_rms_norm": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT, _THREADS],
     "silu_mul": [_POINTER] * 2 + [_INT] * 3 + [_THREADS],
     "qk_norm_rope": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT, _THREADS],
+    "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
     "paged_decode": [_POINTER] * 6 + [_INT] * 8 + [_FLOAT, _THREADS],
 }

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from paged_infer.kernels.c_ops import add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c
+from paged_infer.kernels.argmax import argmax_reference
+from paged_infer.kernels.c_ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
 from paged_infer.kernels.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -28,6 +29,7 @@ class Ops(NamedTuple):
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[..., None]
     sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler's own torch draws
+    argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # where ``sample`` does not draw
     fuses_store: bool = False  # qk_norm_rope also stores keys and values, in the same launch
 
 
@@ -40,4 +42,6 @@ TORCH_OPS = Ops(
     None,
 )
 TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True)
-C_OPS = Ops(add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c, copy_blocks_reference, None)
+C_OPS = Ops(
+    add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c, copy_blocks_reference, None, argmax=argmax_c
+)

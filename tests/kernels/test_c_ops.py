@@ -85,6 +85,35 @@ def test_nan_stays_nan_and_in_its_row() -> None:
     assert rotated.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
+@given(
+    num_rows=st.integers(0, 9),
+    width=st.sampled_from([1, 2, 63, 64, 65, 1755]),
+    levels=st.sampled_from([2, 50, 10**6]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=120)
+def test_the_largest_and_of_equals_the_first_is_found(num_rows, width, levels, dtype, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    wide = (torch.randint(0, levels, (num_rows, 2 * width), generator=rng) - levels / 2).to(dtype)
+    logits = wide[:, width:]  # rows are apart
+    strange = torch.tensor([math.inf, -math.inf, -0.0, 0.0, 1e-42]).to(dtype)
+    where = torch.rand(logits.shape, generator=rng) < 0.05
+    logits[where] = strange[torch.randint(0, 5, logits.shape, generator=rng)][where]
+    values, places = C_OPS.argmax(logits)
+    assert places.tolist() == [row.index(max(row)) for row in logits.tolist()]
+    assert values.dtype is dtype and torch.equal(values, logits.gather(1, places[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_a_row_with_nan_says_so_wherever_it_is(nan) -> None:
+    for place in (0, 70, 199):
+        logits = torch.full((3, 200), math.inf)
+        logits[1, place] = torch.tensor(math.copysign(1.0, nan)) * torch.tensor(math.nan)
+        for ops in (C_OPS, TORCH_OPS):
+            assert ops.argmax(logits)[0].isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.ones(8).to(dtype)

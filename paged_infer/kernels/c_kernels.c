@@ -88,8 +88,10 @@ void silu_mul(stored *out, const stored *gate_up, int64_t num_tokens, int64_t wi
 }
 
 /* qk [T, num_qk, D]: heads of qkv, each normalised (where there is a weight) and turned to its token's position.
-   The first half of sin is negated, as model.layers.RotaryEmbedding makes it. */
+   The first half of sin is negated, as model.layers.RotaryEmbedding makes it. With slots, the last num_kv of these heads
+   and the num_kv behind them are stored, too: keys and values. */
 void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored *sin, const stored *weight,
+                  stored *k_cache, stored *v_cache, const int64_t *slots, int64_t num_kv,
                   int64_t num_tokens, int64_t num_qk, int64_t dim, int64_t stride, float eps, int threads) {
     int64_t half = dim / 2;
 #pragma omp parallel for num_threads(threads) if (num_tokens * num_qk * dim > WORTH_A_THREAD)
@@ -105,6 +107,11 @@ void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored
                 out[i] = store(first * load(c[i]) + second * load(s[i]));
                 out[j] = store(second * load(c[j]) + first * load(s[j]));
             }
+        }
+        if (slots && slots[t] >= 0) {
+            int64_t width = num_kv * dim, slot = slots[t] * width;
+            memcpy(k_cache + slot, qk + (t + 1) * num_qk * dim - width, width * sizeof(stored));
+            memcpy(v_cache + slot, qkv + t * stride + num_qk * dim, width * sizeof(stored));
         }
     }
 }

@@ -72,17 +72,16 @@ def qk_norm_rope_c(
     num_kv_heads: int,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> Tensor:
-    """``kernels.qk_norm_rope.qk_norm_rope`` without its store: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D]."""
+    """``kernels.qk_norm_rope.qk_norm_rope``: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D], and the store."""
     num_tokens, _, dim = qkv.shape
     num_qk = num_heads + num_kv_heads
-    dense = (
-        suits(qkv, cos, signed_sin)
-        and qkv.stride(1) == dim
-        and cos.is_contiguous()
-        and signed_sin.is_contiguous()
-    )
-    if not dense or (norm_weight is not None and not (suits(norm_weight) and norm_weight.is_contiguous())):
+    whole = [x for x in (cos, signed_sin, norm_weight, k_cache, v_cache) if x is not None]
+    dense = suits(qkv, *whole) and qkv.stride(1) == dim and all(x.is_contiguous() for x in whole)
+    if not dense or (slot_mapping is not None and slot_mapping.dtype is not torch.int64):
         return qk_norm_rope_reference(
             qkv,
             cos,
@@ -91,6 +90,9 @@ def qk_norm_rope_c(
             num_kv_heads=num_kv_heads,
             norm_weight=norm_weight,
             eps=eps,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            slot_mapping=slot_mapping,
         )
     qk = torch.empty(num_tokens, num_qk, dim, dtype=qkv.dtype)
     library(qkv.dtype).qk_norm_rope(
@@ -99,6 +101,10 @@ def qk_norm_rope_c(
         cos.data_ptr(),
         signed_sin.data_ptr(),
         None if norm_weight is None else norm_weight.data_ptr(),
+        None if k_cache is None else k_cache.data_ptr(),
+        None if v_cache is None else v_cache.data_ptr(),
+        None if slot_mapping is None else slot_mapping.data_ptr(),
+        num_kv_heads,
         num_tokens,
         num_qk,
         dim,

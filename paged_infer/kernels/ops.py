@@ -43,5 +43,12 @@ TORCH_OPS = Ops(
 )
 TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True)
 C_OPS = Ops(
-    add_rms_norm_c, qk_norm_rope_c, silu_mul_c, store_kv_c, copy_blocks_reference, None, argmax=argmax_c
+    add_rms_norm_c,
+    qk_norm_rope_c,
+    silu_mul_c,
+    store_kv_c,
+    copy_blocks_reference,
+    None,
+    argmax=argmax_c,
+    fuses_store=True,
 )

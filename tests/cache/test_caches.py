@@ -161,15 +161,16 @@ def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:
 # -- Storing by the kernel that rotates
 
 
+@pytest.mark.parametrize("backend", ["triton", "c"])
 @pytest.mark.parametrize(("family", "is_fused"), [("qwen3", True), ("mistral", True), ("gpt2", False)])
 def test_keys_are_stored_by_the_kernel_that_rotates_them_where_there_is_one(
-    family, is_fused, make_llm
+    family, is_fused, backend, make_llm
 ) -> None:
     """Same tokens, same pool as by a launch of its own; GPT-2 rotates nothing, so its cache stores."""
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     caches, tokens = [], []
     for fuses in (True, False):
-        llm = make_llm(family, attention_backend="triton", num_blocks=8, block_size=4)
+        llm = make_llm(family, attention_backend=backend, num_blocks=8, block_size=4)
         cache, stored = llm.engine.runner.cache, []
         store_kv = cache.ops.store_kv
         cache.ops = cache.ops._replace(store_kv=lambda *a, s=stored, f=store_kv: s.append(1) or f(*a))

@@ -76,6 +76,34 @@ def test_rows_go_to_their_slots_and_none_to_minus_one(num_tokens, block_size, se
     torch.testing.assert_close(*caches, equal_nan=True, rtol=0, atol=0)
 
 
+@given(
+    num_tokens=st.integers(0, 9),
+    has_norm=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_keys_and_values_are_stored_on_the_way(num_tokens, has_norm, dtype, seed) -> None:
+    """Keys as they are returned, values as they came; nothing else in the cache is touched."""
+    rng = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(num_tokens, 9, 24, generator=rng).to(dtype)[:, :8]  # rows are apart
+    cos, sin = torch.randn(2, num_tokens, 1, 24, generator=rng).to(dtype)
+    weight = torch.rand(6, 24, generator=rng).to(dtype) if has_norm else None
+    slots = torch.randperm(12, generator=rng)[:num_tokens]
+    slots[::3] = -1
+    keys, values = torch.full((2, 4, 3, 2, 24), math.nan, dtype=dtype)
+    named = {"num_heads": 4, "num_kv_heads": 2, "norm_weight": weight, "slot_mapping": slots}
+    qk = C_OPS.qk_norm_rope(qkv, cos, sin, k_cache=keys, v_cache=values, **named)
+    del named["slot_mapping"]
+    assert torch.equal(qk, C_OPS.qk_norm_rope(qkv, cos, sin, **named))
+    expected = torch.full((2, 12, 2, 24), math.nan, dtype=dtype)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[0, slot], expected[1, slot] = qk[token, 4:], qkv[token, 6:]
+    for cache, one in zip((keys, values), expected, strict=True):
+        torch.testing.assert_close(cache.flatten(0, 1), one, equal_nan=True, rtol=0, atol=0)
+
+
 def test_nan_stays_nan_and_in_its_row() -> None:
     x = torch.ones(3, 8)
     x[1, 5] = math.nan

@@ -20,7 +20,7 @@ PAPER_NUM_SLOTS = 15_728
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NUM_SAMPLES = (2, 4, 6)
 
-# Kwon et al., SOSP 2023. Figure 2, measured while serving ShareGPT with OPT-13B on an A100; shares of the KV memory.
+# Kwon et al., SOSP 2023. Figure 2, "during the experiment in section 6.2" (basic sampling); shares of the KV memory.
 PAPER_SHARES = {
     "max": {"tokens": 0.204, "reserved": 0.133, "internal": 0.573, "external": 0.089},
     "pow2": {"tokens": 0.268, "reserved": 0.179, "internal": 0.136, "external": 0.416},

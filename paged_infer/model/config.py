@@ -24,7 +24,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Llama3RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths (The Llama 3 herd of models, 2024, section 3.4).
+    """Llama 3.1's stretch of the rotary wavelengths, as its checkpoints ask for it (``rope_type`` "llama3").
 
     Wavelengths over ``original_max_position / low_freq_factor`` grow by ``factor``, those under
     ``original_max_position / high_freq_factor`` stay, and between the two the change is gradual.

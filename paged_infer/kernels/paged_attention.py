@@ -6,8 +6,8 @@
     two kernels                   paged_decode     paged_prefill
 
 A decode multiplies each key that it reads with one query a head, a chunk of a prompt with hundreds: the first waits for
-memory, the second for arithmetic. One kernel that branches between them has served decodes at half speed elsewhere, so
-there are two, and each says why it is shaped as it is.
+memory, the second for arithmetic. One kernel that branched between them would hold the prefill's registers in every
+decode (compiled for sm80 196 a thread, beside 72), so there are two, and each says why it is shaped as it is.
 """
 
 from __future__ import annotations

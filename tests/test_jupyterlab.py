@@ -48,6 +48,11 @@ NOTEBOOKS = {
         from paged_infer.viz.gallery import crowded_trace
 
         explore(crowded_trace())""",
+    "pool": """
+        from paged_infer.viz.explorer import explore_pool
+        from paged_infer.viz.gallery import crowded_trace
+
+        explore_pool(crowded_trace())""",
 }
 IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 # The slider's picture as it is on the screen; the widget shows it under a URL that says nothing of its content.
@@ -151,6 +156,8 @@ def test_a_moved_slider_changes_the_picture(lab, browser, name):
         image.wait_for(state="visible", timeout=1e3 * RUN_S)
         page.wait_for_function("image => image.naturalWidth > 0", arg=image.element_handle())
         before = image.evaluate(PIXELS)
+        page.wait_for_timeout(500)
+        assert image.evaluate(PIXELS) == before, "the picture changes by itself"
 
         handle = page.locator(".noUi-handle").first
         handle.focus()

@@ -46,7 +46,10 @@ class Chunked(Policy):
 
 
 class PrefillFirst(Policy):
-    """Whole prompts before anybody decodes (Orca; vLLM V0): early first tokens, and decodes that stand still.
+    """Whole prompts before anybody decodes (vLLM V0): early first tokens, and decodes that stand still.
+
+    Orca takes prompts whole and at once, too, but computes them in one step with the decodes, which wait for them all
+    the same (Agrawal et al. 2024, Sarathi-Serve, section 3.2).
 
     ``delay_factor``: after a step of prompts, the next one waits for that many times as long as the first one took,
     and decodes go on. vLLM V0 counts from the arrival of whoever waits longest instead, which under a standing queue

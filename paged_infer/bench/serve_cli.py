@@ -26,7 +26,7 @@ ANY_VOCABULARY = 1000  # ids below this are in every model's: what a server is a
 class Load:
     """What is asked for, and by how many."""
 
-    num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 64
+    num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 128
     shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16
     longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128
     clients: Annotated[

@@ -429,7 +429,7 @@ def test_the_engine_thread_is_gone_when_the_interpreter_ends(tmp_path) -> None:
     script = (
         "import asyncio\n"
         "from paged_infer import AsyncLLM, SamplingParams\n"
-        "engine = AsyncLLM()\n"
+        "engine = AsyncLLM(num_blocks=128)\n"
         "async def main():\n"
         "    async for output in engine.generate('Once', SamplingParams(max_tokens=900, ignore_eos=True)):\n"
         "        print('one output'); return\n"

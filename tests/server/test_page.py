@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Served, serving
+from serving import NO_TLS, Served, serving
 
 from paged_infer.server import watch
 from paged_infer.server.service import Settings
@@ -44,7 +44,9 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         cells: dict[int, tuple[Any, ...]] = {}
-        with httpx.stream("GET", f"{self._url}/events", headers=self._headers, timeout=30) as response:
+        with httpx.stream(
+            "GET", f"{self._url}/events", headers=self._headers, timeout=30, **NO_TLS
+        ) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
             for line in response.iter_lines():
                 if line.startswith("event: "):
@@ -109,7 +111,7 @@ def test_what_does_not_change_is_not_told_again_and_a_busy_engine_ten_times_a_se
         time.sleep(0.35)
         assert len(watcher.events) == 1
         began = time.monotonic()
-        served.complete(**{**LONG, "max_tokens": 200})
+        served.complete(**{**LONG, "max_tokens": 120})
         seconds = time.monotonic() - began
         assert 1 < len(watcher.events) <= 2 + seconds / watch.EVERY_S
 
@@ -157,7 +159,7 @@ def test_a_watcher_does_not_hold_up_the_end_and_is_told_of_it() -> None:
 def test_a_watcher_that_leaves_costs_nobody_anything() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         for _ in range(20):
-            with httpx.stream("GET", f"{served.url}/events") as response:
+            with httpx.stream("GET", f"{served.url}/events", **NO_TLS) as response:
                 next(response.iter_lines())
         assert served.complete(**LONG)["usage"]["completion_tokens"] == 60
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Served
+from serving import NO_TLS, Served
 
 from paged_infer.server.service import Settings
 
@@ -26,7 +26,7 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
 def in_background(url: str, body: dict[str, Any]) -> tuple[threading.Thread, list[httpx.Response]]:
     said: list[httpx.Response] = []
     thread = threading.Thread(
-        target=lambda: said.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+        target=lambda: said.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60, **NO_TLS))
     )
     thread.start()
     return thread, said
@@ -44,7 +44,7 @@ def test_what_runs_may_finish_while_newcomers_are_sent_away() -> None:
     served.server.stop()
     refused = served.post("/v1/completions", prompt="x")
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "service_unavailable"
-    assert httpx.get(f"{served.url}/health").status_code == 503
+    assert served.http.get("/health").status_code == 503
     thread.join(30)
     assert said[0].status_code == 200 and said[0].json()["usage"]["completion_tokens"] == 150
     served.stop()
@@ -93,7 +93,7 @@ def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         deadline = time.monotonic() + 60
         while True:
             try:
-                assert httpx.get(f"{url}/health").status_code == 200
+                assert httpx.get(f"{url}/health", **NO_TLS).status_code == 200
                 break
             except httpx.TransportError:
                 assert process.poll() is None and time.monotonic() < deadline
@@ -111,7 +111,7 @@ def test_sigterm_under_load_ends_the_command_cleanly() -> None:
         ends: list[str] = []
 
         def load(i: int) -> None:
-            with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+            with httpx.Client(base_url=url, headers=headers, timeout=30, **NO_TLS) as client:
                 if i % 2:
                     with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
                         ends.append([line for line in response.iter_lines() if line][-1])
@@ -121,12 +121,16 @@ def test_sigterm_under_load_ends_the_command_cleanly() -> None:
         threads = [threading.Thread(target=load, args=(i,)) for i in range(24)]
         for thread in threads:
             thread.start()
-        while "vllm:num_requests_running{" not in (text := httpx.get(f"{url}/metrics").text) or not any(
+        while "vllm:num_requests_running{" not in (
+            text := httpx.get(f"{url}/metrics", **NO_TLS).text
+        ) or not any(
             line.startswith("vllm:num_requests_running") and line.endswith(" 24.0")
             for line in text.splitlines()
         ):
             time.sleep(0.02)
-        assert httpx.get(f"{url}/v1/models").status_code == 401  # the key came through the environment
+        assert (
+            httpx.get(f"{url}/v1/models", **NO_TLS).status_code == 401
+        )  # the key came through the environment
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=15)
         for thread in threads:

@@ -6,9 +6,9 @@ a field left out, and the defaults are those of ``SamplingParams``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.server.errors import APIError
@@ -53,6 +53,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Known and not supported, with the values that ask for nothing that is not there."""
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS = 16, 256, 20
+MAX_TOLD = 8  # unknown fields
 
 _SAMPLING = (
     "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens stop "
@@ -61,8 +62,37 @@ _SAMPLING = (
 _OF_BEAMS = {"n", "min_tokens", "stop_token_ids", "ignore_eos"}  # of these, what a beam search knows
 
 
+T = TypeVar("T")
+
+
+class _FirstOnly(FailFast):
+    __hash__ = object.__hash__  # a union of lists has to hash what they are annotated with
+
+
+ListOf = Annotated[list[T], _FirstOnly()]
+"""Of which the first wrong element is told: to tell of each of 300,000 takes seconds, in which nobody is served."""
+
+
+def _first_wrong(bias: Any) -> Any:
+    """Of a dict with values that are no numbers, the first of these: the same for a dict, which cannot fail fast."""
+    if not isinstance(bias, dict):
+        return bias
+    wrong = ((key, value) for key, value in bias.items() if type(value) not in (int, float))
+    return dict([first]) if (first := next(wrong, None)) else bias
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, body: Any) -> Any:
+        """Drop unknown fields beyond the first few, which are refused: for the same reason."""
+        if not isinstance(body, dict):
+            return body
+        unknown = [name for name in body if name not in cls.model_fields and name not in UNSUPPORTED]
+        dropped = set(unknown[MAX_TOLD:])
+        return {name: value for name, value in body.items() if name not in dropped} if dropped else body
 
 
 def within(minimum: float | None = None, maximum: float | None = None, **more: Any) -> Any:
@@ -89,12 +119,12 @@ class SamplingFields(Strict):
     repetition_penalty: float | None = within(exclusiveMinimum=0)
     presence_penalty: float | None = within(-2, 2)
     frequency_penalty: float | None = within(-2, 2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_first_wrong)] = None
     seed: int | None = within(-(2**63), 2**63 - 1)
     max_tokens: int | None = within(0)
     min_tokens: int | None = within(0)
-    stop: str | list[str] | None = within(minLength=1, maxLength=MAX_STOP_LENGTH, maxItems=MAX_STOPS)
-    stop_token_ids: list[int] | None = None
+    stop: str | ListOf[str] | None = within(minLength=1, maxLength=MAX_STOP_LENGTH, maxItems=MAX_STOPS)
+    stop_token_ids: ListOf[int] | None = None
     ignore_eos: bool | None = None
     truncate_prompt_tokens: int | None = within(-1)
     cache_salt: str | None = Field(None, description="Cached blocks are shared with the same salt only.")
@@ -168,7 +198,7 @@ class SamplingFields(Strict):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     logprobs: int | None = within(0, MAX_LOGPROBS)
     echo: bool | None = None
     stream: bool | None = None
@@ -205,7 +235,7 @@ class TextPart(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | ListOf[TextPart]
     name: None = None
 
     def as_dict(self) -> dict[str, str]:
@@ -214,7 +244,7 @@ class ChatMessage(Strict):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: list[ChatMessage]
+    messages: ListOf[ChatMessage]
     max_completion_tokens: int | None = within(1)
     logprobs: bool | None = None
     top_logprobs: int | None = within(0, MAX_LOGPROBS)
@@ -239,7 +269,7 @@ class ChatCompletionRequest(SamplingFields):
 
 
 class GenerateRequest(SamplingFields):
-    prompt: str | list[int]
+    prompt: str | ListOf[int]
 
     def params(self) -> SamplingParams | BeamSearchParams:
         return self.sampling_params(16 if self.max_tokens is None else self.max_tokens)

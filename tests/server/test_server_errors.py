@@ -7,9 +7,11 @@ import socket
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from serving import serving
 
-from paged_infer.server.protocol import UNSUPPORTED
+from paged_infer.server.errors import refusal
+from paged_infer.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, GenerateRequest
 from paged_infer.server.service import Settings
 
 PROMPT = {"prompt": "Once upon a time", "max_tokens": 2}
@@ -143,6 +145,43 @@ def test_malformed_bodies_are_answered_as_such(served, content: bytes) -> None:
     )
     told(response, response.status_code)
     assert response.status_code in (400, 422)
+
+
+MANY = 100_000  # in a body below the limit of 1 MiB
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [5] * MANY + ["x"]}),
+        ("/v1/completions", {"prompt": ["x"] + [5] * MANY}),
+        ("/v1/completions", {"prompt": [["x"]] * MANY}),
+        ("/v1/completions", {**PROMPT, "stop": [5] * MANY}),
+        ("/v1/completions", {**PROMPT, "stop_token_ids": ["x"] * MANY}),
+        ("/v1/completions", {**PROMPT, "logit_bias": {str(i): "x" for i in range(MANY // 2)}}),
+        ("/v1/completions", {**PROMPT, **{f"f{i}": 0 for i in range(MANY // 2)}}),
+        ("/v1/chat/completions", {"messages": [None] * MANY}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * MANY}]}),
+        ("/generate", {"prompt": ["x"] * MANY}),
+    ],
+)
+def test_a_hundred_thousand_mistakes_are_told_of_as_quickly_as_one(path: str, body: Any) -> None:
+    """To tell of each took seconds, in which the event loop served nobody."""
+    model = {"/generate": GenerateRequest, "/v1/completions": CompletionRequest}.get(
+        path, ChatCompletionRequest
+    )
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    problems: list[Any] = list(refused.value.errors())
+    assert len(problems) <= 8
+    assert len(refusal(problems).message) < 200
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_among_many_fields_that_change_nothing_an_unknown_one_is_found(served, order: int) -> None:
+    fields = {**dict.fromkeys(UNSUPPORTED), **dict.fromkeys(GenerateRequest.model_fields), "temprature": 0.5}
+    body = {name: fields[name] for name in list(fields)[::order]}
+    assert told(served.post("/generate", **{**body, "prompt": "x"}), 400)["param"] == "temprature"
 
 
 def test_a_conversation_that_makes_no_sense_is_a_400(served) -> None:

@@ -39,6 +39,9 @@ def serve(
         int, typer.Option(help="Most sequences that wait; one more request is answered 429.")
     ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
+    receive_timeout: Annotated[
+        float, typer.Option(help="Seconds that a request may take to arrive: its head, and then its body.")
+    ] = 30.0,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
@@ -91,6 +94,7 @@ def serve(
             api_key=api_key,
             served_model_names=tuple(served_model_name or ()),
             max_body_bytes=max_body_bytes,
+            receive_timeout_s=receive_timeout,
             result_ttl_s=result_ttl,
         )
         door = run.listen(host, port)

@@ -17,7 +17,7 @@ from paged_infer.server.service import EventStream, service_of, unless_gone
 from paged_infer.server.shape import Shape
 
 router = APIRouter()
-ERRORS = documented(400, 401, 404, 413, 422, 429, 500, 503)
+ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503)
 ANSWER = {
     "description": "The whole answer, or with `stream` its pieces as server-sent events.",
     "content": {

@@ -1,14 +1,15 @@
-"""What a request meets before any route: closing time, the key, and the size of its body."""
+"""What a request meets before any route: closing time, the key, the size of its body, and how long that takes."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paged_infer.server.errors import APIError
-from paged_infer.server.service import Service, closing_error
+from paged_infer.server.service import CLOSING, Service, closing_error
 
 OPEN_PATHS = (
     "/",
@@ -34,18 +35,41 @@ class Door:
         if refused is not None:
             await refused.response()(scope, receive, send)
             return
-        limit = self._service.settings.max_body_bytes
-        num_bytes = 0
+        await self._app(scope, self._limited(receive), send)
 
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+    def _limited(self, receive: Receive) -> Receive:
+        """``receive`` for a body that is not too large, and here in time. What follows is news of the client."""
+        limit = self._service.settings.max_body_bytes
+        due_s = asyncio.get_running_loop().time() + self._service.settings.receive_timeout_s
+        num_bytes, is_here = 0, False
+
+        async def limited() -> Message:
+            nonlocal num_bytes, is_here
+            if is_here:
+                return await receive()
+            message = await self._in_time(receive, due_s)
+            is_here = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > limit:
                 raise HTTPException(413, _too_large(limit))
             return message
 
-        await self._app(scope, counted, send)
+        return limited
+
+    async def _in_time(self, receive: Receive, due_s: float) -> Message:
+        """The next piece of a body. A server that closes waits for it no longer."""
+        service = self._service
+        try:
+            async with asyncio.timeout_at(due_s) as patience:
+                service.receiving.add(patience)
+                return await receive()
+        except TimeoutError:
+            if service.is_closing or service.engine.error is not None:
+                raise HTTPException(503, CLOSING, headers={"Connection": "close"}) from None
+            message = f"the body did not come within receive_timeout_s={service.settings.receive_timeout_s:g}"
+            raise HTTPException(408, message, headers={"Connection": "close"}) from None
+        finally:
+            service.receiving.discard(patience)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> APIError | None:
         settings = self._service.settings

@@ -126,7 +126,7 @@ def _jobs_of(request: Request) -> Jobs:
 @router.post(
     "/generate",
     status_code=202,
-    responses={202: JOB_ANSWER, **documented(400, 401, 404, 413, 422, 429, 500, 503)},
+    responses={202: JOB_ANSWER, **documented(400, 401, 404, 408, 413, 422, 429, 500, 503)},
 )
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Queue a prompt and answer at once with the id to ask for at `/result/{id}`."""

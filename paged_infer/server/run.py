@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -19,6 +20,7 @@ from paged_infer.server.service import Service, Settings
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
 SWITCH_S = 0.0005
+TICKS_A_SECOND = 10  # of uvicorn
 
 
 class Server(uvicorn.Server):
@@ -28,6 +30,7 @@ class Server(uvicorn.Server):
     2. what is still there is aborted, and told so;
     3. the connections are closed.
 
+    Who connects and does not say what they want, head or body, is not waited for longer than ``receive_timeout_s``.
     An engine that has failed ends the server, too: whoever watches it can start another.
     """
 
@@ -37,6 +40,9 @@ class Server(uvicorn.Server):
         self.service: Service = config.app.state.service  # type: ignore[union-attr]
         self._shutdown_timeout_s = shutdown_timeout_s
         self._hurry = False
+        self._silent: dict[
+            Any, tuple[Any, float]
+        ] = {}  # connections between two requests: the last one, since when
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called between two instructions of the main thread, so it only leaves a note."""
@@ -53,9 +59,25 @@ class Server(uvicorn.Server):
         if self.service.is_closing or self._engine.error is not None:
             await self._drain()
             return True
+        if counter % TICKS_A_SECOND == 0:
+            self._hang_up(asyncio.get_running_loop().time())
         return await super().on_tick(counter)
 
+    def _hang_up(self, now_s: float) -> None:
+        """Close what has been without a request for too long. uvicorn does so only before a request's first byte."""
+        silent = {}
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)  # uvicorn's name for a request and its answer
+            if cycle is None or cycle.response_complete:
+                last, since_s = self._silent.get(connection, (cycle, now_s))
+                silent[connection] = (cycle, since_s if last is cycle else now_s)
+        self._silent = silent
+        for connection, (_, since_s) in silent.items():
+            if now_s - since_s > self.service.settings.receive_timeout_s:
+                connection.transport.close()  # type: ignore[union-attr]
+
     async def _drain(self) -> None:
+        self.service.stop_receiving()
         num_open = len(self.server_state.tasks)
         logger.info("Shutting down: %d request(s) under way", num_open)
         clock = asyncio.get_running_loop().time

@@ -21,6 +21,7 @@ from paged_infer.server.errors import APIError
 from paged_infer.server.protocol import bad_value
 
 RETRY_AFTER_S = 1
+CLOSING = "the server is shutting down"
 T = TypeVar("T")
 
 
@@ -32,6 +33,7 @@ class Settings:
         api_key: what clients have to send as ``Authorization: Bearer ...``; None asks nothing.
         served_model_names: under which names the model is asked for, the first in answers; empty: its own.
         max_body_bytes: largest body of a request.
+        receive_timeout_s: seconds that a request may take to arrive: its head, and then its body.
         result_ttl_s: seconds that an answer waits to be fetched from ``/result/{id}``.
         max_num_results: most such answers kept at once; the oldest is dropped for one more.
     """
@@ -39,11 +41,12 @@ class Settings:
     api_key: str | None = None
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
+    receive_timeout_s: float = 30.0
     result_ttl_s: float = 300.0
     max_num_results: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "result_ttl_s", "max_num_results"):
+        for name in ("max_body_bytes", "receive_timeout_s", "result_ttl_s", "max_num_results"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if self.api_key is not None and not (
@@ -60,6 +63,7 @@ class Service:
     settings: Settings = field(default_factory=Settings)
     is_closing: bool = False
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
+    receiving: set[asyncio.Timeout] = field(default_factory=set)  # of the bodies that are still on their way
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -72,6 +76,11 @@ class Service:
             message = f"model={name!r} is not served; served: {known}"
             raise APIError(404, message, param="model", code="model_not_found")
         return name or self.model_names[0]
+
+    def stop_receiving(self) -> None:
+        """Bodies that are still on their way are not waited for any more. In the event loop."""
+        for patience in self.receiving:
+            patience.reschedule(0)
 
     async def open(
         self,
@@ -138,7 +147,7 @@ def service_of(request: Request) -> Service:
 
 
 def closing_error() -> APIError:
-    return APIError(503, "the server is shutting down", headers={"Connection": "close"})
+    return APIError(503, CLOSING, headers={"Connection": "close"})
 
 
 def close_all(streams: ReadOnlyList[RequestStream]) -> None:

@@ -27,13 +27,15 @@ NO_TLS: dict[str, Any] = {
 class Served:
     """A server that runs, and clients of it."""
 
-    def __init__(self, settings: Settings, shutdown_timeout_s: float = 5.0, **options: Any) -> None:
+    def __init__(
+        self, settings: Settings, shutdown_timeout_s: float = 5.0, http: Any = "auto", **options: Any
+    ) -> None:
         self.engine = AsyncLLM(options.pop("model", None), device="cpu", **options)
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         app = create_app(self.engine, settings)
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, http=http)
         self.server = Server(self.engine, config, shutdown_timeout_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -237,6 +238,46 @@ def test_bodies_over_the_limit_are_a_413_however_they_come() -> None:
         with socket.create_connection(("127.0.0.1", small.port)) as raw:  # a promise alone is enough
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
             assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def head_of(num_bytes: int) -> bytes:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {num_bytes}\r\n\r\n".encode()
+
+
+def test_half_a_body_is_waited_for_only_so_long() -> None:
+    with serving(Settings(receive_timeout_s=0.3), num_blocks=64) as impatient:
+        with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as raw:
+            raw.sendall(head_of(100) + b'{"prompt": ')
+            head, _, body = raw.makefile("rb").read().partition(b"\r\n\r\n")  # to the end: it hangs up, too
+        assert head.startswith(b"HTTP/1.1 408")
+        error = json.loads(body)["error"]
+        assert error["code"] == "request_timeout" and "receive_timeout_s=0.3" in error["message"]
+        content = json.dumps({**PROMPT, "ignore_eos": True, "max_tokens": 600}).encode()
+        with socket.create_connection(
+            ("127.0.0.1", impatient.port), timeout=30
+        ) as raw:  # only the body is in a hurry
+            raw.sendall(head_of(len(content)) + content[:20])
+            raw.sendall(content[20:])
+            assert raw.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_half_a_head_is_waited_for_only_so_long(http: str) -> None:
+    pytest.importorskip(http)
+    with (
+        serving(Settings(receive_timeout_s=0.3), http=http, num_blocks=32) as impatient,
+        ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", impatient.port)
+        silent, slow, second = (stack.enter_context(socket.create_connection(address, 10)) for _ in range(3))
+        slow.sendall(b"POST /v1/comple")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        while b"ok" not in second.recv(1000):
+            pass
+        second.sendall(b"GET /he")
+        assert [one.recv(1000) for one in (silent, slow, second)] == [b""] * 3  # it has hung up
+        assert impatient.complete(**PROMPT)
 
 
 def test_a_key_is_asked_for_where_one_is_set() -> None:

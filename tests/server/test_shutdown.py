@@ -65,6 +65,17 @@ def test_what_takes_too_long_is_ended_and_told_so(stream: bool) -> None:
     assert served.is_idle()
 
 
+def test_half_a_body_is_not_waited_for() -> None:
+    served = Served(Settings(), shutdown_timeout_s=60.0, num_blocks=128)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        while not served.server.server_state.tasks:
+            time.sleep(0.002)
+        began = time.monotonic()
+        served.stop()
+        assert raw.recv(100).startswith(b"HTTP/1.1 503") and time.monotonic() - began < 5
+
+
 def test_a_second_signal_does_not_wait() -> None:
     served = Served(Settings(), shutdown_timeout_s=60.0, num_blocks=128)
     thread, said = in_background(served.url, LONG)

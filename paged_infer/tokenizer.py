@@ -54,13 +54,7 @@ class Tokenizer:
         """Token ids of ``text``, with the special tokens that this tokenizer adds by default (a BOS, say)."""
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            lone = text[error.start]
-            raise ValueError(
-                f"character {lone!r} at position {error.start} is half of a surrogate pair, not text"
-            ) from None
+        _check_text(text)
         return list(
             self._hf.encode(text, verbose=False)
         )  # verbose would warn of the length, which the engine checks
@@ -135,6 +129,16 @@ class Tokenizer:
         return {token_id: byte for byte, token_id in enumerate(ids)} if is_fallback else {}
 
 
+def _check_text(text: str, where: str = "") -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise ValueError(
+            f"{where}character {lone!r} at position {error.start} is half of a surrogate pair, not text"
+        ) from None
+
+
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise ValueError(f"messages must be a list of {{'role', 'content'}}, not {type(messages).__name__}")
@@ -151,6 +155,7 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise ValueError(f"messages[{index}]['content'] must be a str, not {kind}")
+        _check_text(message["content"], f"messages[{index}]['content']: ")
 
 
 class StreamingDecoder:

@@ -313,6 +313,7 @@ class TestChatTemplate:
                 r"messages\[1\].*'robot'.*user",
             ),
             ([{"role": "user", "content": None}], r"messages\[0\]\['content'\] must be a str, not NoneType"),
+            ([{"role": "user", "content": "a\ud83d"}], r"messages\[0\]\['content'\]: character '\\ud83d'"),
             ([{"role": "tool", "content": "x"}], "refuses these messages: a tool cannot begin"),
         ],
     )

@@ -17,7 +17,8 @@ _DIGEST_BYTES = 32
 
 def root_hash(salt: str | None) -> bytes:
     """Where a chain begins. Requests of different salts share nothing; None is a salt of its own."""
-    return blake2b(b"" if salt is None else b"salt" + salt.encode(), digest_size=_DIGEST_BYTES).digest()
+    salted = b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")  # any str, text or not
+    return blake2b(salted, digest_size=_DIGEST_BYTES).digest()
 
 
 def extend_chain(

@@ -64,6 +64,10 @@ class _CompletionShape(Shape):
     def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
         return 0 if self.body.only_echoes else Shape.num_output_tokens(self, outputs)
 
+    def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
+        """A token that was drawn for nobody ends nothing."""
+        return ("length", None) if self.body.only_echoes else Shape.ending(self, one)
+
     def choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         return self._choice(growth, output, one, is_first=True)
 

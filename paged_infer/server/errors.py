@@ -100,6 +100,8 @@ def refusal(problems: list[dict[str, Any]]) -> APIError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return APIError(422, f"the body is not JSON: {reason}", code="json_invalid")
+    if isinstance(first.get("input"), bytes):  # as it came: not announced as JSON
+        return APIError(422, "the body: send JSON, with Content-Type: application/json", code="json_invalid")
     name = ".".join(place)
     return APIError(
         422, f"{name or 'the body'}: {first['msg']}", param=place[0] if place else None, code=first["type"]

@@ -6,12 +6,15 @@ a field left out, and the defaults are those of ``SamplingParams``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Container
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.server.errors import APIError
+from paged_infer.server.messages import ChatMessage
+from paged_infer.server.strict import ListOf, Strict
 
 HARMLESS = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 """Accepted and without effect: they are about accounts, and this server has none. ``store`` may only be false."""
@@ -53,7 +56,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Known and not supported, with the values that ask for nothing that is not there."""
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS = 16, 256, 20
-MAX_TOLD = 8  # unknown fields
 
 _SAMPLING = (
     "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens stop "
@@ -62,37 +64,12 @@ _SAMPLING = (
 _OF_BEAMS = {"n", "min_tokens", "stop_token_ids", "ignore_eos"}  # of these, what a beam search knows
 
 
-T = TypeVar("T")
-
-
-class _FirstOnly(FailFast):
-    __hash__ = object.__hash__  # a union of lists has to hash what they are annotated with
-
-
-ListOf = Annotated[list[T], _FirstOnly()]
-"""Of which the first wrong element is told: to tell of each of 300,000 takes seconds, in which nobody is served."""
-
-
 def _first_wrong(bias: Any) -> Any:
     """Of a dict with values that are no numbers, the first of these: the same for a dict, which cannot fail fast."""
     if not isinstance(bias, dict):
         return bias
     wrong = ((key, value) for key, value in bias.items() if type(value) not in (int, float))
     return dict([first]) if (first := next(wrong, None)) else bias
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_unknown(cls, body: Any) -> Any:
-        """Drop unknown fields beyond the first few, which are refused: for the same reason."""
-        if not isinstance(body, dict):
-            return body
-        unknown = [name for name in body if name not in cls.model_fields and name not in UNSUPPORTED]
-        dropped = set(unknown[MAX_TOLD:])
-        return {name: value for name, value in body.items() if name not in dropped} if dropped else body
 
 
 def within(minimum: float | None = None, maximum: float | None = None, **more: Any) -> Any:
@@ -105,11 +82,13 @@ def within(minimum: float | None = None, maximum: float | None = None, **more: A
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class SamplingFields(Strict):
     """How the tokens are chosen and when the answer ends; see ``paged_infer.SamplingParams``."""
+
+    refused_by_name: ClassVar[Container[str]] = UNSUPPORTED
 
     n: int | None = within(1)
     temperature: float | None = within(0)
@@ -149,7 +128,9 @@ class SamplingFields(Strict):
         for name, value in body.items():
             if name not in UNSUPPORTED or name in cls.model_fields:
                 kept[name] = value
-            elif value is not None and not any(value is v or value == v for v in UNSUPPORTED[name]):
+            elif value is not None and not any(
+                type(value) is type(v) and value == v for v in UNSUPPORTED[name]
+            ):
                 raise APIError(400, f"{name} is not supported", param=name, code="unsupported_field")
         if kept.get("store") is True:
             raise APIError(400, "store=true is not supported: nothing is kept", param="store")
@@ -197,12 +178,21 @@ class SamplingFields(Strict):
             raise ValueError(f"logit_bias={self.logit_bias!r:.80}: its keys must be token ids") from None
 
 
-class CompletionRequest(SamplingFields):
+class StreamedFields(SamplingFields):
+    """Whether the answer comes in pieces."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise APIError(400, "stream_options: needs stream=true", param="stream_options")
+
+
+class CompletionRequest(StreamedFields):
     prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     logprobs: int | None = within(0, MAX_LOGPROBS)
     echo: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """One or several, each a text or token ids."""
@@ -214,6 +204,7 @@ class CompletionRequest(SamplingFields):
         return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
     def params(self) -> SamplingParams | BeamSearchParams:
+        self.check_stream_options()
         check_logprobs("logprobs", self.logprobs)
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
         if self.only_echoes:
@@ -228,30 +219,17 @@ class CompletionRequest(SamplingFields):
         return bool(self.echo) and self.max_tokens == 0
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | ListOf[TextPart]
-    name: None = None
-
-    def as_dict(self) -> dict[str, str]:
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        return {"role": self.role, "content": "\n".join(parts)}
-
-
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(StreamedFields):
     messages: ListOf[ChatMessage]
     max_completion_tokens: int | None = within(1)
     logprobs: bool | None = None
     top_logprobs: int | None = within(0, MAX_LOGPROBS)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     def params(self) -> SamplingParams | BeamSearchParams:
+        self.check_stream_options()
+        for name in ("max_tokens", "max_completion_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise APIError(400, f"{name}={limit}: must be an integer >= 1", param=name)
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError(
                 400, f"top_logprobs={self.top_logprobs}: needs logprobs=true", param="top_logprobs"
@@ -284,6 +262,8 @@ def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None 
     """The engine's own words, with the field that they begin with."""
     message = str(error)
     name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
-    if message.startswith((prompt_field, "the prompt", "prompt token", "this checkpoint has no")):
+    if message.startswith(
+        (prompt_field, "the prompt", "prompt token", "character ", "this checkpoint has no")
+    ):
         name = prompt_field
     return APIError(400, message, param=name if name.isidentifier() else None, code=code)

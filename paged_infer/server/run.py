@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         self._silent = silent
         for connection, (_, since_s) in silent.items():
             if now_s - since_s > self.service.settings.receive_timeout_s:
-                connection.transport.close()  # type: ignore[union-attr]
+                connection.transport.close()
 
     async def _drain(self) -> None:
         self.service.stop_receiving()

@@ -34,6 +34,10 @@ class Shape(ABC):
         self.id = f"{self.prefix}-{random.getrandbits(128):032x}"  # a name, not a secret: no system call
         self.created = int(time.time())  # Unix time
 
+    def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
+        """Why an answer has ended, and the stop that ended it; None while it goes on."""
+        return one.finish_reason, one.stop_reason
+
     @abstractmethod
     def choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         """One whole answer."""
@@ -49,7 +53,7 @@ class Shape(ABC):
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         choices = [
-            _ended(self.choice(Growth(), output, one), one, place * len(output.outputs) + one.index)
+            self._ended(self.choice(Growth(), output, one), one, place * len(output.outputs) + one.index)
             for place, output in enumerate(outputs)
             for one in output.outputs
         ]
@@ -73,7 +77,7 @@ class Shape(ABC):
                     is_first = index not in growths
                     choice = self.piece(growths.setdefault(index, Growth()), output, one, is_first)
                     if choice is not None:
-                        piece = self._object(self.piece_kind, [_ended(choice, one, index)])
+                        piece = self._object(self.piece_kind, [self._ended(choice, one, index)])
                         events.append(event({**piece, **no_usage}))
                     if one.finish_reason is not None:
                         ended.add(index)
@@ -101,11 +105,11 @@ class Shape(ABC):
     def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         return usage(outputs, self.num_output_tokens(outputs))
 
-
-def _ended(choice: dict[str, Any], one: CompletionOutput, index: int) -> dict[str, Any]:
-    choice = {"index": index, **choice, "finish_reason": one.finish_reason}
-    if one.finish_reason is not None:
-        choice["stop_reason"] = one.stop_reason
-    if one.score is not None:  # of a beam search
-        choice |= {"score": one.score, "cumulative_logprob": one.cumulative_logprob}
-    return choice
+    def _ended(self, choice: dict[str, Any], one: CompletionOutput, index: int) -> dict[str, Any]:
+        finish_reason, stop_reason = self.ending(one)
+        choice = {"index": index, **choice, "finish_reason": finish_reason}
+        if finish_reason is not None:
+            choice["stop_reason"] = stop_reason
+        if one.score is not None:  # of a beam search
+            choice |= {"score": one.score, "cumulative_logprob": one.cumulative_logprob}
+        return choice

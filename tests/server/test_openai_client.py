@@ -44,6 +44,10 @@ def test_a_stream_ends_with_its_usage_when_asked_to(served) -> None:
     body = {"model": "storyteller", "prompt": PROMPT, "temperature": 0, "max_tokens": 7}
     whole = served.openai().completions.create(**body)
     *_, last = served.openai().completions.create(**body, stream=True, stream_options={"include_usage": True})
+    *_, plain = served.openai().completions.create(
+        **body, stream=True, stream_options={"include_usage": None}
+    )
+    assert plain.usage is None and plain.choices[0].finish_reason == "length"
     assert last.choices == []
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (whole.usage.prompt_tokens, 7)
 
@@ -114,6 +118,9 @@ def test_the_prompt_alone_can_be_scored(served) -> None:
     answer = served.complete(prompt=PROMPT, max_tokens=0, echo=True, logprobs=0)
     assert answer["choices"][0]["text"] == PROMPT and answer["usage"]["completion_tokens"] == 0
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+    stop = {"stop_token_ids": [65], "logit_bias": {"65": 100}}  # what is drawn behind it ends nothing
+    for ended in (answer, served.complete(prompt=PROMPT, max_tokens=0, echo=True, **stop)):
+        assert (ended["choices"][0]["finish_reason"], ended["choices"][0]["stop_reason"]) == ("length", None)
 
 
 def test_streamed_logprobs_join_to_those_of_the_whole(served) -> None:
@@ -135,6 +142,16 @@ def test_a_conversation_is_answered_as_offline(served, storyteller) -> None:
     pieces = [p.choices[0] for p in client.chat.completions.create(**body, max_tokens=40, stream=True)]
     assert pieces[0].delta.role == "assistant" and pieces[-1].finish_reason == whole.choices[0].finish_reason
     assert "".join(p.delta.content or "" for p in pieces) == said
+
+
+def test_an_answer_can_be_sent_back_as_it_came(served) -> None:
+    chat = served.openai().chat.completions
+    body = {"model": "storyteller", "temperature": 0, "max_tokens": 5}
+    answer = chat.create(messages=STORY, **body).choices[0].message
+    more = {"role": "user", "content": "And then?"}
+    by_hand = {"role": "assistant", "content": answer.content}
+    said = [chat.create(messages=[*STORY, one, more], **body).choices for one in (answer, by_hand)]
+    assert said[0] == said[1]
 
 
 def test_content_may_come_in_parts(served) -> None:

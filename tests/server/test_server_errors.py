@@ -63,6 +63,8 @@ def told(response: Any, status: int) -> dict[str, Any]:
         ("prompt", [2**70]),
         ("prompt", "x" * 5000),
         ("store", True),
+        ("best_of", True),
+        ("stream_options", {"include_usage": True}),
     ],
 )
 def test_a_value_out_of_its_range_is_a_400_that_names_it(served, field: str, value: Any) -> None:
@@ -190,6 +192,11 @@ def test_a_conversation_that_makes_no_sense_is_a_400(served) -> None:
     error = told(served.post("/v1/chat/completions", **CHAT, max_completion_tokens=3), 400)
     assert error["param"] == "max_completion_tokens"
     assert told(served.post("/v1/chat/completions", **CHAT, top_logprobs=2), 400)["param"] == "top_logprobs"
+    none = {"messages": CHAT["messages"], "max_completion_tokens": 0}
+    error = told(served.post("/v1/chat/completions", **none), 400)
+    assert error["param"] == "max_completion_tokens" and error["message"].startswith(
+        "max_completion_tokens=0"
+    )
     long = [{"role": "user", "content": "The river was wide. " * 100}]
     error = told(served.post("/v1/chat/completions", messages=long), 400)
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
@@ -213,12 +220,46 @@ def test_any_text_is_a_prompt(served, storyteller, text: str, stream: bool) -> N
     assert answer["usage"]["prompt_tokens"] == len(storyteller.tokenizer.encode(text))
 
 
-def test_half_a_surrogate_pair_is_no_text(served) -> None:
-    response = served.http.post(
-        "/v1/completions", content=rb'{"prompt": "a \ud83d b"}', headers={"Content-Type": "application/json"}
-    )
-    told(response, response.status_code)
-    assert response.status_code in (400, 422)
+@pytest.mark.parametrize(
+    ("path", "content", "param"),
+    [
+        ("/v1/completions", rb'{"prompt": "a \ud83d b"}', "prompt"),
+        ("/v1/chat/completions", rb'{"messages": [{"role": "user", "content": "a \ud83d b"}]}', "messages"),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(served, path: str, content: bytes, param: str) -> None:
+    response = served.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert told(response, 400)["param"] == param
+
+
+def test_any_string_is_a_salt(served) -> None:
+    content = json.dumps({**PROMPT, "cache_salt": "half a pair: \ud83d"})
+    headers = {"Content-Type": "application/json"}
+    assert served.http.post("/v1/completions", content=content, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_a_body_that_is_not_announced_as_json_is_told_how(served, content_type: str | None) -> None:
+    """As curl sends it without an -H."""
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    response = served.http.post("/v1/completions", content=json.dumps(PROMPT), headers=headers)
+    assert "Content-Type: application/json" in told(response, 422)["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ({"role": "user", "content": "x", "name": "Bob"}, "name"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "tool_call_id"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}, "image_url"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "input_audio"),
+    ],
+)
+def test_what_a_message_may_not_hold_is_refused_by_name(served, message: Any, named: str) -> None:
+    error = told(served.post("/v1/chat/completions", messages=[message]), 400)
+    assert named in error["message"] and "not supported" in error["message"] and error["param"] == "messages"
 
 
 def test_a_path_or_method_that_is_not_there_has_the_same_body(served) -> None:

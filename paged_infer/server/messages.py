@@ -1,0 +1,58 @@
+"""One message of a conversation, as ``/v1/chat/completions`` reads it: who speaks, and text."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from paged_infer.server.errors import APIError
+from paged_infer.server.strict import ListOf, Strict
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+"""Fields of OpenAI's messages that are refused by name, with the values that ask for nothing; so does null: a client
+sends an answer back as it came, and ours has ``"refusal": null`` in it."""
+
+NO_TEXT = ("file", "image_url", "input_audio", "refusal", "video_url")  # kinds of content
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    refused_by_name: ClassVar[Container[str]] = UNSUPPORTED
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | ListOf[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        for name, harmless in UNSUPPORTED.items():
+            if (value := message.get(name)) is not None and value not in harmless:
+                raise _unsupported(name)
+        for part in content if isinstance(content := message.get("content"), list) else ():
+            if isinstance(part, dict) and part.get("type") in NO_TEXT:
+                raise _unsupported(f"content of type {part['type']}")
+        return {name: value for name, value in message.items() if name not in UNSUPPORTED}
+
+    def as_dict(self) -> dict[str, str]:
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": self.role, "content": "\n".join(parts)}
+
+
+def _unsupported(what: str) -> APIError:
+    return APIError(400, f"messages: {what} is not supported", param="messages", code="unsupported_field")

@@ -43,12 +43,17 @@ class _Job:
     output: RequestOutput | None = None
     error: APIError | None = None
 
+    @property
+    def status(self) -> str:
+        if self.error is not None:
+            return "aborted" if self.error.code == "aborted" else "failed"
+        return "running" if self.output is None else "finished"
+
     def describe(self) -> dict[str, Any]:
         if self.error is not None:
-            status = "aborted" if self.error.code == "aborted" else "failed"
-            return {"id": self.id, "status": status, **self.error.body()}
+            return {"id": self.id, "status": self.status, **self.error.body()}
         if self.output is None:
-            return {"id": self.id, "status": "running"}
+            return {"id": self.id, "status": self.status}
         outputs = [
             {
                 "index": one.index,
@@ -58,7 +63,7 @@ class _Job:
             }
             for one in self.output.outputs
         ]
-        return {"id": self.id, "status": "finished", "outputs": outputs, "usage": usage([self.output])}
+        return {"id": self.id, "status": self.status, "outputs": outputs, "usage": usage([self.output])}
 
 
 class Jobs:
@@ -82,12 +87,17 @@ class Jobs:
     async def _finish(self, job: _Job) -> None:
         try:
             (job.output,) = await self._service.finals([job.stream])
-        except APIError as error:
-            job.error = error
+        except Exception as error:
+            told = self._service.explained(error)
+            job.error = (
+                told if isinstance(told, APIError) else APIError(500, f"{type(error).__name__}: {error}")
+            )
         finally:
             job.stream.close()
-            job.ended_s = time.monotonic()
-            self._ended[job.id] = job
+            if job.id in self._jobs:  # nobody has dropped it
+                job.ended_s = time.monotonic()
+                self._ended[job.id] = job
+                asyncio.get_running_loop().call_later(self._service.settings.result_ttl_s, self._forget)
 
     def find(self, job_id: str) -> _Job:
         self._forget()
@@ -145,4 +155,4 @@ async def result(id: str, request: Request) -> Response:
 async def abort(id: str, request: Request) -> Response:
     """Abort the job if it is still running, and forget it."""
     job = _jobs_of(request).drop(id)
-    return json_response({"id": job.id, "status": "finished" if job.output else "aborted"})
+    return json_response({"id": job.id, "status": "aborted" if job.status == "running" else job.status})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 from serving import Served, serving
 
 from paged_infer import SamplingParams
+from paged_infer.server.jobs import Jobs
 from paged_infer.server.service import Settings
 
 LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
@@ -52,6 +54,44 @@ def test_a_job_that_is_deleted_is_aborted(served) -> None:
     assert served.http.get(f"/result/{job['id']}").status_code == 404
 
 
+def jobs_of(served: Served) -> Jobs:
+    return served.server.config.app.state.jobs  # type: ignore[union-attr]
+
+
+def test_what_is_deleted_takes_nobodys_place() -> None:
+    with serving(Settings(max_num_results=2), num_blocks=64) as served:
+        kept = [served.post("/generate", prompt="x", max_tokens=1).json()["id"] for _ in range(2)]
+        for job in kept:
+            poll(served, job)
+        for _ in range(3):
+            deleted = served.post("/generate", **LONG).json()["id"]
+            served.http.delete(f"/result/{deleted}")
+        served.check_idle()
+        assert [served.http.get(f"/result/{job}").status_code for job in kept] == [200, 200]
+        assert len(jobs_of(served)._jobs) == len(jobs_of(served)._ended) == 2
+
+
+def test_a_job_that_fails_says_so_to_whoever_asks_and_deletes() -> None:
+    with serving(num_blocks=32) as broken:
+        broken.server.on_tick = lambda counter: asyncio.sleep(0, False)  # type: ignore[method-assign]
+        broken.engine._llm.engine.runner.launch = None  # type: ignore[assignment]
+        job = broken.post("/generate", prompt="x").json()["id"]
+        failed = poll(broken, job)
+        assert failed["status"] == "failed" and failed["error"]["code"] == "engine_dead"
+        assert broken.http.delete(f"/result/{job}").json() == {"id": job, "status": "failed"}
+        del broken.server.on_tick
+
+
+def test_results_expire_also_where_nobody_asks_any_more() -> None:
+    with serving(Settings(result_ttl_s=0.2), num_blocks=32) as served:
+        for _ in range(3):
+            served.post("/generate", prompt="x", max_tokens=1)
+        deadline = time.monotonic() + 10
+        while jobs_of(served)._jobs:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_results_expire() -> None:
     with serving(Settings(result_ttl_s=0.2), num_blocks=32) as served:
         job = served.post("/generate", prompt="x", max_tokens=1).json()
@@ -68,4 +108,4 @@ def test_only_so_many_results_are_kept() -> None:
         time.sleep(0.05)
         found = [served.http.get(f"/result/{job}").status_code for job in jobs]
         assert found == [404, 404, 200, 200, 200]
-        assert len(served.server.config.app.state.jobs._jobs) == 3  # type: ignore[union-attr]
+        assert len(jobs_of(served)._jobs) == 3

@@ -30,6 +30,7 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self._hf = hf_tokenizer
+        self._token_texts: dict[int, str] = {}
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | PathLike[str]) -> Tokenizer | None:
@@ -67,6 +68,12 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """What one token looks like inside a text: its leading space is kept, and special tokens are shown."""
+        text = self._token_texts.get(token_id)
+        if text is None:  # two decodes take as long as many a step of a model, and logprobs ask for thousands
+            text = self._token_texts[token_id] = self._text_inside(token_id)
+        return text
+
+    def _text_inside(self, token_id: int) -> str:
         alone = self.decode([token_id], skip_special_tokens=False)
         twice = self.decode([token_id, token_id], skip_special_tokens=False)
         # Decoders such as Llama's strip the first space of a text, so the second of two tells the whole token.

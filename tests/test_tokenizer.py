@@ -243,6 +243,12 @@ class TestTokenizer:
             assert tokenizer.token_text(byte_id(tokenizer, 0xFF)) == "\ufffd"
         assert byte_level().token_text(byte_level().eos_token_id) == "<|end|>"
 
+    def test_the_text_of_a_token_is_decoded_once(self) -> None:
+        """Logprobs ask for those of thousands of tokens in a step."""
+        counting = CountingTokenizer(byte_level()._hf)
+        texts = [[counting.token_text(token_id) for token_id in range(20)] for _ in range(3)]
+        assert texts[0] == texts[1] == texts[2] and counting.num_decoded == 20 * 3
+
     def test_it_knows_its_size_and_its_end_token(self) -> None:
         assert byte_level().vocab_size == max(byte_level()._hf.get_vocab().values()) + 1
         assert byte_level().decode([byte_level().eos_token_id], skip_special_tokens=False) == "<|end|>"

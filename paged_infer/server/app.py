@@ -56,6 +56,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
+        app.state.service.answering.shutdown(wait=False)
 
 
 async def watch_loop(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:

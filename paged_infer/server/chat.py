@@ -11,7 +11,6 @@ from starlette.responses import Response
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.answers import Growth, chat_logprobs
 from paged_infer.server.completions import ANSWER, ERRORS
-from paged_infer.server.errors import json_response
 from paged_infer.server.protocol import ChatCompletionRequest, bad_value
 from paged_infer.server.service import EventStream, service_of, unless_gone
 from paged_infer.server.shape import Shape
@@ -41,8 +40,8 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     )
     if body.stream:
         return EventStream(shape.events(streams), streams)
-    outputs = await unless_gone(request, service.finals(streams))
-    return Response(status_code=499) if outputs is None else json_response(shape.whole(outputs))
+    answer = await unless_gone(request, shape.answer(streams))
+    return Response(status_code=499) if answer is None else answer
 
 
 @dataclass

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from paged_infer.server.answers import Growth, texts_of
-from paged_infer.server.errors import documented, json_response
+from paged_infer.server.errors import documented
 from paged_infer.server.protocol import CompletionRequest
 from paged_infer.server.service import EventStream, service_of, unless_gone
 from paged_infer.server.shape import Shape
@@ -51,8 +51,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     )
     if body.stream:
         return EventStream(shape.events(streams), streams)
-    outputs = await unless_gone(request, service.finals(streams))
-    return Response(status_code=499) if outputs is None else json_response(shape.whole(outputs))
+    answer = await unless_gone(request, shape.answer(streams))
+    return Response(status_code=499) if answer is None else answer
 
 
 @dataclass

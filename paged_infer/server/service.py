@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from collections.abc import Sequence as ReadOnlyList
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from paged_infer.server.errors import APIError
 from paged_infer.server.protocol import bad_value
 
 RETRY_AFTER_S = 1
+IN_ONE_GO = 32  # prompts that are queued before the event loop sees to others
 CLOSING = "the server is shutting down"
 T = TypeVar("T")
 
@@ -63,6 +65,9 @@ class Service:
     settings: Settings = field(default_factory=Settings)
     is_closing: bool = False
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
+    answering: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="answers")
+    )
     receiving: set[asyncio.Timeout] = field(default_factory=set)  # of the bodies that are still on their way
 
     @property
@@ -101,6 +106,8 @@ class Service:
         opened: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):
+                if index % IN_ONE_GO == IN_ONE_GO - 1:
+                    await asyncio.sleep(0)  # a crowd of prompts lets others in
                 one = f"{request_id}-{index}"
                 opened.append(
                     await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt)
@@ -109,6 +116,12 @@ class Service:
             close_all(opened)
             raise self.explained(error, prompt_field) from error
         return opened
+
+    async def aside(self, is_heavy: bool, function: Callable[[], T]) -> T:
+        """``function()``; a heavy one in another thread, one after the other, so that nobody else waits for it."""
+        if not is_heavy:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self.answering, function)
 
     def explained(self, error: BaseException, prompt_field: str = "prompt") -> BaseException:
         """What to tell the client about what the engine has raised."""

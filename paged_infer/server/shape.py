@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
+
+from starlette.responses import Response
 
 from paged_infer.async_engine import EngineDeadError, RequestStream
 from paged_infer.outputs import CompletionOutput, RequestOutput
-from paged_infer.server.answers import DONE, Growth, event, usage
+from paged_infer.server.answers import DONE, HEAVY, Growth, encoded, event, usage, weight
 from paged_infer.server.errors import APIError
 from paged_infer.server.protocol import StreamOptions
 from paged_infer.server.service import Service, merged
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a stream's reader knows, by index of the answer."""
+
+    growths: dict[int, Growth] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -51,49 +63,68 @@ class Shape(ABC):
     def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
-    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        choices = [
+    async def answer(self, streams: ReadOnlyList[RequestStream]) -> Response:
+        """The whole answer, when it is there."""
+        outputs = await self.service.finals(streams)
+        is_heavy = sum(map(weight, outputs)) > HEAVY
+        content = await self.service.aside(is_heavy, partial(self._whole, outputs, is_heavy))
+        return Response(content, media_type="application/json")
+
+    def _whole(self, outputs: list[RequestOutput], in_pieces: bool) -> str:
+        usage = self._usage(outputs)
+        choices = (
             self._ended(self.choice(Growth(), output, one), one, place * len(output.outputs) + one.index)
             for place, output in enumerate(outputs)
             for one in output.outputs
-        ]
-        return {**self._object(self.kind, choices), "usage": self._usage(outputs)}
+        )
+        if in_pieces:
+            return "".join(encoded({**self._object(self.kind, choices), "usage": usage}))
+        return json.dumps({**self._object(self.kind, list(choices)), "usage": usage})
 
     async def events(self, streams: ReadOnlyList[RequestStream]) -> AsyncIterator[bytes]:
         """A piece whenever an answer has grown. What goes wrong now is an event, too: the status is out already."""
         include_usage = self.stream_options is not None and self.stream_options.include_usage
         no_usage = {"usage": None} if include_usage else {}
-        growths: dict[int, Growth] = {}
-        ended: set[int] = set()
+        told = _Told()
         newest: dict[int, RequestOutput] = {}
         try:
             async for place, output in merged(streams):
+                known = weight(newest[place]) if place in newest else 0
                 newest[place] = self.service.checked(output)
-                events = []
-                for one in output.outputs:
-                    index = place * len(output.outputs) + one.index
-                    if index in ended:
-                        continue
-                    is_first = index not in growths
-                    choice = self.piece(growths.setdefault(index, Growth()), output, one, is_first)
-                    if choice is not None:
-                        piece = self._object(self.piece_kind, [self._ended(choice, one, index)])
-                        events.append(event({**piece, **no_usage}))
-                    if one.finish_reason is not None:
-                        ended.add(index)
-                if events:
-                    yield b"".join(events)
+                is_heavy = weight(output) - known > HEAVY
+                news = partial(self._news, place, output, told, no_usage, is_heavy)
+                if events := await self.service.aside(is_heavy, news):
+                    yield events
             if include_usage:
                 yield event(
                     {**self._object(self.piece_kind, []), "usage": self._usage(list(newest.values()))}
                 )
         except (APIError, EngineDeadError) as error:
-            told = self.service.explained(error)
-            assert isinstance(told, APIError)
-            yield event(told.body())
+            explained = self.service.explained(error)
+            assert isinstance(explained, APIError)
+            yield event(explained.body())
         yield DONE
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _news(
+        self, place: int, output: RequestOutput, told: _Told, no_usage: dict[str, Any], in_pieces: bool
+    ) -> bytes:
+        """Events of what is new since it was ``told``."""
+        events = []
+        for one in output.outputs:
+            index = place * len(output.outputs) + one.index
+            if index in told.ended:
+                continue
+            is_first = index not in told.growths
+            choice = self.piece(told.growths.setdefault(index, Growth()), output, one, is_first)
+            if choice is not None:
+                choices: Any = [self._ended(choice, one, index)]
+                piece = self._object(self.piece_kind, iter(choices) if in_pieces else choices)
+                events.append(event({**piece, **no_usage}, in_pieces=in_pieces))
+            if one.finish_reason is not None:
+                told.ended.add(index)
+        return b"".join(events)
+
+    def _object(self, kind: str, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,

@@ -177,8 +177,8 @@ class AsyncLLM:
         with self._door:
             if self._streams.get(answers.request_id) is answers:
                 del self._streams[answers.request_id]
-        if not is_over:
-            self._thread.abort(answers.request_id)
+            if not is_over:  # before anybody else can take the id
+                self._thread.abort(answers.request_id)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 

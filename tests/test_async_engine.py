@@ -184,6 +184,34 @@ def test_an_id_is_served_once_at_a_time_and_free_again_when_its_reader_has_left(
     serve(scenario)
 
 
+def test_an_abort_ends_the_request_of_its_reader_and_not_the_next_of_that_id(serve) -> None:
+    """Two event loops, in two threads: one leaves, and the other takes the id at that very moment."""
+
+    async def scenario(engine: AsyncLLM) -> None:
+        answers = await engine.submit([5], LONG, "a")
+        abort, others = engine._thread.abort, []
+
+        def take_the_id() -> None:
+            with contextlib.suppress(ValueError):  # it is not free yet
+                others.append(asyncio.run(last(engine, [5], GREEDY, "a")))
+
+        def abort_late(request_id: str) -> None:
+            thread = threading.Thread(target=take_the_id)
+            thread.start()
+            thread.join(0.2)
+            abort(request_id)
+            threads.append(thread)
+
+        threads: list[threading.Thread] = []
+        engine._thread.abort = abort_late  # type: ignore[method-assign]
+        answers.close()
+        engine._thread.abort = abort  # type: ignore[method-assign]
+        await asyncio.to_thread(threads[0].join)
+        assert [len(other.outputs[0].token_ids) for other in others] == [8]
+
+    serve(scenario)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [([], "the prompt is empty"), ([5000], "5000"), ([1] * 600, "max_model_len"), ("text", "no tokenizer")],

@@ -129,6 +129,7 @@ def request_output(
     """The request as it stands, for whoever asked for it."""
     metrics = RequestMetrics(
         arrival_time_s=request.arrival_time_s,
+        first_scheduled_time_s=request.sequences[0].first_scheduled_s,
         first_token_time_s=request.first_token_time_s,
         finished_time_s=request.finished_time_s,
         num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),

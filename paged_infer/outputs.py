@@ -45,6 +45,7 @@ class RequestMetrics:
     """Times of one request, in seconds on one clock; None until the moment has come."""
 
     arrival_time_s: float
+    first_scheduled_time_s: float | None = None  # of its first step
     first_token_time_s: float | None = None
     finished_time_s: float | None = None
     num_generation_tokens: int = 0  # of all samples

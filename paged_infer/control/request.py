@@ -75,6 +75,7 @@ class Sequence:
     last_step: int = 0  # index of the newest step that it was scheduled in
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
     num_preemptions: int = 0
+    first_scheduled_s: float | None = None  # on the clock of its request's times
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     cumulative_logprob: float = 0.0  # of a beam

@@ -127,7 +127,7 @@ class Scheduler:
         To plan while the step before is still being computed, tell of it by ``advance`` first, and by ``settle`` when
         its tokens are known. Its sequences then go on with tokens that are pending.
 
-        ``now``: the time, in seconds. Only policies that delay something look at it.
+        ``now``: the time, in seconds. Policies that delay something look at it, and sequences keep when they came in.
         """
         if self._turn is not None:
             self.roll_back()

@@ -226,6 +226,8 @@ class Turn:
 
     def _enter(self, sequence: Sequence) -> None:
         sequence.move_to(SequenceState.RUNNING)
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = self.now
         insort(self.running, sequence, key=lambda running: running.sequence_id)
         self.fresh.append(sequence)
         self._manager.journal.append(("run", sequence.sequence_id))

@@ -17,6 +17,7 @@ from paged_infer.control.request import Sequence
 from paged_infer.outputs import RequestOutput
 
 LABELS = ("model_name", "engine")
+GAPS = "inter_token_latency_seconds"
 TTFT_S = (
     0.001,
     0.005,
@@ -104,12 +105,28 @@ class Metrics:
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", TTFT_S
         )
-        self._gap = self._histogram("inter_token_latency_seconds", "From one token to the next.", TPOT_S)
+        self._gap_family = self._family(GAPS, "From one token to the next.", TPOT_S)
+        self._gap = self._gap_family.labels(*self._labels)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "Mean of a request's gaps between tokens.", TPOT_S
         )
         self._latency = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S
+        )
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds", "From arrival to its first step.", LATENCY_S
+        )
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From its first step to the first token.", LATENCY_S
+        )
+        self._decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", LATENCY_S
+        )
+        self._inference_time = self._histogram(
+            "request_inference_time_seconds", "From its first step to the last token.", LATENCY_S
+        )
+        self._longest_output = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest answer of a request.", TOKENS
         )
         self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._output_length = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
@@ -132,8 +149,10 @@ class Metrics:
         return Counter(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*self._labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry)
-        return histogram.labels(*self._labels)
+        return self._family(name, text, buckets).labels(*self._labels)
+
+    def _family(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """What is read from the engine at this moment."""
@@ -146,6 +165,16 @@ class Metrics:
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
             counter.add_metric(self._labels, stats[key])
             yield counter
+        yield from self._gaps_under_their_older_name()
+
+    def _gaps_under_their_older_name(self) -> Iterator[Metric]:
+        name = f"vllm:{GAPS}"
+        for metric in self._gap_family.collect():
+            older = Metric("vllm:time_per_output_token_seconds", f"The same as {name}.", "histogram")
+            older.samples = [
+                sample._replace(name=sample.name.replace(name, older.name)) for sample in metric.samples
+            ]
+            yield older
 
     def observe(self, report: StepReport) -> None:
         """After a step, on the engine's thread."""
@@ -177,7 +206,18 @@ class Metrics:
             self._success.labels(*self._labels, one.finish_reason).inc()
             self._output_length.observe(len(one.token_ids))
         self._prompt_length.observe(len(output.prompt_token_ids))
+        self._longest_output.observe(max(len(one.token_ids) for one in output.outputs))
         metrics = output.metrics
+        scheduled_s, first_s, end_s = (
+            metrics.first_scheduled_time_s,
+            metrics.first_token_time_s,
+            metrics.finished_time_s,
+        )
+        if scheduled_s is not None and first_s is not None and end_s is not None:
+            self._queue_time.observe(scheduled_s - metrics.arrival_time_s)
+            self._prefill_time.observe(first_s - scheduled_s)
+            self._decode_time.observe(end_s - first_s)
+            self._inference_time.observe(end_s - scheduled_s)
         if metrics.latency is not None:
             self._latency.observe(metrics.latency)
         if metrics.tpot is not None:

@@ -35,6 +35,24 @@ def test_the_numbers_add_up_to_what_was_asked() -> None:
         assert now["prefix_cache_hits_total"] == cached > 0
         assert now["prefix_cache_queries_total"] == sum(u["prompt_tokens"] for u in usages)
         assert 0 < now["time_to_first_token_seconds_sum"] < now["e2e_request_latency_seconds_sum"] < 60
+        queue, prefill, decode, both, whole, first = (
+            now[f"{name}_seconds_sum"]
+            for name in (
+                *(f"request_{part}_time" for part in ("queue", "prefill", "decode", "inference")),
+                "e2e_request_latency",
+                "time_to_first_token",
+            )
+        )
+        assert queue + prefill == pytest.approx(first, abs=0.05)  # told a moment apart
+        assert prefill + decode == pytest.approx(both) and queue + both == pytest.approx(whole)
+        assert min(queue, prefill, decode) > 0 and now["request_queue_time_seconds_count"] == 3
+        assert now["request_max_num_generation_tokens_sum"] == 5 + 9 + ended["usage"]["completion_tokens"]
+        older = {name: value for name, value in now.items() if name.startswith("time_per_output_token_")}
+        assert older and all(
+            value == now[name.replace("time_per_output_token", "inter_token_latency")]
+            for name, value in older.items()
+            if not name.endswith("_created")
+        )
 
 
 def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
@@ -54,6 +72,15 @@ def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
         assert now["num_requests_running"] == now["num_requests_waiting"] == now["kv_cache_usage_perc"] == 0
         assert now["request_success_totalabort"] >= 1
         assert not served.server.config.app.state.metrics._last_token_s  # type: ignore[union-attr]
+
+
+def test_time_in_the_queue_is_no_time_of_the_prefill() -> None:
+    with serving(max_num_seqs=1, num_blocks=64) as served:
+        served.complete(prompt=["Once", "Mia"], max_tokens=60, ignore_eos=True)
+        served.check_idle()
+        now = samples(served)
+        assert now["request_queue_time_seconds_sum"] > now["request_decode_time_seconds_sum"] / 4
+        assert now["request_prefill_time_seconds_sum"] < now["request_queue_time_seconds_sum"]
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])

@@ -49,6 +49,9 @@ def serve(
     log_level: Annotated[
         str, typer.Option(help="uvicorn's: critical, error, warning, info, debug.")
     ] = "info",
+    load_format: Annotated[
+        str, typer.Option(help="auto, or dummy: random weights of the model's shape.")
+    ] = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     attention_backend: Backend = "auto",
@@ -101,6 +104,7 @@ def serve(
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,
+            load_format=load_format,
             dtype=dtype,
             device=device,
             attention_backend=attention_backend,

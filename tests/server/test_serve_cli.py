@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import socket
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from paged_infer.cli import app
+from paged_infer.config import EngineConfig
+from paged_infer.server.cli import serve
 from paged_infer.server.run import listen
 
 NAMES = ["fastapi", "uvicorn", "prometheus_client"]
@@ -73,6 +77,11 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments: tuple[str, ...], mes
     assert result.exit_code == 2
     assert message in result.output and "Traceback" not in result.output
     assert result.output.strip().count("\n") == 0
+
+
+def test_every_option_of_the_engine_is_one_of_the_command() -> None:
+    parameters = set(inspect.signature(serve).parameters)
+    assert {field.name for field in dataclasses.fields(EngineConfig)} <= parameters
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import Served
 
@@ -32,6 +32,7 @@ BODY = {
 }
 
 
+@settings(max_examples=30, deadline=None)
 @given(CONTENT)
 def test_json_in_pieces_is_json(content: Any) -> None:
     assert json.loads("".join(encoded(content))) == content

@@ -294,7 +294,7 @@ def test_half_a_body_is_waited_for_only_so_long() -> None:
         assert head.startswith(b"HTTP/1.1 408")
         error = json.loads(body)["error"]
         assert error["code"] == "request_timeout" and "receive_timeout_s=0.3" in error["message"]
-        content = json.dumps({**PROMPT, "ignore_eos": True, "max_tokens": 600}).encode()
+        content = json.dumps({**PROMPT, "ignore_eos": True, "max_tokens": 300}).encode()
         with socket.create_connection(
             ("127.0.0.1", impatient.port), timeout=30
         ) as raw:  # only the body is in a hurry

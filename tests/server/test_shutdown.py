@@ -116,7 +116,7 @@ def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_sigterm_under_load_ends_the_command_cleanly() -> None:
-    with command("--shutdown-timeout", "1") as (process, url):
+    with command("--shutdown-timeout", "0.3") as (process, url):
         headers = {"Authorization": "Bearer k"}
         statuses: list[int] = []
         ends: list[str] = []

@@ -18,6 +18,7 @@ from paged_infer.async_engine import AsyncLLM, EngineDeadError, QueueFullError, 
 from paged_infer.control.admission import ContextLengthError
 from paged_infer.engine import Params, Prompt
 from paged_infer.outputs import RequestOutput
+from paged_infer.params import BeamSearchParams
 from paged_infer.server.errors import APIError
 from paged_infer.server.protocol import bad_value
 
@@ -98,11 +99,13 @@ class Service:
         prompt_field: str = "prompt",
     ) -> list[RequestStream]:
         """Queue all of the prompts, or none. Whoever calls this closes what it returns."""
-        if len(prompts) > self.engine.max_num_waiting:
+        num_each = params.beam_width if isinstance(params, BeamSearchParams) else params.n
+        if (
+            len(prompts) - 1
+        ) * num_each >= self.engine.max_num_waiting:  # when the last comes, the others wait
+            what = f"{len(prompts)} prompts with {num_each} answer(s) each in one request"
             limit = f"max_num_waiting={self.engine.max_num_waiting}"
-            raise APIError(
-                400, f"{len(prompts)} prompts in one request: more than {limit}", param=prompt_field
-            )
+            raise APIError(400, f"{what}: more than {limit}", param=prompt_field)
         opened: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):

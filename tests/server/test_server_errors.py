@@ -357,6 +357,14 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
         assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
 
 
+def test_what_is_too_much_for_an_empty_queue_is_no_429() -> None:
+    """It would be asked for again and again, in vain."""
+    with serving(max_num_seqs=8, max_num_waiting=8, num_blocks=64) as served:
+        error = told(served.post("/v1/completions", **PROMPT | {"prompt": ["a", "b", "c"]}, n=4), 400)
+        assert error["param"] == "prompt" and "max_num_waiting=8" in error["message"]
+        assert served.complete(**PROMPT | {"prompt": ["a", "b"]}, n=7)
+
+
 def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as broken:
         runner = broken.engine._llm.engine.runner

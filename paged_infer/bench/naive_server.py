@@ -20,7 +20,7 @@ from paged_infer import baselines
 from paged_infer.bench.options import NAIVE_RUNGS
 from paged_infer.console import EngineOptions, Model, fail, with_blocks
 from paged_infer.llm import LLM
-from paged_infer.params import BeamSearchParams
+from paged_infer.params import SamplingParams
 from paged_infer.server import errors
 from paged_infer.server.answers import usage
 from paged_infer.server.protocol import CompletionRequest, bad_value
@@ -62,9 +62,15 @@ def create_app(llm: LLM, rung: str) -> FastAPI:
 
     @served.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
+        for name in ("stream", "use_beam_search", "echo", "logprobs"):
+            if (asked := getattr(body, name)) is not None and asked is not False:
+                raise errors.APIError(400, f"{name} is not supported: whole answers, and no more", param=name)
+        if body.model not in (None, llm.name):
+            raise errors.APIError(
+                404, f"model={body.model!r} is not served; served: {llm.name}", param="model"
+            )
         params = body.params()
-        if body.stream or isinstance(params, BeamSearchParams):
-            raise errors.APIError(400, "whole answers only, and no beam search: stream, use_beam_search")
+        assert isinstance(params, SamplingParams)
         async with turn:
             try:
                 outputs = await asyncio.to_thread(GENERATE[rung], llm, body.prompts(), params)

@@ -160,12 +160,19 @@ def test_nobody_there_is_an_error_that_names_the_address() -> None:
         ask(Job("http://127.0.0.1:9", None, [body()]))
 
 
-def test_the_naive_server_serves_one_at_a_time_and_refuses_to_stream(naive: str) -> None:
+def test_the_naive_server_serves_one_at_a_time(naive: str) -> None:
     replies = ask(Job(naive, None, [body("Once"), body("Mia had"), body("Tom")], num_clients=3)).replies
     ends = sorted(reply.end_s for reply in replies)
     assert [reply.num_output for reply in replies] == [4, 4, 4] and len(set(ends)) == 3
-    with pytest.raises(ValueError, match="answered 400"):
-        ask(Job(naive, None, [body(stream=True)]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stream", True), ("use_beam_search", True), ("echo", True), ("logprobs", 0), ("model", "another")],
+)
+def test_the_naive_server_refuses_by_name_what_it_cannot_do(naive: str, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"answered 40[04].*{field}"):
+        ask(Job(naive, None, [body(**{field: value})]))
 
 
 def test_the_servers_own_count_of_its_loops_delays_is_read(target: Target, workload: Workload) -> None:

@@ -432,22 +432,31 @@ def test_a_storm_of_readers_that_leave_at_any_moment_leaves_nothing_behind(serve
 
 
 def test_the_event_loop_hardly_waits_while_the_engine_works(serve, text_checkpoint) -> None:
-    async def scenario(engine: AsyncLLM) -> None:
-        delays = []
+    """In one of three tries: a busy machine delays, too, but what stands still by itself does so in each."""
+
+    async def delays(engine: AsyncLLM) -> list[float]:
+        found: list[float] = []
 
         async def watch() -> None:
             while True:
                 began = time.perf_counter()
                 await asyncio.sleep(0.001)
-                delays.append(time.perf_counter() - began - 0.001)
+                found.append(time.perf_counter() - began - 0.001)
 
         watcher = asyncio.create_task(watch())
         texts = ["ab ba " * 20000, *("ab cd" for _ in range(7))]  # the first is 120,000 characters long
         long = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, truncate_prompt_tokens=20)
         await asyncio.gather(*(last(engine, text, long) for text in texts))
         watcher.cancel()
-        delays.sort()
-        assert len(delays) > 50 and delays[int(0.99 * len(delays))] < 0.05, delays[-5:]
+        assert len(found) > 50
+        return sorted(found)
+
+    async def scenario(engine: AsyncLLM) -> None:
+        for _ in range(3):
+            found = await delays(engine)
+            if found[int(0.99 * len(found))] < 0.05:
+                return
+        pytest.fail(f"the longest: {found[-5:]}")
 
     serve(scenario, text_checkpoint)
 

@@ -43,7 +43,7 @@ def test_the_numbers_add_up_to_what_was_asked() -> None:
                 "time_to_first_token",
             )
         )
-        assert queue + prefill == pytest.approx(first, abs=0.05)  # told a moment apart
+        assert queue + prefill <= first < whole  # a token is told a moment after it is drawn
         assert prefill + decode == pytest.approx(both) and queue + both == pytest.approx(whole)
         assert min(queue, prefill, decode) > 0 and now["request_queue_time_seconds_count"] == 3
         assert now["request_max_num_generation_tokens_sum"] == 5 + 9 + ended["usage"]["completion_tokens"]
@@ -76,10 +76,10 @@ def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
 
 def test_time_in_the_queue_is_no_time_of_the_prefill() -> None:
     with serving(max_num_seqs=1, num_blocks=64) as served:
-        served.complete(prompt=["Once", "Mia"], max_tokens=60, ignore_eos=True)
+        served.complete(prompt=["Once", "Mia"], max_tokens=150, ignore_eos=True)
         served.check_idle()
         now = samples(served)
-        assert now["request_queue_time_seconds_sum"] > now["request_decode_time_seconds_sum"] / 4
+        assert now["request_queue_time_seconds_sum"] > now["request_decode_time_seconds_sum"] / 10
         assert now["request_prefill_time_seconds_sum"] < now["request_queue_time_seconds_sum"]
 
 

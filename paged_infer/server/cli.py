@@ -39,6 +39,9 @@ def serve(
         int, typer.Option(help="Most sequences that wait; one more request is answered 429.")
     ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
+    max_num_logprobs: Annotated[
+        int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")
+    ] = 1 << 22,
     receive_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take to arrive: its head, and then its body.")
     ] = 30.0,
@@ -98,6 +101,7 @@ def serve(
             served_model_names=tuple(served_model_name or ()),
             max_body_bytes=max_body_bytes,
             receive_timeout_s=receive_timeout,
+            max_num_logprobs=max_num_logprobs,
             result_ttl_s=result_ttl,
         )
         door = run.listen(host, port)

@@ -37,6 +37,8 @@ class Settings:
         served_model_names: under which names the model is asked for, the first in answers; empty: its own.
         max_body_bytes: largest body of a request.
         receive_timeout_s: seconds that a request may take to arrive: its head, and then its body.
+        max_num_logprobs: most logprobs that one request could get, each token's own counted: they are kept until all
+            are there, 200 bytes each.
         result_ttl_s: seconds that an answer waits to be fetched from ``/result/{id}``.
         max_num_results: most such answers kept at once; the oldest is dropped for one more.
     """
@@ -45,11 +47,18 @@ class Settings:
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
     receive_timeout_s: float = 30.0
+    max_num_logprobs: int = 1 << 22
     result_ttl_s: float = 300.0
     max_num_results: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "receive_timeout_s", "result_ttl_s", "max_num_results"):
+        for name in (
+            "max_body_bytes",
+            "receive_timeout_s",
+            "max_num_logprobs",
+            "result_ttl_s",
+            "max_num_results",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if self.api_key is not None and not (
@@ -106,6 +115,7 @@ class Service:
             what = f"{len(prompts)} prompts with {num_each} answer(s) each in one request"
             limit = f"max_num_waiting={self.engine.max_num_waiting}"
             raise APIError(400, f"{what}: more than {limit}", param=prompt_field)
+        self._check_num_logprobs(prompts, params)
         opened: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):
@@ -119,6 +129,23 @@ class Service:
             close_all(opened)
             raise self.explained(error, prompt_field) from error
         return opened
+
+    def _check_num_logprobs(self, prompts: ReadOnlyList[Prompt], params: Params) -> None:
+        """By how long prompts and answers may be. A text has hardly more tokens than characters."""
+        if isinstance(params, BeamSearchParams):
+            return
+        longest, most = self.engine.max_model_len, 0
+        if params.logprobs is not None:
+            num_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
+            most += len(prompts) * num_tokens * (params.logprobs + 1)
+        if params.prompt_logprobs is not None:
+            num_tokens = sum(min(len(prompt), longest) for prompt in prompts)
+            most += num_tokens * (params.prompt_logprobs + 1)
+        if (limit := self.settings.max_num_logprobs) < most * params.n:
+            message = (
+                f"logprobs: there could be {most * params.n} of them: more than max_num_logprobs={limit}"
+            )
+            raise APIError(400, message, param="logprobs")
 
     async def aside(self, is_heavy: bool, function: Callable[[], T]) -> T:
         """``function()``; a heavy one in another thread, one after the other, so that nobody else waits for it."""

@@ -84,12 +84,23 @@ class Served:
         assert not self.thread.is_alive()
 
 
+PROMPT = {"prompt": "Once upon a time", "max_tokens": 2}
+CHAT = {"messages": [{"role": "user", "content": "Where is the key?"}], "max_tokens": 2}
 LONG_BODY: dict[str, Any] = {
     "model": "storyteller",
     "prompt": "Once upon a time",
     "max_tokens": 900,
     "extra_body": {"ignore_eos": True},
 }
+
+
+def told(response: Any, status: int) -> dict[str, Any]:
+    """The error that a response is."""
+    assert response.status_code == status, (response.status_code, response.text)
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ def test_without_the_extra_one_line_says_what_to_install(without_the_extra) -> N
         (("--max-num-waiting", "0"), "max_num_waiting=0"),
         (("--max-body-bytes", "0"), "max_body_bytes=0"),
         (("--receive-timeout", "0"), "receive_timeout_s=0"),
+        (("--max-num-logprobs", "0"), "max_num_logprobs=0"),
         (("--api-key", ""), "api_key"),
         (("--log-level", "loud"), "log_level='loud'"),
         (("--swap-space", "1"), "swap_space=1"),

@@ -1,0 +1,106 @@
+"""Bodies, heads, queues and logprobs have limits: who goes beyond one is told which, and costs nobody anything."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import ExitStack
+
+import pytest
+from serving import CHAT, PROMPT, serving, told
+
+from paged_infer.server.service import Settings
+
+
+def test_bodies_over_the_limit_are_a_413_however_they_come() -> None:
+    with serving(Settings(max_body_bytes=1000), num_blocks=32) as small:
+        assert small.complete(prompt="x" * 20, max_tokens=1)
+        told(small.post("/v1/completions", prompt="x" * 1000), 413)
+        pieces = (b" " * 100 for _ in range(20))  # chunked: no Content-Length
+        told(
+            small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}),
+            413,
+        )
+        with socket.create_connection(("127.0.0.1", small.port)) as raw:  # a promise alone is enough
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def head_of(num_bytes: int) -> bytes:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {num_bytes}\r\n\r\n".encode()
+
+
+def test_half_a_body_is_waited_for_only_so_long() -> None:
+    with serving(Settings(receive_timeout_s=0.3), num_blocks=64) as impatient:
+        with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as raw:
+            raw.sendall(head_of(100) + b'{"prompt": ')
+            head, _, body = raw.makefile("rb").read().partition(b"\r\n\r\n")  # to the end: it hangs up, too
+        assert head.startswith(b"HTTP/1.1 408")
+        error = json.loads(body)["error"]
+        assert error["code"] == "request_timeout" and "receive_timeout_s=0.3" in error["message"]
+        content = json.dumps({**PROMPT, "ignore_eos": True, "max_tokens": 300}).encode()
+        with socket.create_connection(
+            ("127.0.0.1", impatient.port), timeout=30
+        ) as raw:  # only the body is in a hurry
+            raw.sendall(head_of(len(content)) + content[:20])
+            raw.sendall(content[20:])
+            assert raw.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_half_a_head_is_waited_for_only_so_long(http: str) -> None:
+    pytest.importorskip(http)
+    with (
+        serving(Settings(receive_timeout_s=0.3), http=http, num_blocks=32) as impatient,
+        ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", impatient.port)
+        silent, slow, second = (stack.enter_context(socket.create_connection(address, 10)) for _ in range(3))
+        slow.sendall(b"POST /v1/comple")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        while b"ok" not in second.recv(1000):
+            pass
+        second.sendall(b"GET /he")
+        assert [one.recv(1000) for one in (silent, slow, second)] == [b""] * 3  # it has hung up
+        assert impatient.complete(**PROMPT)
+
+
+def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
+    with serving(Settings(max_num_logprobs=1000), num_blocks=64, max_model_len=128) as served:
+        least = {"max_tokens": 10, "logprobs": 4, "temperature": 1.0}
+        assert served.complete(prompt=[[5] * 10] * 2, n=5, **least, echo=True)  # 2 x 5 x 20 tokens: 1,000
+        for more in ({"n": 6}, {"logprobs": 5}, {"max_tokens": 11}, {"prompt": [[5] * 10] * 3}):
+            body = {"prompt": [[5] * 10] * 2, "n": 5, **least, "echo": True, **more}
+            error = told(served.post("/v1/completions", **body), 400)
+            assert error["param"] == "logprobs" and "max_num_logprobs=1000" in error["message"]
+        chat = {**CHAT, "logprobs": True, "top_logprobs": 9}
+        assert served.post("/v1/chat/completions", **chat).status_code == 200
+        endless = {
+            key: value for key, value in chat.items() if key != "max_tokens"
+        }  # to the end of the context
+        told(served.post("/v1/chat/completions", **endless), 400)
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
+    with serving(max_num_seqs=1, max_num_waiting=1, num_blocks=64) as busy:
+        long = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with busy.http.stream("POST", "/v1/completions", json=long) as running:
+            pieces = running.iter_bytes()  # held: to drop it is to hang up
+            next(pieces)  # it runs, so the next one waits, and fills the queue
+            with busy.http.stream("POST", "/v1/completions", json=long) as waiting:
+                assert waiting.status_code == 200
+                response = busy.post("/v1/completions", **PROMPT)
+                assert told(response, 429)["type"] == "rate_limit_error"
+                assert int(response.headers["retry-after"]) >= 1
+        busy.check_idle()
+        assert busy.complete(**PROMPT)
+        assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
+
+
+def test_what_is_too_much_for_an_empty_queue_is_no_429() -> None:
+    """It would be asked for again and again, in vain."""
+    with serving(max_num_seqs=8, max_num_waiting=8, num_blocks=64) as served:
+        error = told(served.post("/v1/completions", **PROMPT | {"prompt": ["a", "b", "c"]}, n=4), 400)
+        assert error["param"] == "prompt" and "max_num_waiting=8" in error["message"]
+        assert served.complete(**PROMPT | {"prompt": ["a", "b"]}, n=7)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch  # its OpenMP runtime has to be the one in the process
 
-SOURCE = Path(__file__).with_name("c_kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("c_kernels.c", "c_linear.c"))
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
 FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros "
@@ -38,6 +38,7 @@ _SIGNATURES = {
     "qk_norm_rope": [_POINTER] * 8 + [_INT] * 5 + [_FLOAT, _THREADS],
     "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
+    "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
     "paged_decode": [_POINTER] * 6 + [_INT] * 8 + [_FLOAT, _THREADS],
 }
 
@@ -67,6 +68,7 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
+    loaded.panel_width.argtypes, loaded.panel_width.restype = [], _INT
     return loaded
 
 
@@ -86,7 +88,7 @@ def _build(compiler: str, flags: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         for openmp in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread is better than none
-            command = [*compiler.split(), *flags, *openmp, str(SOURCE), "-o", str(built), "-lm"]
+            command = [*compiler.split(), *flags, *openmp, *map(str, SOURCES), "-o", str(built), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
             if done.returncode == 0:
                 break
@@ -98,7 +100,12 @@ def _build(compiler: str, flags: list[str], target: Path) -> None:
 def _fingerprint(compiler: str, flags: list[str]) -> str:
     """Of all that the result depends on: a home folder may be shared by machines of different kinds."""
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
-    parts = (SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout, _processor().encode())
+    parts = (
+        *(source.read_bytes() for source in SOURCES),
+        " ".join(flags).encode(),
+        version.stdout,
+        _processor().encode(),
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

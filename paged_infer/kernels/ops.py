@@ -13,6 +13,7 @@ from torch import Tensor
 from paged_infer.kernels.argmax import argmax_reference
 from paged_infer.kernels.c_ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
 from paged_infer.kernels.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.linear import Pack, pack_c, pack_onednn
 from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
 from paged_infer.kernels.sample import sample
@@ -30,6 +31,7 @@ class Ops(NamedTuple):
     copy_blocks: Callable[..., None]
     sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler's own torch draws
     argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # where ``sample`` does not draw
+    pack: Pack = pack_onednn  # how matrices are laid out once their weights are final
     fuses_store: bool = False  # qk_norm_rope also stores keys and values, in the same launch
 
 
@@ -50,5 +52,6 @@ C_OPS = Ops(
     copy_blocks_reference,
     None,
     argmax=argmax_c,
+    pack=pack_c,
     fuses_store=True,
 )

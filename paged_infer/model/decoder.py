@@ -92,7 +92,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         """Lay the matrices out for the device's kernels, once the weights are final."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.prepack()
+                module.prepack(self.ops.pack)
 
     def kv_spec(self) -> list[LayerSpec]:
         """What one token leaves in the cache, layer by layer."""

@@ -2,11 +2,13 @@
 
 The executed .ipynb is the one source: edit its cells, run this, commit. Of a widget the picture beside it is kept and
 nothing else: its state is large, and without a kernel Jupyter shows an error in its place. The kernel is named python3,
-which every Jupyter has.
+which every Jupyter has. The picture of the cell that is tagged "cover" is what README shows of a chapter, so it goes
+to figures/, too.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
+FIGURES = HERE.parent / "figures" / "chapters"
 CELL_TIMEOUT_S = 300
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -23,7 +26,8 @@ def execute(path: Path) -> None:
     """Run ``path`` in its own folder and write it back normalised; a failing cell raises and leaves it unchanged."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel(), "language_info": {"name": "python"}})
-    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": HERE}}).execute()
+    resources = {"metadata": {"path": HERE}}
+    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources=resources, coalesce_streams=True).execute()
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(notebook.cells):
@@ -33,6 +37,14 @@ def execute(path: Path) -> None:
             if "image/png" in output.get("data", ()):
                 output.data.pop(WIDGET_VIEW, None)
     nbformat.write(notebook, path)
+    (FIGURES / f"{path.stem}.png").write_bytes(cover(notebook))
+
+
+def cover(notebook: nbformat.NotebookNode) -> bytes:
+    """The picture, as PNG, of the one cell that is tagged so."""
+    (cell,) = (cell for cell in notebook.cells if "cover" in cell.metadata.get("tags", ()))
+    (picture,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", ()))
+    return base64.b64decode(picture)
 
 
 def kernel() -> dict[str, str]:

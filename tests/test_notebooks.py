@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -12,9 +13,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+README = Path(__file__).parent.parent / "README.md"
+FOLDER = README.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # the tour is no chapter
+spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+assert spec is not None and spec.loader is not None
+execute = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(execute)
 EACH_CHAPTER = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
@@ -57,6 +63,13 @@ class TestStoredOutputs:
     def test_something_is_printed_for_nbval_to_compare(self, path):
         texts = [o.text for cell in code_cells(path) for o in cell.outputs if o.output_type == "stream"]
         assert len(texts) >= 3
+
+    def test_readme_shows_the_picture_that_it_stores(self, path):
+        """With words for those who do not see it."""
+        shown = re.findall(rf"!\[([^]]*)\]\(figures/chapters/{path.stem}\.png\)", README.read_text("utf-8"))
+        assert len(shown) == 1 and len(shown[0].split()) >= 3
+        stored = (README.parent / "figures" / "chapters" / f"{path.stem}.png").read_bytes()
+        assert stored == execute.cover(nbformat.read(path, as_version=4))
 
     def test_nothing_is_stored_that_a_reader_does_not_see(self, path):
         notebook = json.loads(path.read_text(encoding="utf-8"))

@@ -2,8 +2,9 @@
 
 Torch's batched products want their keys side by side, so ``paged_attention_sdpa`` copies every key and value of the
 batch in every layer of every step, and fills rows up to the longest one. Here each (sequence, key head) walks along its
-own block table, with the online softmax of the Triton kernels. Prompt chunks, where the products are worth the copy,
-go the way of ``paged_attention_sdpa``.
+own block table, with the online softmax of the Triton kernels. So does each of a few tokens that come together, as drafts:
+it is a query of its own, over as many keys as it sees. Prompt chunks, where the products are worth the copy, go the way
+of ``paged_attention_sdpa``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from paged_infer.kernels.c_runtime import library
 from paged_infer.kernels.paged_attention_sdpa import attend_chunks, paged_attention_batched
 
 _MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of c_kernels.c
+_FEW = 8  # tokens of a sequence in a step; more are a chunk
 
 
 def paged_attention_c(
@@ -39,24 +41,40 @@ def paged_attention_c(
     ):
         return paged_attention_batched(q, k_cache, v_cache, step, window=window)
     out = torch.empty(q.shape, dtype=q.dtype)
-    if step.num_decodes:
+    num_rows, tables, lengths = _rows(step)
+    if num_rows:
         library(q.dtype).paged_decode(
             out.data_ptr(),
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            step.block_tables.data_ptr(),
-            step.seq_lens.data_ptr(),
-            step.num_decodes,
+            tables.data_ptr(),
+            lengths.data_ptr(),
+            num_rows,
             num_heads,
             num_kv_heads,
             dim,
             block_size,
-            step.block_tables.stride(0),
+            tables.stride(0),
             q.stride(0),
             2**62 if window is None else window,
             dim**-0.5,
             torch.get_num_threads(),
         )
-    attend_chunks(out, q, k_cache, v_cache, step, window)
+    if num_rows < q.shape[0]:
+        attend_chunks(out, q, k_cache, v_cache, step, window)
     return out
+
+
+def _rows(step: StepMeta) -> tuple[int, Tensor, Tensor]:
+    """How many queries attend one by one, from the first, and of each the block table, int32, and the keys it sees."""
+    if step.max_query_len > _FEW or step.max_query_len == 1:
+        return step.num_decodes, step.block_tables, step.seq_lens
+    if "rows" not in step.plan:
+        starts, query_lens = step.query_start_loc[:-1], step.query_start_loc.diff()  # [B] each
+        owners = torch.arange(len(query_lens)).repeat_interleave(query_lens)  # [T] whose token each is
+        places = torch.arange(len(owners)) - starts[owners]  # [T] among those of its sequence in this step
+        seen = (step.seq_lens - query_lens)[owners] + places + 1
+        step.plan["rows"] = (step.block_tables[owners], seen.int())
+    tables, lengths = step.plan["rows"]
+    return len(lengths), tables, lengths

@@ -28,7 +28,8 @@ def _contenders_figure(report: SpeedReport) -> Picture:
     figure = new_picture(7.6, 0.46 * len(report.entries) + 1.3)
     speed, waiting = figure.subplots(1, 2, sharey=True)
     names = [entry.name for entry in report.entries]
-    colours = [RUNG_COLOURS.get(name, INK) for name in names]
+    usual = RUNG_COLOURS["paged"] if report.command == "optimisations" else INK  # all of them are the engine
+    colours = [RUNG_COLOURS.get(name, usual) for name in names]
     rates = [entry.metrics.output_tokens_per_s for entry in report.entries]
     bars = speed.barh(names, rates, color=colours)
     labels = [_rate_label(entry) for entry in report.entries]

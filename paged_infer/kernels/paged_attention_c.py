@@ -2,9 +2,9 @@
 
 Torch's batched products want their keys side by side, so ``paged_attention_sdpa`` copies every key and value of the
 batch in every layer of every step, and fills rows up to the longest one. Here each (sequence, key head) walks along its
-own block table, with the online softmax of the Triton kernels. So does each of a few tokens that come together, as drafts:
-it is a query of its own, over as many keys as it sees. Prompt chunks, where the products are worth the copy, go the way
-of ``paged_attention_sdpa``.
+own block table, with the online softmax of the Triton kernels. So does each of a few tokens that come together, drafts
+say: a query of its own, over the keys it sees. Prompt chunks, where the products are worth the copy, go the way of
+``paged_attention_sdpa``.
 """
 
 from __future__ import annotations

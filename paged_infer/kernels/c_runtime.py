@@ -58,8 +58,8 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     if compiler is None:
         raise CannotBuild("no C compiler (cc, gcc, clang, or one named by CC) was found")
     flags = [*FLAGS, DTYPES[dtype]]
-    target = _cache_folder() / f"kernels-{_fingerprint(compiler, flags)}.so"
     try:
+        target = _cache_folder() / f"kernels-{_fingerprint(compiler, flags)}.so"
         if not target.exists():
             _build(compiler, flags, target)
         loaded = ctypes.CDLL(str(target))

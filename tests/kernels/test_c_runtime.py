@@ -55,6 +55,11 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
     assert not [*own_cache.iterdir()]
 
 
+def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-cc"))
+    assert "no-such-cc" in (why_not() or "")
+
+
 def test_a_compiler_without_openmp_is_asked_again_without(tmp_path: Path, monkeypatch) -> None:
     compiler_script(tmp_path, 'case "$*" in *fopenmp*) exit 1;; esac; exec cc "$@"', monkeypatch)
     if c_runtime.shutil.which("cc") is None:

@@ -51,13 +51,14 @@ class PanelProduct:
         return cls(weight, bias, panels, start)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.float32 or x.dim() != 2 or x.stride(1) != 1:
+        height, depth = self.weight.shape
+        suits = x.dtype is torch.float32 and x.is_cpu and x.dim() == 2 and x.stride(1) == 1
+        if not suits or x.shape[1] != depth or not depth:
             return F.linear(x, self.weight, self.bias)
-        num_rows, depth = x.shape
-        height = self.weight.shape[0]
+        num_rows = x.shape[0]
         if depth % 1024 == 0 and num_rows > 4:  # such rows would share the few places of one cache set
-            x = torch.empty(num_rows, depth + 16)[:, :depth].copy_(x)
-        out = torch.empty(num_rows, height)
+            x = x.new_empty(num_rows, depth + 16)[:, :depth].copy_(x)
+        out = x.new_empty(num_rows, height)  # torch.empty's dtype and device are whatever the process has set
         library().linear(
             out.data_ptr(),
             x.data_ptr(),

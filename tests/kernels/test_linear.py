@@ -76,6 +76,36 @@ def test_what_c_does_not_take_is_multiplied_all_the_same() -> None:
         torch.testing.assert_close(product(x), F.linear(x, product.weight, product.bias))
 
 
+@needs_c
+@pytest.mark.parametrize("width", [0, 12, 23, 25])
+def test_rows_of_another_width_are_refused_as_the_plain_product_refuses_them(width) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        PanelProduct.of(torch.randn(33, 24), None)(torch.randn(2, width))
+
+
+@needs_c
+def test_of_no_columns_the_bias_is_left() -> None:
+    bias = torch.arange(40.0)
+    for rows in (0, 1, 13):
+        out = PanelProduct.of(torch.empty(40, 0), bias)(torch.empty(rows, 0))
+        assert torch.equal(out, bias.expand(rows, 40))
+
+
+@needs_c
+@pytest.mark.parametrize("usual", [torch.bfloat16, torch.float64])
+def test_the_result_is_float32_whatever_dtype_the_process_makes_tensors_of(usual) -> None:
+    """One of a smaller dtype would be written past its end."""
+    product = PanelProduct.of(torch.randn(33, 1024), None)
+    x = torch.randn(13, 1024)
+    before = product(x)
+    torch.set_default_dtype(usual)
+    try:
+        after = product(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert after.dtype is torch.float32 and torch.equal(after, before)
+
+
 @needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(

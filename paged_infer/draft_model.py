@@ -59,12 +59,19 @@ class DraftModel:
         self.runner = ModelRunner(decoder, cache, sampler)
 
     def fill_in(self, step: ScheduledStep) -> ScheduledStep:
-        """The step with tokens in the places of its drafts. All of its tokens are computed here, too."""
+        """The step with tokens in the places of its drafts. All of its tokens are computed here, too.
+
+        Raises:
+            FloatingPointError: it produced NaN where it was to draft.
+        """
         drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
         now, moves = [_known(sequence) for sequence in step.sequences], step.moves
         while now:
-            drawn = self.runner.execute(ScheduledStep(step.index, now, moves)).token_ids
+            try:
+                drawn = self.runner.execute(ScheduledStep(step.index, now, moves)).token_ids
+            except FloatingPointError as error:  # which of the two models is to be mended?
+                raise FloatingPointError(f"the draft model's {error}") from None
             for sequence_id, token_id in drawn.items():
                 drafts[sequence_id].append(token_id)
             now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -283,6 +284,20 @@ def test_a_draft_model_of_other_tokens_or_of_fewer_positions_is_refused(make_llm
         make_llm(speculative_config=draft_config(storyteller.DRAFT_PATH))
     with pytest.raises(ValueError, match=r"max_model_len=100 exceeds the draft model's .*=64"):
         make_llm(speculative_config=draft_config(short_sighted(checkpoint)), max_model_len=100)
+
+
+def test_a_draft_model_that_produces_nan_is_told_from_the_model_that_it_drafts_for(
+    make_llm, checkpoint
+) -> None:
+    llm = make_llm(speculative_config=draft_config(checkpoint("qwen3")))
+    broken = llm.engine.runner.drafter.runner.decoder
+    hook = broken.register_forward_hook(lambda module, inputs, hidden: hidden.fill_(math.nan))
+    with pytest.raises(FloatingPointError, match=r"^the draft model's logits of rows"):
+        llm.generate(prompts()[:1], GREEDY, use_tqdm=False)
+    hook.remove()
+    llm.check_integrity()
+    again = llm.generate(prompts()[:1], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    assert again == make_llm().generate(prompts()[:1], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
 
 
 def short_sighted(checkpoint: Callable[[str], Path]) -> Path:

@@ -45,7 +45,7 @@ Backend = Annotated[
     str,
     typer.Option(
         "--attention-backend",
-        help="How the paged cache is read: auto, triton, sdpa, torch, or your module:function.",
+        help="How the paged cache is read: auto, triton, c, sdpa, torch, or your module:function.",
     ),
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the paged cache.")]

@@ -1,4 +1,4 @@
-"""Paged attention from torch's own batched operations: the fastest way without a kernel of ours, and the CPU default.
+"""Paged attention from torch's own batched operations: a CPU's default where there is no C compiler.
 
 Decodes (one query a sequence) are done together: each row's keys are gathered through its block table into
 [B, H_kv, L, D], L the longest context, and two batched products do the rest, the query heads of a group sharing one

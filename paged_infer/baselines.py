@@ -28,7 +28,7 @@ from paged_infer.llm import LLM
 from paged_infer.logprobs import token_logprobs
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
-from paged_infer.sampling import Sampler
+from paged_infer.sampling import UNDRAWABLE, Sampler
 
 Prompts = Prompt | ReadOnlyList[Prompt]
 Params = SamplingParams | ReadOnlyList[SamplingParams] | None
@@ -101,6 +101,7 @@ class _Batch:
             s.sequence_id: Completion(s, llm.tokenizer, streamed=False) for s in self.sequences
         }
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+        self._failed: set[str] = set()  # requests whose prompt has no logprobs
 
     @torch.inference_mode()
     def run_naive(self, sequence: Sequence) -> None:
@@ -149,13 +150,18 @@ class _Batch:
         sampled = self.sampler(logits, [sample_row(s) for s in sequences])
         now = time.perf_counter()
         for sequence, token_id, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
+            request = self._request_of[sequence.sequence_id]
+            if token_id < 0 or request.request_id in self._failed:
+                sequence.error = UNDRAWABLE
+                sequence.finish("error")
+                request.finished_time_s = now if request.is_finished else None
+                continue
             ended = sequence.append(token_id)
             if ended is not None:
                 sequence.finish(*ended)
             stop = self._completion_of[sequence.sequence_id].advance(() if logprobs is None else [logprobs])
             if stop is not None and not sequence.is_finished:
                 sequence.finish("stop", stop)
-            request = self._request_of[sequence.sequence_id]
             request.first_token_time_s = request.first_token_time_s or now
             request.finished_time_s = now if request.is_finished else None
 
@@ -168,7 +174,9 @@ class _Batch:
         targets = request.prompt_token_ids[1:]
         logits = self.decoder.logits(hidden[: len(targets)])
         entries = token_logprobs(logits, targets, [num_top] * len(targets)) if targets else []
-        named = [named_logprobs(entry, self.engine.tokenizer) for entry in entries]
+        if None in entries:
+            self._failed.add(request.request_id)
+        named = [named_logprobs(entry, self.engine.tokenizer) for entry in entries if entry is not None]
         self._prompt_logprobs[request.request_id] = [None, *named]
 
     def _step(self, positions: ReadOnlyList[int], end: int, batch: int) -> StepMeta:

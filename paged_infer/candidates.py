@@ -11,8 +11,8 @@ from torch import Tensor
 from paged_infer.params import Candidates, TopRow
 
 
-def best_tokens(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates]:
-    """For each row its ``num_top`` most probable tokens, best first.
+def best_tokens(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates | None]:
+    """For each row its ``num_top`` most probable tokens, best first; None where it holds NaN, +inf or nothing finite.
 
     Logprobs are of the raw distribution in float32: a banned token is left out, and the others gain nothing by it.
     Works on slices of rows, so the memory it takes does not grow with R.
@@ -20,11 +20,8 @@ def best_tokens(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates]:
     Args:
         logits: [R, V], any float type; left as they are.
         rows: what each of the R rows asks for; V tokens at most.
-
-    Raises:
-        FloatingPointError: a row holds NaN or +inf, or no finite logit; the message names it.
     """
-    found: list[Candidates] = []
+    found: list[Candidates | None] = []
     step = max(1, (1 << 22) // logits.shape[1])
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
@@ -34,8 +31,8 @@ def best_tokens(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates]:
                 logprobs[place, list(row.banned_token_ids)] = -math.inf
         values, ids = logprobs.topk(max(row.num_top for row in part), dim=1)  # [r, K] each
         each = zip(part, ids.tolist(), values.tolist(), strict=True)  # one wait for the device each
-        found += [list(zip(i[: row.num_top], v[: row.num_top], strict=True)) for row, i, v in each]
-    broken = [place for place, candidates in enumerate(found) if not math.isfinite(candidates[0][1])]
-    if broken:
-        raise FloatingPointError(f"logits of rows {broken} have no logprobs: NaN, +inf or nothing finite")
+        found += [
+            list(zip(i[: row.num_top], v[: row.num_top], strict=True)) if math.isfinite(v[0]) else None
+            for row, i, v in each
+        ]
     return found

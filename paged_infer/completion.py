@@ -92,6 +92,7 @@ class Completion:
             cumulative_logprob=cumulative,
             logprobs=None if self._logprobs is None else list(self._logprobs),
             score=sequence.score,
+            error=sequence.error,
         )
 
     def _shown_text(self, finish_reason: str | None) -> str:
@@ -99,7 +100,10 @@ class Completion:
             return ""
         if self._decoder is None:
             return self._tokenizer.decode(self._visible_token_ids())
-        if finish_reason == "abort":  # it ended between two steps, with characters still held back
+        if finish_reason in (
+            "abort",
+            "error",
+        ):  # it ended without a last token: characters are still held back
             self._text += self._decoder.finish()
             return self._text
         if finish_reason is not None:

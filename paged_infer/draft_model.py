@@ -17,6 +17,7 @@ Two independent draws would be the same only with probability sum(p_i q_i), whic
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from paged_infer.cache.paged import PagedCache
@@ -30,6 +31,8 @@ from paged_infer.model.weights import load_decoder
 from paged_infer.params import SampleRow
 from paged_infer.runner import ModelRunner
 from paged_infer.sampling import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 def load_draft(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | None:
@@ -57,23 +60,25 @@ class DraftModel:
     def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
         """``cache``: as many blocks, of as many tokens, as the large model's."""
         self.runner = ModelRunner(decoder, cache, sampler)
+        self._has_warned = False
 
     def fill_in(self, step: ScheduledStep) -> ScheduledStep:
         """The step with tokens in the places of its drafts. All of its tokens are computed here, too.
 
-        Raises:
-            FloatingPointError: it produced NaN where it was to draft.
+        Where the draft model's own numbers fail (NaN), its draft is token 0: a draft can be wrong, so this costs the
+        speed of that sequence and nothing else.
         """
         drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
         now, moves = [_known(sequence) for sequence in step.sequences], step.moves
         while now:
-            try:
-                drawn = self.runner.execute(ScheduledStep(step.index, now, moves)).token_ids
-            except FloatingPointError as error:  # which of the two models is to be mended?
-                raise FloatingPointError(f"the draft model's {error}") from None
+            result = self.runner.execute(ScheduledStep(step.index, now, moves))
+            if result.failed and not self._has_warned:
+                logger.warning("the draft model's logits hold NaN or +inf: those drafts are not accepted")
+                self._has_warned = True
+            drawn = result.token_ids
             for sequence_id, token_id in drawn.items():
-                drafts[sequence_id].append(token_id)
+                drafts[sequence_id].append(max(0, token_id))
             now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
             moves = BlockMoves()
         filled = [

@@ -5,6 +5,7 @@ add_request -> [Scheduler.schedule -> ModelRunner.launch -> Scheduler.advance, s
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from paged_infer.control.request import Request, Sequence
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.usage import KVUsage
 from paged_infer.engine_parts import open_parts
-from paged_infer.interrupts import uninterrupted
+from paged_infer.interrupts import interruptible, uninterrupted
 from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.runner import RunningStep, StepResult
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | ReadOnlyList[int]
 Params = SamplingParams | BeamSearchParams
@@ -163,6 +166,7 @@ class LLMEngine:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
+    @uninterrupted()
     def step(self, sleep: Callable[[float], object] = time.sleep) -> list[RequestOutput]:
         """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
 
@@ -174,14 +178,13 @@ class LLMEngine:
         before, self._running = self._running, None
         try:
             after, result = self._launch(sleep)
-            outputs = [] if before is None else self._settle(before.step, before.result())
+            outputs = [] if before is None else self._settle(before.step, self._result(before))
             if after is not None and result is not None:
                 outputs += self._settle(after.step, result)
             else:
                 self._running = after
         except BaseException:
-            with uninterrupted():
-                self.scheduler.roll_back()
+            self.scheduler.roll_back()
             raise
         return outputs
 
@@ -189,44 +192,63 @@ class LLMEngine:
         """Plan a step and begin it, if anybody can go on; and wait for what it draws, if no step may follow before."""
         if not self.scheduler.has_work:
             return None, None
-        with uninterrupted():
-            step = self.scheduler.schedule(time.perf_counter())
+        step = self.scheduler.schedule(time.perf_counter())
         if not step.sequences:
             if step.resume_at_s is not None:
-                sleep(max(0.0, step.resume_at_s - time.perf_counter()))
+                with interruptible():
+                    sleep(max(0.0, step.resume_at_s - time.perf_counter()))
             elif not self.scheduler.is_under_way:
                 raise RuntimeError(
                     "requests wait and nothing can run: the scheduler let in what does not fit"
                 )
             return None, None
-        running = self.runner.launch(step)
-        result = None if self._looks_ahead and step.can_be_followed else running.result()
-        with uninterrupted():
-            self._record_usage(step)
-            self.scheduler.advance(step)
+        with interruptible():
+            running = self.runner.launch(step)
+        result = None if self._looks_ahead and step.can_be_followed else self._result(running)
+        self._record_usage(step)
+        self.scheduler.advance(step)
         return running, result
 
-    @uninterrupted()
+    def _result(self, running: RunningStep) -> StepResult:
+        with interruptible():
+            return running.result()
+
     def _settle(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Write a step's tokens into the books."""
         now = time.perf_counter()
-        grown = self.scheduler.settle(step, result.token_ids, now, result.candidates, result.accepted)
+        grown = self.scheduler.settle(
+            step, result.token_ids, now, result.candidates, result.accepted, result.failed
+        )
         moved: dict[str, _Live] = {}
+        if result.failed:
+            moved = {i: live for i, live in self._live.items() if live.request.error is not None}
         for sequence, num_new in Counter(grown).items():
             live = self._live[sequence.request_id]
             if live.request.first_token_time_s is None:
                 live.request.first_token_time_s = now
             num_before = sequence.num_output_tokens - num_new
-            logprobs = result.logprobs.get(sequence.sequence_id, ())
-            stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
+            self._advance(live, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
             self.grown += [sequence] * (sequence.num_output_tokens - num_before)
-            if stop is not None:
-                self.scheduler.finish(sequence, "stop", stop)
             if live.streamed or sequence.is_finished:
                 moved[sequence.request_id] = live
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(result)
         return [output for live in moved.values() if (output := self._reported(live, now)) is not None]
+
+    def _advance(
+        self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int
+    ) -> None:
+        """Turn the sequence's newest tokens into text. What goes wrong there ends its own request alone."""
+        try:
+            stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
+        except Exception as error:
+            logger.exception("the tokens of request %s could not become text", sequence.request_id)
+            self.scheduler.fail(
+                sequence, f"its tokens could not become text: {type(error).__name__}: {error}"
+            )
+        else:
+            if stop is not None:
+                self.scheduler.finish(sequence, "stop", stop)
 
     def _reported(self, live: _Live, now: float) -> RequestOutput | None:
         if live.request.is_finished:

@@ -11,23 +11,30 @@ from torch import Tensor
 from paged_infer.outputs import Logprob, TokenLogprobs
 from paged_infer.params import SampleRow
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 def logprobs_of(
     logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]
 ) -> list[TokenLogprobs | None]:
-    """What the rows that ask for it are told of the tokens drawn from them; None for the others."""
+    """Logprobs of the tokens drawn from the rows that ask for them; None for the others, and where there are none.
+
+    A token id of -1 stands for none.
+    """
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     asked = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
     if asked:
         places = list(asked)
         wanted = logits if len(places) == len(rows) else logits[places]
-        found = token_logprobs(wanted, [token_ids[i] for i in places], list(asked.values()))
+        found = token_logprobs(wanted, [max(0, token_ids[i]) for i in places], list(asked.values()))
         for i, of_row in zip(places, found, strict=True):
             logprobs[i] = of_row
     return logprobs
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+def token_logprobs(
+    logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprobs | None]:
     """Log-probabilities of given tokens and of the most probable ones, from the raw distribution.
 
     Works on slices of rows, so the memory it takes does not grow with R.
@@ -40,16 +47,17 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
     Returns:
         For each row, token id -> ``Logprob`` in float32: the given token first, then the top ones, best first
         (of equals the lower id). ``rank`` is 1 plus the number of strictly more probable tokens; no text yet.
-
-    Raises:
-        FloatingPointError: a row holds NaN or +inf, or no finite logit; the message names it.
+        None for a row that holds NaN or no finite logit. +inf counts as float32's largest number.
     """
-    results: list[TokenLogprobs] = []
+    results: list[TokenLogprobs | None] = []
     num_rows, vocab_size = logits.shape
     step = max(1, (1 << 22) // vocab_size)
     for start in range(0, num_rows, step):
         stop = start + step
         part = logits[start:stop].to(torch.float32)  # [r, V]
+        peak = part.amax(dim=1, keepdim=True)
+        if peak.isposinf().any():
+            part, peak = part.clamp_max(_FLOAT32_MAX), peak.clamp_max(_FLOAT32_MAX)
         ids = torch.tensor(token_ids[start:stop], device=logits.device).unsqueeze(1)  # [r, 1]
         value = part.gather(1, ids)
         ranks: list[int] = (part > value).sum(dim=1).add_(1).tolist()
@@ -57,14 +65,13 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
         if num_columns > 0:
             top_value, top_ids = largest(part, num_columns)
             value, ids = torch.cat((value, top_value), dim=1), torch.cat((ids, top_ids), dim=1)
-        peak = part.amax(dim=1, keepdim=True)
         log_total = (part - peak).exp_().sum(dim=1, keepdim=True).log_()
-        broken: list[int] = (~log_total.isfinite()).flatten().nonzero().flatten().tolist()
-        if broken:
-            broken = [start + i for i in broken]
-            raise FloatingPointError(f"logits of rows {broken} have no logprobs: NaN, +inf or nothing finite")
         values: list[list[float]] = (value - peak - log_total).tolist()
-        results.extend(map(_by_token, values, ids.tolist(), ranks, num_top[start:stop]))
+        found = map(_by_token, values, ids.tolist(), ranks, num_top[start:stop])
+        results += [
+            of_row if is_sound else None
+            for of_row, is_sound in zip(found, log_total.isfinite().flatten().tolist(), strict=True)
+        ]
     return results
 
 

@@ -8,6 +8,7 @@ hidden rows        0    1         4   -> logits [3, vocab] -> one new token for 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from paged_infer.logprobs import logprobs_of, token_logprobs
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
-from paged_infer.sampling import Drawn, Sampler, on_its_way
+from paged_infer.sampling import UNDRAWABLE, Drawn, Sampler, on_its_way
 from paged_infer.transfer import to_device
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step drew, by sequence id; prompt logprobs with the index of their first token; candidates of beams."""
+    """What a step drew, by sequence id; prompt logprobs with the index of their first token; candidates of beams.
+
+    No numbers of one sequence raise: one that cannot be drawn from is in ``failed``, and the others are as they were.
+    """
 
     token_ids: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one for each new token
@@ -45,6 +49,7 @@ class StepResult:
     accepted: dict[int, list[int]] = field(
         default_factory=dict
     )  # drafts that hold; in ``token_ids`` is what follows
+    failed: dict[int, str] = field(default_factory=dict)  # why a sequence cannot go on
 
 
 @dataclass(slots=True)
@@ -56,14 +61,19 @@ class RunningStep:
     _logits: Tensor | None  # [R, vocab], one row a draw
     _draws: list[tuple[int, SampleRow]]
     _drawn: Drawn | None
+    _checked: tuple[list[ScheduledSequence], Drawn] | None = (
+        None  # whose tokens, one after the other, are finite
+    )
 
     @torch.inference_mode()
     def result(self) -> StepResult:
-        """What it drew.
-
-        Raises:
-            FloatingPointError: the model produced NaN for a sequence.
-        """
+        """What it drew."""
+        if self._checked is not None:
+            sequences, is_finite = self._checked
+            flags = iter(is_finite.token_ids())
+            for sequence in sequences:
+                if not all(list(islice(flags, sequence.num_tokens))):
+                    self._known.failed[sequence.sequence_id] = UNDRAWABLE
         if self._drawn is not None and self._logits is not None:
             token_ids = self._drawn.token_ids()
             logprobs = logprobs_of(self._logits, [row for _, row in self._draws], token_ids)
@@ -76,6 +86,8 @@ class RunningStep:
                 if end > first + 1:
                     last += num_accepted(drafts[sequence_id], token_ids[first:end])
                     self._known.accepted[sequence_id] = token_ids[first:last]
+                if token_ids[last] < 0:
+                    self._known.failed[sequence_id] = UNDRAWABLE
                 self._known.token_ids[sequence_id] = token_ids[last]
                 reports = [of_row for of_row in logprobs[first : last + 1] if of_row is not None]
                 if reports:
@@ -112,9 +124,6 @@ class ModelRunner:
         """Give the step to the device, which carries steps out in order. On a CPU it is computed here and now.
 
         Tokens that are pending are taken from what the step before drew, where they lie.
-
-        Raises:
-            FloatingPointError: the model produced NaN for a beam or a prompt that is reported.
         """
         if self.drafter is not None:
             step = self.drafter.fill_in(step)
@@ -128,7 +137,13 @@ class ModelRunner:
         result = StepResult()
         self._rank(sequences, hidden, meta, result)
         self._report_prompts(sequences, hidden, meta, result)
-        return self._draw(step, sequences, hidden, meta, result)
+        running = self._draw(step, sequences, hidden, meta, result)
+        if meta.max_query_len > 1 or any(sequence.sample is None for sequence in sequences):
+            # Not every row has logits that are looked at, and a block may be shared before its owner draws. A masked
+            # key that is NaN reaches even the tokens before it: 0 * NaN.
+            is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()  # [T]
+            running._checked = sequences, on_its_way(is_finite, is_finite)
+        return running
 
     def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, StepMeta]:
         block_size = self.cache.block_size
@@ -169,7 +184,7 @@ class ModelRunner:
         if pending and self._last_tokens is not None:
             rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
             ends = self._to_device(query_start_loc[1:][pending].astype(np.int64) - 1)
-            # A row that could not be drawn from left -1. Any token will do after it: that step's error ends both.
+            # A row that could not be drawn from left -1. Any token will do after it: its request ends.
             token_ids[ends] = self._last_tokens[self._to_device(rows)].clamp_min(0)
         return token_ids
 
@@ -236,8 +251,11 @@ class ModelRunner:
         asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopRow)}
         if asking:
             found = best_tokens(self._logits([*asking], hidden, meta), [*asking.values()])
-            ids = (sequences[row].sequence_id for row in asking)
-            result.candidates.update(zip(ids, found, strict=True))
+            for row, candidates in zip(asking, found, strict=True):
+                if candidates is None:
+                    result.failed[sequences[row].sequence_id] = UNDRAWABLE
+                else:
+                    result.candidates[sequences[row].sequence_id] = candidates
 
     def _report_prompts(
         self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
@@ -250,9 +268,15 @@ class ModelRunner:
                 continue
             targets = list(sequence.next_prompt_token_ids)
             entries: list[TokenLogprobs] = []
+            is_sound = True
             for first in range(0, len(targets), _PROMPT_LOGITS_ROWS):
                 part = targets[first : first + _PROMPT_LOGITS_ROWS]
                 begin = bounds[row] + first
                 logits = self.decoder.logits(hidden[begin : begin + len(part)])
-                entries += token_logprobs(logits, part, [sequence.num_prompt_logprobs] * len(part))
-            result.prompt_logprobs[sequence.sequence_id] = sequence.num_computed_tokens + 1, entries
+                found = token_logprobs(logits, part, [sequence.num_prompt_logprobs] * len(part))
+                entries += [entry for entry in found if entry is not None]
+                is_sound = is_sound and None not in found
+            if is_sound:
+                result.prompt_logprobs[sequence.sequence_id] = sequence.num_computed_tokens + 1, entries
+            else:
+                result.failed[sequence.sequence_id] = UNDRAWABLE

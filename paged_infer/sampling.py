@@ -39,11 +39,14 @@ from paged_infer.transfer import to_device
 # A temperature is held within these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
 # logits of any use, one beyond gives the same distribution as the limit.
 SMALLEST, LARGEST = 1e-20, 1e20
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+UNDRAWABLE = "its logits cannot be drawn from: they hold NaN or +inf, or nothing finite"
 
 
 _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 # (logits [r, V], their r rows, num_candidates) -> the winners. A winner's score is not finite where the row cannot be
-# drawn from: NaN wins every maximum, and softmax makes NaN of +inf and of nothing but -inf.
+# drawn from: NaN wins every maximum, and softmax makes NaN of +inf and of nothing but -inf. A greedy row can be drawn
+# from where it holds +inf: the first of those is the most probable token, as transformers has it.
 _Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
 # (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
@@ -52,7 +55,10 @@ Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # see ``kernels.argmax``
 
 @dataclass(slots=True)
 class SampledTokens:
-    """What was drawn, a row each; ``logprobs`` is None where the row's ``params.logprobs`` is."""
+    """What was drawn, a row each: -1 where a row cannot be drawn from, and never for the sake of another row.
+
+    ``logprobs`` is None where the row's ``params.logprobs`` is, and where the row has none.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
@@ -67,19 +73,10 @@ class Drawn:
     ready: torch.cuda.Event | None  # None: it is there
 
     def token_ids(self) -> list[int]:
-        """Waits until they are there.
-
-        Raises:
-            FloatingPointError: a row holds NaN or +inf where it matters, or no finite logit; the message names it.
-        """
+        """Waits until they are there; -1 where a row cannot be drawn from (``UNDRAWABLE``)."""
         if self.ready is not None:
             self.ready.synchronize()
         token_ids: list[int] = self.host.tolist()
-        broken = [i for i, token_id in enumerate(token_ids) if token_id < 0]
-        if broken:
-            raise FloatingPointError(
-                f"logits of rows {broken} cannot be drawn from: NaN, +inf or nothing finite"
-            )
         return token_ids
 
 
@@ -103,8 +100,6 @@ class Sampler:
             rows: how to draw from each of the R rows. Token ids in them lie within the vocabulary.
 
         Raises:
-            FloatingPointError: a row holds NaN or +inf where it matters, or no finite logit; the message
-            names it.
             ValueError: R is not ``len(rows)``.
         """
         if not rows:
@@ -162,7 +157,7 @@ class Sampler:
     def _draw_greedy(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
         """The most probable token; of equals, the lower id."""
         scores, tokens = self._argmax(logits)
-        return tokens, scores.float()
+        return tokens, scores.float().clamp_max(_FLOAT32_MAX)
 
     def _draw_by_kernel(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
         assert self._kernel is not None
@@ -253,10 +248,14 @@ def _draw_again(
 
 
 def _probs(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Probabilities at each row's temperature, 0 where min_p drops the token: [r, K] -> float32 [r, K]."""
+    """Probabilities at each row's temperature, 0 where min_p drops the token: [r, K] -> float32 [r, K].
+
+    The largest logit is subtracted before the division, so that no temperature makes +inf of finite logits.
+    """
     temperatures = [min(max(row.params.temperature, SMALLEST), LARGEST) for row in rows]
-    scaled = logits / _column(temperatures, torch.float32, logits.device)
-    probs = torch.softmax(scaled, dim=1, dtype=torch.float32)
+    wide = logits.float()
+    scaled = (wide - wide.amax(dim=1, keepdim=True)).div_(_column(temperatures, torch.float32, logits.device))
+    probs = torch.softmax(scaled, dim=1)
     if any(row.params.min_p > 0.0 for row in rows):
         min_p = _column([row.params.min_p for row in rows], torch.float32, logits.device)
         probs.masked_fill_(probs < min_p * probs.amax(dim=1, keepdim=True), 0.0)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.logprobs import token_logprobs
 from paged_infer.noise import noise, row_keys
 from paged_infer.params import SampleRow, SamplingParams
 from paged_infer.sampling import Sampler
@@ -337,12 +336,42 @@ def test_logprobs_are_of_the_raw_distribution_whatever_the_parameters() -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
 @pytest.mark.parametrize("bad", [[0.0, math.nan, 1.0], [-INF, -INF, -INF], [0.0, INF, 1.0]])
-def test_a_row_that_cannot_be_drawn_from_is_named(options: dict[str, Any], bad: list[float]) -> None:
+def test_a_row_that_cannot_be_drawn_from_is_minus_one_and_changes_no_other(
+    options: dict[str, Any], bad: list[float]
+) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], bad, [2.0, 1.0, -INF]])
-    with pytest.raises(FloatingPointError, match=r"rows \[1\]"):
-        Sampler()(logits, [a_row(**options)] * 3)
-    with pytest.raises(FloatingPointError, match=r"rows \[1\]"):
-        token_logprobs(logits, [0, 0, 0], [1, 1, 1])
+    rows = [a_row(**options, logprobs=1)] * 3
+    drawn, without = Sampler()(logits, rows), Sampler()(logits[[0, 2]], rows[:2])
+    assert [drawn.token_ids[0], drawn.token_ids[2]] == without.token_ids
+    assert [drawn.logprobs[0], drawn.logprobs[2]] == without.logprobs
+    if math.inf in bad and options == {"temperature": 0}:  # as transformers has it
+        assert drawn.token_ids[1] == 1 and drawn.logprobs[1][1].logprob == 0.0
+    else:
+        assert drawn.token_ids[1] == -1
+        assert drawn.logprobs[1] is None or math.inf in bad
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-19, 1e-300, 1e300])
+@pytest.mark.parametrize("repetition_penalty", [1e-20, 1e-19, 1e-300, 1e20, 1e300])
+def test_no_temperature_and_penalty_together_overflow(cut, temperature, repetition_penalty) -> None:
+    """Each is within its limits; their product is beyond float32's."""
+    params = {**cut, "temperature": temperature, "repetition_penalty": repetition_penalty}
+    row = SampleRow(SamplingParams(**params), 0, 0, 3, 1, (), (1, 2), (3,))
+    for logits in ([3.0, 2.0, -2.0, 1.0], [-3.0, -2.0, 2.0, -1.0], [3e4, -3e4, 3e38, -3e38]):
+        (token_id,) = Sampler()(torch.tensor([logits]), [row]).token_ids
+        penalised = [x if i == 0 else x / p if x > 0 else x * p for i, x in enumerate(logits) for p in [
+            min(max(repetition_penalty, 1e-20), 1e20)
+        ]]  # fmt: skip
+        assert token_id >= 0
+        if temperature < 1 and max(penalised) < 1e38:
+            assert token_id == penalised.index(max(penalised))
+
+
+def test_a_masked_token_stays_masked_whatever_the_penalty() -> None:
+    params = SamplingParams(temperature=0, min_tokens=3, repetition_penalty=1e-20)
+    row = SampleRow(params, 0, 0, 3, 1, (0, 1, 2), (0, 1), (2,))
+    assert Sampler()(torch.zeros(1, 3), [row]).token_ids == [-1]
 
 
 def test_rows_and_logits_of_unequal_number_are_refused_and_none_is_nothing() -> None:

@@ -286,18 +286,17 @@ def test_a_draft_model_of_other_tokens_or_of_fewer_positions_is_refused(make_llm
         make_llm(speculative_config=draft_config(short_sighted(checkpoint)), max_model_len=100)
 
 
-def test_a_draft_model_that_produces_nan_is_told_from_the_model_that_it_drafts_for(
-    make_llm, checkpoint
+def test_a_draft_model_that_produces_nan_costs_its_drafts_and_nothing_else(
+    make_llm, checkpoint, caplog
 ) -> None:
     llm = make_llm(speculative_config=draft_config(checkpoint("qwen3")))
     broken = llm.engine.runner.drafter.runner.decoder
-    hook = broken.register_forward_hook(lambda module, inputs, hidden: hidden.fill_(math.nan))
-    with pytest.raises(FloatingPointError, match=r"^the draft model's logits of rows"):
-        llm.generate(prompts()[:1], GREEDY, use_tqdm=False)
-    hook.remove()
+    broken.register_forward_hook(lambda module, inputs, hidden: hidden.fill_(math.nan))
+    drafting, plain = (one.generate(prompts(), GREEDY, use_tqdm=False) for one in (llm, make_llm()))
+    assert [o.outputs[0].token_ids for o in drafting] == [o.outputs[0].token_ids for o in plain]
+    assert llm.stats()["num_draft_tokens"] > 0 and llm.stats()["num_accepted_tokens"] == 0
+    assert len([r for r in caplog.records if "draft model's logits" in r.message]) == 1
     llm.check_integrity()
-    again = llm.generate(prompts()[:1], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-    assert again == make_llm().generate(prompts()[:1], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
 
 
 def short_sighted(checkpoint: Callable[[str], Path]) -> Path:

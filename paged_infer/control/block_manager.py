@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from itertools import chain
 from typing import Any, NamedTuple
@@ -208,6 +208,14 @@ class BlockManager:
                 self.journal.append(("withdraw", block))
         self._unproven.clear()
         self.swap.reuse_emptied()
+
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """What these stand for is not to be found any more: it was stored, and is of no use."""
+        for block_hash in hashes:
+            block = self.pool.find(block_hash)
+            if block is not None:
+                self.pool.withdraw(block)
+                self.journal.append(("withdraw", block))
 
     @property
     def num_unproven(self) -> int:

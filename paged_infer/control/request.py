@@ -78,6 +78,7 @@ class Sequence:
     first_scheduled_s: float | None = None  # on the clock of its request's times
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # why it could not go on, where ``finish_reason`` is "error"
     cumulative_logprob: float = 0.0  # of a beam
     score: float | None = None  # of a beam that has become an answer
 
@@ -231,7 +232,7 @@ def num_common_tokens(beams: ReadOnlyList[Sequence]) -> int:
     if len(beams) < 2:
         return 0
     columns = zip(*(beam.token_ids for beam in beams), strict=True)
-    return next(index for index, column in enumerate(columns) if len(set(column)) > 1)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), len(beams[0].token_ids))
 
 
 @dataclass(slots=True, eq=False)
@@ -255,6 +256,11 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return all(sequence.is_finished for sequence in self.sequences)
+
+    @property
+    def error(self) -> str | None:
+        """Why it could not go on, if so."""
+        return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
 
     def add_sequences(
         self, first_sequence_id: int, seed: int, max_model_len: int, eos_token_ids: ReadOnlyList[int]

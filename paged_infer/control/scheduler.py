@@ -162,6 +162,7 @@ class Scheduler:
         now: float = 0.0,
         candidates: Mapping[int, Candidates] = MappingProxyType({}),
         accepted: Mapping[int, ReadOnlyList[int]] = MappingProxyType({}),
+        failed: Mapping[int, str] = MappingProxyType({}),
     ) -> list[Sequence]:
         """The step is done: ``advance`` and ``settle`` in one.
 
@@ -170,13 +171,14 @@ class Scheduler:
             now: for the trace.
             candidates: for each beam that asked, its best next tokens.
             accepted: for each sequence that had drafts, those that equal the draws; ``token_ids`` has the draw after.
+            failed: why a sequence cannot go on: its request ends with "error", and no other one is touched.
 
         Returns:
             The sequences that got a token, once for each token, in the step's order; all beams of a search get theirs
             at once.
         """
         self.advance(step)
-        return self.settle(step, token_ids, now, candidates, accepted)
+        return self.settle(step, token_ids, now, candidates, accepted, failed)
 
     def advance(self, step: ScheduledStep) -> None:
         """The step is under way: its tokens count as computed, and those that it draws as pending."""
@@ -207,6 +209,7 @@ class Scheduler:
         now: float = 0.0,
         candidates: Mapping[int, Candidates] = MappingProxyType({}),
         accepted: Mapping[int, ReadOnlyList[int]] = MappingProxyType({}),
+        failed: Mapping[int, str] = MappingProxyType({}),
     ) -> list[Sequence]:
         """The oldest step under way has come back; see ``update``. Sequences that it ends give back their blocks.
 
@@ -225,9 +228,11 @@ class Scheduler:
         self.stats.blocks_copied += len(turn.moves.copies)
         self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
         self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
+        if failed:
+            self._fail_some(turn, failed)
         grown: list[Sequence] = []
         for one in turn.drawing:
-            if one.state is SequenceState.FINISHED:  # by an abort, or by the token before
+            if one.is_finished or one in turn.void:  # finished by an abort, an error, or the token before
                 continue
             num_new, ended = one.take([*accepted.get(one.sequence_id, ()), token_ids[one.sequence_id]])
             grown += [one] * num_new
@@ -237,7 +242,8 @@ class Scheduler:
                 self.finish(one, *ended)
             elif one.num_pending:
                 self._publish(one)
-        asking = [(one, one.search) for one in turn.ranking if one.search is not None and not one.is_finished]
+        ranking = (one for one in turn.ranking if not one.is_finished and one not in turn.void)
+        asking = [(one, one.search) for one in ranking if one.search is not None]
         for beam, search in asking:
             search.offer(beam, candidates[beam.sequence_id])
         for search in dict.fromkeys(search for _, search in asking):
@@ -276,10 +282,14 @@ class Scheduler:
         self.manager.withdraw()
         self.manager.moves = BlockMoves()  # the plan itself may have failed
         for sequence in {one for loser in lost for one in loser.gang}:
-            if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
-                self._leave(sequence)
-                self.restart(sequence)
+            self._begin_again(sequence)
         self.release_held()
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """What it has stored is lost."""
+        if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
+            self._leave(sequence)
+            self.restart(sequence)
 
     def restart(self, sequence: Sequence) -> None:
         """Queue one that holds nothing any more: it has to compute all that it knows again."""
@@ -310,15 +320,16 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End the sequence in whatever state it is; its blocks are free at once, unless its batch leaves together.
 
-        Ending twice changes nothing, except that an abort takes such blocks back too.
+        Ending twice changes nothing, except that an abort or an error takes such blocks back too.
         """
+        is_cut_short = reason in ("abort", "error")
         if sequence.is_finished:
-            if reason == "abort" and sequence in self.held:
+            if is_cut_short and sequence in self.held:
                 self.held.remove(sequence)
                 self.manager.free(sequence.sequence_id)
             return
         is_running = sequence.state is SequenceState.RUNNING
-        if self.policy.leaves_together and is_running and reason != "abort":
+        if self.policy.leaves_together and is_running and not is_cut_short:
             self.running.remove(sequence)
             self.held.append(sequence)
         else:
@@ -326,6 +337,40 @@ class Scheduler:
         sequence.finish(reason, stop_reason)
         self.manager.journal.append(("end", sequence.sequence_id, reason))
         self.release_held()
+
+    def _fail_some(self, turn: Turn, failed: Mapping[int, str]) -> None:
+        """End the requests whose sequences cannot go on. Those that share blocks with one before them begin again.
+
+        In its step a block is shared before it is known to be sound, so theirs may be the other's NaN.
+        """
+        suspect: set[int] = set()
+        forks = (child for children in turn.forks.values() for child in children)
+        for one in [*(sequence for sequence, _ in turn.scheduled), *forks]:
+            if one.sequence_id not in failed or one.is_finished or one in turn.void:
+                continue
+            if suspect.isdisjoint(self.manager.table(one.sequence_id)):
+                suspect.update(*(self.manager.table(sibling.sequence_id) for sibling in one.siblings))
+                self.fail(one, failed[one.sequence_id])
+                continue
+            for sharer in one.gang:
+                self.manager.forget(sharer.block_hashes)
+                sharer.forget_pending()
+                self._begin_again(sharer)
+                for out in (turn, *self._under_way):
+                    out.void.add(sharer)
+
+    def fail(self, sequence: Sequence, error: str) -> None:
+        """End the request of a sequence that cannot go on: all of its samples or beams that live.
+
+        Its keys and values may be NaN, in blocks of earlier steps too: none of its blocks is found by a hash again.
+        """
+        for one in sequence.siblings or (sequence,):
+            self.manager.forget(one.block_hashes)
+            if not one.is_finished:
+                one.error = (
+                    f"request {one.request_id!r} cannot go on after {one.num_output_tokens} tokens: {error}"
+                )
+            self.finish(one, "error")
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
         """Tokens in the pool once ``step`` is computed, those of shared blocks counted once, and no drafts."""

@@ -53,6 +53,7 @@ class Turn:
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.drawing: list[Sequence] = []  # who gets a token from it
         self.ranking: list[Sequence] = []  # beams that get candidates
+        self.void: set[Sequence] = set()  # who has begun again meanwhile: what it computed does not count
         self.num_published = 0  # blocks that are there once it has succeeded
         self.traced: TraceStep | None = None
         self.num_hit_tokens = 0

@@ -24,6 +24,7 @@ from paged_infer.noise import noise, row_keys
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST, LARGEST = 1e-20, 1e20  # temperatures are held within, as in sampling.py
+FLOAT32_MAX = torch.finfo(torch.float32).max
 TILE = 2048  # tokens
 
 
@@ -40,9 +41,9 @@ def sample(
         positions: [R] int64 or int32, within [0, 2^32): the index that the new token will have in its sequence.
 
     Returns:
-        token_ids [R] int64: -1 where a row cannot be drawn from (NaN, +inf or nothing finite).
-        scores [R] float32, what the winner won with: logit / temperature - log E, or its logit at temperature 0; not
-        finite where the token is -1.
+        token_ids [R] int64: -1 where a row cannot be drawn from (NaN, nothing finite or, above temperature 0, +inf).
+        scores [R] float32, what the winner won with: (logit - the row's largest) / temperature - log E, or its logit,
+        at most float32's largest number, at temperature 0; not finite where the token is -1.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -62,6 +63,7 @@ def sample(
         *(logits.stride(0), vocab_size, num_tiles),
         SMALLEST=SMALLEST,
         LARGEST=LARGEST,
+        FLOAT32_MAX=FLOAT32_MAX,
         TILE=tile,
         num_warps=max(1, tile // 256),
     )
@@ -69,6 +71,8 @@ def sample(
         _final_kernel,
         (num_rows,),
         *(largest, best, winners, temperatures, token_ids, scores, num_tiles),
+        SMALLEST=SMALLEST,
+        LARGEST=LARGEST,
         TILES=triton.next_power_of_2(num_tiles),
         num_warps=1,
     )
@@ -83,11 +87,12 @@ def sample_reference(
         return seeds.clone(), temperatures.clone()
     keys = row_keys(seeds.tolist(), sample_indices.tolist(), positions.tolist()).to(logits.device)
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
-    scaled = logits.float() / temperatures.clamp(SMALLEST, LARGEST).unsqueeze(1)  # [R, V]
-    largest = scaled.amax(1, keepdim=True)
-    best, drawn = ((scaled - largest).exp() / noise(keys, ids)).max(1)
     highest, greedy = logits.float().max(1)
-    scores = torch.where(temperatures == 0, highest, largest.squeeze(1) + best.log())
+    apart = (logits.float() - highest.unsqueeze(1)) / temperatures.clamp(SMALLEST, LARGEST).unsqueeze(
+        1
+    )  # [R, V]
+    best, drawn = (apart.exp() / noise(keys, ids)).max(1)
+    scores = torch.where(temperatures == 0, highest.clamp_max(FLOAT32_MAX), best.log())
     tokens = torch.where(temperatures == 0, greedy, drawn)
     return tokens.where(scores.isfinite(), -1), scores
 
@@ -96,9 +101,10 @@ def sample_reference(
 def _race_kernel(
     logits, temperatures, seeds, sample_indices, positions, largest, best, winners,
     logits_stride, vocab_size, num_tiles,
-    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, FLOAT32_MAX: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # One program: one tile of one row. Its best score counts from the tile's largest logit: exp(x - largest) / E.
+    # One program: one tile of one row. Its best score counts from the tile's largest logit, so that no temperature
+    # makes +inf of finite logits: exp((x - largest) / temperature) / E.
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
@@ -106,15 +112,16 @@ def _race_kernel(
     temperature = tl.load(temperatures + row)
     if temperature == 0.0:
         top = 0.0
-        score = tl.where(x < float("inf"), x, float("inf"))  # NaN becomes +inf: it wins, and spoils the row
+        # NaN becomes +inf: it wins, and spoils the row.
+        score = tl.where(x == x, tl.minimum(x, FLOAT32_MAX), float("inf"))
     else:
-        x = tl.div_rn(x, tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST))
+        temperature = tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST)
         is_sound = x < float("inf")  # neither NaN nor +inf
         top = tl.max(tl.where(is_sound, x, float("-inf")), 0)
         base = tl.where(top > float("-inf"), top, 0.0)
         keys = _row_keys(tl.load(seeds + row), tl.load(sample_indices + row), tl.load(positions + row))
         time = _exponential(_mix(keys[0], keys[1], token))
-        score = tl.where(is_sound, tl.exp(x - base) / time, float("inf"))
+        score = tl.where(is_sound, tl.exp(tl.div_rn(x - base, temperature)) / time, float("inf"))
     value, place = tl.max(score, 0, return_indices=True)  # of equals, the first
     at = row * num_tiles + tile
     tl.store(largest + at, top)
@@ -123,7 +130,10 @@ def _race_kernel(
 
 
 @triton.jit
-def _final_kernel(largest, best, winners, temperatures, token_ids, scores, num_tiles, TILES: tl.constexpr):
+def _final_kernel(
+    largest, best, winners, temperatures, token_ids, scores, num_tiles,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     # One program: one row. Scores of all tiles are brought to the row's largest logit, and the best one wins.
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
@@ -131,12 +141,16 @@ def _final_kernel(largest, best, winners, temperatures, token_ids, scores, num_t
     top = tl.load(largest + at, mask=tile < num_tiles, other=float("-inf"))
     value = tl.load(best + at, mask=tile < num_tiles, other=float("-inf"))
     of_row = tl.max(top, 0)
-    scale = tl.exp(top - tl.where(of_row > float("-inf"), of_row, 0.0))
+    temperature = tl.load(temperatures + row)
+    apart = top - tl.where(of_row > float("-inf"), of_row, 0.0)
+    if temperature != 0.0:
+        apart = tl.div_rn(apart, tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST))
+    scale = tl.exp(apart)
     is_finite = tl.abs(value) < float("inf")  # an infinite one keeps its sign: infinity times 0 would be NaN
     value = tl.where(is_finite, tl.where(is_finite, value, 0.0) * scale, value)
     score, place = tl.max(value, 0, return_indices=True)
-    if tl.load(temperatures + row) != 0.0:
-        score = of_row + tl.log(score)
+    if temperature != 0.0:
+        score = tl.log(score)
     winner = tl.load(winners + row * num_tiles + place).to(tl.int64)
     tl.store(token_ids + row, tl.where(tl.abs(score) < float("inf"), winner, -1))
     tl.store(scores + row, score)

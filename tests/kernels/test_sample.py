@@ -103,14 +103,14 @@ def test_the_tokens_are_those_of_the_sampler_and_of_the_twin(
     torch.testing.assert_close(scores, twin_scores, rtol=1e-5, atol=1e-5)
 
 
-def test_a_score_is_the_scaled_logit_less_the_log_of_the_noise() -> None:
+def test_a_score_is_the_scaled_logit_counted_from_the_largest_less_the_log_of_the_noise() -> None:
     logits, (temperatures, seeds, samples, positions) = torch.randn(3, 40), many_draws(3, 0.5)
     tokens, scores = sample(logits, temperatures, seeds, samples, positions)
     bits = mix(
         row_keys(*(x.tolist() for x in (seeds, samples, positions))), torch.arange(40, dtype=torch.int32)
     )
     times = -torch.log1p(-(bits.double() + 0.5) * 2.0**-31)
-    expected = logits.double() / 0.5 - times.log()
+    expected = (logits.double() - logits.double().amax(1, keepdim=True)) / 0.5 - times.log()
     torch.testing.assert_close(scores.double(), expected.amax(1), rtol=1e-6, atol=1e-5)
     assert tokens.tolist() == expected.argmax(1).tolist()
 
@@ -156,9 +156,22 @@ def test_a_row_that_cannot_be_drawn_from_is_minus_one_and_disturbs_no_other(temp
     logits[5], logits[5, TILE + 1] = -math.inf, math.nan
     for draw in (sample, sample_reference):
         tokens, scores = draw(logits, *many_draws(7, temperature))
-        assert (tokens == -1).tolist() == [True, True, False, True, False, True, False]
+        is_greedy = temperature == 0.0  # then +inf is the most probable token, as transformers has it
+        assert (tokens == -1).tolist() == [True, not is_greedy, False, True, False, True, False]
         assert tokens[4] == TILE + 1 and tokens[2] != 5
+        assert tokens[1] == (TILE + 2 if is_greedy else -1)
         assert torch.equal(scores.isfinite(), tokens >= 0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("temperature", [1e-30, 1e-20, 1e-5])
+def test_no_temperature_makes_infinity_of_finite_logits(temperature: float) -> None:
+    logits = torch.zeros(3, TILE + 20)
+    logits[0, TILE + 3], logits[1, 7], logits[2, 5] = 1e30, torch.finfo(torch.float32).max, -1e30
+    logits[2, TILE + 9] = 1e-3
+    for draw in (sample, sample_reference):
+        tokens, _ = draw(logits, *many_draws(3, temperature))
+        assert tokens.tolist() == [TILE + 3, 7, TILE + 9]
 
 
 def test_a_row_far_below_zero_is_drawn_like_any_other() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
@@ -25,6 +27,10 @@ class LLM:
     >>> llm = LLM()                                              # the bundled storyteller
     >>> llm.generate("Once upon a time")[0].outputs[0].text      # doctest: +SKIP
 
+    Calls from several threads are served one after the other; ``AsyncLLM`` serves them together. A request that cannot
+    go on (NaN in its logits, say) ends with finish_reason "error" and its reason: no call raises for it, and all other
+    requests have the tokens that they have without it.
+
     Args:
         model: None for the storyteller, a local folder, or a hub id, in Hugging Face format.
         options: see ``EngineConfig``.
@@ -39,7 +45,12 @@ class LLM:
         self.folder = resolve_model(storyteller.PATH if model is None else model)
         self.engine = LLMEngine(self.folder, config)
         self._num_requests = 0
-        self._mail: dict[str, RequestOutput] = {}  # the newest output of each request that somebody waits for
+        self._mail: dict[str, RequestOutput] = {}  # the newest output of each request that is waited for
+        self._streams: list[
+            tuple[weakref.ref[Any], Request]
+        ] = []  # generators, perhaps gone, and what they serve
+        self._lock = threading.RLock()  # held by the thread that steps the engine
+        self._is_stepping = False
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -75,7 +86,8 @@ class LLM:
         Raises:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
-        return self._serve(self.prepare(prompts, sampling_params, cache_salt=cache_salt), use_tqdm)
+        with self._lock:
+            return self._serve(self.prepare(prompts, sampling_params, cache_salt=cache_salt), use_tqdm)
 
     def beam_search(
         self,
@@ -100,10 +112,13 @@ class LLM:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
         pairs = pair_prompts(prompts, beam_search_params, BeamSearchParams)
-        return self._serve(self._prepare(pairs, cache_salt), use_tqdm)
+        with self._lock:
+            return self._serve(self._prepare(pairs, cache_salt), use_tqdm)
 
+    @uninterrupted()
     def _serve(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        """Run the requests to their ends; outputs in their order."""
+        """Run the requests to their ends; outputs in their order. An interrupt acts where a step computes."""
+        self._drop_abandoned_streams()
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -121,38 +136,67 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the whole output so far after every token; closing the iterator aborts it."""
-        requests = self.prepare(
+        (request,) = self.prepare(
             [prompt], sampling_params
-        )  # here, not in the generator: bad input is told at once
-        return self._stream(requests[0])
+        )  # here, not in the generator: bad input raises at once
+        outputs = self._stream(request)
+        self._streams.append((weakref.ref(outputs), request))
+        return outputs
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         try:
-            self.engine.submit(request, streamed=True)
-            finished = False
-            while not finished:
-                while request.request_id not in self._mail:
-                    if request.is_finished:  # somebody aborted it
-                        return
-                    self._step()
-                output = self._mail.pop(request.request_id)
-                finished = output.finished
+            output = self._next_output(request, is_first=True)
+            while output is not None:
                 yield output
+                output = None if output.finished else self._next_output(request)
         finally:
             self._drop([request])
 
+    def _next_output(self, request: Request, is_first: bool = False) -> RequestOutput | None:
+        """Of a stream, which the first call submits; None if it has been aborted."""
+        with self._lock, uninterrupted() as interrupt:
+            try:
+                if is_first:
+                    self._drop_abandoned_streams()
+                    self.engine.submit(request, streamed=True)
+                while request.request_id not in self._mail and not request.is_finished:
+                    self._step()
+                return self._mail.pop(request.request_id, None)
+            except BaseException:
+                self._drop([request])
+                raise
+            finally:
+                if interrupt.came:  # it acts at the end of this block, and a second one may follow it
+                    self._drop([request])
+
     def _step(self) -> list[RequestOutput]:
         """One engine step. A stream and a ``generate`` may be under way together: each finds its own in the mail."""
-        outputs = self.engine.step()
+        self._is_stepping = True
+        try:
+            outputs = self.engine.step()
+        finally:
+            self._is_stepping = False
         self._mail.update((output.request_id, output) for output in outputs)
         return outputs
 
-    @uninterrupted()
     def _drop(self, requests: list[Request]) -> None:
-        for request in requests:
-            if self.engine.serves(request):
-                self.engine.abort(request.request_id)
-            self._mail.pop(request.request_id, None)
+        with self._lock, uninterrupted():
+            if self._is_stepping:  # a stream is collected in the middle of a step: the next call drops it
+                return
+            for request in requests:
+                if self.engine.serves(request):
+                    self.engine.abort(request.request_id)
+                self._mail.pop(request.request_id, None)
+
+    def _drop_abandoned_streams(self) -> None:
+        """End the requests whose generators are gone, however they went."""
+        streams, self._streams = self._streams, []
+        for reference, request in streams:
+            stream = reference()
+            if stream is None or stream.gi_frame is None:
+                self._drop([request])
+            else:
+                self._streams.append((reference, request))
 
     def chat(
         self,
@@ -186,7 +230,8 @@ class LLM:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if a block leaks or is shared by accident."""
-        self.engine.check_integrity()
+        with self._lock:
+            self.engine.check_integrity()
 
     def prepare(
         self,
@@ -198,7 +243,8 @@ class LLM:
         """Check and tokenize prompts without queueing them; errors as ``generate``, naming the prompt's index."""
         if sampling_params is None:
             sampling_params = SamplingParams()
-        return self._prepare(pair_prompts(prompts, sampling_params, SamplingParams), cache_salt)
+        with self._lock:
+            return self._prepare(pair_prompts(prompts, sampling_params, SamplingParams), cache_salt)
 
     def _prepare(self, pairs: ReadOnlyList[tuple[Prompt, Params]], cache_salt: str | None) -> list[Request]:
         requests = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from paged_infer.model.config import ModelConfig
+from paged_infer.model.weights import saved_dtype
 
 
 def device_of(name: str) -> torch.device:
@@ -24,5 +24,5 @@ def device_of(name: str) -> torch.device:
 def dtype_of(name: str, folder: Path, device: torch.device) -> torch.dtype:
     """``name``, or for "auto" float32 on a CPU and the checkpoint's own type elsewhere."""
     if name == "auto":
-        name = "float32" if device.type == "cpu" else ModelConfig.from_pretrained(folder).dtype
+        name = "float32" if device.type == "cpu" else saved_dtype(folder)
     return getattr(torch, name)

@@ -6,12 +6,20 @@ that this decoder does not compute is refused by name, so a checkpoint never run
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paged_infer.model.config_keys import ASKS_FOR_MORE, CHANGES_NOTHING, GENERATION_DEFAULTS
+from paged_infer.model.config_reader import ConfigReader, read_json
+from paged_infer.model.rope_config import Llama3RopeScaling, read_rope
+
+logger = logging.getLogger(__name__)
+
+MAX_LAYERS = 10_000  # ten times the deepest there are; each is a module in Python
+Windows = tuple[int | None, ...]
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -20,20 +28,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths, as its checkpoints ask for it (``rope_type`` "llama3").
-
-    Wavelengths over ``original_max_position / low_freq_factor`` grow by ``factor``, those under
-    ``original_max_position / high_freq_factor`` stay, and between the two the change is gradual.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,193 +78,227 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, folder: Path) -> ModelConfig:
         """Read ``folder/config.json``, and the end tokens of ``generation_config.json`` where there is one."""
-        path = folder / "config.json"
+        path, generation_path = folder / "config.json", folder / "generation_config.json"
         raw = read_json(path)
-        generation_path = folder / "generation_config.json"
-        if generation_path.is_file():
-            generation = read_json(generation_path)
-            raw["eos_token_id"] = generation.get("eos_token_id", raw.get("eos_token_id"))
+        generation = read_json(generation_path) if generation_path.is_file() else None
         try:
-            return cls.from_hf(raw)
+            return cls.from_hf(raw, generation)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Settings from a ``config.json`` as a dict.
+    def from_hf(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Settings from a ``config.json`` as a dict, and its ``generation_config.json`` where it has one.
+
+        What is left unused, as it is by transformers, or must be asked for by a request is named in a warning.
 
         Raises:
-            ValueError: an unknown family (the message lists the known ones), a setting that is missing, or a value
-                that this decoder does not compute.
+            ValueError: an unknown family (the message lists the known ones), a setting that is missing or malformed, or
+                a value that this decoder does not compute.
         """
         family = raw.get("model_type")
-        if family not in _FAMILIES:
+        if not isinstance(family, str) or family not in _FAMILIES:
             raise ValueError(f"model_type={family!r} is not known; known: {', '.join(sorted(_FAMILIES))}")
-        try:
-            settings = _FAMILIES[family](raw)
-        except KeyError as error:
-            raise ValueError(f"lacks {error.args[0]!r}") from None
-        config = cls(family=family, **settings, **_end_tokens(raw), dtype=_dtype(raw))
+        reader = ConfigReader(raw)
+        reader.only(**ASKS_FOR_MORE)
+        settings = _FAMILIES[family](reader)
+        config = cls(
+            family=family,
+            **settings,
+            bos_token_id=reader.value("bos_token_id"),
+            eos_token_ids=_end_tokens(reader.value("eos_token_id"), generation, settings["vocab_size"]),
+            dtype=named_dtype(raw) or "float32",
+        )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={config.num_heads} is no multiple of num_key_value_heads={config.num_kv_heads}"
             )
+        if not config.learned_positions and config.head_dim % 2:
+            raise ValueError(f"head_dim={config.head_dim}: must be even, since RoPE turns pairs")
+        if unread := [key for key in reader.unread() if key not in CHANGES_NOTHING]:
+            logger.warning(
+                "config.json: nothing reads %s, neither here nor in transformers", ", ".join(unread)
+            )
+        _name_defaults(raw if generation is None else generation, is_own_file=generation is not None)
         return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a checkpoint's JSON file; a ValueError that names the file if there is none."""
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent}: no {path.name} there, so it is not a checkpoint in Hugging Face format"
+def named_dtype(raw: Mapping[str, Any]) -> str | None:
+    """The type that a ``config.json`` says its weights were saved in; None where it names none."""
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    return None if name is None else str(name).removeprefix("torch.")
+
+
+def _end_tokens(of_model: Any, generation: Mapping[str, Any] | None, vocab_size: int) -> tuple[int, ...]:
+    """Of ``generation_config.json`` where there is one, even if it names none; else of ``config.json``.
+
+    Those beyond the vocabulary, which a model cut from a larger family keeps, can never be drawn and end nothing.
+    """
+    eos = of_model if generation is None else generation.get("eos_token_id")
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id={eos!r}: must be an integer >= 0 or a list of them")
+    if eos is None and of_model is not None:
+        logger.warning(
+            "generation_config.json names no eos_token_id, so no token ends a text, as in transformers; "
+            "config.json's %s is not used",
+            of_model,
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object")
-    return value
+    if beyond := [i for i in ids if i >= vocab_size]:
+        logger.warning(
+            "eos_token_id %s ignored: the vocabulary has %d tokens", ", ".join(map(str, beyond)), vocab_size
+        )
+    return tuple(dict.fromkeys(i for i in ids if i < vocab_size))
 
 
-def _end_tokens(raw: Mapping[str, Any]) -> dict[str, Any]:
-    eos = raw.get("eos_token_id")
-    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return {"bos_token_id": raw.get("bos_token_id"), "eos_token_ids": eos_ids}
+def _name_defaults(generation: Mapping[str, Any], *, is_own_file: bool) -> None:
+    """One warning for what transformers' ``generate`` would do by default, and a request here has to ask for."""
+    asked = {
+        key: value
+        for key, value in generation.items()
+        if value is not None
+        and value != GENERATION_DEFAULTS.get(key)
+        and (key in GENERATION_DEFAULTS or (is_own_file and key not in CHANGES_NOTHING))
+    }
+    if asked:
+        logger.warning(
+            "%s asks for %s: not applied by itself; SamplingParams has what can be asked for",
+            "generation_config.json" if is_own_file else "config.json",
+            ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items())),
+        )
 
 
-def _dtype(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-
-
-def _activation(raw: Mapping[str, Any], key: str, default: str) -> str:
-    name = raw.get(key, default)
-    if name not in ACTIVATIONS:
+def _activation(config: ConfigReader, key: str, default: str) -> str:
+    name = config.value(key, default)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{key}={name!r} is not known; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def _refuse_unless(raw: Mapping[str, Any], **expected: Any) -> None:
-    for key, value in expected.items():
-        if raw.get(key, value) not in (value, None):
-            raise ValueError(f"{key}={raw[key]!r} is not supported; only {value!r} is")
-
-
-def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Both spellings: ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling`` (before)."""
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    _refuse_unless({**raw, **scaling}, partial_rotary_factor=1.0)
-    rope: dict[str, Any] = {
-        "rope_theta": float(scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    }
-    if kind == "linear":
-        rope["rope_linear_factor"] = float(scaling["factor"])
-    elif kind == "llama3":
-        rope["rope_llama3"] = Llama3RopeScaling(
-            factor=scaling["factor"],
-            low_freq_factor=scaling["low_freq_factor"],
-            high_freq_factor=scaling["high_freq_factor"],
-            original_max_position=scaling["original_max_position_embeddings"],
-        )
-    elif kind != "default":
-        raise ValueError(f"rope_type={kind!r} is not known; known: default, linear, llama3")
-    return rope
-
-
-def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Which layers slide, as transformers decides it: ``layer_types`` first, else ``max_window_layers``."""
-    num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    if "use_sliding_window" in raw and not raw["use_sliding_window"]:
-        window = None
-    kinds = raw.get("layer_types")
+def _windows(config: ConfigReader, num_layers: int, window: int | None, first: int = 0) -> Windows:
+    """Which layers slide: those that ``layer_types`` names, else all from ``first`` on."""
+    kinds = config.value("layer_types")
     if kinds is None:
-        first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
-        kinds = [
-            "sliding_attention" if window and layer >= first else "full_attention"
-            for layer in range(num_layers)
-        ]
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise ValueError(f"layer_types={kinds!r}: must be a list of num_hidden_layers={num_layers} names")
+    unknown = {str(kind) for kind in kinds} - {"sliding_attention", "full_attention"}
     if unknown:
         raise ValueError(f"layer_types holds {sorted(unknown)}; known: full_attention, sliding_attention")
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError("layer_types holds sliding_attention, but no sliding_window is in use")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _llama_like(raw: Mapping[str, Any]) -> dict[str, Any]:
-    heads = raw["num_attention_heads"]
+def _one_window(config: ConfigReader, num_layers: int, window: int | None) -> Windows:
+    """Of families whose layers are all alike, where transformers reads ``layer_types`` in its cache alone."""
+    windows = _windows(config, num_layers, window)
+    if set(windows) != {window}:
+        raise ValueError(f"layer_types={config.value('layer_types')!r} contradicts sliding_window={window}")
+    return windows
+
+
+def _head_dim(head_dim: int | None, hidden_size: int, num_heads: int) -> int:
+    if head_dim is None and hidden_size % num_heads:
+        raise ValueError(f"hidden_size={hidden_size} is no multiple of num_attention_heads={num_heads}")
+    return head_dim or hidden_size // num_heads
+
+
+def _llama_like(config: ConfigReader, head_dim: int | None = None) -> dict[str, Any]:
+    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    max_position_embeddings = config.size("max_position_embeddings")
     return {
-        "vocab_size": raw["vocab_size"],
-        "hidden_size": raw["hidden_size"],
-        "intermediate_size": raw["intermediate_size"],
-        "num_layers": raw["num_hidden_layers"],
+        "vocab_size": config.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": config.size("intermediate_size"),
+        "num_layers": config.size("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
-        "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "max_position_embeddings": raw["max_position_embeddings"],
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "activation": _activation(raw, "hidden_act", "silu"),
-        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-        "sliding_windows": (None,) * raw["num_hidden_layers"],
-        **_rope(raw),
+        "num_kv_heads": config.size_or_none("num_key_value_heads") or heads,
+        "head_dim": _head_dim(config.size_or_none("head_dim", head_dim), hidden, heads),
+        "max_position_embeddings": max_position_embeddings,
+        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "activation": _activation(config, "hidden_act", "silu"),
+        "tie_word_embeddings": config.flag("tie_word_embeddings", False),
+        **read_rope(config, max_position_embeddings),
     }
 
 
-def _llama(raw: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_unless(raw, pretraining_tp=1)
-    bias = raw.get("attention_bias", False)
-    return {**_llama_like(raw), "qkv_bias": bias, "output_bias": bias, "mlp_bias": raw.get("mlp_bias", False)}
-
-
-def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
-    # A missing sliding_window means transformers' default of 4,096; null means none.
-    return {**_llama_like(raw), "sliding_windows": _windows({"sliding_window": 4096, **raw})}
-
-
-def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
-    raw = {"use_sliding_window": False, "max_window_layers": 28, **raw}
-    return {**_llama_like(raw), "qkv_bias": True, "sliding_windows": _windows(raw)}
-
-
-def _qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    raw = {"use_sliding_window": False, "max_window_layers": 28, "head_dim": 128, **raw}
-    bias = raw.get("attention_bias", False)
+def _llama(config: ConfigReader) -> dict[str, Any]:
+    config.only(pretraining_tp=1, sliding_window=None)
+    settings, bias = _llama_like(config), config.flag("attention_bias", False)
     return {
-        **_llama_like(raw),
+        **settings,
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": config.flag("mlp_bias", False),
+        "sliding_windows": _one_window(config, settings["num_layers"], None),
+    }
+
+
+def _mistral(config: ConfigReader) -> dict[str, Any]:
+    # A missing sliding_window means transformers' default of 4,096; null means none.
+    settings, window = _llama_like(config), config.size_or_none("sliding_window", 4096)
+    return {**settings, "sliding_windows": _one_window(config, settings["num_layers"], window)}
+
+
+def _qwen_windows(config: ConfigReader, num_layers: int) -> Windows:
+    window, first = config.size_or_none("sliding_window", 4096), config.size("max_window_layers", 28, least=0)
+    if not config.flag("use_sliding_window", False):
+        window = None
+    return _windows(config, num_layers, window, first)
+
+
+def _qwen2(config: ConfigReader) -> dict[str, Any]:
+    settings = _llama_like(config)
+    return {**settings, "qkv_bias": True, "sliding_windows": _qwen_windows(config, settings["num_layers"])}
+
+
+def _qwen3(config: ConfigReader) -> dict[str, Any]:
+    settings, bias = _llama_like(config, head_dim=128), config.flag("attention_bias", False)
+    return {
+        **settings,
         "qk_norm": True,
         "qkv_bias": bias,
         "output_bias": bias,
-        "sliding_windows": _windows(raw),
+        "sliding_windows": _qwen_windows(config, settings["num_layers"]),
     }
 
 
-def _gpt2(raw: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_unless(
-        raw, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
-    )
-    hidden, heads, num_layers = raw["n_embd"], raw["n_head"], raw["n_layer"]
+def _gpt2(config: ConfigReader) -> dict[str, Any]:
+    config.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    short = {
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "n_positions": "max_position_embeddings",
+    }
+    # transformers reads both names, and the long one wins.
+    names = {key: key if config.value(long) is None else long for key, long in short.items()}
+    hidden, heads = config.size(names["n_embd"]), config.size(names["n_head"])
+    num_layers = config.size(names["n_layer"], most=MAX_LAYERS)
     return {
-        "vocab_size": raw["vocab_size"],
+        "vocab_size": config.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": raw.get("n_inner") or 4 * hidden,
+        "intermediate_size": config.size_or_none("n_inner") or 4 * hidden,
         "num_layers": num_layers,
         "num_heads": heads,
         "num_kv_heads": heads,
-        "head_dim": hidden // heads,
-        "max_position_embeddings": raw["n_positions"],
+        "head_dim": _head_dim(None, hidden, heads),
+        "max_position_embeddings": config.size(names["n_positions"]),
         "norm": "layer",
-        "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
-        "activation": _activation(raw, "activation_function", "gelu_new"),
+        "norm_eps": config.number("layer_norm_epsilon", 1e-5),
+        "activation": _activation(config, "activation_function", "gelu_new"),
         "gated_mlp": False,
         "learned_positions": True,
         "qkv_bias": True,
         "output_bias": True,
         "mlp_bias": True,
-        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "tie_word_embeddings": config.flag("tie_word_embeddings", True),
         "sliding_windows": (None,) * num_layers,
     }
 
 
-_FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+_FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "gpt2": _gpt2,
     "llama": _llama,
     "mistral": _mistral,

@@ -1,38 +1,38 @@
 """From a checkpoint in Hugging Face format to a Decoder, every tensor accounted for.
 
-``checkpoint_layout`` is the whole story: for each of our parameters, the checkpoint tensors that fill it, stacked by
-rows (the fused QKV and gate-up matrices are several tensors of the checkpoint). What the table does not name is an
-unexpected tensor; what it names and the checkpoint lacks is a missing one; both stop the load.
+``layout.checkpoint_layout`` is the whole story: for each of our parameters, the tensors of the checkpoint that fill it,
+stacked by rows (the fused QKV and gate-up matrices are several of them). What the table does not name is an unexpected
+tensor; what it names and the checkpoint lacks is a missing one; both stop the load, by the files' headers, before
+anything is allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from paged_infer.kernels.ops import TORCH_OPS, Ops
-from paged_infer.model.config import ModelConfig, read_json
+from paged_infer.model.config import ModelConfig, named_dtype
+from paged_infer.model.config_reader import read_json
 from paged_infer.model.decoder import Decoder
+from paged_infer.model.layout import HEAD, Piece, checkpoint_layout
+from paged_infer.model.tensor_files import StoredTensor, list_tensors, read_tensors
 
-# Constants that older checkpoints carry beside their weights; the decoder computes them itself.
-_CONSTANT_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of the checkpoint: its name there, its shape there, and whether its matrix is stored transposed."""
-
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool = False  # GPT-2's Conv1D keeps [in, out]
-
-
-Layout = dict[str, tuple[Piece, ...]]
+MAX_PROBLEMS = 20  # named in one error; a config of another model has thousands
+_FLOATS = {  # as safetensors and as torch call them
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
 def load_decoder(
@@ -49,12 +49,14 @@ def load_decoder(
         dummy_seed: read config.json alone, and make random weights from this seed.
 
     Raises:
-        ValueError: naming every missing, unexpected or misshapen tensor, or the file that cannot be read.
+        ValueError: naming every missing, unexpected or misshapen tensor, the file that cannot be read, or the bytes
+            that the device lacks.
     """
     config = ModelConfig.from_pretrained(folder)
+    found = match(config, list_tensors(folder), str(folder)) if dummy_seed is None else {}
     decoder = empty_decoder(config, dtype, device, ops)
     if dummy_seed is None:
-        fill(decoder, read_tensors(folder), source=str(folder))
+        fill(decoder, found, str(folder))
     else:
         fill_at_random(decoder, dummy_seed)
     decoder.prepack()
@@ -64,7 +66,17 @@ def load_decoder(
 def empty_decoder(
     config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops = TORCH_OPS
 ) -> Decoder:
-    """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set."""
+    """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set.
+
+    Raises:
+        ValueError: the device has no memory for them.
+    """
+    needed, available = config.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
+    if needed > available:
+        raise ValueError(
+            f"{config.num_parameters} parameters as {dtype} need {needed} bytes, "
+            f"and {device} has {available} available"
+        )
     with torch.device("meta"):
         decoder = Decoder(config, ops).to(dtype)
     decoder.to_empty(device=device)
@@ -75,70 +87,97 @@ def empty_decoder(
     return decoder.eval().requires_grad_(False)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint, one at a time, as stored."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as safetensors, perhaps truncated ({error})") from None
+def available_bytes(device: torch.device) -> int:
+    """What can still be allocated there: on a CPU, memory that is free or can be freed, and swap space."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        kibibytes = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+        return (int(kibibytes["MemAvailable"]) + int(kibibytes["SwapFree"])) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors; a ValueError that names those that are not there."""
-    index_path = folder / "model.safetensors.index.json"
-    if index_path.is_file():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index_path}: lacks 'weight_map', so it names no weight files")
-        paths = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        paths = [folder / "model.safetensors"]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder}: weight file {', '.join(missing)} is not there (only safetensors are read)"
-        )
-    return paths
-
-
-def fill(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], source: str) -> None:
-    """Copy each checkpoint tensor to its place in ``decoder``.
+def saved_dtype(folder: Path) -> str:
+    """The type in which ``folder`` keeps its weights: config.json's word, else that of the first of them.
 
     Raises:
-        ValueError: naming every tensor that is missing, unexpected, given twice or misshapen.
+        ValueError: a type that nothing here computes in.
+    """
+    name = named_dtype(read_json(folder / "config.json"))
+    if name is None:
+        with suppress(ValueError):  # weights that are not there or cannot be read are named by the load
+            name = next((_FLOATS[t.dtype] for t in list_tensors(folder) if t.dtype in _FLOATS), None)
+    if name not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"{folder}: saved as {name}; set dtype to float32, float16 or bfloat16")
+    return name or "float32"
+
+
+def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[str, StoredTensor]:
+    """The layout's names -> the stored tensors that belong there, all of them there and of the right shape.
+
+    Of a tied pair either or both may be stored; if it is the head alone, it stands under the embedding's name.
+
+    Raises:
+        ValueError: naming every tensor that is missing, unexpected, given twice, misshapen or not of floats.
+    """
+    if config.num_layers > len(stored):  # before a layout of a billion layers is written down
+        raise ValueError(
+            f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors"
+        )
+    layout = checkpoint_layout(config)
+    shapes = {piece.name: piece.shape for pieces in layout.values() for piece in pieces}
+    embedding = layout["embedding.weight"][0].name
+    needed = list(shapes)
+    shapes.setdefault(HEAD, shapes[embedding])
+    found: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for tensor in stored:
+        name = _canonical(tensor.name, config, shapes)
+        if name not in shapes:
+            if not tensor.name.endswith(_constants(config)):
+                problems.append(f"unexpected tensor {tensor.name} {list(tensor.shape)}")
+            continue
+        if name in found:
+            problems.append(f"tensor {tensor.name} is there twice")
+        elif tensor.shape != shapes[name]:
+            problems.append(f"{tensor.name} is {list(tensor.shape)}, not {list(shapes[name])}")
+        elif tensor.dtype not in _FLOATS:
+            problems.append(f"{tensor.name} is stored as {tensor.dtype}; only floats are weights")
+        found[name] = tensor
+    if config.tie_word_embeddings and embedding not in found and HEAD in found:
+        found[embedding] = found.pop(HEAD)
+    problems += [f"missing tensor {name} {list(shapes[name])}" for name in needed if name not in found]
+    if problems:
+        shown = problems[:MAX_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise ValueError(f"{source}: {len(problems)} problem(s) with its weights:\n  " + "\n  ".join(shown))
+    return found
+
+
+def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> None:
+    """Copy each tensor to its place in ``decoder``.
+
+    Args:
+        found: what ``match`` gave for the decoder's config.
+
+    Raises:
+        ValueError: a stored head that is not the embedding it is tied to.
     """
     targets = _targets(decoder)
-    seen: set[str] = set()
-    problems: list[str] = []
     tied_head: Tensor | None = None
-    for stored_name, tensor in tensors:
-        name = _canonical(stored_name, decoder.config)
-        if stored_name.endswith(_CONSTANT_SUFFIXES):
-            continue
-        if name == "lm_head.weight" and decoder.config.tie_word_embeddings:
+    for name, tensor in read_tensors(found):
+        if name not in targets:
             tied_head = tensor
-        elif name not in targets:
-            problems.append(f"unexpected tensor {stored_name} {list(tensor.shape)}")
-        elif name in seen:
-            problems.append(f"tensor {stored_name} is there twice")
-        elif tuple(tensor.shape) != targets[name][1].shape:
-            problems.append(f"{stored_name} is {list(tensor.shape)}, not {list(targets[name][1].shape)}")
-            seen.add(name)
-        else:
-            target, piece = targets[name]
-            target.copy_(tensor.t() if piece.transposed else tensor)
-            seen.add(name)
-    problems += [
-        f"missing tensor {name} {list(targets[name][1].shape)}" for name in targets if name not in seen
-    ]
+            continue
+        target, piece = targets[name]
+        target.copy_(tensor.t() if piece.transposed else tensor)
     if tied_head is not None and not _same(tied_head, decoder.embedding.weight):
-        problems.append("lm_head.weight differs from the embedding, though tie_word_embeddings is true")
-    if problems:
         raise ValueError(
-            f"{source}: {len(problems)} problem(s) with its weights:\n  " + "\n  ".join(problems)
+            f"{source}: 1 problem(s) with its weights:\n  "
+            "lm_head.weight differs from the embedding, though tie_word_embeddings is true"
         )
 
 
@@ -170,11 +209,17 @@ def _same(stored: Tensor, weight: Tensor) -> bool:
     return stored.shape == weight.shape and torch.equal(stored.to(weight.device, weight.dtype), weight)
 
 
-def _canonical(name: str, config: ModelConfig) -> str:
-    """GPT-2's first checkpoints have no "transformer." in front."""
-    if config.family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-        return f"transformer.{name}"
-    return name
+def _constants(config: ModelConfig) -> tuple[str, ...]:
+    """Endings of constants that older checkpoints carry beside their weights; the decoder computes them itself."""
+    return (".attn.bias", ".attn.masked_bias") if config.family == "gpt2" else (".rotary_emb.inv_freq",)
+
+
+def _canonical(name: str, config: ModelConfig, known: Container[str]) -> str:
+    """The layout's name: a base model saved by itself lacks the prefix of its part, and some have it once too often."""
+    prefix = "transformer." if config.family == "gpt2" else "model."
+    if name.startswith(prefix) and name.removeprefix(prefix) in known:
+        return name.removeprefix(prefix)
+    return prefix + name if prefix + name in known else name
 
 
 def _targets(decoder: Decoder) -> dict[str, tuple[Tensor, Piece]]:
@@ -196,78 +241,3 @@ def _targets(decoder: Decoder) -> dict[str, tuple[Tensor, Piece]]:
 
 def _heads_of(piece: Piece, config: ModelConfig) -> int:
     return config.num_heads if "q_norm" in piece.name else config.num_kv_heads
-
-
-def checkpoint_layout(config: ModelConfig) -> Layout:
-    """Our parameter name -> the checkpoint tensors that fill its rows, in order."""
-    layout = _gpt2_layout(config) if config.family == "gpt2" else _llama_like_layout(config)
-    if not config.tie_word_embeddings:
-        layout["head.weight"] = (Piece("lm_head.weight", (config.vocab_size, config.hidden_size)),)
-    return layout
-
-
-def _llama_like_layout(config: ModelConfig) -> Layout:
-    hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
-    layout: Layout = {
-        "embedding.weight": (Piece("model.embed_tokens.weight", (config.vocab_size, hidden)),),
-        "final_norm.weight": (Piece("model.norm.weight", (hidden,)),),
-    }
-    for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
-        layout[f"{ours}.attention_norm.weight"] = (Piece(f"{theirs}.input_layernorm.weight", (hidden,)),)
-        layout[f"{ours}.mlp_norm.weight"] = (Piece(f"{theirs}.post_attention_layernorm.weight", (hidden,)),)
-        layout[f"{ours}.attention.qkv.weight"] = tuple(
-            Piece(f"{attention}.{name}_proj.weight", (rows[name], hidden)) for name in "qkv"
-        )
-        layout[f"{ours}.attention.output.weight"] = (Piece(f"{attention}.o_proj.weight", (hidden, q_rows)),)
-        layout[f"{ours}.mlp.up.weight"] = tuple(
-            Piece(f"{mlp}.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up")
-        )
-        layout[f"{ours}.mlp.down.weight"] = (Piece(f"{mlp}.down_proj.weight", (hidden, wide)),)
-        if config.qkv_bias:
-            layout[f"{ours}.attention.qkv.bias"] = tuple(
-                Piece(f"{attention}.{name}_proj.bias", (rows[name],)) for name in "qkv"
-            )
-        if config.output_bias:
-            layout[f"{ours}.attention.output.bias"] = (Piece(f"{attention}.o_proj.bias", (hidden,)),)
-        if config.mlp_bias:
-            layout[f"{ours}.mlp.up.bias"] = tuple(
-                Piece(f"{mlp}.{name}_proj.bias", (wide,)) for name in ("gate", "up")
-            )
-            layout[f"{ours}.mlp.down.bias"] = (Piece(f"{mlp}.down_proj.bias", (hidden,)),)
-        if config.qk_norm:
-            layout[f"{ours}.attention.qk_norm_weight"] = tuple(
-                Piece(f"{attention}.{name}_norm.weight", (dim,)) for name in "qk"
-            )
-    return layout
-
-
-def _gpt2_layout(config: ModelConfig) -> Layout:
-    hidden, wide = config.hidden_size, config.intermediate_size
-    layout: Layout = {
-        "embedding.weight": (Piece("transformer.wte.weight", (config.vocab_size, hidden)),),
-        "position_embedding.weight": (
-            Piece("transformer.wpe.weight", (config.max_position_embeddings, hidden)),
-        ),
-        "final_norm.weight": (Piece("transformer.ln_f.weight", (hidden,)),),
-        "final_norm.bias": (Piece("transformer.ln_f.bias", (hidden,)),),
-    }
-    for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"transformer.h.{layer}"
-        for our_norm, their_norm in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-            for kind in ("weight", "bias"):
-                layout[f"{ours}.{our_norm}.{kind}"] = (Piece(f"{theirs}.{their_norm}.{kind}", (hidden,)),)
-        for our_linear, their_linear, rows, columns in (
-            ("attention.qkv", "attn.c_attn", 3 * hidden, hidden),
-            ("attention.output", "attn.c_proj", hidden, hidden),
-            ("mlp.up", "mlp.c_fc", wide, hidden),
-            ("mlp.down", "mlp.c_proj", hidden, wide),
-        ):
-            layout[f"{ours}.{our_linear}.weight"] = (
-                Piece(f"{theirs}.{their_linear}.weight", (columns, rows), transposed=True),
-            )
-            layout[f"{ours}.{our_linear}.bias"] = (Piece(f"{theirs}.{their_linear}.bias", (rows,)),)
-    return layout

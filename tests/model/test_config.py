@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import FAMILIES, LLAMA3_ROPE
+from checkpoints import FAMILIES
 from transformers import AutoConfig
 
 from paged_infer.model.config import ModelConfig
@@ -46,10 +46,6 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not known; known: def"),
-        ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
-        ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ({**LLAMA, "partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
         ({**LLAMA, "hidden_act": "mish"}, "hidden_act='mish' is not known; known: silu"),
         ({**LLAMA, "num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
         ({**LLAMA, "pretraining_tp": 2}, "pretraining_tp=2 is not supported; only 1"),
@@ -57,6 +53,22 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         ({**GPT2, "scale_attn_weights": False}, "scale_attn_weights=False"),
         ({**GPT2, "add_cross_attention": True}, "add_cross_attention=True"),
         ({**GPT2, "activation_function": "tanh"}, "activation_function='tanh'"),
+        ({**GPT2, "n_embd": 33}, "hidden_size=33 is no multiple of num_attention_heads=4"),
+        ({**LLAMA, "hidden_size": 33}, "hidden_size=33 is no multiple of num_attention_heads=4"),
+        ({**LLAMA, "head_dim": 7}, "head_dim=7: must be even"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config={'quant_method'"),
+        ({**GPT2, "quantization_config": {}}, "quantization_config={} is not supported"),
+        ({**LLAMA, "is_causal": False}, "is_causal=False"),
+        ({**LLAMA, "per_layer_config": {"1": {"head_dim": 4}}}, "per_layer_config={'1'"),
+        ({**LLAMA, "text_config": {"vocab_size": 60}}, "text_config={'vocab_size'"),
+        ({**LLAMA, "transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors'"),
+        ({**LLAMA, "configuration_files": ["config.4.json"]}, "configuration_files=['config.4.json']"),
+        ({**LLAMA, "attention_chunk_size": 16}, "attention_chunk_size=16"),
+        ({**LLAMA, "sliding_window": 16}, "sliding_window=16 is not supported; only None is"),
+        ({**LLAMA, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "no sliding_window is in use"),
+        ({**LLAMA, "model_type": "mistral", "layer_types": ["full_attention"] * 4}, "contradicts sliding_window=4096"),
+        ({**LLAMA, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is in use"),
+        ({**LLAMA, "model_type": "qwen3", "layer_types": ["full_attention"]}, "must be a list of num_hidden_layers=4"),
         ({**LLAMA, "model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
     ],
 )  # fmt: skip
@@ -66,6 +78,73 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(raw, message: str)
     assert message in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({**LLAMA, "vocab_size": 10**12}, "vocab_size=1000000000000: must be an integer from 1 to 2147483647"),
+        ({**LLAMA, "num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be an integer from 1 to 10000"),
+        ({**GPT2, "n_layer": 10**9}, "n_layer=1000000000"),
+        ({**LLAMA, "hidden_size": 0}, "hidden_size=0"),
+        ({**LLAMA, "hidden_size": -32}, "hidden_size=-32"),
+        ({**LLAMA, "hidden_size": 32.0}, "hidden_size=32.0"),
+        ({**LLAMA, "num_attention_heads": True}, "num_attention_heads=True"),
+        ({**LLAMA, "vocab_size": "50"}, "vocab_size='50'"),
+        ({**LLAMA, "vocab_size": None}, "vocab_size=None"),
+        ({**LLAMA, "head_dim": 0}, "head_dim=0"),
+        ({**LLAMA, "rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': must be a number > 0"),
+        ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({**LLAMA, "hidden_act": ["silu"]}, "hidden_act=['silu']"),
+        ({**LLAMA, "tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': must be true or false"),
+        ({**LLAMA, "attention_bias": None}, "attention_bias=None"),
+        ({**LLAMA, "model_type": ["llama"]}, "model_type=['llama'] is not known"),
+        ({**LLAMA, "model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
+    ],
+)  # fmt: skip
+def test_a_malformed_value_is_refused_by_name(raw, message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        ModelConfig.from_hf(raw)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_is_read_to_the_last_key(family, checkpoint, caplog) -> None:
+    ModelConfig.from_pretrained(checkpoint(family))
+    assert not caplog.records
+
+
+def test_a_key_that_nothing_reads_is_named(caplog) -> None:
+    read(attn_logit_softcapping=50.0, attention_dropout=0.1, vocab_pad=7)
+    (record,) = caplog.records
+    assert "nothing reads attn_logit_softcapping, vocab_pad," in record.getMessage()
+
+
+def test_a_bias_that_the_family_does_not_have_is_named_and_not_computed(caplog) -> None:
+    config = read(model_type="mistral", attention_bias=True)
+    assert not config.qkv_bias and "nothing reads attention_bias" in caplog.text
+
+
+def test_sizes_of_gpt2_under_transformers_long_names_win_as_there() -> None:
+    theirs = AutoConfig.for_model(**{**GPT2, "num_hidden_layers": 1, "hidden_size": 64})
+    ours = ModelConfig.from_hf({**GPT2, "num_hidden_layers": 1, "hidden_size": 64})
+    assert (ours.num_layers, ours.hidden_size) == (theirs.n_layer, theirs.n_embd) == (1, 64)
+
+
+def test_what_a_generation_config_asks_for_is_named(caplog) -> None:
+    generation = {"eos_token_id": 2, "repetition_penalty": 1.05, "top_p": 1.0, "do_sample": True, "odd": 1}
+    ModelConfig.from_hf(LLAMA, generation)
+    (record,) = caplog.records
+    assert "generation_config.json asks for odd=1, repetition_penalty=1.05:" in record.getMessage()
+
+
+def test_a_default_of_generation_in_an_old_config_is_named(caplog) -> None:
+    read(repetition_penalty=1.3, temperature=1.0, no_repeat_ngram_size=0, max_length=20)
+    (record,) = caplog.records
+    assert "config.json asks for repetition_penalty=1.3:" in record.getMessage()
+    caplog.clear()
+    ModelConfig.from_hf({**LLAMA, "repetition_penalty": 1.3}, {})  # transformers reads it in one place alone
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", [key for key in LLAMA if key != "model_type"])
 def test_a_config_that_lacks_a_size_is_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in LLAMA.items() if k != name}))
@@ -73,38 +152,20 @@ def test_a_config_that_lacks_a_size_is_refused_by_name(name: str, tmp_path: Path
         ModelConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"llama"', "\xff"], ids=["cut", "list", "string", "latin-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '"llama"', "\xff", "[" * 100_000],
+    ids=["cut", "list", "string", "latin-1", "deep"],
+)
 def test_a_config_that_is_no_json_object_is_refused_by_path(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json"):
         ModelConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "linear"}, {"rope_type": "llama3", "factor": 8.0}])
-def test_a_rope_scaling_that_lacks_a_number_is_refused_by_name(rope: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "rope_scaling": rope}))
-    with pytest.raises(ValueError, match=r"lacks '(factor|low_freq_factor)'"):
-        ModelConfig.from_pretrained(tmp_path)
-
-
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config.json there"):
         ModelConfig.from_pretrained(tmp_path)
-
-
-def test_both_spellings_of_rope_are_read() -> None:
-    scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
-    old = read(rope_theta=500.0, rope_scaling=scaling)
-    new = read(rope_parameters={**scaling, "rope_theta": 500.0})
-    assert old == new and old.rope_theta == 500.0 and old.rope_llama3 is not None
-    assert read(rope_scaling={"type": "linear", "factor": 2.0}).rope_linear_factor == 2.0
-
-
-def test_end_tokens_of_the_generation_config_come_first(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 2}))
-    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (7, 8)
 
 
 @pytest.mark.parametrize(

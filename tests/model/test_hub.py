@@ -51,6 +51,14 @@ def test_a_cached_model_needs_no_network(cached: Path, asked: list[str]) -> None
     assert resolve_model("owner/name") == cached and asked == []
 
 
+def test_a_cached_model_with_an_index_left_over_needs_no_network(cached: Path, asked: list[str]) -> None:
+    (cached / "model.safetensors").write_bytes(b"")
+    (cached / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "gone.safetensors"}})
+    )
+    assert resolve_model("owner/name") == cached and asked == []
+
+
 @pytest.mark.parametrize("index", [None, {"a": "model-1.safetensors", "b": "model-2.safetensors"}])
 def test_a_cache_that_holds_a_part_is_not_taken_for_the_model(index, cached: Path, asked: list[str]) -> None:
     """Only the tokenizer was ever loaded, or a download was broken off between two shards."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,35 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, LLAMA3_ROPE, VOCAB
+from checkpoints import FAMILIES, VOCAB
+from decoding import IDS, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from paged_infer.baselines import generate_naive
-from paged_infer.cache.none import NoCache
-from paged_infer.cache.spec import StepMeta
-from paged_infer.model.decoder import Decoder
-from paged_infer.model.weights import load_decoder
+from paged_infer.model import weights
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.weights import load_decoder, saved_dtype
 from paged_infer.params import SamplingParams
-
-IDS = [5, 900, 17, 17, 2, 333, 64, 1002, 40, 8, 77, 3, 250, 251, 252, 6, 9, 12]
-
-
-def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
-    length = len(token_ids)
-    unused = torch.empty(0, dtype=torch.int64)
-    step = StepMeta(
-        positions=torch.arange(length),
-        slot_mapping=unused,
-        query_start_loc=torch.tensor([0, length], dtype=torch.int32),
-        seq_lens=torch.tensor([length], dtype=torch.int32),
-        block_tables=unused,
-        num_decodes=0,
-        max_query_len=length,
-        max_seq_len=length,
-    )
-    return decoder.logits(decoder(torch.tensor(token_ids), NoCache(decoder.kv_spec()), step))
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -60,32 +41,6 @@ def test_logits_are_those_of_transformers(family, checkpoint, twin) -> None:
     with torch.inference_mode():
         expected = twin(family)(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(logits(decoder, IDS), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "rope", [{"rope_type": "linear", "factor": 3.0}, {"rope_type": "default"}, LLAMA3_ROPE]
-)
-def test_every_rope_type_gives_the_logits_of_transformers(rope: dict[str, Any], tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        rope_parameters={"rope_theta": 700.0, **rope},
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(tmp_path)
-    ids = IDS * 8  # beyond the length that llama3's stretch leaves alone
-    with torch.inference_mode():
-        expected = model(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(
-        logits(load_decoder(tmp_path, torch.float32), ids), expected, atol=1e-4, rtol=1e-4
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,6 +95,12 @@ def other_head(tensors: dict[str, Tensor]) -> None:
         ("gpt2", other_head, "lm_head.weight differs from the embedding"),
         ("qwen3", other_head, "lm_head.weight differs from the embedding"),
         ("mistral", lambda t: t.pop("lm_head.weight"), "missing tensor lm_head.weight [1003, 192]"),
+        ("qwen3", lambda t: t.pop("model.embed_tokens.weight"), "missing tensor model.embed_tokens.weight [1003, 192]"),
+        ("qwen3", lambda t: t.update({"norm.weight": torch.ones(192)}), "norm.weight is there twice"),
+        ("qwen3", lambda t: t.update({"model.layers.0.attn.bias": torch.ones(4)}),
+         "unexpected tensor model.layers.0.attn.bias [4]"),
+        ("mistral", lambda t: t.update({"model.norm.weight": torch.ones(192, dtype=torch.int8)}),
+         "model.norm.weight is stored as I8; only floats are weights"),
     ],
 )  # fmt: skip
 def test_a_wrong_tensor_is_named_with_its_shape(family, change, message, checkpoint, tmp_path) -> None:
@@ -148,6 +109,11 @@ def test_a_wrong_tensor_is_named_with_its_shape(family, change, message, checkpo
     with pytest.raises(ValueError) as refusal:
         load_decoder(folder, torch.float32)
     assert message in str(refusal.value) and "1 problem(s)" in str(refusal.value)
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
 
 
 def test_every_problem_is_named_at_once(checkpoint, tmp_path) -> None:
@@ -159,53 +125,142 @@ def test_every_problem_is_named_at_once(checkpoint, tmp_path) -> None:
     assert all(name in str(refusal.value) for name in names)
 
 
-@pytest.mark.parametrize("num_kept", [0, 4, 100, 20_000])
-def test_a_truncated_file_is_named(num_kept: int, checkpoint, tmp_path) -> None:
-    folder = copy_of(checkpoint("qwen3"), tmp_path)
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:num_kept])
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_decoder(folder, torch.float32)
-
-
-def test_a_missing_shard_is_named(checkpoint, tmp_path) -> None:
-    folder = copy_of(checkpoint("qwen2"), tmp_path)
-    shard = sorted(folder.glob("model-*.safetensors"))[2]
-    shard.unlink()
-    with pytest.raises(ValueError, match=shard.name):
-        load_decoder(folder, torch.float32)
-
-
-def test_a_tensor_in_two_shards_is_named(checkpoint, tmp_path) -> None:
-    folder = copy_of(checkpoint("qwen2"), tmp_path)
-    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
-    name, tensor = next(iter(load_file(first).items()))
-    save_file({**load_file(second), name: tensor}, second)
-    with pytest.raises(ValueError, match=f"{name} is there twice"):
-        load_decoder(folder, torch.float32)
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]"])
-def test_an_unreadable_index_is_named(text: str, checkpoint, tmp_path) -> None:
-    folder = copy_of(checkpoint("qwen2"), tmp_path)
-    (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
-        load_decoder(folder, torch.float32)
-
-
-def test_weights_in_another_format_are_said_to_be_missing(checkpoint, tmp_path) -> None:
-    folder = copy_of(checkpoint("qwen3"), tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model\.safetensors is not there \(only safetensors are read\)"):
-        load_decoder(folder, torch.float32)
-
-
 def test_a_config_that_fits_other_weights_is_an_error_and_not_garbage(checkpoint, tmp_path) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 2, "layer_types": None}))
+    rewrite_config(folder, num_hidden_layers=2, layer_types=None)
     with pytest.raises(ValueError, match=r"unexpected tensor model\.layers\.2"):
         load_decoder(folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 10**9}, "model.embed_tokens.weight is [1003, 192], not [1000000000, 192]"),
+        ({"hidden_size": 2**30}, "layers.0.input_layernorm.weight is [192], not [1073741824]"),
+        ({"intermediate_size": 2**31 - 1}, "mlp.up_proj.weight is [272, 192], not [2147483647, 192]"),
+        ({"num_hidden_layers": 10_000}, "num_hidden_layers=10000, but there are only 35 tensors"),
+        ({"num_hidden_layers": 30}, "and 277 more"),
+    ],
+    ids=str,
+)
+def test_a_config_of_an_absurd_size_is_refused_before_anything_is_allocated(
+    changes: dict[str, Any], message: str, checkpoint, tmp_path, monkeypatch
+) -> None:
+    folder = copy_of(checkpoint("qwen3"), tmp_path)
+    rewrite_config(folder, **changes, layer_types=None)
+    monkeypatch.setattr(weights, "Decoder", None)
+    with pytest.raises(ValueError) as refusal:
+        load_decoder(folder, torch.float32)
+    assert message in str(refusal.value) and str(refusal.value).count("\n") <= weights.MAX_PROBLEMS + 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 2**31 - 1, "hidden_size": 2**30}, {"intermediate_size": 2**31 - 1}], ids=str
+)
+def test_dummy_weights_that_no_memory_holds_are_refused_in_bytes(
+    changes, checkpoint, tmp_path, make_llm
+) -> None:
+    folder = copy_of(checkpoint("qwen3"), tmp_path)
+    rewrite_config(folder, **changes)
+    with pytest.raises(
+        ValueError, match=r"parameters as torch.float32 need \d{13,} bytes, and cpu has \d+ available"
+    ):
+        make_llm(folder, load_format="dummy")
+
+
+def test_weights_that_do_not_fit_are_refused_and_those_that_just_fit_are_not(checkpoint, monkeypatch) -> None:
+    folder = checkpoint("qwen3")
+    num_bytes = 4 * ModelConfig.from_pretrained(folder).num_parameters
+    monkeypatch.setattr(weights, "available_bytes", lambda device: num_bytes)
+    load_decoder(folder, torch.float32)
+    monkeypatch.setattr(weights, "available_bytes", lambda device: num_bytes - 1)
+    with pytest.raises(ValueError, match=f"need {num_bytes} bytes, and cpu has {num_bytes - 1} available"):
+        load_decoder(folder, torch.float32)
+
+
+def strip_prefix(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.").removeprefix("transformer.")] = tensors.pop(name)
+
+
+def repeat_prefix(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"{'transformer' if name.startswith('transformer') else 'model'}.{name}"] = tensors.pop(name)
+
+
+def keep_only_the_head(tensors: dict[str, Tensor]) -> None:
+    name = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors["lm_head.weight"] = tensors.pop(name)
+
+
+def both(tensors: dict[str, Tensor]) -> None:
+    keep_only_the_head(tensors)
+    strip_prefix(tensors)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        (f, c)
+        for f in ("qwen3", "llama3", "gpt2")
+        for c in (strip_prefix, repeat_prefix, keep_only_the_head, both)
+    ]
+    + [("mistral", strip_prefix), ("mistral", repeat_prefix)],
+)
+def test_other_names_of_the_same_tensors_load_as_in_transformers(
+    family, change, checkpoint, twin, tmp_path
+) -> None:
+    folder = copy_of(checkpoint(family), tmp_path)
+    rewrite(folder, change)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())  # transformers takes each tensor, and misses none
+    with torch.inference_mode():
+        expected = model(torch.tensor([IDS])).logits[0]
+    decoder = load_decoder(folder, torch.float32)
+    torch.testing.assert_close(logits(decoder, IDS), expected, atol=1e-4, rtol=1e-4)
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(
+            decoder.parameters(), load_decoder(checkpoint(family), torch.float32).parameters(), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_base_model_saved_by_itself_generates_what_transformers_does(
+    family, twin, make_llm, tmp_path
+) -> None:
+    twin(family).base_model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = model.generate(
+        torch.tensor([IDS]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    outputs = make_llm(tmp_path).generate(IDS, params, use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == expected[0, len(IDS) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_config_without_a_dtype_has_that_of_its_weights_as_in_transformers(
+    dtype, checkpoint, tmp_path
+) -> None:
+    folder = copy_of(checkpoint("qwen3"), tmp_path)
+    rewrite(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
+    rewrite_config(folder, dtype=None)
+    assert (
+        f"torch.{saved_dtype(folder)}"
+        == str(AutoModelForCausalLM.from_pretrained(folder).dtype)
+        == str(dtype)
+    )
+    rewrite_config(folder, dtype="float16")
+    assert saved_dtype(folder) == "float16"
+
+
+def test_a_saved_dtype_that_nothing_computes_in_is_refused(checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen3"), tmp_path)
+    rewrite_config(folder, dtype="float64")
+    with pytest.raises(ValueError, match="saved as float64; set dtype to float32, float16 or bfloat16"):
+        saved_dtype(folder)
 
 
 def test_a_tied_head_that_is_stored_too_is_accepted(checkpoint, twin, tmp_path) -> None:

@@ -1,0 +1,84 @@
+"""ConfigReader: each key of a config.json as the type that it must have, and a record of the keys nothing reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_REQUIRED: Any = object()
+MAX_SIZE = 2**31 - 1
+
+
+class ConfigReader:
+    """Typed reads of one JSON object. Errors are ValueErrors that name the key and the value.
+
+    Args:
+        raw: the object.
+        name: what to call it in errors, where it is not the whole file: ``rope_scaling``, say.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], name: str = "") -> None:
+        self._raw, self._read = dict(raw), set[str]()
+        self._name = f"{name} " if name else ""
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """As it stands there; ``default`` where the key is absent."""
+        self._read.add(key)
+        if key not in self._raw and default is _REQUIRED:
+            raise ValueError(f"{self._name}lacks {key!r}")
+        return self._raw.get(key, default)
+
+    def size(self, key: str, default: int = _REQUIRED, *, least: int = 1, most: int = MAX_SIZE) -> int:
+        """An integer from ``least`` to ``most``."""
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{self._name}{key}={value!r}: must be an integer from {least} to {most}")
+        return value
+
+    def size_or_none(self, key: str, default: int | None = None) -> int | None:
+        """As ``size``, where null is a value of its own."""
+        return None if self.value(key, default) is None else self.size(key, default)  # type: ignore[arg-type]
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.value(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self._name}{key}={value!r}: must be true or false")
+        return value
+
+    def number(self, key: str, default: float = _REQUIRED) -> float:
+        """A number above 0 that a float32 holds."""
+        value = self.value(key, default)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < 3e38:
+            raise ValueError(f"{self._name}{key}={value!r}: must be a number > 0")
+        return float(value)
+
+    def only(self, **expected: Any) -> None:
+        """Refuse every other value of these keys; null, or no key at all, is none."""
+        for key, allowed in expected.items():
+            value = self.value(key)
+            if value is not None and value != allowed:
+                raise ValueError(f"{self._name}{key}={value!r} is not supported; only {allowed!r} is")
+
+    def unread(self) -> list[str]:
+        """Keys that no method has asked for yet."""
+        return sorted(self._raw.keys() - self._read)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file; a ValueError that names the file if there is none."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent}: no {path.name} there, so it is not a checkpoint in Hugging Face format"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value

@@ -1,0 +1,76 @@
+"""The safetensors of a checkpoint: which files count, what their headers say, and the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from paged_infer.model.config_reader import read_json
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as its file's header describes it; ``dtype`` in safetensors' words ("F32", "BF16", "I8", ...)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    path: Path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors: model.safetensors, whatever index lies beside it, else the files of the index.
+
+    Raises:
+        ValueError: naming the files that are not there.
+    """
+    index_path, paths = folder / INDEX, [folder / "model.safetensors"]
+    if index_path.is_file() and not paths[0].is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not names:
+            raise ValueError(f"{index_path}: lacks 'weight_map', so it names no weight files")
+        paths = [folder / name for name in sorted(names)]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder}: weight file {', '.join(missing)} is not there (only safetensors are read)"
+        )
+    return paths
+
+
+def list_tensors(folder: Path) -> list[StoredTensor]:
+    """What the headers of all weight files say, in their order; no weight is read.
+
+    Raises:
+        ValueError: a file that is missing, truncated or unreadable, or an adapter beside the weights.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder}: has an adapter (adapter_config.json), which is not supported: merge it first"
+        )
+    tensors = []
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                    header = file.get_slice(name)
+                    tensors.append(StoredTensor(name, tuple(header.get_shape()), header.get_dtype(), path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read as safetensors, perhaps truncated ({error})") from None
+    return tensors
+
+
+def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each of ``wanted`` under its key, as stored, one at a time."""
+    for path in dict.fromkeys(stored.path for stored in wanted.values()):
+        with safe_open(path, framework="pt") as file:
+            for key, stored in wanted.items():
+                if stored.path == path:
+                    yield key, file.get_tensor(stored.name)

@@ -1,0 +1,28 @@
+"""A decoder by itself, without an engine: the logits of a few tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paged_infer.cache.none import NoCache
+from paged_infer.cache.spec import StepMeta
+from paged_infer.model.decoder import Decoder
+
+IDS = [5, 900, 17, 17, 2, 333, 64, 1002, 40, 8, 77, 3, 250, 251, 252, 6, 9, 12]
+
+
+def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
+    length = len(token_ids)
+    unused = torch.empty(0, dtype=torch.int64)
+    step = StepMeta(
+        positions=torch.arange(length),
+        slot_mapping=unused,
+        query_start_loc=torch.tensor([0, length], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        block_tables=unused,
+        num_decodes=0,
+        max_query_len=length,
+        max_seq_len=length,
+    )
+    return decoder.logits(decoder(torch.tensor(token_ids), NoCache(decoder.kv_spec()), step))

@@ -1,0 +1,128 @@
+"""Rotary positions: every key of them is computed as transformers does, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import LLAMA3_ROPE, VOCAB
+from decoding import IDS, logits
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.weights import load_decoder
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    k: v
+    for k, v in LLAMA3_ROPE.items()
+    if k in ("rope_type", "factor", "low_freq_factor", "high_freq_factor")
+}
+
+
+def read(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf({**LLAMA, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama, whose config.json each test writes anew."""
+    path = tmp_path_factory.mktemp("rope")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, initializer_range=0.2)).save_pretrained(
+        path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 700.0, "rope_type": "linear", "factor": 3.0}},
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 700.0}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 700.0}},
+        {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 64},
+        {"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        {"rope_theta": 700.0, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 900.0}},
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 900.0}, "rope_theta": 700.0},
+        {
+            "rope_scaling": {**LLAMA3_ROPE, "rope_theta": 500.0},
+            "rope_parameters": {**LINEAR, "rope_theta": 900.0},
+        },
+        {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
+        {"rope_scaling": None, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
+        {},
+    ],
+    ids=str,
+)
+def test_rope_keys_give_the_logits_of_transformers(changes: dict[str, Any], folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = IDS * 8  # beyond the length that llama3's stretch leaves alone
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    ours = logits(load_decoder(folder, torch.float32), ids)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_both_spellings_of_rope_are_read_alike() -> None:
+    scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+    old = read(rope_theta=500.0, rope_scaling=scaling)
+    new = read(rope_parameters={**scaling, "rope_theta": 500.0})
+    assert old == new and old.rope_theta == 500.0 and old.rope_llama3 is not None
+
+
+def test_a_rope_that_another_replaces_is_named(caplog) -> None:
+    read(rope_scaling=LINEAR, rope_parameters={"rope_theta": 900.0})
+    (record,) = caplog.records
+    assert "replaces rope_parameters={'rope_theta': 900.0}" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not known; known: default, lin"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},
+         "rope_type='yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope_type='longrope'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6}}, "rope_type='proportional'"),
+        ({"rope_parameters": {"rope_type": None}}, "rope_type=None"),
+        ({"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}}},
+         "rope_parameters is nested (full_attention, sliding_attention)"),
+        ({"model_type": "qwen3", "rope_scaling": {"full_attention": LINEAR}}, "rope_scaling is nested"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
+        ({"rope_scaling": {**LINEAR, "mrope_section": [2, 3, 3]}},
+         "rope_scaling holds mrope_section, which rope_type='linear' does not use"),
+        ({"rope_parameters": {"factor": 4.0}}, "rope_parameters holds factor, which rope_type='default' does not use"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear': must be an object"),
+        ({"rope_theta": None}, "rope_theta=None: must be a number > 0"),
+        ({"rope_theta": "10000"}, "rope_theta='10000'"),
+        ({"rope_theta": 10**400}, "must be a number > 0"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling lacks 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling factor=0: must be a number > 0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling lacks 'low_freq_factor'"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "low_freq_factor=1.0: must be under"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rope_that_is_not_computed_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        read(**changes)
+    assert message in str(refusal.value)

@@ -25,6 +25,7 @@ from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.tokenizer import Tokenizer
+from paged_infer.values import as_integer
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 
@@ -50,15 +51,16 @@ class AsyncLLM:
     def __init__(
         self, model: str | Path | None = None, *, max_num_waiting: int = 1024, **options: Any
     ) -> None:
-        if isinstance(max_num_waiting, bool) or not isinstance(max_num_waiting, int) or max_num_waiting < 1:
+        limit = as_integer(max_num_waiting)
+        if limit is None or limit < 1:
             raise ValueError(f"max_num_waiting={max_num_waiting!r}: must be an integer >= 1")
         self._llm = LLM(model, **options)
         if self.tokenizer is not None:
             self.tokenizer.encode(
                 "warm up"
             )  # the first call settles how the tokenizer truncates: not in two threads
-        self.max_num_waiting = max_num_waiting
-        self._thread = EngineThread(self._llm.engine, max_num_waiting)
+        self.max_num_waiting = limit
+        self._thread = EngineThread(self._llm.engine, limit)
         self._door = threading.Lock()  # requests are numbered and queued in the same order
         self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _door
         self._numbers = itertools.count()
@@ -111,7 +113,7 @@ class AsyncLLM:
         To close the generator, or to cancel the task that iterates it, aborts the request and frees its blocks.
 
         Args:
-            prompt: a text or a list of token ids.
+            prompt: a text or token ids: a list, or a 1-D array or tensor of integers.
             params: ``SamplingParams``, or ``BeamSearchParams``, of which only the end is yielded.
             request_id: a name of one's own; no other request under way may have it.
             stream: yield after every token that the reader is in time for; False yields the end only, at less cost.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.scheduler import PREEMPTION_MODES
 from paged_infer.control.speculation import SpeculativeConfig
+from paged_infer.values import as_integer, as_number, plain
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -80,31 +80,32 @@ class EngineConfig:
             known = ", ".join(LOAD_FORMATS)
             raise ValueError(f"load_format={self.load_format!r} is not known; known: {known}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
-            _check_at_least_one(name, getattr(self, name))
+            self._check_at_least_one(name)
         for name in ("num_blocks", "max_model_len"):
             if getattr(self, name) is not None:
-                _check_at_least_one(name, getattr(self, name))
+                self._check_at_least_one(name)
         if self.preemption_mode not in PREEMPTION_MODES:
             known = ", ".join(PREEMPTION_MODES)
             raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; known: {known}")
         self._check_swap_space()
-        if not _is_number(self.scheduler_delay_factor):
-            raise ValueError(f"scheduler_delay_factor={self.scheduler_delay_factor!r}: must be a number >= 0")
-        make_policy(self.scheduling_policy, self.scheduler_delay_factor)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        delay_factor = self._number("scheduler_delay_factor", "a finite number >= 0")
+        make_policy(self.scheduling_policy, delay_factor)
+        if not 0 < self._number("gpu_memory_utilization", "> 0 and <= 1") <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
         for name in ("enable_prefix_caching", "trace"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(self._plain(name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         for name in ("async_scheduling", "enforce_eager"):
-            if not isinstance(getattr(self, name), bool | None):
+            if not isinstance(self._plain(name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True, False or None")
         if self.speculation is not None and self.async_scheduling:
             raise ValueError(
                 "async_scheduling=True with speculative_config: drafts follow what has been read"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+        seed = as_integer(self.seed)
+        if seed is None or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
+        object.__setattr__(self, "seed", seed)
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
@@ -115,12 +116,30 @@ class EngineConfig:
     def _check_swap_space(self) -> None:
         if self.swap_space is None:
             object.__setattr__(self, "swap_space", 1.0 if self.preemption_mode == "swap" else 0.0)
-        elif not _is_number(self.swap_space) or not 0 <= self.swap_space < math.inf:
+        elif self._number("swap_space", "a number of GiB >= 0") < 0:
             raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
         elif self.swap_space and self.preemption_mode != "swap":
             raise ValueError(
                 f"swap_space={self.swap_space} with preemption_mode='recompute': nothing is swapped"
             )
+
+    def _plain(self, name: str) -> Any:
+        """The option as one of Python's own values, and kept so."""
+        object.__setattr__(self, name, plain(getattr(self, name)))
+        return getattr(self, name)
+
+    def _number(self, name: str, limit: str) -> float:
+        number = as_number(getattr(self, name))
+        if number is None:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {limit}")
+        object.__setattr__(self, name, number)
+        return number
+
+    def _check_at_least_one(self, name: str) -> None:
+        value = as_integer(getattr(self, name))
+        if value is None or value < 1:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer >= 1")
+        object.__setattr__(self, name, value)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -130,12 +149,3 @@ class EngineConfig:
         if unknown:
             raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_at_least_one(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be an integer >= 1")

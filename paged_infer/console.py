@@ -60,7 +60,7 @@ Speculation = Annotated[
     ),
 ]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
-Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text.")]
+Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text; for a text, -1 is none.")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,11 @@ from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.runner import RunningStep, StepResult
+from paged_infer.values import TokenArray, as_token_ids
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | ReadOnlyList[int]
+Prompt = str | ReadOnlyList[int] | TokenArray
 Params = SamplingParams | BeamSearchParams
 
 
@@ -83,9 +84,7 @@ class LLMEngine:
         if isinstance(params, BeamSearchParams):
             beam_params, params = params, params.limits
         text = prompt if isinstance(prompt, str) else None
-        if not isinstance(prompt, ReadOnlyList) or isinstance(prompt, bytes):
-            raise ValueError(f"a prompt is a str or a list of token ids, not {type(prompt).__name__}")
-        token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = self._encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
         model = self.decoder.config
@@ -104,6 +103,7 @@ class LLMEngine:
             max_model_len=self.memory.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
+            eos_token_ids=model.eos_token_ids,
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")

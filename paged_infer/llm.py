@@ -19,6 +19,7 @@ from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.tokenizer import Tokenizer
+from paged_infer.values import as_integer, as_token_ids
 
 
 class LLM:
@@ -78,7 +79,7 @@ class LLM:
         """Complete each prompt; outputs in the order of the prompts.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either.
+            prompts: a text, token ids (a list, or a 1-D array or tensor of integers), or a list of either.
             sampling_params: one for all, or one a prompt; None is ``SamplingParams()``.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
@@ -269,10 +270,14 @@ def pair_prompts(
     Raises:
         ValueError: ``prompts`` is neither text nor a list, or as many parameters as prompts were not given.
     """
-    if not isinstance(prompts, ReadOnlyList) or isinstance(prompts, bytes):
+    if hasattr(prompts, "tolist"):  # an array or tensor
+        prompts = as_token_ids(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, ReadOnlyList) or isinstance(prompts, (bytes, bytearray)):
         found = type(prompts).__name__
         raise ValueError(f"prompts must be a str, a list of token ids, or a list of either, not {found}")
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
+    is_single = isinstance(prompts, str) or (
+        len(prompts) > 0 and all(type(p) is int or as_integer(p) is not None for p in prompts)
+    )
     each: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]
     if isinstance(params, kind):
         return [(prompt, params) for prompt in each]

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from paged_infer.values import as_integer, as_number, as_tuple, plain
 
 Candidates = Sequence[tuple[int, float]]
 """The most probable next tokens of one sequence, best first: (token id, logprob)."""
 
 
 class _Checks:
-    """How parameters refuse a value: by its name, itself, and the limit."""
+    """How parameters refuse a value, by its name, itself, and the limit; and keep it as one of Python's own."""
 
     __slots__ = ()
 
-    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if not _is_integer(value) or value < low or (high is not None and value > high):
-            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
-            raise ValueError(f"{name}={value!r}: must be an integer {limit}")
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
-    def _as_tuple(self, name: str) -> tuple[object, ...]:
-        value = getattr(self, name)
-        if value is not None and not isinstance(value, Iterable):
-            raise ValueError(f"{name}={value!r}: must be a sequence")
-        return tuple(value or ())
+    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = as_integer(getattr(self, name))
+        if value is None or value < low or (high is not None and value > high):
+            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer {limit}")
+        self._keep(name, value)
 
     def _check_number(self, name: str, low: float, high: float | None, open_low: bool = False) -> None:
-        value = getattr(self, name)
-        too_low = not _is_number(value) or (value <= low if open_low else value < low)
-        if too_low or (high is not None and value > high):
+        value = as_number(getattr(self, name))
+        too_low = value is None or (value <= low if open_low else value < low)
+        if value is None or too_low or (high is not None and value > high):
             above = f"> {low:g}" if open_low else f">= {low:g}"
             limit = above if high is None else f"{above} and <= {high:g}"
-            raise ValueError(f"{name}={value!r}: must be a finite number {limit}")
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number {limit}")
+        self._keep(name, value)
+
+    def _check_flag(self, name: str) -> None:
+        value = plain(getattr(self, name))
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: must be True or False")
+        self._keep(name, value)
+
+    def _check_tuple(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        elements = () if value is None else as_tuple(value)
+        if elements is None:
+            raise ValueError(f"{name}={value!r}: must be a sequence")
+        self._keep(name, elements)
+        return elements
+
+    def _check_token_ids(self, name: str) -> None:
+        """Kept once each: how often a token is named does not matter."""
+        self._keep(name, tuple(dict.fromkeys(_token_id(element) for element in self._check_tuple(name))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +74,8 @@ class SamplingParams(_Checks):
         presence_penalty: subtracted once from the logit of every token that the output holds.
         frequency_penalty: subtracted once for each time the output holds the token.
         logit_bias: token id -> what is added to its logit, within [-100, 100].
-        seed: the request's own seed. Without one, the engine derives it from its own and the request's
-            number.
+        seed: the request's own seed, but for -1, which is the same as None: without one, the engine derives it from
+            its own and the request's number.
         max_tokens: the most tokens to generate; None means as many as ``max_model_len`` leaves.
         min_tokens: no end-of-sequence token, stop token or stop string is honoured before this many tokens.
         stop: strings that end the output; the text ends before the first of them. A lone str is one of them.
@@ -70,7 +88,8 @@ class SamplingParams(_Checks):
         truncate_prompt_tokens: keep only the last k tokens of the prompt; -1 keeps as many as the
             context allows.
 
-    ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict.
+    ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
+    may be numpy's or torch's; they are kept as int and float.
 
     Raises:
         ValueError: a value out of its range or not of its type; the message names the value and the limit.
@@ -96,13 +115,8 @@ class SamplingParams(_Checks):
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", self._as_tuple("stop_token_ids"))
-        if not isinstance(self.logit_bias or {}, Mapping):
-            raise ValueError(f"logit_bias={self.logit_bias!r}: must map token ids to numbers")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-
+        if isinstance(self.stop, str):
+            self._keep("stop", (self.stop,))
         self._check_integer("n", 1)
         self._check_number("temperature", 0.0, None)
         self._check_integer("top_k", -1)
@@ -113,6 +127,7 @@ class SamplingParams(_Checks):
         self._check_number("frequency_penalty", -2.0, 2.0)
         if self.seed is not None:
             self._check_integer("seed", -(2**63), 2**63 - 1)
+            self._keep("seed", None if self.seed == -1 else self.seed)
         if self.max_tokens is not None:
             self._check_integer("max_tokens", 1)
         self._check_integer("min_tokens", 0, self.max_tokens)
@@ -125,17 +140,24 @@ class SamplingParams(_Checks):
                 raise ValueError("truncate_prompt_tokens=0: must be an integer >= 1, or -1")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n={self.n} with temperature=0: greedy samples are all the same; n must be 1")
-        for string in stop:
+        for string in self._check_tuple("stop"):
             if not isinstance(string, str) or not string:
                 raise ValueError(f"stop={string!r}: a stop string must be a non-empty str")
-        for token_id in (*self.stop_token_ids, *self.logit_bias):
-            if not _is_integer(token_id) or token_id < 0:
-                raise ValueError(
-                    f"stop_token_ids or logit_bias: token id {token_id!r} must be an integer >= 0"
-                )
-        for token_id, bias in self.logit_bias.items():
-            if not _is_number(bias) or not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias[{token_id}]={bias!r}: must be within [-100, 100]")
+        self._check_token_ids("stop_token_ids")
+        self._check_flag("ignore_eos")
+        self._check_logit_bias()
+
+    def _check_logit_bias(self) -> None:
+        given: object = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(given, Mapping):
+            raise ValueError(f"logit_bias={given!r}: must map token ids to numbers")
+        kept = {}
+        for key, value in given.items():
+            token_id, bias = _token_id(key), as_number(value)
+            if bias is None or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias[{token_id}]={value!r}: must be within [-100, 100]")
+            kept[token_id] = bias
+        self._keep("logit_bias", kept)
 
     @property
     def is_greedy(self) -> bool:
@@ -176,13 +198,18 @@ class BeamSearchParams(_Checks):
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", self._as_tuple("stop_token_ids"))
         self._check_integer("beam_width", 1)
         self._check_integer("max_tokens", 1)
         self._check_number("length_penalty", -10.0, 10.0)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+        early_stopping = plain(self.early_stopping)
+        if not isinstance(early_stopping, bool) and not (
+            isinstance(early_stopping, str) and early_stopping == "never"
+        ):
             raise ValueError(f"early_stopping={self.early_stopping!r}: must be True, False or 'never'")
-        _ = self.limits  # which checks the rest
+        self._keep("early_stopping", early_stopping)
+        limits = self.limits  # which checks the rest
+        for name in ("min_tokens", "stop_token_ids", "ignore_eos"):
+            self._keep(name, getattr(limits, name))
 
     @property
     def limits(self) -> SamplingParams:
@@ -196,15 +223,11 @@ class BeamSearchParams(_Checks):
         )
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    """A number that a float holds: NaN fails the comparison, as do infinities and integers beyond 1.8e308."""
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    )
+def _token_id(value: object) -> int:
+    token_id = as_integer(value)
+    if token_id is None or token_id < 0:
+        raise ValueError(f"stop_token_ids or logit_bias: token id {value!r} must be an integer >= 0")
+    return token_id
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from paged_infer import AsyncLLM, BeamSearchParams, SamplingParams
@@ -70,6 +71,18 @@ def test_outputs_are_cumulative_and_the_last_one_is_finished(serve, llm) -> None
 
     expected = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     serve(scenario)
+
+
+def test_numbers_of_numpy_are_taken_and_a_batch_is_refused_by_its_shape(serve) -> None:
+    async def scenario(engine: AsyncLLM) -> None:
+        assert type(engine.max_num_waiting) is int
+        expected = await last(engine, [5, 6, 7], GREEDY)
+        output = await last(engine, np.array([5, 6, 7]), GREEDY)
+        assert (output.prompt_token_ids, output.outputs) == (expected.prompt_token_ids, expected.outputs)
+        with pytest.raises(ValueError, match=r"of shape \(1, 3\)"):
+            await last(engine, np.array([[5, 6, 7]]), GREEDY)
+
+    serve(scenario, max_num_waiting=np.int64(3))
 
 
 def test_many_awaiters_each_get_what_the_offline_engine_says(serve, make_llm) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import math
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from paged_infer import LLM, RequestOutput, SamplingParams
 from paged_infer.baselines import generate_cached, generate_naive, generate_static
+from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Chunked
 from paged_infer.outputs import TokenLogprobs
 
@@ -50,6 +52,38 @@ def test_a_lone_prompt_is_a_text_or_a_list_of_ids(text_llm) -> None:
 
 
 @pytest.mark.parametrize(
+    "prompts",
+    [
+        np.array([5, 6, 7]),
+        np.array([5, 6, 7], dtype=np.uint16),
+        torch.tensor([5, 6, 7]),
+        torch.tensor([5, 6, 7], dtype=torch.int32),
+        array("i", [5, 6, 7]),
+        range(5, 8),
+        [np.int64(5), 6, torch.tensor(7)],
+        [[np.int64(5), np.int32(6), 7]],
+        [np.array([5, 6, 7])],
+        (torch.tensor([5, 6, 7]),),
+    ],
+)
+def test_integers_of_numpy_and_torch_are_a_prompt_as_ints_are(prompts, llm) -> None:
+    (expected,) = generate(llm, [5, 6, 7], GREEDY)
+    (output,) = generate(llm, prompts, GREEDY)
+    assert output.prompt_token_ids == [5, 6, 7] and {type(t) for t in output.prompt_token_ids} == {int}
+    assert output.outputs == expected.outputs
+    if not isinstance(prompts, list | tuple):
+        assert generate(llm, [prompts, prompts], GREEDY)[1].outputs == expected.outputs
+        *_, last = llm.stream(prompts, GREEDY)
+        assert last.outputs == expected.outputs
+
+
+def test_an_array_of_texts_is_a_list_of_prompts(text_llm) -> None:
+    outputs = generate(text_llm, np.array(["ab", "ba"]), GREEDY)
+    assert [output.prompt for output in outputs] == ["ab", "ba"]
+    assert {type(output.prompt) for output in outputs} == {str}
+
+
+@pytest.mark.parametrize(
     ("prompts", "params", "parts"),
     [
         ([[5], []], GREEDY, ["prompt 1", "empty", "at least 1"]),
@@ -66,9 +100,17 @@ def test_a_lone_prompt_is_a_text_or_a_list_of_ids(text_llm) -> None:
         (7, GREEDY, ["prompts must be", "int"]),
         (b"abc", GREEDY, ["prompts must be", "bytes"]),
         ([b"abc"], GREEDY, ["prompt 0", "bytes"]),
-        (torch.tensor([5, 6]), GREEDY, ["prompts must be", "Tensor"]),
-        ([np.int64(5)], GREEDY, ["prompt 0", "int64"]),
-        ([[np.int64(5)]], GREEDY, ["np.int64(5)", "no integer"]),
+        (bytearray(b"abc"), GREEDY, ["prompts must be", "bytearray"]),
+        ([memoryview(b"abc")], GREEDY, ["prompt 0", "memoryview"]),
+        (torch.tensor([[5, 6]]), GREEDY, ["one dimension", "(1, 2)", "list of prompts"]),
+        ([np.array([[5], [6]])], GREEDY, ["prompt 0", "one dimension", "(2, 1)"]),
+        (np.array(5), GREEDY, ["one dimension", "()"]),
+        (torch.tensor([5.0]), GREEDY, ["prompt 0", "float"]),
+        ([np.array([5.0, 6.0])], GREEDY, ["prompt 0", "5.0", "no integer"]),
+        ([torch.tensor([True])], GREEDY, ["prompt 0", "True", "no integer"]),
+        ([[np.bool_(True)]], GREEDY, ["prompt 0", "True", "no integer"]),
+        ([np.array([], dtype=np.int64)], GREEDY, ["prompt 0", "empty"]),
+        ([np.array([5, 1003])], GREEDY, ["prompt 0", "1003", "[0, 1003)"]),
         (["\ud800"], GREEDY, ["prompt 0", "surrogate"]),
         ([[5], [6]], [GREEDY], ["1 sampling_params for 2 prompts"]),
         ([[5]], [GREEDY] * 3, ["3 sampling_params for 1 prompt"]),
@@ -101,6 +143,11 @@ def test_bad_input_to_a_stream_is_told_before_the_first_step(llm) -> None:
         llm.stream([])
 
 
+def test_requests_with_a_seed_of_minus_one_have_the_engines_seeds(llm) -> None:
+    seeds = [r.sequences[0].seed for r in llm.prepare([[5], [5]], SamplingParams(seed=-1))]
+    assert len(set(seeds)) == 2 and -1 not in seeds
+
+
 def test_none_of_the_prompts_is_begun_when_one_is_bad(llm) -> None:
     with pytest.raises(ValueError, match="prompt 2"):
         generate(llm, [[5], [6], [2000]], GREEDY)
@@ -123,6 +170,12 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"num_blocks": 2.5}, "num_blocks=2.5"),
         ({"max_model_len": 0}, "max_model_len=0"),
         ({"max_model_len": 513}, "max_model_len=513 exceeds the model's max_position_embeddings=512"),
+        ({"block_size": np.bool_(True)}, "block_size=np.True_"),
+        ({"block_size": np.float32(16)}, "block_size=np.float32(16.0): must be an integer >= 1"),
+        ({"max_model_len": torch.tensor([8])}, "max_model_len=tensor([8]): must be an integer >= 1"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization='0.5': must be > 0 and <= 1"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization=True"),
+        ({"scheduler_delay_factor": math.nan}, "scheduler_delay_factor=nan"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization=nan"),
         ({"dtype": "int8"}, "dtype='int8' is not known; known: auto, float32"),
@@ -156,6 +209,37 @@ def test_a_bad_option_is_refused_by_value_and_limit(options, message, checkpoint
     with pytest.raises(ValueError) as refusal:
         LLM(checkpoint("qwen3"), **options)
     assert message in str(refusal.value)
+
+
+def test_an_option_may_be_a_number_of_numpy_or_torch_and_is_kept_as_pythons_own() -> None:
+    options = {
+        "block_size": np.int64(8),
+        "num_blocks": torch.tensor(64),
+        "max_model_len": np.array(40),
+        "gpu_memory_utilization": np.float32(0.5),
+        "preemption_mode": "swap",
+        "swap_space": np.int32(2),
+        "enable_prefix_caching": np.bool_(False),
+        "async_scheduling": torch.tensor(False),
+        "seed": np.uint8(7),
+    }
+    config = EngineConfig(**options)
+    kept = {name: getattr(config, name) for name in options}
+    assert kept == {
+        "block_size": 8,
+        "num_blocks": 64,
+        "max_model_len": 40,
+        "gpu_memory_utilization": 0.5,
+        "preemption_mode": "swap",
+        "swap_space": 2,
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "seed": 7,
+    }
+    assert {type(value) for value in kept.values()} == {int, float, bool, str}
+    speculation = {"method": "ngram", "num_speculative_tokens": np.int64(3), "prompt_lookup_max": np.int64(2)}
+    drafts = EngineConfig(speculative_config=speculation).speculation
+    assert drafts is not None and type(drafts.num_speculative_tokens) is type(drafts.prompt_lookup_max) is int
 
 
 def test_what_is_no_model_is_refused_in_one_line(tmp_path) -> None:

@@ -8,11 +8,14 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.params import BeamSearchParams, SampleRow, SamplingParams
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
@@ -60,6 +63,21 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("truncate_prompt_tokens", 0, ">= 1"),
     ("truncate_prompt_tokens", -2, ">= -1"),
     ("truncate_prompt_tokens", -1.0, "integer"),
+    ("temperature", np.float32("nan"), ">= 0"),
+    ("temperature", np.float64("inf"), "finite"),
+    ("temperature", np.bool_(True), "number"),
+    ("temperature", torch.tensor(True), "number"),
+    ("temperature", torch.tensor([0.5]), "number"),
+    ("temperature", np.complex64(1), "number"),
+    ("max_tokens", np.int64(0), ">= 1"),
+    ("max_tokens", np.float64(3), "integer"),
+    ("max_tokens", np.array([3]), "integer"),
+    ("max_tokens", np.bool_(True), "integer"),
+    ("stop_token_ids", np.array(5), "sequence"),
+    ("stop_token_ids", torch.tensor(5), "sequence"),
+    ("ignore_eos", 1, "True or False"),
+    ("ignore_eos", "false", "True or False"),
+    ("logit_bias", [], "map"),
 ]
 
 
@@ -83,6 +101,11 @@ def test_a_value_out_of_range_is_an_error_that_names_value_and_limit(
         ({"stop_token_ids": [1, -1]}, "-1"),
         ({"stop_token_ids": [1, 2.0]}, "2.0"),
         ({"stop_token_ids": "12"}, "'1'"),
+        ({"stop_token_ids": np.array([1.0])}, "1.0"),
+        ({"stop_token_ids": [np.bool_(True)]}, "True"),
+        ({"stop_token_ids": torch.tensor([[1, 2]])}, "[1, 2]"),
+        ({"logit_bias": {np.float64(7): 1.0}}, "7.0"),
+        ({"logit_bias": {7: np.float32("nan")}}, "logit_bias[7]=np.float32(nan)"),
         ({"logit_bias": {-3: 1.0}}, "-3"),
         ({"logit_bias": {"7": 1.0}}, "'7'"),
         ({"logit_bias": {7: 100.5}}, "logit_bias[7]=100.5"),
@@ -125,6 +148,72 @@ def test_the_limits_themselves_are_accepted(options: Mapping[str, Any]) -> None:
     SamplingParams(**options)
 
 
+def test_numbers_of_numpy_and_torch_are_taken_and_kept_as_pythons_own() -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int16(5),
+        top_p=torch.tensor(0.5),
+        min_p=np.longdouble(0.25),
+        repetition_penalty=np.array(2.0),
+        presence_penalty=Fraction(1, 2),
+        frequency_penalty=np.int64(1),
+        logit_bias={np.int64(3): np.float32(0.5), 4: torch.tensor(2)},
+        seed=np.uint32(9),
+        max_tokens=np.int64(3),
+        min_tokens=torch.tensor(2),
+        stop=np.array(["a", "b"]),
+        stop_token_ids=np.array([7, 8, 7], dtype=np.uint16),
+        ignore_eos=np.bool_(True),
+        logprobs=np.int8(2),
+        truncate_prompt_tokens=torch.tensor(4),
+    )
+    same = SamplingParams(
+        temperature=0.5,
+        top_k=5,
+        top_p=0.5,
+        min_p=0.25,
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=1,
+        logit_bias={3: 0.5, 4: 2},
+        seed=9,
+        max_tokens=3,
+        min_tokens=2,
+        stop=("a", "b"),
+        stop_token_ids=(7, 8),
+        ignore_eos=True,
+        logprobs=2,
+        truncate_prompt_tokens=4,
+    )
+    assert params == same and repr(params) == repr(same) and pickle.dumps(params) == pickle.dumps(same)
+
+
+@pytest.mark.parametrize("token_ids", [[np.int64(7), 8], torch.tensor([7, 8]), range(7, 9)])
+def test_a_beam_searchs_numbers_are_kept_as_pythons_own(token_ids) -> None:
+    params = BeamSearchParams(
+        beam_width=np.int64(2),
+        max_tokens=torch.tensor(5),
+        length_penalty=np.float32(0.5),
+        early_stopping=np.bool_(True),
+        min_tokens=np.int64(1),
+        stop_token_ids=token_ids,
+        ignore_eos=np.bool_(False),
+    )
+    same = BeamSearchParams(2, 5, 0.5, True, 1, (7, 8), False)
+    assert params == same and repr(params) == repr(same)
+
+
+@pytest.mark.parametrize("value", [np.array([True, False]), "sometimes", 1, None])
+def test_when_a_beam_search_stops_early_is_one_of_three(value) -> None:
+    with pytest.raises(ValueError, match=r"early_stopping=.*: must be True, False or 'never'"):
+        BeamSearchParams(2, 5, early_stopping=value)
+
+
+def test_a_seed_of_minus_one_is_none_as_in_vllm() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams(seed=np.int64(-1)) == SamplingParams()
+    assert SamplingParams(seed=-2).seed == -2
+
+
 def test_defaults_are_those_of_vllm() -> None:
     params = SamplingParams()
     assert (params.n, params.temperature, params.top_k, params.top_p, params.min_p) == (1, 1.0, 0, 1.0, 0.0)
@@ -164,7 +253,7 @@ def test_greedy_means_temperature_zero_and_penalties_need_the_past() -> None:
 
 
 def test_params_and_rows_survive_pickling_and_replacing() -> None:
-    params = SamplingParams(stop="x", logit_bias={1: 2.0}, stop_token_ids=[7], seed=-1)
+    params = SamplingParams(stop="x", logit_bias={1: 2.0}, stop_token_ids=[7], seed=-2)
     assert pickle.loads(pickle.dumps(params)) == params
     assert dataclasses.replace(params, seed=4).stop == ("x",)
     row = SampleRow(

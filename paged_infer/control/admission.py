@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.beam import num_candidates
@@ -35,12 +36,14 @@ def check_request(
     max_model_len: int,
     max_num_seqs: int,
     manager: BlockManager,
+    eos_token_ids: Collection[int] = (),
 ) -> None:
     """Law 5: refuse here what could not be served, naming the value and the limit.
 
     Raises:
-        ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens or ask
-            for more logprobs than there are tokens; or the pool could not hold the request even if it ran alone.
+        ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens, ask for
+            more logprobs than there are tokens, or leave none to draw before ``min_tokens``; or the pool could not hold
+            the request even if it ran alone.
     """
     num_prompt = len(prompt_token_ids)
     if not num_prompt:
@@ -55,6 +58,7 @@ def check_request(
             raise ValueError(
                 f"stop_token_ids or logit_bias: token id {token_id} is outside [0, {vocab_size})"
             )
+    _check_end_tokens(params, eos_token_ids, vocab_size)
     for name, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if number is not None and number > vocab_size:
             raise ValueError(f"{name}={number} is more than the vocabulary's {vocab_size} tokens")
@@ -73,6 +77,18 @@ def check_request(
         raise ValueError(
             f"{params.n} sample(s) or beam(s) of {num_prompt} prompt and up to {longest - num_prompt} output tokens "
             f"need {needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
+        )
+
+
+def _check_end_tokens(params: SamplingParams, eos_token_ids: Collection[int], vocab_size: int) -> None:
+    """No end token is drawn before ``min_tokens``, so there must be another."""
+    if not params.min_tokens:
+        return
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    if len(ends) >= vocab_size and ends.issuperset(range(vocab_size)):
+        raise ValueError(
+            f"min_tokens={params.min_tokens}: stop_token_ids and the end-of-sequence tokens are all {vocab_size} "
+            "tokens of the vocabulary, and none of them may be drawn before min_tokens are out"
         )
 
 

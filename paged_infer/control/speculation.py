@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from paged_infer.control.request import PENDING
 from paged_infer.params import SampleRow
+from paged_infer.values import as_integer
 
 METHODS = ("ngram", "draft_model")
 
@@ -93,9 +94,10 @@ class SpeculativeConfig:
             raise self._error("prompt_lookup_min", f"exceeds prompt_lookup_max={self.prompt_lookup_max}")
 
     def _check_at_least_one(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        value = as_integer(getattr(self, name))
+        if value is None or value < 1:
             raise self._error(name, "must be an integer >= 1")
+        object.__setattr__(self, name, value)
 
     def _error(self, name: str, what: str) -> ValueError:
         return ValueError(f"speculative_config: {name}={getattr(self, name)!r}: {what}")

@@ -6,21 +6,33 @@ device) goes to the twin, so callers need not know.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from paged_infer.kernels.argmax import argmax_reference
-from paged_infer.kernels.c_runtime import DTYPES, library
+from paged_infer.kernels.c_runtime import DTYPES, library, logger, why_not
 from paged_infer.kernels.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.rms_norm import add_rms_norm_reference
 from paged_infer.kernels.silu_mul import silu_mul_reference
 from paged_infer.kernels.store_kv import store_kv_reference
 
 
+@functools.cache
+def _is_built(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for ``dtype``. The first call may compile them."""
+    if dtype not in DTYPES:
+        return False
+    if (reason := why_not(dtype)) is not None:
+        logger.warning("torch computes %s, which is slower than C: %s", dtype, reason)
+    return reason is None
+
+
 def suits(first: Tensor, *others: Tensor) -> bool:
-    """Whether C can read them: one dtype of ``DTYPES``, on the CPU, the last dimension dense."""
+    """Whether C can read them: one dtype that there are kernels for, on the CPU, the last dimension dense."""
     dtype = first.dtype
-    if dtype not in DTYPES or not first.is_cpu or first.stride(-1) != 1:
+    if not _is_built(dtype) or not first.is_cpu or first.stride(-1) != 1:
         return False
     for x in others:  # noqa: SIM110  (asked 40 times a step, and a generator takes three times as long)
         if x.dtype is not dtype or not x.is_cpu or x.stride(-1) != 1:

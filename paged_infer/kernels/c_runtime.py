@@ -3,9 +3,11 @@
 A decode step on a CPU is many small passes over a few rows. Torch takes several operations for each, and attention has
 to gather scattered keys before it can multiply them. ``c_kernels.c`` does each in one pass, and reads keys where they
 lie. It is compiled for the machine it runs on, in about a second, the first time it is asked for; the result stays in
-the user's cache folder. Threads are OpenMP's, from the pool that torch has loaded.
+the user's cache folder (see ``c_cache``), and where there is none it is compiled anew in each process. Threads are
+OpenMP's, from the pool that torch has loaded.
 
-Without a compiler nothing is lost but speed: "auto" then takes the "sdpa" backend.
+Without a compiler nothing is lost but speed: "auto" then takes the "sdpa" backend. Whatever is slower than it could be
+is logged as one warning, with the reason.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch  # its OpenMP runtime has to be the one in the process
+
+from paged_infer.kernels.c_cache import CacheRefused, KernelCache
+
+logger = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("c_kernels.c", "c_linear.c"))
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
@@ -59,11 +67,12 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
         raise CannotBuild("no C compiler (cc, gcc, clang, or one named by CC) was found")
     flags = [*FLAGS, DTYPES[dtype]]
     try:
-        target = _cache_folder() / f"kernels-{_fingerprint(compiler, flags)}.so"
-        if not target.exists():
-            _build(compiler, flags, target)
-        loaded = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+        try:
+            loaded = _load_or_build(compiler, [*flags, "-fopenmp"])
+        except CannotBuild as error:  # Apple's clang has no OpenMP: one thread is better than none
+            loaded = _load_or_build(compiler, flags)
+            _warn_once(f"the C kernels run on one thread, without OpenMP: {error}")
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CannotBuild(f"{compiler}: {error}") from None
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
@@ -73,36 +82,64 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
 
 
 @functools.cache
-def why_not() -> str | None:
+def why_not(dtype: torch.dtype = torch.float32) -> str | None:
     """Why the kernels cannot be used here; None where they can."""
     try:
-        library()
+        library(dtype)
     except CannotBuild as error:
         return str(error)
     return None
 
 
-def _build(compiler: str, flags: list[str], target: Path) -> None:
-    """Compile to a file of its own, then rename: another process may be doing the same."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        for openmp in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread is better than none
-            command = [*compiler.split(), *flags, *openmp, *map(str, SOURCES), "-o", str(built), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
-            if done.returncode == 0:
-                break
-        else:
-            raise CannotBuild(f"{compiler} failed: {done.stderr.strip()[:500]}")
-        os.replace(built, target)
+def _load_or_build(compiler: str, flags: list[str]) -> ctypes.CDLL:
+    key = _fingerprint(compiler, flags)
+    try:
+        with KernelCache.opened() as cache:
+            loaded = cache.load(key)
+            return _build(compiler, flags, key, cache) if loaded is None else loaded
+    except CacheRefused as refused:
+        _warn_not_kept(refused)
+    return _build(compiler, flags, key, None)
+
+
+def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None) -> ctypes.CDLL:
+    """Compile in a folder of its own, and keep the result if that can be done. What is loaded needs no file."""
+    with tempfile.TemporaryDirectory(prefix="paged_infer-", ignore_cleanup_errors=True) as folder:
+        built = Path(folder) / "kernels.so"
+        command = [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(built), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
+        if done.returncode != 0:
+            raise CannotBuild(f"{compiler} failed: {_complaint(done.stderr)}")
+        if cache is not None:
+            try:
+                return cache.store(key, built.read_bytes())
+            except OSError as error:
+                _warn_not_kept(CacheRefused(f"{cache.folder}: {error}"))
+        return ctypes.CDLL(str(built))
+
+
+def _complaint(stderr: str) -> str:
+    """One line of a compiler's: the first that speaks of an error, or the last."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it gave no reason"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])[:500]
+
+
+def _warn_not_kept(refused: CacheRefused) -> None:
+    _warn_once(f"the C kernels are compiled anew in each process, the cache folder is not used: {refused}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _fingerprint(compiler: str, flags: list[str]) -> str:
     """Of all that the result depends on: a home folder may be shared by machines of different kinds."""
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
+    words = shlex.split(compiler)
+    version = subprocess.run([*words, "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
     parts = (
         *(source.read_bytes() for source in SOURCES),
-        " ".join(flags).encode(),
+        " ".join([os.path.realpath(shutil.which(words[0]) or words[0]), *words[1:], *flags]).encode(),
         version.stdout,
         _processor().encode(),
     )
@@ -110,18 +147,9 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
 
 
 def _processor() -> str:
+    """What ``-march=native`` looks at: of x86 the model and its features, of Arm the names of both."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        kept = {line for line in info.read_text().splitlines() if line.startswith(("model name", "flags"))}
-        return "\n".join(sorted(kept))
-    return f"{platform.machine()} {platform.processor()}"
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "paged_infer"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="paged_infer-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="paged_infer-"))
+    names = ("model name", "flags", "Features", "CPU ")
+    lines = info.read_text().splitlines() if info.exists() else ()
+    kept = {line for line in lines if line.startswith(names)}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])

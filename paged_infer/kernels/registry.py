@@ -13,6 +13,7 @@ Wherever a backend is named, ``module:function`` names one that is not registere
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from paged_infer.kernels.paged_attention import paged_attention, paged_attention
 from paged_infer.kernels.paged_attention_c import paged_attention_c
 from paged_infer.kernels.paged_attention_sdpa import paged_attention_batched
 from paged_infer.kernels.triton_runtime import can_run_on
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionBackend(Protocol):
@@ -91,27 +94,23 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
 
     "auto" is the fastest that ``device`` has: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". With
     "torch" and "sdpa" everything is plain torch, with "triton" everything is Triton, and with "c" what one pass in C
-    does better; beside a backend of one's own, it is what "auto" would take.
+    does better; beside a backend of one's own, it is what "auto" would take. A warning gives the reason where that is
+    "sdpa" because the faster one cannot run.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), or one that cannot run on ``device``.
     """
-    fastest = fastest_backend(device)
     if name == "auto":
-        name = fastest
+        name = _fastest_or_warn(device)
     if name == "triton" and not can_run_on(device):
-        raise ValueError(
-            f"attention_backend='triton' cannot run on {device} here: triton is not installed for it"
-        )
-    if name == "c" and (device.type != "cpu" or why_not() is not None):
-        raise ValueError(
-            f"attention_backend='c' cannot run on {device} here: {why_not() or 'it is for CPUs'}"
-        )
+        raise ValueError(f"attention_backend='triton' cannot run on {device} here: {_NO_TRITON}")
+    if name == "c" and (reason := why_not() if device.type == "cpu" else "it is for CPUs") is not None:
+        raise ValueError(f"attention_backend='c' cannot run on {device} here: {reason}")
     backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)
     if backend is None:
         known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
         raise ValueError(f"attention_backend={name!r} is not known; known: {known}")
-    return backend, _OPS[name if name in _OPS else fastest]
+    return backend, _OPS[name if name in _OPS else _fastest_or_warn(device)]
 
 
 def fastest_backend(device: torch.device) -> str:
@@ -121,6 +120,15 @@ def fastest_backend(device: torch.device) -> str:
     return "c" if device.type == "cpu" and why_not() is None else "sdpa"
 
 
+def _fastest_or_warn(device: torch.device) -> str:
+    fastest = fastest_backend(device)
+    if fastest == "sdpa" and device.type in ("cpu", "cuda"):
+        reason = why_not() if device.type == "cpu" else _NO_TRITON
+        logger.warning("on %s torch computes (attention_backend='sdpa'), which is slower: %s", device, reason)
+    return fastest
+
+
+_NO_TRITON = "triton is not installed for it"
 _OPS = {"torch": TORCH_OPS, "sdpa": TORCH_OPS, "c": C_OPS, "triton": TRITON_OPS}
 
 

@@ -99,7 +99,7 @@ class SamplingFields(Strict):
     presence_penalty: float | None = within(-2, 2)
     frequency_penalty: float | None = within(-2, 2)
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_first_wrong)] = None
-    seed: int | None = within(-(2**63), 2**63 - 1)
+    seed: int | None = within(-(2**63), 2**63 - 1, description="-1 is none.")
     max_tokens: int | None = within(0)
     min_tokens: int | None = within(0)
     stop: str | ListOf[str] | None = within(minLength=1, maxLength=MAX_STOP_LENGTH, maxItems=MAX_STOPS)

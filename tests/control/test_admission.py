@@ -13,7 +13,9 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.params import SamplingParams
 
 
-def check(prompt, *, num_blocks=10, block_size=4, max_model_len=30, max_num_seqs=4, **params) -> None:
+def check(
+    prompt, *, num_blocks=10, block_size=4, max_model_len=30, max_num_seqs=4, eos_token_ids=(), **params
+) -> None:
     check_request(
         prompt,
         SamplingParams(**params),
@@ -21,6 +23,7 @@ def check(prompt, *, num_blocks=10, block_size=4, max_model_len=30, max_num_seqs
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         manager=BlockManager(num_blocks, block_size),
+        eos_token_ids=eos_token_ids,
     )
 
 
@@ -36,6 +39,16 @@ def check(prompt, *, num_blocks=10, block_size=4, max_model_len=30, max_num_seqs
         (["5"], {}, ["'5'", "[0, 100)"]),
         ([5], {"stop_token_ids": [100]}, ["stop_token_ids", "100", "[0, 100)"]),
         ([5], {"logit_bias": {123: 1.0}}, ["logit_bias", "123", "[0, 100)"]),
+        (
+            [5],
+            {"stop_token_ids": range(100), "min_tokens": 1},
+            ["min_tokens=1", "stop_token_ids", "all 100 tokens"],
+        ),
+        (
+            [5],
+            {"stop_token_ids": range(1, 100), "min_tokens": 2, "eos_token_ids": (0, 385)},
+            ["min_tokens=2", "end-of-sequence"],
+        ),
         ([5], {"logprobs": 101}, ["logprobs=101", "100"]),
         ([5], {"prompt_logprobs": 101}, ["prompt_logprobs=101", "100"]),
         ([5], {"n": 5}, ["n=5", "max_num_seqs=4"]),
@@ -57,6 +70,10 @@ def test_what_cannot_be_served_is_refused_by_value_and_limit(prompt, options, pa
         ([0, 99], {"stop_token_ids": [99], "logit_bias": {99: 1.0}}),
         ([5], {"logprobs": 100, "prompt_logprobs": 100}),
         ([5], {"n": 4, "max_tokens": 8}),
+        ([5], {"stop_token_ids": range(100)}),
+        ([5], {"stop_token_ids": range(99), "min_tokens": 1}),
+        ([5], {"stop_token_ids": range(99), "min_tokens": 1, "eos_token_ids": (3, 385)}),
+        ([5], {"stop_token_ids": range(1, 100), "min_tokens": 1, "eos_token_ids": (0,), "ignore_eos": True}),
         ([5] * 5, {"max_tokens": 4, "num_blocks": 2}),  # the ninth token is drawn and never stored
         ([5] * 29, {"max_tokens": 1000, "num_blocks": 8}),  # max_model_len clamps first
     ],

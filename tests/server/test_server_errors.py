@@ -62,6 +62,20 @@ def test_a_value_out_of_its_range_is_a_400_that_names_it(served, field: str, val
     assert error["type"] == "invalid_request_error"
 
 
+def test_end_tokens_that_leave_nothing_to_draw_are_a_400_and_cost_nobody_else_anything(served) -> None:
+    ends = list(range(served.on_engine(lambda engine: engine.decoder.config.vocab_size)))
+    error = told(served.post("/v1/completions", **PROMPT, stop_token_ids=ends, min_tokens=1), 400)
+    assert error["param"] == "min_tokens" and "stop_token_ids" in error["message"]
+    assert served.complete(**PROMPT, stop_token_ids=ends)["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatCompletionRequest, GenerateRequest])
+def test_a_seed_of_minus_one_is_no_seed(kind) -> None:
+    prompt = {"messages": CHAT["messages"]} if kind is ChatCompletionRequest else PROMPT
+    assert kind(**prompt, seed=-1).params() == kind(**prompt).params()
+    assert kind(**prompt, seed=-2).params().seed == -2
+
+
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_what_is_not_supported_is_refused_by_name(served, name: str) -> None:
     for path, body in (("/v1/completions", PROMPT), ("/v1/chat/completions", CHAT)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -94,6 +95,18 @@ class Served:
     def on_engine(self, function: Callable[[LLMEngine], T]) -> T:
         """``AsyncLLM.run`` without an event loop: a browser's driver has one in this thread already."""
         return self.engine._thread.call(function).result(LIMIT_S)
+
+    def in_loop(self, function: Callable[[], T]) -> T:
+        """The result of ``function()``, called in the server's event loop."""
+
+        async def call() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(LIMIT_S)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self.server.servers[0].get_loop()
 
     def stop(self) -> None:
         self.http.close()

@@ -80,9 +80,13 @@ def test_five_hundred_at_once_in_a_pool_that_preempts_constantly_get_the_offline
     with serving(max_num_seqs=32, num_blocks=40, block_size=4, max_model_len=64) as served:
 
         async def main() -> list[dict[str, Any]]:
-            return await asyncio.gather(*(answer(served, body) for body in bodies))
+            answers = [asyncio.create_task(answer(served, body)) for body in bodies]
+            await asyncio.to_thread(served.until_queued, waiting=len(bodies))
+            steps.allow()
+            return await asyncio.gather(*answers)
 
-        answers = asyncio.run(main())
+        with served.held() as steps:
+            answers = asyncio.run(main())
         assert [a["choices"][0]["text"] for a in answers] == [one.outputs[0].text for one in said]
         assert served.engine.stats()["preemptions"] > 100
 

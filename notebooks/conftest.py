@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CELL_TIMEOUT_S = 120
+LIMIT_S = 600  # ends a cell, or a kernel's start, that hangs
 # Pictures and tables of HTML depend on fonts and versions; warnings on the machine. Of a widget only the picture beside
 # it is stored, see execute.py.
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -15,7 +15,8 @@ SKIPPED = ("stderr", "image/png", "image/svg+xml", "text/html", WIDGET_VIEW)
 def pytest_configure(config):
     config.option.nbval_sanitize_with = str(HERE / "sanitize.cfg")
     config.option.nbval_current_env = True  # the kernel that runs is the interpreter that tests
-    config.option.nbval_cell_timeout = CELL_TIMEOUT_S
+    config.option.nbval_cell_timeout = LIMIT_S
+    config.option.nbval_kernel_startup_timeout = LIMIT_S
 
 
 def pytest_collectstart(collector):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "figures" / "chapters"
-CELL_TIMEOUT_S = 300
+LIMIT_S = 600  # ends a cell, or a kernel's start, that hangs
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -27,7 +27,8 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel(), "language_info": {"name": "python"}})
     resources = {"metadata": {"path": HERE}}
-    NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources=resources, coalesce_streams=True).execute()
+    limits = {"timeout": LIMIT_S, "startup_timeout": LIMIT_S}
+    NotebookClient(notebook, **limits, resources=resources, coalesce_streams=True).execute()
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(notebook.cells):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_random_checkpoint, save_tokenizer
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +24,9 @@ from paged_infer import LLM
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
-settings.register_profile("steady", deadline=None, derandomize=True, print_blob=False)
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, print_blob=False, suppress_health_check=[HealthCheck.too_slow]
+)  # no example fails because it takes long
 settings.load_profile("steady")
 
 Checkpoint = Callable[[str], Path]

@@ -10,6 +10,7 @@ from types import ModuleType
 import nbformat
 import pytest
 from checks import Checker, Wrong, is_attempted
+from holding import LIMIT_S
 from nbclient import NotebookClient
 from planted import Planted
 
@@ -113,9 +114,8 @@ class TestAttempts:
 def test_a_notebook_shows_the_sentence_and_not_the_checkers_code():
     source = "from checks import expect\nexpect(False, 'row 2 is not a probability: it sums to 3')"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    NotebookClient(
-        notebook, timeout=60, allow_errors=True, resources={"metadata": {"path": FOLDER}}
-    ).execute()
+    limits = {"timeout": LIMIT_S, "startup_timeout": LIMIT_S}
+    NotebookClient(notebook, **limits, allow_errors=True, resources={"metadata": {"path": FOLDER}}).execute()
     assert notebook.cells[0].outputs[0].traceback == [
         "Not right yet: row 2 is not a probability: it sums to 3"
     ]

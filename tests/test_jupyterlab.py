@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
+from holding import LIMIT_S, until
 
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -31,7 +31,6 @@ needs_chromium = pytest.mark.skipif(
 )
 
 TOKEN = "sliders"
-START_S, RUN_S = 60, 90
 NOTEBOOKS = {
     "playground": """
         from paged_infer.viz.playground import Playground
@@ -104,7 +103,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         finally:
             server.terminate()  # it ends its kernels
             try:
-                server.wait(timeout=20)
+                server.wait(timeout=LIMIT_S)
             except subprocess.TimeoutExpired:
                 server.kill()
 
@@ -117,22 +116,23 @@ def write_notebook(path: Path, source: str) -> None:
 
 
 def wait_until_served(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < deadline:
+    def is_served() -> bool:
         try:
-            with urlopen(url, timeout=5):
-                return
+            with urlopen(url, timeout=LIMIT_S):
+                return True
         except (URLError, TimeoutError):
-            time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+            return False
+
+    until(lambda: server.poll() is not None or is_served(), lambda: log.read_text()[-2000:])
+    assert server.poll() is None, f"JupyterLab did not start:\n{log.read_text()[-2000:]}"
 
 
 def test_jupyterlab_serves_the_notebooks(lab):
     """What the browser needs from the server, where there is no browser to ask for it."""
-    with urlopen(f"{lab}/lab/tree/playground.ipynb?token={TOKEN}", timeout=20) as answer:
+    with urlopen(f"{lab}/lab/tree/playground.ipynb?token={TOKEN}", timeout=LIMIT_S) as answer:
         page = answer.read().decode()
     assert answer.status == 200 and '"exposeAppInBrowser": true' in page
-    with urlopen(f"{lab}/api/contents/explorer.ipynb?token={TOKEN}", timeout=20) as answer:
+    with urlopen(f"{lab}/api/contents/explorer.ipynb?token={TOKEN}", timeout=LIMIT_S) as answer:
         assert b"crowded_trace" in answer.read()
 
 
@@ -148,12 +148,13 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_moved_slider_changes_the_picture(lab, browser, name):
     page = browser.new_page(viewport={"width": 1400, "height": 1200})
+    page.set_default_timeout(1e3 * LIMIT_S)
     try:
         page.goto(f"{lab}/lab/tree/{name}.ipynb?token={TOKEN}&reset")
-        page.wait_for_function(IDLE, timeout=1e3 * START_S)
+        page.wait_for_function(IDLE)
         page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
         image = page.locator("img.widget-image")
-        image.wait_for(state="visible", timeout=1e3 * RUN_S)
+        image.wait_for(state="visible")
         page.wait_for_function("image => image.naturalWidth > 0", arg=image.element_handle())
         before = image.evaluate(PIXELS)
         page.wait_for_timeout(500)
@@ -163,9 +164,7 @@ def test_a_moved_slider_changes_the_picture(lab, browser, name):
         handle.focus()
         for _ in range(3):
             handle.press("ArrowRight")
-        deadline = time.monotonic() + 20
-        while image.evaluate(PIXELS) == before and time.monotonic() < deadline:
-            page.wait_for_timeout(100)
-        assert image.evaluate(PIXELS) != before
+        shown = [image.element_handle(), before]
+        page.wait_for_function(f"([image, before]) => ({PIXELS})(image) !== before", arg=shown)
     finally:
         page.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from holding import LIMIT_S
 
 README = Path(__file__).parent.parent / "README.md"
 FOLDER = README.parent / "notebooks"
@@ -140,7 +141,7 @@ def test_a_changed_output_makes_nbval_fail(tmp_path):
 
     def nbval(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-p", "no:cacheprovider", f"{name}.ipynb"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
 
     stored, changed = nbval("as_stored"), nbval("changed")
     assert stored.returncode == 0, stored.stdout

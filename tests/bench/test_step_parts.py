@@ -18,7 +18,7 @@ def test_parts_add_up_to_the_step_and_backends_differ(make_llm) -> None:
         assert one.num_steps > 1
         assert dict(zip(PARTS, one.part_ms, strict=True)).keys() == {*PARTS}
         assert all(ms > 0 for ms in one.part_ms)
-        assert sum(one.part_ms) == pytest.approx(one.step_ms, rel=0.5)  # medians of parts, and of wholes
+        assert sum(one.part_ms) == pytest.approx(one.step_ms, abs=0.01)  # of two runs, medians are means
 
 
 def test_watching_leaves_no_trace(llm) -> None:

@@ -8,6 +8,7 @@ import sys
 from itertools import chain, pairwise
 
 import pytest
+from holding import LIMIT_S
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -284,7 +285,7 @@ def test_control_imports_no_torch() -> None:
         "print(sorted({'torch', 'numpy', 'transformers', 'triton'} & sys.modules.keys()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT_S
     )
     assert done.stdout.strip() == "[]"
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from holding import LIMIT_S
 
 from paged_infer.kernels import triton_runtime
 from paged_infer.kernels.triton_runtime import can_run_on, launch, launches_go_to
@@ -28,7 +29,9 @@ except RuntimeError as error:
 
 
 def test_without_triton_everything_but_its_kernels_works() -> None:
-    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=LIMIT_S
+    )
     assert run.stdout.splitlines() == [
         "3",
         "triton is not installed: use attention_backend='torch' or 'sdpa'",

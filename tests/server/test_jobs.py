@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from holding import until
 from serving import Served, serving
 
 from paged_infer import SamplingParams
+from paged_infer.server import jobs
 from paged_infer.server.jobs import Jobs
 from paged_infer.server.service import Settings
 
@@ -16,9 +19,14 @@ LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
 
 
 def poll(served: Served, job_id: str) -> dict[str, Any]:
-    while (answer := served.http.get(f"/result/{job_id}").json())["status"] == "running":
-        time.sleep(0.005)
-    return answer
+    answers: list[dict[str, Any]] = []
+
+    def has_ended() -> bool:
+        answers.append(served.http.get(f"/result/{job_id}").json())
+        return answers[-1]["status"] != "running"
+
+    until(has_ended)
+    return answers[-1]
 
 
 def test_a_job_is_answered_at_once_and_its_result_waits(served, storyteller) -> None:
@@ -47,10 +55,12 @@ def test_nobody_knows_a_result_that_was_never_asked_for(served) -> None:
 
 
 def test_a_job_that_is_deleted_is_aborted(served) -> None:
-    job = served.post("/generate", **LONG).json()
-    deleted = served.http.delete(f"/result/{job['id']}")
-    assert deleted.json() == {"id": job["id"], "status": "aborted"}
-    served.check_idle()
+    with served.held() as steps:
+        job = served.post("/generate", **LONG).json()
+        steps.run(1)
+        deleted = served.http.delete(f"/result/{job['id']}")
+        assert deleted.json() == {"id": job["id"], "status": "aborted"}
+        served.check_idle()
     assert served.http.get(f"/result/{job['id']}").status_code == 404
 
 
@@ -63,10 +73,11 @@ def test_what_is_deleted_takes_nobodys_place() -> None:
         kept = [served.post("/generate", prompt="x", max_tokens=1).json()["id"] for _ in range(2)]
         for job in kept:
             poll(served, job)
-        for _ in range(3):
-            deleted = served.post("/generate", **LONG).json()["id"]
-            served.http.delete(f"/result/{deleted}")
-        served.check_idle()
+        with served.held():
+            for _ in range(3):
+                deleted = served.post("/generate", **LONG).json()["id"]
+                served.http.delete(f"/result/{deleted}")
+            served.check_idle()
         assert [served.http.get(f"/result/{job}").status_code for job in kept] == [200, 200]
         assert len(jobs_of(served)._jobs) == len(jobs_of(served)._ended) == 2
 
@@ -86,26 +97,28 @@ def test_results_expire_also_where_nobody_asks_any_more() -> None:
     with serving(Settings(result_ttl_s=0.2), num_blocks=32) as served:
         for _ in range(3):
             served.post("/generate", prompt="x", max_tokens=1)
-        deadline = time.monotonic() + 10
-        while jobs_of(served)._jobs:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: not jobs_of(served)._jobs)
 
 
-def test_results_expire() -> None:
-    with serving(Settings(result_ttl_s=0.2), num_blocks=32) as served:
+def test_results_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    with serving(Settings(result_ttl_s=300.0), num_blocks=32) as served:
         job = served.post("/generate", prompt="x", max_tokens=1).json()
         assert poll(served, job["id"])["status"] == "finished"
-        time.sleep(0.25)
-        assert served.http.get(f"/result/{job['id']}").status_code == 404
+        clock.now_s = 299.0
+        assert poll(served, job["id"])["status"] == "finished"
+        clock.now_s = 301.0
+        gone = served.http.get(f"/result/{job['id']}")
+        assert gone.status_code == 404 and "kept for 300 s" in gone.json()["error"]["message"]
 
 
 def test_only_so_many_results_are_kept() -> None:
     with serving(Settings(max_num_results=3), num_blocks=32) as served:
-        jobs = [served.post("/generate", prompt="x", max_tokens=1).json()["id"] for _ in range(5)]
-        poll(served, jobs[-1])
-        served.check_idle()
-        time.sleep(0.05)
-        found = [served.http.get(f"/result/{job}").status_code for job in jobs]
+        asked = [served.post("/generate", prompt="x", max_tokens=1).json()["id"] for _ in range(5)]
+        until(lambda: all(served.http.get(f"/result/{job}").status_code == 404 for job in asked[:2]))
+        for job in asked[2:]:
+            poll(served, job)
+        found = [served.http.get(f"/result/{job}").status_code for job in asked]
         assert found == [404, 404, 200, 200, 200]
         assert len(jobs_of(served)._jobs) == 3

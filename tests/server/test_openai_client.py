@@ -6,6 +6,7 @@ import asyncio
 
 import openai
 import pytest
+from holding import Steps
 from serving import LONG_BODY
 
 from paged_infer import BeamSearchParams, SamplingParams
@@ -33,8 +34,13 @@ def test_a_stream_joins_to_the_whole_answer(served) -> None:
     client = served.openai()
     body = {"model": "storyteller", "prompt": PROMPT, "temperature": 0, "max_tokens": 30}
     whole = client.completions.create(**body)
-    pieces = list(client.completions.create(**body, stream=True))
-    assert len(pieces) > 5
+    with served.held() as steps:
+        steps.allow(10)
+        stream = client.completions.create(**body, stream=True)
+        pieces = [next(stream)]
+        steps.allow()
+        pieces += stream
+    assert len(pieces) > 1
     assert "".join(p.choices[0].text for p in pieces) == whole.choices[0].text
     assert [p.choices[0].finish_reason for p in pieces] == [None] * (len(pieces) - 1) + ["length"]
     assert len({p.id for p in pieces}) == 1 and all(p.usage is None for p in pieces)
@@ -260,24 +266,27 @@ def test_errors_arrive_as_the_clients_own_exceptions(served) -> None:
 
 
 def test_to_cancel_a_stream_frees_its_blocks(served) -> None:
-    stream = served.openai().completions.create(**LONG_BODY, stream=True)
-    next(iter(stream))
-    assert not served.is_idle()
-    stream.close()
-    served.check_idle()
+    with served.held() as steps:
+        steps.allow(20)
+        stream = served.openai().completions.create(**LONG_BODY, stream=True)
+        next(iter(stream))
+        assert not served.is_idle()
+        stream.close()
+        served.check_idle()
 
 
 def test_to_cancel_a_waiting_call_frees_its_blocks(served) -> None:
-    async def main() -> None:
+    async def main(steps: Steps) -> None:
         client = served.async_openai()
         task = asyncio.create_task(client.completions.create(**LONG_BODY))
-        while served.is_idle():
-            await asyncio.sleep(0.002)
+        await asyncio.to_thread(served.until_queued, waiting=1)
+        steps.run(1)
+        assert not served.is_idle()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await client.close()
 
-    asyncio.run(main())
-    served.check_idle()
-    assert served.engine.stats()["steps"] > 0
+    with served.held() as steps:
+        asyncio.run(main(steps))
+        served.check_idle()

@@ -5,18 +5,21 @@ The browser's test is skipped where playwright or a Chromium is missing; see tes
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from os import environ
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from holding import LIMIT_S, until
 from serving import NO_TLS, Served, serving
 
 from paged_infer.server import watch
@@ -34,18 +37,17 @@ class Watcher(threading.Thread):
 
     def __init__(self, url: str, **headers: str) -> None:
         super().__init__(daemon=True)
-        self.events: list[dict[str, Any]] = []
-        self.maps: list[dict[int, tuple[Any, ...]]] = []
+        self.events: list[dict[str, Any]] = []  # "map" of each: block -> cell, as all up to it add up
         self.last_words = ""
         self._url, self._headers = url, headers
         self._is_told = threading.Event()
         self.start()
-        assert self._is_told.wait(10)
+        assert self._is_told.wait(LIMIT_S)
 
     def run(self) -> None:
         cells: dict[int, tuple[Any, ...]] = {}
         with httpx.stream(
-            "GET", f"{self._url}/events", headers=self._headers, timeout=30, **NO_TLS
+            "GET", f"{self._url}/events", headers=self._headers, timeout=LIMIT_S, **NO_TLS
         ) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
             for line in response.iter_lines():
@@ -56,15 +58,14 @@ class Watcher(threading.Thread):
                     for block, *cell in change["cells"]:
                         cells[block] = tuple(cell)
                     cells = {block: cell for block, cell in cells.items() if cell}
-                    self.maps.append(dict(cells))
-                    self.events.append(change)
+                    self.events.append({**change, "map": dict(cells)})
                     self._is_told.set()
 
-    def until(self, condition: Any, within_s: float = 10.0) -> None:
-        deadline = time.monotonic() + within_s
-        while not condition(self.events[-1]):
-            assert time.monotonic() < deadline, self.events[-1]
-            time.sleep(0.01)
+    def until(self, condition: Any) -> None:
+        until(lambda: condition(self.events[-1]), lambda: self.events[-1])
+
+    def until_queued(self, **sizes: int) -> None:
+        self.until(lambda change: all(change["stats"][f"num_{queue}"] == n for queue, n in sizes.items()))
 
 
 def is_idle(change: dict[str, Any]) -> bool:
@@ -74,13 +75,18 @@ def is_idle(change: dict[str, Any]) -> bool:
 def test_events_add_up_to_what_the_engine_says_of_itself() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         watcher = Watcher(served.url)
-        served.complete(**{**LONG, "prompt": [LONG["prompt"]] * 6})
+        with served.held() as steps:
+            answer = served.begin(**{**LONG, "prompt": [LONG["prompt"]] * 6})
+            watcher.until_queued(waiting=6)
+            steps.run(1)
+            watcher.until_queued(running=4, waiting=2)
+        assert answer.result(LIMIT_S).status_code == 200
         watcher.until(lambda change: is_idle(change) and change["stats"]["prefix_query_tokens"] > 0)
         assert [change["is_whole"] for change in watcher.events] == [True] + [False] * (
             len(watcher.events) - 1
         )
-        for change, cells in zip(watcher.events, watcher.maps, strict=True):
-            stats = change["stats"]
+        for change in watcher.events:
+            stats, cells = change["stats"], change["map"]
             held = {block: cell for block, cell in cells.items() if cell[0]}
             assert len(held) == stats["num_blocks"] - stats["free_blocks"]
             assert {owner for owners, *_ in held.values() for owner in owners} <= {
@@ -89,10 +95,10 @@ def test_events_add_up_to_what_the_engine_says_of_itself() -> None:
             assert all(0 <= num_tokens <= change["block_size"] for _, num_tokens, _ in held.values())
             for queue in QUEUES:
                 assert len(change[queue]) == stats[f"num_{queue}"]
-        assert max(len(cell[0]) for cells in watcher.maps for cell in cells.values()) > 1, "nobody shared"
-        assert max(change["stats"]["num_waiting"] for change in watcher.events) > 0
+        shared = [cell for change in watcher.events for cell in change["map"].values() if len(cell[0]) > 1]
+        assert shared, "four that run have one beginning"
         assert watcher.events[-1]["stats"] == served.engine.stats()
-        findable = {block for block, (_, _, is_findable) in watcher.maps[-1].items() if is_findable}
+        findable = {block for block, (_, _, is_findable) in watcher.events[-1]["map"].items() if is_findable}
         assert findable == set(served.on_engine(lambda engine: engine.manager.pool.findable)) != set()
 
 
@@ -100,39 +106,86 @@ def test_whoever_comes_later_is_told_the_whole_at_once() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         first = Watcher(served.url)
         served.complete(**LONG)
-        first.until(lambda change: is_idle(change) and first.maps[-1])
+        first.until(lambda change: is_idle(change) and change["map"])
         second = Watcher(served.url)
-        assert second.maps[0] == first.maps[-1] != {}
+        assert second.events[0]["map"] == first.events[-1]["map"] != {}
 
 
-def test_what_does_not_change_is_not_told_again_and_a_busy_engine_ten_times_a_second_at_most() -> None:
-    with serving(max_num_seqs=4, num_blocks=64) as served:
-        watcher = Watcher(served.url)
-        time.sleep(0.35)
-        assert len(watcher.events) == 1
-        began = time.monotonic()
-        served.complete(**{**LONG, "max_tokens": 120})
-        seconds = time.monotonic() - began
-        assert 1 < len(watcher.events) <= 2 + seconds / watch.EVERY_S
+class Clock:
+    """``time`` and ``asyncio`` as watch.py uses them, where time passes only in sleep and in looking at the engine."""
+
+    Lock = asyncio.Lock
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    perf_counter = monotonic
+
+    async def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
 
 
-def test_a_pool_that_takes_long_to_look_at_is_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "MOST_OF_ENGINE", 1e-9)
-    with serving(max_num_seqs=4, num_blocks=64) as served:
-        watcher = Watcher(served.url)
-        served.complete(**LONG)
-        time.sleep(0.3)
-        assert len(watcher.events) == 1
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(watch, "asyncio", clock)
+    return clock
+
+
+def watch_of(clock: Clock, take_s: float, snapshots: list[int]) -> tuple[watch.Watch, list[float]]:
+    """A watch of an engine whose ``stats`` are ``snapshots`` one after the other, and when it was looked at."""
+    looks: list[float] = []
+
+    async def run(timed_take: Any) -> Any:
+        looks.append(clock.now_s)
+        clock.now_s += take_s
+        return take_s, watch.Snapshot({"value": snapshots[len(looks) - 1]}, 16, {}, {})
+
+    engine = SimpleNamespace(error=None, run=run)
+    return watch.Watch(SimpleNamespace(is_closing=False, engine=engine)), looks  # type: ignore[arg-type]
+
+
+def values(watched: watch.Watch, num: int) -> list[int]:
+    async def read() -> list[int]:
+        events = watched.events()
+        pieces = [(await anext(events)).decode().removeprefix("data: ") for _ in range(num)]
+        return [json.loads(piece)["stats"]["value"] for piece in pieces]
+
+    return asyncio.run(read())
+
+
+def test_what_does_not_change_is_not_told_again_and_a_busy_engine_ten_times_a_second_at_most(clock) -> None:
+    watched, looks = watch_of(clock, 0.001, [1, 1, 1, 1, 2, 3, 4])
+    assert values(watched, 4) == [1, 2, 3, 4] and len(looks) == 7
+    assert all(later - earlier >= watch.EVERY_S for earlier, later in pairwise(looks))
+    assert values(watched, 1) == [4] and len(looks) == 7, (
+        "a second watcher of the same moment needs no look of its own"
+    )
+
+
+def test_a_pool_that_takes_long_to_look_at_is_looked_at_less_often(clock) -> None:
+    watched, looks = watch_of(clock, 0.03, [1, 2, 3])
+    assert values(watched, 3) == [1, 2, 3]
+    assert all(later - earlier >= 0.03 / watch.MOST_OF_ENGINE > 0.5 for earlier, later in pairwise(looks))
 
 
 def test_long_queues_are_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MOST_LISTED", 3)
     with serving(max_num_seqs=2, num_blocks=64) as served:
         watcher = Watcher(served.url)
-        served.complete(**{**LONG, "prompt": ["Once"] * 12, "max_tokens": 20})
-        waiting = [(len(change["waiting"]), change["stats"]["num_waiting"]) for change in watcher.events]
-        assert all(listed == min(3, count) for listed, count in waiting)
-        assert max(count for _, count in waiting) > 3
+        with served.held() as steps:
+            answer = served.begin(**{**LONG, "prompt": ["Once"] * 12, "max_tokens": 20})
+            watcher.until_queued(waiting=12)
+            steps.run(1)
+            watcher.until_queued(running=2, waiting=10)
+            assert (len(watcher.events[-1]["running"]), len(watcher.events[-1]["waiting"])) == (2, 3)
+        assert answer.result(LIMIT_S).status_code == 200
+        for change in watcher.events:
+            assert len(change["waiting"]) == min(3, change["stats"]["num_waiting"])
 
 
 def test_snapshots_of_one_moment_are_equal() -> None:
@@ -147,13 +200,11 @@ def test_snapshots_of_one_moment_are_equal() -> None:
 
 
 def test_a_watcher_does_not_hold_up_the_end_and_is_told_of_it() -> None:
-    served = Served(Settings(), shutdown_timeout_s=30.0, num_blocks=64)
+    served = Served(Settings(), shutdown_timeout_s=100 * LIMIT_S, num_blocks=64)
     watcher = Watcher(served.url)
-    began = time.monotonic()
     served.stop()
-    watcher.join(5)
+    watcher.join(LIMIT_S)
     assert (watcher.is_alive(), watcher.last_words) == (False, "closing")
-    assert time.monotonic() - began < 5
 
 
 def test_a_watcher_that_leaves_costs_nobody_anything() -> None:
@@ -168,8 +219,8 @@ def test_a_call_whose_caller_has_gone_leaves_the_engine_alive() -> None:
     with serving(num_blocks=64) as served:
         held, go_on = threading.Event(), threading.Event()
         thread = served.engine._thread
-        thread.call(lambda engine: (held.set(), go_on.wait(10)))
-        assert held.wait(10)
+        thread.call(lambda engine: (held.set(), go_on.wait(LIMIT_S)))
+        assert held.wait(LIMIT_S)
         assert thread.call(lambda engine: pytest.fail("nobody waits for this")).cancel()
         go_on.set()
         assert served.complete(prompt="Once", max_tokens=3)["usage"]["completion_tokens"] == 3
@@ -240,7 +291,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(1e3 * LIMIT_S)
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
@@ -256,11 +307,15 @@ def test_in_a_browser_a_typed_prompt_goes_on_and_the_map_changes(page: Any) -> N
         before = page.locator("#map").evaluate(MAP)
         page.get_by_label("Prompt").fill("Once upon a time")
         page.get_by_label("Most tokens").fill("150")
-        page.get_by_label("Prompt").press("Control+Enter")
-        page.locator("#running .chip").first.wait_for()
-        text = page.locator("article .text")
-        page.wait_for_function("() => document.querySelector('article .text').textContent.length > 20")
-        assert page.locator("#map").evaluate(MAP) != before
+        with served.held() as steps:
+            page.get_by_label("Prompt").press("Control+Enter")
+            steps.allow(60)
+            page.locator("#running .chip").first.wait_for()
+            text = page.locator("article .text")
+            page.wait_for_function("() => document.querySelector('article .text').textContent.length > 20")
+            page.wait_for_function(
+                f"before => ({MAP})(document.querySelector('#map')) !== before", arg=before
+            )
         page.get_by_text(re.compile(r"^ended after ")).wait_for()
         assert len(text.text_content()) > 20
         page.get_by_text("0 of 64 blocks").wait_for()
@@ -274,16 +329,20 @@ def test_in_a_browser_eight_stories_fill_the_queues_and_can_be_stopped(page: Any
     with serving(max_num_seqs=4, num_blocks=256) as served:
         page.goto(served.url)
         page.get_by_label("Most tokens").fill("900")
-        page.get_by_role("button", name="Start 8 stories").click()
-        page.wait_for_function("() => document.querySelectorAll('#running .chip').length === 4")
-        assert page.locator("#waiting .chip").count() == 4
-        assert page.locator("article").count() == 8
-        page.wait_for_function(
-            "() => [...document.querySelectorAll('article')].filter(one => one.style.borderLeftColor).length >= 4"
-        )
-        page.get_by_role("button", name="Stop all").click()
-        page.wait_for_function("() => document.querySelectorAll('#stories button').length === 0")
-        served.check_idle()
+        with served.held() as steps:
+            page.get_by_role("button", name="Start 8 stories").click()
+            page.wait_for_function("() => document.querySelectorAll('#waiting .chip').length === 8")
+            steps.run(8)
+            page.wait_for_function("() => document.querySelectorAll('#running .chip').length === 4")
+            assert page.locator("#waiting .chip").count() == 4
+            assert page.locator("article").count() == 8
+            page.wait_for_function(
+                "() => [...document.querySelectorAll('article')]"
+                ".filter(one => one.style.borderLeftColor).length >= 4"
+            )
+            page.get_by_role("button", name="Stop all").click()
+            page.wait_for_function("() => document.querySelectorAll('#stories button').length === 0")
+            served.check_idle()
         assert page.locator("article .state", has_text="stopped").count() == 8
 
 

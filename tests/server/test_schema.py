@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
+from holding import LIMIT_S
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import Served, serving
 
@@ -55,7 +56,9 @@ def test_the_document_is_kept(served: Served, schema, method: str, path: str) ->
     )
     def holds(case: Any) -> None:
         # A schema cannot say what a vocabulary or a context holds: such a 400 is right, and not a broken promise.
-        case.call_and_validate(base_url=served.url, timeout=20, excluded_checks=[positive_data_acceptance])
+        case.call_and_validate(
+            base_url=served.url, timeout=LIMIT_S, excluded_checks=[positive_data_acceptance]
+        )
 
     holds()
     served.check_idle()

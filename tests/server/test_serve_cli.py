@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from holding import LIMIT_S
 from typer.testing import CliRunner
 
 from paged_infer.cli import app
@@ -40,7 +41,7 @@ for name in {NAMES!r}:
 @pytest.fixture(scope="module")
 def without_the_extra() -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_THE_EXTRA]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def free_port() -> int:

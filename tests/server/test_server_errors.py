@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from holding import LIMIT_S
 from pydantic import ValidationError
 from serving import CHAT, PROMPT, serving, told
 
@@ -307,7 +308,7 @@ def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
             events = [line.removeprefix("data: ") for line in r.iter_lines() if line]
         assert events[-1] == "[DONE]"
         assert "the device fell off" in json.loads(events[-2])["error"]["message"]
-        broken.thread.join(10)
+        broken.thread.join(LIMIT_S)
         assert not broken.thread.is_alive()
 
 

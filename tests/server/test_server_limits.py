@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 from contextlib import ExitStack
 
 import pytest
+from holding import LIMIT_S, until
 from serving import CHAT, PROMPT, serving, told
 
 from paged_infer.server.service import Settings
@@ -21,7 +23,7 @@ def test_bodies_over_the_limit_are_a_413_however_they_come() -> None:
             small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}),
             413,
         )
-        with socket.create_connection(("127.0.0.1", small.port)) as raw:  # a promise alone is enough
+        with socket.create_connection(("127.0.0.1", small.port), LIMIT_S) as raw:  # a promise alone is enough
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
             assert raw.recv(100).startswith(b"HTTP/1.1 413")
 
@@ -33,37 +35,81 @@ def head_of(num_bytes: int) -> bytes:
 
 def test_half_a_body_is_waited_for_only_so_long() -> None:
     with serving(Settings(receive_timeout_s=0.3), num_blocks=64) as impatient:
-        with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", impatient.port), timeout=LIMIT_S) as raw:
             raw.sendall(head_of(100) + b'{"prompt": ')
             head, _, body = raw.makefile("rb").read().partition(b"\r\n\r\n")  # to the end: it hangs up, too
         assert head.startswith(b"HTTP/1.1 408")
         error = json.loads(body)["error"]
         assert error["code"] == "request_timeout" and "receive_timeout_s=0.3" in error["message"]
-        content = json.dumps({**PROMPT, "ignore_eos": True, "max_tokens": 300}).encode()
-        with socket.create_connection(
-            ("127.0.0.1", impatient.port), timeout=30
-        ) as raw:  # only the body is in a hurry
+
+
+def test_an_answer_may_take_longer_than_a_body() -> None:
+    with serving(num_blocks=64) as served, served.held() as steps:
+        content = json.dumps({**PROMPT, "ignore_eos": True, "max_tokens": 30}).encode()
+        with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT_S) as raw:
             raw.sendall(head_of(len(content)) + content[:20])
+            service = served.server.service
+            until(lambda: service.receiving)
             raw.sendall(content[20:])
+            served.until_queued(waiting=1)
+            assert not service.receiving, "nothing is left that could run out"
+            steps.allow()
             assert raw.recv(100).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 def test_half_a_head_is_waited_for_only_so_long(http: str) -> None:
     pytest.importorskip(http)
+    patient = Settings(receive_timeout_s=100 * LIMIT_S)
     with (
-        serving(Settings(receive_timeout_s=0.3), http=http, num_blocks=32) as impatient,
+        serving(patient, http=http, num_blocks=32) as served,
+        served.held() as steps,
         ExitStack() as stack,
     ):
-        address = ("127.0.0.1", impatient.port)
-        silent, slow, second = (stack.enter_context(socket.create_connection(address, 10)) for _ in range(3))
+        address = ("127.0.0.1", served.port)
+        silent, slow, second, busy = (
+            stack.enter_context(socket.create_connection(address, LIMIT_S)) for _ in range(4)
+        )
         slow.sendall(b"POST /v1/comple")
         second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        while b"ok" not in second.recv(1000):
-            pass
+        assert read_until(second, b"ok")
         second.sendall(b"GET /he")
+        content = json.dumps(PROMPT).encode()
+        busy.sendall(head_of(len(content)) + content)
+        served.until_queued(waiting=1)
+        until(lambda: len(served.server.server_state.connections) == 4)
+
+        def hang_up(later_s: float) -> None:
+            served.in_loop(lambda: served.server._hang_up(served.loop.time() + later_s))
+
+        hang_up(0.0)
+        hang_up(patient.receive_timeout_s - LIMIT_S)
+        assert not [one for one in (silent, slow, second) if can_be_read(one)]
+        hang_up(patient.receive_timeout_s + LIMIT_S)
         assert [one.recv(1000) for one in (silent, slow, second)] == [b""] * 3  # it has hung up
-        assert impatient.complete(**PROMPT)
+        steps.allow()
+        assert busy.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_who_says_nothing_is_hung_up_on() -> None:
+    with (
+        serving(Settings(receive_timeout_s=0.3), num_blocks=32) as impatient,
+        socket.create_connection(("127.0.0.1", impatient.port), LIMIT_S) as silent,
+    ):
+        assert silent.recv(1000) == b""
+
+
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    said = b""
+    while end not in said:
+        piece = connection.recv(1000)
+        assert piece, said
+        said += piece
+    return said
+
+
+def can_be_read(connection: socket.socket) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
@@ -84,16 +130,16 @@ def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
     with serving(max_num_seqs=1, max_num_waiting=1, num_blocks=64) as busy:
-        long = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
-        with busy.http.stream("POST", "/v1/completions", json=long) as running:
-            pieces = running.iter_bytes()  # held: to drop it is to hang up
-            next(pieces)  # it runs, so the next one waits, and fills the queue
-            with busy.http.stream("POST", "/v1/completions", json=long) as waiting:
-                assert waiting.status_code == 200
-                response = busy.post("/v1/completions", **PROMPT)
-                assert told(response, 429)["type"] == "rate_limit_error"
-                assert int(response.headers["retry-after"]) >= 1
-        busy.check_idle()
+        with busy.held() as steps:
+            running = busy.begin(**PROMPT)
+            busy.until_queued(waiting=1)
+            steps.run(1)
+            waiting = busy.begin(**PROMPT)  # and fills the queue
+            busy.until_queued(running=1, waiting=1)
+            response = busy.post("/v1/completions", **PROMPT)
+            assert told(response, 429)["type"] == "rate_limit_error"
+            assert int(response.headers["retry-after"]) >= 1
+        assert [one.result(LIMIT_S).status_code for one in (running, waiting)] == [200, 200]
         assert busy.complete(**PROMPT)
         assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from holding import LIMIT_S
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Served, serving
+
+from paged_infer.async_engine import StepReport
+from paged_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from paged_infer.server.metrics import Metrics
 
 
 def samples(served: Served) -> dict[str, float]:
@@ -34,7 +41,7 @@ def test_the_numbers_add_up_to_what_was_asked() -> None:
         cached = again["prompt_tokens_details"]["cached_tokens"]
         assert now["prefix_cache_hits_total"] == cached > 0
         assert now["prefix_cache_queries_total"] == sum(u["prompt_tokens"] for u in usages)
-        assert 0 < now["time_to_first_token_seconds_sum"] < now["e2e_request_latency_seconds_sum"] < 60
+        assert 0 < now["time_to_first_token_seconds_sum"] < now["e2e_request_latency_seconds_sum"]
         queue, prefill, decode, both, whole, first = (
             now[f"{name}_seconds_sum"]
             for name in (
@@ -59,28 +66,37 @@ def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
     with serving(max_num_seqs=1, num_blocks=64) as served:
         assert samples(served)["kv_cache_usage_perc"] == samples(served)["num_requests_running"] == 0
         body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
-        with served.http.stream("POST", "/v1/completions", json=body) as running:
-            pieces = running.iter_bytes()  # held: to drop it is to hang up
-            next(pieces)
+        with served.held() as steps:
             with served.http.stream("POST", "/v1/completions", json=body):
-                while (now := samples(served))["num_requests_waiting"] == 0:
-                    assert now["num_requests_running"] == 1
-                assert (now["num_requests_running"], now["num_requests_waiting"]) == (1, 1)
-                assert 0 < now["kv_cache_usage_perc"] == now["gpu_cache_usage_perc"] < 1
-        served.check_idle()
+                served.until_queued(waiting=1)
+                steps.run(3)
+                with served.http.stream("POST", "/v1/completions", json=body):
+                    served.until_queued(waiting=1)
+                    now = samples(served)
+                    assert (now["num_requests_running"], now["num_requests_waiting"]) == (1, 1)
+                    assert 0 < now["kv_cache_usage_perc"] == now["gpu_cache_usage_perc"] < 1
+            served.check_idle()
         now = samples(served)
         assert now["num_requests_running"] == now["num_requests_waiting"] == now["kv_cache_usage_perc"] == 0
-        assert now["request_success_totalabort"] >= 1
+        assert now["request_success_totalabort"] == 2
         assert not served.server.config.app.state.metrics._last_token_s  # type: ignore[union-attr]
 
 
-def test_time_in_the_queue_is_no_time_of_the_prefill() -> None:
-    with serving(max_num_seqs=1, num_blocks=64) as served:
-        served.complete(prompt=["Once", "Mia"], max_tokens=150, ignore_eos=True)
-        served.check_idle()
-        now = samples(served)
-        assert now["request_queue_time_seconds_sum"] > now["request_decode_time_seconds_sum"] / 10
-        assert now["request_prefill_time_seconds_sum"] < now["request_queue_time_seconds_sum"]
+def test_each_time_is_counted_to_the_part_in_which_it_passed(storyteller) -> None:
+    """One that arrived at 1 s, ran from 3 s, had its first token at 3.5 s and ended at 8 s."""
+    engine = SimpleNamespace(stats=storyteller.stats, observers=[])
+    metrics = Metrics(engine, "storyteller")  # type: ignore[arg-type]
+    times = RequestMetrics(1.0, first_scheduled_time_s=3.0, first_token_time_s=3.5, finished_time_s=8.0)
+    answer = CompletionOutput(index=0, text="", token_ids=[5] * 10, finish_reason="length")
+    output = RequestOutput("one", None, [5], [answer], finished=True, metrics=times)
+    metrics.observe(StepReport(8.0, [], [output]))
+    sums = {
+        part: metrics.registry.get_sample_value(
+            f"vllm:request_{part}_time_seconds_sum", {"model_name": "storyteller", "engine": "0"}
+        )
+        for part in ("queue", "prefill", "decode", "inference")
+    }
+    assert sums == {"queue": 2.0, "prefill": 0.5, "decode": 4.5, "inference": 5.0}
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
@@ -93,7 +109,10 @@ def test_preemptions_are_counted(mode: str) -> None:
         "max_model_len": 40,
     }
     with serving(**options) as served:
-        served.complete(prompt=["Once upon a time", "Mia"] * 3, max_tokens=20, ignore_eos=True)
+        with served.held():
+            answer = served.begin(prompt=["Once upon a time", "Mia"] * 3, max_tokens=20, ignore_eos=True)
+            served.until_queued(waiting=6)
+        assert answer.result(LIMIT_S).status_code == 200
         now = samples(served)
         assert now["num_preemptions_total"] == served.engine.stats()["preemptions"] > 0
         assert "num_requests_swapped" in now

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
+import threading
 from typing import Any
 
 import pytest
+from holding import LIMIT_S, Steps
 from serving import Served, serving
 
 from paged_infer import SamplingParams
@@ -79,68 +80,69 @@ def test_five_hundred_at_once_in_a_pool_that_preempts_constantly_get_the_offline
     with serving(max_num_seqs=32, num_blocks=40, block_size=4, max_model_len=64) as served:
 
         async def main() -> list[dict[str, Any]]:
-            return await asyncio.gather(*(answer(served, body) for body in bodies))
+            answers = [asyncio.create_task(answer(served, body)) for body in bodies]
+            await asyncio.to_thread(served.until_queued, waiting=len(bodies))
+            steps.allow()
+            return await asyncio.gather(*answers)
 
-        answers = asyncio.run(main())
+        with served.held() as steps:
+            answers = asyncio.run(main())
         assert [a["choices"][0]["text"] for a in answers] == [one.outputs[0].text for one in said]
         assert served.engine.stats()["preemptions"] > 100
 
 
-def test_the_event_loop_is_hardly_ever_late() -> None:
-    """99 % of its delays are under 50 ms, with 32 streams and long texts to read.
+def test_the_event_loop_answers_while_a_step_and_a_long_text_take_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither is done in the event loop: both stand still here, until others have been answered."""
+    long_text = "The river was wide. " * 5000  # 100,000 characters
+    with serving(max_num_seqs=4, num_blocks=64) as served:
+        go_on, under_way = threading.Event(), threading.Semaphore(0)
 
-    In one of three tries: a busy machine delays, too, but what stands still by itself does so in each.
-    """
-    with serving(max_num_seqs=32, num_blocks=512) as served:
-        for _ in range(3):
-            delays = loop_delays(served)
-            if delays[int(0.99 * len(delays))] < 0.05:
-                return
-        pytest.fail(f"the latest: {delays[-10:]}")
+        def stand_still() -> None:
+            under_way.release()
+            assert go_on.wait(LIMIT_S)
 
+        engine, tokenizer = served.engine._llm.engine, served.engine.tokenizer
+        launch, encode = engine.runner.launch, tokenizer.encode
 
-def loop_delays(served: Served) -> list[float]:
-    """In seconds, the shortest first."""
-    delays: list[float] = []
+        def slow_launch(step: Any) -> Any:
+            stand_still()
+            return launch(step)
 
-    async def watch() -> None:
-        while True:
-            began = time.perf_counter()
-            await asyncio.sleep(0.002)
-            delays.append(time.perf_counter() - began - 0.002)
+        def slow_encode(text: str, *arguments: Any, **options: Any) -> Any:
+            if text == long_text:
+                stand_still()
+            return encode(text, *arguments, **options)
 
-    async def main() -> None:
-        long = {
-            "prompt": "The river was wide. " * 5000,
-            "truncate_prompt_tokens": 50,
-        }  # 100,000 characters
-        bodies = [{"prompt": f"Story {i}", **(long if i % 16 == 0 else {})} for i in range(32)]
-        common = {"max_tokens": 40, "ignore_eos": True}
-        readers = [await ask(served, {**body, **common, "stream": True}) for body in bodies]
-        await asyncio.gather(*(reader.read() for reader, _ in readers))
-
-    watcher = asyncio.run_coroutine_threadsafe(watch(), _loop_of(served))
-    asyncio.run(main())
-    watcher.cancel()
-    assert len(delays) > 50
-    return sorted(delays)
-
-
-def _loop_of(served: Served) -> asyncio.AbstractEventLoop:
-    return served.server.servers[0].get_loop()
+        monkeypatch.setattr(engine.runner, "launch", slow_launch)
+        monkeypatch.setattr(tokenizer, "encode", slow_encode)
+        bodies = [{"prompt": "Once"}, {"prompt": long_text, "truncate_prompt_tokens": 50}]
+        answers = [served.begin(**body, max_tokens=4) for body in bodies]
+        for _ in bodies:
+            assert under_way.acquire(timeout=LIMIT_S)
+        for path in ("/health", "/metrics", "/v1/models"):
+            assert served.http.get(path).status_code == 200
+        job = served.post("/generate", prompt="Mia", max_tokens=4).json()
+        assert served.http.get(f"/result/{job['id']}").json()["status"] == "running"
+        assert not any(one.done() for one in answers)
+        go_on.set()
+        assert [one.result(LIMIT_S).status_code for one in answers] == [200, 200]
 
 
 @pytest.mark.parametrize("num_prompts", [8])
 def test_a_client_of_many_prompts_that_leaves_aborts_all_of_them(num_prompts: int) -> None:
     with serving(max_num_seqs=4, num_blocks=128) as served:
 
-        async def main(stream: bool) -> None:
+        async def main(stream: bool, steps: Steps) -> None:
             body = {"prompt": ["Once"] * num_prompts, "max_tokens": 900, "ignore_eos": True, "stream": stream}
             _, writer = await ask(served, body)
-            while served.engine.stats()["num_running"] < 4:
-                await asyncio.sleep(0.002)
+            await asyncio.to_thread(served.until_queued, waiting=num_prompts)
+            steps.run(2)
+            assert served.engine.stats()["num_running"] == 4
             writer.transport.abort()
 
         for stream in (False, True):
-            asyncio.run(main(stream))
-            served.check_idle()
+            with served.held() as steps:
+                asyncio.run(main(stream, steps))
+                served.check_idle()

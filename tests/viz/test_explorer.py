@@ -7,6 +7,7 @@ import sys
 from base64 import b64decode
 
 import pytest
+from holding import LIMIT_S
 from watched import family, watch
 
 from paged_infer import SamplingParams
@@ -90,7 +91,7 @@ def test_without_ipywidgets_one_error_says_what_to_install(trace, monkeypatch):
 
 def test_ipywidgets_is_imported_by_nobody_who_does_not_explore():
     code = "import sys, paged_infer.viz.explorer; assert not {'ipywidgets', 'IPython'} & {*sys.modules}"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
 
 
 def test_nothing_is_printed(trace, capfd):

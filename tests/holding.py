@@ -1,0 +1,72 @@
+"""Tests beside an engine's thread: hold the engine at a step, so that what is to be seen is there to be seen."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from paged_infer import AsyncLLM
+from paged_infer.engine import LLMEngine
+
+LIMIT_S = 300.0  # ends a test that hangs; what works is through long before, on a slow and busy machine, too
+
+
+def until(condition: Callable[[], Any], state: Callable[[], Any] = lambda: None) -> None:
+    """Return as soon as ``condition()`` holds. Only for what is certain to come: ``LIMIT_S`` ends a hang.
+
+    Raises:
+        AssertionError: it has not come; the message is ``state()``.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, state()
+        time.sleep(0.005)
+
+
+class Steps:
+    """The steps that an engine may run: none but those that are allowed. See ``held``."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._thread = engine._thread
+        self._engine = engine._llm.engine
+        self._num_allowed: float = 0  # changed on the engine's thread alone
+
+    def allow(self, num: float = math.inf) -> None:
+        """Let it run ``num`` more steps."""
+
+        def add(_: LLMEngine) -> None:
+            self._num_allowed += num
+
+        self._thread.call(add).result(LIMIT_S)
+
+    def run(self, num: int) -> None:
+        """Let it run ``num`` more steps, and wait until it has."""
+        self.allow(num)
+        until(lambda: self._num_allowed < 1, self._engine.stats)
+        self._thread.call(lambda _: None).result(LIMIT_S)  # behind the last of them
+
+    def _step(self, sleep: Callable[[float], object], step: Callable[..., Any]) -> Any:
+        if self._num_allowed < 1:
+            self._engine.grown = []
+            sleep(LIMIT_S)  # ends when a command comes, as where a policy waits for a batch to fill
+            return []
+        self._num_allowed -= 1
+        return step(sleep)
+
+
+@contextlib.contextmanager
+def held(engine: AsyncLLM) -> Iterator[Steps]:
+    """Until the end of the block, ``engine`` runs only steps that are allowed; it obeys commands all the while."""
+    steps, step = Steps(engine), engine._llm.engine.step
+
+    def replace(one: LLMEngine) -> None:
+        one.step = lambda sleep: steps._step(sleep, step)  # type: ignore[method-assign]
+
+    engine._thread.call(replace).result(LIMIT_S)
+    try:
+        yield steps
+    finally:
+        engine._thread.call(lambda one: vars(one).pop("step")).result(LIMIT_S)

@@ -105,10 +105,10 @@ def save_tokenizer(path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-def save_llama_tokenizer(path: Path) -> None:
+def save_llama_tokenizer(path: Path) -> dict[str, int]:
     """A tokenizer of Llama 2's kind in ``path``: a space is put before a text and stripped from what is decoded.
 
-    Ids: 0 to 2 are <unk>, <s> and </s>, then 256 bytes, a space, ASCII, and the piece "▁the".
+    Returns its vocabulary: <unk>, <s>, </s>, 256 bytes, a space, ASCII, and three longer pieces.
     """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [*map(chr, range(0x21, 0x7F)), "▁t", "he", "▁the"]
@@ -129,3 +129,4 @@ def save_llama_tokenizer(path: Path) -> None:
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     tokenizer.save_pretrained(path)
+    return tokenizer.get_vocab()

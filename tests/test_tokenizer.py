@@ -315,7 +315,7 @@ def token_ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 class TestContinuation:
     @EVERY_KIND
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(data=st.data(), chunk=st.integers(1, 5))
     def test_prompt_and_text_are_the_decode_of_the_whole(
         self, make: Any, data: st.DataObject, chunk: int

@@ -160,7 +160,7 @@ class AsyncLLM:
             answers = self._streams[request_id] = RequestStream(self, request_id, mailbox)
         return answers
 
-    async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, str]]) -> list[int]:
+    async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer."""
         num_characters = sum(len(str(message)) for message in messages)
         return await self._aside(self._llm.chat_prompt, messages, num_characters)

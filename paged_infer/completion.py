@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 
+from paged_infer.continuation import continuation
 from paged_infer.control.request import Request, Sequence
 from paged_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from paged_infer.tokenizer import StreamingDecoder, Tokenizer
@@ -12,16 +13,22 @@ from paged_infer.tokenizer import StreamingDecoder, Tokenizer
 class Completion:
     """The growing output of one sequence.
 
-    Text is decoded token by token only where somebody needs it early: a stop string to look for, or a stream. Else it
-    is decoded once, at the end.
+    Its text is what the tokens add to the text of the prompt, see ``continuation``. It is decoded token by token only
+    where it is needed early: for a stop string, or a stream. Else it is decoded once, at the end.
+
+    A stop string that is a special token, which has no place in the text, ends it where that token is drawn.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, streamed: bool) -> None:
         self._sequence = sequence
         self._tokenizer = tokenizer
         self._stops: tuple[str, ...] = tuple(sequence.params.stop)
-        incremental = tokenizer is not None and (streamed or self._stops)
-        self._decoder = StreamingDecoder(tokenizer) if incremental and tokenizer is not None else None
+        self._stop_of_token: dict[int, str] = {}
+        self._decoder: StreamingDecoder | None = None
+        if tokenizer is not None and (streamed or self._stops):
+            self._decoder = StreamingDecoder(tokenizer, self._prompt_token_ids())
+            special = tokenizer.special_tokens
+            self._stop_of_token = {special[stop]: stop for stop in self._stops if stop in special}
         self._num_decoded = 0  # output tokens given to the decoder
         self._text = ""
         self._stop_string: str | None = None
@@ -48,11 +55,20 @@ class Completion:
         visible = self._visible_token_ids()[:num_tokens]
         self._text += self._decoder.push(visible[self._num_decoded :])
         self._num_decoded = len(visible)
-        if self._sequence.is_finished and num_tokens == self._sequence.num_output_tokens:
+        may_stop = num_tokens >= max(1, self._sequence.params.min_tokens)
+        newest = self._sequence.token_ids[self._sequence.num_prompt_tokens + num_tokens - 1]
+        stop_token = self._stop_of_token.get(newest) if may_stop else None
+        is_last = self._sequence.is_finished and num_tokens == self._sequence.num_output_tokens
+        if is_last or stop_token is not None:
             self._text += self._decoder.finish()
-        if num_tokens >= max(1, self._sequence.params.min_tokens):
+        if may_stop:
             self._find_stop(settled)
+        if self._stop_string is None:  # what the text ends with comes before the token
+            self._stop_string = stop_token
         return self._stop_string is not None
+
+    def _prompt_token_ids(self) -> list[int]:
+        return self._sequence.token_ids[: self._sequence.num_prompt_tokens]
 
     def _visible_token_ids(self) -> list[int]:
         """The output without the token that ended it."""
@@ -99,11 +115,8 @@ class Completion:
         if self._tokenizer is None:
             return ""
         if self._decoder is None:
-            return self._tokenizer.decode(self._visible_token_ids())
-        if finish_reason in (
-            "abort",
-            "error",
-        ):  # it ended without a last token: characters are still held back
+            return continuation(self._tokenizer, self._prompt_token_ids(), self._visible_token_ids())
+        if finish_reason in ("abort", "error"):  # it ended between two tokens, with characters still held back
             self._text += self._decoder.finish()
             return self._text
         if finish_reason is not None:

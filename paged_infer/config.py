@@ -44,7 +44,7 @@ class EngineConfig:
             afterwards. None: on a GPU, where the host's work would else be waited for.
         enforce_eager: launch every kernel of a decode step by itself instead of replaying CUDA graphs. None: graphs on
             a GPU with ``attention_backend="triton"``; False: graphs, or an error where there can be none.
-        speculative_config: guess tokens and compute them together, with the same text:
+        speculative_config: guess tokens and compute them together, with the same text (in float32):
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
             ``{"method": "draft_model", "model": folder, "num_speculative_tokens": 4}``; see ``control.speculation``.
         trace: keep a record of every step in ``LLM.trace``.

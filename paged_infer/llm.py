@@ -201,18 +201,22 @@ class LLM:
 
     def chat(
         self,
-        messages: ReadOnlyList[dict[str, str]] | ReadOnlyList[ReadOnlyList[dict[str, str]]],
+        messages: ReadOnlyList[dict[str, Any]] | ReadOnlyList[ReadOnlyList[dict[str, Any]]],
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, in the form of the tokenizer's chat template.
 
-        ``messages`` are dicts with "role" ("system", "user", "assistant") and "content".
+        ``messages`` are dicts with "role" ("system", "developer", "user", "assistant", "tool") and "content", a str or
+        a list of ``{"type": "text", "text": str}``.
+
+        Raises:
+            ValueError: as ``generate``; a message that is malformed, or that the template refuses or leaves out.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm)  # type: ignore[arg-type]
 
-    def chat_prompt(self, messages: ReadOnlyList[dict[str, str]]) -> list[int]:
+    def chat_prompt(self, messages: ReadOnlyList[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the answer."""
         if self.tokenizer is None:
             raise ValueError(

@@ -45,8 +45,9 @@ def token_logprobs(
         num_top: for each row, how many of the most probable tokens to add; the whole vocabulary at most.
 
     Returns:
-        For each row, token id -> ``Logprob`` in float32: the given token first, then the top ones, best first
-        (of equals the lower id). ``rank`` is 1 plus the number of strictly more probable tokens; no text yet.
+        For each row, token id -> ``Logprob`` in float32: the given token first, then the other top ones, best first
+        (of equals the given token, then the lower id). That is ``num_top`` tokens, and one more where the given token
+        is not among the top ones. ``rank`` is 1 plus the number of strictly more probable tokens; no text yet.
         None for a row that holds NaN or no finite logit. +inf counts as float32's largest number.
     """
     results: list[TokenLogprobs | None] = []
@@ -79,7 +80,10 @@ def _by_token(logprobs: list[float], ids: list[int], rank: int, num_top: int) ->
     """One row's answer: ``logprobs`` and ``ids`` hold the given token, then the top ones in order."""
     found = {ids[0]: Logprob(logprobs[0], rank)}
     top_rank, previous = 1, math.inf
-    for place in range(1, min(num_top, len(ids) - 1) + 1):
+    num_top = min(num_top, len(ids) - 1)
+    if rank <= num_top and ids[0] not in ids[1 : num_top + 1]:
+        num_top -= 1  # it equals the last of them and takes that one's place
+    for place in range(1, num_top + 1):
         token_id, logprob = ids[place], logprobs[place]
         if logprob != previous:
             top_rank, previous = place, logprob

@@ -79,6 +79,7 @@ class SamplingParams(_Checks):
         max_tokens: the most tokens to generate; None means as many as ``max_model_len`` leaves.
         min_tokens: no end-of-sequence token, stop token or stop string is honoured before this many tokens.
         stop: strings that end the output; the text ends before the first of them. A lone str is one of them.
+            One that is a special token of the tokenizer ends it where that token is drawn.
         stop_token_ids: tokens that end the output; like the end-of-sequence token, they are in
             ``token_ids``, not in ``text``.
         ignore_eos: do not stop at the end-of-sequence token.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import regex
+
+from paged_infer.chat_template import check_text, checked_messages, fitted_messages
+from paged_infer.continuation import CONTEXT, REPLACEMENT, num_shared, num_unfinished, prompt_context
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,8 +24,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-ROLES = ("system", "developer", "user", "assistant", "tool")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8
 
 
 class Tokenizer:
@@ -55,7 +56,7 @@ class Tokenizer:
         """Token ids of ``text``, with the special tokens that this tokenizer adds by default (a BOS, say)."""
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
-        _check_text(text)
+        check_text(text)
         return list(
             self._hf.encode(text, verbose=False)
         )  # verbose would warn of the length, which the engine checks
@@ -79,32 +80,50 @@ class Tokenizer:
         # Decoders such as Llama's strip the first space of a text, so the second of two tells the whole token.
         return twice[len(alone) :] if REPLACEMENT not in twice and twice.startswith(alone) else alone
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes of ``token_text``; of a token that is part of a character, its own bytes."""
+        text = self.token_text(token_id)
+        if REPLACEMENT not in text:
+            return text.encode()
+        if token_id in self.byte_tokens:
+            return bytes([self.byte_tokens[token_id]])
+        piece = self._hf.convert_ids_to_tokens(token_id) or ""
+        own = bytes(BYTE_OF_CHARACTER.get(char, 0) for char in piece)
+        # In a vocabulary that is not byte-level, the piece is no spelling of bytes: they do not decode to its text.
+        return own if own.decode(errors="replace") == text else text.encode()
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation as the model was trained to read it, ready for the assistant's turn.
 
+        A content is a str or a list of text parts. A developer's message is the system's where the template does not
+        show it otherwise.
+
         Raises:
-            ValueError: no template, an empty conversation, or a message that is malformed (its index is named) or
-                that the template itself refuses.
+            ValueError: no template, an empty conversation, a message that is malformed or that the template leaves
+                out (its index is named), or an error of the template itself.
         """
-        _check_messages(messages)
+        conversation = checked_messages(messages)
         if not self._hf.chat_template:
             raise ValueError(
                 "this tokenizer has no chat template: pass a prompt to generate() instead of messages"
             )
+        fitted = fitted_messages(
+            conversation, partial(self._render, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+        return list(self._render(fitted, tokenize=True, add_generation_prompt=add_generation_prompt))
+
+    def _render(self, messages: list[dict[str, Any]], **options: bool) -> Any:
         from jinja2 import TemplateError
 
         try:
-            ids = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return list(ids)
+            return self._hf.apply_chat_template(messages, return_dict=False, **options)
+        except Exception as error:  # a template is a program: it can raise anything
+            if type(error) is TemplateError:  # its own raise_exception
+                raise ValueError(f"the chat template refuses these messages: {error}") from error
+            kind = type(error).__name__
+            raise ValueError(f"the chat template fails on these messages: {kind}: {error}") from error
 
     @property
     def eos_token_id(self) -> int | None:
@@ -118,6 +137,11 @@ class Tokenizer:
     def is_silent(self, token_id: int) -> bool:
         """Whether ``decode`` leaves the token out: a special token, or an id that names none."""
         return token_id in self._special_ids or self._hf.convert_ids_to_tokens(token_id) is None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The content of each special token, which ``decode`` leaves out -> its id."""
+        return {self._hf.convert_ids_to_tokens(token_id): token_id for token_id in self._special_ids}
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -136,39 +160,21 @@ class Tokenizer:
         return {token_id: byte for byte, token_id in enumerate(ids)} if is_fallback else {}
 
 
-def _check_text(text: str, where: str = "") -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        lone = text[error.start]
-        raise ValueError(
-            f"{where}character {lone!r} at position {error.start} is half of a surrogate pair, not text"
-        ) from None
+def _bytes_of_characters() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of {{'role', 'content'}}, not {type(messages).__name__}")
-    if not messages:
-        raise ValueError("messages is empty: a conversation needs at least one message")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"messages[{index}] must be a dict, not {type(message).__name__}")
-        missing = [key for key in ("role", "content") if key not in message]
-        if missing:
-            raise ValueError(f"messages[{index}] has no {missing[0]!r}; it has {sorted(map(str, message))}")
-        if message["role"] not in ROLES:
-            raise ValueError(f"messages[{index}]['role'] is {message['role']!r}; known: {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise ValueError(f"messages[{index}]['content'] must be a str, not {kind}")
-        _check_text(message["content"], f"messages[{index}]['content']: ")
+BYTE_OF_CHARACTER = _bytes_of_characters()
+"""How a byte-level vocabulary (GPT-2's) spells bytes: a printable one as itself, the n-th other one as U+0100 + n."""
 
 
 class StreamingDecoder:
     """Turns the growing ids of one sequence into text that, once given out, never changes.
 
-    The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``. Held back is:
+    The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``, or, behind
+    ``prompt_token_ids``, to ``continuation(tokenizer, prompt, all ids)``. Held back is:
 
     - a trailing U+FFFD, which may be the first bytes of a character whose rest comes with a later token;
     - with byte-fallback tokens (``<0xNN>``), the whole open run of them, since the decoder turns a run that is not
@@ -188,10 +194,9 @@ class StreamingDecoder:
     """
 
     WINDOW = 8  # tokens that a window grows by before it is cut
-    CONTEXT = 3  # characters of text that stay in front, see _cut_window
     MAX_CLUSTER = 32  # code points; Unicode's stream-safe format allows 30 marks
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._byte_of = tokenizer.byte_tokens
         self._window_ids: list[int] = []
@@ -200,9 +205,27 @@ class StreamingDecoder:
         self._run_length = 0  # byte tokens at the end of the window that no other token has closed
         self._run_utf8 = codecs.getincrementaldecoder("utf-8")()
         self._run_is_valid = True
+        self._push(context := prompt_context(tokenizer, prompt_token_ids))
+        held = tokenizer.decode(self._window_ids)[self._num_out :]
+        # Text of the prompt that is held back here, and will come out in front of the output's.
+        self._of_prompt = held[: len(held) - num_unfinished(tokenizer, context, held)]
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds ids; returns the text that they settle, often "" or a few characters."""
+        return self._behind_prompt(self._push(token_ids))
+
+    def finish(self) -> str:
+        """The text that was held back: nothing more will come."""
+        return self._behind_prompt(self._give_out(self._tokenizer.decode(self._window_ids)))
+
+    def _behind_prompt(self, piece: str) -> str:
+        if not self._of_prompt:
+            return piece
+        num_same = num_shared(self._of_prompt, piece)
+        self._of_prompt = self._of_prompt[num_same:] if num_same == len(piece) else ""
+        return piece[num_same:]
+
+    def _push(self, token_ids: Sequence[int]) -> str:
         pieces: list[str] = []
         stale = False  # ids were added since the window was decoded
         for token_id in token_ids:
@@ -221,10 +244,6 @@ class StreamingDecoder:
         if stale:
             pieces.append(self._emit())
         return "".join(pieces)
-
-    def finish(self) -> str:
-        """The text that was held back: nothing more will come."""
-        return self._give_out(self._tokenizer.decode(self._window_ids))
 
     def _push_byte(self, token_id: int, byte: int) -> str:
         self._run_length += 1
@@ -273,7 +292,7 @@ class StreamingDecoder:
         num_kept = 2
         while num_kept < len(self._window_ids):
             shorter = self._tokenizer.decode(self._window_ids[-num_kept:])
-            if len(shorter) - num_held >= self.CONTEXT and text.endswith(shorter[self.CONTEXT :]):
+            if len(shorter) - num_held >= CONTEXT and text.endswith(shorter[CONTEXT:]):
                 self._window_ids = self._window_ids[-num_kept:]
                 self._num_out = len(shorter) - num_held
                 break

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 1003
@@ -103,3 +103,30 @@ def save_tokenizer(path: Path) -> None:
         "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}<|turn|>"
     )
     tokenizer.save_pretrained(path)
+
+
+def save_llama_tokenizer(path: Path) -> dict[str, int]:
+    """A tokenizer of Llama 2's kind in ``path``: a space is put before a text and stripped from what is decoded.
+
+    Returns its vocabulary: <unk>, <s>, </s>, 256 bytes, a space, ASCII, and three longer pieces.
+    """
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [*map(chr, range(0x21, 0x7F)), "▁t", "he", "▁the"]
+    model = models.BPE(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=[("▁", "t"), ("h", "e"), ("▁t", "he")],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(path)
+    return tokenizer.get_vocab()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_random_checkpoint, save_tokenizer
+from checkpoints import save_llama_tokenizer, save_random_checkpoint, save_tokenizer
 from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -67,6 +67,20 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generation = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [0, 1]}))
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama 2 whose greedy tokens all begin with the space that its tokenizer strips from what is decoded."""
+    path = tmp_path_factory.mktemp("llama")
+    model = AutoModelForCausalLM.from_pretrained(save_random_checkpoint("llama2", path / "random"))
+    vocab = save_llama_tokenizer(path / "spaced")
+    head = model.lm_head.weight.data
+    row = head[5].clone()
+    head.zero_()
+    head[vocab["▁the"]], head[vocab["▁t"]] = row, -row  # one of the two logits is positive, all others are 0
+    model.save_pretrained(path / "spaced")
+    return path / "spaced"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

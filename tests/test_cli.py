@@ -22,6 +22,23 @@ def test_generate_prints_the_prompt_and_what_the_storyteller_says():
     assert result.output == "Once upon a time" + said[0].outputs[0].text + "\n"
 
 
+def test_generate_keeps_the_space_between_a_prompt_and_its_text(llama_checkpoint):
+    options = (
+        "--model",
+        str(llama_checkpoint),
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "3",
+        "--num-blocks",
+        "9",
+    )
+    for prompts in (["Once"], ["Once", "Mia"]):
+        result = run("generate", *prompts, *options)
+        assert result.exit_code == 0, result.output
+        assert all(f"{prompt} t" in result.output for prompt in prompts)
+
+
 def test_generate_says_the_same_with_speculation():
     arguments = ("generate", "One morning", "--max-tokens", "40", "--temperature", "0.8")
     config = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 1}'

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from checkpoints import save_llama_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,18 +22,33 @@ def tokenizer(text_checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_pretrained(text_checkpoint)
 
 
-def make_sequence(**params) -> Sequence:
-    request = Request("r", None, [5], SamplingParams(**{"max_tokens": None, **params}), arrival_time_s=0.0)
+@pytest.fixture(scope="module")
+def llama_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Whose decoder strips the first space of a text."""
+    path = tmp_path_factory.mktemp("llama")
+    save_llama_tokenizer(path)
+    return Tokenizer.from_pretrained(path)
+
+
+def make_sequence(prompt: list[int] | None = None, **params) -> Sequence:
+    """After a prompt, or after an end token, which has no text."""
+    params = SamplingParams(**{"max_tokens": None, **params})
+    request = Request("r", None, prompt or [0], params, arrival_time_s=0.0)
     request.add_sequences(0, 0, 10_000, (0,))
     request.sequences[0].move_to(SequenceState.RUNNING)
     return request.sequences[0]
 
 
 def speak(
-    tokenizer: Tokenizer, token_ids: list[int], *, streamed: bool = True, **params
+    tokenizer: Tokenizer,
+    token_ids: list[int],
+    *,
+    streamed: bool = True,
+    prompt: list[int] | None = None,
+    **params,
 ) -> tuple[list[CompletionOutput], Sequence]:
     """Feed tokens until the sequence ends, as the engine does; its output after each of them."""
-    sequence = make_sequence(**params)
+    sequence = make_sequence(prompt, **params)
     completion, outputs = Completion(sequence, tokenizer, streamed), []
     for token_id in token_ids:
         ended = sequence.append(token_id)
@@ -63,6 +79,57 @@ def test_of_two_stop_strings_in_one_token_the_earlier_place_wins(tokenizer) -> N
     (token,) = [t for t in range(1003) if tokenizer.token_text(t) == "ab"][:1]
     outputs, _ = speak(tokenizer, [token], stop=["b", "ab"])
     assert (outputs[-1].text, outputs[-1].stop_reason) == ("", "ab")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_stop_string_that_is_a_special_token_ends_the_text(tokenizer, streamed) -> None:
+    (turn,) = [t for t in range(10) if tokenizer.token_text(t) == "<|turn|>"]
+    ids = [*letters(tokenizer, "ab"), *tokenizer.encode("é")[:1], turn, *letters(tokenizer, "cd")]
+    outputs, sequence = speak(tokenizer, ids, streamed=streamed, stop=["x", "<|turn|>"], ignore_eos=True)
+    last = outputs[-1]
+    assert (last.text, last.finish_reason, last.stop_reason) == (
+        "ab\N{REPLACEMENT CHARACTER}",
+        "stop",
+        "<|turn|>",
+    )
+    assert last.token_ids == sequence.output_token_ids == ids[:4]
+    assert all(last.text.startswith(output.text) for output in outputs)
+
+
+def test_a_stop_string_that_is_a_special_token_waits_for_min_tokens(tokenizer) -> None:
+    ids = [0, *letters(tokenizer, "ab"), 0, *letters(tokenizer, "cd")]
+    outputs, _ = speak(tokenizer, ids, stop=["<|end|>"], ignore_eos=True, min_tokens=2)
+    assert (outputs[-1].text, outputs[-1].stop_reason, len(outputs)) == ("ab", "<|end|>", 4)
+
+
+def test_text_held_back_that_is_a_stop_string_comes_before_the_special_token(tokenizer) -> None:
+    ids = [*tokenizer.encode("a👍"), 0]
+    outputs, _ = speak(tokenizer, ids, stop=["<|end|>", "👍"], ignore_eos=True)
+    assert (outputs[-1].text, outputs[-1].stop_reason) == ("a", "👍")
+
+
+def test_an_end_token_that_is_also_a_stop_string_is_the_reason_by_its_name(tokenizer) -> None:
+    outputs, _ = speak(tokenizer, [*letters(tokenizer, "a"), 0], stop=["<|end|>"])
+    assert (outputs[-1].text, outputs[-1].finish_reason, outputs[-1].stop_reason) == ("a", "stop", "<|end|>")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_first_space_of_a_llama_text_is_kept_and_can_stop_it(llama_tokenizer, streamed) -> None:
+    prompt = llama_tokenizer.encode("once")
+    ids = llama_tokenizer.encode("once upon. a")[len(prompt) :]
+    outputs, _ = speak(llama_tokenizer, ids, streamed=streamed, prompt=prompt, max_tokens=len(ids))
+    assert outputs[-1].text == " upon. a"
+    outputs, _ = speak(llama_tokenizer, ids, streamed=streamed, prompt=prompt, stop=[" up"])
+    assert (outputs[-1].text, outputs[-1].stop_reason) == ("", " up")
+
+
+def test_a_character_that_the_prompt_begins_is_whole_in_the_text(tokenizer) -> None:
+    ids = tokenizer.encode("a你b")
+    for streamed, stop in ((True, ()), (False, ()), (False, ["你"])):
+        outputs, _ = speak(
+            tokenizer, ids[2:], streamed=streamed, prompt=ids[:2], stop=stop, max_tokens=len(ids) - 2
+        )
+        assert outputs[-1].text == ("" if stop else "你b")
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back(tokenizer) -> None:

@@ -348,6 +348,17 @@ def test_a_stop_string_may_span_tokens_and_is_cut_off(text_llm) -> None:
     assert [o.outputs[0] for o in text_llm.stream("ab ba", params)][-1] == sample
 
 
+def test_prompt_and_text_are_the_decode_of_the_whole(make_llm, llama_checkpoint) -> None:
+    """With a tokenizer of Llama 2's kind, whose decoder strips the first space of a text."""
+    llm = make_llm(llama_checkpoint)
+    prompts = ["Once", "a b c d e f g h i j k l m n"]
+    streamed = [list(llm.stream(prompt, GREEDY))[-1] for prompt in prompts]
+    for outputs in (streamed, *(entry(llm, prompts, GREEDY) for entry in (generate, *BASELINES))):
+        for prompt, output in zip(prompts, outputs, strict=True):
+            whole = llm.tokenizer.decode([*output.prompt_token_ids, *output.outputs[0].token_ids])
+            assert prompt + output.outputs[0].text == whole and output.outputs[0].text.startswith(" t")
+
+
 def test_samples_of_one_request_differ_and_are_those_of_their_index(llm) -> None:
     params = SamplingParams(temperature=1.0, n=4, seed=11, max_tokens=8, ignore_eos=True)
     (output,) = generate(llm, [5, 6, 7], params)
@@ -673,3 +684,14 @@ def test_chat_answers_one_conversation_or_several(text_llm) -> None:
     assert alone.prompt_token_ids == text_llm.tokenizer.encode("<|turn|>user ab<|turn|>")
     with pytest.raises(ValueError, match="'wizard'"):
         text_llm.chat([{"role": "wizard", "content": "x"}])
+
+
+def test_chat_takes_contents_in_parts(text_llm) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    in_parts, at_once = (
+        text_llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)[0]
+        for content in (parts, "a\nb")
+    )
+    assert in_parts.outputs == at_once.outputs
+    with pytest.raises(ValueError, match=r"content of type image_url is not supported"):
+        text_llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])

@@ -14,10 +14,11 @@ import pytest
 import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from paged_infer.continuation import continuation, num_shared, prompt_text
 from paged_infer.tokenizer import StreamingDecoder, Tokenizer, num_settled
 
 ENDLESS = ["the fox ", "你", "กก์", "😀", "🇩", "👩\u200d", "e\u0301\u0301", "\u0301", "\ufffd"]
@@ -26,6 +27,14 @@ CHAT_TEMPLATE = (
     "{% if messages[0].role == 'tool' %}{{ raise_exception('a tool cannot begin') }}{% endif %}"
     "{% for message in messages %}<|turn|>{{ message.role }}: {{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+)
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m.role in ('system', 'user') %}<|turn|>{{ m.role }}: {{ m.content }}{% endif %}"
+    "{% endfor %}<|turn|>"
+)
+STRICT_ROLES = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user') %}{{ raise_exception('Unexpected role') }}"
+    "{% endif %}<|turn|>{{ m.role }}: {{ m.content }}{% endfor %}<|turn|>"
 )
 FAMILY = "👩\u200d👩\u200d👧"  # three people joined by ZWJ
 LINES = [
@@ -43,6 +52,7 @@ SNIPPETS = [
     ).split("|"),
     FAMILY,
 ]
+METASPACE_PIECES = [*"▁abcdefghijklmnopqrstuvwxyz.,19é你", "▁the", "▁fox", "▁a", "</s>"]
 TEXTS = st.lists(st.sampled_from(SNIPPETS), max_size=24).map("".join)
 
 
@@ -90,6 +100,7 @@ def byte_fallback() -> Tokenizer:
         )
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -100,6 +111,64 @@ def byte_fallback() -> Tokenizer:
     )
 
 
+@cache
+def metaspace() -> Tokenizer:
+    """As T5 and the first XLNet: a space begins a piece, and one is put before the text."""
+    backend = Backend(
+        models.Unigram([("<unk>", 0.0), *((piece, -len(piece)) for piece in METASPACE_PIECES)], 0)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"))
+
+
+@cache
+def word_pieces() -> Tokenizer:
+    """As BERT: a decoder writes the space before a word that does not go on with ##, and none before a full stop."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz.,!'19", "the", "fox", "n't", "你", "é"]
+    pieces += [f"##{piece}" for piece in [*"abcdefghijklmnopqrstuvwxyz19", "ing", "é"]]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+    return Tokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]", eos_token="[SEP]"
+        )
+    )
+
+
+@cache
+def words() -> Tokenizer:
+    """Whole words and no decoder: tokens are joined by spaces."""
+    vocab = {word: index for index, word in enumerate(["<unk>", "</s>", "the", "fox", "a", "b", ".", "你"])}
+    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"))
+
+
+@cache
+def word_ends() -> Tokenizer:
+    """As the first GPT: </w> ends a word, and is no space at the end of a text."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,19"
+    pieces = ["<unk>", "</s>", *letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    model = models.BPE(
+        vocab, [("t", "h"), ("th", "e</w>")], unk_token="<unk>", end_of_word_suffix="</w>", fuse_unk=True
+    )
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.BPEDecoder("</w>")
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"))
+
+
+EVERY_KIND = pytest.mark.parametrize(
+    "make",
+    [byte_level, byte_fallback, metaspace, word_pieces, words, word_ends],
+    ids=lambda make: make.__name__,
+)
 KINDS = pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=lambda make: make.__name__)
 
 
@@ -226,6 +295,93 @@ class TestStreamingDecoder:
         assert num_settled("é" + "\u0301" * 40) == 41
 
 
+def streamed_after(
+    tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequence[int], chunk: int
+) -> list[str]:
+    decoder = StreamingDecoder(tokenizer, prompt)
+    pieces = [decoder.push(token_ids[i : i + chunk]) for i in range(0, len(token_ids), chunk)]
+    return [*pieces, decoder.finish()]
+
+
+def token_ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
+    """Tokens of texts, tokens that are no text, ids that name none, and where there are such, bytes."""
+    parts = TEXTS.map(tokenizer.encode) | st.integers(0, tokenizer.vocab_size + 3).map(lambda i: [i])
+    if tokenizer.byte_tokens or tokenizer is byte_level():
+        utf8 = st.sampled_from(["é", "你", "😀", FAMILY, "\ufffd"]).map(str.encode)
+        spelled = utf8 | st.integers(0, 255).map(lambda byte: bytes([byte]))
+        parts |= spelled.map(lambda data: [byte_id(tokenizer, byte) for byte in data])
+    return st.lists(parts, max_size=20).map(lambda found: [i for part in found for i in part])
+
+
+class TestContinuation:
+    @EVERY_KIND
+    @settings(max_examples=100, deadline=None)
+    @given(data=st.data(), chunk=st.integers(1, 5))
+    def test_prompt_and_text_are_the_decode_of_the_whole(
+        self, make: Any, data: st.DataObject, chunk: int
+    ) -> None:
+        tokenizer = make()
+        ids = data.draw(token_ids_of(tokenizer))
+        split = data.draw(st.integers(0, len(ids)))
+        prompt, output = ids[:split], ids[split:]
+        before, text, whole = (
+            prompt_text(tokenizer, prompt),
+            continuation(tokenizer, prompt, output),
+            tokenizer.decode(ids),
+        )
+        assert "".join(streamed_after(tokenizer, prompt, output, chunk)) == text
+        if before + text != whole:  # only where the output spoils a run of bytes that the prompt has begun
+            assert before[: num_shared(before, whole)] + text == whole
+            spoiled = [i for i in prompt if not tokenizer.is_silent(i)][-1]
+            assert spoiled in tokenizer.byte_tokens and text.startswith("\ufffd")
+
+    @KINDS
+    @pytest.mark.parametrize("text", ["你", "😀", f"the {FAMILY}!", "a\ufffd你"])
+    def test_a_split_inside_a_character_leaves_it_whole_to_the_output(self, make: Any, text: str) -> None:
+        tokenizer = make()
+        ids = [byte_id(tokenizer, byte) for byte in text.encode()]
+        for split in range(len(ids) + 1):
+            prompt, output = ids[:split], ids[split:]
+            joined = prompt_text(tokenizer, prompt) + continuation(tokenizer, prompt, output)
+            assert joined == text
+            streamed = "".join(streamed_after(tokenizer, prompt, output, 1))
+            assert prompt_text(tokenizer, prompt) + streamed == text
+
+    @pytest.mark.parametrize(
+        "make", [byte_fallback, metaspace, word_pieces, words], ids=lambda make: make.__name__
+    )
+    def test_the_first_space_of_an_output_is_kept(self, make: Any) -> None:
+        tokenizer = make()
+        prompt = tokenizer.encode("the")
+        (fox,) = {tuple(tokenizer.encode("the the fox")[len(tokenizer.encode("the the")) :])}
+        assert continuation(tokenizer, prompt, fox) == " fox"
+        assert "".join(streamed_after(tokenizer, prompt, fox, 1)) == " fox"
+
+    @EVERY_KIND
+    def test_a_text_prompt_and_its_text_are_the_whole(self, make: Any) -> None:
+        tokenizer = make()
+        ids = tokenizer.encode("the fox a")
+        for split in range(len(ids) + 1):
+            assert (
+                prompt_text(tokenizer, ids[:split]) + continuation(tokenizer, ids[:split], ids[split:])
+                == "the fox a"
+            )
+
+    @KINDS
+    @pytest.mark.parametrize("text", [*ENDLESS, *ENDLESS_BYTES])
+    def test_the_cost_of_a_prompt_is_that_of_its_end(self, make: Any, text: str | bytes) -> None:
+        tokenizer = make()
+        data = text.encode() if isinstance(text, str) else text
+        ids = tokenizer.encode(text) if isinstance(text, str) else [byte_id(tokenizer, byte) for byte in data]
+        ids = [tokenizer.encode("a")[-1], *(ids * 1000)[:1000]]
+        counting = CountingTokenizer(tokenizer._hf)
+        decoder = StreamingDecoder(counting, ids)
+        so_far = "".join(decoder.push([token_id]) for token_id in ids[:200]) + decoder.finish()
+        assert so_far == continuation(tokenizer, ids, ids[:200])
+        ends_in_run = ids[-1] in tokenizer.byte_tokens  # all of which has to be seen
+        assert counting.num_decoded <= 64 * (200 + (len(ids) if ends_in_run else 0)) + 600
+
+
 class TestTokenizer:
     def test_ids_of_a_text_decode_to_the_text(self) -> None:
         for line in LINES:
@@ -318,7 +474,22 @@ class TestChatTemplate:
                 [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}],
                 r"messages\[1\].*'robot'.*user",
             ),
-            ([{"role": "user", "content": None}], r"messages\[0\]\['content'\] must be a str, not NoneType"),
+            (
+                [{"role": "user", "content": None}],
+                r"messages\[0\]\['content'\] must be a str or a list of text parts",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+                r"messages\[0\]\['content'\]: content of type image_url is not supported",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "text"}]}],
+                r"messages\[0\]\['content'\]\[0\]: a part of",
+            ),
+            (
+                [{"role": "user", "content": ["fox"]}],
+                r"messages\[0\]\['content'\]\[0\]: a part of type 'str'",
+            ),
             ([{"role": "user", "content": "a\ud83d"}], r"messages\[0\]\['content'\]: character '\\ud83d'"),
             ([{"role": "tool", "content": "x"}], "refuses these messages: a tool cannot begin"),
         ],
@@ -326,6 +497,81 @@ class TestChatTemplate:
     def test_malformed_messages_are_named(self, tokenizer: Tokenizer, messages: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             tokenizer.apply_chat_template(messages)
+
+    @pytest.mark.parametrize(
+        ("template", "expected"),
+        [
+            (KNOWN_ROLES, "<|turn|>system: be brief<|turn|>user: fox<|turn|>"),
+            (STRICT_ROLES, "<|turn|>system: be brief<|turn|>user: fox<|turn|>"),
+            (CHAT_TEMPLATE, "<|turn|>developer: be brief<|turn|>user: fox<|turn|>assistant:"),
+        ],
+        ids=["left out", "refused", "known"],
+    )
+    def test_a_developers_message_is_the_systems_where_the_template_does_not_show_it(
+        self, tokenizer: Tokenizer, template: str, expected: str
+    ) -> None:
+        tokenizer._hf.chat_template = template
+        messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "fox"}]
+        ids = tokenizer.apply_chat_template(messages)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+        assert messages[0]["role"] == "developer"
+
+    def test_a_message_that_the_template_leaves_out_is_refused(self, tokenizer: Tokenizer) -> None:
+        tokenizer._hf.chat_template = KNOWN_ROLES
+        # The content of the second stands in the text of the first.
+        messages = [{"role": "user", "content": "a fox"}, {"role": "tool", "content": "fox"}]
+        with pytest.raises(
+            ValueError, match=r"messages\[1\]: the chat template leaves out this 'tool' message"
+        ):
+            tokenizer.apply_chat_template(messages)
+        tokenizer.apply_chat_template([messages[0], {"role": "tool", "content": ""}])  # nothing is lost
+
+    def test_a_template_may_change_a_content(self, tokenizer: Tokenizer) -> None:
+        tokenizer._hf.chat_template = (
+            "{% for m in messages %}{{ m.content.split('</think>')[-1] | trim | upper }}.{% endfor %}"
+        )
+        messages = [
+            {"role": "assistant", "content": "<think>so</think> a "},
+            {"role": "user", "content": " "},
+        ]
+        assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == "A.."
+
+    def test_a_template_that_reads_the_contents_is_judged_by_them(self, tokenizer: Tokenizer) -> None:
+        tokenizer._hf.chat_template = (
+            "{% for m in messages %}{% if m.content[0] != '(' %}{{ raise_exception('no bracket') }}{% endif %}"
+            "{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+        )
+        user, tool = {"role": "user", "content": "(fox) "}, {"role": "tool", "content": "(a)"}
+        assert tokenizer.decode(tokenizer.apply_chat_template([user])) == "(fox) "
+        with pytest.raises(ValueError, match=r"leaves out this 'tool' message"):
+            tokenizer.apply_chat_template([user, tool])
+        with pytest.raises(ValueError, match="refuses these messages: no bracket"):
+            tokenizer.apply_chat_template([{**user, "content": "fox"}])
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("{{ messages[0].content + 1 }}", "fails on these messages: TypeError: "),
+            ("{{ messages[0].no.such }}", "fails on these messages: UndefinedError: "),
+            ("{{ messages[0].content.index('~') }}", "fails on these messages: ValueError: "),
+            ("{{ 1 // 0 }}", "fails on these messages: ZeroDivisionError: "),
+            ("{% if %}", "fails on these messages: TemplateSyntaxError: "),
+        ],
+    )
+    def test_whatever_a_template_raises_is_one_error_that_names_it(
+        self, tokenizer: Tokenizer, fault: str, message: str
+    ) -> None:
+        tokenizer._hf.chat_template = fault
+        with pytest.raises(ValueError, match=message):
+            tokenizer.apply_chat_template([{"role": "user", "content": "fox"}])
+
+    def test_a_content_may_come_in_parts(self, tokenizer: Tokenizer) -> None:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "fox"}]
+        in_parts, at_once = (
+            tokenizer.apply_chat_template([{"role": "user", "content": content}])
+            for content in (parts, "a\nfox")
+        )
+        assert in_parts == at_once
 
     def test_no_template_is_one_clear_error(self) -> None:
         with pytest.raises(ValueError, match="no chat template"):

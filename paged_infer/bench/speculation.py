@@ -1,7 +1,7 @@
 """Does guessing pay? The same texts without drafts, with those of a lookup, and with those of a small model.
 
-Whatever the drafts, every run must give the tokens of the run without (see ``control.speculation``), sampled ones too,
-so the runs are held to each other whole and not to a sample of them.
+Whatever the drafts, in float32 every run gives the tokens of the run without (see ``control.speculation``), also
+sampled ones, so the runs are held to each other whole and not to a sample of them.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from typing import Any
 
-from paged_infer.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from paged_infer.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # JSON has no infinity
@@ -72,10 +74,12 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
 class Growth:
     """What is new in one answer since it was looked at last."""
 
-    __slots__ = ("_num_characters", "_num_tokens", "_offset")
+    __slots__ = ("_has_begun", "_num_characters", "_num_tokens", "_offset", "_utf8")
 
     def __init__(self) -> None:
         self._num_characters = self._num_tokens = self._offset = 0
+        self._has_begun = False  # a token was seen that has text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def text(self, one: CompletionOutput) -> str:
         piece = one.text[self._num_characters :]
@@ -90,48 +94,91 @@ class Growth:
         return one.token_ids[start:], one.logprobs[start:]
 
     def completion_logprobs(
-        self, token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None], texts: ReadOnlyList[str]
+        self,
+        token_ids: ReadOnlyList[int],
+        rows: ReadOnlyList[TokenLogprobs | None],
+        tokenizer: Tokenizer | None,
+        *,
+        goes_on: bool,
     ) -> dict[str, Any]:
-        """Of ``/v1/completions``; offsets go on where the last ones ended. No row, as for the first token: null."""
+        """Of ``/v1/completions``. No row, as for the first token: null.
+
+        A token's name in ``tokens`` is its key in ``top_logprobs``, see ``token_names``. Its offset is the place of
+        its first character in the text, which begins with these tokens, or with a prompt that ``goes_on`` in them.
+        """
+        self._has_begun |= goes_on
+        names = [
+            token_names([token_id, *(row or ())], tokenizer)
+            for token_id, row in zip(token_ids, rows, strict=True)
+        ]
         offsets = []
-        for text in texts:
+        for token_id in token_ids:
             offsets.append(self._offset)
-            self._offset += len(text)
+            if tokenizer is not None and not tokenizer.is_silent(token_id):
+                self._offset += len(self._utf8.decode(self._bytes_in_text(token_id, tokenizer)))
         chosen = [None if row is None else row[i] for i, row in zip(token_ids, rows, strict=True)]
         return {
-            "tokens": list(texts),
+            "tokens": [named[i] for i, named in zip(token_ids, names, strict=True)],
             "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in chosen],
-            "top_logprobs": [None if row is None else _by_text(row) for row in rows],
+            "top_logprobs": [
+                None if row is None else {named[i]: _finite(row[i].logprob) for i in _by_rank(row)}
+                for row, named in zip(rows, names, strict=True)
+            ],
             "text_offset": offsets,
         }
 
+    def _bytes_in_text(self, token_id: int, tokenizer: Tokenizer) -> bytes:
+        """A decoder may strip the space of the first token of a text."""
+        is_first, self._has_begun = not self._has_begun, True
+        own = tokenizer.token_bytes(token_id)
+        return (
+            own.removeprefix(b" ") if is_first and not tokenizer.decode([token_id]).startswith(" ") else own
+        )
+
 
 def chat_logprobs(
-    token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs], num_top: int
+    token_ids: ReadOnlyList[int],
+    rows: ReadOnlyList[TokenLogprobs],
+    num_top: int,
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Of ``/v1/chat/completions``: each token with the ``num_top`` most probable ones in its place."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
-        top = sorted((entry for entry in row.values() if entry.rank <= num_top), key=lambda entry: entry.rank)
-        content.append({**_described(row[token_id]), "top_logprobs": [_described(entry) for entry in top]})
+        top = [i for i in _by_rank(row) if row[i].rank <= num_top]
+        content.append(
+            {
+                **_described(token_id, row, tokenizer),
+                "top_logprobs": [_described(i, row, tokenizer) for i in top],
+            }
+        )
     return {"content": content, "refusal": None}
 
 
-def texts_of(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs]) -> list[str]:
-    return [row[token_id].decoded_token or "" for token_id, row in zip(token_ids, rows, strict=True)]
+def token_names(token_ids: ReadOnlyList[int], tokenizer: Tokenizer | None) -> dict[int, str]:
+    """A name for each token, no two the same.
+
+    It is the token's text; OpenAI's legacy form ``bytes:\\xe4\\xbd`` for a part of a character; and
+    ``token_id:7``, vLLM's form, for a token that has no text, or that of one named before.
+    """
+    names: dict[int, str] = {}
+    for token_id in token_ids:
+        text = "" if tokenizer is None else tokenizer.token_text(token_id)
+        own = text.encode() if tokenizer is None else tokenizer.token_bytes(token_id)
+        name = text if own == text.encode() else "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+        if token_id not in names:
+            names[token_id] = f"token_id:{token_id}" if not name or name in names.values() else name
+    return names
 
 
-def _described(entry: Logprob) -> dict[str, Any]:
-    text = entry.decoded_token or ""
-    return {"token": text, "logprob": _finite(entry.logprob), "bytes": list(text.encode())}
+def _by_rank(row: TokenLogprobs) -> list[int]:
+    return sorted(row, key=lambda token_id: row[token_id].rank)
 
 
-def _by_text(row: TokenLogprobs) -> dict[str, float]:
-    """Tokens of the same text (pieces of a character, say) share a place: the most probable one has it."""
-    named: dict[str, float] = {}
-    for entry in sorted(row.values(), key=lambda entry: entry.rank):
-        named.setdefault(entry.decoded_token or "", _finite(entry.logprob))
-    return named
+def _described(token_id: int, row: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    entry = row[token_id]
+    own = b"" if tokenizer is None else tokenizer.token_bytes(token_id)
+    return {"token": entry.decoded_token or "", "logprob": _finite(entry.logprob), "bytes": list(own)}
 
 
 def _finite(logprob: float) -> float:

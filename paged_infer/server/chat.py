@@ -66,4 +66,6 @@ class _ChatShape(Shape):
         return {"delta": delta, "logprobs": logprobs}
 
     def _logprobs(self, growth: Growth, one: CompletionOutput) -> dict[str, Any] | None:
-        return None if one.logprobs is None else chat_logprobs(*growth.rows(one), self.num_top)
+        if one.logprobs is None:
+            return None
+        return chat_logprobs(*growth.rows(one), self.num_top, self.service.engine.tokenizer)

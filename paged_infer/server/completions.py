@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from paged_infer.server.answers import Growth, texts_of
+from paged_infer.continuation import prompt_text
+from paged_infer.outputs import CompletionOutput, RequestOutput
+from paged_infer.server.answers import Growth
 from paged_infer.server.errors import documented
 from paged_infer.server.protocol import CompletionRequest
 from paged_infer.server.service import EventStream, service_of, unless_gone
@@ -82,34 +82,29 @@ class _CompletionShape(Shape):
         self, growth: Growth, output: RequestOutput, one: CompletionOutput, *, is_first: bool
     ) -> dict[str, Any]:
         """What is new of one answer; the first piece has the prompt in it, where ``echo`` asks for it."""
+        tokenizer = self.service.engine.tokenizer
         text, (token_ids, rows) = growth.text(one), growth.rows(one)
         all_rows: list[Any] = list(rows)
-        texts = texts_of(token_ids, rows)
         if self.body.only_echoes:
-            text, token_ids, all_rows, texts = "", [], [], []
+            text, token_ids, all_rows = "", [], []
         if self.body.echo and is_first:
             text = self._prompt_text(output) + text
             if output.prompt_logprobs is not None:
                 token_ids = [*output.prompt_token_ids, *token_ids]
                 all_rows = [*output.prompt_logprobs, *all_rows]
-                texts = [*self._prompt_texts(output.prompt_token_ids, output.prompt_logprobs), *texts]
-        has_logprobs = self.body.logprobs is not None
-        return {
-            "text": text,
-            "logprobs": growth.completion_logprobs(token_ids, all_rows, texts) if has_logprobs else None,
-        }
-
-    def _prompt_texts(self, token_ids: list[int], rows: list[TokenLogprobs | None]) -> Iterator[str]:
-        """A row tells its token's text; only the first token has none."""
-        tokenizer = self.service.engine.tokenizer
-        for token_id, row in zip(token_ids, rows, strict=True):
-            if row is not None:
-                yield row[token_id].decoded_token or ""
-            else:
-                yield "" if tokenizer is None else tokenizer.token_text(token_id)
+        logprobs = None
+        if self.body.logprobs is not None:
+            has_text = tokenizer is not None and not all(map(tokenizer.is_silent, output.prompt_token_ids))
+            goes_on = has_text and not self.body.echo
+            logprobs = growth.completion_logprobs(token_ids, all_rows, tokenizer, goes_on=goes_on)
+        return {"text": text, "logprobs": logprobs}
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None and self.body.truncate_prompt_tokens is None:
             return output.prompt
         tokenizer = self.service.engine.tokenizer
-        return "" if tokenizer is None else tokenizer.decode(output.prompt_token_ids)
+        if tokenizer is None:
+            return ""
+        if self.body.only_echoes:
+            return tokenizer.decode(output.prompt_token_ids)
+        return prompt_text(tokenizer, output.prompt_token_ids)

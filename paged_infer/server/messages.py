@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from paged_infer.chat_template import NO_TEXT
 from paged_infer.server.errors import APIError
 from paged_infer.server.strict import ListOf, Strict
 
@@ -21,8 +22,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Fields of OpenAI's messages that are refused by name, with the values that ask for nothing; so does null: a client
 sends an answer back as it came, and ours has ``"refusal": null`` in it."""
-
-NO_TEXT = ("file", "image_url", "input_audio", "refusal", "video_url")  # kinds of content
 
 
 class TextPart(Strict):
@@ -49,9 +48,10 @@ class ChatMessage(Strict):
                 raise _unsupported(f"content of type {part['type']}")
         return {name: value for name, value in message.items() if name not in UNSUPPORTED}
 
-    def as_dict(self) -> dict[str, str]:
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        return {"role": self.role, "content": "\n".join(parts)}
+    def as_dict(self) -> dict[str, Any]:
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": [part.model_dump() for part in self.content]}
 
 
 def _unsupported(what: str) -> APIError:

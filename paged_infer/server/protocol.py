@@ -263,7 +263,14 @@ def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None 
     message = str(error)
     name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
     if message.startswith(
-        (prompt_field, "the prompt", "prompt token", "character ", "this checkpoint has no")
+        (
+            prompt_field,
+            "the prompt",
+            "prompt token",
+            "the chat template",
+            "character ",
+            "this checkpoint has no",
+        )
     ):
         name = prompt_field
     return APIError(400, message, param=name if name.isidentifier() else None, code=code)

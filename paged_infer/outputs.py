@@ -23,9 +23,9 @@ class CompletionOutput:
     """One sample or beam of a request.
 
     ``token_ids`` keeps the token that ended it; ``text`` does not. ``finish_reason`` is None while it grows, then
-    "stop" (end token, stop token or stop string), "length" or "abort". ``cumulative_logprob`` and ``logprobs`` are
-    None unless ``SamplingParams.logprobs`` asked for them; a beam has the first, and ``score``, by which it is ranked
-    (None if the search was aborted).
+    "stop" (end token, stop token or stop string), "length", "abort" or "error", of which ``error`` is the message.
+    ``cumulative_logprob`` and ``logprobs`` are None unless ``SamplingParams.logprobs`` asked for them; a beam has the
+    first, and ``score``, by which it is ranked (None if the search was aborted).
     """
 
     index: int
@@ -38,6 +38,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprobs] | None = None
     score: float | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)

@@ -166,7 +166,10 @@ class Service:
         return error
 
     def checked(self, output: RequestOutput) -> RequestOutput:
-        """The output, unless it was cut off from this side: half an answer must not pass for a whole one."""
+        """The output. Raises APIError if it failed or was aborted: half an answer must not pass for a whole one."""
+        for one in output.outputs:
+            if one.finish_reason == "error":
+                raise APIError(500, one.error or "the request has failed", code="request_failed")
         if any(one.finish_reason == "abort" for one in output.outputs):
             raise (
                 closing_error()

@@ -33,7 +33,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     streams = await service.open(
         [prompt],
         params,
-        shape.id,
+        shape.label,
         stream=bool(body.stream),
         cache_salt=body.cache_salt,
         prompt_field="messages",

@@ -47,7 +47,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     shape = _CompletionShape(service, service.check_model(body.model), "cmpl", body.stream_options, body)
     params = body.params()
     streams = await service.open(
-        body.prompts(), params, shape.id, stream=bool(body.stream), cache_salt=body.cache_salt
+        body.prompts(), params, shape.label, stream=bool(body.stream), cache_salt=body.cache_salt
     )
     if body.stream:
         return EventStream(shape.events(streams), streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from collections.abc import Sequence as ReadOnlyList
@@ -101,7 +102,7 @@ class Service:
         self,
         prompts: ReadOnlyList[Prompt],
         params: Params,
-        request_id: str,
+        label: str,
         *,
         stream: bool,
         cache_salt: str | None,
@@ -121,7 +122,7 @@ class Service:
             for index, prompt in enumerate(prompts):
                 if index % IN_ONE_GO == IN_ONE_GO - 1:
                     await asyncio.sleep(0)  # a crowd of prompts lets others in
-                one = f"{request_id}-{index}"
+                one = f"{label}-{index}"
                 opened.append(
                     await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt)
                 )
@@ -186,6 +187,15 @@ class Service:
             raise self.explained(error) from error
         finally:
             close_all(streams)
+
+
+def new_id(prefix: str) -> tuple[str, str]:
+    """(an id that is given to its client alone, its label). Whoever has the id of a job may read and delete its answer.
+
+    The label is how the id begins. It opens nothing, and is all that the engine, its events and its logs know.
+    """
+    label = f"{prefix}-{secrets.token_hex(8)}"
+    return f"{label}-{secrets.token_hex(16)}", label
 
 
 def service_of(request: Request) -> Service:

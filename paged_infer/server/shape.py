@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
@@ -19,7 +18,7 @@ from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.answers import DONE, HEAVY, Growth, encoded, event, usage, weight
 from paged_infer.server.errors import APIError
 from paged_infer.server.protocol import StreamOptions
-from paged_infer.server.service import Service, merged
+from paged_infer.server.service import Service, merged, new_id
 
 
 @dataclass(slots=True)
@@ -43,7 +42,7 @@ class Shape(ABC):
     piece_kind: ClassVar[str]  # and of one in a stream
 
     def __post_init__(self) -> None:
-        self.id = f"{self.prefix}-{random.getrandbits(128):032x}"  # a name, not a secret: no system call
+        self.id, self.label = new_id(self.prefix)
         self.created = int(time.time())  # Unix time
 
     def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:

@@ -116,6 +116,42 @@ def test_a_wrong_type_is_a_422_that_names_the_field(served, path: str, body: Any
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/v1/completions",
+            {**PROMPT, "n": 1.0, "top_k": 5.0, "seed": 3.0, "min_tokens": 1.0, "max_tokens": 2.0},
+        ),
+        (
+            "/v1/completions",
+            {**PROMPT, "stop_token_ids": [5.0, 6], "logprobs": 2.0, "truncate_prompt_tokens": 2.0},
+        ),
+        ("/v1/completions", {"prompt": [5.0, 6, 7.0], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": [[5, 6.0], [7.0]], "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": CHAT["messages"], "max_completion_tokens": 2.0}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2.0}),
+        ("/generate", {**PROMPT, "max_tokens": 3.0}),
+    ],
+)
+def test_a_number_without_a_fraction_is_an_integer(served, path: str, body: Any) -> None:
+    """As clients in languages with one kind of number send it."""
+    response = served.http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 202), response.text
+
+
+@pytest.mark.parametrize("value", [1.5, True, "1", 1e-9, [1.0], float("inf")])
+def test_what_is_no_whole_number_is_no_integer(served, value: Any) -> None:
+    for body in (
+        {**PROMPT, "n": value},
+        {**PROMPT, "prompt": [5, value]},
+        {**PROMPT, "stop_token_ids": [value]},
+    ):
+        headers = {"Content-Type": "application/json"}
+        response = served.http.post("/v1/completions", content=json.dumps(body), headers=headers)
+        told(response, 422)
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"",

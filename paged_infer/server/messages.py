@@ -14,7 +14,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),
     "refusal": (),
     "tool_call_id": (),
     "tool_calls": ([],),
@@ -35,6 +34,7 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[TextPart]
+    name: str | None = None  # for the chat template, which may show it
 
     @model_validator(mode="before")
     @classmethod
@@ -51,7 +51,8 @@ class ChatMessage(Strict):
 
     def as_dict(self) -> dict[str, str]:
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        return {"role": self.role, "content": "\n".join(parts)}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": "\n".join(parts), **named}
 
 
 def _unsupported(what: str) -> APIError:

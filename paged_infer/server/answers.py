@@ -150,7 +150,7 @@ def _finite(logprob: float) -> float:
 
 
 def described_rows(rows: ReadOnlyList[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
-    """Logprobs as vLLM tells those of a prompt: for each token but the first, token id -> logprob, rank and text."""
+    """vLLM's ``prompt_logprobs``: for each token but the first, token id -> logprob, rank and text."""
     described: list[dict[str, Any] | None] = []
     for row in rows:
         entries = () if row is None else row.items()

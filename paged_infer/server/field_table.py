@@ -44,7 +44,7 @@ def table() -> str:
 
 
 def _state(model: type[SamplingFields], name: str) -> tuple[str, str]:
-    """What becomes of a field, and what there is to say of it."""
+    """What becomes of a field, and the note beside it."""
     if name.startswith("stream_options."):
         return "served", _described(StreamOptions.model_fields[name.partition(".")[2]])
     if name in model.model_fields:

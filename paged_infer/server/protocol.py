@@ -45,13 +45,13 @@ def within(minimum: float | None = None, maximum: float | None = None, **more: A
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = Field(None, description="The last piece says how many tokens there were.")
+    include_usage: bool | None = Field(None, description="A last piece has the number of tokens.")
     continuous_usage_stats: bool | None = Field(
-        None, description="With `include_usage`: every piece says so, of its prompt so far."
+        None, description="With `include_usage`: every piece has the numbers of its prompt so far."
     )
     include_obfuscation: bool | None = Field(
         None,
-        description="Pieces are filled up to like sizes, which tell less of the text to who sees them pass.",
+        description="Pieces are padded to like sizes, which give less of the text away on the network.",
     )
 
 
@@ -156,7 +156,7 @@ class SamplingFields(Strict):
 
 
 class StreamedFields(SamplingFields):
-    """How the answer comes: whole or in pieces, and what it tells beside the text."""
+    """How the answer comes: whole or in pieces, and what it has beside the text."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None

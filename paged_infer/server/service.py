@@ -205,9 +205,10 @@ class Service:
 
 
 def new_id(prefix: str) -> tuple[str, str]:
-    """(an id that is given to its client alone, its label). Whoever has the id of a job may read and delete its answer.
+    """(an id that is given to its client alone, its label).
 
-    The label is how the id begins. It opens nothing, and is all that the engine, its events and its logs know.
+    The id of a job is all that it takes to read or delete its answer. The label is how the id begins; it opens nothing,
+    and is all that the engine, its events and its logs know.
     """
     label = f"{prefix}-{secrets.token_hex(8)}"
     return f"{label}-{secrets.token_hex(16)}", label

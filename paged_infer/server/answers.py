@@ -78,11 +78,11 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
 class Growth:
     """What is new in one answer since it was looked at last."""
 
-    __slots__ = ("_num_characters", "_num_ids", "_num_tokens", "_offset", "has_begun")
+    __slots__ = ("_num_characters", "_num_ids", "_num_tokens", "_offset", "was_sent")
 
     def __init__(self) -> None:
         self._num_characters = self._num_ids = self._num_tokens = self._offset = 0
-        self.has_begun = False  # whether a piece of it has been sent
+        self.was_sent = False  # whether a piece of it has been sent
 
     def text(self, one: CompletionOutput) -> str:
         piece = one.text[self._num_characters :]
@@ -159,13 +159,19 @@ def described_rows(rows: ReadOnlyList[TokenLogprobs | None]) -> list[dict[str, A
     return described
 
 
-def named_by_id(rows: ReadOnlyList[TokenLogprobs | None]) -> list[Any]:
-    """The same rows with ``token_id:5`` as each token's text, as vLLM's ``return_tokens_as_token_ids`` has it."""
-    return [
-        None if row is None else {i: entry._replace(decoded_token=token_name(i)) for i, entry in row.items()}
+def tokens_by_id(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None]) -> dict[str, Any]:
+    """The part of ``completion_logprobs`` that names tokens, as vLLM's ``return_tokens_as_token_ids`` has it."""
+    named = [
+        None if row is None else {_id_name(i): _finite(entry.logprob) for i, entry in row.items()}
         for row in rows
     ]
+    return {"tokens": [_id_name(i) for i in token_ids], "top_logprobs": named}
 
 
-def token_name(token_id: int) -> str:
+def named_by_id(rows: ReadOnlyList[TokenLogprobs]) -> list[TokenLogprobs]:
+    """The rows of ``chat_logprobs`` with such a name as each token's text."""
+    return [{i: entry._replace(decoded_token=_id_name(i)) for i, entry in row.items()} for row in rows]
+
+
+def _id_name(token_id: int) -> str:
     return f"token_id:{token_id}"

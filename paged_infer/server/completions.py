@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from paged_infer.server.answers import Growth, named_by_id, texts_of, token_name
+from paged_infer.server.answers import Growth, texts_of, tokens_by_id
 from paged_infer.server.errors import documented
 from paged_infer.server.protocol import CompletionRequest
 from paged_infer.server.service import EventStream, service_of, unless_gone
@@ -93,16 +93,16 @@ class _CompletionShape(Shape):
                 token_ids = [*output.prompt_token_ids, *token_ids]
                 all_rows = [*output.prompt_logprobs, *all_rows]
                 texts = [*self._prompt_texts(output.prompt_token_ids, output.prompt_logprobs), *texts]
-        if self.body.logprobs is None:
-            return {"text": text, "logprobs": None}
-        if not self.body.return_tokens_as_token_ids:
-            return {"text": text, "logprobs": growth.completion_logprobs(token_ids, all_rows, texts)}
-        logprobs = growth.completion_logprobs(token_ids, named_by_id(all_rows), texts)
-        return {"text": text, "logprobs": {**logprobs, "tokens": [token_name(i) for i in token_ids]}}
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = growth.completion_logprobs(token_ids, all_rows, texts)
+            if self.body.return_tokens_as_token_ids:
+                logprobs |= tokens_by_id(token_ids, all_rows)
+        return {"text": text, "logprobs": logprobs}
 
     def about_choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
-        about = {} if growth.has_begun else self.about_prompt(output)
-        growth.has_begun = True
+        about = {} if growth.was_sent else self.about_prompt(output)
+        growth.was_sent = True
         about |= super().about_choice(growth, output, one)
         if self.body.only_echoes and "token_ids" in about:
             about["token_ids"] = []

@@ -116,7 +116,10 @@ class Completion:
             return ""
         if self._decoder is None:
             return continuation(self._tokenizer, self._prompt_token_ids(), self._visible_token_ids())
-        if finish_reason in ("abort", "error"):  # it ended between two tokens, with characters still held back
+        if finish_reason in (
+            "abort",
+            "error",
+        ):  # it ended between two tokens, with characters still held back
             self._text += self._decoder.finish()
             return self._text
         if finish_reason is not None:

@@ -88,6 +88,20 @@ def read_speculation(text: str | None) -> Any:
         raise ValueError(f"--speculative-config {text!r} is no JSON: {error}") from None
 
 
+def read_list(option: str, values: Iterable[str] | None) -> tuple[str, ...]:
+    """An option that may be repeated, or be a JSON list as vLLM takes it. Raises ValueError for what is neither."""
+    found: list[str] = []
+    for value in values or ():
+        try:
+            many = json.loads(value) if value.startswith("[") else [value]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{option} {value!r} is no JSON: {error}") from None
+        if not all(isinstance(one, str) for one in many):
+            raise ValueError(f"{option} {value!r}: must be a list of strings")
+        found += many
+    return tuple(found)
+
+
 def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameters that are dataclasses stand for their fields, each an option of its own.
 

@@ -43,7 +43,10 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         config = EngineConfig.from_options(**options)
-        self.folder = resolve_model(storyteller.PATH if model is None else model)
+        model = storyteller.PATH if model is None else model
+        self.folder = resolve_model(model)
+        is_path = Path(model).expanduser() == self.folder
+        self._name = self.folder.resolve().name if is_path else str(model)
         self.engine = LLMEngine(self.folder, config)
         self._num_requests = 0
         self._mail: dict[str, RequestOutput] = {}  # the newest output of each request that is waited for
@@ -60,8 +63,8 @@ class LLM:
 
     @property
     def name(self) -> str:
-        """What to call the model in a table."""
-        return "storyteller" if self.is_storyteller else self.folder.name
+        """What to call the model: the hub id that was given, or the name of its folder."""
+        return "storyteller" if self.is_storyteller else self._name
 
     @property
     def is_storyteller(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import random
+import string
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from typing import Any
@@ -14,12 +16,16 @@ from paged_infer.tokenizer import Tokenizer
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # JSON has no infinity
 HEAVY = 128  # of weight: a few milliseconds, where every token has 20 rivals
+FILLED = 128
 SLICE = 64  # elements of a list that are encoded in one go
 
 
-def event(content: dict[str, Any], *, in_pieces: bool = False) -> bytes:
-    """One server-sent event."""
+def event(content: dict[str, Any], *, in_pieces: bool = False, obfuscate: bool = False) -> bytes:
+    """One server-sent event; ``obfuscate`` fills it up to a multiple of ``FILLED`` bytes."""
     text = "".join(encoded(content)) if in_pieces else json.dumps(content, separators=(",", ":"))
+    if obfuscate:
+        text = text[:-1] + ',"obfuscation":"'
+        text += "".join(random.choices(string.ascii_letters, k=-(len(text) + 2) % FILLED)) + '"}'
     return b"data: " + text.encode() + b"\n\n"
 
 
@@ -74,17 +80,22 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
 class Growth:
     """What is new in one answer since it was looked at last."""
 
-    __slots__ = ("_has_begun", "_num_characters", "_num_tokens", "_offset", "_utf8")
+    __slots__ = ("_has_begun", "_num_characters", "_num_ids", "_num_tokens", "_offset", "_utf8", "was_sent")
 
     def __init__(self) -> None:
-        self._num_characters = self._num_tokens = self._offset = 0
+        self._num_characters = self._num_ids = self._num_tokens = self._offset = 0
         self._has_begun = False  # a token was seen that has text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.was_sent = False  # whether a piece of it has been sent
 
     def text(self, one: CompletionOutput) -> str:
         piece = one.text[self._num_characters :]
         self._num_characters += len(piece)
         return piece
+
+    def token_ids(self, one: CompletionOutput) -> list[int]:
+        start, self._num_ids = self._num_ids, len(one.token_ids)
+        return one.token_ids[start:]
 
     def rows(self, one: CompletionOutput) -> tuple[list[int], list[TokenLogprobs]]:
         """New tokens and their logprobs; nothing where none were asked for."""
@@ -183,3 +194,31 @@ def _described(token_id: int, row: TokenLogprobs, tokenizer: Tokenizer | None) -
 
 def _finite(logprob: float) -> float:
     return max(logprob, LOWEST)
+
+
+def described_rows(rows: ReadOnlyList[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    """vLLM's ``prompt_logprobs``: for each token but the first, token id -> logprob, rank and text."""
+    described: list[dict[str, Any] | None] = []
+    for row in rows:
+        entries = () if row is None else row.items()
+        about = {str(i): {**entry._asdict(), "logprob": _finite(entry.logprob)} for i, entry in entries}
+        described.append(about or None)
+    return described
+
+
+def tokens_by_id(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None]) -> dict[str, Any]:
+    """The part of ``completion_logprobs`` that names tokens, as vLLM's ``return_tokens_as_token_ids`` has it."""
+    named = [
+        None if row is None else {_id_name(i): _finite(entry.logprob) for i, entry in row.items()}
+        for row in rows
+    ]
+    return {"tokens": [_id_name(i) for i in token_ids], "top_logprobs": named}
+
+
+def named_by_id(rows: ReadOnlyList[TokenLogprobs]) -> list[TokenLogprobs]:
+    """The rows of ``chat_logprobs`` with such a name as each token's text."""
+    return [{i: entry._replace(decoded_token=_id_name(i)) for i, entry in row.items()} for row in rows]
+
+
+def _id_name(token_id: int) -> str:
+    return f"token_id:{token_id}"

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from paged_infer.outputs import CompletionOutput, RequestOutput
-from paged_infer.server.answers import Growth, chat_logprobs
+from paged_infer.server.answers import Growth, chat_logprobs, named_by_id
 from paged_infer.server.completions import ANSWER, ERRORS
 from paged_infer.server.protocol import ChatCompletionRequest, bad_value
 from paged_infer.server.service import EventStream, service_of, unless_gone
@@ -22,9 +22,7 @@ router = APIRouter()
 async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
     """Answer a conversation, put into the form of the tokenizer's chat template."""
     service = service_of(request)
-    shape = _ChatShape(
-        service, service.check_model(body.model), "chatcmpl", body.stream_options, body.top_logprobs or 0
-    )
+    shape = _ChatShape(service, service.check_model(body.model), "chatcmpl", body)
     params = body.params()
     try:
         prompt = await service.engine.chat_prompt([message.as_dict() for message in body.messages])
@@ -33,7 +31,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     streams = await service.open(
         [prompt],
         params,
-        shape.id,
+        shape.label,
         stream=bool(body.stream),
         cache_salt=body.cache_salt,
         prompt_field="messages",
@@ -46,7 +44,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
 
 @dataclass
 class _ChatShape(Shape):
-    num_top: int
+    body: ChatCompletionRequest
 
     kind = "chat.completion"
     piece_kind = "chat.completion.chunk"
@@ -68,4 +66,10 @@ class _ChatShape(Shape):
     def _logprobs(self, growth: Growth, one: CompletionOutput) -> dict[str, Any] | None:
         if one.logprobs is None:
             return None
-        return chat_logprobs(*growth.rows(one), self.num_top, self.service.engine.tokenizer)
+        token_ids, rows = growth.rows(one)
+        if self.body.return_tokens_as_token_ids:
+            rows = named_by_id(rows)
+        return chat_logprobs(token_ids, rows, self.body.top_logprobs or 0, self.service.engine.tokenizer)
+
+    def about_request(self, output: RequestOutput) -> dict[str, Any]:
+        return self.about_prompt(output)  # there is one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from paged_infer.console import (
     Speculation,
     fail,
     quiet_libraries,
+    read_list,
     read_speculation,
 )
 
@@ -30,6 +32,19 @@ def serve(
         typer.Option(
             envvar="PAGED_INFER_API_KEY",
             help="Ask clients for this key. In the environment, other users do not see it.",
+        ),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host that requests may name, *.domain or *; may be repeated. Default: loopback names and --host, "
+            "or any where --host is every address."
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the server (CORS), or *; may be repeated, or a JSON list."
         ),
     ] = None,
     served_model_name: Annotated[
@@ -85,7 +100,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, and /generate, /health, /metrics."""
     try:
-        from paged_infer.server import run, service
+        from paged_infer.server import hosts, run, service
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"):
             raise
@@ -98,6 +113,8 @@ def serve(
             raise ValueError(f"log_level={log_level!r}: must be critical, error, warning, info or debug")
         settings = service.Settings(
             api_key=api_key,
+            allowed_hosts=tuple(allowed_hosts or ("*",)),
+            allowed_origins=read_list("--allowed-origins", allowed_origins),
             served_model_names=tuple(served_model_name or ()),
             max_body_bytes=max_body_bytes,
             receive_timeout_s=receive_timeout,
@@ -105,6 +122,10 @@ def serve(
             result_ttl_s=result_ttl,
         )
         door = run.listen(host, port)
+        if not allowed_hosts:
+            settings = dataclasses.replace(
+                settings, allowed_hosts=hosts.names_of(host, door.getsockname()[0])
+            )
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from paged_infer.continuation import prompt_text
 from paged_infer.outputs import CompletionOutput, RequestOutput
-from paged_infer.server.answers import Growth
+from paged_infer.server.answers import Growth, tokens_by_id
 from paged_infer.server.errors import documented
 from paged_infer.server.protocol import CompletionRequest
 from paged_infer.server.service import EventStream, service_of, unless_gone
@@ -44,10 +44,10 @@ ANSWER = {
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several, each with `n` answers."""
     service = service_of(request)
-    shape = _CompletionShape(service, service.check_model(body.model), "cmpl", body.stream_options, body)
+    shape = _CompletionShape(service, service.check_model(body.model), "cmpl", body)
     params = body.params()
     streams = await service.open(
-        body.prompts(), params, shape.id, stream=bool(body.stream), cache_salt=body.cache_salt
+        body.prompts(), params, shape.label, stream=bool(body.stream), cache_salt=body.cache_salt
     )
     if body.stream:
         return EventStream(shape.events(streams), streams)
@@ -97,7 +97,17 @@ class _CompletionShape(Shape):
             has_text = tokenizer is not None and not all(map(tokenizer.is_silent, output.prompt_token_ids))
             goes_on = has_text and not self.body.echo
             logprobs = growth.completion_logprobs(token_ids, all_rows, tokenizer, goes_on=goes_on)
+            if self.body.return_tokens_as_token_ids:
+                logprobs |= tokens_by_id(token_ids, all_rows)
         return {"text": text, "logprobs": logprobs}
+
+    def about_choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        about = {} if growth.was_sent else self.about_prompt(output)
+        growth.was_sent = True
+        about |= super().about_choice(growth, output, one)
+        if self.body.only_echoes and "token_ids" in about:
+            about["token_ids"] = []
+        return about
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None and self.body.truncate_prompt_tokens is None:

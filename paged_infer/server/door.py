@@ -1,4 +1,4 @@
-"""What a request meets before any route: closing time, the key, the size of its body, and how long that takes."""
+"""What is checked before any route: the host, shutdown, the key, the body's size and the time that it takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paged_infer.server.errors import APIError
+from paged_infer.server.hosts import is_allowed
 from paged_infer.server.service import CLOSING, Service, closing_error
 
 OPEN_PATHS = (
@@ -30,12 +31,31 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            await self._head(scope, send)
+            return
         headers = dict(scope["headers"])
         refused = self._refusal(scope, headers)
         if refused is not None:
             await refused.response()(scope, receive, send)
             return
         await self._app(scope, self._limited(receive), send)
+
+    async def _head(self, scope: Scope, send: Send) -> None:
+        """Answer HEAD as GET, without the body. A stream that would not end is closed once its head is out."""
+        is_out = asyncio.Event()
+
+        async def receive() -> Message:
+            await is_out.wait()
+            return {"type": "http.disconnect"}
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                is_out.set()
+
+        await self({**scope, "method": "GET"}, receive, send_head)
 
     def _limited(self, receive: Receive) -> Receive:
         """``receive`` for a body that is not too large, and here in time. What follows is news of the client."""
@@ -73,6 +93,10 @@ class Door:
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> APIError | None:
         settings = self._service.settings
+        host = headers.get(b"host", b"").decode("latin-1")
+        if host and not is_allowed(host, settings.allowed_hosts):
+            message = f"Host {host!r} is not served: --allowed-hosts names those that are"
+            return APIError(400, message, code="host_not_allowed")
         if self._service.is_closing and scope["method"] == "POST":
             return closing_error()
         if settings.api_key is not None and scope["path"] not in OPEN_PATHS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from paged_infer.outputs import RequestOutput
 from paged_infer.server.answers import usage
 from paged_infer.server.errors import APIError, documented, json_response
 from paged_infer.server.protocol import GenerateRequest
-from paged_infer.server.service import Service, service_of
+from paged_infer.server.service import Service, new_id, service_of
 
 router = APIRouter()
 JOB = {
@@ -76,9 +75,9 @@ class Jobs:
 
     async def begin(self, body: GenerateRequest) -> _Job:
         self._forget()
-        service, job_id = self._service, f"gen-{uuid.uuid4().hex}"
+        service, (job_id, label) = self._service, new_id("gen")
         (stream,) = await service.open(
-            [body.prompt], body.params(), job_id, stream=False, cache_salt=body.cache_salt
+            [body.prompt], body.params(), label, stream=False, cache_salt=body.cache_salt
         )
         job = self._jobs[job_id] = _Job(job_id, stream)
         job.task = asyncio.create_task(self._finish(job))

@@ -15,7 +15,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),
     "refusal": (),
     "tool_call_id": (),
     "tool_calls": ([],),
@@ -34,6 +33,7 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[TextPart]
+    name: str | None = None  # for the chat template, which may show it
 
     @model_validator(mode="before")
     @classmethod
@@ -49,9 +49,12 @@ class ChatMessage(Strict):
         return {name: value for name, value in message.items() if name not in UNSUPPORTED}
 
     def as_dict(self) -> dict[str, Any]:
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": [part.model_dump() for part in self.content]}
+        """As ``LLM.chat`` takes it."""
+        content: Any = self.content
+        if not isinstance(self.content, str):
+            content = [part.model_dump() for part in self.content]
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content, **named}
 
 
 def _unsupported(what: str) -> APIError:

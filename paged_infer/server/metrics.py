@@ -100,7 +100,7 @@ class Metrics:
             (*LABELS, "finished_reason"),
             registry=self.registry,
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._labels, reason)
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", TTFT_S

@@ -1,61 +1,24 @@
 """What a request's body may hold: OpenAI's fields, and vLLM's beside them.
 
-A field is either used, or known to change nothing here (``HARMLESS``), or refused by its name. ``null`` is the same as
-a field left out, and the defaults are those of ``SamplingParams``.
+A field is either used, or known to change nothing here, or refused by its name (see ``fields``). ``null`` is the same
+as a field left out, and the defaults are those of ``SamplingParams``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.server.errors import APIError
+from paged_infer.server.fields import REFUSED, REFUSED_IN_CHAT, Refused, is_harmless
 from paged_infer.server.messages import ChatMessage
 from paged_infer.server.strict import ListOf, Strict
 
-HARMLESS = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
-"""Accepted and without effect: they are about accounts, and this server has none. ``store`` may only be false."""
-
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (True,),
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "detokenize": (True,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "logits_processors": ([],),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "priority": (0,),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Known and not supported, with the values that ask for nothing that is not there."""
-
-MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS = 16, 256, 20
+MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_ID_LENGTH = 16, 256, 20, 256
 
 _SAMPLING = (
     "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens stop "
@@ -82,15 +45,23 @@ def within(minimum: float | None = None, maximum: float | None = None, **more: A
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = None
+    include_usage: bool | None = Field(None, description="A last piece has the number of tokens.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With `include_usage`: every piece has the numbers of its prompt so far."
+    )
+    include_obfuscation: bool | None = Field(
+        None,
+        description="Pieces are padded to like sizes, which give less of the text away on the network.",
+    )
 
 
 class SamplingFields(Strict):
     """How the tokens are chosen and when the answer ends; see ``paged_infer.SamplingParams``."""
 
-    refused_by_name: ClassVar[Container[str]] = UNSUPPORTED
+    refused_by_name: ClassVar[Mapping[str, Refused]] = REFUSED
 
     n: int | None = within(1)
+    best_of: int | None = within(1, description="As many as `n`: answers are not ranked.")
     temperature: float | None = within(0)
     top_p: float | None = within(exclusiveMinimum=0, maximum=1)
     top_k: int | None = within(-1)
@@ -117,6 +88,9 @@ class SamplingFields(Strict):
     store: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    session_id: str | None = None
     service_tier: Literal["auto", "default"] | None = None
 
     @model_validator(mode="before")
@@ -126,12 +100,12 @@ class SamplingFields(Strict):
             return body
         kept = {}
         for name, value in body.items():
-            if name not in UNSUPPORTED or name in cls.model_fields:
+            refused = None if name in cls.model_fields else cls.refused_by_name.get(name)
+            if refused is None:
                 kept[name] = value
-            elif value is not None and not any(
-                type(value) is type(v) and value == v for v in UNSUPPORTED[name]
-            ):
-                raise APIError(400, f"{name} is not supported", param=name, code="unsupported_field")
+            elif not is_harmless(value, refused):
+                message = f"{name} is not supported: {refused.why}"
+                raise APIError(400, message, param=name, code="unsupported_field")
         if kept.get("store") is True:
             raise APIError(400, "store=true is not supported: nothing is kept", param="store")
         return kept
@@ -141,6 +115,9 @@ class SamplingFields(Strict):
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         others = {name: value for name, value in others.items() if value is not None}
         self._check_stops()
+        if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
+            message = f"best_of={self.best_of}: must equal n={self.n or 1}: answers are not ranked"
+            raise APIError(400, message, param="best_of")
         try:
             if self.use_beam_search:
                 return self._beam_search_params(given, max_tokens, others)
@@ -179,14 +156,36 @@ class SamplingFields(Strict):
 
 
 class StreamedFields(SamplingFields):
-    """Whether the answer comes in pieces."""
+    """How the answer comes: whole or in pieces, and what it has beside the text."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    request_id: str | None = within(
+        minLength=1, maxLength=MAX_ID_LENGTH, description="The answer's `id` ends with it."
+    )
+    prompt_logprobs: int | None = within(0, MAX_LOGPROBS, description="Without `stream`.")
+    return_token_ids: bool | None = Field(
+        None, description="`token_ids` beside each text, and `prompt_token_ids`."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Among logprobs, tokens are named `token_id:5` instead of by their text."
+    )
 
-    def check_stream_options(self) -> None:
+    def check_form(self) -> None:
+        """Raises APIError 400 for what does not fit to the way in which the answer comes."""
         if self.stream_options is not None and not self.stream:
             raise APIError(400, "stream_options: needs stream=true", param="stream_options")
+        if self.request_id is not None and not 1 <= len(self.request_id) <= MAX_ID_LENGTH:
+            message = f"request_id: must have 1 to {MAX_ID_LENGTH} characters, not {len(self.request_id)}"
+            raise APIError(400, message, param="request_id")
+        check_logprobs("prompt_logprobs", self.prompt_logprobs)
+        if self.prompt_logprobs is not None and self.stream:
+            message = f"prompt_logprobs={self.prompt_logprobs}: not with stream=true"
+            raise APIError(400, message, param="prompt_logprobs")
+
+    def wants(self, option: str) -> bool:
+        """Whether this one of ``stream_options`` is set."""
+        return self.stream_options is not None and bool(getattr(self.stream_options, option))
 
 
 class CompletionRequest(StreamedFields):
@@ -204,14 +203,18 @@ class CompletionRequest(StreamedFields):
         return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
     def params(self) -> SamplingParams | BeamSearchParams:
-        self.check_stream_options()
+        self.check_form()
         check_logprobs("logprobs", self.logprobs)
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
         if self.only_echoes:
             max_tokens = 1  # drawn, and left out of the answer
-        return self.sampling_params(
-            max_tokens, logprobs=self.logprobs, prompt_logprobs=self.logprobs if self.echo else None
-        )
+        prompt_logprobs = self.prompt_logprobs
+        if self.echo and self.logprobs is not None:
+            if prompt_logprobs not in (None, self.logprobs):
+                message = f"prompt_logprobs={prompt_logprobs}: with echo, must equal logprobs={self.logprobs}"
+                raise APIError(400, message, param="prompt_logprobs")
+            prompt_logprobs = self.logprobs
+        return self.sampling_params(max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
 
     @property
     def only_echoes(self) -> bool:
@@ -220,13 +223,15 @@ class CompletionRequest(StreamedFields):
 
 
 class ChatCompletionRequest(StreamedFields):
+    refused_by_name: ClassVar[Mapping[str, Refused]] = REFUSED_IN_CHAT
+
     messages: ListOf[ChatMessage]
     max_completion_tokens: int | None = within(1)
     logprobs: bool | None = None
     top_logprobs: int | None = within(0, MAX_LOGPROBS)
 
     def params(self) -> SamplingParams | BeamSearchParams:
-        self.check_stream_options()
+        self.check_form()
         for name in ("max_tokens", "max_completion_tokens"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise APIError(400, f"{name}={limit}: must be an integer >= 1", param=name)
@@ -242,7 +247,9 @@ class ChatCompletionRequest(StreamedFields):
             )
             raise APIError(400, message, param="max_completion_tokens")
         return self.sampling_params(
-            limits.pop() if limits else None, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+            limits.pop() if limits else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -262,15 +269,7 @@ def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None 
     """The engine's own words, with the field that they begin with."""
     message = str(error)
     name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
-    if message.startswith(
-        (
-            prompt_field,
-            "the prompt",
-            "prompt token",
-            "the chat template",
-            "character ",
-            "this checkpoint has no",
-        )
-    ):
+    others = ("the prompt", "prompt token", "the chat template", "character ", "this checkpoint has no")
+    if message.startswith(others) or re.match(rf"{prompt_field}\b", message):
         name = prompt_field
     return APIError(400, message, param=name if name.isidentifier() else None, code=code)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 from typing import Any
 
 import uvicorn
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows, which has no such limits
+    resource = None  # type: ignore[assignment]
 
 from paged_infer.async_engine import AsyncLLM
 from paged_infer.server.app import create_app
@@ -20,6 +28,13 @@ from paged_infer.server.service import Service, Settings
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
 SWITCH_S = 0.0005
+RESERVED_FILES = 32  # file descriptors that connections leave to everything else
+FULL_EVERY_S = 60.0  # it is logged once in so many seconds at most that connections are refused
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+    b'{"error": {"message": "too many connections are open", "type": "server_error", "param": null, '
+    b'"code": "too_many_connections"}}'
+)
 TICKS_A_SECOND = 10  # of uvicorn
 
 
@@ -87,7 +102,40 @@ class Server(uvicorn.Server):
         await self._engine.shutdown(finish=False)  # those that are left learn that they have ended
 
 
-def listen(host: str, port: int) -> socket.socket:
+def most_files() -> float:
+    """How many file descriptors may be open when one more connection is accepted."""
+    if resource is None or (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) == resource.RLIM_INFINITY:
+        return math.inf
+    return limit - min(RESERVED_FILES, limit // 4)
+
+
+class Listener(socket.socket):
+    """Answers 503 to connections for which few file descriptors are left.
+
+    Without any, ``accept`` fails, and asyncio tries again and logs so two thousand times a second.
+    """
+
+    _full_s = -math.inf  # time.monotonic() when it was logged last
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        limit = most_files()
+        if connection.fileno() < limit:  # the lowest free number: as many are open
+            return connection, address
+        if time.monotonic() - self._full_s > FULL_EVERY_S:
+            self._full_s = time.monotonic()
+            logger.warning(
+                "Connections are refused (503): %d file descriptors are open; see ulimit -n", limit
+            )
+        connection.setblocking(False)
+        with connection, contextlib.suppress(OSError):
+            connection.send(FULL)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1 << 16)  # what is unread when it is closed would take the answer back
+        raise BlockingIOError  # to asyncio: none for now
+
+
+def listen(host: str, port: int) -> Listener:
     """The door, before a model is loaded behind it: who knocks meanwhile waits.
 
     Raises:
@@ -102,7 +150,15 @@ def listen(host: str, port: int) -> socket.socket:
     # Connections inherit it. asyncio sets it only on sockets that were made with proto=IPPROTO_TCP, which this one was
     # not; without it the first event of a stream waits 40 ms for the client to acknowledge the headers.
     door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return door
+    return Listener(door.family, door.type, door.proto, fileno=door.detach())
+
+
+def raise_file_limit() -> None:
+    """Let the process open as many files as it may: each connection is one."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS: "unlimited" is more than it allows
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def serve(
@@ -120,6 +176,7 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=5,  # for the last bytes to leave, when the engine is already gone
     )
+    raise_file_limit()
     gc.collect()
     gc.freeze()  # the libraries' 300,000 objects stay for good: no collection has to walk them in mid-service
     server = Server(engine, config, shutdown_timeout_s)

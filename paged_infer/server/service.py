@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from collections.abc import Sequence as ReadOnlyList
@@ -20,10 +22,12 @@ from paged_infer.engine import Params, Prompt
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams
 from paged_infer.server.errors import APIError
+from paged_infer.server.hosts import ALL, host_name
 from paged_infer.server.protocol import bad_value
 
 RETRY_AFTER_S = 1
 IN_ONE_GO = 32  # prompts that are queued before the event loop sees to others
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 CLOSING = "the server is shutting down"
 T = TypeVar("T")
 
@@ -34,6 +38,8 @@ class Settings:
 
     Args:
         api_key: what clients have to send as ``Authorization: Bearer ...``; None asks nothing.
+        allowed_hosts: which ``Host`` a request may name: names, ``*.domain`` or ``*`` for any.
+        allowed_origins: origins (``https://name:port``, or ``*``) whose pages may call the server (CORS).
         served_model_names: under which names the model is asked for, the first in answers; empty: its own.
         max_body_bytes: largest body of a request.
         receive_timeout_s: seconds that a request may take to arrive: its head, and then its body.
@@ -44,6 +50,8 @@ class Settings:
     """
 
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = (ALL,)
+    allowed_origins: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
     receive_timeout_s: float = 30.0
@@ -65,6 +73,14 @@ class Settings:
             self.api_key and self.api_key.isascii() and self.api_key.isprintable()
         ):
             raise ValueError("api_key: must be printable ASCII, and not empty")
+        for host in self.allowed_hosts:
+            if not host_name(host) or "/" in host or "*" in host.removeprefix("*"):
+                raise ValueError(f"allowed_hosts={host!r}: must be a host's name, *.domain or *")
+        for origin in self.allowed_origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"allowed_origins={origin!r}: must be scheme://host or scheme://host:port, or *"
+                )
 
 
 @dataclass(slots=True)
@@ -101,7 +117,7 @@ class Service:
         self,
         prompts: ReadOnlyList[Prompt],
         params: Params,
-        request_id: str,
+        label: str,
         *,
         stream: bool,
         cache_salt: str | None,
@@ -121,7 +137,7 @@ class Service:
             for index, prompt in enumerate(prompts):
                 if index % IN_ONE_GO == IN_ONE_GO - 1:
                     await asyncio.sleep(0)  # a crowd of prompts lets others in
-                one = f"{request_id}-{index}"
+                one = f"{label}-{index}"
                 opened.append(
                     await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt)
                 )
@@ -166,7 +182,10 @@ class Service:
         return error
 
     def checked(self, output: RequestOutput) -> RequestOutput:
-        """The output, unless it was cut off from this side: half an answer must not pass for a whole one."""
+        """The output. Raises APIError if it failed or was aborted: half an answer must not pass for a whole one."""
+        for one in output.outputs:
+            if one.finish_reason == "error":
+                raise APIError(500, one.error or "the request has failed", code="request_failed")
         if any(one.finish_reason == "abort" for one in output.outputs):
             raise (
                 closing_error()
@@ -183,6 +202,16 @@ class Service:
             raise self.explained(error) from error
         finally:
             close_all(streams)
+
+
+def new_id(prefix: str) -> tuple[str, str]:
+    """(an id that is given to its client alone, its label).
+
+    The id of a job is all that it takes to read or delete its answer. The label is how the id begins; it opens nothing,
+    and is all that the engine, its events and its logs know.
+    """
+    label = f"{prefix}-{secrets.token_hex(8)}"
+    return f"{label}-{secrets.token_hex(16)}", label
 
 
 def service_of(request: Request) -> Service:

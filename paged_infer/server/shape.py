@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
@@ -16,10 +15,10 @@ from starlette.responses import Response
 
 from paged_infer.async_engine import EngineDeadError, RequestStream
 from paged_infer.outputs import CompletionOutput, RequestOutput
-from paged_infer.server.answers import DONE, HEAVY, Growth, encoded, event, usage, weight
+from paged_infer.server.answers import DONE, HEAVY, Growth, described_rows, encoded, event, usage, weight
 from paged_infer.server.errors import APIError
-from paged_infer.server.protocol import StreamOptions
-from paged_infer.server.service import Service, merged
+from paged_infer.server.protocol import StreamedFields
+from paged_infer.server.service import Service, merged, new_id
 
 
 @dataclass(slots=True)
@@ -37,13 +36,16 @@ class Shape(ABC):
     service: Service
     model: str
     prefix: str
-    stream_options: StreamOptions | None
+    body: StreamedFields
 
     kind: ClassVar[str]  # of the whole object
     piece_kind: ClassVar[str]  # and of one in a stream
 
     def __post_init__(self) -> None:
-        self.id = f"{self.prefix}-{random.getrandbits(128):032x}"  # a name, not a secret: no system call
+        self.id, self.label = new_id(self.prefix)
+        if self.body.request_id is not None:
+            self.id = f"{self.prefix}-{self.body.request_id}"
+        self._unsent: dict[str, Any] = {}  # what the next object has beside its choices
         self.created = int(time.time())  # Unix time
 
     def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
@@ -60,6 +62,23 @@ class Shape(ABC):
     ) -> dict[str, Any] | None:
         """What is new in one answer; None if there is nothing to tell."""
 
+    def about_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """What is asked for about the prompt: once in an answer, or in each choice's first piece."""
+        about: dict[str, Any] = {}
+        if self.body.return_token_ids:
+            about["prompt_token_ids"] = output.prompt_token_ids
+        if self.body.prompt_logprobs is not None:
+            about["prompt_logprobs"] = described_rows(output.prompt_logprobs or [])
+        return about
+
+    def about_request(self, output: RequestOutput) -> dict[str, Any]:
+        """What the answer, or the first piece of it, has beside its choices."""
+        return {}
+
+    def about_choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        """What is asked for about a choice beside its text."""
+        return {"token_ids": growth.token_ids(one)} if self.body.return_token_ids else {}
+
     def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
@@ -72,8 +91,9 @@ class Shape(ABC):
 
     def _whole(self, outputs: list[RequestOutput], in_pieces: bool) -> str:
         usage = self._usage(outputs)
+        self._unsent = self.about_request(outputs[0])
         choices = (
-            self._ended(self.choice(Growth(), output, one), one, place * len(output.outputs) + one.index)
+            self._ended(self._whole_choice(output, one), one, place * len(output.outputs) + one.index)
             for place, output in enumerate(outputs)
             for one in output.outputs
         )
@@ -81,16 +101,25 @@ class Shape(ABC):
             return "".join(encoded({**self._object(self.kind, choices), "usage": usage}))
         return json.dumps({**self._object(self.kind, list(choices)), "usage": usage})
 
+    def _whole_choice(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        growth = Growth()
+        return self.choice(growth, output, one) | self.about_choice(growth, output, one)
+
     async def events(self, streams: ReadOnlyList[RequestStream]) -> AsyncIterator[bytes]:
         """A piece whenever an answer has grown. What goes wrong now is an event, too: the status is out already."""
-        include_usage = self.stream_options is not None and self.stream_options.include_usage
-        no_usage = {"usage": None} if include_usage else {}
+        include_usage = self.body.wants("include_usage")
+        is_continuous = include_usage and self.body.wants("continuous_usage_stats")
+        no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
         told = _Told()
         newest: dict[int, RequestOutput] = {}
         try:
             async for place, output in merged(streams):
                 known = weight(newest[place]) if place in newest else 0
+                if not newest:
+                    self._unsent = self.about_request(output)
                 newest[place] = self.service.checked(output)
+                if is_continuous:
+                    no_usage = {"usage": self._usage([output])}
                 is_heavy = weight(output) - known > HEAVY
                 news = partial(self._news, place, output, told, no_usage, is_heavy)
                 if events := await self.service.aside(is_heavy, news):
@@ -109,28 +138,32 @@ class Shape(ABC):
         self, place: int, output: RequestOutput, told: _Told, no_usage: dict[str, Any], in_pieces: bool
     ) -> bytes:
         """Events of what is new since it was ``told``."""
-        events = []
+        events, obfuscate = [], self.body.wants("include_obfuscation")
         for one in output.outputs:
             index = place * len(output.outputs) + one.index
             if index in told.ended:
                 continue
             is_first = index not in told.growths
-            choice = self.piece(told.growths.setdefault(index, Growth()), output, one, is_first)
+            growth = told.growths.setdefault(index, Growth())
+            choice = self.piece(growth, output, one, is_first)
             if choice is not None:
+                choice |= self.about_choice(growth, output, one)
                 choices: Any = [self._ended(choice, one, index)]
                 piece = self._object(self.piece_kind, iter(choices) if in_pieces else choices)
-                events.append(event({**piece, **no_usage}, in_pieces=in_pieces))
+                events.append(event({**piece, **no_usage}, in_pieces=in_pieces, obfuscate=obfuscate))
             if one.finish_reason is not None:
                 told.ended.add(index)
         return b"".join(events)
 
     def _object(self, kind: str, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        unsent, self._unsent = self._unsent, {}
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "choices": choices,
+            **unsent,
         }
 
     def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:

@@ -1,11 +1,21 @@
-"""Bodies in which every field is known and of its type, and whose mistakes are told quickly, however many there are."""
+"""Bodies in which every field is known and of its type, and whose mistakes are told quickly, however many there are.
+
+JSON has one kind of number, so ``1.0`` is an integer, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 MAX_TOLD = 8  # unknown fields
 T = TypeVar("T")
@@ -24,6 +34,17 @@ class Strict(BaseModel):
 
     refused_by_name: ClassVar[Container[str]] = ()  # no fields, but known
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _whole_numbers(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Read ``1.0`` as 1, after the body has been refused as it is: most bodies hold no such number."""
+        try:
+            return handler(body)
+        except ValidationError:
+            if not isinstance(body, dict):
+                raise
+        return handler({name: _whole(value) for name, value in body.items()})
+
     @model_validator(mode="before")
     @classmethod
     def _few_unknown(cls, body: Any) -> Any:
@@ -33,3 +54,10 @@ class Strict(BaseModel):
         unknown = [n for n in body if n not in cls.model_fields and n not in cls.refused_by_name]
         dropped = set(unknown[MAX_TOLD:])
         return {name: value for name, value in body.items() if name not in dropped} if dropped else body
+
+
+def _whole(value: Any) -> Any:
+    """Floats without a fraction as integers, in lists, too. A float field takes integers as well."""
+    if isinstance(value, list):
+        return [one if type(one) is int else _whole(one) for one in value]
+    return int(value) if type(value) is float and value.is_integer() else value

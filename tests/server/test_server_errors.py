@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from serving import CHAT, PROMPT, serving, told
 
 from paged_infer.server.errors import refusal
-from paged_infer.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, GenerateRequest
+from paged_infer.server.fields import REFUSED
+from paged_infer.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerateRequest,
+    SamplingFields,
+)
 from paged_infer.server.service import Settings
 
 
@@ -51,7 +57,11 @@ from paged_infer.server.service import Settings
         ("prompt", [2**70]),
         ("prompt", "x" * 5000),
         ("store", True),
-        ("best_of", True),
+        ("best_of", 2),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("request_id", ""),
+        ("request_id", "x" * 257),
         ("stream_options", {"include_usage": True}),
     ],
 )
@@ -77,13 +87,23 @@ def test_a_seed_of_minus_one_is_no_seed(kind) -> None:
     assert kind(**prompt, seed=-2).params().seed == -2
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_what_is_not_supported_is_refused_by_name(served, name: str) -> None:
-    for path, body in (("/v1/completions", PROMPT), ("/v1/chat/completions", CHAT)):
+ROUTES: list[tuple[str, Any, type[SamplingFields]]] = [
+    ("/v1/completions", PROMPT, CompletionRequest),
+    ("/v1/chat/completions", CHAT, ChatCompletionRequest),
+    ("/generate", PROMPT, GenerateRequest),
+]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_supported_is_refused_by_name_with_the_reason(served, name: str) -> None:
+    for path, body, model in ROUTES:
+        if name in model.model_fields:
+            continue
+        refused = model.refused_by_name[name]
         error = told(served.post(path, **body, **{name: {"an": "object"}}), 400)
-        assert error["param"] == name and error["message"] == f"{name} is not supported"
-        for harmless in (None, *UNSUPPORTED[name]):
-            assert served.post(path, **body, **{name: harmless}).status_code == 200
+        assert error["param"] == name and error["message"] == f"{name} is not supported: {refused.why}"
+        for harmless in (None, *refused.harmless):
+            assert served.post(path, **body, **{name: harmless}).status_code in (200, 202)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
@@ -112,6 +132,7 @@ def test_a_field_of_the_other_route_is_unknown_here(served) -> None:
         ("/v1/completions", {**PROMPT, "temperature": "hot"}, "temperature"),
         ("/v1/completions", {**PROMPT, "n": 1.5}, "n"),
         ("/v1/completions", {**PROMPT, "n": True}, "n"),
+        ("/v1/completions", {**PROMPT, "best_of": True}, "best_of"),
         ("/v1/completions", {**PROMPT, "stream": "yes"}, "stream"),
         ("/v1/completions", {**PROMPT, "logit_bias": [1]}, "logit_bias"),
         ("/v1/completions", {**PROMPT, "stream_options": {"include_usage": 1}}, "stream_options"),
@@ -128,6 +149,42 @@ def test_a_field_of_the_other_route_is_unknown_here(served) -> None:
 )
 def test_a_wrong_type_is_a_422_that_names_the_field(served, path: str, body: Any, param: str | None) -> None:
     assert told(served.http.post(path, json=body), 422)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/v1/completions",
+            {**PROMPT, "n": 1.0, "top_k": 5.0, "seed": 3.0, "min_tokens": 1.0, "max_tokens": 2.0},
+        ),
+        (
+            "/v1/completions",
+            {**PROMPT, "stop_token_ids": [5.0, 6], "logprobs": 2.0, "truncate_prompt_tokens": 2.0},
+        ),
+        ("/v1/completions", {"prompt": [5.0, 6, 7.0], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": [[5, 6.0], [7.0]], "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": CHAT["messages"], "max_completion_tokens": 2.0}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2.0}),
+        ("/generate", {**PROMPT, "max_tokens": 3.0}),
+    ],
+)
+def test_a_number_without_a_fraction_is_an_integer(served, path: str, body: Any) -> None:
+    """As clients in languages with one kind of number send it."""
+    response = served.http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 202), response.text
+
+
+@pytest.mark.parametrize("value", [1.5, True, "1", 1e-9, [1.0], float("inf")])
+def test_what_is_no_whole_number_is_no_integer(served, value: Any) -> None:
+    for body in (
+        {**PROMPT, "n": value},
+        {**PROMPT, "prompt": [5, value]},
+        {**PROMPT, "stop_token_ids": [value]},
+    ):
+        headers = {"Content-Type": "application/json"}
+        response = served.http.post("/v1/completions", content=json.dumps(body), headers=headers)
+        told(response, 422)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +241,7 @@ def test_a_hundred_thousand_mistakes_are_told_of_as_quickly_as_one(path: str, bo
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_among_many_fields_that_change_nothing_an_unknown_one_is_found(served, order: int) -> None:
-    fields = {**dict.fromkeys(UNSUPPORTED), **dict.fromkeys(GenerateRequest.model_fields), "temprature": 0.5}
+    fields = {**dict.fromkeys(REFUSED), **dict.fromkeys(GenerateRequest.model_fields), "temprature": 0.5}
     body = {name: fields[name] for name in list(fields)[::order]}
     assert told(served.post("/generate", **{**body, "prompt": "x"}), 400)["param"] == "temprature"
 
@@ -251,7 +308,6 @@ def test_a_body_that_is_not_announced_as_json_is_told_how(served, content_type: 
 @pytest.mark.parametrize(
     ("message", "named"),
     [
-        ({"role": "user", "content": "x", "name": "Bob"}, "name"),
         ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "tool_calls"),
         ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
         ({"role": "tool", "content": "x", "tool_call_id": "1"}, "tool_call_id"),

@@ -1,0 +1,94 @@
+"""A request that fails in the engine is an error of its own: whole, streamed or fetched later, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+from serving import Served, serving, told
+from test_jobs import poll
+from test_server_metrics import samples
+
+MESSAGE = "the logits of position 7 are not finite"
+FATE = {"seed": 666, "max_tokens": 20, "ignore_eos": True}  # by its seed, a request is known to fail
+BAD = {"prompt": "Once upon a time", **FATE}
+GOOD = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+
+
+def fail_at_step(served: Served, num_tokens: int) -> None:
+    """What the engine does to a request that cannot be drawn from: all samples of it end with an error."""
+    engine = served.engine._llm.engine
+    step = engine.step
+
+    def failing(*arguments: Any) -> Any:
+        outputs = step(*arguments)
+        for live in list(engine._live.values()):
+            first = live.request.sequences[0]
+            if first.params.seed == BAD["seed"] and first.num_output_tokens >= num_tokens:
+                failed = engine.abort(live.request.request_id)
+                for one in failed.outputs:
+                    one.finish_reason, one.error = "error", MESSAGE
+                outputs = [one for one in outputs if one.request_id != failed.request_id] + [failed]
+        return outputs
+
+    engine.step = failing  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def failing() -> Any:
+    with serving(max_num_seqs=8, num_blocks=64) as served:
+        fail_at_step(served, 3)
+        yield served
+
+
+def check(error: dict[str, Any]) -> None:
+    assert (error["message"], error["code"], error["type"]) == (MESSAGE, "request_failed", "server_error")
+
+
+@pytest.mark.parametrize("more", [{}, {"n": 3}, {"logprobs": 2, "echo": True}])
+def test_a_failed_request_is_a_500_with_its_message(failing: Served, more: dict[str, Any]) -> None:
+    check(told(failing.post("/v1/completions", **BAD, **more), 500))
+    assert failing.http.get("/health").status_code == 200
+    assert failing.complete(**GOOD)["usage"]["completion_tokens"] == 40
+
+
+def test_a_failed_chat_is_a_500_with_its_message(failing: Served) -> None:
+    messages = [{"role": "user", "content": "Where is the key?"}]
+    check(told(failing.post("/v1/chat/completions", messages=messages, **FATE), 500))
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_that_fails_ends_with_an_error_and_done(failing: Served, usage: bool) -> None:
+    body = {**BAD, "stream": True, "stream_options": {"include_usage": usage}}
+    with failing.http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    check(json.loads(events[-2])["error"])
+    assert all("error" not in json.loads(event) for event in events[:-2])
+
+
+def test_a_job_that_fails_is_told_by_its_result(failing: Served) -> None:
+    job = failing.post("/generate", **BAD).json()["id"]
+    result = poll(failing, job)
+    assert result["status"] == "failed" and "outputs" not in result
+    check(result["error"])
+
+
+def test_the_neighbours_of_a_failed_request_say_what_they_say_alone(failing: Served) -> None:
+    alone = failing.complete(**GOOD)["choices"][0]["text"]
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.append(failing.complete(**GOOD)["choices"][0]["text"]))
+    thread.start()
+    for _ in range(5):
+        told(failing.post("/v1/completions", **BAD), 500)
+    thread.join(60)
+    assert said == [alone]
+
+
+def test_failed_answers_are_counted_as_errors(failing: Served) -> None:
+    assert samples(failing)["request_success_totalerror"] == 0
+    told(failing.post("/v1/completions", **BAD, n=2), 500)
+    assert samples(failing)["request_success_totalerror"] == 2

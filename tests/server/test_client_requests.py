@@ -79,7 +79,7 @@ SENT: dict[str, tuple[str, dict[str, Any]]] = {
     "vllm bench serve openai": (
         "completions",
         {"prompt": PLAIN, "repetition_penalty": 1.0, "max_tokens": 5, "logprobs": None, "ignore_eos": True}
-        | {"temperature": 0.0, **USAGE_LAST},
+        | USAGE_LAST,
     ),
     "vllm bench serve openai-chat": (
         "chat/completions",

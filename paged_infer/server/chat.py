@@ -53,11 +53,15 @@ class _ChatShape(Shape):
         message = {"role": "assistant", "content": growth.text(one), "refusal": None}
         return {"message": message, "logprobs": self._logprobs(growth, one)}
 
+    def opening(self) -> dict[str, Any]:
+        """The role comes by itself, as OpenAI sends it: its JavaScript client counts logprobs beside it twice."""
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
     def piece(
         self, growth: Growth, output: RequestOutput, one: CompletionOutput, is_first: bool
     ) -> dict[str, Any] | None:
         text, logprobs = growth.text(one), self._logprobs(growth, one)
-        delta = {"role": "assistant", "content": text} if is_first else {"content": text} if text else {}
+        delta = {"content": text} if text else {}
         has_tokens = logprobs is not None and logprobs["content"]
         if not (delta or has_tokens or one.finish_reason):
             return None

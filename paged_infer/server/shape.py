@@ -52,6 +52,10 @@ class Shape(ABC):
         """Why an answer has ended, and the stop that ended it; None while it goes on."""
         return one.finish_reason, one.stop_reason
 
+    def opening(self) -> dict[str, Any] | None:
+        """What precedes the first token of an answer in a stream; None if nothing does."""
+        return None
+
     @abstractmethod
     def choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         """One whole answer."""
@@ -143,6 +147,9 @@ class Shape(ABC):
             index = place * len(output.outputs) + one.index
             if index in told.ended:
                 continue
+            if index not in told.growths and (opening := self.opening()) is not None:
+                piece = self._object(self.piece_kind, [{"index": index, **opening, "finish_reason": None}])
+                events.append(event({**piece, **no_usage}))
             is_first = index not in told.growths
             growth = told.growths.setdefault(index, Growth())
             choice = self.piece(growth, output, one, is_first)

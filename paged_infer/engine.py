@@ -101,6 +101,7 @@ class LLMEngine:
             max_model_len=self.memory.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
+            num_together=1 if beam_params is None else beam_params.beam_width,
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")

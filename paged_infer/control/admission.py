@@ -14,6 +14,8 @@ from paged_infer.control.beam import num_candidates
 from paged_infer.control.block_manager import Allocation, BlockManager
 from paged_infer.params import BeamSearchParams, SamplingParams
 
+MAX_NUM_SAMPLES = 16_384  # of one request; vLLM's VLLM_MAX_N_SEQUENCES
+
 
 class ContextLengthError(ValueError):
     """The prompt leaves no room for an answer; a server tells this apart from other bad input."""
@@ -35,8 +37,11 @@ def check_request(
     max_model_len: int,
     max_num_seqs: int,
     manager: BlockManager,
+    num_together: int = 1,
 ) -> None:
     """Law 5: refuse here what could not be served, naming the value and the limit.
+
+    ``num_together``: how many of the request's sequences have to run at once: one sample, or all beams of a search.
 
     Raises:
         ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens or ask
@@ -62,17 +67,19 @@ def check_request(
         raise ContextLengthError(
             f"the prompt has {num_prompt} tokens: it must be shorter than max_model_len={max_model_len}"
         )
-    if params.n > max_num_seqs:
-        raise ValueError(f"n={params.n} samples cannot run at once: max_num_seqs={max_num_seqs}")
-    # The last token is drawn and never stored. In the worst case the samples or beams share nothing.
+    if params.n > MAX_NUM_SAMPLES:
+        raise ValueError(f"n={params.n}: must be at most {MAX_NUM_SAMPLES}")
+    if num_together > max_num_seqs:
+        raise ValueError(f"{num_together} beams cannot run at once: max_num_seqs={max_num_seqs}")
+    # The last token is drawn and never stored. In the worst case the beams share nothing.
     longest = (
         max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
     )
-    needed = params.n * manager.blocks_for(longest - 1)
+    needed = num_together * manager.blocks_for(longest - 1)
     if manager.can_allocate(needed * manager.block_size) is Allocation.NEVER:
         raise ValueError(
-            f"{params.n} sample(s) or beam(s) of {num_prompt} prompt and up to {longest - num_prompt} output tokens "
-            f"need {needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
+            f"{num_together} sample(s) or beam(s) of {num_prompt} prompt and up to {longest - num_prompt} output "
+            f"tokens need {needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
         )
 
 

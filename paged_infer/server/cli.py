@@ -39,6 +39,9 @@ def serve(
         int, typer.Option(help="Most sequences that wait; one more request is answered 429.")
     ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
+    max_n: Annotated[
+        int, typer.Option(help="Most samples or beams of a prompt; more are answered 400.", min=1)
+    ] = 128,
     max_num_logprobs: Annotated[
         int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")
     ] = 1 << 22,
@@ -101,6 +104,7 @@ def serve(
             served_model_names=tuple(served_model_name or ()),
             max_body_bytes=max_body_bytes,
             receive_timeout_s=receive_timeout,
+            max_n=max_n,
             max_num_logprobs=max_num_logprobs,
             result_ttl_s=result_ttl,
         )

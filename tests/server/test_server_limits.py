@@ -82,6 +82,29 @@ def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
         told(served.post("/v1/chat/completions", **endless), 400)
 
 
+def test_more_samples_or_beams_than_max_n_are_refused() -> None:
+    with serving(Settings(max_n=3), num_blocks=64, max_num_seqs=2) as served:
+        assert len(served.complete(**PROMPT, n=3)["choices"]) == 3  # more than run at once
+        for more in ({}, {"use_beam_search": True}):
+            error = told(served.post("/v1/completions", **PROMPT, n=4, **more), 400)
+            assert error["param"] == "n" and error["message"] == "n=4: must be at most max_n=3"
+        assert told(served.post("/v1/chat/completions", **CHAT, n=4), 400)["param"] == "n"
+        assert told(served.post("/generate", **PROMPT, n=4), 400)["param"] == "n"
+
+
+def test_a_stream_of_more_samples_than_run_at_once_is_that_of_the_whole_answer() -> None:
+    with serving(num_blocks=64, max_num_seqs=4) as served:
+        body = {**PROMPT, "max_tokens": 6, "n": 7, "seed": 5, "temperature": 1.0}
+        whole = [choice["text"] for choice in served.complete(**body)["choices"]]
+        texts, ends = [""] * 7, [""] * 7
+        for event in served.post("/v1/completions", **body, stream=True).text.split("\n\n"):
+            if event.startswith("data: {"):
+                (choice,) = json.loads(event.removeprefix("data: "))["choices"]
+                texts[choice["index"]] += choice["text"]
+                ends[choice["index"]] += choice["finish_reason"] or ""
+        assert texts == whole and set(ends) == {"length"}
+
+
 def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
     with serving(max_num_seqs=1, max_num_waiting=1, num_blocks=64) as busy:
         long = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}

@@ -12,6 +12,8 @@ from typing import Any
 
 import regex
 
+from paged_infer.token_lengths import max_token_characters
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -114,6 +116,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. A model's embedding may have more rows than this."""
         return len(self._hf)
+
+    @cached_property
+    def max_token_characters(self) -> int | None:
+        """Most characters of a text that one token can stand for; None if there is no bound."""
+        return max_token_characters(self._hf)
 
     def is_silent(self, token_id: int) -> bool:
         """Whether ``decode`` leaves the token out: a special token, or an id that names none."""

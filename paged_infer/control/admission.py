@@ -29,6 +29,21 @@ def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_m
     return list(prompt_token_ids[-(max_model_len - 1 if keep == -1 else keep) :])
 
 
+def check_num_characters(num_characters: int, max_token_characters: int | None, max_model_len: int) -> None:
+    """Refuse a text by its length alone, before it is tokenized, if it cannot fit whatever its tokens are.
+
+    ``max_token_characters``: most characters that one token can stand for; None if there is no bound.
+
+    Raises:
+        ContextLengthError: the message names the length and the limit.
+    """
+    if max_token_characters is not None and num_characters > max_token_characters * (max_model_len - 1):
+        raise ContextLengthError(
+            f"the prompt has {num_characters} characters: it must be shorter than max_model_len={max_model_len} "
+            f"tokens, of {max_token_characters} characters at most"
+        )
+
+
 def check_request(
     prompt_token_ids: ReadOnlyList[int],
     params: SamplingParams,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -48,6 +51,10 @@ def serve(
     receive_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take to arrive: its head, and then its body.")
     ] = 30.0,
+    step_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that one step may take before the engine counts as hung; 0: no limit."),
+    ] = 600.0,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
@@ -112,6 +119,7 @@ def serve(
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,
+            step_timeout=step_timeout or None,
             load_format=load_format,
             dtype=dtype,
             device=device,
@@ -136,5 +144,10 @@ def serve(
     except ValueError as error:
         fail(error)
     is_clean = run.serve(engine, settings, door, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
+    if engine.is_abandoned:  # its thread may never return, and the interpreter's end would wait for it
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     if not is_clean:
         raise typer.Exit(1)

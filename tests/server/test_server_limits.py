@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 from serving import CHAT, PROMPT, serving, told
 
+from paged_infer.async_engine import QueueFullError
 from paged_infer.server.service import Settings
 
 
@@ -119,6 +120,28 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
         busy.check_idle()
         assert busy.complete(**PROMPT)
         assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
+
+
+def test_too_much_text_to_tokenize_is_a_429_and_what_cannot_fit_a_400() -> None:
+    with serving(num_blocks=64) as served:
+
+        def full(*_: object) -> None:
+            raise QueueFullError("9 characters wait to be tokenized")
+
+        served.engine._tokenizing.submit = full  # type: ignore[method-assign, assignment]
+        for num_characters, status in ((5000, 429), (1_000_000, 400)):  # the queue does not see the second
+            text = "a" * num_characters
+            for path, prompt in (
+                ("/v1/completions", {"prompt": text}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+                ("/generate", {"prompt": text}),
+            ):
+                response = served.post(path, **prompt, max_tokens=2)
+                error = told(response, status)
+                if status == 429:
+                    assert error["type"] == "rate_limit_error" and "retry-after" in response.headers
+                else:
+                    assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(prompt))
 
 
 def test_what_is_too_much_for_an_empty_queue_is_no_429() -> None:

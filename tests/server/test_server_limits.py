@@ -93,6 +93,15 @@ def test_more_samples_or_beams_than_max_n_are_refused() -> None:
         assert told(served.post("/generate", **PROMPT, n=4), 400)["param"] == "n"
 
 
+def test_more_or_longer_stop_strings_than_the_limit_are_refused() -> None:
+    with serving(num_blocks=64) as served:
+        assert served.complete(**PROMPT, stop=["x" * 256] * 16)
+        for stop, found in ((["x"] * 17, "17 strings"), ("x" * 257, "of 257 characters")):
+            error = told(served.post("/v1/completions", **PROMPT, stop=stop), 400)
+            assert error["param"] == "stop" and found in error["message"]
+            assert "at most 16 strings of at most 256 characters" in error["message"]
+
+
 def test_a_stream_of_more_samples_than_run_at_once_is_that_of_the_whole_answer() -> None:
     with serving(num_blocks=64, max_num_seqs=4) as served:
         body = {**PROMPT, "max_tokens": 6, "n": 7, "seed": 5, "temperature": 1.0}

@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as ReadOnlyList
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,14 +23,17 @@ from paged_infer.engine_thread import EngineDeadError, EngineThread, Mailbox, Qu
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.text_queue import TextQueue
 from paged_infer.tokenizer import Tokenizer
 from paged_infer.values import as_integer
+from paged_infer.watchdog import check_timeout
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 
 LONG_TEXT = (
     4096  # characters; about a millisecond of tokenizing, and no event loop should stand still for much more
 )
+LAST_STEP_S = 30.0
 T = TypeVar("T")
 
 
@@ -41,6 +43,8 @@ class AsyncLLM:
     Args:
         model: as ``LLM`` takes it.
         max_num_waiting: most sequences that may wait for their turn; one more request is a ``QueueFullError``.
+        step_timeout: seconds that one step may take, a first one with its compilation, too. Longer means that the
+            device hangs: every request ends with an ``EngineDeadError``. None for no limit.
         options: see ``EngineConfig``.
 
     Raises:
@@ -49,22 +53,29 @@ class AsyncLLM:
     """
 
     def __init__(
-        self, model: str | Path | None = None, *, max_num_waiting: int = 1024, **options: Any
+        self,
+        model: str | Path | None = None,
+        *,
+        max_num_waiting: int = 1024,
+        step_timeout: float | None = 600.0,
+        **options: Any,
     ) -> None:
         limit = as_integer(max_num_waiting)
         if limit is None or limit < 1:
             raise ValueError(f"max_num_waiting={max_num_waiting!r}: must be an integer >= 1")
+        check_timeout("step_timeout", step_timeout)
         self._llm = LLM(model, **options)
         if self.tokenizer is not None:
             self.tokenizer.encode(
                 "warm up"
             )  # the first call settles how the tokenizer truncates: not in two threads
+            _ = self.tokenizer.max_token_characters  # which takes a while, so not in the event loop
         self.max_num_waiting = limit
-        self._thread = EngineThread(self._llm.engine, limit)
+        self._thread = EngineThread(self._llm.engine, limit, step_timeout)
         self._door = threading.Lock()  # requests are numbered and queued in the same order
         self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _door
         self._numbers = itertools.count()
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing = TextQueue()
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._tokenizing)  # at exit, too
 
     @property
@@ -91,6 +102,11 @@ class AsyncLLM:
     def error(self) -> EngineDeadError | None:
         """Why nothing is served any more; None while all is well."""
         return self._thread.error
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether a step did not return and was left behind. Its thread may be at work until the process ends."""
+        return self._thread.is_abandoned
 
     @property
     def observers(self) -> list[Callable[[StepReport], None]]:
@@ -121,7 +137,7 @@ class AsyncLLM:
 
         Raises:
             ValueError: the request cannot be served; the message names the value and the limit.
-            QueueFullError: too many wait already.
+            QueueFullError: too many wait already, or too much text waits to be tokenized.
             EngineDeadError: the engine has failed, now or earlier, or has been shut down.
         """
         answers = await self.submit(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
@@ -147,6 +163,8 @@ class AsyncLLM:
         params = SamplingParams() if params is None else params
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str) and self.tokenizer is not None:
+            if isinstance(params, BeamSearchParams) or params.truncate_prompt_tokens is None:
+                self._llm.engine.check_length(len(prompt))
             prompt = await self._aside(self.tokenizer.encode, prompt, len(prompt))
         mailbox = Mailbox(asyncio.get_running_loop())
         with self._door:
@@ -160,8 +178,19 @@ class AsyncLLM:
             answers = self._streams[request_id] = RequestStream(self, request_id, mailbox)
         return answers
 
-    async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer."""
+    async def chat_prompt(
+        self, messages: ReadOnlyList[Mapping[str, Any]], *, truncates: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer.
+
+        ``truncates``: the request keeps only the end of its prompt, so that no conversation is too long.
+
+        Raises:
+            ValueError: see ``Tokenizer.apply_chat_template``; or what users say in it is too long already.
+            QueueFullError: too much text waits to be tokenized.
+        """
+        if not truncates:
+            self._llm.engine.check_length(_num_user_characters(messages))
         num_characters = sum(len(str(message)) for message in messages)
         return await self._aside(self._llm.chat_prompt, messages, num_characters)
 
@@ -169,7 +198,8 @@ class AsyncLLM:
         """``function(text)``; a long text is worked on in another thread, one after the other."""
         if num_characters <= LONG_TEXT:
             return function(text)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, text)
+        self._thread.check_alive()
+        return await asyncio.wrap_future(self._tokenizing.submit(function, text, num_characters))
 
     def abort(self, request_id: str) -> None:
         """From any thread: end a request. Its reader gets what there is, with finish_reason "abort"."""
@@ -198,16 +228,25 @@ class AsyncLLM:
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
-    async def shutdown(self, finish: bool = False, timeout_s: float | None = None) -> None:
+    async def shutdown(
+        self, finish: bool = False, timeout_s: float | None = None, last_step_s: float = LAST_STEP_S
+    ) -> None:
         """Take no more requests; let those under way finish, for ``timeout_s`` at most, or abort them at once.
 
-        Whoever waits gets an end in either case. Returns when the engine's thread has ended.
+        Whoever waits gets an end in either case. Returns when the engine's thread has ended, or when a step under way
+        has not returned for ``last_step_s`` after that: then ``is_abandoned`` is true.
         """
         self._thread.stop(finish)
-        await asyncio.to_thread(self._thread.join, timeout_s if finish else None)
+        if finish:
+            await asyncio.to_thread(self._thread.join, timeout_s)
         self._thread.stop(finish=False)
-        await asyncio.to_thread(self._thread.join)
-        self._tokenizing.shutdown(wait=False)
+        if not await asyncio.to_thread(self._thread.join, last_step_s):
+            self.abandon()
+        self._tokenizing.close()
+
+    def abandon(self) -> None:
+        """From any thread: wait for the step under way no longer. Who is still served gets an EngineDeadError."""
+        self._thread.abandon("its last step did not return")
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -253,9 +292,15 @@ class RequestStream:
         self._owner._closed(self, is_over)
 
 
-def _stop(thread: EngineThread, tokenizing: ThreadPoolExecutor) -> None:
+def _num_user_characters(messages: ReadOnlyList[Mapping[str, str]]) -> int:
+    """Of what is in any rendering of the conversation: templates trim contents, and drop an assistant's reasoning."""
+    said = (one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user")
+    return sum(len(content.strip()) for content in said if isinstance(content, str))
+
+
+def _stop(thread: EngineThread, tokenizing: TextQueue) -> None:
     """Nobody will ask any more, or the interpreter is about to go: not in the middle of a step."""
     thread.stop()
     if threading.current_thread() is not thread._thread:
-        thread.join()
-    tokenizing.shutdown(wait=False)
+        thread.join(LAST_STEP_S)
+    tokenizing.close()

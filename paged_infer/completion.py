@@ -7,6 +7,7 @@ from collections.abc import Sequence as ReadOnlyList
 from paged_infer.continuation import continuation
 from paged_infer.control.request import Request, Sequence
 from paged_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from paged_infer.stop_strings import StopFinder
 from paged_infer.tokenizer import StreamingDecoder, Tokenizer
 
 
@@ -29,6 +30,7 @@ class Completion:
             self._decoder = StreamingDecoder(tokenizer, self._prompt_token_ids())
             special = tokenizer.special_tokens
             self._stop_of_token = {special[stop]: stop for stop in self._stops if stop in special}
+        self._finder = StopFinder(self._stops) if self._stops else None
         self._num_decoded = 0  # output tokens given to the decoder
         self._text = ""
         self._stop_string: str | None = None
@@ -77,13 +79,9 @@ class Completion:
 
     def _find_stop(self, settled: int) -> None:
         """Cut the text at the first stop string that ends in its unsettled part."""
-        found = []
-        for stop in self._stops:
-            at = self._text.find(stop, max(0, settled - len(stop) + 1))
-            if at >= 0:
-                found.append((at, stop))
-        if found:
-            at, self._stop_string = min(found)
+        found = self._finder.find(self._text, settled) if self._finder is not None else None
+        if found is not None:
+            at, self._stop_string = found
             self._text = self._text[:at]
 
     def _named(self, logprobs: TokenLogprobs) -> TokenLogprobs:
@@ -124,13 +122,10 @@ class Completion:
             return self._text
         if finish_reason is not None:
             return self._text
-        held = max((_overlap(self._text, stop) for stop in self._stops), default=0)
-        return self._text[: len(self._text) - held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop`` without being all of it."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+        if self._finder is None:
+            return self._text
+        self._finder.find(self._text, len(self._text))  # what min_tokens has kept it from
+        return self._text[: len(self._text) - self._finder.num_open]
 
 
 def named_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:

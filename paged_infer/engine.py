@@ -15,7 +15,7 @@ from pathlib import Path
 
 from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.config import EngineConfig
-from paged_infer.control.admission import check_beams, check_request, truncated
+from paged_infer.control.admission import check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.usage import KVUsage
@@ -84,7 +84,7 @@ class LLMEngine:
         if isinstance(params, BeamSearchParams):
             beam_params, params = params, params.limits
         text = prompt if isinstance(prompt, str) else None
-        token_ids = self._encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
+        token_ids = self._encode(prompt, params) if isinstance(prompt, str) else as_token_ids(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
         model = self.decoder.config
@@ -104,6 +104,7 @@ class LLMEngine:
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
             eos_token_ids=model.eos_token_ids,
+            num_together=1 if beam_params is None else beam_params.beam_width,
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
@@ -114,10 +115,18 @@ class LLMEngine:
         self._num_sequences += params.n
         return request
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, params: SamplingParams) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
+        if params.truncate_prompt_tokens is None:
+            self.check_length(len(text))
         return self.tokenizer.encode(text)
+
+    def check_length(self, num_characters: int) -> None:
+        """Raises ContextLengthError for a text of which that shows that it cannot fit; see ``check_num_characters``."""
+        if self.tokenizer is not None and num_characters >= self.memory.max_model_len:
+            most = self.tokenizer.max_token_characters
+            check_num_characters(num_characters, most, self.memory.max_model_len)
 
     @uninterrupted()
     def submit(self, request: Request, *, streamed: bool = False) -> None:

@@ -6,22 +6,27 @@
 
 Commands take effect between two steps, in the order in which they were given. After a step, all that it has to tell
 one event loop crosses over in a single ``call_soon_threadsafe``, however many requests it moved.
+
+A step that does not return cannot be stopped, only left behind (``abandon``): every request gets its error from another
+thread, and the engine, which may still be at work, is not touched again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
 from paged_infer.control.request import Request, Sequence
 from paged_infer.engine import LLMEngine
 from paged_infer.outputs import RequestOutput
+from paged_infer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -96,21 +101,28 @@ class EngineThread:
         engine: nobody else may touch it from now on, except to ``prepare`` requests, one at a time.
         max_num_waiting: most sequences (samples or beams) that may wait, those preempted included, when one more
             request is added.
+        step_timeout_s: longest that a step, with the commands before it, may take before it is abandoned; None for
+            no limit.
     """
 
-    def __init__(self, engine: LLMEngine, max_num_waiting: int) -> None:
+    def __init__(self, engine: LLMEngine, max_num_waiting: int, step_timeout_s: float | None = None) -> None:
         self.engine = engine
         self.observers: list[Callable[[StepReport], None]] = []
         self.error: EngineDeadError | None = None
         self.ended = threading.Event()
+        self.is_abandoned = False
+        self.gone = threading.Event()  # the thread has ended, or was abandoned: nothing will come from it
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
         self._inbox: list[_Add | _Abort | _Call] = []  # guarded by _wake, as are the next two
         self._num_waiting = (
             0  # sequences in the engine, as they stood when it last did something, and in the inbox
         )
+        self._taken: list[_Add | _Abort | _Call] = []  # out of the inbox, and perhaps not carried out yet
         self._stopping = False
-        self._mailboxes: dict[str, Mailbox] = {}  # touched by the thread alone
+        self._mailboxes: dict[str, Mailbox] = {}  # changed by the thread alone
+        hung = f"a step has taken longer than step_timeout={step_timeout_s} s"
+        self.watchdog = Watchdog(step_timeout_s, lambda: self.abandon(hung))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -124,7 +136,7 @@ class EngineThread:
             EngineDeadError: nobody will serve it.
         """
         with self._wake:
-            self._check_alive()
+            self.check_alive()
             if self._num_waiting >= self._max_num_waiting:
                 raise QueueFullError(
                     f"{self._num_waiting} sequences wait already: max_num_waiting={self._max_num_waiting}"
@@ -135,17 +147,23 @@ class EngineThread:
     def abort(self, request_id: str) -> None:
         """End the request, if it is still served; its mailbox gets what there is, with finish_reason "abort"."""
         with self._wake:
-            if not self.ended.is_set():
+            if not self.gone.is_set():
                 self._post(_Abort(request_id))
 
     def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
-        """Run ``function(engine)`` between two steps; when the thread has ended, in the caller's own."""
+        """Run ``function(engine)`` between two steps; when the thread has ended, in the caller's own.
+
+        Where a step was abandoned the answer is an EngineDeadError.
+        """
         command = _Call(function)
         with self._wake:
-            if not self.ended.is_set():
+            if not self.gone.is_set():
                 self._post(command)
                 return command.answer
-        self._answer(command)
+        if self.is_abandoned:
+            command.answer.set_exception(self._dead())
+        else:
+            self._answer(command)
         return command.answer
 
     def stop(self, finish: bool = False) -> None:
@@ -157,10 +175,31 @@ class EngineThread:
                 self._stopping = True
             self._wake.notify()
 
-    def join(self, timeout_s: float | None = None) -> None:
-        self._thread.join(timeout_s)
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread's end, for ``timeout_s`` at most, and not if it was abandoned. Whether it has ended."""
+        if self.gone.wait(timeout_s) and not self.is_abandoned:
+            self._thread.join()
+        return self.ended.is_set()
 
-    def _check_alive(self) -> None:
+    def abandon(self, reason: str) -> None:
+        """From any thread: wait for the step under way no longer. Whoever waits gets an EngineDeadError."""
+        with self._wake:
+            if self.gone.is_set():
+                return
+            self.is_abandoned = True
+            self.error = EngineDeadError(f"the engine has been abandoned: {reason}")
+            commands, self._inbox = [*self._taken, *self._inbox], []
+            self.gone.set()
+        logger.error("%s", self.error)
+        mailboxes = {*self._mailboxes.values(), *(c.mailbox for c in commands if isinstance(c, _Add))}
+        self._deliver([(mailbox, self._dead()) for mailbox in mailboxes])
+        for command in commands:
+            if isinstance(command, _Call):
+                with contextlib.suppress(InvalidStateError):  # it has its answer
+                    command.answer.set_exception(self._dead())
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if nothing is served any more."""
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
 
@@ -176,7 +215,8 @@ class EngineThread:
                 if self.engine.has_unfinished_requests:
                     outputs = self.engine.step(self._sleep)
                     self._recount()
-                    self._report(self.engine.grown, outputs)
+                    if not self.is_abandoned:
+                        self._report(self.engine.grown, outputs)
         except BaseException as error:
             logger.exception("the engine has failed")
             died = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
@@ -187,23 +227,30 @@ class EngineThread:
 
     def _sleep(self, seconds: float) -> None:
         """While the policy waits for a batch to fill: whoever comes ends the nap."""
+        self.watchdog.pause()
         with self._wake:
             if not self._inbox and not self._stopping:
                 self._wake.wait(seconds)
+        self.watchdog.begin()
 
     def _obey(self) -> bool:
         """Wait for work, and carry out the commands that have come. False when it is time to end."""
+        self.watchdog.pause()
         with self._wake:
             while not (self._inbox or self.engine.has_unfinished_requests or self.error):
                 self._wake.wait()
-            commands, self._inbox = self._inbox, []
-        for command in commands:
+            if self.is_abandoned:
+                return False
+            self._taken, self._inbox = self._inbox, []
+        self.watchdog.begin()
+        for command in self._taken:
             if isinstance(command, _Add):
                 self._submit(command)
             elif isinstance(command, _Abort):
                 self._abort(command.request_id)
             else:
                 self._answer(command)
+        self._taken = []
         if self._stopping:
             for request_id in list(self._mailboxes):
                 self._abort(request_id)
@@ -234,9 +281,13 @@ class EngineThread:
         if not command.answer.set_running_or_notify_cancel():  # whoever asked has gone
             return
         try:
-            command.answer.set_result(command.function(self.engine))
+            result = command.function(self.engine)
         except Exception as error:
-            command.answer.set_exception(error)
+            with contextlib.suppress(InvalidStateError):  # abandoned meanwhile
+                command.answer.set_exception(error)
+        else:
+            with contextlib.suppress(InvalidStateError):
+                command.answer.set_result(result)
 
     def _report(self, grown: list[Sequence], outputs: list[RequestOutput]) -> None:
         letters: list[tuple[Mailbox, RequestOutput | Exception]] = []
@@ -263,12 +314,15 @@ class EngineThread:
             except (
                 RuntimeError
             ):  # the loop is closed: its readers are gone, and what they asked for with them
+                if self.is_abandoned:
+                    continue
                 for request_id in [i for i, mailbox in self._mailboxes.items() if mailbox.loop is loop]:
                     del self._mailboxes[request_id]
                     self.engine.abort(request_id)
 
     def _die(self, died: EngineDeadError | None) -> None:
         """Leave nobody waiting: not who is served, not who has just come, not who asks from now on."""
+        self.watchdog.close()
         with self._wake:
             self.error = died or self.error  # from here on nobody is added
         for request_id in self._mailboxes:
@@ -279,6 +333,9 @@ class EngineThread:
         with self._wake:
             commands, self._inbox = self._inbox, []
             self.ended.set()
+            self.gone.set()
+        if self.is_abandoned:  # everybody has been told
+            return
         orphans = [*self._mailboxes.values(), *(c.mailbox for c in commands if isinstance(c, _Add))]
         self._mailboxes.clear()
         self._deliver([(mailbox, self._dead()) for mailbox in orphans])

@@ -14,6 +14,7 @@ import regex
 
 from paged_infer.chat_template import check_text, checked_messages, fitted_messages
 from paged_infer.continuation import CONTEXT, REPLACEMENT, num_shared, num_unfinished, prompt_context
+from paged_infer.token_lengths import max_token_characters
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -133,6 +134,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. A model's embedding may have more rows than this."""
         return len(self._hf)
+
+    @cached_property
+    def max_token_characters(self) -> int | None:
+        """Most characters of a text that one token can stand for; None if there is no bound."""
+        return max_token_characters(self._hf)
 
     def is_silent(self, token_id: int) -> bool:
         """Whether ``decode`` leaves the token out: a special token, or an id that names none."""

@@ -117,8 +117,7 @@ def test_an_array_of_texts_is_a_list_of_prompts(text_llm) -> None:
         ([], [GREEDY], ["1 sampling_params for 0 prompts"]),
         ([[5]], {"max_tokens": 5}, ["sampling_params", "max_tokens"]),
         ([[5]], [None], ["sampling_params", "None"]),
-        ([[5]], SamplingParams(n=9), ["n=9", "max_num_seqs=8"]),
-        ([[5]], SamplingParams(n=8, max_tokens=511), ["8 sample", "256 blocks", "num_blocks=64"]),
+        ([[5]], SamplingParams(n=16385), ["n=16385", "16384"]),
         ([[5]], SamplingParams(logprobs=1004), ["logprobs=1004", "1003"]),
         ([[5]], SamplingParams(stop_token_ids=[1003]), ["1003", "[0, 1003)"]),
     ],
@@ -368,6 +367,45 @@ def test_samples_of_one_request_differ_and_are_those_of_their_index(llm) -> None
         llm, [5, 6, 7], SamplingParams(temperature=1.0, n=2, seed=11, max_tokens=8, ignore_eos=True)
     )
     assert fewer.outputs == output.outputs[:2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 3},
+        {"max_num_seqs": 5, "enable_prefix_caching": False},
+        {"max_num_seqs": 4, "max_num_batched_tokens": 6},
+        {"num_blocks": 6, "block_size": 4},  # room for one of them at its longest, and a half
+        {"max_num_seqs": 4, "scheduling_policy": "prefill_first"},
+        {"max_num_seqs": 4, "scheduling_policy": "static"},
+        {"num_blocks": 12, "block_size": 4, "preemption_mode": "swap"},
+        {"max_num_seqs": 3, "async_scheduling": True},
+    ],
+)
+def test_samples_are_the_same_however_few_of_them_run_at_once(options, make_llm) -> None:
+    params = SamplingParams(temperature=1.0, n=9, seed=11, max_tokens=8, ignore_eos=True)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 1]]
+    few = make_llm(**options)
+    together, crowded = (
+        [[sample.token_ids for sample in output.outputs] for output in generate(llm, prompts, params)]
+        for llm in (make_llm(max_num_seqs=32), few)
+    )
+    assert crowded == together and len({*map(tuple, crowded[0])}) == 9
+    few.check_integrity()
+    assert few.stats()["free_blocks"] == few.stats()["num_blocks"]
+
+
+def test_another_request_is_served_while_one_of_many_samples_goes_on(make_llm) -> None:
+    engine = make_llm(max_num_seqs=4).engine
+    crowd = SamplingParams(n=16, max_tokens=200, ignore_eos=True)
+    engine.add_request("crowd", [5, 6, 7], crowd)
+    for number in range(5):
+        engine.step()
+        engine.add_request(str(number), [8, 9], SamplingParams(max_tokens=1))
+        assert [output.request_id for output in engine.step()] == [str(number)]
+    assert engine.stats()["num_running"] == 3 and engine.stats()["num_waiting"] == 13
+    engine.abort("crowd")
 
 
 def test_each_prompt_may_have_its_own_parameters(llm) -> None:

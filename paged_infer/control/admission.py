@@ -15,6 +15,8 @@ from paged_infer.control.beam import num_candidates
 from paged_infer.control.block_manager import Allocation, BlockManager
 from paged_infer.params import BeamSearchParams, SamplingParams
 
+MAX_NUM_SAMPLES = 16_384  # of one request; vLLM's VLLM_MAX_N_SEQUENCES
+
 
 class ContextLengthError(ValueError):
     """The prompt leaves no room for an answer; a server tells this apart from other bad input."""
@@ -28,6 +30,21 @@ def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_m
     return list(prompt_token_ids[-(max_model_len - 1 if keep == -1 else keep) :])
 
 
+def check_num_characters(num_characters: int, max_token_characters: int | None, max_model_len: int) -> None:
+    """Refuse a text by its length alone, before it is tokenized, if it cannot fit whatever its tokens are.
+
+    ``max_token_characters``: most characters that one token can stand for; None if there is no bound.
+
+    Raises:
+        ContextLengthError: the message names the length and the limit.
+    """
+    if max_token_characters is not None and num_characters > max_token_characters * (max_model_len - 1):
+        raise ContextLengthError(
+            f"the prompt has {num_characters} characters: it must be shorter than max_model_len={max_model_len} "
+            f"tokens, of {max_token_characters} characters at most"
+        )
+
+
 def check_request(
     prompt_token_ids: ReadOnlyList[int],
     params: SamplingParams,
@@ -37,8 +54,11 @@ def check_request(
     max_num_seqs: int,
     manager: BlockManager,
     eos_token_ids: Collection[int] = (),
+    num_together: int = 1,
 ) -> None:
     """Law 5: refuse here what could not be served, naming the value and the limit.
+
+    ``num_together``: how many of the request's sequences have to run at once: one sample, or all beams of a search.
 
     Raises:
         ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens, ask for
@@ -66,17 +86,20 @@ def check_request(
         raise ContextLengthError(
             f"the prompt has {num_prompt} tokens: it must be shorter than max_model_len={max_model_len}"
         )
-    if params.n > max_num_seqs:
-        raise ValueError(f"n={params.n} samples cannot run at once: max_num_seqs={max_num_seqs}")
-    # The last token is drawn and never stored. In the worst case the samples or beams share nothing.
+    if params.n > MAX_NUM_SAMPLES:
+        raise ValueError(f"n={params.n}: must be at most {MAX_NUM_SAMPLES}")
+    if num_together > max_num_seqs:
+        raise ValueError(f"{num_together} beams cannot run at once: max_num_seqs={max_num_seqs}")
+    # The last token is drawn and never stored. In the worst case the samples or beams that run at once share nothing.
     longest = (
         max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
     )
-    needed = params.n * manager.blocks_for(longest - 1)
+    num_at_once = min(params.n, max_num_seqs)
+    needed = num_at_once * manager.blocks_for(longest - 1)
     if manager.can_allocate(needed * manager.block_size) is Allocation.NEVER:
         raise ValueError(
-            f"{params.n} sample(s) or beam(s) of {num_prompt} prompt and up to {longest - num_prompt} output tokens "
-            f"need {needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
+            f"{num_at_once} sample(s) or beam(s) of {num_prompt} prompt and up to {longest - num_prompt} output "
+            f"tokens need {needed} blocks of {manager.block_size}: the pool has num_blocks={manager.pool.num_blocks}"
         )
 
 

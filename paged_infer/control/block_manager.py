@@ -99,7 +99,12 @@ class BlockManager:
 
     def _has_room(self, num_blocks: int) -> bool:
         """For a newcomer who takes so many of the free blocks. An idle pool has no watermark."""
-        return num_blocks <= self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
+        return num_blocks <= self.num_spare_blocks
+
+    @property
+    def num_spare_blocks(self) -> int:
+        """Free blocks that newcomers may take; less than none where even the watermark's are in use."""
+        return self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
         """How many more blocks the sequence needs to hold ``num_tokens`` tokens in all."""

@@ -11,6 +11,7 @@ values in the cache. Prefill, a chunk of it, decode, and recomputation after a p
 some more of the tokens that are known; when the last known one has been computed, one more is drawn.
 
 What several sequences of a request know in common is computed once, by the first of them: at first that is the prompt.
+Beams then begin together. Samples begin as places allow; those left over find the prompt cached, or compute it again.
 A token that has been drawn and not yet been read (it may still be on its way from a GPU) has its place among the tokens
 as ``PENDING``: the next step can be planned with it, but not a hash, nor a text.
 
@@ -68,6 +69,7 @@ class Sequence:
     num_common_tokens: int = (
         0  # first tokens that await being computed once for all siblings; 0 when that is done
     )
+    queue_number: int = 0  # its place in the order of arrival; see Scheduler.requeue
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
@@ -119,14 +121,15 @@ class Sequence:
         """
         if not self.num_common_tokens or self.leader is not self:
             return []
-        return [s for s in self.siblings if s is not self and s.state is SequenceState.WAITING]
+        waiting = (s for s in self.siblings if s is not self and s.state is SequenceState.WAITING)
+        return [s for s in waiting if s.num_common_tokens]
 
     @property
     def leader(self) -> Sequence:
-        """Who computes what this one begins with: itself, or the first of its siblings that lives."""
+        """Who computes what this one begins with: itself, or the first that lives of those that await the same."""
         if not self.num_common_tokens:
             return self
-        return next(sibling for sibling in self.siblings if not sibling.is_finished)
+        return next(s for s in self.siblings if s.num_common_tokens and not s.is_finished)
 
     @property
     def gang(self) -> ReadOnlyList[Sequence]:

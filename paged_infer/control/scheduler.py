@@ -9,6 +9,9 @@
 All queues are in order of arrival. Who runs in a step, and with how many tokens, is for the policy to say, in the verbs
 of a ``Turn``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always
 gets through: every request that fits the pool finishes. The beams of one search give theirs back together.
+
+Samples of one request hold a share of the places at most (``sample_share``), and whenever some of them come in, the
+rest queue behind all that wait by then: a request of many samples leaves places and turns to every other request.
 """
 
 from __future__ import annotations
@@ -99,6 +102,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by arrival
         self.held: list[Sequence] = []  # ended, and keeping their blocks until nobody runs
         self.stats = SchedulerStats()
+        self._num_queued = 0
         self._turn: Turn | None = None  # the step that was scheduled last, until it is under way
         self._under_way: deque[Turn] = deque()  # whose tokens are not known yet
 
@@ -115,9 +119,23 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences behind everything that waits."""
         for one in sequences:
-            self.waiting.append(one)
+            self._append(one)
             event = ("arrive", one.sequence_id, one.request_id, one.num_prompt_tokens)
             self.manager.journal.append(event)
+
+    def requeue(self, sequences: ReadOnlyList[Sequence]) -> None:
+        """Put these, which wait, behind everything that waits, as if they came now."""
+        moved = {*sequences}
+        others = [one for one in self.waiting if one not in moved]
+        self.waiting.clear()
+        self.waiting.extend(others)
+        for one in sequences:
+            self._append(one)
+
+    def _append(self, sequence: Sequence) -> None:
+        sequence.queue_number = self._num_queued
+        self._num_queued += 1
+        self.waiting.append(sequence)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -195,8 +213,10 @@ class Scheduler:
                         turn.drawing.append(sequence)
                     else:
                         turn.ranking.append(sequence)
+            if sequence.sequence_id in turn.forks:
+                sequence.num_common_tokens = 0
             for child in turn.forks.get(sequence.sequence_id, ()):
-                sequence.num_common_tokens = child.num_common_tokens = 0
+                child.num_common_tokens = 0
                 if child.search is None and not child.is_finished:
                     child.expect()
                     turn.drawing.append(child)

@@ -5,14 +5,15 @@
     admit()    who waits comes in            }  and not in a step that had to preempt
     speculate()  who decodes also computes drafts, from what budget and blocks nobody else has asked for
 
-Samples of one request come in together, and only the first computes the prompt:
+Samples of one request come in together, as many as there is room for, and only the first computes the prompt:
 
     step    1                2                 3
     S0      p0 .. p6         p7 p8 -> a        a -> b        both draw from the logits of p8, each by its own noise,
-    S1      (a place is      fork  -> c        c -> d        and p8's block is copied before the first of them writes
-            kept)
+    S1      (waits)          fork  -> c        c -> d        and p8's block is copied before the first of them writes
+    S2      (waits)          (no room: it waits on, behind all others; later it finds p0 .. p7 in the prefix cache)
 
-Beams too, and again after each preemption: the first computes what all have in common, and the others fork from there.
+Beams come in all together, with places kept for them, and again after each preemption: the first computes what all have
+in common, and the others fork from there.
 From then on they are a gang, and leave together. A beam that has computed all it knows waits for the others, idle.
 
 Until the step has succeeded, nothing that was built on it is certain. ``fresh`` lists who would have to begin again.
@@ -106,11 +107,12 @@ class Turn:
     def admit(self) -> None:
         """Let the head of the queue in while there is budget, a place, and room for all its known tokens.
 
-        Nobody comes in before all that are swapped are back.
+        Nobody comes in before all that are swapped are back. A request whose samples have their share of the places
+        is passed over.
         """
-        while self.waiting and self.budget and not self._closed and not self.swapped:
-            sequence = self.waiting[0].leader  # a policy may have put another sample first
-            if sequence.state is not SequenceState.WAITING or not self._has_place([sequence]):
+        while self.budget and not self._closed and not self.swapped:
+            sequence = self._head()
+            if sequence is None or not self._has_place([sequence]):
                 break
             prefix = self._find_prefix(sequence)
             if self._manager.can_allocate(self._num_tokens_with_forks(sequence), prefix) is not Allocation.OK:
@@ -174,9 +176,12 @@ class Turn:
         return min(end - sequence.num_computed_tokens, most)
 
     def _num_tokens_with_forks(self, sequence: Sequence) -> int:
-        """Tokens that fill as many blocks as those of the sequence and, beside what is in common, of its forks."""
+        """Tokens that fill as many blocks as those of the sequence and, beside what is in common, of its forks.
+
+        Samples are forked where there is room for them: only beams count.
+        """
         forks, block_size = sequence.to_fork, self._manager.block_size
-        if not forks:
+        if not forks or sequence.search is None:
             return sequence.num_tokens
         num_common = sequence.num_common_tokens // block_size
         own = sum(self._manager.blocks_for(fork.num_tokens) - num_common for fork in forks)
@@ -187,12 +192,38 @@ class Turn:
         chain = self._chain(sequence)[: num_stored // self._manager.block_size]
         return Returning(sequence.sequence_id, chain, num_stored, sequence.num_tokens)
 
+    def _head(self) -> Sequence | None:
+        """The first of the queue that may come in, or None.
+
+        Those wait on that will be forked from a sibling under way, and samples whose request has its share of places.
+        """
+        passed: set[str] = set()
+        for sequence in self.waiting:
+            if sequence.request_id in passed:
+                continue
+            leader = sequence.leader  # a policy may have put another sample first
+            if leader.state is SequenceState.WAITING and self._num_left_of_share(leader) > 0:
+                return leader
+            passed.add(sequence.request_id)
+        return None
+
     def _has_place(self, gang: ReadOnlyList[Sequence]) -> bool:
-        """For the gang and those that will be forked from it, beside the places promised to others' forks."""
-        taken = len(self.running) + len(self._scheduler.held)
-        left = self.max_num_seqs - taken - len(gang) - len(gang[0].to_fork)
-        promised = (len(running.to_fork) for running in self.running if len(running.siblings) > 1)
-        return not taken or (left >= 0 and left >= sum(promised))
+        """For the gang, and the beams that will be forked from it."""
+        wanted = len(gang) + (len(gang[0].to_fork) if gang[0].search is not None else 0)
+        return wanted <= self._num_places() or not (self.running or self._scheduler.held)
+
+    def _num_places(self) -> int:
+        """Places that nobody has, nor are promised to beams that will be forked."""
+        promised = sum(len(one.to_fork) for one in self.running if one.search is not None)
+        return self.max_num_seqs - len(self.running) - len(self._scheduler.held) - promised
+
+    def _num_left_of_share(self, sequence: Sequence) -> int:
+        """How many more samples of the sequence's request may come in, by its share of the places."""
+        if sequence.search is not None or len(sequence.siblings) < 2:
+            return self.max_num_seqs
+        held = sum(one.request_id == sequence.request_id for one in self._scheduler.held)
+        running = sum(one.state is SequenceState.RUNNING for one in sequence.siblings)
+        return sample_share(self.max_num_seqs) - running - held
 
     def _fits(self, num_tokens: int) -> bool:
         """Whether the budget has room for these tokens of a newcomer, or for some of them where that will do."""
@@ -210,7 +241,7 @@ class Turn:
         Nor any beyond where others fork from it: no block that can be found is ever written. A request that reports
         its prompt's logprobs has to compute every row.
         """
-        if sequence.params.prompt_logprobs is not None:
+        if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
             return ()
         chain = self._chain(sequence)
         most = min(sequence.num_tokens - 1, sequence.num_common_tokens or sequence.num_tokens)
@@ -229,7 +260,7 @@ class Turn:
         sequence.move_to(SequenceState.RUNNING)
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self.now
-        insort(self.running, sequence, key=lambda running: running.sequence_id)
+        insort(self.running, sequence, key=lambda running: running.queue_number)
         self.fresh.append(sequence)
         self._manager.journal.append(("run", sequence.sequence_id))
 
@@ -251,11 +282,20 @@ class Turn:
             chain = sequence.hash_chain(block_size)
             num_known = min(end // block_size, len(chain))
             self._manager.publish(sequence.sequence_id, chain, start // block_size, num_known)
-        if sequence.num_common_tokens and end >= sequence.num_common_tokens and sequence.to_fork:
+        is_leader = sequence.num_common_tokens > 0 and sequence.leader is sequence
+        if is_leader and end >= sequence.num_common_tokens:
             self._fork(sequence)
 
     def _fork(self, sequence: Sequence) -> None:
-        children = self.forks[sequence.sequence_id] = sequence.to_fork
+        """Begin those that wait for this: all beams, and of samples as many as there is room for."""
+        children = sequence.to_fork
+        if sequence.search is None:
+            places = min(self._num_places(), self._num_left_of_share(sequence))
+            # Each writes to a block of its own in the next step.
+            room = 0 if self._closed or self.swapped else min(places, self._manager.num_spare_blocks)
+            children, rest = children[: max(0, room)], children[max(0, room) :]
+            self._scheduler.requeue(rest)
+        self.forks[sequence.sequence_id] = children
         for child in children:
             self.waiting.remove(child)
             self._enter(child)
@@ -297,11 +337,16 @@ class Turn:
         self._closed = bool(self.running)
 
 
+def sample_share(max_num_seqs: int) -> int:
+    """Most places that the samples of one request hold at once: three quarters, and never all of several."""
+    return max(1, max_num_seqs - max(1, max_num_seqs // 4))
+
+
 def insert_by_age(queue: deque[Sequence], sequence: Sequence) -> None:
     """Queue one that was here before: ahead of all that came later, which is usually all there are."""
     place = 0
     for other in queue:
-        if other.sequence_id > sequence.sequence_id:
+        if other.queue_number > sequence.queue_number:
             break
         place += 1
     queue.insert(place, sequence)

@@ -8,10 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from paged_infer.async_engine import QueueFullError
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.answers import Growth, chat_logprobs, named_by_id
 from paged_infer.server.completions import ANSWER, ERRORS
-from paged_infer.server.protocol import ChatCompletionRequest, bad_value
+from paged_infer.server.protocol import ChatCompletionRequest
 from paged_infer.server.service import EventStream, service_of, unless_gone
 from paged_infer.server.shape import Shape
 
@@ -25,9 +26,12 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     shape = _ChatShape(service, service.check_model(body.model), "chatcmpl", body)
     params = body.params()
     try:
-        prompt = await service.engine.chat_prompt([message.as_dict() for message in body.messages])
-    except ValueError as error:
-        raise bad_value(error, "messages") from None
+        prompt = await service.engine.chat_prompt(
+            [message.as_dict() for message in body.messages],
+            truncates=body.truncate_prompt_tokens is not None,
+        )
+    except (ValueError, QueueFullError) as error:
+        raise service.explained(error, "messages") from None
     streams = await service.open(
         [prompt],
         params,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -54,12 +57,19 @@ def serve(
         int, typer.Option(help="Most sequences that wait; one more request is answered 429.")
     ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
+    max_n: Annotated[
+        int, typer.Option(help="Most samples or beams of a prompt; more are answered 400.", min=1)
+    ] = 128,
     max_num_logprobs: Annotated[
         int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")
     ] = 1 << 22,
     receive_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take to arrive: its head, and then its body.")
     ] = 30.0,
+    step_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that one step may take before the engine counts as hung; 0: no limit."),
+    ] = 600.0,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
@@ -118,6 +128,7 @@ def serve(
             served_model_names=tuple(served_model_name or ()),
             max_body_bytes=max_body_bytes,
             receive_timeout_s=receive_timeout,
+            max_n=max_n,
             max_num_logprobs=max_num_logprobs,
             result_ttl_s=result_ttl,
         )
@@ -129,6 +140,7 @@ def serve(
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,
+            step_timeout=step_timeout or None,
             load_format=load_format,
             dtype=dtype,
             device=device,
@@ -153,5 +165,10 @@ def serve(
     except ValueError as error:
         fail(error)
     is_clean = run.serve(engine, settings, door, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
+    if engine.is_abandoned:  # its thread may never return, and the interpreter's end would wait for it
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     if not is_clean:
         raise typer.Exit(1)

@@ -145,8 +145,9 @@ class SamplingFields(Strict):
     def _check_stops(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            found = f"{len(stops)} strings, the longest of {max(map(len, stops))} characters"
             limit = f"at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters"
-            raise APIError(400, f"stop: {limit}", param="stop")
+            raise APIError(400, f"stop: {found}: {limit}", param="stop")
 
     def _logit_bias(self) -> dict[int, float]:
         try:

@@ -27,6 +27,8 @@ from paged_infer.server.service import Service, Settings
 
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
+LAST_STEP_S = 5.0  # for the step under way to end, after the requests' time is over
+HURRY_S = 1.0  # the same after a second signal
 SWITCH_S = 0.0005
 RESERVED_FILES = 32  # file descriptors that connections leave to everything else
 FULL_EVERY_S = 60.0  # it is logged once in so many seconds at most that connections are refused
@@ -42,7 +44,7 @@ class Server(uvicorn.Server):
     """Ends in three acts. The first signal begins the first, a second one skips it:
 
     1. new requests get a 503, what is under way goes on, for ``shutdown_timeout_s`` at most;
-    2. what is still there is aborted, and told so;
+    2. what is still there is aborted, and told so; a step that does not return is waited for a few seconds;
     3. the connections are closed.
 
     Who connects and does not say what they want, head or body, is not waited for longer than ``receive_timeout_s``.
@@ -54,7 +56,7 @@ class Server(uvicorn.Server):
         self._engine = engine
         self.service: Service = config.app.state.service  # type: ignore[union-attr]
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._hurry = False
+        self._hurry_since_s: float | None = None  # when the second signal came; time.monotonic()
         self._silent: dict[
             Any, tuple[Any, float]
         ] = {}  # connections between two requests: the last one, since when
@@ -62,7 +64,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called between two instructions of the main thread, so it only leaves a note."""
         if self.service.is_closing:
-            self._hurry = True
+            self._hurry_since_s = self._hurry_since_s or time.monotonic()
         self.service.is_closing = True
 
     def stop(self) -> None:
@@ -97,9 +99,17 @@ class Server(uvicorn.Server):
         logger.info("Shutting down: %d request(s) under way", num_open)
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._shutdown_timeout_s
-        while self.server_state.tasks and clock() < deadline and not self._hurry and not self._engine.error:
+        while self.server_state.tasks and clock() < deadline and not self._engine.error:
+            if self._hurry_since_s is not None:
+                break
             await asyncio.sleep(POLL_S)
-        await self._engine.shutdown(finish=False)  # those that are left learn that they have ended
+        # Those that are left learn that they have ended.
+        ending = asyncio.create_task(self._engine.shutdown(finish=False, last_step_s=LAST_STEP_S))
+        while not ending.done():
+            await asyncio.wait({ending}, timeout=POLL_S)
+            if self._hurry_since_s is not None and time.monotonic() > self._hurry_since_s + HURRY_S:
+                self._engine.abandon()
+        ending.result()
 
 
 def most_files() -> float:
@@ -169,7 +179,7 @@ def serve(
     shutdown_timeout_s: float = 30.0,
     log_level: str = "info",
 ) -> bool:
-    """Serve on ``door`` until a signal comes. False if the engine failed."""
+    """Serve on ``door`` until a signal comes. False if the engine failed, or was abandoned in the middle of a step."""
     config = uvicorn.Config(
         create_app(engine, settings),
         log_level=log_level,
@@ -189,4 +199,4 @@ def serve(
     finally:
         sys.setswitchinterval(usual_s)
         gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
-    return server.service.is_closing
+    return server.service.is_closing and not engine.is_abandoned

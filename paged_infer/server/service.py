@@ -43,6 +43,7 @@ class Settings:
         served_model_names: under which names the model is asked for, the first in answers; empty: its own.
         max_body_bytes: largest body of a request.
         receive_timeout_s: seconds that a request may take to arrive: its head, and then its body.
+        max_n: most samples or beams that a request may ask for, each prompt's on their own.
         max_num_logprobs: most logprobs that one request could get, each token's own counted: they are kept until all
             are there, 200 bytes each.
         result_ttl_s: seconds that an answer waits to be fetched from ``/result/{id}``.
@@ -55,6 +56,7 @@ class Settings:
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
     receive_timeout_s: float = 30.0
+    max_n: int = 128
     max_num_logprobs: int = 1 << 22
     result_ttl_s: float = 300.0
     max_num_results: int = 10_000
@@ -63,6 +65,7 @@ class Settings:
         for name in (
             "max_body_bytes",
             "receive_timeout_s",
+            "max_n",
             "max_num_logprobs",
             "result_ttl_s",
             "max_num_results",
@@ -125,6 +128,8 @@ class Service:
     ) -> list[RequestStream]:
         """Queue all of the prompts, or none. Whoever calls this closes what it returns."""
         num_each = params.beam_width if isinstance(params, BeamSearchParams) else params.n
+        if num_each > self.settings.max_n:
+            raise APIError(400, f"n={num_each}: must be at most max_n={self.settings.max_n}", param="n")
         if (
             len(prompts) - 1
         ) * num_each >= self.engine.max_num_waiting:  # when the last comes, the others wait

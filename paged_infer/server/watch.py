@@ -20,6 +20,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from paged_infer.async_engine import EngineDeadError
 from paged_infer.control.pool_view import Cell, pool_cells
 from paged_infer.control.request import Sequence
 from paged_infer.engine import LLMEngine
@@ -109,7 +110,10 @@ class Watch:
         told: Snapshot | None = None
         told_s = time.monotonic()
         while not self._service.is_closing and self._service.engine.error is None:
-            now = await self.newest()
+            try:
+                now = await self.newest()
+            except EngineDeadError:
+                break
             if now != told:
                 yield event(change(told, now))
                 told, told_s = now, time.monotonic()

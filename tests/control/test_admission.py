@@ -14,7 +14,15 @@ from paged_infer.params import SamplingParams
 
 
 def check(
-    prompt, *, num_blocks=10, block_size=4, max_model_len=30, max_num_seqs=4, eos_token_ids=(), **params
+    prompt,
+    *,
+    num_blocks=10,
+    block_size=4,
+    max_model_len=30,
+    max_num_seqs=4,
+    num_together=1,
+    eos_token_ids=(),
+    **params,
 ) -> None:
     check_request(
         prompt,
@@ -24,6 +32,7 @@ def check(
         max_num_seqs=max_num_seqs,
         manager=BlockManager(num_blocks, block_size),
         eos_token_ids=eos_token_ids,
+        num_together=num_together,
     )
 
 
@@ -51,10 +60,15 @@ def check(
         ),
         ([5], {"logprobs": 101}, ["logprobs=101", "100"]),
         ([5], {"prompt_logprobs": 101}, ["prompt_logprobs=101", "100"]),
-        ([5], {"n": 5}, ["n=5", "max_num_seqs=4"]),
+        ([5], {"n": 16_385}, ["n=16385", "16384"]),
+        ([5], {"num_together": 5}, ["5 beams", "max_num_seqs=4"]),
         ([5] * 5, {"max_tokens": 8, "num_blocks": 2}, ["5 prompt", "8 output", "3 blocks", "num_blocks=2"]),
         ([5] * 5, {"max_tokens": None, "num_blocks": 7}, ["25 output", "8 blocks", "num_blocks=7"]),
-        ([5] * 5, {"n": 3, "num_blocks": 8, "max_tokens": 8}, ["3 sample", "9 blocks", "num_blocks=8"]),
+        (
+            [5] * 5,
+            {"n": 9, "max_num_seqs": 3, "num_blocks": 8, "max_tokens": 8},
+            ["3 sample", "9 blocks", "num_blocks=8"],
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_value_and_limit(prompt, options, parts) -> None:
@@ -69,7 +83,8 @@ def test_what_cannot_be_served_is_refused_by_value_and_limit(prompt, options, pa
         ([5] * 29, {}),
         ([0, 99], {"stop_token_ids": [99], "logit_bias": {99: 1.0}}),
         ([5], {"logprobs": 100, "prompt_logprobs": 100}),
-        ([5], {"n": 4, "max_tokens": 8}),
+        ([5], {"num_together": 4, "max_tokens": 8}),
+        ([5], {"n": 100, "max_tokens": 8}),  # samples come in as there are places: no more than 4 run at once
         ([5], {"stop_token_ids": range(100)}),
         ([5], {"stop_token_ids": range(99), "min_tokens": 1}),
         ([5], {"stop_token_ids": range(99), "min_tokens": 1, "eos_token_ids": (3, 385)}),
@@ -88,12 +103,12 @@ def test_the_limits_themselves_are_served(prompt, options) -> None:
     num_blocks=st.integers(1, 12),
     block_size=st.integers(1, 5),
     max_model_len=st.integers(2, 40),
-    n=st.integers(1, 3),
+    n=st.integers(1, 7),
 )
 def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
     num_prompt, max_tokens, num_blocks, block_size, max_model_len, n
 ) -> None:
-    """The pool gate is exact: n samples at their greatest length fit it, or the request is refused."""
+    """The pool gate is exact: one sample at its greatest length fits it, or the request is refused."""
     params = SamplingParams(max_tokens=max_tokens, n=n)
     manager = BlockManager(num_blocks, block_size)
     longest = min(max_model_len, num_prompt + (max_tokens or max_model_len))
@@ -107,9 +122,9 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
             manager=manager,
         )
     except ValueError:
-        assert num_prompt >= max_model_len or n * -(-(longest - 1) // block_size) > num_blocks
+        assert num_prompt >= max_model_len or -(-(longest - 1) // block_size) > num_blocks
         return
-    assert n * -(-(longest - 1) // block_size) <= num_blocks
+    assert -(-(longest - 1) // block_size) <= num_blocks
     request = Request("r", None, [5] * num_prompt, params, arrival_time_s=0.0)
     request.add_sequences(0, 0, max_model_len, ())
     scheduler = Scheduler(manager, 3, 7)
@@ -119,7 +134,7 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
         scheduler.update(step, dict.fromkeys(step.drawing, 5))
     assert [s.finish_reason for s in request.sequences] == ["length"] * n
     assert {s.num_tokens for s in request.sequences} == {longest}
-    assert scheduler.stats.preemptions == 0
+    assert n > 1 or scheduler.stats.preemptions == 0
 
 
 @pytest.mark.parametrize(

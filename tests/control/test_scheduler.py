@@ -16,6 +16,7 @@ from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_sch
 
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import ScheduledStep
+from paged_infer.control.turn import sample_share
 from paged_infer.params import SampleRow
 
 
@@ -193,21 +194,87 @@ def test_samples_that_fork_where_a_block_ends_copy_nothing() -> None:
     assert not scheduler.has_work and scheduler.stats.blocks_copied == 0
 
 
-def test_a_request_comes_in_only_when_all_its_samples_have_a_place() -> None:
-    scheduler, source = make_scheduler(max_num_seqs=4), Source()
-    (alone, _) = add(scheduler, source, 3, 3, max_tokens=2)
+def test_samples_come_in_as_places_allow_and_the_rest_later() -> None:
+    scheduler, source = make_scheduler(max_num_seqs=4, enable_prefix_caching=False), Source()
+    add(scheduler, source, 3, 3, max_tokens=3)
     samples = source.request(5, n=3, max_tokens=2).sequences
     scheduler.add(samples)
-    assert len(run(scheduler).sequences) == 2  # both can run, and two places are too few for three samples
+    run(scheduler)  # two places are left for three samples
+    assert scheduler.running[2:] == samples[:2] and list(scheduler.waiting) == samples[2:]
     run(scheduler)
-    assert alone.is_finished and counts(run(scheduler)) == {samples[0].sequence_id: 5}
+    assert [s.is_finished for s in samples] == [True, True, False]
+    assert counts(run(scheduler))[samples[2].sequence_id] == 5  # without a cache, the prompt again
+    run(scheduler)
+    assert [s.num_output_tokens for s in samples] == [2, 2, 2] and not scheduler.has_work
+
+
+def test_beams_come_in_only_when_all_of_them_have_a_place() -> None:
+    scheduler, source = make_scheduler(max_num_seqs=4), Source()
+    add(scheduler, source, 3, 3, max_tokens=2)
+    beams = source.request(5, beams=3, max_tokens=2).sequences
+    scheduler.add(beams)
+    assert len(run(scheduler).sequences) == 2
+    assert list(scheduler.waiting) == beams
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_samples_that_come_in_later_find_their_prompt_in_the_cache(caching: bool) -> None:
+    scheduler, source = make_scheduler(max_num_seqs=2, enable_prefix_caching=caching), Source()
+    scheduler.add(source.request(10, n=3, max_tokens=2).sequences)
+    prompts = [item.num_tokens for _ in range(6) for item in run(scheduler).sequences if item.num_tokens > 1]
+    assert prompts == ([10, 2, 2] if caching else [10, 10, 10])  # blocks of 4: two of them are full
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("max_num_seqs", [2, 4, 8, 16])
+def test_a_request_of_many_samples_leaves_a_place_for_whoever_comes_next(max_num_seqs: int) -> None:
+    scheduler, source = make_scheduler(max_num_seqs=max_num_seqs), Source()
+    crowd = source.request(5, n=3 * max_num_seqs, max_tokens=50).sequences
+    scheduler.add(crowd)
+    for _ in range(3):
+        run(scheduler)
+        (late,) = add(scheduler, source, 3, max_tokens=1)
+        run(scheduler)
+        assert late.is_finished  # in the very next step
+    assert len(scheduler.running) == sample_share(max_num_seqs) and not any(s.is_finished for s in crowd)
+
+
+def test_a_place_that_comes_free_goes_to_the_request_that_waits_longest_for_one() -> None:
+    scheduler, source = make_scheduler(max_num_seqs=4), Source()
+    first, second = (source.request(3, n=6, max_tokens=50).sequences for _ in range(2))
+    scheduler.add([*first, *second])
+    run(scheduler)
+    (late,) = add(scheduler, source, 3)
+    assert scheduler.running == [*first[:3], second[0]]
+    assert list(scheduler.waiting) == [*first[3:], *second[1:], late]
+    scheduler.finish(first[0], "abort")
+    run(scheduler)
+    assert scheduler.running[-1] is first[3] and list(scheduler.waiting) == [*second[1:], late, *first[4:]]
+    scheduler.finish(first[1], "abort")
+    run(scheduler)
+    assert scheduler.running[-1] is second[1] and list(scheduler.waiting) == [late, *first[4:], *second[2:]]
+
+
+def test_where_samples_fill_the_pool_another_request_waits_for_two_batches_of_them_at_most() -> None:
+    scheduler, source = make_scheduler(num_blocks=6, block_size=4, max_num_seqs=8, watermark=0), Source()
+    crowd = source.request(4, n=40, max_tokens=5).sequences
+    scheduler.add(crowd)
+    run(scheduler)
+    assert len(scheduler.running) == 6  # one block for the prompt, and one each
+    (late,) = add(scheduler, source, 4, max_tokens=1)
+    while not late.is_finished:
+        run(scheduler)
+    assert sum(s.num_output_tokens > 0 for s in crowd) <= 3 * 6
+    while scheduler.has_work:
+        run(scheduler)
+    assert all(s.num_output_tokens == 5 for s in crowd)
 
 
 def test_a_sample_that_is_preempted_shares_again_what_its_siblings_hold() -> None:
     scheduler, source = make_scheduler(num_blocks=6, block_size=4), Source()
     samples = source.request(8, n=3, max_tokens=4).sequences  # 2 blocks, and 1 each
-    (other,) = add(scheduler, source, 4, max_tokens=6)
     scheduler.add(samples)
+    (other,) = add(scheduler, source, 4, max_tokens=6)
     while scheduler.has_work:
         run(scheduler)
     assert [s.num_preemptions for s in (*samples, other)] == [0, 0, 0, 1]
@@ -290,6 +357,10 @@ def test_control_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def by_arrival(sequence: Sequence) -> int:
+    return sequence.queue_number
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Samples and beams come, steps succeed or fail, some are aborted; a fake memory shows what tables mean."""
 
@@ -325,6 +396,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.source = Source()
         self.arrived: list[Sequence] = []
         self.out_of_line = False  # whether somebody who waits may be older than somebody who runs
+        self.passed: set[Sequence] = set()  # samples that wait for their siblings, while others come in
 
     @property
     def pool_tokens(self) -> int:
@@ -345,8 +417,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         searches=st.sampled_from([False, False, True]),
     )
     def add_request(self, data: st.DataObject, story: int, salt: str | None, searches: bool) -> None:
-        n = data.draw(st.integers(1, min(3, self.scheduler.max_num_seqs)), label="n")
-        most = self.pool_tokens // n - self.scheduler.manager.block_size  # whole blocks for each sample
+        n = data.draw(st.integers(1, min(3, self.scheduler.max_num_seqs) if searches else 7), label="n")
+        most = self.pool_tokens
+        if searches:
+            most = self.pool_tokens // n - self.scheduler.manager.block_size  # whole blocks for each beam
         if most < 1:
             n, most = 1, self.pool_tokens
         num_prompt = data.draw(st.integers(1, most), label="prompt")
@@ -410,6 +484,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stored = {s.sequence_id: s.num_computed_tokens for s in self.scheduler.swapped}
         preemptions = {s.sequence_id: s.num_preemptions for s in self.alive}
         step = pickle.loads(pickle.dumps(self.scheduler.schedule()))
+        self.passed |= {s for s in self.scheduler.waiting if self.waits_for_its_siblings(s)}
         preempted = [s for s in self.alive if s.num_preemptions > preemptions[s.sequence_id]]
 
         scheduled = {item.sequence_id for item in step.sequences}
@@ -417,7 +492,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert step.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(scheduled) == len(step.sequences)
         for sequence in preempted:
-            assert all(s.sequence_id < sequence.sequence_id for s in self.scheduler.running)
+            assert all(s.queue_number < sequence.queue_number for s in self.scheduler.running)
         for item in step.sequences:  # who was swapped computes nothing again
             assert item.num_computed_tokens == stored.get(item.sequence_id, item.num_computed_tokens)
         if scheduled - running.keys() - stored.keys():
@@ -443,6 +518,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         return step
 
+    def waits_for_its_siblings(self, sequence: Sequence) -> bool:
+        is_sample = sequence.search is None and len(sequence.siblings) > 1
+        under_way = is_sample and sequence.leader.state is not SequenceState.WAITING
+        return under_way or (is_sample and self.num_running_samples(sequence) >= self.share)
+
+    def num_running_samples(self, sequence: Sequence) -> int:
+        return sum(s.state is SequenceState.RUNNING for s in sequence.siblings)
+
+    @property
+    def share(self) -> int:
+        return sample_share(self.scheduler.max_num_seqs)
+
     def gangs_stand_together(self) -> None:
         for sequence in self.arrived:
             if sequence.search is not None and not sequence.num_common_tokens:  # they have parted
@@ -453,23 +540,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def laws_hold(self) -> None:
         self.scheduler.check_integrity()
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        for one in self.scheduler.running:
+            assert (
+                one.search is not None or len(one.siblings) < 2 or self.num_running_samples(one) <= self.share
+            )
         # First come, first served: what runs came before what waits, and all queues are in order of arrival.
         queues = (self.scheduler.running, self.scheduler.swapped, self.scheduler.waiting)
-        queues = [[s.sequence_id for s in queue] for queue in queues]
         self.out_of_line |= bool(
             queues[1]
         )  # where swap space is full, older ones may have to wait behind these
-        assert all(queue == sorted(queue) for queue in queues)
+        assert all(queue == sorted(queue, key=by_arrival) for queue in map(list, queues))
         line = [*chain.from_iterable(queues)]
-        assert sorted(line) == [s.sequence_id for s in self.alive]
+        assert {*line} == {*self.alive} and len(line) == len(self.alive)
         if not self.out_of_line:
-            assert line == sorted(line)
+            line = [s for s in line if s not in self.passed]
+            assert line == sorted(line, key=by_arrival)
 
     def teardown(self) -> None:
         """Everyone left gets served: the oldest in as many steps as it has tokens, then the next oldest."""
         while hasattr(self, "scheduler") and self.alive:
-            oldest = self.alive[0]
-            before_it = self.alive if self.out_of_line else [oldest]
+            oldest = min(self.alive, key=by_arrival)
+            before_it = self.alive if self.out_of_line or self.passed else [oldest]
             patience = -(
                 -self.scheduler.max_num_seqs // self.scheduler.max_num_batched_tokens
             )  # till its turn comes

@@ -11,6 +11,7 @@ import pytest
 from holding import LIMIT_S, until
 from serving import CHAT, PROMPT, serving, told
 
+from paged_infer.async_engine import QueueFullError
 from paged_infer.server.service import Settings
 
 
@@ -128,6 +129,38 @@ def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
         told(served.post("/v1/chat/completions", **endless), 400)
 
 
+def test_more_samples_or_beams_than_max_n_are_refused() -> None:
+    with serving(Settings(max_n=3), num_blocks=64, max_num_seqs=2) as served:
+        assert len(served.complete(**PROMPT, n=3)["choices"]) == 3  # more than run at once
+        for more in ({}, {"use_beam_search": True}):
+            error = told(served.post("/v1/completions", **PROMPT, n=4, **more), 400)
+            assert error["param"] == "n" and error["message"] == "n=4: must be at most max_n=3"
+        assert told(served.post("/v1/chat/completions", **CHAT, n=4), 400)["param"] == "n"
+        assert told(served.post("/generate", **PROMPT, n=4), 400)["param"] == "n"
+
+
+def test_more_or_longer_stop_strings_than_the_limit_are_refused() -> None:
+    with serving(num_blocks=64) as served:
+        assert served.complete(**PROMPT, stop=["x" * 256] * 16)
+        for stop, found in ((["x"] * 17, "17 strings"), ("x" * 257, "of 257 characters")):
+            error = told(served.post("/v1/completions", **PROMPT, stop=stop), 400)
+            assert error["param"] == "stop" and found in error["message"]
+            assert "at most 16 strings of at most 256 characters" in error["message"]
+
+
+def test_a_stream_of_more_samples_than_run_at_once_is_that_of_the_whole_answer() -> None:
+    with serving(num_blocks=64, max_num_seqs=4) as served:
+        body = {**PROMPT, "max_tokens": 6, "n": 7, "seed": 5, "temperature": 1.0}
+        whole = [choice["text"] for choice in served.complete(**body)["choices"]]
+        texts, ends = [""] * 7, [""] * 7
+        for event in served.post("/v1/completions", **body, stream=True).text.split("\n\n"):
+            if event.startswith("data: {"):
+                (choice,) = json.loads(event.removeprefix("data: "))["choices"]
+                texts[choice["index"]] += choice["text"]
+                ends[choice["index"]] += choice["finish_reason"] or ""
+        assert texts == whole and set(ends) == {"length"}
+
+
 def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
     with serving(max_num_seqs=1, max_num_waiting=1, num_blocks=64) as busy:
         with busy.held() as steps:
@@ -142,6 +175,28 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
         assert [one.result(LIMIT_S).status_code for one in (running, waiting)] == [200, 200]
         assert busy.complete(**PROMPT)
         assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
+
+
+def test_too_much_text_to_tokenize_is_a_429_and_what_cannot_fit_a_400() -> None:
+    with serving(num_blocks=64) as served:
+
+        def full(*_: object) -> None:
+            raise QueueFullError("9 characters wait to be tokenized")
+
+        served.engine._tokenizing.submit = full  # type: ignore[method-assign, assignment]
+        for num_characters, status in ((5000, 429), (1_000_000, 400)):  # the queue does not see the second
+            text = "a" * num_characters
+            for path, prompt in (
+                ("/v1/completions", {"prompt": text}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+                ("/generate", {"prompt": text}),
+            ):
+                response = served.post(path, **prompt, max_tokens=2)
+                error = told(response, status)
+                if status == 429:
+                    assert error["type"] == "rate_limit_error" and "retry-after" in response.headers
+                else:
+                    assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(prompt))
 
 
 def test_what_is_too_much_for_an_empty_queue_is_no_429() -> None:

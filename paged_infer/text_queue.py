@@ -1,0 +1,97 @@
+"""Long texts are worked on in a thread of their own, one after the other: short ones first, and a bounded number."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from paged_infer.engine_thread import QueueFullError
+
+MAX_NUM_CHARACTERS = 1 << 24  # that wait: a few seconds of tokenizing
+PATIENCE = 16
+
+
+@dataclass(order=True, slots=True)
+class _Job:
+    rank: int
+    number: int
+    function: Callable[[Any], Any] = field(compare=False)
+    text: Any = field(compare=False)
+    num_characters: int = field(compare=False)
+    future: Future[Any] = field(compare=False)
+
+
+class TextQueue:
+    """Calls functions of texts, the shortest text first.
+
+    A long text is overtaken by shorter ones that come later, until ``PATIENCE`` times its own length has been worked
+    on since it came: then it is ahead of whatever comes.
+
+    Args:
+        max_num_characters: most characters that may wait, when one more text comes.
+    """
+
+    def __init__(self, max_num_characters: int = MAX_NUM_CHARACTERS) -> None:
+        self._max_num_characters = max_num_characters
+        self._lock = threading.Lock()
+        self._jobs: list[_Job] = []  # a heap; guarded by the lock, as are the next two
+        self._num_characters = 0  # that wait
+        self._num_done = 0  # characters that have been worked on
+        self._numbers = itertools.count()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def submit(self, function: Callable[[Any], Any], text: Any, num_characters: int) -> Future[Any]:
+        """The future of ``function(text)``. To cancel it takes the text out of the queue.
+
+        Raises:
+            QueueFullError: too much waits.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            waiting = self._num_characters
+            if waiting and waiting + num_characters > self._max_num_characters:
+                raise QueueFullError(
+                    f"{waiting} characters wait to be tokenized: {num_characters} more would be over the limit of "
+                    f"{self._max_num_characters}"
+                )
+            rank = self._num_done + PATIENCE * num_characters
+            job = _Job(rank, next(self._numbers), function, text, num_characters, future)
+            heapq.heappush(self._jobs, job)
+            self._num_characters += num_characters
+        future.add_done_callback(lambda one: self._forget(job) if one.cancelled() else None)
+        self._worker.submit(self._work)
+        return future
+
+    def close(self) -> None:
+        """Take no more; what waits is still worked on."""
+        self._worker.shutdown(wait=False)
+
+    def _work(self) -> None:
+        with self._lock:
+            job = heapq.heappop(self._jobs) if self._jobs else None
+        if job is None or not job.future.set_running_or_notify_cancel():
+            return
+        result, failure = None, None
+        try:
+            result = job.function(job.text)
+        except BaseException as error:
+            failure = error
+        self._forget(job)
+        if failure is None:
+            job.future.set_result(result)
+        else:
+            job.future.set_exception(failure)
+
+    def _forget(self, job: _Job) -> None:
+        """It is done or cancelled."""
+        with self._lock:
+            self._num_characters -= job.num_characters
+            if job.future.cancelled():
+                job.text = None
+            else:
+                self._num_done += job.num_characters

@@ -104,7 +104,6 @@ class LLMEngine:
             max_num_seqs=self.config.max_num_seqs,
             manager=self.manager,
             eos_token_ids=model.eos_token_ids,
-            num_together=1 if beam_params is None else beam_params.beam_width,
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,3 +71,22 @@ def held(engine: AsyncLLM) -> Iterator[Steps]:
         yield steps
     finally:
         engine._thread.call(lambda one: vars(one).pop("step")).result(LIMIT_S)
+
+
+class HeldStep:
+    """A kernel that hangs: the engine's next ``launch`` sets ``began``, and returns after ``let_go``."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self.began, self._released = threading.Event(), threading.Event()
+        runner = engine._llm.engine.runner
+        launch = runner.launch
+
+        def held(step: Any) -> Any:
+            self.began.set()
+            self._released.wait()
+            return launch(step)
+
+        runner.launch = held  # type: ignore[method-assign]
+
+    def let_go(self) -> None:
+        self._released.set()

@@ -35,8 +35,8 @@ SMALL = {"num_blocks": 24, "block_size": 3}
 LOOKUP = {"method": "ngram", "num_speculative_tokens": 3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "roomy": {},
-    "recompute": {"num_blocks": 18, "block_size": 3, "max_num_batched_tokens": 8},
-    "swap": {"num_blocks": 18, "block_size": 3, "max_num_batched_tokens": 8, "preemption_mode": "swap"},
+    "recompute": {"num_blocks": 21, "block_size": 3, "max_num_batched_tokens": 8},
+    "swap": {"num_blocks": 21, "block_size": 3, "max_num_batched_tokens": 8, "preemption_mode": "swap"},
     "ahead": {**SMALL, "async_scheduling": True},
     "drafts": {**SMALL, "speculative_config": LOOKUP},
     "static": {**SMALL, "scheduling_policy": "static", "max_num_batched_tokens": 512},

@@ -376,10 +376,10 @@ def test_samples_of_one_request_differ_and_are_those_of_their_index(llm) -> None
         {"max_num_seqs": 3},
         {"max_num_seqs": 5, "enable_prefix_caching": False},
         {"max_num_seqs": 4, "max_num_batched_tokens": 6},
-        {"num_blocks": 6, "block_size": 4},  # room for one of them at its longest, and a half
+        {"max_num_seqs": 3, "num_blocks": 12, "block_size": 4},
         {"max_num_seqs": 4, "scheduling_policy": "prefill_first"},
         {"max_num_seqs": 4, "scheduling_policy": "static"},
-        {"num_blocks": 12, "block_size": 4, "preemption_mode": "swap"},
+        {"max_num_seqs": 3, "num_blocks": 12, "block_size": 4, "preemption_mode": "swap"},
         {"max_num_seqs": 3, "async_scheduling": True},
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from held import HeldStep
+from holding import HeldStep
 
 from paged_infer import AsyncLLM, SamplingParams
 from paged_infer.async_engine import EngineDeadError

@@ -54,11 +54,8 @@ def check_request(
     max_num_seqs: int,
     manager: BlockManager,
     eos_token_ids: Collection[int] = (),
-    num_together: int = 1,
 ) -> None:
     """Law 5: refuse here what could not be served, naming the value and the limit.
-
-    ``num_together``: how many of the request's sequences have to run at once: one sample, or all beams of a search.
 
     Raises:
         ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens, ask for
@@ -88,8 +85,6 @@ def check_request(
         )
     if params.n > MAX_NUM_SAMPLES:
         raise ValueError(f"n={params.n}: must be at most {MAX_NUM_SAMPLES}")
-    if num_together > max_num_seqs:
-        raise ValueError(f"{num_together} beams cannot run at once: max_num_seqs={max_num_seqs}")
     # The last token is drawn and never stored. In the worst case the samples or beams that run at once share nothing.
     longest = (
         max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)

@@ -20,7 +20,6 @@ def check(
     block_size=4,
     max_model_len=30,
     max_num_seqs=4,
-    num_together=1,
     eos_token_ids=(),
     **params,
 ) -> None:
@@ -32,7 +31,6 @@ def check(
         max_num_seqs=max_num_seqs,
         manager=BlockManager(num_blocks, block_size),
         eos_token_ids=eos_token_ids,
-        num_together=num_together,
     )
 
 
@@ -61,7 +59,6 @@ def check(
         ([5], {"logprobs": 101}, ["logprobs=101", "100"]),
         ([5], {"prompt_logprobs": 101}, ["prompt_logprobs=101", "100"]),
         ([5], {"n": 16_385}, ["n=16385", "16384"]),
-        ([5], {"num_together": 5}, ["5 beams", "max_num_seqs=4"]),
         ([5] * 5, {"max_tokens": 8, "num_blocks": 2}, ["5 prompt", "8 output", "3 blocks", "num_blocks=2"]),
         ([5] * 5, {"max_tokens": None, "num_blocks": 7}, ["25 output", "8 blocks", "num_blocks=7"]),
         (
@@ -83,7 +80,7 @@ def test_what_cannot_be_served_is_refused_by_value_and_limit(prompt, options, pa
         ([5] * 29, {}),
         ([0, 99], {"stop_token_ids": [99], "logit_bias": {99: 1.0}}),
         ([5], {"logprobs": 100, "prompt_logprobs": 100}),
-        ([5], {"num_together": 4, "max_tokens": 8}),
+        ([5], {"n": 4, "max_tokens": 8}),
         ([5], {"n": 100, "max_tokens": 8}),  # samples come in as there are places: no more than 4 run at once
         ([5], {"stop_token_ids": range(100)}),
         ([5], {"stop_token_ids": range(99), "min_tokens": 1}),

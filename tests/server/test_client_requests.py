@@ -42,6 +42,7 @@ def test_the_role_comes_before_the_first_token_for_openais_node_client(served) -
 
 
 USAGE_LAST = {"stream": True, "stream_options": {"include_usage": True}}
+USAGE_IN_ALL = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 LEGACY = {"frequency_penalty": 0, "presence_penalty": 0, "top_p": 1, "n": 1, "logprobs": None, "seed": None}
 PLAIN = "y fair hour Laertes time be thine"
 IN_PARTS = [{"role": "user", "content": [{"type": "text", "text": PLAIN}]}]
@@ -67,6 +68,14 @@ SENT: dict[str, tuple[str, dict[str, Any]]] = {
     "lm-eval local-chat-completions": (
         "chat/completions",
         {"messages": MESSAGES, "max_tokens": 5, "temperature": 0, "stop": ["\n", "Q:"], "seed": 1234},
+    ),
+    "guidellm /v1/completions": (
+        "completions",
+        {"prompt": PLAIN, "max_tokens": 5, "ignore_eos": True, **USAGE_IN_ALL},
+    ),
+    "guidellm /v1/chat/completions": (
+        "chat/completions",
+        {"messages": IN_PARTS, "max_completion_tokens": 5, "ignore_eos": True, **USAGE_IN_ALL},
     ),
     "aiperf completions": (
         "completions",

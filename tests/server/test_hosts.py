@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,7 +80,8 @@ def test_the_command_serves_the_hosts_and_origins_that_it_is_given(
     origins: tuple[str, ...],
 ) -> None:
     served: list[Any] = []
-    monkeypatch.setattr("paged_infer.async_engine.AsyncLLM", lambda *_, **options: None)
+    engine = SimpleNamespace(is_abandoned=False)
+    monkeypatch.setattr("paged_infer.async_engine.AsyncLLM", lambda *_, **options: engine)
     monkeypatch.setattr(run, "serve", lambda *arguments, **options: served.append(arguments) or True)
     result = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *options])
     assert result.exit_code == 0, result.output

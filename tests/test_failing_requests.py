@@ -169,11 +169,10 @@ def test_a_sample_that_fails_ends_its_request_and_keeps_what_there_is(make_llm) 
     llm.check_integrity()
 
 
-def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch) -> None:
-    prompts, params = (
-        ["ab ba", "cd dc"],
-        SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, stop="zz"),
-    )
+@pytest.mark.parametrize("max_tokens", [1, 4])
+def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch, max_tokens) -> None:
+    prompts = ["ab ba", "cd dc"]
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, stop="zz")
     want = text_llm.generate(prompts[1], params, use_tqdm=False)[0].outputs[0].text
     request_ids = iter("01")
     submit = text_llm.engine.submit
@@ -186,7 +185,8 @@ def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch) ->
 
     monkeypatch.setattr(text_llm.engine, "submit", submit_and_break_the_first)
     broken, sound = text_llm.generate(prompts, params, use_tqdm=False)
-    assert "ZeroDivisionError" in broken.outputs[0].error and sound.outputs[0].text == want
+    assert reasons(broken) == {"error"} and "ZeroDivisionError" in broken.outputs[0].error
+    assert reasons(sound) == {"length"} and sound.outputs[0].text == want
 
 
 def with_a_large_head_row(checkpoint: Path, folder: Path) -> Path:

@@ -386,11 +386,12 @@ class Scheduler:
         """
         for one in sequence.siblings or (sequence,):
             self.manager.forget(one.block_hashes)
-            if not one.is_finished:
+            if one is sequence or not one.is_finished:
                 one.error = (
                     f"request {one.request_id!r} cannot go on after {one.num_output_tokens} tokens: {error}"
                 )
             self.finish(one, "error")
+        sequence.finish_reason = "error"  # also where it failed with its last token
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
         """Tokens in the pool once ``step`` is computed, those of shared blocks counted once, and no drafts."""

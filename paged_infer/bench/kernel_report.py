@@ -61,7 +61,7 @@ class LaunchCount:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """A number that DESIGN.md asks for, and what was measured: the worst over ``over``."""
+    """A target, and what was measured: the worst over ``over``."""
 
     what: str
     wanted: float
@@ -132,7 +132,7 @@ class KernelReport:
         return None if rate is None or self.roofline is None else rate / self.roofline.copy_bytes_per_s
 
     def reaches(self) -> list[Reach]:
-        """What DESIGN.md section 5 wants of the kernels."""
+        """The targets of the kernels, and what was measured."""
         long = [m for m in self.group("prefill", head_dim=128) if m.sizes["length"] >= 4096]
         usual, alone = (self.group("decode", batch=b, context=n) for b, n in ((32, 4096), (1, 32_768)))
         flash, paged = "flash_attention", "paged_attention"

@@ -71,7 +71,7 @@ def run_races(races: list[Race], deadline_s: float, limit: str) -> Iterator[Meas
 
 
 def attention_races(device: torch.device) -> list[Race]:
-    """Prefills and decodes, what DESIGN.md asks for first."""
+    """Prefills and decodes, those that have a target first."""
     return [
         *(_prefill_race(device, length, 128) for length in LENGTHS),
         *(_decode_race(device, batch, context) for batch in BATCHES for context in CONTEXTS),

@@ -252,7 +252,7 @@ def _show_races(report: KernelReport) -> None:
     wanted = [
         (reach.what, f"{reach.wanted:.2f}", _number(reach.measured, 1, 2)) for reach in report.reaches()
     ]
-    print_table("what DESIGN.md asks for", ("", "wanted", "measured, at worst"), wanted)
+    print_table("targets", ("", "wanted", "measured, at worst"), wanted)
 
 
 def _speed(report: KernelReport, race: Measurement, name: str) -> str:

@@ -281,7 +281,7 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
         "bench-kernels-decode.png", "bench-kernels-prefill.png", "bench-kernels.json",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    for words in ("prefill, head_dim 64", "decode, batch 2", "sample, 3 tokens", "what DESIGN.md asks for"):
+    for words in ("prefill, head_dim 64", "decode, batch 2", "sample, 3 tokens", "targets"):
         assert words in said
 
     def silu_mul(gate_up: torch.Tensor) -> float:

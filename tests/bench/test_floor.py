@@ -1,4 +1,4 @@
-"""The floor is what DESIGN's formulas say, by hand; and its sizes are those of the decoder."""
+"""The floor is what its formulas give by hand; and its sizes are those of the decoder."""
 
 from __future__ import annotations
 

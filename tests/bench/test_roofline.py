@@ -1,4 +1,4 @@
-"""The roof is measured, and the floors under a step follow from it by DESIGN's formulas."""
+"""The roof is measured, and the floors under a step follow from it by formulas."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ class AsyncLLM:
     Args:
         model: as ``LLM`` takes it.
         max_num_waiting: most sequences that may wait for their turn; one more request is a ``QueueFullError``.
-        step_timeout: seconds that one step may take, a first one with its compilation, too. Longer means that the
-            device hangs: every request ends with an ``EngineDeadError``. None for no limit.
+        step_timeout: the longest that one step may take, in seconds; the first step may include compilation. After
+            that the device counts as hung, and every request ends with an ``EngineDeadError``. None: no limit.
         options: see ``EngineConfig``.
 
     Raises:
@@ -69,7 +69,7 @@ class AsyncLLM:
             self.tokenizer.encode(
                 "warm up"
             )  # the first call settles how the tokenizer truncates: not in two threads
-            _ = self.tokenizer.max_token_characters  # which takes a while, so not in the event loop
+            _ = self.tokenizer.max_token_characters  # cached here: too slow to compute in the event loop
         self.max_num_waiting = limit
         self._thread = EngineThread(self._llm.engine, limit, step_timeout)
         self._door = threading.Lock()  # requests are numbered and queued in the same order
@@ -105,7 +105,7 @@ class AsyncLLM:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether a step did not return and was left behind. Its thread may be at work until the process ends."""
+        """Whether a step did not return and was abandoned. Its thread may run until the process ends."""
         return self._thread.is_abandoned
 
     @property
@@ -137,7 +137,7 @@ class AsyncLLM:
 
         Raises:
             ValueError: the request cannot be served; the message names the value and the limit.
-            QueueFullError: too many wait already, or too much text waits to be tokenized.
+            QueueFullError: too many sequences are waiting, or too much text is waiting to be tokenized.
             EngineDeadError: the engine has failed, now or earlier, or has been shut down.
         """
         answers = await self.submit(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
@@ -183,11 +183,12 @@ class AsyncLLM:
     ) -> list[int]:
         """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer.
 
-        ``truncates``: the request keeps only the end of its prompt, so that no conversation is too long.
+        Args:
+            truncates: the request keeps only the end of its prompt, so no conversation is too long.
 
         Raises:
-            ValueError: see ``Tokenizer.apply_chat_template``; or what users say in it is too long already.
-            QueueFullError: too much text waits to be tokenized.
+            ValueError: see ``Tokenizer.apply_chat_template``; or the user messages alone are too long for the context.
+            QueueFullError: too much text is waiting to be tokenized.
         """
         if not truncates:
             self._llm.engine.check_length(_num_user_characters(messages))
@@ -195,7 +196,7 @@ class AsyncLLM:
         return await self._aside(self._llm.chat_prompt, messages, num_characters)
 
     async def _aside(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
-        """``function(text)``; a long text is worked on in another thread, one after the other."""
+        """``function(text)``; for a long text it runs in the tokenizer thread, see ``TextQueue``."""
         if num_characters <= LONG_TEXT:
             return function(text)
         self._thread.check_alive()
@@ -233,8 +234,8 @@ class AsyncLLM:
     ) -> None:
         """Take no more requests; let those under way finish, for ``timeout_s`` at most, or abort them at once.
 
-        Whoever waits gets an end in either case. Returns when the engine's thread has ended, or when a step under way
-        has not returned for ``last_step_s`` after that: then ``is_abandoned`` is true.
+        Every request ends in either case. Returns when the engine's thread has ended, or when the step under way has
+        not returned ``last_step_s`` seconds later; ``is_abandoned`` is then true.
         """
         self._thread.stop(finish)
         if finish:
@@ -245,7 +246,7 @@ class AsyncLLM:
         self._tokenizing.close()
 
     def abandon(self) -> None:
-        """From any thread: wait for the step under way no longer. Who is still served gets an EngineDeadError."""
+        """From any thread: stop waiting for the step under way. Unfinished requests end with an EngineDeadError."""
         self._thread.abandon("its last step did not return")
 
     async def __aenter__(self) -> AsyncLLM:
@@ -293,7 +294,7 @@ class RequestStream:
 
 
 def _num_user_characters(messages: ReadOnlyList[Mapping[str, str]]) -> int:
-    """Of what is in any rendering of the conversation: templates trim contents, and drop an assistant's reasoning."""
+    """Length of the user messages, stripped: every template renders those whole, while it may cut an assistant's."""
     said = (one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user")
     return sum(len(content.strip()) for content in said if isinstance(content, str))
 

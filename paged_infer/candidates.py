@@ -12,7 +12,7 @@ from paged_infer.params import Candidates, TopRow
 
 
 def best_tokens(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates | None]:
-    """For each row its ``num_top`` most probable tokens, best first; None where it holds NaN, +inf or nothing finite.
+    """For each row its ``num_top`` most probable tokens, best first; None for a row with NaN, +inf or only -inf.
 
     Logprobs are of the raw distribution in float32: a banned token is left out, and the others gain nothing by it.
     Works on slices of rows, so the memory it takes does not grow with R.

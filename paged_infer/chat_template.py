@@ -1,4 +1,4 @@
-"""A conversation, checked and fitted to a tokenizer's chat template, so that no message is lost in it."""
+"""Check a conversation and fit it to a tokenizer's chat template, so that the template drops no message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_TEXT = ("file", "image_url", "input_audio", "refusal", "video_url")  # kinds of content parts
-MARK = "m9e3779b97f4a7c15m"  # stands for a message's content; letters and digits survive trimming
+MARK = "m9e3779b97f4a7c15m"  # placeholder for a message's content; letters and digits survive trimming
 
 
 def check_text(text: str, where: str = "") -> None:
@@ -21,7 +21,7 @@ def check_text(text: str, where: str = "") -> None:
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with each content as one text. A ValueError names the first that is malformed."""
+    """The messages, each with its content as one str. A ValueError names the first malformed one."""
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise ValueError(f"messages must be a list of {{'role', 'content'}}, not {type(messages).__name__}")
     if not messages:
@@ -46,7 +46,7 @@ def content_text(content: Any, where: str) -> str:
     """The text of a message's content: a str, or OpenAI's list of text parts, which are joined by newlines.
 
     Raises:
-        ValueError: anything else; the message begins with ``where`` and names the kind of a part that is not text.
+        ValueError: anything else; the message begins with ``where`` and names the type of a part that is not text.
     """
     if isinstance(content, str):
         return content
@@ -65,13 +65,13 @@ def content_text(content: Any, where: str) -> str:
 def fitted_messages(
     messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]
 ) -> list[dict[str, Any]]:
-    """The messages in roles that the template shows: a developer's becomes the system's where it has to.
+    """The messages in roles that the template renders: "developer" becomes "system" if the template needs it.
 
     Args:
-        render: puts messages through the template; a ValueError where the template raises.
+        render: applies the template; raises ValueError where the template raises.
 
     Raises:
-        ValueError: the template refuses the messages, or leaves one out, which is named.
+        ValueError: the template refuses the messages, or leaves one out; the error names it.
     """
     candidates = [messages]
     if any(message["role"] == "developer" for message in messages):
@@ -92,13 +92,13 @@ def fitted_messages(
 
 
 def _first_lost(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> int | None:
-    """Index of the first message whose content is not in what the template makes of the conversation."""
-    # A template may change a content (trim it, cut its reasoning), and a short content may stand in the template's
-    # own text: a mark in its place shows what the template does with such a message.
+    """Index of the first message whose content is missing from the rendered conversation."""
+    # A template may change a content (trim it, cut its reasoning), and a short content may occur in the template's
+    # own text. So render unique marks in place of the contents and look for those.
     marks = [f"{MARK}{index}m" if message["content"] else "" for index, message in enumerate(messages)]
     try:
         text = render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
-    except ValueError:  # a template that reads the contents, or that refuses the messages anyway
+    except ValueError:  # the template depends on the contents, or refuses the messages in any case
         text, marks = render(messages), [message["content"].strip() for message in messages]
     text = text.lower()
     return next((index for index, mark in enumerate(marks) if mark.lower() not in text), None)

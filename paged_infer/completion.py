@@ -14,10 +14,11 @@ from paged_infer.tokenizer import StreamingDecoder, Tokenizer
 class Completion:
     """The growing output of one sequence.
 
-    Its text is what the tokens add to the text of the prompt, see ``continuation``. It is decoded token by token only
-    where it is needed early: for a stop string, or a stream. Else it is decoded once, at the end.
+    Its text is what the tokens add to the text of the prompt, see ``continuation``. It is decoded incrementally only
+    for stop strings and for streams, and otherwise once, at the end.
 
-    A stop string that is a special token, which has no place in the text, ends it where that token is drawn.
+    Special tokens are not part of the text. A stop string that is a special token ends the output when that token is
+    sampled.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, streamed: bool) -> None:
@@ -65,7 +66,7 @@ class Completion:
             self._text += self._decoder.finish()
         if may_stop:
             self._find_stop(settled)
-        if self._stop_string is None:  # what the text ends with comes before the token
+        if self._stop_string is None:  # a stop string in the text takes precedence over the token
             self._stop_string = stop_token
         return self._stop_string is not None
 
@@ -117,14 +118,14 @@ class Completion:
         if finish_reason in (
             "abort",
             "error",
-        ):  # it ended between two tokens, with characters still held back
+        ):  # it ended between two tokens: flush the characters that are still held back
             self._text += self._decoder.finish()
             return self._text
         if finish_reason is not None:
             return self._text
         if self._finder is None:
             return self._text
-        self._finder.find(self._text, len(self._text))  # what min_tokens has kept it from
+        self._finder.find(self._text, len(self._text))  # advance over the text that min_tokens skipped
         return self._text[: len(self._text) - self._finder.num_open]
 
 

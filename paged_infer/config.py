@@ -124,7 +124,7 @@ class EngineConfig:
             )
 
     def _plain(self, name: str) -> Any:
-        """The option as one of Python's own values, and kept so."""
+        """The option converted to a plain Python value, which replaces it."""
         object.__setattr__(self, name, plain(getattr(self, name)))
         return getattr(self, name)
 

@@ -60,7 +60,7 @@ Speculation = Annotated[
     ),
 ]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
-Seed = Annotated[int, typer.Option(help="Of the workload, or of the sampled text; for a text, -1 is none.")]
+Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled text; for a text, -1 is none.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,13 @@ def read_speculation(text: str | None) -> Any:
 
 
 def read_list(option: str, values: Iterable[str] | None) -> tuple[str, ...]:
-    """An option that may be repeated, or be a JSON list as vLLM takes it. Raises ValueError for what is neither."""
+    """The values of an option that may be repeated or be a JSON list, as in vLLM. Raises ValueError for a bad list."""
     found: list[str] = []
     for value in values or ():
         try:
             many = json.loads(value) if value.startswith("[") else [value]
         except json.JSONDecodeError as error:
-            raise ValueError(f"{option} {value!r} is no JSON: {error}") from None
+            raise ValueError(f"{option} {value!r} is not valid JSON: {error}") from None
         if not all(isinstance(one, str) for one in many):
             raise ValueError(f"{option} {value!r}: must be a list of strings")
         found += many

@@ -65,8 +65,8 @@ class DraftModel:
     def fill_in(self, step: ScheduledStep) -> ScheduledStep:
         """The step with tokens in the places of its drafts. All of its tokens are computed here, too.
 
-        Where the draft model's own numbers fail (NaN), its draft is token 0: a draft can be wrong, so this costs the
-        speed of that sequence and nothing else.
+        Where the draft model's logits hold NaN or +inf, the draft is token 0. A wrong draft costs that sequence speed
+        and nothing else.
         """
         drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
@@ -74,7 +74,7 @@ class DraftModel:
         while now:
             result = self.runner.execute(ScheduledStep(step.index, now, moves))
             if result.failed and not self._has_warned:
-                logger.warning("the draft model's logits hold NaN or +inf: those drafts are not accepted")
+                logger.warning("the draft model's logits hold NaN or +inf: token 0 is proposed there instead")
                 self._has_warned = True
             drawn = result.token_ids
             for sequence_id, token_id in drawn.items():

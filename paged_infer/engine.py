@@ -122,7 +122,7 @@ class LLMEngine:
         return self.tokenizer.encode(text)
 
     def check_length(self, num_characters: int) -> None:
-        """Raises ContextLengthError for a text of which that shows that it cannot fit; see ``check_num_characters``."""
+        """Raises ContextLengthError for a text that is too long to fit, see ``check_num_characters``."""
         if self.tokenizer is not None and num_characters >= self.memory.max_model_len:
             most = self.tokenizer.max_token_characters
             check_num_characters(num_characters, most, self.memory.max_model_len)
@@ -246,14 +246,12 @@ class LLMEngine:
     def _advance(
         self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int
     ) -> None:
-        """Turn the sequence's newest tokens into text. What goes wrong there ends its own request alone."""
+        """Decode the sequence's newest tokens to text. An error here ends only its own request."""
         try:
             stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
         except Exception as error:
-            logger.exception("the tokens of request %s could not become text", sequence.request_id)
-            self.scheduler.fail(
-                sequence, f"its tokens could not become text: {type(error).__name__}: {error}"
-            )
+            logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
+            self.scheduler.fail(sequence, f"its tokens could not be decoded: {type(error).__name__}: {error}")
         else:
             if stop is not None:
                 self.scheduler.finish(sequence, "stop", stop)

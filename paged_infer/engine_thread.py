@@ -7,8 +7,8 @@
 Commands take effect between two steps, in the order in which they were given. After a step, all that it has to tell
 one event loop crosses over in a single ``call_soon_threadsafe``, however many requests it moved.
 
-A step that does not return cannot be stopped, only left behind (``abandon``): every request gets its error from another
-thread, and the engine, which may still be at work, is not touched again.
+A step that does not return cannot be stopped, only abandoned (``abandon``): another thread ends every request with an
+error, and the engine, whose step may still run, is not used again.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class EngineThread:
         engine: nobody else may touch it from now on, except to ``prepare`` requests, one at a time.
         max_num_waiting: most sequences (samples or beams) that may wait, those preempted included, when one more
             request is added.
-        step_timeout_s: longest that a step, with the commands before it, may take before it is abandoned; None for
-            no limit.
+        step_timeout_s: the longest that a step, with the commands before it, may take; then it is abandoned. None: no
+            limit.
     """
 
     def __init__(self, engine: LLMEngine, max_num_waiting: int, step_timeout_s: float | None = None) -> None:
@@ -111,14 +111,14 @@ class EngineThread:
         self.error: EngineDeadError | None = None
         self.ended = threading.Event()
         self.is_abandoned = False
-        self.gone = threading.Event()  # the thread has ended, or was abandoned: nothing will come from it
+        self.gone = threading.Event()  # the thread has ended or was abandoned: it delivers nothing more
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
-        self._inbox: list[_Add | _Abort | _Call] = []  # guarded by _wake, as are the next two
+        self._inbox: list[_Add | _Abort | _Call] = []  # guarded by _wake, as are _num_waiting and _stopping
         self._num_waiting = (
             0  # sequences in the engine, as they stood when it last did something, and in the inbox
         )
-        self._taken: list[_Add | _Abort | _Call] = []  # out of the inbox, and perhaps not carried out yet
+        self._taken: list[_Add | _Abort | _Call] = []  # taken from the inbox, perhaps not yet carried out
         self._stopping = False
         self._mailboxes: dict[str, Mailbox] = {}  # changed by the thread alone
         hung = f"a step has taken longer than step_timeout={step_timeout_s} s"
@@ -153,7 +153,7 @@ class EngineThread:
     def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
         """Run ``function(engine)`` between two steps; when the thread has ended, in the caller's own.
 
-        Where a step was abandoned the answer is an EngineDeadError.
+        If the thread was abandoned, the future raises an EngineDeadError.
         """
         command = _Call(function)
         with self._wake:
@@ -176,13 +176,13 @@ class EngineThread:
             self._wake.notify()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the thread's end, for ``timeout_s`` at most, and not if it was abandoned. Whether it has ended."""
+        """Wait until the thread has ended or was abandoned, for ``timeout_s`` at most. Returns whether it has ended."""
         if self.gone.wait(timeout_s) and not self.is_abandoned:
             self._thread.join()
         return self.ended.is_set()
 
     def abandon(self, reason: str) -> None:
-        """From any thread: wait for the step under way no longer. Whoever waits gets an EngineDeadError."""
+        """From any thread: stop waiting for the step under way. Unfinished requests end with an EngineDeadError."""
         with self._wake:
             if self.gone.is_set():
                 return
@@ -195,11 +195,11 @@ class EngineThread:
         self._deliver([(mailbox, self._dead()) for mailbox in mailboxes])
         for command in commands:
             if isinstance(command, _Call):
-                with contextlib.suppress(InvalidStateError):  # it has its answer
+                with contextlib.suppress(InvalidStateError):  # already answered
                     command.answer.set_exception(self._dead())
 
     def check_alive(self) -> None:
-        """Raises EngineDeadError if nothing is served any more."""
+        """Raises EngineDeadError if the engine has failed, was stopped or was abandoned."""
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
 
@@ -283,7 +283,7 @@ class EngineThread:
         try:
             result = command.function(self.engine)
         except Exception as error:
-            with contextlib.suppress(InvalidStateError):  # abandoned meanwhile
+            with contextlib.suppress(InvalidStateError):  # answered by abandon()
                 command.answer.set_exception(error)
         else:
             with contextlib.suppress(InvalidStateError):
@@ -334,7 +334,7 @@ class EngineThread:
             commands, self._inbox = self._inbox, []
             self.ended.set()
             self.gone.set()
-        if self.is_abandoned:  # everybody has been told
+        if self.is_abandoned:  # abandon() has already ended every request
             return
         orphans = [*self._mailboxes.values(), *(c.mailbox for c in commands if isinstance(c, _Add))]
         self._mailboxes.clear()

@@ -207,7 +207,7 @@ class DecodeGraphs:
 
         def step() -> None:
             sources = columns["sources"]
-            # A row that could not be drawn from left -1. Any token will do after it: its request ends.
+            # A failed row left -1. Its request ends, so any valid token will do here.
             pending = buffers.drawn.index_select(0, sources.clamp_min(0)).clamp_min(0)
             token_ids = torch.where(sources >= 0, pending, columns["token_ids"])
             meta = StepMeta(

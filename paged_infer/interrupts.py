@@ -1,9 +1,9 @@
-"""Ctrl-C, held back while the books are open: a step is planned and entered whole, or not at all.
+"""Defer Ctrl-C while the engine's state changes: a step is planned and recorded whole, or not at all.
 
-uninterrupted()                   SIGINT is noted, and acts when the outermost of these ends
-  interruptible()                 where nothing is open (a forward pass, a sleep): it acts at once
-    KeyboardInterrupt  ---->      from here on it is noted again, so a second one does not meet the first one's
-                                  ``finally`` and leave the books half closed
+uninterrupted()                   SIGINT is recorded, and acts when the outermost of these ends
+  interruptible()                 where no state changes (a forward pass, a sleep): it acts at once
+    KeyboardInterrupt  ---->      from here on it is deferred again, so a second one cannot interrupt the ``finally``
+                                  blocks of the first
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Deferral:
-    """The handler of SIGINT while something is uninterrupted. ``act``: the handler that it stands in for."""
+    """The SIGINT handler within ``uninterrupted``. ``act`` is the handler that it replaces."""
 
     def __init__(self, act: Callable[[int, FrameType | None], Any]) -> None:
         self.act = act
@@ -28,18 +28,18 @@ class Deferral:
         if not self.is_open:
             self.came = True
             return
-        self.is_open = False  # before anything is raised: what unwinds is not interrupted
+        self.is_open = False  # before the handler raises: the unwinding is not interrupted
         self.act(signum, frame)
-        self.is_open = True  # a handler of the application's that raises nothing
+        self.is_open = True  # the application's own handler raised nothing
 
 
 @contextmanager
 def uninterrupted() -> Iterator[Deferral]:
-    """Put off SIGINT (a notebook's stop button, too) until the end of what is inside; it then acts as it would have.
+    """Defer SIGINT (also from a notebook's stop button) to the end of the block; then the usual handler runs.
 
-    Yields the deferral, whose ``came`` is true when there is one to act on. Python raises KeyboardInterrupt between any
-    two instructions, such as taking a block and writing down its owner. Only the main thread is interrupted, so
-    elsewhere there is nothing to put off. May be nested, or decorate.
+    Yields the ``Deferral``; its ``came`` is true once a SIGINT is pending. Python raises KeyboardInterrupt between any
+    two instructions, such as allocating a block and recording its owner. Only the main thread is interrupted; in other
+    threads this does nothing. Can be nested, and can be used as a decorator.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -64,7 +64,7 @@ def uninterrupted() -> Iterator[Deferral]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within ``uninterrupted``: let SIGINT act again, one that has come meanwhile at once, until the first one does."""
+    """Within ``uninterrupted``: let SIGINT, also a pending one, act at once, until the first one raises."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not isinstance(handler, Deferral):
         yield

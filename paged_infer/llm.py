@@ -28,9 +28,9 @@ class LLM:
     >>> llm = LLM()                                              # the bundled storyteller
     >>> llm.generate("Once upon a time")[0].outputs[0].text      # doctest: +SKIP
 
-    Calls from several threads are served one after the other; ``AsyncLLM`` serves them together. A request that cannot
-    go on (NaN in its logits, say) ends with finish_reason "error" and its reason: no call raises for it, and all other
-    requests have the tokens that they have without it.
+    Calls from several threads run one after the other; ``AsyncLLM`` runs them together. A request that fails (NaN in
+    its logits, for example) ends with finish_reason "error" and the reason in ``error``: no call raises, and all other
+    requests go on.
 
     Args:
         model: None for the storyteller, a local folder, or a hub id, in Hugging Face format.
@@ -49,10 +49,10 @@ class LLM:
         self._name = self.folder.resolve().name if is_path else str(model)
         self.engine = LLMEngine(self.folder, config)
         self._num_requests = 0
-        self._mail: dict[str, RequestOutput] = {}  # the newest output of each request that is waited for
+        self._mail: dict[str, RequestOutput] = {}  # the newest output of each request of the calls under way
         self._streams: list[
             tuple[weakref.ref[Any], Request]
-        ] = []  # generators, perhaps gone, and what they serve
+        ] = []  # generators, perhaps already collected, and their requests
         self._lock = threading.RLock()  # held by the thread that steps the engine
         self._is_stepping = False
 
@@ -63,7 +63,7 @@ class LLM:
 
     @property
     def name(self) -> str:
-        """What to call the model: the hub id that was given, or the name of its folder."""
+        """The model's name: the hub id that was given, or the name of its folder."""
         return "storyteller" if self.is_storyteller else self._name
 
     @property
@@ -121,7 +121,7 @@ class LLM:
 
     @uninterrupted()
     def _serve(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        """Run the requests to their ends; outputs in their order. An interrupt acts where a step computes."""
+        """Run the requests until they finish; outputs in their order. SIGINT acts only in a forward pass or a sleep."""
         self._drop_abandoned_streams()
         try:
             for request in requests:
@@ -157,7 +157,7 @@ class LLM:
             self._drop([request])
 
     def _next_output(self, request: Request, is_first: bool = False) -> RequestOutput | None:
-        """Of a stream, which the first call submits; None if it has been aborted."""
+        """The next output of a stream, whose first call submits the request; None if it has been aborted."""
         with self._lock, uninterrupted() as interrupt:
             try:
                 if is_first:
@@ -170,7 +170,7 @@ class LLM:
                 self._drop([request])
                 raise
             finally:
-                if interrupt.came:  # it acts at the end of this block, and a second one may follow it
+                if interrupt.came:  # it acts at the end of this block, and a second one may follow
                     self._drop([request])
 
     def _step(self) -> list[RequestOutput]:
@@ -185,7 +185,7 @@ class LLM:
 
     def _drop(self, requests: list[Request]) -> None:
         with self._lock, uninterrupted():
-            if self._is_stepping:  # a stream is collected in the middle of a step: the next call drops it
+            if self._is_stepping:  # a stream was collected during a step: the next call drops its request
                 return
             for request in requests:
                 if self.engine.serves(request):
@@ -193,7 +193,7 @@ class LLM:
                 self._mail.pop(request.request_id, None)
 
     def _drop_abandoned_streams(self) -> None:
-        """End the requests whose generators are gone, however they went."""
+        """Abort the requests whose generators were collected or have ended."""
         streams, self._streams = self._streams, []
         for reference, request in streams:
             stream = reference()
@@ -214,7 +214,7 @@ class LLM:
         a list of ``{"type": "text", "text": str}``.
 
         Raises:
-            ValueError: as ``generate``; a message that is malformed, or that the template refuses or leaves out.
+            ValueError: as ``generate``; or a message is malformed, or the template refuses it or leaves it out.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm)  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def penalise(flat: Tensor, rows: Sequence[SampleRow], penalised: list[int], voca
         owners, ids, _ = _distinct(outputs + prompts, len(params), vocab_size)
         places, penalty = on_device(offsets[owners] + ids), on_device(repetition[owners]).to(flat.dtype)
         value = flat[places]
-        # Finite logits stay finite, whatever the penalty; what is masked stays masked.
+        # Finite logits stay finite, whatever the penalty; masked ones (-inf) stay masked.
         limits = torch.finfo(flat.dtype)
         changed = torch.where(value > 0, value / penalty, value * penalty).clamp_(limits.min, limits.max)
         flat[places] = torch.where(value.isfinite(), changed, value)

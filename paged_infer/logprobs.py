@@ -17,9 +17,9 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 def logprobs_of(
     logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]
 ) -> list[TokenLogprobs | None]:
-    """Logprobs of the tokens drawn from the rows that ask for them; None for the others, and where there are none.
+    """Logprobs of the sampled tokens, for the rows that ask for them; None for the others, and for rows without any.
 
-    A token id of -1 stands for none.
+    The token id of a failed row is -1; its entry, if not None, has no meaning.
     """
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     asked = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
@@ -48,7 +48,7 @@ def token_logprobs(
         For each row, token id -> ``Logprob`` in float32: the given token first, then the other top ones, best first
         (of equals the given token, then the lower id). That is ``num_top`` tokens, and one more where the given token
         is not among the top ones. ``rank`` is 1 plus the number of strictly more probable tokens; no text yet.
-        None for a row that holds NaN or no finite logit. +inf counts as float32's largest number.
+        None for a row with NaN or only -inf. +inf counts as float32's largest number.
     """
     results: list[TokenLogprobs | None] = []
     num_rows, vocab_size = logits.shape
@@ -82,7 +82,7 @@ def _by_token(logprobs: list[float], ids: list[int], rank: int, num_top: int) ->
     top_rank, previous = 1, math.inf
     num_top = min(num_top, len(ids) - 1)
     if rank <= num_top and ids[0] not in ids[1 : num_top + 1]:
-        num_top -= 1  # it equals the last of them and takes that one's place
+        num_top -= 1  # it ties with the last of them and takes its place
     for place in range(1, num_top + 1):
         token_id, logprob = ids[place], logprobs[place]
         if logprob != previous:

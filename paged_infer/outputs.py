@@ -22,11 +22,12 @@ TokenLogprobs = dict[int, Logprob]
 class CompletionOutput:
     """One sample or beam of a request.
 
-    ``token_ids`` keeps the token that ended it; ``text``, which is what they add to the text of the prompt (see
-    ``continuation.continuation``), does not. ``finish_reason`` is None while it grows, then "stop" (end token, stop
-    token or stop string), "length", "abort", or "error" where the request could not go on, for the reason in ``error``
-    (NaN in its logits, say). ``cumulative_logprob`` and ``logprobs`` are None unless ``SamplingParams.logprobs`` asked
-    for them; a beam has the first, and ``score``, by which it is ranked (None if the search was aborted or failed).
+    ``token_ids`` includes the token that ended it; ``text`` does not. ``text`` is what the tokens add to the text of
+    the prompt (see ``continuation.continuation``). ``finish_reason`` is None while it grows, then "stop" (end token,
+    stop token or stop string), "length", "abort", or "error" if the request failed; ``error`` then gives the reason
+    (NaN in its logits, for example). ``cumulative_logprob`` and ``logprobs`` are None unless
+    ``SamplingParams.logprobs`` asked for them; a beam has the first, and ``score``, by which it is ranked (None if the
+    search was aborted or failed).
     """
 
     index: int

@@ -13,7 +13,7 @@ Candidates = Sequence[tuple[int, float]]
 
 
 class _Checks:
-    """How parameters refuse a value, by its name, itself, and the limit; and keep it as one of Python's own."""
+    """Checks of parameters: errors name the parameter, its value and the limit; values are kept as plain Python."""
 
     __slots__ = ()
 
@@ -51,7 +51,7 @@ class _Checks:
         return elements
 
     def _check_token_ids(self, name: str) -> None:
-        """Kept once each: how often a token is named does not matter."""
+        """Check and deduplicate them."""
         self._keep(name, tuple(dict.fromkeys(_token_id(element) for element in self._check_tuple(name))))
 
 
@@ -74,12 +74,12 @@ class SamplingParams(_Checks):
         presence_penalty: subtracted once from the logit of every token that the output holds.
         frequency_penalty: subtracted once for each time the output holds the token.
         logit_bias: token id -> what is added to its logit, within [-100, 100].
-        seed: the request's own seed, but for -1, which is the same as None: without one, the engine derives it from
-            its own and the request's number.
+        seed: the request's own seed. With None or -1, the engine derives one from its own seed and the request's
+            number.
         max_tokens: the most tokens to generate; None means as many as ``max_model_len`` leaves.
         min_tokens: no end-of-sequence token, stop token or stop string is honoured before this many tokens.
         stop: strings that end the output; the text ends before the first of them. A lone str is one of them.
-            One that is a special token of the tokenizer ends it where that token is drawn.
+            One that is a special token of the tokenizer ends the output when that token is sampled.
         stop_token_ids: tokens that end the output; like the end-of-sequence token, they are in
             ``token_ids``, not in ``text``.
         ignore_eos: do not stop at the end-of-sequence token.
@@ -90,7 +90,7 @@ class SamplingParams(_Checks):
             context allows.
 
     ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
-    may be numpy's or torch's; they are kept as int and float.
+    may be numpy or torch scalars; they are kept as int and float.
 
     Raises:
         ValueError: a value out of its range or not of its type; the message names the value and the limit.

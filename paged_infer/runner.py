@@ -39,7 +39,7 @@ _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are 
 class StepResult:
     """What a step drew, by sequence id; prompt logprobs with the index of their first token; candidates of beams.
 
-    No numbers of one sequence raise: one that cannot be drawn from is in ``failed``, and the others are as they were.
+    Bad numbers of one sequence do not raise: it is listed in ``failed``, and the other sequences are unaffected.
     """
 
     token_ids: dict[int, int] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class StepResult:
     accepted: dict[int, list[int]] = field(
         default_factory=dict
     )  # drafts that hold; in ``token_ids`` is what follows
-    failed: dict[int, str] = field(default_factory=dict)  # why a sequence cannot go on
+    failed: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class RunningStep:
     _draws: list[tuple[int, SampleRow]]
     _drawn: Drawn | None
     _checked: tuple[list[ScheduledSequence], Drawn] | None = (
-        None  # whose tokens, one after the other, are finite
+        None  # (sequences, a flag for each of their tokens: whether its hidden state is finite)
     )
 
     @torch.inference_mode()
@@ -139,8 +139,8 @@ class ModelRunner:
         self._report_prompts(sequences, hidden, meta, result)
         running = self._draw(step, sequences, hidden, meta, result)
         if meta.max_query_len > 1 or any(sequence.sample is None for sequence in sequences):
-            # Not every row has logits that are looked at, and a block may be shared before its owner draws. A masked
-            # key that is NaN reaches even the tokens before it: 0 * NaN.
+            # Not every row's logits are computed, and a block may be shared before its owner is sampled. A masked NaN
+            # key reaches even earlier tokens: 0 * NaN is NaN.
             is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()  # [T]
             running._checked = sequences, on_its_way(is_finite, is_finite)
         return running
@@ -184,7 +184,7 @@ class ModelRunner:
         if pending and self._last_tokens is not None:
             rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
             ends = self._to_device(query_start_loc[1:][pending].astype(np.int64) - 1)
-            # A row that could not be drawn from left -1. Any token will do after it: its request ends.
+            # A failed row left -1. Its request ends, so any valid token will do here.
             token_ids[ends] = self._last_tokens[self._to_device(rows)].clamp_min(0)
         return token_ids
 

@@ -40,13 +40,13 @@ from paged_infer.transfer import to_device
 # logits of any use, one beyond gives the same distribution as the limit.
 SMALLEST, LARGEST = 1e-20, 1e20
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-UNDRAWABLE = "its logits cannot be drawn from: they hold NaN or +inf, or nothing finite"
+UNDRAWABLE = "its logits cannot be sampled: they hold NaN or +inf, or only -inf"
 
 
 _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 # (logits [r, V], their r rows, num_candidates) -> the winners. A winner's score is not finite where the row cannot be
-# drawn from: NaN wins every maximum, and softmax makes NaN of +inf and of nothing but -inf. A greedy row can be drawn
-# from where it holds +inf: the first of those is the most probable token, as transformers has it.
+# drawn from: NaN wins every maximum, and softmax gives NaN for a row with +inf or only -inf. A greedy row may hold
+# +inf: the first +inf is the most probable token, as in transformers.
 _Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
 # (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
@@ -55,9 +55,9 @@ Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # see ``kernels.argmax``
 
 @dataclass(slots=True)
 class SampledTokens:
-    """What was drawn, a row each: -1 where a row cannot be drawn from, and never for the sake of another row.
+    """One token per row; -1 for a row that cannot be sampled, which does not affect the other rows.
 
-    ``logprobs`` is None where the row's ``params.logprobs`` is, and where the row has none.
+    ``logprobs`` is None where the row's ``params.logprobs`` is None, and for a row whose logprobs are undefined.
     """
 
     token_ids: list[int]
@@ -73,7 +73,7 @@ class Drawn:
     ready: torch.cuda.Event | None  # None: it is there
 
     def token_ids(self) -> list[int]:
-        """Waits until they are there; -1 where a row cannot be drawn from (``UNDRAWABLE``)."""
+        """Wait for the tokens and return them; -1 for a row that cannot be sampled (``UNDRAWABLE``)."""
         if self.ready is not None:
             self.ready.synchronize()
         token_ids: list[int] = self.host.tolist()
@@ -250,7 +250,7 @@ def _draw_again(
 def _probs(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Probabilities at each row's temperature, 0 where min_p drops the token: [r, K] -> float32 [r, K].
 
-    The largest logit is subtracted before the division, so that no temperature makes +inf of finite logits.
+    The largest logit is subtracted before the division, so finite logits do not overflow at any temperature.
     """
     temperatures = [min(max(row.params.temperature, SMALLEST), LARGEST) for row in rows]
     wide = logits.float()

@@ -1,7 +1,7 @@
-"""Where growing text first holds a stop string, at a cost that does not depend on how many stop strings there are.
+"""Find the first stop string in a growing text, at a cost that does not depend on the number of stop strings.
 
-All stop strings are one tree, and a text walks through it, each character once (Aho and Corasick 1975). The node that
-it has come to is its longest end that begins a stop string:
+All stop strings form one tree, and each character of the text is one step in it (Aho and Corasick 1975). The current
+node stands for the longest suffix of the text that is a prefix of a stop string:
 
     stops "hers", "she"       h - e - r - s*             text   u   s   h     e*     r
                               s - h - e*                 node   .   s   sh    she    her, by the link from she to he
@@ -15,13 +15,13 @@ from functools import lru_cache
 
 
 class StopTree:
-    """Stop strings as a tree of nodes, of which 0 is the root. The lists have an entry a node."""
+    """Stop strings as a tree with root 0. Each list has one entry per node."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.children: list[dict[str, int]] = [{}]
-        self.links = [0]  # to the node of the longest shorter end that begins a stop string
+        self.links = [0]  # to the node of the longest proper suffix that is a prefix of a stop string
         self.stops = [""]  # the longest stop string that ends here, if any
-        self.num_open = [0]  # length of the longest end that may still become a stop string
+        self.num_open = [0]  # length of the longest suffix that may still grow into a stop string
         depths = [0]
         for stop in stops:
             node = 0
@@ -35,7 +35,7 @@ class StopTree:
                     self.num_open.append(0)
                 node = self.children[node][char]
             self.stops[node] = stop
-        queue = deque([0])  # the shallower ones first: links lead to them
+        queue = deque([0])  # breadth first: links lead to shallower nodes
         while queue:
             node = queue.popleft()
             self.num_open[node] = depths[node] if self.children[node] else self.num_open[self.links[node]]
@@ -45,7 +45,7 @@ class StopTree:
                 queue.append(child)
 
     def next(self, node: int, char: str) -> int:
-        """Where a text at ``node`` comes to with one more character."""
+        """The node after ``node`` and one more character."""
         while node and char not in self.children[node]:
             node = self.links[node]
         return self.children[node].get(char, 0)
@@ -53,12 +53,12 @@ class StopTree:
 
 @lru_cache(maxsize=8)
 def stop_tree(stops: tuple[str, ...]) -> StopTree:
-    """The same for all samples of a request."""
+    """Cached, so that all samples of a request share one tree."""
     return StopTree(stops)
 
 
 class StopFinder:
-    """Reads one growing text."""
+    """Searches one growing text."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._tree = stop_tree(stops)
@@ -66,9 +66,10 @@ class StopFinder:
         self._num_read = 0
 
     def find(self, text: str, num_settled: int) -> tuple[int, str] | None:
-        """Read on to the end of ``text``, which begins with what was read before.
+        """Continue the search to the end of ``text``, which begins with the text of the last call.
 
-        Returns where the first stop string begins that ends behind ``num_settled`` characters, and that string.
+        Of the stop strings that end after the first ``num_settled`` characters, returns the one that begins first: its
+        start and itself. Of two that begin together, the shorter one; None if there is none.
         """
         first: tuple[int, str] | None = None
         node, tree = self._node, self._tree
@@ -83,5 +84,5 @@ class StopFinder:
 
     @property
     def num_open(self) -> int:
-        """How many characters at the end of what was read begin a stop string."""
+        """How many characters at the end of the text may still grow into a stop string."""
         return self._tree.num_open[self._node]

@@ -1,4 +1,4 @@
-"""Long texts are worked on in a thread of their own, one after the other: short ones first, and a bounded number."""
+"""A bounded queue for long texts: one thread tokenizes them one at a time, shorter ones first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from paged_infer.engine_thread import QueueFullError
 
-MAX_NUM_CHARACTERS = 1 << 24  # that wait: a few seconds of tokenizing
-PATIENCE = 16
+MAX_NUM_CHARACTERS = 1 << 24  # in the queue: a few seconds of tokenizing
+PATIENCE = 16  # see TextQueue
 
 
 @dataclass(order=True, slots=True)
@@ -27,36 +27,37 @@ class _Job:
 
 
 class TextQueue:
-    """Calls functions of texts, the shortest text first.
+    """Calls functions on texts in a thread, the shortest text first.
 
-    A long text is overtaken by shorter ones that come later, until ``PATIENCE`` times its own length has been worked
-    on since it came: then it is ahead of whatever comes.
+    Shorter texts that arrive later may overtake a long one, but only until ``PATIENCE`` times its own length has been
+    processed since it arrived. So no text starves.
 
     Args:
-        max_num_characters: most characters that may wait, when one more text comes.
+        max_num_characters: the most characters in the queue, the text under way included. A text that finds the queue
+            empty is accepted whatever its length.
     """
 
     def __init__(self, max_num_characters: int = MAX_NUM_CHARACTERS) -> None:
         self._max_num_characters = max_num_characters
         self._lock = threading.Lock()
         self._jobs: list[_Job] = []  # a heap; guarded by the lock, as are the next two
-        self._num_characters = 0  # that wait
-        self._num_done = 0  # characters that have been worked on
+        self._num_characters = 0  # waiting or under way
+        self._num_done = 0  # characters processed so far
         self._numbers = itertools.count()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def submit(self, function: Callable[[Any], Any], text: Any, num_characters: int) -> Future[Any]:
-        """The future of ``function(text)``. To cancel it takes the text out of the queue.
+        """A future of ``function(text)``. Cancelling it removes the text from the queue.
 
         Raises:
-            QueueFullError: too much waits.
+            QueueFullError: the queue would exceed ``max_num_characters``.
         """
         future: Future[Any] = Future()
         with self._lock:
             waiting = self._num_characters
             if waiting and waiting + num_characters > self._max_num_characters:
                 raise QueueFullError(
-                    f"{waiting} characters wait to be tokenized: {num_characters} more would be over the limit of "
+                    f"{waiting} characters wait to be tokenized: {num_characters} more would exceed the limit of "
                     f"{self._max_num_characters}"
                 )
             rank = self._num_done + PATIENCE * num_characters
@@ -68,7 +69,7 @@ class TextQueue:
         return future
 
     def close(self) -> None:
-        """Take no more; what waits is still worked on."""
+        """Accept no more texts; those in the queue are still processed."""
         self._worker.shutdown(wait=False)
 
     def _work(self) -> None:
@@ -88,7 +89,7 @@ class TextQueue:
             job.future.set_exception(failure)
 
     def _forget(self, job: _Job) -> None:
-        """It is done or cancelled."""
+        """Update the counts for a job that is done or cancelled."""
         with self._lock:
             self._num_characters -= job.num_characters
             if job.future.cancelled():

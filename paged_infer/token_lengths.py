@@ -1,8 +1,8 @@
-"""How many characters of a text one token can stand for: what shows by its length alone that a text cannot fit.
+"""The most characters of a text that one token can stand for: a text beyond this bound is refused by its length alone.
 
-The bound holds for every text or there is none. A BPE whose vocabulary has every byte loses no character: its tokens
-spell the text, byte by byte or character by character. Unknown words that become one token however long they are, a
-normalizer or pre-tokenizer that drops characters, or an added token that takes the spaces around it, leave no bound.
+The bound must hold for every text. A BPE tokenizer whose vocabulary has every byte loses no character: its tokens spell
+the text, byte by byte or character by character. There is no bound if an unknown word of any length becomes one token,
+if a normalizer or pre-tokenizer drops characters, or if an added token absorbs the spaces around it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import json
 from typing import Any
 
 SHRINKS_BY = {"NFC": 4, "NFD": 1, "Prepend": 1, "ByteLevel": 1}
-"""By normalizer: how many characters may become one. No canonical decomposition in Unicode has more than four."""
+"""By normalizer: how many characters may become one. Unicode's canonical decompositions have at most four."""
 
 KEEPS_ALL = ("ByteLevel", "Metaspace", "Digits", "Split")
-"""Pre-tokenizers that only cut a text into pieces; ``Split`` where it does not remove what it cuts at."""
+"""Pre-tokenizers that only split a text; ``Split`` unless its behavior is "Removed"."""
 
 
 def max_token_characters(hf_tokenizer: Any) -> int | None:
-    """Most characters of a text that one token of a Hugging Face tokenizer can stand for; None if there is no bound."""
+    """The most characters that one token of a Hugging Face tokenizer can stand for; None if there is no bound."""
     backend = getattr(hf_tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "BPE":
         return None
@@ -43,7 +43,7 @@ def max_token_characters(hf_tokenizer: Any) -> int | None:
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """What a normalizer or pre-tokenizer of the tokenizers library is made of, as its own JSON has it."""
+    """The parts of a normalizer or pre-tokenizer of the tokenizers library, from its JSON form."""
     if component is None:
         return []
     return _flat(json.loads(component.__getstate__()))

@@ -90,7 +90,7 @@ class Tokenizer:
             return bytes([self.byte_tokens[token_id]])
         piece = self._hf.convert_ids_to_tokens(token_id) or ""
         own = bytes(BYTE_OF_CHARACTER.get(char, 0) for char in piece)
-        # In a vocabulary that is not byte-level, the piece is no spelling of bytes: they do not decode to its text.
+        # If the vocabulary is not byte-level, the piece does not spell bytes: ``own`` does not decode to its text.
         return own if own.decode(errors="replace") == text else text.encode()
 
     def apply_chat_template(
@@ -98,12 +98,12 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation as the model was trained to read it, ready for the assistant's turn.
 
-        A content is a str or a list of text parts. A developer's message is the system's where the template does not
-        show it otherwise.
+        A content is a str or a list of text parts. The role "developer" becomes "system" if the template leaves such a
+        message out or refuses it.
 
         Raises:
             ValueError: no template, an empty conversation, a message that is malformed or that the template leaves
-                out (its index is named), or an error of the template itself.
+                out (the error names its index), or an error raised by the template.
         """
         conversation = checked_messages(messages)
         if not self._hf.chat_template:
@@ -137,7 +137,7 @@ class Tokenizer:
 
     @cached_property
     def max_token_characters(self) -> int | None:
-        """Most characters of a text that one token can stand for; None if there is no bound."""
+        """The most characters of a text that one token can stand for; None if there is no bound."""
         return max_token_characters(self._hf)
 
     def is_silent(self, token_id: int) -> bool:
@@ -146,7 +146,7 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The content of each special token, which ``decode`` leaves out -> its id."""
+        """The text of each special token -> its id. ``decode`` skips these tokens."""
         return {self._hf.convert_ids_to_tokens(token_id): token_id for token_id in self._special_ids}
 
     @cached_property
@@ -173,13 +173,13 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _bytes_of_characters()
-"""How a byte-level vocabulary (GPT-2's) spells bytes: a printable one as itself, the n-th other one as U+0100 + n."""
+"""How a byte-level vocabulary (GPT-2's) spells bytes: a printable byte as itself, the n-th other as U+0100 + n."""
 
 
 class StreamingDecoder:
     """Turns the growing ids of one sequence into text that, once given out, never changes.
 
-    The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``, or, behind
+    The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``, or, after
     ``prompt_token_ids``, to ``continuation(tokenizer, prompt, all ids)``. Held back is:
 
     - a trailing U+FFFD, which may be the first bytes of a character whose rest comes with a later token;
@@ -213,7 +213,7 @@ class StreamingDecoder:
         self._run_is_valid = True
         self._push(context := prompt_context(tokenizer, prompt_token_ids))
         held = tokenizer.decode(self._window_ids)[self._num_out :]
-        # Text of the prompt that is held back here, and will come out in front of the output's.
+        # Text of the prompt that is still held back: it will precede the output's text and must be cut off.
         self._of_prompt = held[: len(held) - num_unfinished(tokenizer, context, held)]
 
     def push(self, token_ids: Sequence[int]) -> str:

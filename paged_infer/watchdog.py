@@ -1,4 +1,4 @@
-"""Notices work that does not come to its end: a kernel that hangs, say."""
+"""Detects work that does not return, such as a kernel that hangs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Watchdog:
     """Calls ``on_timeout`` once, from a thread of its own, when work takes longer than ``timeout_s``.
 
     Args:
-        timeout_s: None for no limit; then there is no thread either.
-        on_timeout: what to do.
-        clock: seconds that only rise.
+        timeout_s: None for no limit; then no thread is started.
+        on_timeout: called once, from the watchdog's thread.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -28,25 +28,25 @@ class Watchdog:
         self.timeout_s = timeout_s
         self.clock = clock
         self._on_timeout = on_timeout
-        self._began_s: float | None = None  # the work under way
+        self._began_s: float | None = None  # when the work under way began
         self._over = threading.Event()
         if timeout_s is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin(self) -> None:
-        """Work begins: from here on the time counts."""
+        """Work begins: start the timer."""
         self._began_s = self.clock()
 
     def pause(self) -> None:
-        """Nothing is under way until the next ``begin``."""
+        """Stop the timer until the next ``begin``."""
         self._began_s = None
 
     def close(self) -> None:
-        """Watch no more."""
+        """End the watchdog."""
         self._over.set()
 
     def check(self) -> None:
-        """Compare the time of the work under way with the limit; called now and then."""
+        """Call ``on_timeout`` if the work under way has exceeded the limit; called periodically."""
         began_s = self._began_s
         if self.timeout_s is None or began_s is None or self._over.is_set():
             return
@@ -61,7 +61,7 @@ class Watchdog:
 
 
 def check_timeout(name: str, value: float | None) -> None:
-    """Raises ValueError for what is neither None nor a number of seconds above 0."""
+    """Raises ValueError unless ``value`` is None or a finite number of seconds > 0."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:

@@ -1,4 +1,4 @@
-"""Tests beside an engine's thread: hold the engine at a step, so that what is to be seen is there to be seen."""
+"""Hold an engine that runs in a thread at a step, so that a test can observe its state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from paged_infer import AsyncLLM
 from paged_infer.engine import LLMEngine
 
-LIMIT_S = 300.0  # ends a test that hangs; what works is through long before, on a slow and busy machine, too
+LIMIT_S = 300.0  # ends a test that hangs; a passing one finishes long before, even on a slow and busy machine
 
 
 def until(condition: Callable[[], Any], state: Callable[[], Any] = lambda: None) -> None:
@@ -47,7 +47,7 @@ class Steps:
         """Let it run ``num`` more steps, and wait until it has."""
         self.allow(num)
         until(lambda: self._num_allowed < 1, self._engine.stats)
-        self._thread.call(lambda _: None).result(LIMIT_S)  # behind the last of them
+        self._thread.call(lambda _: None).result(LIMIT_S)  # after the last of them
 
     def _step(self, sleep: Callable[[float], object], step: Callable[..., Any]) -> Any:
         if self._num_allowed < 1:
@@ -60,7 +60,7 @@ class Steps:
 
 @contextlib.contextmanager
 def held(engine: AsyncLLM) -> Iterator[Steps]:
-    """Until the end of the block, ``engine`` runs only steps that are allowed; it obeys commands all the while."""
+    """Until the end of the block, ``engine`` runs only allowed steps; it still carries out commands."""
     steps, step = Steps(engine), engine._llm.engine.step
 
     def replace(one: LLMEngine) -> None:

@@ -412,8 +412,8 @@ def test_readers_whose_loop_has_gone_are_aborted(checkpoint) -> None:
 
     with held(engine) as steps:
         steps.allow(1)
-        asyncio.run(begin())  # and leaves without a word
-        steps.run(1)  # whose output finds no reader
+        asyncio.run(begin())  # the loop ends without an abort
+        steps.run(1)  # its output has no reader
         assert engine.stats()["free_blocks"] == engine.stats()["num_blocks"]
     asyncio.run(engine.check_integrity())
     asyncio.run(engine.shutdown())

@@ -1,4 +1,4 @@
-"""Requests that cannot go on: each ends with its own error, and every other one has the tokens that it has alone."""
+"""Requests that fail: each ends with its own error, and every other one gets the tokens that it gets alone."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_two_interrupts_where_a_step_computes_leave_nothing_behind(work, make_ll
             def interrupted(step: Any, at=at_launch, launches=launches, presses=presses) -> Any:
                 launches.append(step)
                 if len(launches) == at + 1:
-                    presses.__enter__()  # the lines of whatever unwinds
+                    presses.__enter__()  # the lines that run during unwinding
                     sys._getframe().f_back.f_trace = presses._trace
                     signal.raise_signal(signal.SIGINT)
                 return launch(step)

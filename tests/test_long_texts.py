@@ -19,7 +19,7 @@ CUT = SamplingParams(temperature=0, max_tokens=2, truncate_prompt_tokens=5)
 
 
 class Held(Tokenizer):
-    """Tokenizes nothing of more than 4,096 characters until it is let go; keeps what it was asked for."""
+    """Blocks on texts of more than 4,096 characters until released; records what it was asked for."""
 
     released = threading.Event()
     began = threading.Event()

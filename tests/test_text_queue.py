@@ -1,4 +1,4 @@
-"""Long texts in line: the shortest first, none overtaken for ever, and no more than may wait."""
+"""The queue of long texts: the shortest first, none starves, and its size is bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paged_infer.text_queue import PATIENCE, QueueFullError, TextQueue
 
 
 class Line:
-    """A queue whose worker is busy until it is let go, and the texts in the order in which it came to them."""
+    """A queue whose worker is blocked until released, and the texts in the order of processing."""
 
     def __init__(self, **options: int) -> None:
         self.queue = TextQueue(**options)

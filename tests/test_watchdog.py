@@ -1,4 +1,4 @@
-"""A step that does not return: everybody is told, nothing waits for it, and a slow one is no such step."""
+"""A step that does not return: every request ends with an error, nothing waits for it; a slow step is no hang."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Does guessing pay? The same texts without drafts, with those of a lookup, and with those of a small model.
 
-Whatever the drafts, in float32 every run gives the tokens of the run without (see ``control.speculation``), also
-sampled ones, so the runs are held to each other whole and not to a sample of them.
+Whatever the drafts, in float32 every run gives the same tokens as the run without drafts, sampled ones included (see
+``control.speculation``), so the runs are compared token for token.
 """
 
 from __future__ import annotations

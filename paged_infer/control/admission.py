@@ -15,7 +15,7 @@ from paged_infer.control.beam import num_candidates
 from paged_infer.control.block_manager import Allocation, BlockManager
 from paged_infer.params import BeamSearchParams, SamplingParams
 
-MAX_NUM_SAMPLES = 16_384  # of one request; vLLM's VLLM_MAX_N_SEQUENCES
+MAX_NUM_SAMPLES = 16_384  # per request; vLLM's VLLM_MAX_N_SEQUENCES
 
 
 class ContextLengthError(ValueError):
@@ -31,17 +31,18 @@ def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_m
 
 
 def check_num_characters(num_characters: int, max_token_characters: int | None, max_model_len: int) -> None:
-    """Refuse a text by its length alone, before it is tokenized, if it cannot fit whatever its tokens are.
+    """Refuse a text before it is tokenized if it is too long for the context, whatever its tokens are.
 
-    ``max_token_characters``: most characters that one token can stand for; None if there is no bound.
+    Args:
+        max_token_characters: the most characters that one token can stand for; None if there is no bound.
 
     Raises:
-        ContextLengthError: the message names the length and the limit.
+        ContextLengthError: the text is too long; the message names the length and the limit.
     """
     if max_token_characters is not None and num_characters > max_token_characters * (max_model_len - 1):
         raise ContextLengthError(
             f"the prompt has {num_characters} characters: it must be shorter than max_model_len={max_model_len} "
-            f"tokens, of {max_token_characters} characters at most"
+            f"tokens, each of at most {max_token_characters} characters"
         )
 
 
@@ -59,8 +60,8 @@ def check_request(
 
     Raises:
         ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens, ask for
-            more logprobs than there are tokens, or leave none to draw before ``min_tokens``; or the pool could not hold
-            the request even if it ran alone.
+            more logprobs than there are tokens, ask for too many samples, or leave no token to sample before
+            ``min_tokens``; or the pool could not hold the request even if it ran alone.
     """
     num_prompt = len(prompt_token_ids)
     if not num_prompt:
@@ -85,7 +86,7 @@ def check_request(
         )
     if params.n > MAX_NUM_SAMPLES:
         raise ValueError(f"n={params.n}: must be at most {MAX_NUM_SAMPLES}")
-    # The last token is drawn and never stored. In the worst case the samples or beams that run at once share nothing.
+    # The last token is sampled but never stored. In the worst case the samples or beams that run at once share nothing.
     longest = (
         max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
     )
@@ -99,14 +100,14 @@ def check_request(
 
 
 def _check_end_tokens(params: SamplingParams, eos_token_ids: Collection[int], vocab_size: int) -> None:
-    """No end token is drawn before ``min_tokens``, so there must be another."""
+    """End tokens are masked before ``min_tokens``, so the vocabulary must have others."""
     if not params.min_tokens:
         return
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     if len(ends) >= vocab_size and ends.issuperset(range(vocab_size)):
         raise ValueError(
             f"min_tokens={params.min_tokens}: stop_token_ids and the end-of-sequence tokens are all {vocab_size} "
-            "tokens of the vocabulary, and none of them may be drawn before min_tokens are out"
+            "tokens of the vocabulary, so no token could be sampled before min_tokens"
         )
 
 

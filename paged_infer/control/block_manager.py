@@ -103,7 +103,7 @@ class BlockManager:
 
     @property
     def num_spare_blocks(self) -> int:
-        """Free blocks that newcomers may take; less than none where even the watermark's are in use."""
+        """Free blocks above the watermark, which new sequences may take; negative below the watermark."""
         return self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
@@ -215,7 +215,7 @@ class BlockManager:
         self.swap.reuse_emptied()
 
     def forget(self, hashes: Iterable[bytes]) -> None:
-        """What these stand for is not to be found any more: it was stored, and is of no use."""
+        """Remove these hashes from the prefix cache: their blocks were stored, but must not be reused."""
         for block_hash in hashes:
             block = self.pool.find(block_hash)
             if block is not None:

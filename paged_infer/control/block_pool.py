@@ -122,7 +122,7 @@ class BlockPool:
         return True
 
     def withdraw(self, block: int) -> None:
-        """Forget the hash of ``block``: what it stands for was never stored, or is of no use."""
+        """Remove the hash of ``block``: its contents were never stored, or must not be reused."""
         del self._block_of[self._hash_of.pop(block)]
         if self._counts[block] == 0:
             del self._cached[block]

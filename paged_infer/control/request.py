@@ -11,7 +11,8 @@ values in the cache. Prefill, a chunk of it, decode, and recomputation after a p
 some more of the tokens that are known; when the last known one has been computed, one more is drawn.
 
 What several sequences of a request know in common is computed once, by the first of them: at first that is the prompt.
-Beams then begin together. Samples begin as places allow; those left over find the prompt cached, or compute it again.
+Beams then start together. Samples start as ``max_num_seqs`` and the pool allow; a later one takes the prompt from the
+prefix cache, or computes it again.
 A token that has been drawn and not yet been read (it may still be on its way from a GPU) has its place among the tokens
 as ``PENDING``: the next step can be planned with it, but not a hash, nor a text.
 
@@ -69,7 +70,7 @@ class Sequence:
     num_common_tokens: int = (
         0  # first tokens that await being computed once for all siblings; 0 when that is done
     )
-    queue_number: int = 0  # its place in the order of arrival; see Scheduler.requeue
+    queue_number: int = 0  # its position in the arrival order; see Scheduler.requeue
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
@@ -80,7 +81,7 @@ class Sequence:
     first_scheduled_s: float | None = None  # on the clock of its request's times
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None  # why it could not go on, where ``finish_reason`` is "error"
+    error: str | None = None  # why it failed, where ``finish_reason`` is "error"
     cumulative_logprob: float = 0.0  # of a beam
     score: float | None = None  # of a beam that has become an answer
 
@@ -126,7 +127,7 @@ class Sequence:
 
     @property
     def leader(self) -> Sequence:
-        """Who computes what this one begins with: itself, or the first that lives of those that await the same."""
+        """The sequence that computes the common tokens: the first live sibling that waits for them, or itself."""
         if not self.num_common_tokens:
             return self
         return next(s for s in self.siblings if s.num_common_tokens and not s.is_finished)
@@ -262,7 +263,7 @@ class Request:
 
     @property
     def error(self) -> str | None:
-        """Why it could not go on, if so."""
+        """Why the request failed, or None."""
         return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
 
     def add_sequences(

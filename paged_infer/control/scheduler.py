@@ -10,8 +10,8 @@ All queues are in order of arrival. Who runs in a step, and with how many tokens
 of a ``Turn``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always
 gets through: every request that fits the pool finishes. The beams of one search give theirs back together.
 
-Samples of one request hold a share of the places at most (``sample_share``), and whenever some of them come in, the
-rest queue behind all that wait by then: a request of many samples leaves places and turns to every other request.
+The samples of one request hold a limited share of ``max_num_seqs`` (``sample_share``). Whenever some of them are
+admitted, the rest move to the end of the waiting queue, so a request with many samples does not starve others.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Scheduler:
             self.manager.journal.append(event)
 
     def requeue(self, sequences: ReadOnlyList[Sequence]) -> None:
-        """Put these, which wait, behind everything that waits, as if they came now."""
+        """Move these waiting sequences to the end of the waiting queue, as if they had just arrived."""
         moved = {*sequences}
         others = [one for one in self.waiting if one not in moved]
         self.waiting.clear()
@@ -189,7 +189,7 @@ class Scheduler:
             now: for the trace.
             candidates: for each beam that asked, its best next tokens.
             accepted: for each sequence that had drafts, those that equal the draws; ``token_ids`` has the draw after.
-            failed: why a sequence cannot go on: its request ends with "error", and no other one is touched.
+            failed: why a sequence failed, by sequence id: its request ends with "error", and other requests go on.
 
         Returns:
             The sequences that got a token, once for each token, in the step's order; all beams of a search get theirs
@@ -252,7 +252,7 @@ class Scheduler:
             self._fail_some(turn, failed)
         grown: list[Sequence] = []
         for one in turn.drawing:
-            if one.is_finished or one in turn.void:  # finished by an abort, an error, or the token before
+            if one.is_finished or one in turn.void:  # ended by an abort, an error or a token; or restarted
                 continue
             num_new, ended = one.take([*accepted.get(one.sequence_id, ()), token_ids[one.sequence_id]])
             grown += [one] * num_new
@@ -306,7 +306,7 @@ class Scheduler:
         self.release_held()
 
     def _begin_again(self, sequence: Sequence) -> None:
-        """What it has stored is lost."""
+        """Free its blocks and queue it for recomputation."""
         if sequence.state in (SequenceState.RUNNING, SequenceState.SWAPPED):
             self._leave(sequence)
             self.restart(sequence)
@@ -340,7 +340,7 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End the sequence in whatever state it is; its blocks are free at once, unless its batch leaves together.
 
-        Ending twice changes nothing, except that an abort or an error takes such blocks back too.
+        Ending twice changes nothing, except that an abort or an error frees such blocks, too.
         """
         is_cut_short = reason in ("abort", "error")
         if sequence.is_finished:
@@ -359,9 +359,10 @@ class Scheduler:
         self.release_held()
 
     def _fail_some(self, turn: Turn, failed: Mapping[int, str]) -> None:
-        """End the requests whose sequences cannot go on. Those that share blocks with one before them begin again.
+        """End the requests of failed sequences. One that shares blocks with an earlier failure is recomputed instead.
 
-        In its step a block is shared before it is known to be sound, so theirs may be the other's NaN.
+        A block can be shared in the step that computes it, before its contents are checked, so the NaN of such a
+        sequence may come from the other request.
         """
         suspect: set[int] = set()
         forks = (child for children in turn.forks.values() for child in children)
@@ -380,16 +381,14 @@ class Scheduler:
                     out.void.add(sharer)
 
     def fail(self, sequence: Sequence, error: str) -> None:
-        """End the request of a sequence that cannot go on: all of its samples or beams that live.
+        """End the request of a failed sequence: all of its unfinished samples or beams.
 
-        Its keys and values may be NaN, in blocks of earlier steps too: none of its blocks is found by a hash again.
+        Its keys and values may be NaN, also in blocks of earlier steps, so all its blocks leave the prefix cache.
         """
         for one in sequence.siblings or (sequence,):
             self.manager.forget(one.block_hashes)
             if one is sequence or not one.is_finished:
-                one.error = (
-                    f"request {one.request_id!r} cannot go on after {one.num_output_tokens} tokens: {error}"
-                )
+                one.error = f"request {one.request_id!r} failed after {one.num_output_tokens} tokens: {error}"
             self.finish(one, "error")
         sequence.finish_reason = "error"  # also where it failed with its last token
 

@@ -6,10 +6,10 @@
 
 A draft is accepted if it is what the sequence draws at that place anyway. Noise is a function of (seed, sample,
 position), so this draw is the one that would have been made without drafts: in float32, greedy and seeded texts do not
-change by a token, however bad the drafts; in fewer bits, a step with drafts may round a near tie otherwise. (Leviathan
-et al. 2023, "Fast inference from transformers via speculative decoding", keep the distribution by accepting at random;
-here draft and target share their noise instead: a coupling.) Keys of drafts that are not kept lie in slots that are
-written again by whoever comes next.
+change by a token, however bad the drafts; in bfloat16 and float16, a step with drafts may round differently and so
+decide a near tie the other way. (Leviathan et al. 2023, "Fast inference from transformers via speculative decoding",
+preserve the distribution by accepting at random; here draft and target share their noise instead: a coupling.) Keys of
+rejected drafts lie in slots that the next tokens overwrite.
 
 Drafts come from one of two:
 

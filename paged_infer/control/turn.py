@@ -5,15 +5,15 @@
     admit()    who waits comes in            }  and not in a step that had to preempt
     speculate()  who decodes also computes drafts, from what budget and blocks nobody else has asked for
 
-Samples of one request come in together, as many as there is room for, and only the first computes the prompt:
+Samples of one request are admitted together, as many as there is room for, and only the first computes the prompt:
 
     step    1                2                 3
     S0      p0 .. p6         p7 p8 -> a        a -> b        both draw from the logits of p8, each by its own noise,
     S1      (waits)          fork  -> c        c -> d        and p8's block is copied before the first of them writes
-    S2      (waits)          (no room: it waits on, behind all others; later it finds p0 .. p7 in the prefix cache)
+    S2      (waits)          (no room: it moves to the end of the queue; later p0 .. p7 are prefix cache hits)
 
-Beams come in all together, with places kept for them, and again after each preemption: the first computes what all have
-in common, and the others fork from there.
+Beams are admitted all together, with places reserved for them, and again after each preemption: the first computes the
+tokens that all have in common, and the others fork from there.
 From then on they are a gang, and leave together. A beam that has computed all it knows waits for the others, idle.
 
 Until the step has succeeded, nothing that was built on it is certain. ``fresh`` lists who would have to begin again.
@@ -54,7 +54,7 @@ class Turn:
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.drawing: list[Sequence] = []  # who gets a token from it
         self.ranking: list[Sequence] = []  # beams that get candidates
-        self.void: set[Sequence] = set()  # who has begun again meanwhile: what it computed does not count
+        self.void: set[Sequence] = set()  # restarted since: their results in this step are dropped
         self.num_published = 0  # blocks that are there once it has succeeded
         self.traced: TraceStep | None = None
         self.num_hit_tokens = 0
@@ -107,8 +107,8 @@ class Turn:
     def admit(self) -> None:
         """Let the head of the queue in while there is budget, a place, and room for all its known tokens.
 
-        Nobody comes in before all that are swapped are back. A request whose samples have their share of the places
-        is passed over.
+        Nothing is admitted while any sequence is swapped out. A request whose samples hold their full share of the
+        places is skipped.
         """
         while self.budget and not self._closed and not self.swapped:
             sequence = self._head()
@@ -176,9 +176,9 @@ class Turn:
         return min(end - sequence.num_computed_tokens, most)
 
     def _num_tokens_with_forks(self, sequence: Sequence) -> int:
-        """Tokens that fill as many blocks as those of the sequence and, beside what is in common, of its forks.
+        """Tokens that fill as many blocks as the sequence and, without the common ones, its forks.
 
-        Samples are forked where there is room for them: only beams count.
+        Only beams count as forks here: samples are forked later, if there is room.
         """
         forks, block_size = sequence.to_fork, self._manager.block_size
         if not forks or sequence.search is None:
@@ -193,9 +193,9 @@ class Turn:
         return Returning(sequence.sequence_id, chain, num_stored, sequence.num_tokens)
 
     def _head(self) -> Sequence | None:
-        """The first of the queue that may come in, or None.
+        """The first sequence of the queue that may be admitted, or None.
 
-        Those wait on that will be forked from a sibling under way, and samples whose request has its share of places.
+        Skips sequences that will be forked from a running sibling, and samples of a request that holds its full share.
         """
         passed: set[str] = set()
         for sequence in self.waiting:
@@ -208,17 +208,17 @@ class Turn:
         return None
 
     def _has_place(self, gang: ReadOnlyList[Sequence]) -> bool:
-        """For the gang, and the beams that will be forked from it."""
+        """Whether there are places for the gang and for the beams that will be forked from it."""
         wanted = len(gang) + (len(gang[0].to_fork) if gang[0].search is not None else 0)
         return wanted <= self._num_places() or not (self.running or self._scheduler.held)
 
     def _num_places(self) -> int:
-        """Places that nobody has, nor are promised to beams that will be forked."""
+        """Places that are neither taken nor reserved for beams that will be forked."""
         promised = sum(len(one.to_fork) for one in self.running if one.search is not None)
         return self.max_num_seqs - len(self.running) - len(self._scheduler.held) - promised
 
     def _num_left_of_share(self, sequence: Sequence) -> int:
-        """How many more samples of the sequence's request may come in, by its share of the places."""
+        """How many more samples of the sequence's request may be admitted by its share of the places."""
         if sequence.search is not None or len(sequence.siblings) < 2:
             return self.max_num_seqs
         held = sum(one.request_id == sequence.request_id for one in self._scheduler.held)
@@ -287,11 +287,11 @@ class Turn:
             self._fork(sequence)
 
     def _fork(self, sequence: Sequence) -> None:
-        """Begin those that wait for this: all beams, and of samples as many as there is room for."""
+        """Fork the sequences that wait for this one: all beams, or as many samples as there is room for."""
         children = sequence.to_fork
         if sequence.search is None:
             places = min(self._num_places(), self._num_left_of_share(sequence))
-            # Each writes to a block of its own in the next step.
+            # In the next step each writes to a block of its own, so each needs one spare block.
             room = 0 if self._closed or self.swapped else min(places, self._manager.num_spare_blocks)
             children, rest = children[: max(0, room)], children[max(0, room) :]
             self._scheduler.requeue(rest)
@@ -338,7 +338,7 @@ class Turn:
 
 
 def sample_share(max_num_seqs: int) -> int:
-    """Most places that the samples of one request hold at once: three quarters, and never all of several."""
+    """The most places that the samples of one request hold at once: three quarters, rounded up; all but one below 4."""
     return max(1, max_num_seqs - max(1, max_num_seqs // 4))
 
 

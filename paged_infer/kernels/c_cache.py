@@ -1,13 +1,14 @@
-"""Compiled kernels on disk: a folder of the user's own, and files that are checked before they are loaded.
+"""Compiled kernels on disk: a private folder of the user, and files that are checked before they are loaded.
 
-    $XDG_CACHE_HOME/paged_infer or ~/.cache/paged_infer     a real folder, ours, written by nobody else (0700)
-        kernels-<key>-<digest>.so                           key: what it was built from; digest: of its bytes
+    $XDG_CACHE_HOME/paged_infer or ~/.cache/paged_infer     a real folder, the user's own, writable by no other (0700)
+        kernels-<key>-<digest>.so                           key: hash of the build inputs; digest: hash of the file
 
-A shared library is code that runs with the rights of the process. So a folder or a file of another user, or one that
-others may write to, is refused, and a file whose bytes do not have the digest of its name (truncated, empty, changed)
-is built again. The folder is opened once, and everything after the check goes through its descriptor: a folder that is
-put in its place meanwhile is never read. A file is written under another name and renamed, so it is whole or absent,
-and processes that build the same at the same time replace each other's file by an equal one.
+A shared library is code that runs with the rights of the process. So a folder or file that belongs to another user, or
+that others can write to, is refused, and a file whose contents do not match the digest in its name (truncated, empty,
+changed) is built again. The folder is opened once, and all accesses after the check go through its descriptor, so a
+folder that replaces it afterwards is never read. (Without /proc, only the final ``dlopen`` goes by path.) A file is
+written under a temporary name and renamed, so it is whole or absent, and processes that build the same kernels at the
+same time replace each other's file safely.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-KEPT_S = 30 * 24 * 3600  # since a process last loaded it; other machines and compilers may share the folder
+KEPT_S = 30 * 24 * 3600  # since a file was last loaded; other machines and compilers may share the folder
 _OURS = re.compile(r"kernels-(?P<key>[0-9a-f]+)(-(?P<digest>[0-9a-f]+))?\.so(?P<aside>\.[0-9a-f]+)?")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -43,10 +44,10 @@ class KernelCache:
     @classmethod
     @contextlib.contextmanager
     def opened(cls) -> Iterator[KernelCache]:
-        """Make the folder where there is none, check it, and hold it open.
+        """Create the folder if it is missing, check it, and hold it open.
 
         Raises:
-            CacheRefused: there is no place for it, or it is not ours alone.
+            CacheRefused: it cannot be created or opened, or it is not private to this user.
         """
         folder = _folder()
         try:
@@ -63,19 +64,19 @@ class KernelCache:
             os.close(descriptor)
 
     def load(self, key: str) -> ctypes.CDLL | None:
-        """The library that was built from what ``key`` stands for, if it is there and whole."""
+        """The library that was built for ``key``; None if it is missing or damaged."""
         for name in sorted(os.listdir(self.descriptor)):
             match = _OURS.fullmatch(name)
             if match and match["key"] == key and not match["aside"] and self._is_whole(name, match["digest"]):
-                with contextlib.suppress(OSError):  # removed meanwhile, or nothing may be executed there
+                with contextlib.suppress(OSError):  # removed since, or mounted noexec
                     return self._load(name)
         return None
 
     def store(self, key: str, library: bytes) -> ctypes.CDLL:
-        """Keep a library, remove what is no longer of use, and load it.
+        """Store a library, remove damaged and stale files, and load it.
 
         Raises:
-            OSError: it cannot be written, or not be loaded from there.
+            OSError: it cannot be written, or cannot be loaded from there.
         """
         name = f"kernels-{key}-{_digest(library)}.so"
         aside = f"{name}.{secrets.token_hex(8)}"
@@ -89,7 +90,7 @@ class KernelCache:
         return self._load(name)
 
     def _load(self, name: str) -> ctypes.CDLL:
-        """Through the descriptor where the system can: the path may lead elsewhere by now."""
+        """Load through the descriptor where there is /proc: the path may name another folder by now."""
         through = f"/proc/self/fd/{self.descriptor}"
         return ctypes.CDLL(os.path.join(through if os.path.isdir(through) else self.folder, name))
 
@@ -97,20 +98,20 @@ class KernelCache:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self.descriptor)
 
     def _is_whole(self, name: str, digest: str | None) -> bool:
-        """Whether the file is ours and its bytes are those that were written; if so, note that it is in use."""
+        """Whether the file is private and matches its digest; if so, its access time is set to now."""
         try:
             with open(name, "rb", opener=self._open) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or _not_ours(status) or _digest(file.read()) != digest:
                     return False
-                with contextlib.suppress(OSError):  # a folder that can be read only
+                with contextlib.suppress(OSError):  # a read-only folder
                     os.utime(file.fileno(), (time.time(), status.st_mtime))
         except OSError:
             return False
         return True
 
     def _clean(self, key: str) -> None:
-        """Remove what is damaged of ``key``, and what no process has loaded for long."""
+        """Remove damaged files of ``key``, and all files that no process has loaded within ``KEPT_S``."""
         for name in os.listdir(self.descriptor):
             match = _OURS.fullmatch(name)
             if match is None:
@@ -135,22 +136,22 @@ class KernelCache:
 
 def _folder() -> Path:
     if not hasattr(os, "O_NOFOLLOW"):
-        raise CacheRefused("this system cannot say whose a folder is")
+        raise CacheRefused("this platform cannot open a folder safely (no O_NOFOLLOW)")
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the XDG specification: a relative one is ignored
         return Path(base) / "paged_infer"
     try:
         return Path.home() / ".cache" / "paged_infer"
     except RuntimeError:
-        raise CacheRefused("there is no home folder, and XDG_CACHE_HOME names no other") from None
+        raise CacheRefused("there is no home folder, and XDG_CACHE_HOME is not an absolute path") from None
 
 
 def _not_ours(status: os.stat_result) -> str | None:
-    """Why a folder or file is not ours alone; None if it is."""
+    """Why a folder or file is not private to this user; None if it is."""
     if status.st_uid != os.geteuid():
         return f"it belongs to user {status.st_uid}, and this is user {os.geteuid()}"
     if status.st_mode & _OTHERS_WRITE:
-        return f"others may write to it (mode {stat.S_IMODE(status.st_mode):o})"
+        return f"other users can write to it (mode {stat.S_IMODE(status.st_mode):o})"
     return None
 
 

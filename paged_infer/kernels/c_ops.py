@@ -25,12 +25,12 @@ def _is_built(dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return False
     if (reason := why_not(dtype)) is not None:
-        logger.warning("torch computes %s, which is slower than C: %s", dtype, reason)
+        logger.warning("%s runs on torch, which is slower than the C kernels: %s", dtype, reason)
     return reason is None
 
 
 def suits(first: Tensor, *others: Tensor) -> bool:
-    """Whether C can read them: one dtype that there are kernels for, on the CPU, the last dimension dense."""
+    """Whether C can read them: all of one dtype that has C kernels, on the CPU, with a dense last dimension."""
     dtype = first.dtype
     if not _is_built(dtype) or not first.is_cpu or first.stride(-1) != 1:
         return False

@@ -3,11 +3,11 @@
 A decode step on a CPU is many small passes over a few rows. Torch takes several operations for each, and attention has
 to gather scattered keys before it can multiply them. ``c_kernels.c`` does each in one pass, and reads keys where they
 lie. It is compiled for the machine it runs on, in about a second, the first time it is asked for; the result stays in
-the user's cache folder (see ``c_cache``), and where there is none it is compiled anew in each process. Threads are
+the user's cache folder (see ``c_cache``). Without a usable cache folder, each process compiles it again. Threads are
 OpenMP's, from the pool that torch has loaded.
 
-Without a compiler nothing is lost but speed: "auto" then takes the "sdpa" backend. Whatever is slower than it could be
-is logged as one warning, with the reason.
+Without a compiler nothing is lost but speed: "auto" then takes the "sdpa" backend. Each slower fallback is logged as a
+warning with its reason.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _load_or_build(compiler: str, flags: list[str]) -> ctypes.CDLL:
 
 
 def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None) -> ctypes.CDLL:
-    """Compile in a folder of its own, and keep the result if that can be done. What is loaded needs no file."""
+    """Compile in a temporary folder and store the result in the cache if possible. A loaded library needs no file."""
     with tempfile.TemporaryDirectory(prefix="paged_infer-", ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "kernels.so"
         command = [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(built), "-lm"]
@@ -119,13 +119,13 @@ def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None)
 
 
 def _complaint(stderr: str) -> str:
-    """One line of a compiler's: the first that speaks of an error, or the last."""
+    """One line of a compiler's output: the first that mentions an error, or else the last."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it gave no reason"]
     return next((line for line in lines if "error" in line.lower()), lines[-1])[:500]
 
 
 def _warn_not_kept(refused: CacheRefused) -> None:
-    _warn_once(f"the C kernels are compiled anew in each process, the cache folder is not used: {refused}")
+    _warn_once(f"the C kernels are compiled anew in each process: no cache folder can be used: {refused}")
 
 
 @functools.cache
@@ -147,7 +147,7 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What ``-march=native`` looks at: of x86 the model and its features, of Arm the names of both."""
+    """What ``-march=native`` depends on: the CPU's model and features, by the names that x86 and Arm have for them."""
     info = Path("/proc/cpuinfo")
     names = ("model name", "flags", "Features", "CPU ")
     lines = info.read_text().splitlines() if info.exists() else ()

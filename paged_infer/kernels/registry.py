@@ -94,8 +94,8 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
 
     "auto" is the fastest that ``device`` has: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". With
     "torch" and "sdpa" everything is plain torch, with "triton" everything is Triton, and with "c" what one pass in C
-    does better; beside a backend of one's own, it is what "auto" would take. A warning gives the reason where that is
-    "sdpa" because the faster one cannot run.
+    does better; beside a backend of one's own, it is what "auto" would take. If the faster backend cannot run and
+    "sdpa" is used instead, a warning gives the reason.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), or one that cannot run on ``device``.
@@ -124,7 +124,7 @@ def _fastest_or_warn(device: torch.device) -> str:
     fastest = fastest_backend(device)
     if fastest == "sdpa" and device.type in ("cpu", "cuda"):
         reason = why_not() if device.type == "cpu" else _NO_TRITON
-        logger.warning("on %s torch computes (attention_backend='sdpa'), which is slower: %s", device, reason)
+        logger.warning("%s uses plain torch (attention_backend='sdpa'), which is slower: %s", device, reason)
     return fastest
 
 

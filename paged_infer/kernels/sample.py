@@ -41,9 +41,9 @@ def sample(
         positions: [R] int64 or int32, within [0, 2^32): the index that the new token will have in its sequence.
 
     Returns:
-        token_ids [R] int64: -1 where a row cannot be drawn from (NaN, nothing finite or, above temperature 0, +inf).
-        scores [R] float32, what the winner won with: (logit - the row's largest) / temperature - log E, or its logit,
-        at most float32's largest number, at temperature 0; not finite where the token is -1.
+        token_ids [R] int64: -1 where a row cannot be sampled (NaN, only -inf or, at temperature > 0, +inf).
+        scores [R] float32, the winner's score: (logit - the row's largest) / temperature - log E, or at temperature 0
+        its logit, clamped to float32's largest number; not finite where the token is -1.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -103,8 +103,8 @@ def _race_kernel(
     logits_stride, vocab_size, num_tiles,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, FLOAT32_MAX: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # One program: one tile of one row. Its best score counts from the tile's largest logit, so that no temperature
-    # makes +inf of finite logits: exp((x - largest) / temperature) / E.
+    # One program: one tile of one row. Its best score is relative to the tile's largest logit, so finite logits do not
+    # overflow at any temperature: exp((x - largest) / temperature) / E.
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
@@ -112,7 +112,7 @@ def _race_kernel(
     temperature = tl.load(temperatures + row)
     if temperature == 0.0:
         top = 0.0
-        # NaN becomes +inf: it wins, and spoils the row.
+        # NaN becomes +inf: it wins, and the row fails.
         score = tl.where(x == x, tl.minimum(x, FLOAT32_MAX), float("inf"))
     else:
         temperature = tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST)

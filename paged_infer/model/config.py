@@ -18,7 +18,7 @@ from paged_infer.model.rope_config import Llama3RopeScaling, read_rope
 
 logger = logging.getLogger(__name__)
 
-MAX_LAYERS = 10_000  # ten times the deepest there are; each is a module in Python
+MAX_LAYERS = 10_000  # far beyond any real model; each layer is a Python module
 Windows = tuple[int | None, ...]
 ACTIVATIONS = {
     "silu": "silu",
@@ -88,13 +88,14 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-        """Settings from a ``config.json`` as a dict, and its ``generation_config.json`` where it has one.
+        """Settings from a ``config.json`` as a dict, and its ``generation_config.json`` if there is one.
 
-        What is left unused, as it is by transformers, or must be asked for by a request is named in a warning.
+        Warnings name the keys that have no effect (transformers ignores them, too) and the generation defaults that a
+        request has to set itself.
 
         Raises:
             ValueError: an unknown family (the message lists the known ones), a setting that is missing or malformed, or
-                a value that this decoder does not compute.
+                a value that this decoder does not support.
         """
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in _FAMILIES:
@@ -114,25 +115,24 @@ class ModelConfig:
                 f"num_attention_heads={config.num_heads} is no multiple of num_key_value_heads={config.num_kv_heads}"
             )
         if not config.learned_positions and config.head_dim % 2:
-            raise ValueError(f"head_dim={config.head_dim}: must be even, since RoPE turns pairs")
+            raise ValueError(f"head_dim={config.head_dim}: must be even, because RoPE rotates pairs")
         if unread := [key for key in reader.unread() if key not in CHANGES_NOTHING]:
-            logger.warning(
-                "config.json: nothing reads %s, neither here nor in transformers", ", ".join(unread)
-            )
+            logger.warning("config.json: nothing reads %s, here or in transformers", ", ".join(unread))
         _name_defaults(raw if generation is None else generation, is_own_file=generation is not None)
         return config
 
 
 def named_dtype(raw: Mapping[str, Any]) -> str | None:
-    """The type that a ``config.json`` says its weights were saved in; None where it names none."""
+    """The dtype of the saved weights according to ``config.json``; None if it names none."""
     name = raw.get("dtype") or raw.get("torch_dtype")
     return None if name is None else str(name).removeprefix("torch.")
 
 
 def _end_tokens(of_model: Any, generation: Mapping[str, Any] | None, vocab_size: int) -> tuple[int, ...]:
-    """Of ``generation_config.json`` where there is one, even if it names none; else of ``config.json``.
+    """From ``generation_config.json`` if there is one, even if it names none; otherwise from ``config.json``.
 
-    Those beyond the vocabulary, which a model cut from a larger family keeps, can never be drawn and end nothing.
+    Ids outside the vocabulary, which a config copied from a larger model may contain, can never be sampled and are
+    dropped with a warning.
     """
     eos = of_model if generation is None else generation.get("eos_token_id")
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -152,7 +152,7 @@ def _end_tokens(of_model: Any, generation: Mapping[str, Any] | None, vocab_size:
 
 
 def _name_defaults(generation: Mapping[str, Any], *, is_own_file: bool) -> None:
-    """One warning for what transformers' ``generate`` would do by default, and a request here has to ask for."""
+    """Warn once about defaults that transformers' ``generate`` would apply and that a request has to set itself."""
     asked = {
         key: value
         for key, value in generation.items()
@@ -162,7 +162,7 @@ def _name_defaults(generation: Mapping[str, Any], *, is_own_file: bool) -> None:
     }
     if asked:
         logger.warning(
-            "%s asks for %s: not applied by itself; SamplingParams has what can be asked for",
+            "%s asks for %s: not applied by default; set it in SamplingParams, where there is such a parameter",
             "generation_config.json" if is_own_file else "config.json",
             ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items())),
         )
@@ -176,7 +176,7 @@ def _activation(config: ConfigReader, key: str, default: str) -> str:
 
 
 def _windows(config: ConfigReader, num_layers: int, window: int | None, first: int = 0) -> Windows:
-    """Which layers slide: those that ``layer_types`` names, else all from ``first`` on."""
+    """Which layers use a sliding window: those that ``layer_types`` names, or else all from ``first`` on."""
     kinds = config.value("layer_types")
     if kinds is None:
         return tuple(window if layer >= first else None for layer in range(num_layers))
@@ -191,7 +191,7 @@ def _windows(config: ConfigReader, num_layers: int, window: int | None, first: i
 
 
 def _one_window(config: ConfigReader, num_layers: int, window: int | None) -> Windows:
-    """Of families whose layers are all alike, where transformers reads ``layer_types`` in its cache alone."""
+    """For families whose layers are all alike: in transformers, only the cache reads their ``layer_types``."""
     windows = _windows(config, num_layers, window)
     if set(windows) != {window}:
         raise ValueError(f"layer_types={config.value('layer_types')!r} contradicts sliding_window={window}")
@@ -272,7 +272,7 @@ def _gpt2(config: ConfigReader) -> dict[str, Any]:
         "n_layer": "num_hidden_layers",
         "n_positions": "max_position_embeddings",
     }
-    # transformers reads both names, and the long one wins.
+    # transformers reads both names; the long one takes precedence.
     names = {key: key if config.value(long) is None else long for key, long in short.items()}
     hidden, heads = config.size(names["n_embd"]), config.size(names["n_head"])
     num_layers = config.size(names["n_layer"], most=MAX_LAYERS)

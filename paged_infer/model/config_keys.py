@@ -1,10 +1,11 @@
-"""Keys of config.json and generation_config.json that no family reads: which change nothing, which are refused."""
+"""Keys of config.json and generation_config.json that no family reads: those without effect, and those refused."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Each asks, in transformers, for other numbers than this decoder computes; so only these values are taken.
+# In transformers, each of these changes what the model computes in a way that this decoder does not support. Only the
+# values below are accepted.
 ASKS_FOR_MORE: dict[str, Any] = {
     "quantization_config": None,
     "compression_config": None,
@@ -20,7 +21,7 @@ ASKS_FOR_MORE: dict[str, Any] = {
     "pruned_heads": {},
 }
 
-# What transformers' generate does by default, unless a file says otherwise; 50 and 1.0 are its own defaults.
+# The defaults of transformers' generate, which a file may override.
 GENERATION_DEFAULTS: dict[str, Any] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -57,7 +58,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "watermarking_config": None,
 }
 
-# Training, bookkeeping, other tasks' heads, how transformers computes or reports, and what a request always says here.
+# Training, bookkeeping, other tasks' heads, how transformers computes or reports, and what every request sets here.
 CHANGES_NOTHING = frozenset(GENERATION_DEFAULTS) | {
     "_attn_implementation",
     "_attn_implementation_autoset",

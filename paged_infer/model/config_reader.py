@@ -1,4 +1,4 @@
-"""ConfigReader: each key of a config.json as the type that it must have, and a record of the keys nothing reads."""
+"""ConfigReader: each key of a config.json, checked for its type, and a record of the keys that were not read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ConfigReader:
 
     Args:
         raw: the object.
-        name: what to call it in errors, where it is not the whole file: ``rope_scaling``, say.
+        name: its name in errors if it is not the whole file, for example ``rope_scaling``.
     """
 
     def __init__(self, raw: Mapping[str, Any], name: str = "") -> None:
@@ -24,7 +24,7 @@ class ConfigReader:
         self._name = f"{name} " if name else ""
 
     def value(self, key: str, default: Any = None) -> Any:
-        """As it stands there; ``default`` where the key is absent."""
+        """The value, unchecked; ``default`` if the key is absent."""
         self._read.add(key)
         if key not in self._raw and default is _REQUIRED:
             raise ValueError(f"{self._name}lacks {key!r}")
@@ -38,7 +38,7 @@ class ConfigReader:
         return value
 
     def size_or_none(self, key: str, default: int | None = None) -> int | None:
-        """As ``size``, where null is a value of its own."""
+        """As ``size``, but null is allowed and gives None."""
         return None if self.value(key, default) is None else self.size(key, default)  # type: ignore[arg-type]
 
     def flag(self, key: str, default: bool) -> bool:
@@ -48,7 +48,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: float = _REQUIRED) -> float:
-        """A number above 0 that a float32 holds."""
+        """A number > 0 within float32's range."""
         value = self.value(key, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 < value < 3e38:
@@ -56,14 +56,14 @@ class ConfigReader:
         return float(value)
 
     def only(self, **expected: Any) -> None:
-        """Refuse every other value of these keys; null, or no key at all, is none."""
+        """Refuse any other value of these keys. Null and a missing key are accepted."""
         for key, allowed in expected.items():
             value = self.value(key)
             if value is not None and value != allowed:
                 raise ValueError(f"{self._name}{key}={value!r} is not supported; only {allowed!r} is")
 
     def unread(self) -> list[str]:
-        """Keys that no method has asked for yet."""
+        """Keys that have not been read yet."""
         return sorted(self._raw.keys() - self._read)
 
 
@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object")

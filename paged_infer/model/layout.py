@@ -1,4 +1,4 @@
-"""Where each parameter of a Decoder lies in a checkpoint in Hugging Face format, family by family."""
+"""Which tensors of a checkpoint in Hugging Face format fill each parameter of a Decoder, for each family."""
 
 from __future__ import annotations
 

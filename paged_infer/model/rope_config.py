@@ -1,4 +1,4 @@
-"""Which rotary positions a config.json asks for: ``rope_scaling``, ``rope_parameters`` and ``rope_theta``."""
+"""The RoPE settings of a config.json: ``rope_scaling``, ``rope_parameters`` and ``rope_theta``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Llama3RopeScaling:
 
 
 def read_rope(config: ConfigReader, max_position_embeddings: int) -> dict[str, Any]:
-    """The rope settings of ``ModelConfig``, by transformers' rules.
+    """The RoPE settings of ``ModelConfig``, by transformers' rules.
 
-    ``rope_scaling`` (before transformers 5) replaces ``rope_parameters`` (since) whole, its ``rope_theta`` included; a
-    ``rope_theta`` beside them counts where the chosen one has none.
+    ``rope_scaling`` (before transformers 5) replaces ``rope_parameters`` (transformers 5) as a whole, including its
+    ``rope_theta``. A top-level ``rope_theta`` is used only if the chosen dict has none.
 
     Raises:
-        ValueError: a rope type or a key that this decoder does not compute.
+        ValueError: a RoPE type, key or value that this decoder does not support.
     """
     name, rope = _chosen(config)
     theta = rope.value("rope_theta", config.value("rope_theta", DEFAULT_THETA))
@@ -55,7 +55,7 @@ def read_rope(config: ConfigReader, max_position_embeddings: int) -> dict[str, A
 
 
 def _chosen(config: ConfigReader) -> tuple[str, ConfigReader]:
-    """The dict that counts, under its name."""
+    """The name of the dict that applies, and the dict."""
     scaling, parameters = config.value("rope_scaling"), config.value("rope_parameters")
     name, raw = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters or {})
     if not isinstance(raw, dict):
@@ -71,7 +71,7 @@ def _chosen(config: ConfigReader) -> tuple[str, ConfigReader]:
 def _llama3(config: ConfigReader, rope: ConfigReader, max_position_embeddings: int) -> Llama3RopeScaling:
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if not low < high:
-        raise ValueError(f"low_freq_factor={low}: must be under high_freq_factor={high}")
+        raise ValueError(f"low_freq_factor={low}: must be less than high_freq_factor={high}")
     inside = rope.size("original_max_position_embeddings", max_position_embeddings)
     return Llama3RopeScaling(
         factor=rope.number("factor"),

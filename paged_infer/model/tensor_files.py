@@ -1,4 +1,4 @@
-"""The safetensors of a checkpoint: which files count, what their headers say, and the tensors themselves."""
+"""The safetensors of a checkpoint: which files are read, their headers, and the tensors themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as its file's header describes it; ``dtype`` in safetensors' words ("F32", "BF16", "I8", ...)."""
+    """A tensor as its file's header describes it; ``dtype`` as safetensors names it ("F32", "BF16", "I8", ...)."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,10 +25,10 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors: model.safetensors, whatever index lies beside it, else the files of the index.
+    """The checkpoint's safetensors: model.safetensors if it exists, whatever the index says, or else the index's files.
 
     Raises:
-        ValueError: naming the files that are not there.
+        ValueError: the files that are missing, or an index that names none.
     """
     index_path, paths = folder / INDEX, [folder / "model.safetensors"]
     if index_path.is_file() and not paths[0].is_file():
@@ -46,10 +46,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
-    """What the headers of all weight files say, in their order; no weight is read.
+    """All tensors by the headers of the weight files, in order; no weights are read.
 
     Raises:
-        ValueError: a file that is missing, truncated or unreadable, or an adapter beside the weights.
+        ValueError: a file is missing, truncated or unreadable, or the folder also holds an adapter.
     """
     if (folder / "adapter_config.json").is_file():
         raise ValueError(

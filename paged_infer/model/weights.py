@@ -1,9 +1,9 @@
 """From a checkpoint in Hugging Face format to a Decoder, every tensor accounted for.
 
-``layout.checkpoint_layout`` is the whole story: for each of our parameters, the tensors of the checkpoint that fill it,
-stacked by rows (the fused QKV and gate-up matrices are several of them). What the table does not name is an unexpected
-tensor; what it names and the checkpoint lacks is a missing one; both stop the load, by the files' headers, before
-anything is allocated.
+``layout.checkpoint_layout`` maps each of our parameters to the checkpoint tensors that fill it, stacked by rows (the
+fused QKV and gate-up matrices take several). A tensor that the layout does not name is unexpected, and one that it
+names but the checkpoint lacks is missing. Either stops the load when the files' headers are read, before any memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.model.layout import HEAD, Piece, checkpoint_layout
 from paged_infer.model.tensor_files import StoredTensor, list_tensors, read_tensors
 
-MAX_PROBLEMS = 20  # named in one error; a config of another model has thousands
+MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
 _FLOATS = {  # as safetensors and as torch call them
     "F64": "float64",
     "F32": "float32",
@@ -49,8 +49,8 @@ def load_decoder(
         dummy_seed: read config.json alone, and make random weights from this seed.
 
     Raises:
-        ValueError: naming every missing, unexpected or misshapen tensor, the file that cannot be read, or the bytes
-            that the device lacks.
+        ValueError: missing, unexpected or misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that
+            cannot be read, or too little memory on the device.
     """
     config = ModelConfig.from_pretrained(folder)
     found = match(config, list_tensors(folder), str(folder)) if dummy_seed is None else {}
@@ -69,7 +69,7 @@ def empty_decoder(
     """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set.
 
     Raises:
-        ValueError: the device has no memory for them.
+        ValueError: the device does not have enough memory.
     """
     needed, available = config.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
     if needed > available:
@@ -88,7 +88,7 @@ def empty_decoder(
 
 
 def available_bytes(device: torch.device) -> int:
-    """What can still be allocated there: on a CPU, memory that is free or can be freed, and swap space."""
+    """Bytes that can still be allocated: on a CPU, available memory and free swap, or all memory if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -100,14 +100,14 @@ def available_bytes(device: torch.device) -> int:
 
 
 def saved_dtype(folder: Path) -> str:
-    """The type in which ``folder`` keeps its weights: config.json's word, else that of the first of them.
+    """The dtype of the weights in ``folder``: config.json's, or else that of the first floating-point tensor.
 
     Raises:
-        ValueError: a type that nothing here computes in.
+        ValueError: a dtype that this package does not compute in.
     """
     name = named_dtype(read_json(folder / "config.json"))
     if name is None:
-        with suppress(ValueError):  # weights that are not there or cannot be read are named by the load
+        with suppress(ValueError):  # missing or unreadable weights are reported when they are loaded
             name = next((_FLOATS[t.dtype] for t in list_tensors(folder) if t.dtype in _FLOATS), None)
     if name not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"{folder}: saved as {name}; set dtype to float32, float16 or bfloat16")
@@ -115,14 +115,15 @@ def saved_dtype(folder: Path) -> str:
 
 
 def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[str, StoredTensor]:
-    """The layout's names -> the stored tensors that belong there, all of them there and of the right shape.
+    """Map the layout's names to the stored tensors, and check that all are present and have the right shape.
 
-    Of a tied pair either or both may be stored; if it is the head alone, it stands under the embedding's name.
+    Of a tied pair either or both may be stored. A head that is stored alone is listed under the embedding's name.
 
     Raises:
-        ValueError: naming every tensor that is missing, unexpected, given twice, misshapen or not of floats.
+        ValueError: tensors that are missing, unexpected, given twice, misshapen or not floating-point; the message
+            names up to ``MAX_PROBLEMS`` of them.
     """
-    if config.num_layers > len(stored):  # before a layout of a billion layers is written down
+    if config.num_layers > len(stored):  # before a layout of thousands of layers is built
         raise ValueError(
             f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors"
         )
@@ -144,7 +145,7 @@ def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[
         elif tensor.shape != shapes[name]:
             problems.append(f"{tensor.name} is {list(tensor.shape)}, not {list(shapes[name])}")
         elif tensor.dtype not in _FLOATS:
-            problems.append(f"{tensor.name} is stored as {tensor.dtype}; only floats are weights")
+            problems.append(f"{tensor.name} is stored as {tensor.dtype}; weights must be floats")
         found[name] = tensor
     if config.tie_word_embeddings and embedding not in found and HEAD in found:
         found[embedding] = found.pop(HEAD)
@@ -161,10 +162,10 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
     """Copy each tensor to its place in ``decoder``.
 
     Args:
-        found: what ``match`` gave for the decoder's config.
+        found: the result of ``match`` for the decoder's config.
 
     Raises:
-        ValueError: a stored head that is not the embedding it is tied to.
+        ValueError: a stored head differs from the embedding that it is tied to.
     """
     targets = _targets(decoder)
     tied_head: Tensor | None = None
@@ -210,12 +211,12 @@ def _same(stored: Tensor, weight: Tensor) -> bool:
 
 
 def _constants(config: ModelConfig) -> tuple[str, ...]:
-    """Endings of constants that older checkpoints carry beside their weights; the decoder computes them itself."""
+    """Name endings of constants that older checkpoints store with the weights; the decoder computes them itself."""
     return (".attn.bias", ".attn.masked_bias") if config.family == "gpt2" else (".rotary_emb.inv_freq",)
 
 
 def _canonical(name: str, config: ModelConfig, known: Container[str]) -> str:
-    """The layout's name: a base model saved by itself lacks the prefix of its part, and some have it once too often."""
+    """The layout's name: a base model saved alone lacks the prefix, and some checkpoints have a spurious one."""
     prefix = "transformer." if config.family == "gpt2" else "model."
     if name.startswith(prefix) and name.removeprefix(prefix) in known:
         return name.removeprefix(prefix)

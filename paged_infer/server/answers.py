@@ -16,12 +16,12 @@ from paged_infer.tokenizer import Tokenizer
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # JSON has no infinity
 HEAVY = 128  # of weight: a few milliseconds, where every token has 20 rivals
-FILLED = 128
+FILLED = 128  # bytes
 SLICE = 64  # elements of a list that are encoded in one go
 
 
 def event(content: dict[str, Any], *, in_pieces: bool = False, obfuscate: bool = False) -> bytes:
-    """One server-sent event; ``obfuscate`` fills it up to a multiple of ``FILLED`` bytes."""
+    """One server-sent event; ``obfuscate`` pads its JSON to a multiple of ``FILLED`` bytes."""
     text = "".join(encoded(content)) if in_pieces else json.dumps(content, separators=(",", ":"))
     if obfuscate:
         text = text[:-1] + ',"obfuscation":"'
@@ -84,9 +84,9 @@ class Growth:
 
     def __init__(self) -> None:
         self._num_characters = self._num_ids = self._num_tokens = self._offset = 0
-        self._has_begun = False  # a token was seen that has text
+        self._has_begun = False  # whether a token with text has been seen
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.was_sent = False  # whether a piece of it has been sent
+        self.was_sent = False  # whether any piece of it has been sent
 
     def text(self, one: CompletionOutput) -> str:
         piece = one.text[self._num_characters :]
@@ -112,10 +112,10 @@ class Growth:
         *,
         goes_on: bool,
     ) -> dict[str, Any]:
-        """Of ``/v1/completions``. No row, as for the first token: null.
+        """The ``logprobs`` of ``/v1/completions``. A token without a row, such as the prompt's first, gets null.
 
-        A token's name in ``tokens`` is its key in ``top_logprobs``, see ``token_names``. Its offset is the place of
-        its first character in the text, which begins with these tokens, or with a prompt that ``goes_on`` in them.
+        A token has the same name in ``tokens`` and in ``top_logprobs``, see ``token_names``. Its offset is the position
+        of its first character in the returned text. ``goes_on``: these tokens continue a prompt that is not returned.
         """
         self._has_begun |= goes_on
         names = [
@@ -139,7 +139,7 @@ class Growth:
         }
 
     def _bytes_in_text(self, token_id: int, tokenizer: Tokenizer) -> bytes:
-        """A decoder may strip the space of the first token of a text."""
+        """The token's bytes in the text: a decoder may strip the leading space of a text's first token."""
         is_first, self._has_begun = not self._has_begun, True
         own = tokenizer.token_bytes(token_id)
         return (
@@ -167,10 +167,10 @@ def chat_logprobs(
 
 
 def token_names(token_ids: ReadOnlyList[int], tokenizer: Tokenizer | None) -> dict[int, str]:
-    """A name for each token, no two the same.
+    """A unique name for each token.
 
-    It is the token's text; OpenAI's legacy form ``bytes:\\xe4\\xbd`` for a part of a character; and
-    ``token_id:7``, vLLM's form, for a token that has no text, or that of one named before.
+    The name is the token's text; ``bytes:\\xe4\\xbd``, OpenAI's legacy form, for a part of a character; or
+    ``token_id:7``, vLLM's form, for a token without text or with the same text as an earlier one.
     """
     names: dict[int, str] = {}
     for token_id in token_ids:
@@ -207,7 +207,7 @@ def described_rows(rows: ReadOnlyList[TokenLogprobs | None]) -> list[dict[str, A
 
 
 def tokens_by_id(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None]) -> dict[str, Any]:
-    """The part of ``completion_logprobs`` that names tokens, as vLLM's ``return_tokens_as_token_ids`` has it."""
+    """The fields of ``completion_logprobs`` that name tokens, for vLLM's ``return_tokens_as_token_ids``."""
     named = [
         None if row is None else {_id_name(i): _finite(entry.logprob) for i, entry in row.items()}
         for row in rows
@@ -216,7 +216,7 @@ def tokens_by_id(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs 
 
 
 def named_by_id(rows: ReadOnlyList[TokenLogprobs]) -> list[TokenLogprobs]:
-    """The rows of ``chat_logprobs`` with such a name as each token's text."""
+    """The rows for ``chat_logprobs``, with ``token_id:5`` as each token's text."""
     return [{i: entry._replace(decoded_token=_id_name(i)) for i, entry in row.items()} for row in rows]
 
 

@@ -47,7 +47,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.add_middleware(Door, service=service)
-    if service.settings.allowed_origins:  # outermost: a preflight brings no key
+    if service.settings.allowed_origins:  # outermost: a preflight request carries no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.settings.allowed_origins,

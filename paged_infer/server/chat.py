@@ -58,7 +58,7 @@ class _ChatShape(Shape):
         return {"message": message, "logprobs": self._logprobs(growth, one)}
 
     def opening(self) -> dict[str, Any]:
-        """The role comes by itself, as OpenAI sends it: its JavaScript client counts logprobs beside it twice."""
+        """The role in its own chunk, as OpenAI sends it: its JavaScript client reads a first chunk's logprobs twice."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def piece(
@@ -80,4 +80,4 @@ class _ChatShape(Shape):
         return chat_logprobs(token_ids, rows, self.body.top_logprobs or 0, self.service.engine.tokenizer)
 
     def about_request(self, output: RequestOutput) -> dict[str, Any]:
-        return self.about_prompt(output)  # there is one
+        return self.about_prompt(output)  # a chat has one prompt

@@ -40,14 +40,14 @@ def serve(
     allowed_hosts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Host that requests may name, *.domain or *; may be repeated. Default: loopback names and --host, "
-            "or any where --host is every address."
+            help="Allowed Host header: a name, *.domain or *; may be repeated. Default: loopback names and --host, or "
+            "any host if the server listens on every address."
         ),
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,
         typer.Option(
-            help="Origin whose pages may call the server (CORS), or *; may be repeated, or a JSON list."
+            help="Origin whose pages may call the server (CORS), or *; may be repeated or be a JSON list."
         ),
     ] = None,
     served_model_name: Annotated[
@@ -58,7 +58,7 @@ def serve(
     ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
     max_n: Annotated[
-        int, typer.Option(help="Most samples or beams of a prompt; more are answered 400.", min=1)
+        int, typer.Option(help="Most samples or beams per prompt; a request for more is answered 400.", min=1)
     ] = 128,
     max_num_logprobs: Annotated[
         int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")
@@ -165,7 +165,7 @@ def serve(
     except ValueError as error:
         fail(error)
     is_clean = run.serve(engine, settings, door, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
-    if engine.is_abandoned:  # its thread may never return, and the interpreter's end would wait for it
+    if engine.is_abandoned:  # its thread may never return, and the interpreter's exit could block on it
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

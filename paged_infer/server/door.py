@@ -1,4 +1,4 @@
-"""What is checked before any route: the host, shutdown, the key, the body's size and the time that it takes."""
+"""Checks before any route: the host, shutdown, the API key, the body's size and the time that it takes to arrive."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Door:
         await self._app(scope, self._limited(receive), send)
 
     async def _head(self, scope: Scope, send: Send) -> None:
-        """Answer HEAD as GET, without the body. A stream that would not end is closed once its head is out."""
+        """Answer HEAD as GET without the body. A stream is closed as soon as its head has been sent."""
         is_out = asyncio.Event()
 
         async def receive() -> Message:
@@ -95,7 +95,7 @@ class Door:
         settings = self._service.settings
         host = headers.get(b"host", b"").decode("latin-1")
         if host and not is_allowed(host, settings.allowed_hosts):
-            message = f"Host {host!r} is not served: --allowed-hosts names those that are"
+            message = f"Host {host!r} is not allowed; see --allowed-hosts"
             return APIError(400, message, code="host_not_allowed")
         if self._service.is_closing and scope["method"] == "POST":
             return closing_error()

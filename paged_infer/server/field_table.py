@@ -1,6 +1,6 @@
 """The table of request fields in this folder's README.md.
 
-$ python -m paged_infer.server.field_table    # writes it anew
+$ python -m paged_infer.server.field_table    # rewrites it
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def known_fields() -> list[str]:
 
 
 def table() -> str:
-    """In Markdown."""
+    """The table in Markdown."""
     lines = ["| field | completions | chat | |", "|---|---|---|---|"]
     for name in known_fields():
         states, notes = zip(*(_state(model, name) for model in _MODELS), strict=True)
@@ -44,7 +44,7 @@ def table() -> str:
 
 
 def _state(model: type[SamplingFields], name: str) -> tuple[str, str]:
-    """What becomes of a field, and the note beside it."""
+    """Whether a route serves, accepts or refuses a field, and the note on it."""
     if name.startswith("stream_options."):
         return "served", _described(StreamOptions.model_fields[name.partition(".")[2]])
     if name in model.model_fields:

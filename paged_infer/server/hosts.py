@@ -1,7 +1,7 @@
-"""Which names a server answers to.
+"""Check the ``Host`` header against the server's allowed names.
 
-A page of another site whose name is made to resolve to this machine (DNS rebinding) reads a local server as if it were
-its own. Its requests carry that site's name in ``Host``, so a server that knows its own names can refuse them.
+A web page of another site, whose name is made to resolve to this machine (DNS rebinding), could read a local server as
+if it were its own origin. Its requests carry that site's name in ``Host``, so a list of allowed hosts stops them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def host_name(host: str) -> str:
 
 
 def is_allowed(host: str, allowed: Iterable[str]) -> bool:
-    """Whether ``host`` (a ``Host`` header) is one of ``allowed``: names, ``*.domain`` for all below it, or ``*``."""
+    """Whether ``host`` (a ``Host`` header) matches ``allowed``: names, ``*.domain`` for its subdomains, or ``*``."""
     name = host_name(host)
     return any(
         name == one or one == ALL or (one.startswith("*.") and name.endswith(one[1:]))
@@ -34,6 +34,6 @@ def is_allowed(host: str, allowed: Iterable[str]) -> bool:
 
 
 def names_of(host: str, address: str) -> tuple[str, ...]:
-    """What a server is called that listens on ``host``, which the socket calls ``address``."""
+    """The default names of a server that listens on ``host``, whose socket is bound to ``address``."""
     is_every = address in ("0.0.0.0", "::")
     return (ALL,) if is_every else tuple(dict.fromkeys((*LOOPBACK, host_name(host), address)))

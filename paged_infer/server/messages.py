@@ -33,7 +33,7 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[TextPart]
-    name: str | None = None  # for the chat template, which may show it
+    name: str | None = None  # passed to the chat template
 
     @model_validator(mode="before")
     @classmethod

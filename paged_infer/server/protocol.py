@@ -1,7 +1,7 @@
 """What a request's body may hold: OpenAI's fields, and vLLM's beside them.
 
-A field is either used, or known to change nothing here, or refused by its name (see ``fields``). ``null`` is the same
-as a field left out, and the defaults are those of ``SamplingParams``.
+A field is served, accepted without effect, or refused by name (see ``fields``). ``null`` is the same as a missing
+field, and the defaults are those of ``SamplingParams``.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def within(minimum: float | None = None, maximum: float | None = None, **more: A
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = Field(None, description="A last piece has the number of tokens.")
+    include_usage: bool | None = Field(None, description="A last chunk has the token counts.")
     continuous_usage_stats: bool | None = Field(
-        None, description="With `include_usage`: every piece has the numbers of its prompt so far."
+        None, description="With `include_usage`: each chunk has the token counts of its prompt so far."
     )
     include_obfuscation: bool | None = Field(
         None,
-        description="Pieces are padded to like sizes, which give less of the text away on the network.",
+        description="Chunks are padded, so that their sizes on the network reveal less of the text.",
     )
 
 
@@ -61,7 +61,7 @@ class SamplingFields(Strict):
     refused_by_name: ClassVar[Mapping[str, Refused]] = REFUSED
 
     n: int | None = within(1)
-    best_of: int | None = within(1, description="As many as `n`: answers are not ranked.")
+    best_of: int | None = within(1, description="Must equal `n`: answers are not ranked.")
     temperature: float | None = within(0)
     top_p: float | None = within(exclusiveMinimum=0, maximum=1)
     top_k: int | None = within(-1)
@@ -70,7 +70,7 @@ class SamplingFields(Strict):
     presence_penalty: float | None = within(-2, 2)
     frequency_penalty: float | None = within(-2, 2)
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_first_wrong)] = None
-    seed: int | None = within(-(2**63), 2**63 - 1, description="-1 is none.")
+    seed: int | None = within(-(2**63), 2**63 - 1, description="-1 means no seed.")
     max_tokens: int | None = within(0)
     min_tokens: int | None = within(0)
     stop: str | ListOf[str] | None = within(minLength=1, maxLength=MAX_STOP_LENGTH, maxItems=MAX_STOPS)
@@ -147,7 +147,7 @@ class SamplingFields(Strict):
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
             found = f"{len(stops)} strings, the longest of {max(map(len, stops))} characters"
             limit = f"at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters"
-            raise APIError(400, f"stop: {found}: {limit}", param="stop")
+            raise APIError(400, f"stop: {found}: must be {limit}", param="stop")
 
     def _logit_bias(self) -> dict[int, float]:
         try:
@@ -157,7 +157,7 @@ class SamplingFields(Strict):
 
 
 class StreamedFields(SamplingFields):
-    """How the answer comes: whole or in pieces, and what it has beside the text."""
+    """How the answer is returned: whole or streamed, and what it contains besides the text."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -166,14 +166,14 @@ class StreamedFields(SamplingFields):
     )
     prompt_logprobs: int | None = within(0, MAX_LOGPROBS, description="Without `stream`.")
     return_token_ids: bool | None = Field(
-        None, description="`token_ids` beside each text, and `prompt_token_ids`."
+        None, description="Adds `token_ids` to each choice, and `prompt_token_ids`."
     )
     return_tokens_as_token_ids: bool | None = Field(
-        None, description="Among logprobs, tokens are named `token_id:5` instead of by their text."
+        None, description="In logprobs, tokens are named `token_id:5` instead of by their text."
     )
 
     def check_form(self) -> None:
-        """Raises APIError 400 for what does not fit to the way in which the answer comes."""
+        """Raises APIError 400 for fields that are out of range or contradict ``stream``."""
         if self.stream_options is not None and not self.stream:
             raise APIError(400, "stream_options: needs stream=true", param="stream_options")
         if self.request_id is not None and not 1 <= len(self.request_id) <= MAX_ID_LENGTH:
@@ -181,11 +181,11 @@ class StreamedFields(SamplingFields):
             raise APIError(400, message, param="request_id")
         check_logprobs("prompt_logprobs", self.prompt_logprobs)
         if self.prompt_logprobs is not None and self.stream:
-            message = f"prompt_logprobs={self.prompt_logprobs}: not with stream=true"
+            message = f"prompt_logprobs={self.prompt_logprobs}: not supported with stream=true"
             raise APIError(400, message, param="prompt_logprobs")
 
     def wants(self, option: str) -> bool:
-        """Whether this one of ``stream_options`` is set."""
+        """Whether ``option`` of ``stream_options`` is set."""
         return self.stream_options is not None and bool(getattr(self.stream_options, option))
 
 

@@ -18,7 +18,7 @@ import uvicorn
 
 try:
     import resource
-except ModuleNotFoundError:  # Windows, which has no such limits
+except ModuleNotFoundError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
 from paged_infer.async_engine import AsyncLLM
@@ -27,11 +27,11 @@ from paged_infer.server.service import Service, Settings
 
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
-LAST_STEP_S = 5.0  # for the step under way to end, after the requests' time is over
-HURRY_S = 1.0  # the same after a second signal
+LAST_STEP_S = 5.0  # for the step under way to return, after the shutdown timeout
+HURRY_S = 1.0  # the same, after a second signal
 SWITCH_S = 0.0005
-RESERVED_FILES = 32  # file descriptors that connections leave to everything else
-FULL_EVERY_S = 60.0  # it is logged once in so many seconds at most that connections are refused
+RESERVED_FILES = 32  # file descriptors that are not used for connections
+FULL_EVERY_S = 60.0  # refused connections are logged at most this often
 FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
     b'{"error": {"message": "too many connections are open", "type": "server_error", "param": null, '
@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
     """Ends in three acts. The first signal begins the first, a second one skips it:
 
     1. new requests get a 503, what is under way goes on, for ``shutdown_timeout_s`` at most;
-    2. what is still there is aborted, and told so; a step that does not return is waited for a few seconds;
+    2. unfinished requests are aborted and get an error; a step under way has ``LAST_STEP_S`` seconds to return;
     3. the connections are closed.
 
     Who connects and does not say what they want, head or body, is not waited for longer than ``receive_timeout_s``.
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
             if self._hurry_since_s is not None:
                 break
             await asyncio.sleep(POLL_S)
-        # Those that are left learn that they have ended.
+        # Abort the requests that are left: each gets an answer.
         ending = asyncio.create_task(self._engine.shutdown(finish=False, last_step_s=LAST_STEP_S))
         while not ending.done():
             await asyncio.wait({ending}, timeout=POLL_S)
@@ -113,24 +113,24 @@ class Server(uvicorn.Server):
 
 
 def most_files() -> float:
-    """How many file descriptors may be open when one more connection is accepted."""
+    """The most file descriptors that may be open when a connection is accepted."""
     if resource is None or (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) == resource.RLIM_INFINITY:
         return math.inf
     return limit - min(RESERVED_FILES, limit // 4)
 
 
 class Listener(socket.socket):
-    """Answers 503 to connections for which few file descriptors are left.
+    """Answers connections with 503 when few file descriptors are left.
 
-    Without any, ``accept`` fails, and asyncio tries again and logs so two thousand times a second.
+    If none were left, ``accept`` would fail, and asyncio would retry and log two thousand times a second.
     """
 
-    _full_s = -math.inf  # time.monotonic() when it was logged last
+    _full_s = -math.inf  # time.monotonic() of the last log line
 
     def accept(self) -> tuple[socket.socket, Any]:
         connection, address = super().accept()
         limit = most_files()
-        if connection.fileno() < limit:  # the lowest free number: as many are open
+        if connection.fileno() < limit:  # the number is the lowest free one, so as many are open
             return connection, address
         if time.monotonic() - self._full_s > FULL_EVERY_S:
             self._full_s = time.monotonic()
@@ -141,8 +141,8 @@ class Listener(socket.socket):
         with connection, contextlib.suppress(OSError):
             connection.send(FULL)
             connection.shutdown(socket.SHUT_WR)
-            connection.recv(1 << 16)  # what is unread when it is closed would take the answer back
-        raise BlockingIOError  # to asyncio: none for now
+            connection.recv(1 << 16)  # unread data would make close() reset the connection
+        raise BlockingIOError  # for asyncio: no connection for now
 
 
 def listen(host: str, port: int) -> Listener:
@@ -164,7 +164,7 @@ def listen(host: str, port: int) -> Listener:
 
 
 def raise_file_limit() -> None:
-    """Let the process open as many files as it may: each connection is one."""
+    """Raise the soft limit of open files to the hard one: each connection needs a descriptor."""
     if resource is not None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # macOS: "unlimited" is more than it allows
@@ -179,7 +179,7 @@ def serve(
     shutdown_timeout_s: float = 30.0,
     log_level: str = "info",
 ) -> bool:
-    """Serve on ``door`` until a signal comes. False if the engine failed, or was abandoned in the middle of a step."""
+    """Serve on ``door`` until a signal. Returns False if the engine failed or was abandoned in the middle of a step."""
     config = uvicorn.Config(
         create_app(engine, settings),
         log_level=log_level,

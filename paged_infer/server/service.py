@@ -38,12 +38,12 @@ class Settings:
 
     Args:
         api_key: what clients have to send as ``Authorization: Bearer ...``; None asks nothing.
-        allowed_hosts: which ``Host`` a request may name: names, ``*.domain`` or ``*`` for any.
+        allowed_hosts: allowed values of the ``Host`` header: names, ``*.domain``, or ``*`` for any.
         allowed_origins: origins (``https://name:port``, or ``*``) whose pages may call the server (CORS).
         served_model_names: under which names the model is asked for, the first in answers; empty: its own.
         max_body_bytes: largest body of a request.
         receive_timeout_s: seconds that a request may take to arrive: its head, and then its body.
-        max_n: most samples or beams that a request may ask for, each prompt's on their own.
+        max_n: the most samples or beams per prompt.
         max_num_logprobs: most logprobs that one request could get, each token's own counted: they are kept until all
             are there, 200 bytes each.
         result_ttl_s: seconds that an answer waits to be fetched from ``/result/{id}``.
@@ -78,7 +78,7 @@ class Settings:
             raise ValueError("api_key: must be printable ASCII, and not empty")
         for host in self.allowed_hosts:
             if not host_name(host) or "/" in host or "*" in host.removeprefix("*"):
-                raise ValueError(f"allowed_hosts={host!r}: must be a host's name, *.domain or *")
+                raise ValueError(f"allowed_hosts={host!r}: must be a host name, *.domain or *")
         for origin in self.allowed_origins:
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
@@ -187,7 +187,7 @@ class Service:
         return error
 
     def checked(self, output: RequestOutput) -> RequestOutput:
-        """The output. Raises APIError if it failed or was aborted: half an answer must not pass for a whole one."""
+        """The output. Raises APIError if it failed or was aborted: a partial answer must not pass for a whole one."""
         for one in output.outputs:
             if one.finish_reason == "error":
                 raise APIError(500, one.error or "the request has failed", code="request_failed")
@@ -210,10 +210,10 @@ class Service:
 
 
 def new_id(prefix: str) -> tuple[str, str]:
-    """(an id that is given to its client alone, its label).
+    """A new id and its label.
 
-    The id of a job is all that it takes to read or delete its answer. The label is how the id begins; it opens nothing,
-    and is all that the engine, its events and its logs know.
+    The id of a job is enough to read or delete its answer, so only its client gets it. The label is the first part of
+    the id. It gives no access, and the engine, its events and its logs use only the label.
     """
     label = f"{prefix}-{secrets.token_hex(8)}"
     return f"{label}-{secrets.token_hex(16)}", label

@@ -45,7 +45,7 @@ class Shape(ABC):
         self.id, self.label = new_id(self.prefix)
         if self.body.request_id is not None:
             self.id = f"{self.prefix}-{self.body.request_id}"
-        self._unsent: dict[str, Any] = {}  # what the next object has beside its choices
+        self._unsent: dict[str, Any] = {}  # top-level fields of the next object, besides the usual ones
         self.created = int(time.time())  # Unix time
 
     def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
@@ -53,7 +53,7 @@ class Shape(ABC):
         return one.finish_reason, one.stop_reason
 
     def opening(self) -> dict[str, Any] | None:
-        """What precedes the first token of an answer in a stream; None if nothing does."""
+        """A chunk that precedes an answer's first token in a stream, or None."""
         return None
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Shape(ABC):
         """What is new in one answer; None if there is nothing to tell."""
 
     def about_prompt(self, output: RequestOutput) -> dict[str, Any]:
-        """What is asked for about the prompt: once in an answer, or in each choice's first piece."""
+        """The requested fields about the prompt: once per answer, or in the first chunk of each choice."""
         about: dict[str, Any] = {}
         if self.body.return_token_ids:
             about["prompt_token_ids"] = output.prompt_token_ids
@@ -76,11 +76,11 @@ class Shape(ABC):
         return about
 
     def about_request(self, output: RequestOutput) -> dict[str, Any]:
-        """What the answer, or the first piece of it, has beside its choices."""
+        """Extra top-level fields of the answer, or of its first chunk."""
         return {}
 
     def about_choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
-        """What is asked for about a choice beside its text."""
+        """The requested fields of a choice besides its text."""
         return {"token_ids": growth.token_ids(one)} if self.body.return_token_ids else {}
 
     def num_output_tokens(self, outputs: list[RequestOutput]) -> int:

@@ -1,6 +1,6 @@
-"""Bodies in which every field is known and of its type, and whose mistakes are told quickly, however many there are.
+"""Strict models of request bodies: every field is known and typed, and validation is fast even with many errors.
 
-JSON has one kind of number, so ``1.0`` is an integer, too.
+JSON has only one number type, so ``1.0`` is accepted as an integer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Strict(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _whole_numbers(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Read ``1.0`` as 1, after the body has been refused as it is: most bodies hold no such number."""
+        """Read ``1.0`` as 1, but only if validation fails without it: most bodies hold no such number."""
         try:
             return handler(body)
         except ValidationError:
@@ -57,7 +57,7 @@ class Strict(BaseModel):
 
 
 def _whole(value: Any) -> Any:
-    """Floats without a fraction as integers, in lists, too. A float field takes integers as well."""
+    """Convert floats without a fraction to integers, also in lists. Float fields accept integers."""
     if isinstance(value, list):
         return [one if type(one) is int else _whole(one) for one in value]
     return int(value) if type(value) is float and value.is_integer() else value

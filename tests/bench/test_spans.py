@@ -14,7 +14,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6)
 
 
 class Clock:
-    """The clock of the spans, on which nothing takes time but what is told to."""
+    """A fake clock for the spans, which only advances when the test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0

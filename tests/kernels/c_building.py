@@ -1,4 +1,4 @@
-"""A cache of compiled kernels of the test's own, and compilers that do as they are bid.
+"""A cache of compiled kernels for the test alone, and scripted compilers.
 
 Compiling takes seconds, so most tests have a compiler that copies what the real one has built once.
 """

@@ -77,7 +77,7 @@ def test_a_truncated_file_is_built_again_and_ends_no_process(built: Path, folder
 
 
 def test_a_damaged_file_of_another_name_is_removed(built: Path, folder: Path) -> None:
-    """Of a compiler whose result is never twice the same."""
+    """With a compiler whose result differs each time."""
     damaged = built.rename(built.with_name(built.name[:-10] + "0000000.so"))
     assert why_not() is None
     assert not damaged.exists() and [*folder.iterdir()] == [built]

@@ -118,7 +118,7 @@ def test_a_rope_that_another_replaces_is_named(caplog) -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling lacks 'factor'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling factor=0: must be a number > 0"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling lacks 'low_freq_factor'"),
-        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "low_freq_factor=1.0: must be under"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "low_freq_factor=1.0: must be less than"),
     ],
     ids=str,
 )  # fmt: skip

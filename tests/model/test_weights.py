@@ -100,7 +100,7 @@ def other_head(tensors: dict[str, Tensor]) -> None:
         ("qwen3", lambda t: t.update({"model.layers.0.attn.bias": torch.ones(4)}),
          "unexpected tensor model.layers.0.attn.bias [4]"),
         ("mistral", lambda t: t.update({"model.norm.weight": torch.ones(192, dtype=torch.int8)}),
-         "model.norm.weight is stored as I8; only floats are weights"),
+         "model.norm.weight is stored as I8; weights must be floats"),
     ],
 )  # fmt: skip
 def test_a_wrong_tensor_is_named_with_its_shape(family, change, message, checkpoint, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""A request that fails in the engine is an error of its own: whole, streamed or fetched later, and nobody else's."""
+"""A request that fails in the engine gets its own error, whole, streamed or fetched later; other requests go on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from test_jobs import poll
 from test_server_metrics import samples
 
 MESSAGE = "the logits of position 7 are not finite"
-FATE = {"seed": 666, "max_tokens": 20, "ignore_eos": True}  # by its seed, a request is known to fail
+FATE = {"seed": 666, "max_tokens": 20, "ignore_eos": True}  # the seed marks the request that fails
 BAD = {"prompt": "Once upon a time", **FATE}
 GOOD = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
 
 def fail_at_step(served: Served, num_tokens: int) -> None:
-    """What the engine does to a request that cannot be drawn from: all samples of it end with an error."""
+    """As the engine does where logits cannot be sampled: all samples of the request end with an error."""
     engine = served.engine._llm.engine
     step = engine.step
 

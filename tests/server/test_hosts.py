@@ -1,4 +1,4 @@
-"""Who may call the server: the hosts that it is called by, the origins of pages; and HEAD beside GET."""
+"""Allowed hosts, allowed origins (CORS), and HEAD wherever there is GET."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An id is what opens a job's answer: it is unguessable, and only its own client is ever given it."""
+"""A job's id gives access to its answer: it is unguessable, and only its own client gets it."""
 
 from __future__ import annotations
 

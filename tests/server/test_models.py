@@ -1,4 +1,4 @@
-"""/v1/models: a model is called what its user calls it."""
+"""/v1/models: a model has the name that the user gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is served of texts where a decoder changes them: a tokenizer of Llama 2's kind, and a model without opinions.
+"""What is served of texts where a decoder changes them: a tokenizer like Llama 2's, and a model with flat logits.
 
 All logits of the model are equal, so a bias of 100 alone decides which tokens are drawn, and all logprobs are ties.
 """

@@ -67,6 +67,11 @@ class Server(uvicorn.Server):
             self._hurry_since_s = self._hurry_since_s or time.monotonic()
         self.service.is_closing = True
 
+    @property
+    def is_hurried(self) -> bool:
+        """Whether a second signal has come."""
+        return self._hurry_since_s is not None
+
     def stop(self) -> None:
         """From any thread: as the first signal does."""
         self.handle_exit(signal.SIGTERM, None)
@@ -100,7 +105,7 @@ class Server(uvicorn.Server):
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._shutdown_timeout_s
         while self.server_state.tasks and clock() < deadline and not self._engine.error:
-            if self._hurry_since_s is not None:
+            if self.is_hurried:
                 break
             await asyncio.sleep(POLL_S)
         # Abort the requests that are left: each gets an answer.
@@ -179,7 +184,7 @@ def serve(
     shutdown_timeout_s: float = 30.0,
     log_level: str = "info",
 ) -> bool:
-    """Serve on ``door`` until a signal. Returns False if the engine failed or was abandoned in the middle of a step."""
+    """Serve on ``door`` until a signal. Returns False if the engine failed or a second signal cut requests short."""
     config = uvicorn.Config(
         create_app(engine, settings),
         log_level=log_level,
@@ -199,4 +204,4 @@ def serve(
     finally:
         sys.setswitchinterval(usual_s)
         gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
-    return server.service.is_closing and not engine.is_abandoned
+    return server.service.is_closing and not server.is_hurried and not engine.is_abandoned

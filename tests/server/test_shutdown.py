@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -107,8 +108,16 @@ def is_healthy(url: str) -> bool:
 
 
 def num_running(url: str) -> float:
+    return metric(url, "vllm:num_requests_running")
+
+
+def num_waiting(url: str) -> float:
+    return metric(url, "vllm:num_requests_waiting")
+
+
+def metric(url: str, name: str) -> float:
     lines = httpx.get(f"{url}/metrics", timeout=LIMIT_S, **NO_TLS).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
 
 @contextmanager
@@ -131,6 +140,20 @@ def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_second_signal_ends_the_command_with_status_1() -> None:
+    with command("--shutdown-timeout", str(LONG_WAIT_S)) as (process, url):
+        client = httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}, timeout=LIMIT_S, **NO_TLS)
+        with client, ThreadPoolExecutor() as pool:
+            answer = pool.submit(client.post, "/v1/completions", json=LONG)
+            until(lambda: num_waiting(url) == 1)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not is_healthy(url))
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=LIMIT_S)
+            assert answer.result(LIMIT_S).status_code == 503
+        assert process.returncode == 1 and "Traceback" not in errors, errors
 
 
 def test_sigterm_under_load_ends_the_command_cleanly() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import settings
@@ -160,19 +162,24 @@ class EngineMachine(RuleBasedStateMachine):
 
     engine: LLMEngine
     alone: dict[tuple[int, ...], list[int]]
+    numbers = itertools.count()
 
     def __init__(self) -> None:
         super().__init__()
         self.num_added = 0
         self.live: dict[str, tuple[int, ...]] = {}
         self.may_fail = False
+        self.cache_salt = str(
+            next(self.numbers)
+        )  # so that no example depends on what those before it have cached
 
     @rule(num_prompt=st.integers(1, 20), streamed=st.booleans(), poison_at=st.integers(0, 40))
     def add(self, num_prompt: int, streamed: bool, poison_at: int) -> None:
         prompt = tuple(POISON if at == poison_at else 3 + at for at in range(num_prompt))
         self.num_added += 1
-        self.engine.add_request(str(self.num_added), list(prompt), GREEDY, streamed=streamed)
-        self.live[str(self.num_added)] = prompt
+        name, salt = str(self.num_added), self.cache_salt
+        self.engine.add_request(name, list(prompt), GREEDY, streamed=streamed, cache_salt=salt)
+        self.live[name] = prompt
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

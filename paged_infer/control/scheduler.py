@@ -249,7 +249,7 @@ class Scheduler:
         self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
         self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
         if failed:
-            self._fail_some(turn, failed)
+            self._fail_some(step, turn, failed)
         grown: list[Sequence] = []
         for one in turn.drawing:
             if one.is_finished or one in turn.void:  # finished by an abort, an error, or the token before
@@ -358,26 +358,41 @@ class Scheduler:
         self.manager.journal.append(("end", sequence.sequence_id, reason))
         self.release_held()
 
-    def _fail_some(self, turn: Turn, failed: Mapping[int, str]) -> None:
-        """End the requests whose sequences cannot go on. Those that share blocks with one before them begin again.
+    def _fail_some(self, step: ScheduledStep, turn: Turn, failed: Mapping[int, str]) -> None:
+        """End the requests whose sequences cannot go on. Those that may have it from others begin again.
 
-        In its step a block is shared before it is known to be sound, so theirs may be the other's NaN.
+        A block is shared before it is known to be sound: in its own step, and in a step that is planned while that is
+        under way. So what fails with such a block may be the other's NaN, even where the other has been aborted or
+        preempted since: what counts are the tables of the step. And NaN of a draft reaches the tokens before it.
         """
-        suspect: set[int] = set()
-        forks = (child for children in turn.forks.values() for child in children)
-        for one in [*(sequence for sequence, _ in turn.scheduled), *forks]:
-            if one.sequence_id not in failed or one.is_finished or one in turn.void:
+        computed = {s.sequence_id: s for s in step.sequences}
+        computing = [(one, computed[one.sequence_id]) for one, _ in turn.scheduled]
+        computing += [(child, computed[i]) for i, children in turn.forks.items() for child in children]
+        for one, work in computing:
+            if one.sequence_id not in failed:
                 continue
-            if suspect.isdisjoint(self.manager.table(one.sequence_id)):
-                suspect.update(*(self.manager.table(sibling.sequence_id) for sibling in one.siblings))
+            is_its_own = turn.suspect.isdisjoint(work.block_table) and not work.num_drafts
+            turn.suspect.update(work.block_table)
+            if one.is_finished:
+                self.manager.forget(one.block_hashes[work.num_computed_tokens // self.manager.block_size :])
+            elif one in turn.void:
+                continue
+            elif is_its_own:
                 self.fail(one, failed[one.sequence_id])
-                continue
-            for sharer in one.gang:
-                self.manager.forget(sharer.block_hashes)
-                sharer.forget_pending()
-                self._begin_again(sharer)
-                for out in (turn, *self._under_way):
-                    out.void.add(sharer)
+            else:
+                one.may_draft = one.may_draft and not work.num_drafts
+                self._doubt(one, (turn, *self._under_way))
+        for out in self._under_way:  # planned when all these blocks could be found
+            out.suspect |= turn.suspect
+
+    def _doubt(self, sequence: Sequence, turns: Iterable[Turn]) -> None:
+        """What it has stored may be another's NaN: it begins again, and what ``turns`` compute of it does not count."""
+        for one in sequence.gang:
+            self.manager.forget(one.block_hashes)
+            one.forget_pending()
+            self._begin_again(one)
+            for turn in turns:
+                turn.void.add(one)
 
     def fail(self, sequence: Sequence, error: str) -> None:
         """End the request of a sequence that cannot go on: all of its samples or beams that live.

@@ -243,6 +243,37 @@ def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch) ->
     assert "ZeroDivisionError" in broken.outputs[0].error and sound.outputs[0].text == want
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "asked", [{}, {"logprobs": 1}, {"stop": "zz", "logprobs": 1}, {"prompt_logprobs": 1}]
+)
+def test_a_token_that_the_tokenizer_cannot_decode_ends_its_own_request(
+    text_llm, monkeypatch, asked, streamed
+) -> None:
+    """Some raise for ids that their vocabulary has not, and models have more rows than that."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, **asked)
+    bad, good = text_llm.generate([[50, 60], [70, 80]], GREEDY, use_tqdm=False)
+    fatal = next(token for token in bad.outputs[0].token_ids[2:] if token not in good.outputs[0].token_ids)
+    hf_tokenizer = text_llm.tokenizer._hf
+    decode = hf_tokenizer.decode
+
+    def decode_or_raise(token_ids: list[int], **options: Any) -> str:
+        if fatal in token_ids:
+            raise IndexError("piece id is out of range")
+        return decode(token_ids, **options)
+
+    monkeypatch.setattr(hf_tokenizer, "decode", decode_or_raise)
+    engine, outputs = text_llm.engine, {}
+    engine.add_request("bad", [50, 60], params, streamed=streamed)
+    engine.add_request("good", [70, 80], params)
+    while engine.has_unfinished_requests:
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert reasons(outputs["bad"]) == {"error"} and "IndexError" in outputs["bad"].outputs[0].error
+    assert outputs["good"].outputs[0].text == good.outputs[0].text
+    with pytest.raises(ValueError, match="the prompt could not become text"):
+        text_llm.generate([[50, fatal]], SamplingParams(stop="zz"), use_tqdm=False)
+
+
 def with_a_large_head_row(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint in float16, one row of its head so large that its logits are beyond float16's 65,504."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)

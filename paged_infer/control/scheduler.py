@@ -394,18 +394,22 @@ class Scheduler:
             for turn in turns:
                 turn.void.add(one)
 
-    def fail(self, sequence: Sequence, error: str) -> None:
+    def fail(self, sequence: Sequence, error: str, *, although_ended: bool = False) -> None:
         """End the request of a sequence that cannot go on: all of its samples or beams that live.
+
+        ``although_ended``: those that have ended have then ended with this error, too.
 
         Its keys and values may be NaN, in blocks of earlier steps too: none of its blocks is found by a hash again.
         """
         for one in sequence.siblings or (sequence,):
             self.manager.forget(one.block_hashes)
-            if not one.is_finished:
+            if although_ended or not one.is_finished:
                 one.error = (
                     f"request {one.request_id!r} cannot go on after {one.num_output_tokens} tokens: {error}"
                 )
             self.finish(one, "error")
+            if although_ended:
+                one.finish_reason, one.stop_reason = "error", None
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
         """Tokens in the pool once ``step`` is computed, those of shared blocks counted once, and no drafts."""

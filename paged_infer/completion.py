@@ -36,19 +36,30 @@ class Completion:
         self._text = ""
         self._stop_string: str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if sequence.params.logprobs is None else []
+        self.is_broken = False  # its tokens could not become text: what is there has to do
 
     def advance(self, logprobs: ReadOnlyList[TokenLogprobs] = (), num_new: int = 1) -> str | None:
         """Take the sequence's newest tokens; ``logprobs`` are those of each, where it asks for them.
 
         Returns the stop string that they complete, if any: the sequence is over, and tokens behind it are dropped.
+        Where the tokenizer raises, so does this, and the tokens are taken without their text.
         """
+        try:
+            return self._advance(logprobs, num_new)
+        except Exception:
+            self.is_broken = True
+            if self._logprobs is not None:
+                self._logprobs += logprobs[: self._sequence.num_output_tokens - len(self._logprobs)]
+            raise
+
+    def _advance(self, logprobs: ReadOnlyList[TokenLogprobs], num_new: int) -> str | None:
         num_kept = num_new
         if self._decoder is not None:
             num_before = self._sequence.num_output_tokens - num_new
             num_kept = next((n for n in range(1, num_new + 1) if self._say(num_before + n)), num_new)
             self._sequence.drop_last(num_new - num_kept)
         if self._logprobs is not None:
-            self._logprobs += [self._named(of_token) for of_token in logprobs[:num_kept]]
+            self._logprobs += [named_logprobs(of_token, self._tokenizer) for of_token in logprobs[:num_kept]]
         return self._stop_string
 
     def _say(self, num_tokens: int) -> bool:
@@ -85,9 +96,6 @@ class Completion:
             at, self._stop_string = found
             self._text = self._text[:at]
 
-    def _named(self, logprobs: TokenLogprobs) -> TokenLogprobs:
-        return named_logprobs(logprobs, self._tokenizer)
-
     def output(self) -> CompletionOutput:
         """The sample as it stands. While it grows, text that may turn out to begin a stop string is held back."""
         sequence = self._sequence
@@ -111,8 +119,8 @@ class Completion:
         )
 
     def _shown_text(self, finish_reason: str | None) -> str:
-        if self._tokenizer is None:
-            return ""
+        if self._tokenizer is None or self.is_broken:
+            return self._text
         if self._decoder is None:
             return continuation(self._tokenizer, self._prompt_token_ids(), self._visible_token_ids())
         if finish_reason in (

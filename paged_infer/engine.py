@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlyList
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -132,14 +133,18 @@ class LLMEngine:
         """Queue a prepared request. A streamed one is reported after every step, others when they finish.
 
         Raises:
-            ValueError: a request of this id is still being served, or a beam search, whose text is not settled before
-                its end, is to be streamed.
+            ValueError: a request of this id is still being served; a beam search, whose text is not settled before its
+                end, is to be streamed; or the text of the prompt is needed, and its tokens have none.
         """
         if streamed and request.beam_params is not None:
             raise ValueError("a beam search cannot be streamed: its beams change until it ends")
         if request.request_id in self._live:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
-        live = _Live(request, [Completion(s, self.tokenizer, streamed) for s in request.sequences], streamed)
+        try:
+            completions = [Completion(s, self.tokenizer, streamed) for s in request.sequences]
+        except Exception as error:  # a tokenizer can raise anything
+            raise ValueError(f"the prompt {_no_text(error)}") from error
+        live = _Live(request, completions, streamed)
         if request.params.prompt_logprobs is not None:
             live.prompt_logprobs = [None] * len(request.prompt_token_ids)
         self._live[request.request_id] = live
@@ -228,33 +233,38 @@ class LLMEngine:
             step, result.token_ids, now, result.candidates, result.accepted, result.failed
         )
         moved: dict[str, _Live] = {}
-        if result.failed:
+        if result.prompt_logprobs:
+            self._keep_prompt_logprobs(result)
+        if result.failed or result.prompt_logprobs:
             moved = {i: live for i, live in self._live.items() if live.request.error is not None}
         for sequence, num_new in Counter(grown).items():
             live = self._live[sequence.request_id]
             if live.request.first_token_time_s is None:
                 live.request.first_token_time_s = now
             num_before = sequence.num_output_tokens - num_new
-            self._advance(live, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
+            with self._made_text_of(sequence):
+                self._advance(live, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
             self.grown += [sequence] * (sequence.num_output_tokens - num_before)
             if live.streamed or sequence.is_finished:
                 moved[sequence.request_id] = live
-        if result.prompt_logprobs:
-            self._keep_prompt_logprobs(result)
         return [output for live in moved.values() if (output := self._reported(live, now)) is not None]
+
+    @contextmanager
+    def _made_text_of(self, sequence: Sequence) -> Iterator[None]:
+        """What goes wrong where tokens become text ends their own request alone."""
+        try:
+            yield
+        except Exception as error:  # a tokenizer can raise anything
+            logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
+            self.scheduler.fail(sequence, f"its tokens {_no_text(error)}")
 
     def _advance(
         self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int
     ) -> None:
-        """Decode the sequence's newest tokens to text. An error here ends only its own request."""
-        try:
-            stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
-        except Exception as error:
-            logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
-            self.scheduler.fail(sequence, f"its tokens could not be decoded: {type(error).__name__}: {error}")
-        else:
-            if stop is not None:
-                self.scheduler.finish(sequence, "stop", stop)
+        """Decode the sequence's newest tokens to text."""
+        stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
+        if stop is not None:
+            self.scheduler.finish(sequence, "stop", stop)
 
     def _reported(self, live: _Live, now: float) -> RequestOutput | None:
         if live.request.is_finished:
@@ -266,12 +276,14 @@ class LLMEngine:
 
     def _keep_prompt_logprobs(self, result: StepResult) -> None:
         for live in self._live.values():
-            report = result.prompt_logprobs.get(live.request.sequences[0].sequence_id)
+            sequence = live.request.sequences[0]
+            report = result.prompt_logprobs.get(sequence.sequence_id)
             if report is not None and live.prompt_logprobs is not None:
                 first, entries = report
-                live.prompt_logprobs[first : first + len(entries)] = [
-                    named_logprobs(entry, self.tokenizer) for entry in entries
-                ]
+                with self._made_text_of(sequence):
+                    live.prompt_logprobs[first : first + len(entries)] = [
+                        named_logprobs(entry, self.tokenizer) for entry in entries
+                    ]
 
     def _record_usage(self, step: ScheduledStep) -> None:
         """What is held while the step is in memory, before the sequences that it ends give back their blocks."""
@@ -280,7 +292,19 @@ class LLMEngine:
         self.usage.record(pool.num_used * block_size, stored, pool.num_references * block_size)
 
     def _output(self, live: _Live) -> RequestOutput:
-        return request_output(live.request, live.completions, live.prompt_logprobs)
+        """The request as it stands. One whose text cannot be made ends, or has ended, with the text that there is."""
+        try:
+            return request_output(live.request, live.completions, live.prompt_logprobs)
+        except Exception as error:  # a tokenizer can raise anything
+            logger.exception("the tokens of request %s could not be decoded", live.request.request_id)
+            self.scheduler.fail(
+                live.request.sequences[0], f"its tokens {_no_text(error)}", although_ended=True
+            )
+            self._live.pop(live.request.request_id, None)
+            live.request.finished_time_s = live.request.finished_time_s or time.perf_counter()
+            for completion in live.completions:
+                completion.is_broken = True
+            return request_output(live.request, live.completions, live.prompt_logprobs)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
@@ -305,3 +329,7 @@ class LLMEngine:
         self.scheduler.check_integrity()
         if not self._live and self.manager.pool.num_used:
             raise RuntimeError(f"no request is served and {self.manager.pool.num_used} blocks are held")
+
+
+def _no_text(error: Exception) -> str:
+    return f"could not be decoded: {type(error).__name__}: {error}"

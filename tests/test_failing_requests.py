@@ -149,6 +149,60 @@ def test_nan_that_was_cached_is_found_by_no_later_request(poisoned_llm) -> None:
     assert ids(poisoned_llm.generate([good], GREEDY, use_tqdm=False)[0]) == ids(want)
 
 
+@pytest.mark.parametrize("aborted", ["stays", "aborted before", "aborted after"])
+@pytest.mark.parametrize("comes", ["at once", "a step later"])
+def test_a_block_shared_before_it_is_known_to_be_nan_costs_nobody_else(make_llm, aborted, comes) -> None:
+    """One runs ahead here: a block is found in the cache while the step that fills it is still under way."""
+    beginning = [*range(5, 13)]
+    bad, good = [*beginning, POISON, 9], [*beginning, 20, 21]
+    options = {"block_size": 4, "async_scheduling": True}
+    want = ids(make_llm(MODEL, **options).generate([good], GREEDY, use_tqdm=False)[0])
+    llm = poisoned(make_llm(MODEL, **options))
+    engine, outputs = llm.engine, {}
+    engine.add_request("bad", bad, GREEDY)
+    if comes == "at once":
+        engine.add_request("good", good, GREEDY)
+    outputs |= {output.request_id: output for output in engine.step()}
+    if aborted == "aborted before":
+        engine.abort("bad")
+    if comes == "a step later":
+        engine.add_request("good", good, GREEDY)
+    if aborted == "aborted after":
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.abort("bad")
+    while engine.has_unfinished_requests:
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.check_integrity()
+    assert ids(outputs["good"]) == want and reasons(outputs["good"]) == {"length"}
+    assert ids(llm.generate([good], GREEDY, use_tqdm=False)[0]) == want
+    assert ("bad" in outputs) == (aborted != "aborted before")
+
+
+def test_a_draft_that_is_nan_costs_its_sequence_no_token(make_llm, checkpoint) -> None:
+    """It is never accepted, and what is computed with it, tokens before it included, may be NaN."""
+    other = {"method": "draft_model", "model": str(checkpoint("qwen3")), "num_speculative_tokens": 2}
+    llm, plain = make_llm(MODEL, speculative_config=other), make_llm(MODEL)
+    want = ids(plain.generate([[5, 6]], GREEDY, use_tqdm=False)[0])
+    drafted: list[int] = []
+    fill_in = llm.engine.runner.drafter.fill_in
+
+    def spy(step: Any) -> Any:
+        filled = fill_in(step)
+        drafted.extend(token for sequence in filled.sequences for token in sequence.drafts)
+        return filled
+
+    llm.engine.runner.drafter.fill_in = spy
+    assert ids(llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0]) == want
+    fatal = next(token for token in drafted if token not in (5, 6, *want[0]))
+    with torch.no_grad():
+        llm.engine.decoder.embedding.weight[fatal] = math.nan
+    drafted.clear()
+    good, bad = llm.generate([[5, 6], [5, fatal]], GREEDY, use_tqdm=False)
+    assert fatal in drafted and ids(good) == want and reasons(bad) == {"error"}
+    llm.check_integrity()
+    assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
+
+
 def test_a_stream_of_a_failing_request_ends_with_its_error(poisoned_llm) -> None:
     (only,) = poisoned_llm.stream([5, POISON], GREEDY)
     assert only.finished and reasons(only) == {"error"}
@@ -187,6 +241,37 @@ def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch, ma
     broken, sound = text_llm.generate(prompts, params, use_tqdm=False)
     assert reasons(broken) == {"error"} and "ZeroDivisionError" in broken.outputs[0].error
     assert reasons(sound) == {"length"} and sound.outputs[0].text == want
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "asked", [{}, {"logprobs": 1}, {"stop": "zz", "logprobs": 1}, {"prompt_logprobs": 1}]
+)
+def test_a_token_that_the_tokenizer_cannot_decode_ends_its_own_request(
+    text_llm, monkeypatch, asked, streamed
+) -> None:
+    """Some raise for ids that their vocabulary has not, and models have more rows than that."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, **asked)
+    bad, good = text_llm.generate([[50, 60], [70, 80]], GREEDY, use_tqdm=False)
+    fatal = next(token for token in bad.outputs[0].token_ids[2:] if token not in good.outputs[0].token_ids)
+    hf_tokenizer = text_llm.tokenizer._hf
+    decode = hf_tokenizer.decode
+
+    def decode_or_raise(token_ids: list[int], **options: Any) -> str:
+        if fatal in token_ids:
+            raise IndexError("piece id is out of range")
+        return decode(token_ids, **options)
+
+    monkeypatch.setattr(hf_tokenizer, "decode", decode_or_raise)
+    engine, outputs = text_llm.engine, {}
+    engine.add_request("bad", [50, 60], params, streamed=streamed)
+    engine.add_request("good", [70, 80], params)
+    while engine.has_unfinished_requests:
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert reasons(outputs["bad"]) == {"error"} and "IndexError" in outputs["bad"].outputs[0].error
+    assert outputs["good"].outputs[0].text == good.outputs[0].text
+    with pytest.raises(ValueError, match="the prompt could not become text"):
+        text_llm.generate([[50, fatal]], SamplingParams(stop="zz"), use_tqdm=False)
 
 
 def with_a_large_head_row(checkpoint: Path, folder: Path) -> Path:

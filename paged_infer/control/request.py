@@ -75,6 +75,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
     num_pending: int = 0  # the last so many of its tokens are not known yet
+    may_draft: bool = True  # not where it could not go on with drafts, which may be why
     last_step: int = 0  # index of the newest step that it was scheduled in
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
     num_preemptions: int = 0

@@ -249,7 +249,7 @@ class Scheduler:
         self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
         self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
         if failed:
-            self._fail_some(turn, failed)
+            self._fail_some(step, turn, failed)
         grown: list[Sequence] = []
         for one in turn.drawing:
             if one.is_finished or one in turn.void:  # ended by an abort, an error or a token; or restarted
@@ -358,39 +358,57 @@ class Scheduler:
         self.manager.journal.append(("end", sequence.sequence_id, reason))
         self.release_held()
 
-    def _fail_some(self, turn: Turn, failed: Mapping[int, str]) -> None:
-        """End the requests of failed sequences. One that shares blocks with an earlier failure is recomputed instead.
+    def _fail_some(self, step: ScheduledStep, turn: Turn, failed: Mapping[int, str]) -> None:
+        """End the requests of failed sequences. One whose NaN may come from elsewhere is recomputed instead.
 
-        A block can be shared in the step that computes it, before its contents are checked, so the NaN of such a
-        sequence may come from the other request.
+        A block can be shared before its contents are checked: in the step that computes it, and in a step that is
+        planned while that one is under way. So the NaN of a sequence with such a block may come from another request,
+        even if that one has been aborted or preempted since: the tables of the step count. The NaN of a draft reaches
+        the tokens before it.
         """
-        suspect: set[int] = set()
-        forks = (child for children in turn.forks.values() for child in children)
-        for one in [*(sequence for sequence, _ in turn.scheduled), *forks]:
-            if one.sequence_id not in failed or one.is_finished or one in turn.void:
+        computed = {s.sequence_id: s for s in step.sequences}
+        computing = [(one, computed[one.sequence_id]) for one, _ in turn.scheduled]
+        computing += [(child, computed[i]) for i, children in turn.forks.items() for child in children]
+        for one, work in computing:
+            if one.sequence_id not in failed:
                 continue
-            if suspect.isdisjoint(self.manager.table(one.sequence_id)):
-                suspect.update(*(self.manager.table(sibling.sequence_id) for sibling in one.siblings))
+            is_its_own = turn.suspect.isdisjoint(work.block_table) and not work.num_drafts
+            turn.suspect.update(work.block_table)
+            if one.is_finished:
+                self.manager.forget(one.block_hashes[work.num_computed_tokens // self.manager.block_size :])
+            elif one in turn.void:
+                continue
+            elif is_its_own:
                 self.fail(one, failed[one.sequence_id])
-                continue
-            for sharer in one.gang:
-                self.manager.forget(sharer.block_hashes)
-                sharer.forget_pending()
-                self._begin_again(sharer)
-                for out in (turn, *self._under_way):
-                    out.void.add(sharer)
+            else:
+                one.may_draft = one.may_draft and not work.num_drafts
+                self._doubt(one, (turn, *self._under_way))
+        for out in self._under_way:  # planned when all these blocks could be found
+            out.suspect |= turn.suspect
 
-    def fail(self, sequence: Sequence, error: str) -> None:
+    def _doubt(self, sequence: Sequence, turns: Iterable[Turn]) -> None:
+        """Recompute a sequence whose stored keys may be another's NaN. What ``turns`` compute of it does not count."""
+        for one in sequence.gang:
+            self.manager.forget(one.block_hashes)
+            one.forget_pending()
+            self._begin_again(one)
+            for turn in turns:
+                turn.void.add(one)
+
+    def fail(self, sequence: Sequence, error: str, *, although_ended: bool = False) -> None:
         """End the request of a failed sequence: all of its unfinished samples or beams.
 
         Its keys and values may be NaN, also in blocks of earlier steps, so all its blocks leave the prefix cache.
+
+        ``although_ended``: the finished ones get this error, too. The failed sequence itself always does.
         """
         for one in sequence.siblings or (sequence,):
             self.manager.forget(one.block_hashes)
-            if one is sequence or not one.is_finished:
-                one.error = f"request {one.request_id!r} failed after {one.num_output_tokens} tokens: {error}"
+            is_concerned = although_ended or one is sequence or not one.is_finished
             self.finish(one, "error")
-        sequence.finish_reason = "error"  # also where it failed with its last token
+            if is_concerned:
+                one.finish_reason, one.stop_reason = "error", None
+                one.error = f"request {one.request_id!r} failed after {one.num_output_tokens} tokens: {error}"
 
     def num_stored_tokens(self, step: ScheduledStep) -> int:
         """Tokens in the pool once ``step`` is computed, those of shared blocks counted once, and no drafts."""

@@ -55,6 +55,7 @@ class Turn:
         self.drawing: list[Sequence] = []  # who gets a token from it
         self.ranking: list[Sequence] = []  # beams that get candidates
         self.void: set[Sequence] = set()  # restarted since: their results in this step are dropped
+        self.suspect: set[int] = set()  # blocks that may hold the NaN of a failed sequence
         self.num_published = 0  # blocks that are there once it has succeeded
         self.traced: TraceStep | None = None
         self.num_hit_tokens = 0
@@ -135,7 +136,7 @@ class Turn:
         for place, (sequence, num_tokens) in enumerate(self.scheduled):
             end, sequence_id = sequence.num_tokens, sequence.sequence_id
             most = min(self.budget, sequence.max_total_tokens - 1 - end)
-            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_pending
+            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_pending and sequence.may_draft
             if most < 1 or not is_ready or sequence.search is not None or sequence_id in self.forks:
                 continue
             drafts = proposer.propose(sequence.token_ids, most)

@@ -20,7 +20,9 @@ from paged_infer.console import (
     Seed,
     console,
     fail,
+    failure_of,
     open_llm,
+    show_error,
     show_stream,
     with_blocks,
 )
@@ -82,7 +84,10 @@ def generate(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Continue each prompt. A single one is shown as it grows."""
+    """Continue each prompt. A single one is shown as it grows.
+
+    Exits with status 1 if one of them failed; the reason is printed on standard error.
+    """
     try:
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -96,12 +101,18 @@ def generate(
         if len(prompts) == 1:
             growing = llm.stream(prompts[0], params)
             typer.echo(prompts[0], nl=False)
-            show_stream(growing)
-            return
-        for output in llm.generate(prompts, params):
-            typer.echo(f"{output.prompt}{output.outputs[0].text}\n")
+            outputs = [show_stream(growing)]
+        else:
+            outputs = llm.generate(prompts, params)
+            for output in outputs:
+                typer.echo(f"{output.prompt}{output.outputs[0].text}\n")
     except ValueError as error:
         fail(error)
+    failures = {index: reason for index, output in enumerate(outputs) if (reason := failure_of(output))}
+    for index, reason in failures.items():
+        show_error(f"prompt {index}: {reason}")
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -137,12 +148,15 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = show_stream(llm.stream(llm.chat_prompt(messages), params), keep_space=False)
-        except ValueError as error:  # too long, say: the conversation so far is kept
+            output = show_stream(llm.stream(llm.chat_prompt(messages), params), keep_space=False)
+            reason = failure_of(output)
+        except ValueError as error:  # too long, say
+            reason = str(error)
+        if reason is not None:  # the conversation so far is kept
             messages.pop()
-            typer.echo(f"error: {error}")
+            show_error(reason)
             continue
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": output.outputs[0].text})
 
 
 def _lines() -> Iterator[str]:

@@ -158,12 +158,22 @@ def quiet_libraries() -> None:
 
 def fail(error: ValueError) -> NoReturn:
     """One line on standard error, and exit status 2."""
-    typer.echo(f"error: {error}", err=True)
+    show_error(error)
     raise typer.Exit(2)
 
 
-def show_stream(outputs: Iterable[RequestOutput], keep_space: bool = True) -> str:
-    """Print a continuation as it grows; returns it. An answer is shown without its leading space."""
+def show_error(error: Exception | str) -> None:
+    """One line on standard error."""
+    typer.echo(f"error: {error}", err=True)
+
+
+def failure_of(output: RequestOutput) -> str | None:
+    """Why the request could not go on, if it could not."""
+    return next((one.error for one in output.outputs if one.finish_reason == "error"), None)
+
+
+def show_stream(outputs: Iterable[RequestOutput], keep_space: bool = True) -> RequestOutput:
+    """Print a continuation as it grows; returns its end. An answer is shown without its leading space."""
     shown = ""
     for output in outputs:
         text = output.outputs[0].text
@@ -171,4 +181,4 @@ def show_stream(outputs: Iterable[RequestOutput], keep_space: bool = True) -> st
         typer.echo(piece if shown or keep_space else piece.lstrip(), nl=False)
         shown = text
     typer.echo()
-    return shown
+    return output

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -80,6 +83,45 @@ def test_chat_answers_every_line_and_remembers_the_story_until_told_otherwise():
     answer = llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
     assert first == f"{told}\n{answer.strip()}\n{told}\n"
     assert "\n" not in answer.strip()
+
+
+@pytest.fixture
+def failing_model(monkeypatch, text_checkpoint) -> tuple[str, ...]:
+    """Options of a model that fails on "q": the embedding of its tokens is NaN."""
+    open_engine = LLM.__init__
+
+    def open_poisoned(llm: LLM, *arguments: Any, **options: Any) -> None:
+        open_engine(llm, *arguments, **options)
+        embedding = llm.engine.decoder.embedding
+        embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # the head keeps the old one
+        embedding.weight.data[llm.tokenizer.encode("q") + llm.tokenizer.encode(" q")] = torch.nan
+
+    monkeypatch.setattr(LLM, "__init__", open_poisoned)
+    return ("--model", str(text_checkpoint), "--max-tokens", "4", "--temperature", "0")
+
+
+def test_generate_says_why_a_prompt_failed_and_exits_with_status_1(failing_model):
+    result = run("generate", "q", "--num-blocks", "9", *failing_model)
+    assert result.exit_code == 1 and result.stdout == "q\n"
+    assert result.stderr.startswith("error: prompt 0: request '0' cannot go on")
+    assert result.stderr.count("\n") == 1
+
+
+def test_generate_shows_the_prompts_that_did_not_fail(failing_model):
+    options = ("--num-blocks", "9", *failing_model)
+    alone = run("generate", "ab", *options)
+    result = run("generate", "ab", "q", *options)
+    assert alone.exit_code == 0 and result.exit_code == 1
+    assert result.stdout == f"{alone.stdout}\nq\n\n"
+    assert "error: prompt 1: request '1' cannot go on" in result.stderr
+
+
+def test_chat_says_why_an_answer_failed_and_goes_on_without_the_question(failing_model):
+    result = run("chat", *failing_model, stdin="q\nab\n")
+    alone = run("chat", *failing_model, stdin="ab\n")
+    assert result.exit_code == alone.exit_code == 0
+    assert result.stdout == f"\n{alone.stdout}" and alone.stderr == ""
+    assert result.stderr.startswith("error: request '0' cannot go on") and result.stderr.count("\n") == 1
 
 
 def test_info_shows_the_formula_with_its_numbers():

@@ -36,7 +36,7 @@ class Completion:
         self._text = ""
         self._stop_string: str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if sequence.params.logprobs is None else []
-        self.is_broken = False  # its tokens could not become text: what is there has to do
+        self.is_broken = False  # its tokens could not be decoded: the text so far is final
 
     def advance(self, logprobs: ReadOnlyList[TokenLogprobs] = (), num_new: int = 1) -> str | None:
         """Take the sequence's newest tokens; ``logprobs`` are those of each, where it asks for them.

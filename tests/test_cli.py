@@ -103,7 +103,7 @@ def failing_model(monkeypatch, text_checkpoint) -> tuple[str, ...]:
 def test_generate_says_why_a_prompt_failed_and_exits_with_status_1(failing_model):
     result = run("generate", "q", "--num-blocks", "9", *failing_model)
     assert result.exit_code == 1 and result.stdout == "q\n"
-    assert result.stderr.startswith("error: prompt 0: request '0' cannot go on")
+    assert result.stderr.startswith("error: prompt 0: request '0' failed after")
     assert result.stderr.count("\n") == 1
 
 
@@ -113,7 +113,7 @@ def test_generate_shows_the_prompts_that_did_not_fail(failing_model):
     result = run("generate", "ab", "q", *options)
     assert alone.exit_code == 0 and result.exit_code == 1
     assert result.stdout == f"{alone.stdout}\nq\n\n"
-    assert "error: prompt 1: request '1' cannot go on" in result.stderr
+    assert "error: prompt 1: request '1' failed after" in result.stderr
 
 
 def test_chat_says_why_an_answer_failed_and_goes_on_without_the_question(failing_model):
@@ -121,7 +121,7 @@ def test_chat_says_why_an_answer_failed_and_goes_on_without_the_question(failing
     alone = run("chat", *failing_model, stdin="ab\n")
     assert result.exit_code == alone.exit_code == 0
     assert result.stdout == f"\n{alone.stdout}" and alone.stderr == ""
-    assert result.stderr.startswith("error: request '0' cannot go on") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: request '0' failed after") and result.stderr.count("\n") == 1
 
 
 def test_info_shows_the_formula_with_its_numbers():

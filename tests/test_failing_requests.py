@@ -270,7 +270,7 @@ def test_a_token_that_the_tokenizer_cannot_decode_ends_its_own_request(
         outputs |= {output.request_id: output for output in engine.step()}
     assert reasons(outputs["bad"]) == {"error"} and "IndexError" in outputs["bad"].outputs[0].error
     assert outputs["good"].outputs[0].text == good.outputs[0].text
-    with pytest.raises(ValueError, match="the prompt could not become text"):
+    with pytest.raises(ValueError, match="the prompt could not be decoded"):
         text_llm.generate([[50, fatal]], SamplingParams(stop="zz"), use_tqdm=False)
 
 

@@ -300,6 +300,8 @@ class LLMEngine:
             self.scheduler.fail(
                 live.request.sequences[0], f"its tokens {_no_text(error)}", although_ended=True
             )
+            self._live.pop(live.request.request_id, None)
+            live.request.finished_time_s = live.request.finished_time_s or time.perf_counter()
             for completion in live.completions:
                 completion.is_broken = True
             return request_output(live.request, live.completions, live.prompt_logprobs)

@@ -265,7 +265,8 @@ def _qwen3(config: ConfigReader) -> dict[str, Any]:
 
 
 def _gpt2(config: ConfigReader) -> dict[str, Any]:
-    config.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    # transformers' cache, which all families share, would keep no more than such a window.
+    config.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, sliding_window=None)
     short = {
         "n_embd": "hidden_size",
         "n_head": "num_attention_heads",
@@ -294,7 +295,7 @@ def _gpt2(config: ConfigReader) -> dict[str, Any]:
         "output_bias": True,
         "mlp_bias": True,
         "tie_word_embeddings": config.flag("tie_word_embeddings", True),
-        "sliding_windows": (None,) * num_layers,
+        "sliding_windows": _one_window(config, num_layers, None),
     }
 
 

@@ -65,6 +65,8 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         ({**LLAMA, "configuration_files": ["config.4.json"]}, "configuration_files=['config.4.json']"),
         ({**LLAMA, "attention_chunk_size": 16}, "attention_chunk_size=16"),
         ({**LLAMA, "sliding_window": 16}, "sliding_window=16 is not supported; only None is"),
+        ({**GPT2, "sliding_window": 5}, "sliding_window=5 is not supported; only None is"),
+        ({**GPT2, "layer_types": ["sliding_attention"] * 2}, "no sliding_window is in use"),
         ({**LLAMA, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "no sliding_window is in use"),
         ({**LLAMA, "model_type": "mistral", "layer_types": ["full_attention"] * 4}, "contradicts sliding_window=4096"),
         ({**LLAMA, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is in use"),

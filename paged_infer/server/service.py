@@ -203,7 +203,7 @@ class Service:
         """The end of each."""
         try:
             return [self.checked([output async for output in stream][-1]) for stream in streams]
-        except EngineDeadError as error:
+        except (EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
             raise self.explained(error) from error
         finally:
             close_all(streams)

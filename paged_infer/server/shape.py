@@ -132,7 +132,7 @@ class Shape(ABC):
                 yield event(
                     {**self._object(self.piece_kind, []), "usage": self._usage(list(newest.values()))}
                 )
-        except (APIError, EngineDeadError) as error:
+        except (APIError, EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
             explained = self.service.explained(error)
             assert isinstance(explained, APIError)
             yield event(explained.body())

@@ -92,3 +92,26 @@ def test_failed_answers_are_counted_as_errors(failing: Served) -> None:
     assert samples(failing)["request_success_totalerror"] == 0
     told(failing.post("/v1/completions", **BAD, n=2), 500)
     assert samples(failing)["request_success_totalerror"] == 2
+
+
+@pytest.mark.parametrize("asked", [{"stop": "zz"}, {"stop": "zz", "stream": True}, {"logprobs": 1}, {}])
+def test_tokens_that_have_no_text_are_an_error_of_their_own_request(asked, monkeypatch) -> None:
+    """Some tokenizers raise for an id that their vocabulary has not. The prompt's text is needed first, if at all."""
+    with serving(max_num_seqs=8, num_blocks=64) as served:
+        hf_tokenizer = served.engine.tokenizer._hf
+        decode, fatal = hf_tokenizer.decode, 7
+
+        def decode_or_raise(token_ids: list[int], **options: Any) -> str:
+            if fatal in token_ids:
+                raise IndexError("piece id is out of range")
+            return decode(token_ids, **options)
+
+        monkeypatch.setattr(hf_tokenizer, "decode", decode_or_raise)
+        response = served.post("/v1/completions", prompt=[5, fatal], max_tokens=2, **asked)
+        if asked.get("stream"):
+            assert response.status_code == 200 and "the prompt could not become text" in response.text
+            assert response.text.endswith("data: [DONE]\n\n")
+        else:
+            expected = (400, "the prompt could not") if "stop" in asked else (500, "tokens could not become")
+            assert expected[1] in told(response, expected[0])["message"]
+        assert served.http.get("/health").status_code == 200

@@ -22,12 +22,16 @@ from paged_infer.engine import Params, Prompt
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams
 from paged_infer.server.errors import APIError
-from paged_infer.server.hosts import ALL, host_name
+from paged_infer.server.hosts import ALL
 from paged_infer.server.protocol import bad_value
 
 RETRY_AFTER_S = 1
 IN_ONE_GO = 32  # prompts that are queued before the event loop sees to others
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+# A name or an IPv6 address; the port is ignored.
+_HOST = re.compile(
+    r"(\*\.)?[\w-]+(\.[\w-]+)*\.?(:\d+)?|\[?[0-9a-f]*:[0-9a-f]*:[\w:.%-]*\]?(:\d+)?", re.ASCII | re.IGNORECASE
+)
 CLOSING = "the server is shutting down"
 T = TypeVar("T")
 
@@ -77,8 +81,10 @@ class Settings:
         ):
             raise ValueError("api_key: must be printable ASCII, and not empty")
         for host in self.allowed_hosts:
-            if not host_name(host) or "/" in host or "*" in host.removeprefix("*"):
+            if host != ALL and not _HOST.fullmatch(host):
                 raise ValueError(f"allowed_hosts={host!r}: must be a host name, *.domain or *")
+        if "" in self.served_model_names:
+            raise ValueError("served_model_names='': a name must not be empty")
         for origin in self.allowed_origins:
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 raise ValueError(

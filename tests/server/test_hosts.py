@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from types import SimpleNamespace
 from typing import Any
@@ -104,13 +105,25 @@ def test_origins_that_are_no_list_of_strings_are_one_line(value: str) -> None:
         ("allowed_hosts", "http://a"),
         ("allowed_hosts", "a.*"),
         ("allowed_hosts", ""),
+        ("allowed_hosts", "*."),
+        ("allowed_hosts", "*a.example"),
+        ("allowed_hosts", "[a, b]"),
+        ("allowed_hosts", "a,b"),
+        ("allowed_hosts", "a:port"),
         ("allowed_origins", "localhost:3000"),
         ("allowed_origins", "http://localhost:3000/"),
     ],
 )
 def test_what_is_no_host_or_origin_is_refused_by_name(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}={value!r}".replace("*", "[*]")):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
         Settings(**{name: (value,)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "*.a.example", "A.example:80", "my_host", "::1", "[::1]:80", "fe80::1%eth0"]
+)
+def test_what_is_a_host_is_taken(host: str) -> None:
+    assert Settings(allowed_hosts=(host,)).allowed_hosts == (host,)
 
 
 def test_pages_of_allowed_origins_may_call_the_server_and_others_may_not() -> None:

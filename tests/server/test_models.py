@@ -8,6 +8,7 @@ import pytest
 from serving import serving, told
 
 from paged_infer import LLM
+from paged_infer.server.service import Settings
 
 
 def snapshot_of(folder: Path, tmp_path: Path) -> Path:
@@ -38,3 +39,8 @@ def test_a_folder_is_served_under_its_name(
     monkeypatch.chdir(text_checkpoint)
     typed = typed.format(name=text_checkpoint.name, folder=text_checkpoint)
     assert LLM(typed, device="cpu", num_blocks=32).name == text_checkpoint.name != ""
+
+
+def test_a_name_that_is_empty_is_refused() -> None:
+    with pytest.raises(ValueError, match="served_model_names='': a name must not be empty"):
+        Settings(served_model_names=("a", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 from typing import Annotated
@@ -121,6 +122,10 @@ def serve(
     try:
         if log_level not in ("critical", "error", "warning", "info", "debug"):
             raise ValueError(f"log_level={log_level!r}: must be critical, error, warning, info or debug")
+        if not 0 <= step_timeout < math.inf:
+            raise ValueError(
+                f"step_timeout={step_timeout}: must be a finite number of seconds, or 0 for no limit"
+            )
         settings = service.Settings(
             api_key=api_key,
             allowed_hosts=tuple(allowed_hosts or ("*",)),

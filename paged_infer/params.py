@@ -52,7 +52,9 @@ class _Checks:
 
     def _check_token_ids(self, name: str) -> None:
         """Check and deduplicate them."""
-        self._keep(name, tuple(dict.fromkeys(_token_id(element) for element in self._check_tuple(name))))
+        self._keep(
+            name, tuple(dict.fromkeys(_token_id(name, element) for element in self._check_tuple(name)))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,7 @@ class SamplingParams(_Checks):
             raise ValueError(f"logit_bias={given!r}: must map token ids to numbers")
         kept = {}
         for key, value in given.items():
-            token_id, bias = _token_id(key), as_number(value)
+            token_id, bias = _token_id("logit_bias", key), as_number(value)
             if bias is None or not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias[{token_id}]={value!r}: must be within [-100, 100]")
             kept[token_id] = bias
@@ -224,10 +226,10 @@ class BeamSearchParams(_Checks):
         )
 
 
-def _token_id(value: object) -> int:
+def _token_id(name: str, value: object) -> int:
     token_id = as_integer(value)
     if token_id is None or token_id < 0:
-        raise ValueError(f"stop_token_ids or logit_bias: token id {value!r} must be an integer >= 0")
+        raise ValueError(f"{name}: token id {value!r} must be an integer >= 0")
     return token_id
 
 

@@ -71,11 +71,10 @@ def check_request(
             raise ValueError(
                 f"prompt token id {token_id!r} is no integer of the vocabulary [0, {vocab_size})"
             )
-    for token_id in (*params.stop_token_ids, *params.logit_bias):
-        if token_id >= vocab_size:
-            raise ValueError(
-                f"stop_token_ids or logit_bias: token id {token_id} is outside [0, {vocab_size})"
-            )
+    for name in ("stop_token_ids", "logit_bias"):
+        for token_id in getattr(params, name):
+            if token_id >= vocab_size:
+                raise ValueError(f"{name}: token id {token_id} is outside [0, {vocab_size})")
     _check_end_tokens(params, eos_token_ids, vocab_size)
     for name, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if number is not None and number > vocab_size:

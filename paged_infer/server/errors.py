@@ -92,11 +92,11 @@ def install(app: FastAPI) -> None:
 
 def refusal(problems: list[dict[str, Any]]) -> APIError:
     """422 for what is malformed; 400 where the form is right and a field is one that nobody knows."""
-    unknown = [str(p["loc"][-1]) for p in problems if p["type"] == "extra_forbidden"]
-    if unknown and len(unknown) == len(problems):
-        return APIError(400, f"unknown field: {', '.join(unknown)}", param=unknown[0], code="unknown_field")
+    unknown = [".".join(place_of(p)) for p in problems if p["type"] == "extra_forbidden"]
     first = problems[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    place = place_of(first)
+    if unknown and len(unknown) == len(problems):
+        return APIError(400, f"unknown field: {', '.join(unknown)}", param=place[0], code="unknown_field")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return APIError(422, f"the body is not JSON: {reason}", code="json_invalid")
@@ -106,3 +106,9 @@ def refusal(problems: list[dict[str, Any]]) -> APIError:
     return APIError(
         422, f"{name or 'the body'}: {first['msg']}", param=place[0] if place else None, code=first["type"]
     )
+
+
+def place_of(problem: dict[str, Any]) -> list[str]:
+    """Where in a body a problem is: the names of the field and of what it is in."""
+    place = [str(part) for part in problem["loc"]]
+    return place[1:] if place[:1] in (["body"], ["query"], ["path"]) else place

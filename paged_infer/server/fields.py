@@ -29,9 +29,9 @@ class Refused(NamedTuple):
     harmless: tuple[Any, ...] = ()
 
 
-_TOOLS = "tool calls are not supported"
+TOOLS = "tool calls are not supported"
 _GRAMMAR = "structured outputs are not supported"
-_TEXT = "input and output are text only"
+TEXT = "input and output are text only"
 _TEMPLATE = "the tokenizer's own chat template is used, with its defaults"
 _RENDER = "there is no route that only renders a prompt"
 _TRANSFER = "the cache is not split between processes"
@@ -40,7 +40,7 @@ REFUSED = {
     "add_generation_prompt": Refused(_TEMPLATE, (True,)),
     "add_special_tokens": Refused("a prompt is encoded with the tokenizer's special tokens", (True,)),
     "allowed_token_ids": Refused("use logit_bias to restrict tokens", ([],)),
-    "audio": Refused(_TEXT),
+    "audio": Refused(TEXT),
     "bad_words": Refused("use logit_bias to forbid tokens", ([],)),
     "chat_template": Refused(_TEMPLATE),
     "chat_template_kwargs": Refused(_TEMPLATE, ({},)),
@@ -49,8 +49,8 @@ REFUSED = {
     "documents": Refused(_TEMPLATE, ([],)),
     "ec_transfer_params": Refused(_TRANSFER),
     "echo": Refused("the prompt is not repeated in the answer", (False,)),
-    "function_call": Refused(_TOOLS, ("none",)),
-    "functions": Refused(_TOOLS, ([],)),
+    "function_call": Refused(TOOLS, ("none",)),
+    "functions": Refused(TOOLS, ([],)),
     "guided_choice": Refused(_GRAMMAR),
     "guided_grammar": Refused(_GRAMMAR),
     "guided_json": Refused(_GRAMMAR),
@@ -60,11 +60,11 @@ REFUSED = {
     "kv_transfer_params": Refused(_TRANSFER),
     "logits_processors": Refused("requests cannot contain code", ([],)),
     "logprob_token_ids": Refused("logprobs are returned for the most probable tokens only"),
-    "media_io_kwargs": Refused(_TEXT, ({},)),
-    "mm_processor_kwargs": Refused(_TEXT, ({},)),
-    "modalities": Refused(_TEXT, (["text"],)),
+    "media_io_kwargs": Refused(TEXT, ({},)),
+    "mm_processor_kwargs": Refused(TEXT, ({},)),
+    "modalities": Refused(TEXT, (["text"],)),
     "moderation": Refused("there is no moderation model"),
-    "parallel_tool_calls": Refused(_TOOLS, (True, False)),
+    "parallel_tool_calls": Refused(TOOLS, (True, False)),
     "prediction": Refused("speculation is an option of the engine (speculative_config)"),
     "priority": Refused("requests are served in order of arrival", (0,)),
     "prompt_embeds": Refused("a prompt is text or token ids"),
@@ -81,13 +81,13 @@ REFUSED = {
     "structured_outputs": Refused(_GRAMMAR),
     "suffix": Refused("a prompt is continued; infilling is not supported", ("",)),
     "thinking_token_budget": Refused("reasoning is not separated from the answer", (-1,)),
-    "tool_choice": Refused(_TOOLS, ("none",)),
-    "tools": Refused(_TOOLS, ([],)),
+    "tool_choice": Refused(TOOLS, ("none",)),
+    "tools": Refused(TOOLS, ([],)),
     "truncation_side": Refused("truncate_prompt_tokens keeps the end of the prompt", ("left",)),
     "verbosity": Refused("the chat template is rendered without it; ask for it in a message", ("medium",)),
     "vllm_xargs": Refused("there are no extensions to read it", ({},)),
     "watermarking": Refused("text is not watermarked", (False,)),
-    "web_search_options": Refused(_TOOLS),
+    "web_search_options": Refused(TOOLS),
 }
 """By name. A route that serves one of them (``echo``) has it among its model's fields."""
 

@@ -9,18 +9,19 @@ from pydantic import model_validator
 
 from paged_infer.chat_template import NO_TEXT
 from paged_infer.server.errors import APIError
+from paged_infer.server.fields import TEXT, TOOLS, Refused, is_harmless
 from paged_infer.server.strict import ListOf, Strict
 
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
+UNSUPPORTED = {
+    "annotations": Refused(TEXT, ([],)),
+    "audio": Refused(TEXT),
+    "function_call": Refused(TOOLS),
+    "refusal": Refused("a refusal is not passed to the chat template"),
+    "tool_call_id": Refused(TOOLS),
+    "tool_calls": Refused(TOOLS, ([],)),
 }
-"""Fields of OpenAI's messages that are refused by name, with the values that ask for nothing; so does null: a client
-sends an answer back as it came, and ours has ``"refusal": null`` in it."""
+"""Fields of OpenAI's messages that are refused by name, with the reason and the values that ask for nothing; so does
+null: a client sends an answer back as it came, and ours has ``"refusal": null`` in it."""
 
 
 class TextPart(Strict):
@@ -40,12 +41,12 @@ class ChatMessage(Strict):
     def _refuse_unsupported(cls, message: Any) -> Any:
         if not isinstance(message, dict):
             return message
-        for name, harmless in UNSUPPORTED.items():
-            if (value := message.get(name)) is not None and value not in harmless:
-                raise _unsupported(name)
+        for name, refused in UNSUPPORTED.items():
+            if not is_harmless(message.get(name), refused):
+                raise _unsupported(name, refused.why)
         for part in content if isinstance(content := message.get("content"), list) else ():
             if isinstance(part, dict) and part.get("type") in NO_TEXT:
-                raise _unsupported(f"content of type {part['type']}")
+                raise _unsupported(f"content of type {part['type']}", TEXT)
         return {name: value for name, value in message.items() if name not in UNSUPPORTED}
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,5 +58,6 @@ class ChatMessage(Strict):
         return {"role": self.role, "content": content, **named}
 
 
-def _unsupported(what: str) -> APIError:
-    return APIError(400, f"messages: {what} is not supported", param="messages", code="unsupported_field")
+def _unsupported(what: str, why: str) -> APIError:
+    message = f"messages: {what} is not supported: {why}"
+    return APIError(400, message, param="messages", code="unsupported_field")

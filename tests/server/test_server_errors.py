@@ -113,6 +113,43 @@ def test_an_unknown_field_is_refused_by_name(served, path: str) -> None:
     assert (error["param"], error["code"]) == ("temprature", "unknown_field")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "place"),
+    [
+        ("stream_options", {"include_usages": True}, "stream_options.include_usages"),
+        ("messages", [{"role": "user", "content": "x", "nam": "y"}], "messages.0.nam"),
+        ("body", 1, "body"),
+    ],
+)
+def test_an_unknown_field_is_named_with_what_it_is_in(served, field: str, value: Any, place: str) -> None:
+    error = told(served.post("/v1/chat/completions", **{**CHAT, "stream": True, field: value}), 400)
+    assert (error["param"], error["message"]) == (field, f"unknown field: {place}")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"tool_call_id": "a"}, "messages: tool_call_id is not supported: tool calls are not supported"),
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "messages: content of type image_url is not supported: input and output are text only",
+        ),
+    ],
+)
+def test_what_a_message_may_not_hold_is_refused_with_the_reason(served, more: Any, reason: str) -> None:
+    message = {"role": "tool", "content": "x", **more}
+    error = told(served.post("/v1/chat/completions", messages=[message]), 400)
+    assert (error["param"], error["message"]) == ("messages", reason)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("stop_token_ids", [1, 10**6]), ("logit_bias", {str(10**6): 1})]
+)
+def test_a_token_that_is_not_there_is_named_with_its_field(served, field: str, value: Any) -> None:
+    error = told(served.post("/v1/completions", **PROMPT, **{field: value}), 400)
+    assert error["param"] == field and error["message"].startswith(f"{field}: token id 1000000 is outside")
+
+
 def test_fields_about_accounts_are_accepted(served) -> None:
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
     assert served.complete(**PROMPT, **harmless)["choices"]

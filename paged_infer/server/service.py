@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -24,6 +25,8 @@ from paged_infer.params import BeamSearchParams
 from paged_infer.server.errors import APIError
 from paged_infer.server.hosts import ALL
 from paged_infer.server.protocol import bad_value
+
+logger = logging.getLogger("uvicorn.error")
 
 RETRY_AFTER_S = 1
 IN_ONE_GO = 32  # prompts that are queued before the event loop sees to others
@@ -196,6 +199,7 @@ class Service:
         """The output. Raises APIError if it failed or was aborted: a partial answer must not pass for a whole one."""
         for one in output.outputs:
             if one.finish_reason == "error":
+                logger.warning("%s", one.error)
                 raise APIError(500, one.error or "the request has failed", code="request_failed")
         if any(one.finish_reason == "abort" for one in output.outputs):
             raise (

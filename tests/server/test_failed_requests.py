@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from typing import Any
 
@@ -48,8 +49,13 @@ def check(error: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"n": 3}, {"logprobs": 2, "echo": True}])
-def test_a_failed_request_is_a_500_with_its_message(failing: Served, more: dict[str, Any]) -> None:
+def test_a_failed_request_is_a_500_with_its_message_and_one_line_in_the_log(
+    failing: Served, more: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In place of uvicorn's, which does not propagate.
+    monkeypatch.setattr("paged_infer.server.service.logger", logging.getLogger("of this test"))
     check(told(failing.post("/v1/completions", **BAD, **more), 500))
+    assert [record.message for record in caplog.records].count(MESSAGE) == 1
     assert failing.http.get("/health").status_code == 200
     assert failing.complete(**GOOD)["usage"]["completion_tokens"] == 40
 
@@ -109,9 +115,11 @@ def test_tokens_that_have_no_text_are_an_error_of_their_own_request(asked, monke
         monkeypatch.setattr(hf_tokenizer, "decode", decode_or_raise)
         response = served.post("/v1/completions", prompt=[5, fatal], max_tokens=2, **asked)
         if asked.get("stream"):
-            assert response.status_code == 200 and "the prompt could not become text" in response.text
+            assert response.status_code == 200 and "the prompt could not be decoded" in response.text
             assert response.text.endswith("data: [DONE]\n\n")
         else:
-            expected = (400, "the prompt could not") if "stop" in asked else (500, "tokens could not become")
+            expected = (
+                (400, "the prompt could not") if "stop" in asked else (500, "tokens could not be decoded")
+            )
             assert expected[1] in told(response, expected[0])["message"]
         assert served.http.get("/health").status_code == 200

@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check format demo notebooks gpu clean
+# Two test processes: no test depends on time, and each uses one thread of torch.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: test nightly check format demo notebooks gpu clean
 
 test: $(READY)
-	$(BIN)/python -m pytest
-	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
-		echo "$(BIN)/python -m pytest --nbval notebooks"; $(BIN)/python -m pytest --nbval notebooks; \
-	else echo "notebooks/ holds no notebook: nothing to check there"; fi
+	$(PYTEST)
+	$(PYTEST) --nbval notebooks
+
+# The slow property tests, with five times as many examples.
+nightly: $(READY)
+	EFFORT=5 $(PYTEST) tests/control tests/test_interrupts.py tests/test_failing_requests.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -95,7 +96,7 @@ def requests(draw: st.DrawFn) -> tuple[tuple[int, ...], str, int | None]:
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
-@settings(max_examples=25)
+@settings(max_examples=25 * EFFORT)
 @given(batch=st.lists(requests(), min_size=1, max_size=6))
 def test_failing_and_aborted_requests_change_no_token_of_the_others(engines, name, batch) -> None:
     engine = engines[name].engine

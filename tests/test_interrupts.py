@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from effort import EFFORT
 
 from paged_infer import LLM, BeamSearchParams, SamplingParams
 from paged_infer.interrupts import interruptible, uninterrupted
@@ -99,7 +100,7 @@ def test_a_second_interrupt_while_the_first_unwinds_leaves_nothing_behind(work, 
     undisturbed = work(llm)
     with PressedAt() as counted:
         work(llm)
-    for line in range(1, counted.num_lines + 1, max(1, counted.num_lines // 8)):
+    for line in range(1, counted.num_lines + 1, max(1, counted.num_lines // (4 * EFFORT))):
         with contextlib.suppress(KeyboardInterrupt), PressedAt(line, line + gap):
             work(llm)
         gc.collect()  # a generator that was interrupted is closed when it is collected
@@ -113,7 +114,7 @@ def test_two_interrupts_where_a_step_computes_leave_nothing_behind(work, make_ll
     llm = make_llm("gpt2-untied", num_blocks=12, block_size=3)
     undisturbed, launch = work(llm), llm.engine.runner.launch
     for at_launch in (0, 3):
-        for second_at in range(1, 30, 5):
+        for second_at in range(1, 30, 1 + 7 // EFFORT):
             launches, presses = [], PressedAt(second_at)
 
             def interrupted(step: Any, at=at_launch, launches=launches, presses=presses) -> Any:

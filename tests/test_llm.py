@@ -558,7 +558,11 @@ def test_a_trace_is_kept_where_it_is_asked_for(make_llm, llm, tmp_path) -> None:
     assert (tmp_path / "trace.json").stat().st_size > 0
 
 
-@pytest.mark.parametrize("policy", ["static", "dynamic", "prefill_first", Chunked()], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    ["static", "dynamic", "prefill_first", Chunked()],
+    ids=lambda policy: policy if isinstance(policy, str) else "own",
+)
 def test_requests_that_arrive_while_others_run_are_served_by_every_policy(policy, make_llm) -> None:
     llm = make_llm(scheduling_policy=policy)
     want = [ids(generate(llm, p, LONG))[0] for p in ([5, 6], [7])]

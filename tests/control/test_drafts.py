@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler
@@ -120,7 +121,7 @@ def serve(
     return requests
 
 
-@settings(max_examples=200)
+@settings(max_examples=80 * EFFORT)
 @given(
     block_size=st.integers(1, 4),
     slack=st.integers(0, 6),

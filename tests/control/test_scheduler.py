@@ -8,6 +8,7 @@ import sys
 from itertools import chain, pairwise
 
 import pytest
+from effort import EFFORT
 from holding import LIMIT_S
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -574,7 +575,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=80 * EFFORT, stateful_step_count=50, deadline=None)
 
 
 def test_the_oldest_running_sequence_is_never_preempted() -> None:

@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Two test processes: no test depends on time, and each uses one thread of torch.
+# Two test processes: no test depends on time, and each uses one thread of torch. (A notebook may use all threads.)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: test nightly check format demo notebooks gpu clean
 
 test: $(READY)
 	$(PYTEST)
-	$(PYTEST) --nbval notebooks
+	$(BIN)/python -m pytest --nbval notebooks
 
 # The slow property tests, with five times as many examples.
 nightly: $(READY)

@@ -26,15 +26,7 @@ _HOMES = {
     "RequestOutput": "paged_infer.outputs",
     "CompletionOutput": "paged_infer.outputs",
 }
-__all__ = [
-    "LLM",
-    "AsyncLLM",
-    "BeamSearchParams",
-    "CompletionOutput",
-    "RequestOutput",
-    "SamplingParams",
-    "__version__",
-]
+__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,9 +30,7 @@ from paged_infer.watchdog import check_timeout
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 
-LONG_TEXT = (
-    4096  # characters; about a millisecond of tokenizing, and no event loop should stand still for much more
-)
+LONG_TEXT = 4096  # characters; about a millisecond of tokenizing, and no event loop should stand still for much more
 LAST_STEP_S = 30.0
 T = TypeVar("T")
 
@@ -66,9 +64,7 @@ class AsyncLLM:
         check_timeout("step_timeout", step_timeout)
         self._llm = LLM(model, **options)
         if self.tokenizer is not None:
-            self.tokenizer.encode(
-                "warm up"
-            )  # the first call settles how the tokenizer truncates: not in two threads
+            self.tokenizer.encode("warm up")  # the first call settles how the tokenizer truncates: not in two threads
             _ = self.tokenizer.max_token_characters  # cached here: too slow to compute in the event loop
         self.max_num_waiting = limit
         self._thread = EngineThread(self._llm.engine, limit, step_timeout)
@@ -178,9 +174,7 @@ class AsyncLLM:
             answers = self._streams[request_id] = RequestStream(self, request_id, mailbox)
         return answers
 
-    async def chat_prompt(
-        self, messages: ReadOnlyList[Mapping[str, Any]], *, truncates: bool = False
-    ) -> list[int]:
+    async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]], *, truncates: bool = False) -> list[int]:
         """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer.
 
         Args:

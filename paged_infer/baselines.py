@@ -97,9 +97,7 @@ class _Batch:
         self.requests = llm.prepare(prompts, params)
         self.sequences = [sequence for request in self.requests for sequence in request.sequences]
         self._request_of = {s.sequence_id: request for request in self.requests for s in request.sequences}
-        self._completion_of = {
-            s.sequence_id: Completion(s, llm.tokenizer, streamed=False) for s in self.sequences
-        }
+        self._completion_of = {s.sequence_id: Completion(s, llm.tokenizer, streamed=False) for s in self.sequences}
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._failed: set[str] = set()  # requests whose prompt has no logprobs
 
@@ -109,9 +107,7 @@ class _Batch:
         sequence.move_to(SequenceState.RUNNING)
         while not sequence.is_finished:
             length = sequence.num_tokens
-            hidden = self.decoder(
-                self._tensor(sequence.token_ids), cache, self._step(range(length), length, 1)
-            )
+            hidden = self.decoder(self._tensor(sequence.token_ids), cache, self._step(range(length), length, 1))
             self._keep_prompt_logprobs(sequence, hidden)
             self._draw([sequence], self.decoder.logits(hidden[-1:]))
 

@@ -79,9 +79,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this probability.")] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End the text before this string; may be repeated.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Continue each prompt. A single one is shown as it grows.
@@ -90,12 +88,7 @@ def generate(
     """
     try:
         params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop or (),
-            seed=seed,
+            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop or (), seed=seed
         )
         llm = engine.open(model)
         if len(prompts) == 1:
@@ -132,15 +125,11 @@ def chat(
         llm = open_llm(model, dtype=dtype, device=device)
         stop = ["\nQ:"] if llm.is_storyteller else []  # left to itself it goes on to question itself
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
-        llm.chat_prompt(
-            [{"role": "user", "content": "hello"}]
-        )  # no template: say so before the first question
+        llm.chat_prompt([{"role": "user", "content": "hello"}])  # no template: say so before the first question
     except ValueError as error:
         fail(error)
     if llm.is_storyteller:
-        typer.echo(
-            "Try:  Tell me a story about Mia and a red key.    Then:  Where is the key?    (/new, Ctrl-D)"
-        )
+        typer.echo("Try:  Tell me a story about Mia and a red key.    Then:  Where is the key?    (/new, Ctrl-D)")
     messages: list[dict[str, str]] = []
     for line in _lines():
         if line == "/new":
@@ -196,9 +185,7 @@ def info(
             f"recall of stated facts {scores['recall']:.1%}, perplexity {scores['perplexity']:.3f}: "
             f"{ratio:.3f} x what the grammar's own probabilities allow ({scores['grammar_perplexity']:.3f})"
         )
-        kinds = (
-            f"{kind} ... ? {right} of {asked}" for kind, (right, asked) in scores["recall_by_kind"].items()
-        )
+        kinds = (f"{kind} ... ? {right} of {asked}" for kind, (right, asked) in scores["recall_by_kind"].items())
         console.print(f"on {stories} stories: {', '.join(kinds)}", highlight=False)
 
 

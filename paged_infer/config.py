@@ -99,9 +99,7 @@ class EngineConfig:
             if not isinstance(self._plain(name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True, False or None")
         if self.speculation is not None and self.async_scheduling:
-            raise ValueError(
-                "async_scheduling=True with speculative_config: drafts follow what has been read"
-            )
+            raise ValueError("async_scheduling=True with speculative_config: drafts follow what has been read")
         seed = as_integer(self.seed)
         if seed is None or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
@@ -119,9 +117,7 @@ class EngineConfig:
         elif self._number("swap_space", "a number of GiB >= 0") < 0:
             raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
         elif self.swap_space and self.preemption_mode != "swap":
-            raise ValueError(
-                f"swap_space={self.swap_space} with preemption_mode='recompute': nothing is swapped"
-            )
+            raise ValueError(f"swap_space={self.swap_space} with preemption_mode='recompute': nothing is swapped")
 
     def _plain(self, name: str) -> Any:
         """The option converted to a plain Python value, which replaces it."""

@@ -30,15 +30,9 @@ def __getattr__(name: str) -> Console:
     return globals()[name]
 
 
-Model = Annotated[
-    str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")
-]
-LoadFormat = Annotated[
-    str, typer.Option(help="auto reads the weights; dummy makes random ones of the model's shape.")
-]
+Model = Annotated[str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")]
+LoadFormat = Annotated[str, typer.Option(help="auto reads the weights; dummy makes random ones of the model's shape.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[
@@ -129,8 +123,7 @@ def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def flat(**options: Any) -> None:
         made = {
-            name: block(**{one.name: options.pop(one.name) for one in fields(block)})
-            for name, block in blocks.items()
+            name: block(**{one.name: options.pop(one.name) for one in fields(block)}) for name, block in blocks.items()
         }
         command(**options, **made)
 

@@ -82,9 +82,7 @@ class DraftModel:
             now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
             moves = BlockMoves()
         filled = [
-            replace(s, token_ids=[*s.token_ids[: s.num_known_tokens], *drafts[s.sequence_id]])
-            if s.num_drafts
-            else s
+            replace(s, token_ids=[*s.token_ids[: s.num_known_tokens], *drafts[s.sequence_id]]) if s.num_drafts else s
             for s in step.sequences
         ]
         return replace(step, sequences=filled)

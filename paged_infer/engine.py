@@ -70,9 +70,7 @@ class LLMEngine:
 
     # -- the door ---------------------------------------------------------------------------------------------------
 
-    def prepare(
-        self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None
-    ) -> Request:
+    def prepare(self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None) -> Request:
         """Check and tokenize a request without queueing it.
 
         Requests share cached blocks only with those of the same ``cache_salt``: what one tenant has asked cannot be
@@ -151,13 +149,7 @@ class LLMEngine:
         self.scheduler.add(request.sequences)
 
     def add_request(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        params: Params,
-        *,
-        cache_salt: str | None = None,
-        streamed: bool = False,
+        self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None, streamed: bool = False
     ) -> None:
         """Check, tokenize and queue; see ``prepare`` and ``submit``."""
         self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
@@ -211,9 +203,7 @@ class LLMEngine:
                 with interruptible():
                     sleep(max(0.0, step.resume_at_s - time.perf_counter()))
             elif not self.scheduler.is_under_way:
-                raise RuntimeError(
-                    "requests wait and nothing can run: the scheduler let in what does not fit"
-                )
+                raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
             return None, None
         with interruptible():
             running = self.runner.launch(step)
@@ -229,9 +219,7 @@ class LLMEngine:
     def _settle(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Write a step's tokens into the books."""
         now = time.perf_counter()
-        grown = self.scheduler.settle(
-            step, result.token_ids, now, result.candidates, result.accepted, result.failed
-        )
+        grown = self.scheduler.settle(step, result.token_ids, now, result.candidates, result.accepted, result.failed)
         moved: dict[str, _Live] = {}
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(result)
@@ -258,9 +246,7 @@ class LLMEngine:
             logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
             self.scheduler.fail(sequence, f"its tokens {_no_text(error)}")
 
-    def _advance(
-        self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int
-    ) -> None:
+    def _advance(self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int) -> None:
         """Decode the sequence's newest tokens to text."""
         stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
         if stop is not None:
@@ -297,9 +283,7 @@ class LLMEngine:
             return request_output(live.request, live.completions, live.prompt_logprobs)
         except Exception as error:  # a tokenizer can raise anything
             logger.exception("the tokens of request %s could not be decoded", live.request.request_id)
-            self.scheduler.fail(
-                live.request.sequences[0], f"its tokens {_no_text(error)}", although_ended=True
-            )
+            self.scheduler.fail(live.request.sequences[0], f"its tokens {_no_text(error)}", although_ended=True)
             self._live.pop(live.request.request_id, None)
             live.request.finished_time_s = live.request.finished_time_s or time.perf_counter()
             for completion in live.completions:

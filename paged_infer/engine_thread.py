@@ -115,9 +115,7 @@ class EngineThread:
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
         self._inbox: list[_Add | _Abort | _Call] = []  # guarded by _wake, as are _num_waiting and _stopping
-        self._num_waiting = (
-            0  # sequences in the engine, as they stood when it last did something, and in the inbox
-        )
+        self._num_waiting = 0  # sequences in the engine, as they stood when it last did something, and in the inbox
         self._taken: list[_Add | _Abort | _Call] = []  # taken from the inbox, perhaps not yet carried out
         self._stopping = False
         self._mailboxes: dict[str, Mailbox] = {}  # changed by the thread alone
@@ -311,9 +309,7 @@ class EngineThread:
         for loop, bundle in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, bundle)
-            except (
-                RuntimeError
-            ):  # the loop is closed: its readers are gone, and what they asked for with them
+            except RuntimeError:  # the loop is closed: its readers are gone, and what they asked for with them
                 if self.is_abandoned:
                     continue
                 for request_id in [i for i, mailbox in self._mailboxes.items() if mailbox.loop is loop]:

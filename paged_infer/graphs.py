@@ -151,11 +151,7 @@ class DecodeGraphs:
         self.num_bytes = 0  # that they took, where it was measured
         self.sizes = batch_sizes(max_rows)
         self.buffers = StepBuffers(
-            max_rows,
-            -(-max_model_len // cache.block_size),
-            decoder.config.vocab_size,
-            decoder.dtype,
-            decoder.device,
+            max_rows, -(-max_model_len // cache.block_size), decoder.config.vocab_size, decoder.dtype, decoder.device
         )
         self._last: Tensor | None = None  # what ``run`` returned last: it lies in the buffers already
         with torch.inference_mode():
@@ -165,10 +161,7 @@ class DecodeGraphs:
     def fits(self, step: ScheduledStep) -> bool:
         """Whether ``step`` is nothing but decodes, each of which draws one token."""
         return len(step.sequences) <= self.buffers.max_rows and all(
-            len(s.token_ids) == 1
-            and isinstance(s.sample, SampleRow)
-            and not s.forks
-            and s.num_prompt_logprobs is None
+            len(s.token_ids) == 1 and isinstance(s.sample, SampleRow) and not s.forks and s.num_prompt_logprobs is None
             for s in step.sequences
         )
 

@@ -136,13 +136,9 @@ class LLM:
         finally:  # an interrupt or a failed step leaves nothing behind
             self._drop(requests)
 
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the whole output so far after every token; closing the iterator aborts it."""
-        (request,) = self.prepare(
-            [prompt], sampling_params
-        )  # here, not in the generator: bad input raises at once
+        (request,) = self.prepare([prompt], sampling_params)  # here, not in the generator: bad input raises at once
         outputs = self._stream(request)
         self._streams.append((weakref.ref(outputs), request))
         return outputs
@@ -222,9 +218,7 @@ class LLM:
     def chat_prompt(self, messages: ReadOnlyList[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the answer."""
         if self.tokenizer is None:
-            raise ValueError(
-                "this checkpoint has no tokenizer, so it cannot chat: give token ids to generate()"
-            )
+            raise ValueError("this checkpoint has no tokenizer, so it cannot chat: give token ids to generate()")
         return self.tokenizer.apply_chat_template(messages)
 
     @property

@@ -14,9 +14,7 @@ from paged_infer.params import SampleRow
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def logprobs_of(
-    logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]
-) -> list[TokenLogprobs | None]:
+def logprobs_of(logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]) -> list[TokenLogprobs | None]:
     """Logprobs of the sampled tokens, for the rows that ask for them; None for the others, and for rows without any.
 
     The token id of a failed row is -1; its entry, if not None, has no meaning.
@@ -32,9 +30,7 @@ def logprobs_of(
     return logprobs
 
 
-def token_logprobs(
-    logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> list[TokenLogprobs | None]:
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs | None]:
     """Log-probabilities of given tokens and of the most probable ones, from the raw distribution.
 
     Works on slices of rows, so the memory it takes does not grow with R.

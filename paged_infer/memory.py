@@ -32,10 +32,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: EngineConfig,
-    decoder: Decoder,
-    profile: MemoryProfile | None = None,
-    draft: Decoder | None = None,
+    config: EngineConfig, decoder: Decoder, profile: MemoryProfile | None = None, draft: Decoder | None = None
 ) -> MemoryPlan:
     """Fill in what the options leave open.
 
@@ -49,9 +46,7 @@ def plan_memory(
     """
     limit = decoder.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
-        raise ValueError(
-            f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={limit}"
-        )
+        raise ValueError(f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={limit}")
     per_token = kv_bytes_per_token([*decoder.kv_spec(), *(draft.kv_spec() if draft is not None else ())])
     longest = config.max_model_len or limit
     num_blocks = config.num_blocks

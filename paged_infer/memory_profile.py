@@ -28,9 +28,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.params import SampleRow, SamplingParams
 from paged_infer.sampling import Sampler
 
-DRIVER_BYTES_PER_GRAPH = (
-    8 * 2**20
-)  # an allowance, not a measurement; what was taken is known after the capture
+DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # an allowance, not a measurement; what was taken is known after the capture
 
 
 class Meter(Protocol):
@@ -116,13 +114,7 @@ class Ledger:
         return cls(meter, free, total, meter.allocated())
 
     def close(
-        self,
-        config: EngineConfig,
-        decoder: Decoder,
-        backend: AttentionBackend,
-        ops: Ops,
-        *,
-        has_graphs: bool,
+        self, config: EngineConfig, decoder: Decoder, backend: AttentionBackend, ops: Ops, *, has_graphs: bool
     ) -> MemoryProfile:
         """Run what needs the most memory, and write down what it took."""
         weights = self.meter.allocated() - self.allocated
@@ -169,9 +161,7 @@ def run_largest_step(config: EngineConfig, decoder: Decoder, cache: PagedCache, 
 
 def draw_at_greatest_cost(config: EngineConfig, decoder: Decoder, ops: Ops) -> Tensor:
     """``max_num_seqs`` rows with a penalty and a nucleus in a flat distribution, which is sorted whole: tokens [R]."""
-    hidden = torch.zeros(
-        config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device
-    )
+    hidden = torch.zeros(config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0)
     rows = [SampleRow(params, seed, 0, 1, 1, output_token_ids=[0]) for seed in range(config.max_num_seqs)]
     return Sampler(ops.sample, ops.argmax).draw(decoder.logits(hidden), rows).tokens
@@ -185,10 +175,5 @@ def run_largest_decode(config: EngineConfig, decoder: Decoder, cache: PagedCache
         return step
 
     DecodeGraphs(
-        decoder,
-        cache,
-        cache.ops.sample,
-        max_rows=config.max_num_seqs,
-        max_model_len=longest,
-        capture=launched,
+        decoder, cache, cache.ops.sample, max_rows=config.max_num_seqs, max_model_len=longest, capture=launched
     )

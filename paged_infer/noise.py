@@ -49,9 +49,7 @@ MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, 0x046CA68B
 SCALE = (1.0 - 2.0**-24) * 2.0**-31
 
 # splitmix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators").
-GAMMA, MIX_1, MIX_2 = (
-    np.uint64(constant) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+GAMMA, MIX_1, MIX_2 = (np.uint64(constant) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def row_keys(seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequence[int]) -> Tensor:

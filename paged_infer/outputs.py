@@ -34,9 +34,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
-    stop_reason: int | str | None = (
-        None  # the stop token or stop string that ended it; None for the EOS token
-    )
+    stop_reason: int | str | None = None  # the stop token or stop string that ended it; None for the EOS token
     cumulative_logprob: float | None = None
     logprobs: list[TokenLogprobs] | None = None
     score: float | None = None
@@ -69,11 +67,7 @@ class RequestMetrics:
     @property
     def tpot(self) -> float | None:
         """Time per output token after the first, in seconds, of the longest sample; None if that has fewer than two."""
-        if (
-            self.finished_time_s is None
-            or self.first_token_time_s is None
-            or self.num_longest_output_tokens < 2
-        ):
+        if self.finished_time_s is None or self.first_token_time_s is None or self.num_longest_output_tokens < 2:
             return None
         return (self.finished_time_s - self.first_token_time_s) / (self.num_longest_output_tokens - 1)
 

@@ -52,9 +52,7 @@ class _Checks:
 
     def _check_token_ids(self, name: str) -> None:
         """Check and deduplicate them."""
-        self._keep(
-            name, tuple(dict.fromkeys(_token_id(name, element) for element in self._check_tuple(name)))
-        )
+        self._keep(name, tuple(dict.fromkeys(_token_id(name, element) for element in self._check_tuple(name))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,9 +203,7 @@ class BeamSearchParams(_Checks):
         self._check_integer("max_tokens", 1)
         self._check_number("length_penalty", -10.0, 10.0)
         early_stopping = plain(self.early_stopping)
-        if not isinstance(early_stopping, bool) and not (
-            isinstance(early_stopping, str) and early_stopping == "never"
-        ):
+        if not isinstance(early_stopping, bool) and not (isinstance(early_stopping, str) and early_stopping == "never"):
             raise ValueError(f"early_stopping={self.early_stopping!r}: must be True, False or 'never'")
         self._keep("early_stopping", early_stopping)
         limits = self.limits  # which checks the rest

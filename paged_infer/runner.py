@@ -46,9 +46,7 @@ class StepResult:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one for each new token
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     candidates: dict[int, Candidates] = field(default_factory=dict)
-    accepted: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # drafts that hold; in ``token_ids`` is what follows
+    accepted: dict[int, list[int]] = field(default_factory=dict)  # drafts that hold; in ``token_ids`` is what follows
     failed: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
 
@@ -153,9 +151,7 @@ class ModelRunner:
         query_start_loc[1:] = query_lens.cumsum()
         seq_lens = starts + query_lens
 
-        tables = np.zeros(
-            (len(sequences), max(len(s.block_table) for s in sequences)), np.int32
-        )  # [B, max_blocks]
+        tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int32)  # [B, max_blocks]
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.block_table)] = sequence.block_table
 
@@ -176,9 +172,7 @@ class ModelRunner:
         )
         return self._fill_in(self._to_device(token_ids), sequences, query_start_loc), meta
 
-    def _fill_in(
-        self, token_ids: Tensor, sequences: list[ScheduledSequence], query_start_loc: np.ndarray
-    ) -> Tensor:
+    def _fill_in(self, token_ids: Tensor, sequences: list[ScheduledSequence], query_start_loc: np.ndarray) -> Tensor:
         """Put what the step before drew in the place of tokens that are pending: [T]."""
         pending = [row for row, sequence in enumerate(sequences) if sequence.token_ids[-1] == PENDING]
         if pending and self._last_tokens is not None:
@@ -217,11 +211,7 @@ class ModelRunner:
         draws: list[tuple[int, SampleRow]] = []
         for row, sequence in enumerate(sequences):
             if isinstance(sequence.sample, SampleRow):
-                rows = (
-                    rows_after(sequence.sample, sequence.drafts)
-                    if sequence.num_drafts
-                    else (sequence.sample,)
-                )
+                rows = rows_after(sequence.sample, sequence.drafts) if sequence.num_drafts else (sequence.sample,)
                 draws += [(sequence.sequence_id, own) for own in rows]
                 draws += sequence.forks
                 drawing += [row] * (len(rows) + len(sequence.forks))
@@ -234,9 +224,7 @@ class ModelRunner:
         self._last_tokens = drawn.tokens
         return RunningStep(step, result, logits, draws, drawn)
 
-    def _logits(
-        self, rows: list[int], hidden: Tensor, meta: StepMeta, behind: list[int] | None = None
-    ) -> Tensor:
+    def _logits(self, rows: list[int], hidden: Tensor, meta: StepMeta, behind: list[int] | None = None) -> Tensor:
         """Those after the last token of each of these sequences, or after the one so many before it: [R, V]."""
         if rows != list(range(hidden.shape[0])):
             places = meta.query_start_loc[1:][rows].long() - 1
@@ -245,9 +233,7 @@ class ModelRunner:
             hidden = hidden[places]
         return self.decoder.logits(hidden)
 
-    def _rank(
-        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
-    ) -> None:
+    def _rank(self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult) -> None:
         asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopRow)}
         if asking:
             found = best_tokens(self._logits([*asking], hidden, meta), [*asking.values()])

@@ -136,9 +136,7 @@ class Sampler:
             is_simple = self._way_to_draw(params, vocab_size)[0] == self._draw_by_kernel
             if not is_simple or params.logit_bias or params.has_penalties:
                 return False
-        return not any(
-            row.params.min_tokens and row.num_output_tokens < row.params.min_tokens for row in rows
-        )
+        return not any(row.params.min_tokens and row.num_output_tokens < row.params.min_tokens for row in rows)
 
     def _way_to_draw(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
         """The cheapest exact way for a row, and how many candidates to start with: the row alone decides."""
@@ -149,9 +147,7 @@ class Sampler:
         if is_greedy:
             return self._draw_greedy, 1
         if has_top_k:
-            return _draw_top_k, (
-                1 << params.top_k.bit_length()
-            ) + 32  # powers of two: few ways; 32 more for ties
+            return _draw_top_k, (1 << params.top_k.bit_length()) + 32  # powers of two: few ways; 32 more for ties
         return (_draw_top_p, max(128, vocab_size // 128)) if is_cut else (_draw_from_all, vocab_size)
 
     def _draw_greedy(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
@@ -231,12 +227,7 @@ def _draw_top_p(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) 
 
 
 def _draw_again(
-    draw: _Draw,
-    cut_off: Tensor,
-    drawn: _Drawn,
-    logits: Tensor,
-    rows: Sequence[SampleRow],
-    num_candidates: int,
+    draw: _Draw, cut_off: Tensor, drawn: _Drawn, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int
 ) -> _Drawn:
     """Draw anew, from eight times as many candidates, the rows that had too few: bool ``cut_off`` of r."""
     index = cut_off.flatten().nonzero().flatten()

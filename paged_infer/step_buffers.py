@@ -58,9 +58,7 @@ class StepBuffers:
             self.columns[name].fill_(-1)
         # Every row has one query, those that only fill up included: this never changes.
         self.query_start_loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.drawn = torch.zeros(
-            max_rows, dtype=torch.int64, device=device
-        )  # by the step before, then by this one
+        self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)  # by the step before, then by this one
         self.logits = torch.zeros(max_rows, vocab_size, dtype=dtype, device=device)
         self._hosts = [_HostCopy(max_rows, max_blocks, device) for _ in range(2)]
 
@@ -71,11 +69,7 @@ class StepBuffers:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def fill(
-        self,
-        sequences: Sequence[ScheduledSequence],
-        num_rows: int,
-        block_size: int,
-        last_rows: Mapping[int, int],
+        self, sequences: Sequence[ScheduledSequence], num_rows: int, block_size: int, last_rows: Mapping[int, int]
     ) -> None:
         """Send what a step of these sequences needs; rows up to ``num_rows`` fill up the batch.
 
@@ -116,11 +110,7 @@ class _HostCopy:
             self._sent.record(torch.cuda.current_stream(self._device))
 
     def fill(
-        self,
-        sequences: Sequence[ScheduledSequence],
-        num_rows: int,
-        block_size: int,
-        last_rows: Mapping[int, int],
+        self, sequences: Sequence[ScheduledSequence], num_rows: int, block_size: int, last_rows: Mapping[int, int]
     ) -> None:
         num = len(sequences)
         columns, tables = self._columns, self._tables
@@ -129,8 +119,7 @@ class _HostCopy:
         values = {
             "token_ids": token_ids,
             "sources": [
-                last_rows[s.sequence_id] if t == PENDING else -1
-                for s, t in zip(sequences, token_ids, strict=True)
+                last_rows[s.sequence_id] if t == PENDING else -1 for s, t in zip(sequences, token_ids, strict=True)
             ],
             "positions": [s.num_computed_tokens for s in sequences],
             "seeds": [row.seed for row in samples],

@@ -47,9 +47,7 @@ class Tokenizer:
 
         try:
             return cls(AutoTokenizer.from_pretrained(str(path_or_id)))
-        except (
-            Exception
-        ) as error:  # transformers and tokenizers raise many kinds, a bare Exception among them
+        except Exception as error:  # transformers and tokenizers raise many kinds, a bare Exception among them
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path_or_id}: its tokenizer cannot be loaded ({reason})") from error
 
@@ -58,9 +56,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
         check_text(text)
-        return list(
-            self._hf.encode(text, verbose=False)
-        )  # verbose would warn of the length, which the engine checks
+        return list(self._hf.encode(text, verbose=False))  # verbose would warn of the length, which the engine checks
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``token_ids``. Bytes that are no UTF-8 become U+FFFD; ids that name no token become nothing."""
@@ -107,9 +103,7 @@ class Tokenizer:
         """
         conversation = checked_messages(messages)
         if not self._hf.chat_template:
-            raise ValueError(
-                "this tokenizer has no chat template: pass a prompt to generate() instead of messages"
-            )
+            raise ValueError("this tokenizer has no chat template: pass a prompt to generate() instead of messages")
         fitted = fitted_messages(
             conversation, partial(self._render, tokenize=False, add_generation_prompt=add_generation_prompt)
         )

@@ -20,10 +20,7 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        timeout_s: float | None,
-        on_timeout: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        self, timeout_s: float | None, on_timeout: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.timeout_s = timeout_s
         self.clock = clock

@@ -16,15 +16,7 @@ from paged_infer import LLM
 from paged_infer.graphs import DecodeGraphs
 from paged_infer.kernels.triton_runtime import launches_go_to
 
-SYNCHRONISES = {
-    Tensor.tolist,
-    Tensor.item,
-    Tensor.numpy,
-    Tensor.cpu,
-    Tensor.nonzero,
-    Tensor.__bool__,
-    Tensor.__int__,
-}
+SYNCHRONISES = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__int__}
 # aten::lift_fresh is what torch.tensor(list) ends in: the numbers come from the host.
 READS_THE_HOST = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item")
 
@@ -81,9 +73,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        by_mask = name == "index" and any(
-            x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None
-        )
+        by_mask = name == "index" and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None)
         if name in READS_THE_HOST or by_mask:
             raise AssertionError(f"{name} within a captured step")
         out = func(*args, **kwargs)

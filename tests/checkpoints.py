@@ -32,14 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 512}, {}),
     "gpt2-untied": (
         "gpt2",
-        {
-            "n_embd": 96,
-            "n_head": 4,
-            "n_layer": 2,
-            "n_positions": 512,
-            "n_inner": 150,
-            "tie_word_embeddings": False,
-        },
+        {"n_embd": 96, "n_head": 4, "n_layer": 2, "n_positions": 512, "n_inner": 150, "tie_word_embeddings": False},
         {},
     ),
     "llama2": ("llama", {**_ROPE_FAMILY, "num_key_value_heads": 6}, {"max_shard_size": "400KB"}),
@@ -53,11 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "qwen3": ("qwen3", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {}),
-    "qwen3-untied": (
-        "qwen3",
-        {**_ROPE_FAMILY, "head_dim": 80, "attention_bias": True},
-        {"max_shard_size": "400KB"},
-    ),
+    "qwen3-untied": ("qwen3", {**_ROPE_FAMILY, "head_dim": 80, "attention_bias": True}, {"max_shard_size": "400KB"}),
 }
 
 
@@ -65,19 +54,11 @@ def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.f
     """A checkpoint of family ``name`` under ``folder``. Wide weights (std 0.15): argmax has no near ties."""
     model_type, settings, save_options = FAMILIES[name]
     config = AutoConfig.for_model(
-        model_type,
-        vocab_size=VOCAB,
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
-        **settings,
+        model_type, vocab_size=VOCAB, initializer_range=0.15, bos_token_id=0, eos_token_id=1, pad_token_id=0, **settings
     )
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    for (
-        parameter
-    ) in model.parameters():  # biases and norms too: a weight that is ignored must change the tokens
+    for parameter in model.parameters():  # biases and norms too: a weight that is ignored must change the tokens
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
     path = folder / name
@@ -99,9 +80,7 @@ def save_tokenizer(path: Path) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     backend.train_from_iterator([f"{a}{b} {b}{a}" for a in letters for b in letters], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}<|turn|>"
-    )
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}<|turn|>"
     tokenizer.save_pretrained(path)
 
 
@@ -125,8 +104,6 @@ def save_llama_tokenizer(path: Path) -> dict[str, int]:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(path)
     return tokenizer.get_vocab()

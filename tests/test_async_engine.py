@@ -87,9 +87,7 @@ def test_numbers_of_numpy_are_taken_and_a_batch_is_refused_by_its_shape(serve) -
 
 def test_many_awaiters_each_get_what_the_offline_engine_says(serve, make_llm) -> None:
     prompts = [[1 + i % 900, 2 + i % 7, *range(3, 3 + i % 23)] for i in range(60)]
-    params = [
-        SamplingParams(temperature=i % 2, seed=i, max_tokens=1 + i % 11, ignore_eos=True) for i in range(60)
-    ]
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=1 + i % 11, ignore_eos=True) for i in range(60)]
     offline = make_llm().generate(prompts, params, use_tqdm=False)
 
     async def scenario(engine: AsyncLLM) -> None:

@@ -40,9 +40,7 @@ def expected(twin: Callable[[str], Any]) -> Callable[..., Answers]:
     """What transformers' beam search answers to one prompt, best first, with its scores."""
 
     @cache
-    def search(
-        name: str, prompt: tuple[int, ...], params: BeamSearchParams, ends: tuple[int, ...]
-    ) -> Answers:
+    def search(name: str, prompt: tuple[int, ...], params: BeamSearchParams, ends: tuple[int, ...]) -> Answers:
         ends = (() if params.ignore_eos else ends) + tuple(params.stop_token_ids)
         found = twin(name).generate(
             torch.tensor([prompt]),
@@ -82,8 +80,7 @@ def is_idle(llm: LLM) -> bool:
 FAMILIES = ["gpt2", "llama3", "mistral", "qwen2-window", "qwen3"]
 END_SETS = {"ends-often": ENDS, "ends-seldom": FEW_ENDS, "never-ends": ()}
 SEARCHES = [
-    BeamSearchParams(*search)
-    for search in product(range(1, 6), [NUM_NEW], (0.5, 1.0, 2.0, -1.0), EARLY_STOPPING)
+    BeamSearchParams(*search) for search in product(range(1, 6), [NUM_NEW], (0.5, 1.0, 2.0, -1.0), EARLY_STOPPING)
 ]
 
 
@@ -163,9 +160,7 @@ def serve_together(llm: LLM) -> list[RequestOutput]:
 
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "not-caching"])
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
-def test_blocks_chunks_preemption_and_neighbours_do_not_change_a_beam(
-    options, caching, make_llm, expected
-) -> None:
+def test_blocks_chunks_preemption_and_neighbours_do_not_change_a_beam(options, caching, make_llm, expected) -> None:
     llm = speaks(make_llm("qwen3", max_num_seqs=24, enable_prefix_caching=caching, **options), ENDS)
     roomy = make_llm("qwen3")
     outputs = serve_together(llm)
@@ -218,10 +213,7 @@ def test_an_output_is_like_that_of_generate_best_first(text_llm) -> None:
 
 
 def test_each_prompt_may_have_parameters_of_its_own(make_llm, expected) -> None:
-    llm, params = (
-        speaks(make_llm("gpt2"), ENDS),
-        [BeamSearchParams(4, 5), BeamSearchParams(2, 8)],
-    )
+    llm, params = (speaks(make_llm("gpt2"), ENDS), [BeamSearchParams(4, 5), BeamSearchParams(2, 8)])
     outputs = llm.beam_search(PROMPTS, params, use_tqdm=False)
     for output, prompt, own in zip(outputs, PROMPTS, params, strict=True):
         assert [answers(output)] == expected("gpt2", [prompt], own, ENDS)
@@ -232,12 +224,7 @@ def test_each_prompt_may_have_parameters_of_its_own(make_llm, expected) -> None:
 def test_an_aborted_search_frees_everything_wherever_it_is(mode, num_steps, make_llm, expected) -> None:
     llm = speaks(
         make_llm(
-            "qwen3",
-            block_size=3,
-            num_blocks=36,
-            max_num_seqs=24,
-            max_num_batched_tokens=16,
-            preemption_mode=mode,
+            "qwen3", block_size=3, num_blocks=36, max_num_seqs=24, max_num_batched_tokens=16, preemption_mode=mode
         ),
         ENDS,
     )

@@ -26,16 +26,7 @@ def test_generate_prints_the_prompt_and_what_the_storyteller_says():
 
 
 def test_generate_keeps_the_space_between_a_prompt_and_its_text(llama_checkpoint):
-    options = (
-        "--model",
-        str(llama_checkpoint),
-        "--temperature",
-        "0",
-        "--max-tokens",
-        "3",
-        "--num-blocks",
-        "9",
-    )
+    options = ("--model", str(llama_checkpoint), "--temperature", "0", "--max-tokens", "3", "--num-blocks", "9")
     for prompts in (["Once"], ["Once", "Mia"]):
         result = run("generate", *prompts, *options)
         assert result.exit_code == 0, result.output

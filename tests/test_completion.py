@@ -40,12 +40,7 @@ def make_sequence(prompt: list[int] | None = None, **params) -> Sequence:
 
 
 def speak(
-    tokenizer: Tokenizer,
-    token_ids: list[int],
-    *,
-    streamed: bool = True,
-    prompt: list[int] | None = None,
-    **params,
+    tokenizer: Tokenizer, token_ids: list[int], *, streamed: bool = True, prompt: list[int] | None = None, **params
 ) -> tuple[list[CompletionOutput], Sequence]:
     """Feed tokens until the sequence ends, as the engine does; its output after each of them."""
     sequence = make_sequence(prompt, **params)
@@ -87,11 +82,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(tokenizer, streamed
     ids = [*letters(tokenizer, "ab"), *tokenizer.encode("é")[:1], turn, *letters(tokenizer, "cd")]
     outputs, sequence = speak(tokenizer, ids, streamed=streamed, stop=["x", "<|turn|>"], ignore_eos=True)
     last = outputs[-1]
-    assert (last.text, last.finish_reason, last.stop_reason) == (
-        "ab\N{REPLACEMENT CHARACTER}",
-        "stop",
-        "<|turn|>",
-    )
+    assert (last.text, last.finish_reason, last.stop_reason) == ("ab\N{REPLACEMENT CHARACTER}", "stop", "<|turn|>")
     assert last.token_ids == sequence.output_token_ids == ids[:4]
     assert all(last.text.startswith(output.text) for output in outputs)
 
@@ -126,9 +117,7 @@ def test_the_first_space_of_a_llama_text_is_kept_and_can_stop_it(llama_tokenizer
 def test_a_character_that_the_prompt_begins_is_whole_in_the_text(tokenizer) -> None:
     ids = tokenizer.encode("a你b")
     for streamed, stop in ((True, ()), (False, ()), (False, ["你"])):
-        outputs, _ = speak(
-            tokenizer, ids[2:], streamed=streamed, prompt=ids[:2], stop=stop, max_tokens=len(ids) - 2
-        )
+        outputs, _ = speak(tokenizer, ids[2:], streamed=streamed, prompt=ids[:2], stop=stop, max_tokens=len(ids) - 2)
         assert outputs[-1].text == ("" if stop else "你b")
 
 

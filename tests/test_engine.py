@@ -65,9 +65,7 @@ def test_an_id_is_served_once_at_a_time(llm) -> None:
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5, 9])
 def test_an_abort_frees_everything_and_keeps_what_was_said(num_steps, make_llm) -> None:
     engine = make_llm(max_num_batched_tokens=7).engine  # the prompt of 20 takes three steps
-    params = SamplingParams(
-        temperature=0.9, n=2, seed=4, max_tokens=9, ignore_eos=True, prompt_logprobs=1, logprobs=0
-    )
+    params = SamplingParams(temperature=0.9, n=2, seed=4, max_tokens=9, ignore_eos=True, prompt_logprobs=1, logprobs=0)
     engine.add_request("a", list(range(5, 25)), params)
     engine.add_request("b", [8, 9, 10], GREEDY)
     for _ in range(num_steps):
@@ -169,9 +167,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.num_added = 0
         self.live: dict[str, tuple[int, ...]] = {}
         self.may_fail = False
-        self.cache_salt = str(
-            next(self.numbers)
-        )  # so that no example depends on what those before it have cached
+        self.cache_salt = str(next(self.numbers))  # so that no example depends on what those before it have cached
 
     @rule(num_prompt=st.integers(1, 20), streamed=st.booleans(), poison_at=st.integers(0, 40))
     def add(self, num_prompt: int, streamed: bool, poison_at: int) -> None:

@@ -41,9 +41,7 @@ def test_two_wrong_answers_are_planted_for_each_exercise(chapter, exercise):
     assert len(set(faults)) >= 2
 
 
-@pytest.mark.parametrize(
-    ("chapter", "planted"), PLANTED, ids=[f"{c}-{p.exercise}-{p.name}" for c, p in PLANTED]
-)
+@pytest.mark.parametrize(("chapter", "planted"), PLANTED, ids=[f"{c}-{p.exercise}-{p.name}" for c, p in PLANTED])
 def test_a_wrong_answer_is_rejected_with_its_fault_named(chapter, planted, capsys):
     exercise = getattr(import_module(f"checks.{chapter}"), planted.exercise)
     with pytest.raises(Wrong) as raised:
@@ -116,6 +114,4 @@ def test_a_notebook_shows_the_sentence_and_not_the_checkers_code():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     limits = {"timeout": LIMIT_S, "startup_timeout": LIMIT_S}
     NotebookClient(notebook, **limits, allow_errors=True, resources={"metadata": {"path": FOLDER}}).execute()
-    assert notebook.cells[0].outputs[0].traceback == [
-        "Not right yet: row 2 is not a probability: it sums to 3"
-    ]
+    assert notebook.cells[0].outputs[0].traceback == ["Not right yet: row 2 is not a probability: it sums to 3"]

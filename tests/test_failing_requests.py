@@ -27,9 +27,7 @@ KINDS: dict[str, Any] = {
     "samples": SamplingParams(n=3, seed=7, max_tokens=5, ignore_eos=True),
     "penalised": SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=6, ignore_eos=True),
     "logprobs": SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1, max_tokens=4, ignore_eos=True),
-    "tiny": SamplingParams(
-        temperature=1e-20, repetition_penalty=1e-20, max_tokens=4, ignore_eos=True, seed=1
-    ),
+    "tiny": SamplingParams(temperature=1e-20, repetition_penalty=1e-20, max_tokens=4, ignore_eos=True, seed=1),
     "beams": BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True),
 }
 SMALL = {"num_blocks": 24, "block_size": 3}
@@ -245,12 +243,8 @@ def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch, ma
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize(
-    "asked", [{}, {"logprobs": 1}, {"stop": "zz", "logprobs": 1}, {"prompt_logprobs": 1}]
-)
-def test_a_token_that_the_tokenizer_cannot_decode_ends_its_own_request(
-    text_llm, monkeypatch, asked, streamed
-) -> None:
+@pytest.mark.parametrize("asked", [{}, {"logprobs": 1}, {"stop": "zz", "logprobs": 1}, {"prompt_logprobs": 1}])
+def test_a_token_that_the_tokenizer_cannot_decode_ends_its_own_request(text_llm, monkeypatch, asked, streamed) -> None:
     """Some raise for ids that their vocabulary has not, and models have more rows than that."""
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, **asked)
     bad, good = text_llm.generate([[50, 60], [70, 80]], GREEDY, use_tqdm=False)
@@ -285,9 +279,7 @@ def with_a_large_head_row(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_logit_beyond_float16_is_the_most_probable_one_as_in_transformers(
-    make_llm, checkpoint, tmp_path
-) -> None:
+def test_a_logit_beyond_float16_is_the_most_probable_one_as_in_transformers(make_llm, checkpoint, tmp_path) -> None:
     folder = with_a_large_head_row(checkpoint(MODEL), tmp_path / "large")
     llm = make_llm(folder, dtype="float16")
     one_token = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
@@ -297,9 +289,7 @@ def test_a_logit_beyond_float16_is_the_most_probable_one_as_in_transformers(
     assert twin(torch.tensor([[5, 6, 7]])).logits[0, -1, 9] == math.inf
     assert ids(output) == [[9]] == [[int(theirs)]]
     assert output.outputs[0].logprobs[0][9].logprob == 0.0
-    sampled, neighbour = llm.generate(
-        [[5, 6, 7], [8, 8]], SamplingParams(seed=1, max_tokens=1), use_tqdm=False
-    )
+    sampled, neighbour = llm.generate([[5, 6, 7], [8, 8]], SamplingParams(seed=1, max_tokens=1), use_tqdm=False)
     assert reasons(sampled) == {"error"} and reasons(neighbour) == {"length"}
 
 

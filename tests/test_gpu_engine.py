@@ -14,31 +14,20 @@ import torch
 
 from paged_infer import LLM, SamplingParams
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NUM_REQUESTS = 13  # no size of a graph
 PROMPTS = [[5 + i + 7 * j for j in range(3 + 5 * i)] for i in range(NUM_REQUESTS)]
 KINDS: dict[str, list[SamplingParams]] = {
-    "greedy": [
-        SamplingParams(temperature=0, max_tokens=20 + i, ignore_eos=True) for i in range(NUM_REQUESTS)
-    ],
+    "greedy": [SamplingParams(temperature=0, max_tokens=20 + i, ignore_eos=True) for i in range(NUM_REQUESTS)],
     "seeded": [
-        SamplingParams(temperature=0.9, seed=i, max_tokens=20 + i, ignore_eos=True)
-        for i in range(NUM_REQUESTS)
+        SamplingParams(temperature=0.9, seed=i, max_tokens=20 + i, ignore_eos=True) for i in range(NUM_REQUESTS)
     ],
     "mixed": [
         SamplingParams(temperature=0.8, top_k=9 * (i % 2), seed=i, max_tokens=15, ignore_eos=True)
         for i in range(NUM_REQUESTS)
     ],
 }
-OPTIONS: dict[str, Any] = {
-    "device": "cuda",
-    "dtype": "float32",
-    "max_num_seqs": 24,
-    "max_num_batched_tokens": 64,
-}
+OPTIONS: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_num_seqs": 24, "max_num_batched_tokens": 64}
 
 
 def said(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:

@@ -47,9 +47,7 @@ def said(llm, params=MIXED, prompts=PROMPTS) -> list[Any]:
 
 def assert_alike(ours: list[Any], expected: list[Any]) -> None:
     for mine, theirs in zip(ours, expected, strict=True):
-        for (tokens, reason, logprobs), (other_tokens, other_reason, other_logprobs) in zip(
-            mine, theirs, strict=True
-        ):
+        for (tokens, reason, logprobs), (other_tokens, other_reason, other_logprobs) in zip(mine, theirs, strict=True):
             assert (tokens, reason) == (other_tokens, other_reason)
             for one, other in zip(logprobs or [], other_logprobs or [], strict=True):
                 assert one.keys() == other.keys()
@@ -165,9 +163,7 @@ def test_on_a_gpu_a_layer_is_five_launches_that_no_value_decides(checkpoint) -> 
         launched[-1].append(kernel.fn.__name__)
 
     with launches_go_to(note, (9, 0)):
-        graphs = DecodeGraphs(
-            decoder, cache, TRITON_OPS.sample, max_rows=300, max_model_len=512, capture=capture
-        )
+        graphs = DecodeGraphs(decoder, cache, TRITON_OPS.sample, max_rows=300, max_model_len=512, capture=capture)
     layer = ["_add_rms_norm_kernel", "_qk_norm_rope_kernel", "_decode_kernel", "_combine_kernel"]
     layer += ["_add_rms_norm_kernel", "_silu_mul_kernel"]
     end = ["_add_rms_norm_kernel", "_race_kernel", "_final_kernel"]

@@ -26,9 +26,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason=f"no Chromium here: looked for {', '.join(NAMES)}"
-)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium here: looked for {', '.join(NAMES)}")
 
 TOKEN = "sliders"
 NOTEBOOKS = {
@@ -83,12 +81,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "LabApp.expose_app_in_browser": True,
         "LabApp.news_url": "None",
     }
-    homes = (
-        "JUPYTER_CONFIG_DIR",
-        "JUPYTER_RUNTIME_DIR",
-        "JUPYTERLAB_SETTINGS_DIR",
-        "JUPYTERLAB_WORKSPACES_DIR",
-    )
+    homes = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     log = settings / "log"
     with log.open("wb") as lines:
         server = subprocess.Popen(

@@ -43,12 +43,7 @@ PAGED_SETTINGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 7,
     },
     "ahead-block-1-preempting": {"async_scheduling": True, "block_size": 1, "num_blocks": 60},
-    "ahead-block-3-swapping": {
-        "async_scheduling": True,
-        "block_size": 3,
-        "num_blocks": 22,
-        "preemption_mode": "swap",
-    },
+    "ahead-block-3-swapping": {"async_scheduling": True, "block_size": 3, "num_blocks": 22, "preemption_mode": "swap"},
     "block-16-preempting": {"block_size": 16, "num_blocks": 4},
     "torch-block-3-chunk-7-preempting": {
         "attention_backend": "torch",
@@ -148,12 +143,7 @@ SHARING_SETTINGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 64,
         "preemption_mode": "swap",
     },
-    "static-swapping": {
-        "block_size": 3,
-        "num_blocks": 20,
-        "preemption_mode": "swap",
-        "scheduling_policy": "static",
-    },
+    "static-swapping": {"block_size": 3, "num_blocks": 20, "preemption_mode": "swap", "scheduling_policy": "static"},
     "prefill-first": {
         "block_size": 3,
         "num_blocks": 20,

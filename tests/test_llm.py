@@ -122,9 +122,7 @@ def test_an_array_of_texts_is_a_list_of_prompts(text_llm) -> None:
         ([[5]], SamplingParams(stop_token_ids=[1003]), ["1003", "[0, 1003)"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_error_at_the_door_and_costs_nobody_anything(
-    prompts, params, parts, text_llm
-) -> None:
+def test_bad_input_is_one_error_at_the_door_and_costs_nobody_anything(prompts, params, parts, text_llm) -> None:
     stream = text_llm.stream([9, 8, 7], LONG)
     before = next(stream)
     for entry in (generate, *BASELINES):
@@ -189,10 +187,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"swap_space": math.nan}, "swap_space=nan"),
         ({"swap_space": 2.0}, "swap_space=2.0 with preemption_mode='recompute': nothing is swapped"),
         ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB holds no block of 18432 bytes"),
-        (
-            {"scheduling_policy": "fifo"},
-            "scheduling_policy='fifo' is no Policy and not known; known: chunked",
-        ),
+        ({"scheduling_policy": "fifo"}, "scheduling_policy='fifo' is no Policy and not known; known: chunked"),
         ({"scheduler_delay_factor": 2}, "scheduler_delay_factor=2 with scheduling_policy='chunked'"),
         ({"scheduler_delay_factor": "x"}, "scheduler_delay_factor='x'"),
         ({"scheduling_policy": "prefill_first", "scheduler_delay_factor": -1}, "scheduler_delay_factor=-1"),
@@ -251,9 +246,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path) -> None:
 
 
 def test_a_checkpoint_without_tokenizer_serves_ids_and_says_so_when_given_text(llm) -> None:
-    (output,) = generate(
-        llm, [5, 6], SamplingParams(temperature=0, max_tokens=3, logprobs=1, prompt_logprobs=1)
-    )
+    (output,) = generate(llm, [5, 6], SamplingParams(temperature=0, max_tokens=3, logprobs=1, prompt_logprobs=1))
     assert llm.tokenizer is None and output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 3
     assert all(entry.decoded_token is None for row in output.outputs[0].logprobs for entry in row.values())
     for call, message in (
@@ -270,20 +263,14 @@ def test_the_pool_and_the_context_are_planned_from_the_options(make_llm) -> None
     assert make_llm(num_blocks=None, max_num_seqs=3, max_model_len=50).engine.memory.num_blocks == 3 * 4
     memory = make_llm(num_blocks=5, block_size=7).engine.memory
     assert (memory.max_model_len, memory.pool_bytes) == (35, 35 * memory.kv_bytes_per_token)
-    assert (
-        memory.kv_bytes_per_token == 2 * 3 * 2 * 24 * 4
-    )  # keys and values, layers, heads, dimensions, bytes
+    assert memory.kv_bytes_per_token == 2 * 3 * 2 * 24 * 4  # keys and values, layers, heads, dimensions, bytes
     assert memory.num_swap_blocks == 0
     swapping = make_llm(num_blocks=5, preemption_mode="swap").engine.memory
     assert swapping.num_swap_blocks == 5  # 1 GiB, and never more than the pool
     space = 3.5 * 16 * swapping.kv_bytes_per_token / 2**30
     assert make_llm(preemption_mode="swap", swap_space=space).engine.memory.num_swap_blocks == 3
-    with pytest.raises(
-        ValueError, match="num_blocks=5"
-    ):  # a longer context is legal; the pool is a second gate
-        generate(
-            make_llm(num_blocks=5, block_size=7, max_model_len=100), [5] * 30, SamplingParams(max_tokens=None)
-        )
+    with pytest.raises(ValueError, match="num_blocks=5"):  # a longer context is legal; the pool is a second gate
+        generate(make_llm(num_blocks=5, block_size=7, max_model_len=100), [5] * 30, SamplingParams(max_tokens=None))
 
 
 # -- endings --------------------------------------------------------------------------------------------------------
@@ -313,12 +300,7 @@ def test_both_end_tokens_of_the_checkpoint_are_honoured(text_llm) -> None:
         force = {end: 100.0}
         (output,) = generate(text_llm, [5, 6], SamplingParams(temperature=0, max_tokens=6, logit_bias=force))
         sample = output.outputs[0]
-        assert (sample.token_ids, sample.text, sample.finish_reason, sample.stop_reason) == (
-            [end],
-            "",
-            "stop",
-            None,
-        )
+        assert (sample.token_ids, sample.text, sample.finish_reason, sample.stop_reason) == ([end], "", "stop", None)
         params = SamplingParams(temperature=0, max_tokens=6, logit_bias=force, ignore_eos=True)
         assert ids(generate(text_llm, [5, 6], params)) == [[end] * 6]
 
@@ -363,9 +345,7 @@ def test_samples_of_one_request_differ_and_are_those_of_their_index(llm) -> None
     (output,) = generate(llm, [5, 6, 7], params)
     assert [sample.index for sample in output.outputs] == [0, 1, 2, 3]
     assert len({tuple(sample.token_ids) for sample in output.outputs}) == 4
-    (fewer,) = generate(
-        llm, [5, 6, 7], SamplingParams(temperature=1.0, n=2, seed=11, max_tokens=8, ignore_eos=True)
-    )
+    (fewer,) = generate(llm, [5, 6, 7], SamplingParams(temperature=1.0, n=2, seed=11, max_tokens=8, ignore_eos=True))
     assert fewer.outputs == output.outputs[:2]
 
 
@@ -462,9 +442,7 @@ def test_a_long_prompts_logprobs_are_made_in_slices(make_llm, twin) -> None:
 
 
 def test_logprobs_name_their_tokens_text_and_are_none_where_not_asked_for(text_llm) -> None:
-    asked, plain = generate(
-        text_llm, ["ab", "ab"], [SamplingParams(logprobs=2, prompt_logprobs=1), SamplingParams()]
-    )
+    asked, plain = generate(text_llm, ["ab", "ab"], [SamplingParams(logprobs=2, prompt_logprobs=1), SamplingParams()])
     for row in (*asked.outputs[0].logprobs, *asked.prompt_logprobs[1:]):
         assert all(entry.decoded_token == text_llm.tokenizer.token_text(t) for t, entry in row.items())
     sample = plain.outputs[0]
@@ -475,16 +453,12 @@ def test_logprobs_name_their_tokens_text_and_are_none_where_not_asked_for(text_l
 def test_a_baseline_gives_the_same_request_outputs(baseline, text_llm) -> None:
     prompts: list[Any] = ["ab ba cd", [7], "zz", [5] * 40]
     params = [
-        SamplingParams(
-            temperature=0.8, seed=1, n=2, max_tokens=9, logprobs=2, prompt_logprobs=1, stop=["e", "xq"]
-        ),
+        SamplingParams(temperature=0.8, seed=1, n=2, max_tokens=9, logprobs=2, prompt_logprobs=1, stop=["e", "xq"]),
         SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=0, repetition_penalty=1.3),
         SamplingParams(temperature=1.1, seed=2, max_tokens=15, min_tokens=3, logprobs=0),
         SamplingParams(temperature=0, max_tokens=5, truncate_prompt_tokens=6, ignore_eos=True),
     ]
-    for ours, theirs in zip(
-        baseline(text_llm, prompts, params), generate(text_llm, prompts, params), strict=True
-    ):
+    for ours, theirs in zip(baseline(text_llm, prompts, params), generate(text_llm, prompts, params), strict=True):
         assert ours.finished and theirs.finished
         assert (ours.prompt, ours.prompt_token_ids) == (theirs.prompt, theirs.prompt_token_ids)
         for mine, other in zip(ours.outputs, theirs.outputs, strict=True):
@@ -502,9 +476,7 @@ def same_logprobs(ours: list[TokenLogprobs | None] | None, theirs: list[TokenLog
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:
             assert list(mine) == list(other)
-            assert [e.logprob for e in mine.values()] == pytest.approx(
-                [e.logprob for e in other.values()], abs=1e-3
-            )
+            assert [e.logprob for e in mine.values()] == pytest.approx([e.logprob for e in other.values()], abs=1e-3)
             assert [e[1:] for e in mine.values()] == [e[1:] for e in other.values()]
 
 
@@ -522,9 +494,7 @@ def check_metrics(output: RequestOutput) -> None:
 
 def test_metrics_rise_and_count_preemptions(make_llm) -> None:
     llm = make_llm(num_blocks=12, block_size=4)
-    outputs = generate(
-        llm, [[5 + i] * 9 for i in range(4)], [LONG, LONG, GREEDY, SamplingParams(max_tokens=1)]
-    )
+    outputs = generate(llm, [[5 + i] * 9 for i in range(4)], [LONG, LONG, GREEDY, SamplingParams(max_tokens=1)])
     for output in outputs:
         check_metrics(output)
     assert sum(o.metrics.num_preemptions for o in outputs) == llm.stats()["preemptions"] > 0
@@ -577,9 +547,7 @@ def test_requests_that_arrive_while_others_run_are_served_by_every_policy(policy
 
 
 def test_a_stream_yields_the_output_so_far_and_ends_as_generate_does(text_llm) -> None:
-    params = SamplingParams(
-        temperature=0.9, seed=2, max_tokens=25, ignore_eos=True, stop=["\x01"], logprobs=1
-    )
+    params = SamplingParams(temperature=0.9, seed=2, max_tokens=25, ignore_eos=True, stop=["\x01"], logprobs=1)
     outputs = list(text_llm.stream("ab ba", params))
     assert [len(o.outputs[0].token_ids) for o in outputs] == list(range(1, 26))
     assert [o.finished for o in outputs] == [False] * 24 + [True]
@@ -631,13 +599,9 @@ def test_a_stream_that_is_aborted_elsewhere_ends(llm) -> None:
     assert len(outputs) == 3
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=["error", "interrupt"]
-)
+@pytest.mark.parametrize("error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("fails_at", [1, 3, 7])
-def test_a_failing_step_leaves_no_blocks_held_and_the_llm_usable(
-    error, fails_at, make_llm, monkeypatch
-) -> None:
+def test_a_failing_step_leaves_no_blocks_held_and_the_llm_usable(error, fails_at, make_llm, monkeypatch) -> None:
     llm = make_llm(max_num_batched_tokens=7)
     prompts = [[5] * 12, [6], [7] * 9]
     want = ids(generate(llm, prompts, GREEDY))
@@ -715,11 +679,7 @@ def test_one_long_request_after_another_reuses_blocks_without_a_trace(make_llm) 
 
 def test_chat_answers_one_conversation_or_several(text_llm) -> None:
     one = [{"role": "user", "content": "ab"}]
-    other = [
-        {"role": "user", "content": "cd"},
-        {"role": "assistant", "content": "e"},
-        {"role": "user", "content": "f"},
-    ]
+    other = [{"role": "user", "content": "cd"}, {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"}]
     (alone,) = text_llm.chat(one, GREEDY, use_tqdm=False)
     both = text_llm.chat([one, other], GREEDY, use_tqdm=False)
     assert both[0].outputs == alone.outputs and len(both) == 2
@@ -731,8 +691,7 @@ def test_chat_answers_one_conversation_or_several(text_llm) -> None:
 def test_chat_takes_contents_in_parts(text_llm) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     in_parts, at_once = (
-        text_llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)[0]
-        for content in (parts, "a\nb")
+        text_llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)[0] for content in (parts, "a\nb")
     )
     assert in_parts.outputs == at_once.outputs
     with pytest.raises(ValueError, match=r"content of type image_url is not supported"):

@@ -15,13 +15,7 @@ def test_the_chosen_token_is_not_listed_twice_and_equals_share_a_rank() -> None:
 
 def test_a_tie_with_the_last_of_the_top_ones_takes_its_place() -> None:
     tied = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]])
-    assert [list(token_logprobs(tied, [3], [n])[0]) for n in range(5)] == [
-        [3],
-        [3, 0],
-        [3, 0],
-        [3, 0, 1],
-        [3, 0, 1, 2],
-    ]
+    assert [list(token_logprobs(tied, [3], [n])[0]) for n in range(5)] == [[3], [3, 0], [3, 0], [3, 0, 1], [3, 0, 1, 2]]
     assert [len(token_logprobs(torch.zeros(1, 9), [8], [n])[0]) for n in (0, 1, 2, 9)] == [1, 1, 2, 9]
 
 

@@ -64,18 +64,12 @@ def test_what_others_hold_bounds_the_share_and_no_room_is_never_less_than_none()
 
 @pytest.mark.parametrize("max_num_seqs", [3, 8])
 @pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64, 65, 128])
-def test_every_line_is_measured_by_running_what_needs_it(
-    max_num_seqs, max_num_batched_tokens, make_llm
-) -> None:
+def test_every_line_is_measured_by_running_what_needs_it(max_num_seqs, max_num_batched_tokens, make_llm) -> None:
     decoder = make_llm().engine.decoder
-    config = EngineConfig(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=64
-    )
+    config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=64)
     steps: list[tuple[int, int]] = []
     forward = decoder.forward
-    decoder.forward = lambda ids, cache, step: (
-        steps.append((len(ids), len(step.seq_lens))) or forward(ids, cache, step)
-    )
+    decoder.forward = lambda ids, cache, step: steps.append((len(ids), len(step.seq_lens))) or forward(ids, cache, step)
     try:
         meter = MadeUpMeter()
         ledger = Ledger.open(meter)

@@ -41,12 +41,7 @@ def draws(counter: str, count: int, start: int = 0) -> Tensor:
     values = list(range(start, start + count))
     results = []
     for other in range(8):
-        fixed = {
-            "seed": 1234 + 77 * other,
-            "sample": other % 3,
-            "position": 500 + 11 * other,
-            "token": 31 * other,
-        }
+        fixed = {"seed": 1234 + 77 * other, "sample": other % 3, "position": 500 + 11 * other, "token": 31 * other}
         if counter == "token":
             keys = row_keys([fixed["seed"]], [fixed["sample"]], [fixed["position"]])
             results.append(mix(keys, torch.tensor(values, dtype=torch.int32))[0])
@@ -105,9 +100,7 @@ def test_counters_do_not_stand_in_for_each_other() -> None:
 def test_a_flipped_bit_of_a_token_id_flips_every_bit_with_probability_one_half() -> None:
     trials = 1 << 14
     keys = row_keys(range(trials), [0] * trials, [9] * trials)
-    token_ids = torch.randint(
-        0, 1 << 18, (trials, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32
-    )
+    token_ids = torch.randint(0, 1 << 18, (trials, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     before = mix(keys, token_ids)
     output_bits = torch.arange(31, dtype=torch.int32)
     for input_bit in range(18):
@@ -125,9 +118,7 @@ def test_no_two_tokens_of_a_row_share_a_value() -> None:
 def test_noise_is_exponential_of_mean_one_down_to_its_smallest_values() -> None:
     values = noise(row_keys([5], [0], [3]), torch.arange(1 << 20, dtype=torch.int32)).double()
     assert abs(float(values.mean()) - 1.0) < 4 / math.sqrt(1 << 20)
-    assert abs(float(values.var()) - 1.0) < 4 * math.sqrt(
-        8 / (1 << 20)
-    )  # an exponential's variance has variance 8 / N
+    assert abs(float(values.var()) - 1.0) < 4 * math.sqrt(8 / (1 << 20))  # an exponential's variance has variance 8 / N
     for exponent in (4, 8, 12):
         below = int((values < 2.0**-exponent).sum())
         expected = (1 << 20) * -math.expm1(-(2.0**-exponent))
@@ -135,9 +126,7 @@ def test_noise_is_exponential_of_mean_one_down_to_its_smallest_values() -> None:
 
 
 def test_noise_is_never_zero_nor_infinite() -> None:
-    ends = torch.tensor([0, MASK_31], dtype=torch.int32).to(
-        torch.float32
-    )  # the least and the greatest of mix
+    ends = torch.tensor([0, MASK_31], dtype=torch.int32).to(torch.float32)  # the least and the greatest of mix
     smallest, largest = ends.add_(0.5).mul_(-SCALE).log1p_().neg_().tolist()
     assert smallest == pytest.approx(2.0**-32, rel=1e-6)
     assert largest == pytest.approx(24 * math.log(2), rel=1e-6)
@@ -169,9 +158,7 @@ def test_a_tokens_noise_does_not_depend_on_what_is_computed_with_it(
     position=st.integers(0, 2**32 - 1),
     token_id=st.integers(0, 2**31 - 1),
 )
-def test_the_tensors_compute_what_plain_integers_do(
-    seed: int, sample: int, position: int, token_id: int
-) -> None:
+def test_the_tensors_compute_what_plain_integers_do(seed: int, sample: int, position: int, token_id: int) -> None:
     def splitmix64(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
         x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK_64
@@ -188,9 +175,7 @@ def test_the_tensors_compute_what_plain_integers_do(
     assert keys.tolist() == [[first, second]]
     assert mix(keys, torch.tensor([token_id], dtype=torch.int32)).tolist() == [[x]]
     exact = -math.log1p(-(x + 0.5) * 2.0**-31)
-    assert noise(keys, torch.tensor([token_id], dtype=torch.int32)).item() == pytest.approx(
-        exact, rel=1e-5, abs=1e-6
-    )
+    assert noise(keys, torch.tensor([token_id], dtype=torch.int32)).item() == pytest.approx(exact, rel=1e-5, abs=1e-6)
 
 
 def test_the_race_draws_in_proportion_to_the_probabilities_down_to_the_rare_tokens() -> None:

@@ -82,9 +82,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "limit"), OUT_OF_RANGE)
-def test_a_value_out_of_range_is_an_error_that_names_value_and_limit(
-    name: str, value: Any, limit: str
-) -> None:
+def test_a_value_out_of_range_is_an_error_that_names_value_and_limit(name: str, value: Any, limit: str) -> None:
     with pytest.raises(ValueError) as error:
         SamplingParams(**{name: value})
     message = str(error.value)
@@ -256,9 +254,7 @@ def test_params_and_rows_survive_pickling_and_replacing() -> None:
     params = SamplingParams(stop="x", logit_bias={1: 2.0}, stop_token_ids=[7], seed=-2)
     assert pickle.loads(pickle.dumps(params)) == params
     assert dataclasses.replace(params, seed=4).stop == ("x",)
-    row = SampleRow(
-        params=params, seed=-1, sample_index=0, position=3, num_output_tokens=1, end_token_ids=(2,)
-    )
+    row = SampleRow(params=params, seed=-1, sample_index=0, position=3, num_output_tokens=1, end_token_ids=(2,))
     assert pickle.loads(pickle.dumps(row)) == row
 
 

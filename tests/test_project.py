@@ -20,10 +20,7 @@ OWN_NAME = canonicalize_name(PROJECT["name"])
 
 def declared() -> dict[str, Requirement]:
     """Every dependency of pyproject.toml, those of the extras included."""
-    lines = [
-        *PROJECT["dependencies"],
-        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
-    ]
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
     requirements = [Requirement(line) for line in lines]
     return {canonicalize_name(r.name): r for r in requirements if canonicalize_name(r.name) != OWN_NAME}
 
@@ -38,9 +35,7 @@ def conda_and_pip() -> tuple[dict[str, Requirement], list[str]]:
     """environment.yml: what conda and pip install by name, and pip's ``-e`` lines."""
     entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     by_pip = [line for entry in entries if isinstance(entry, dict) for line in entry["pip"]]
-    by_name = [entry for entry in entries if isinstance(entry, str)] + [
-        x for x in by_pip if not x.startswith("-e ")
-    ]
+    by_name = [entry for entry in entries if isinstance(entry, str)] + [x for x in by_pip if not x.startswith("-e ")]
     requirements = [Requirement(line) for line in by_name]
     return {canonicalize_name(r.name): r for r in requirements}, [x for x in by_pip if x.startswith("-e ")]
 
@@ -55,9 +50,7 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
     pins = pinned()
     assert sorted(pins) == sorted(declared())
     for name, requirement in declared().items():
-        assert requirement.specifier.contains(version_tested(pins[name])), (
-            f"{requirement} against {pins[name]}"
-        )
+        assert requirement.specifier.contains(version_tested(pins[name])), f"{requirement} against {pins[name]}"
         assert requirement.marker == pins[name].marker, name
 
 

@@ -63,9 +63,7 @@ def plain_sampler(logits: list[float], row: SampleRow) -> int:
         penalty = params.repetition_penalty
         logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
     for token in set(row.output_token_ids):
-        logits[token] -= params.presence_penalty + params.frequency_penalty * list(
-            row.output_token_ids
-        ).count(token)
+        logits[token] -= params.presence_penalty + params.frequency_penalty * list(row.output_token_ids).count(token)
     if params.temperature == 0:
         return logits.index(max(logits))
     best = max(logits)
@@ -104,9 +102,7 @@ def sample_rows(draw: st.DrawFn) -> SampleRow:
         repetition_penalty=maybe(st.sampled_from([0.7, 1.3]), 1.0),
         presence_penalty=maybe(st.sampled_from([-0.5, 1.5]), 0.0),
         frequency_penalty=maybe(st.sampled_from([-0.5, 0.8]), 0.0),
-        logit_bias=maybe(
-            st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, -1.0, 2.5])), {}
-        ),
+        logit_bias=maybe(st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, -1.0, 2.5])), {}),
         min_tokens=draw(st.sampled_from([0, 8])),
         max_tokens=None,
         end_token_ids=tuple(draw(TOKENS)),
@@ -164,12 +160,8 @@ def test_a_batch_too_large_for_one_slice_draws_the_same(options: dict[str, Any])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0}, {"logit_bias": {3: 2.0}}]
-)
-def test_every_float_type_is_drawn_from_as_float32_would_be(
-    dtype: torch.dtype, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0}, {"logit_bias": {3: 2.0}}])
+def test_every_float_type_is_drawn_from_as_float32_would_be(dtype: torch.dtype, options: dict[str, Any]) -> None:
     logits = some_logits(8, 5).to(dtype)
     rows = [a_row(seed=i, **options) for i in range(8)]
     assert Sampler()(logits, rows).token_ids == Sampler()(logits.float(), rows).token_ids
@@ -404,7 +396,5 @@ def test_repetition_and_temperature_are_those_of_transformers() -> None:
     scores = processors.TemperatureLogitsWarper(0.6)(torch.tensor([prompt]), scores)
     count = 200
     theirs = draw_many(scores[0].tolist(), count)
-    ours = draw_many(
-        logits[0].tolist(), count, temperature=0.6, repetition_penalty=1.4, prompt_token_ids=prompt
-    )
+    ours = draw_many(logits[0].tolist(), count, temperature=0.6, repetition_penalty=1.4, prompt_token_ids=prompt)
     assert ours == theirs

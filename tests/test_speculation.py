@@ -25,11 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "block-1-preempting": {"block_size": 1, "num_blocks": 88},
     "block-3-swapping": {"block_size": 3, "num_blocks": 30, "preemption_mode": "swap"},
     "uncached": {"enable_prefix_caching": False},
-    "prefill-first": {
-        "scheduling_policy": "prefill_first",
-        "max_num_batched_tokens": 512,
-        "max_model_len": 512,
-    },
+    "prefill-first": {"scheduling_policy": "prefill_first", "max_num_batched_tokens": 512, "max_model_len": 512},
     "static": {"scheduling_policy": "static", "max_num_batched_tokens": 512, "max_model_len": 512},
 }
 
@@ -107,9 +103,7 @@ def test_drafts_do_not_change_a_token(family, options, make_llm, expected) -> No
 def test_repetitive_text_is_accepted_and_takes_fewer_steps(make_llm) -> None:
     tale = [17, 23, 99, 412] * 12
     steps = {}
-    params = SamplingParams(
-        temperature=0, max_tokens=40, ignore_eos=True, logit_bias=dict.fromkeys(tale, 100.0)
-    )
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logit_bias=dict.fromkeys(tale, 100.0))
     for config in (None, NGRAM):
         llm = make_llm(speculative_config=config)
         tokens = llm.generate([tale], params, use_tqdm=False)[0].outputs[0].token_ids
@@ -136,9 +130,7 @@ class Prophet:
 def prophesied(llm: LLM, params: SamplingParams, prompt: Any) -> tuple[Any, Any, LLM]:
     """What is said of a prompt without drafts, and with drafts that are nearly all right."""
     plain = llm.generate(prompt, params, use_tqdm=False)[0]
-    llm.engine.scheduler.proposer = Prophet(
-        [[*plain.prompt_token_ids, *told] for told in heard(llm, params, prompt)]
-    )
+    llm.engine.scheduler.proposer = Prophet([[*plain.prompt_token_ids, *told] for told in heard(llm, params, prompt)])
     drafted = llm.generate(prompt, params, use_tqdm=False)[0]
     llm.check_integrity()
     return plain, drafted, llm
@@ -146,9 +138,7 @@ def prophesied(llm: LLM, params: SamplingParams, prompt: Any) -> tuple[Any, Any,
 
 def heard(llm: LLM, params: SamplingParams, prompt: Any) -> list[list[int]]:
     """How it would go on if nothing stopped it."""
-    free = SamplingParams(
-        temperature=params.temperature, seed=params.seed, n=params.n, ignore_eos=True, max_tokens=60
-    )
+    free = SamplingParams(temperature=params.temperature, seed=params.seed, n=params.n, ignore_eos=True, max_tokens=60)
     return [one.token_ids for one in llm.generate(prompt, free, use_tqdm=False)[0].outputs]
 
 
@@ -183,9 +173,7 @@ def test_an_end_token_within_a_run_ends_the_sequence_there(make_llm) -> None:
 
 def test_the_next_request_finds_the_blocks_that_accepted_drafts_have_filled(make_llm) -> None:
     llm = make_llm(block_size=4, num_blocks=100)
-    _, drafted, _ = prophesied(
-        llm, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), [[5, 6, 7]]
-    )
+    _, drafted, _ = prophesied(llm, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), [[5, 6, 7]])
     follow = [5, 6, 7, *drafted.outputs[0].token_ids, 8]
     again = llm.generate([follow], GREEDY, use_tqdm=False)[0]
     assert again.metrics.num_cached_tokens == 32
@@ -226,9 +214,7 @@ def test_beams_find_the_same_answers_beside_those_who_speculate(make_llm) -> Non
     beam = BeamSearchParams(beam_width=3, max_tokens=8)
     plain, drafting = (make_llm(speculative_config=config) for config in (None, NGRAM))
     a, b = (llm.beam_search(prompts(), beam, use_tqdm=False) for llm in (plain, drafting))
-    assert [[one.token_ids for one in o.outputs] for o in a] == [
-        [one.token_ids for one in o.outputs] for o in b
-    ]
+    assert [[one.token_ids for one in o.outputs] for o in a] == [[one.token_ids for one in o.outputs] for o in b]
     assert drafting.stats()["num_drafts"] == 0
 
 
@@ -248,9 +234,7 @@ DRAFTED = ("block-16", "block-3-chunk-7", "block-1-preempting", "block-3-swappin
 
 @pytest.mark.parametrize("options", DRAFTED)
 @pytest.mark.parametrize(("family", "draft"), [("qwen3", "qwen3"), ("gpt2", "qwen3"), ("mistral", "mistral")])
-def test_a_draft_model_does_not_change_a_token(
-    family, draft, options, make_llm, checkpoint, expected
-) -> None:
+def test_a_draft_model_does_not_change_a_token(family, draft, options, make_llm, checkpoint, expected) -> None:
     """A model that drafts for itself is nearly always right, and any other of these nearly never."""
     llm = make_llm(family, speculative_config=draft_config(checkpoint(draft)), **SETTINGS[options])
     for kind in KINDS:
@@ -286,9 +270,7 @@ def test_a_draft_model_of_other_tokens_or_of_fewer_positions_is_refused(make_llm
         make_llm(speculative_config=draft_config(short_sighted(checkpoint)), max_model_len=100)
 
 
-def test_a_draft_model_that_produces_nan_costs_its_drafts_and_nothing_else(
-    make_llm, checkpoint, caplog
-) -> None:
+def test_a_draft_model_that_produces_nan_costs_its_drafts_and_nothing_else(make_llm, checkpoint, caplog) -> None:
     llm = make_llm(speculative_config=draft_config(checkpoint("qwen3")))
     broken = llm.engine.runner.drafter.runner.decoder
     broken.register_forward_hook(lambda module, inputs, hidden: hidden.fill_(math.nan))

@@ -30,10 +30,7 @@ def rows_of(buffers: StepBuffers, num_rows: int) -> dict[str, list[float]]:
 
 def test_each_row_says_what_its_sequence_says() -> None:
     buffers = make_buffers()
-    sequences = [
-        a_decode(7, 42, 9, (3, 1, 8), seed=-(2**63), sample_index=2),
-        a_decode(8, PENDING, 4, (6, 2)),
-    ]
+    sequences = [a_decode(7, 42, 9, (3, 1, 8), seed=-(2**63), sample_index=2), a_decode(8, PENDING, 4, (6, 2))]
     buffers.fill(sequences, 2, BLOCK_SIZE, {7: 0, 8: 3})
     assert rows_of(buffers, 2) == {
         "token_ids": [42, PENDING],
@@ -46,10 +43,7 @@ def test_each_row_says_what_its_sequence_says() -> None:
         "temperatures": [0.5, 0.5],
         "seq_lens": [10, 5],
     }
-    assert buffers.block_tables[0, :3].tolist() == [3, 1, 8] and buffers.block_tables[1, :2].tolist() == [
-        6,
-        2,
-    ]
+    assert buffers.block_tables[0, :3].tolist() == [3, 1, 8] and buffers.block_tables[1, :2].tolist() == [6, 2]
     assert buffers.query_start_loc.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -96,7 +90,5 @@ def test_columns_begin_where_kernels_can_load_16_bytes_and_a_small_batch_is_a_sh
     assert all(start % 128 == 0 for start in starts)
     buffers._memory.fill_(77)
     buffers.fill([a_decode(0, 5, 3, (1,))], 1, BLOCK_SIZE, {})
-    assert (
-        buffers.block_tables.view(torch.uint8)[1:].eq(77).all()
-    )  # the tables behind the first were not sent
+    assert buffers.block_tables.view(torch.uint8)[1:].eq(77).all()  # the tables behind the first were not sent
     assert buffers.num_bytes >= buffers._memory.numel() + buffers.logits.numel() * 4

@@ -76,19 +76,7 @@ def byte_level() -> Tokenizer:
 @cache
 def byte_fallback() -> Tokenizer:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁"]
-    pieces += [
-        *"abcdefghijklmnopqrstuvwxyz.,19",
-        "é",
-        "你",
-        "\u0301",
-        "\u200d",
-        "👩",
-        "😀",
-        "क",
-        "์",
-        "ก",
-        "\ufffd",
-    ]
+    pieces += [*"abcdefghijklmnopqrstuvwxyz.,19", "é", "你", "\u0301", "\u200d", "👩", "😀", "क", "์", "ก", "\ufffd"]
     pieces += ["▁t", "he", "▁the"]
     backend = Backend(
         models.BPE(
@@ -105,18 +93,14 @@ def byte_fallback() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return Tokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-        )
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
     )
 
 
 @cache
 def metaspace() -> Tokenizer:
     """As T5 and the first XLNet: a space begins a piece, and one is put before the text."""
-    backend = Backend(
-        models.Unigram([("<unk>", 0.0), *((piece, -len(piece)) for piece in METASPACE_PIECES)], 0)
-    )
+    backend = Backend(models.Unigram([("<unk>", 0.0), *((piece, -len(piece)) for piece in METASPACE_PIECES)], 0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"))
@@ -134,9 +118,7 @@ def word_pieces() -> Tokenizer:
     backend.decoder = decoders.WordPiece()
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
     return Tokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]", eos_token="[SEP]"
-        )
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]", eos_token="[SEP]")
     )
 
 
@@ -165,9 +147,7 @@ def word_ends() -> Tokenizer:
 
 
 EVERY_KIND = pytest.mark.parametrize(
-    "make",
-    [byte_level, byte_fallback, metaspace, word_pieces, words, word_ends],
-    ids=lambda make: make.__name__,
+    "make", [byte_level, byte_fallback, metaspace, word_pieces, words, word_ends], ids=lambda make: make.__name__
 )
 KINDS = pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=lambda make: make.__name__)
 
@@ -220,9 +200,7 @@ class TestStreamingDecoder:
         pieces = stream(tokenizer, tokenizer.encode(text))
         whole = "".join(pieces)
         bounds = {match.end() for match in regex.finditer(r"\X", whole)}
-        at_once = regex.compile(
-            r"[\p{ASCII}\p{Latin}\p{Cyrillic}\p{Greek}\p{Han}\p{Hiragana}\p{Katakana}가-힣。]"
-        )
+        at_once = regex.compile(r"[\p{ASCII}\p{Latin}\p{Cyrillic}\p{Greek}\p{Han}\p{Hiragana}\p{Katakana}가-힣。]")
         for cut in cuts(pieces):
             assert cut in bounds or at_once.match(whole[cut - 1]), (whole[:cut], whole[cut:])
 
@@ -233,9 +211,7 @@ class TestStreamingDecoder:
             pieces = stream(make(), ids)
             assert sum(emoji in piece for piece in pieces) == 1, pieces
 
-    @pytest.mark.parametrize(
-        "text", [LINES[0], LINES[1], LINES[2], "Жили-были", "`x` ^ 2 ```python\nprint(1)\n```"]
-    )
+    @pytest.mark.parametrize("text", [LINES[0], LINES[1], LINES[2], "Жили-были", "`x` ^ 2 ```python\nprint(1)\n```"])
     def test_text_without_marks_or_emoji_streams_with_no_delay(self, text: str) -> None:
         tokenizer = byte_level()
         ids = tokenizer.encode(text)
@@ -295,9 +271,7 @@ class TestStreamingDecoder:
         assert num_settled("é" + "\u0301" * 40) == 41
 
 
-def streamed_after(
-    tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequence[int], chunk: int
-) -> list[str]:
+def streamed_after(tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequence[int], chunk: int) -> list[str]:
     decoder = StreamingDecoder(tokenizer, prompt)
     pieces = [decoder.push(token_ids[i : i + chunk]) for i in range(0, len(token_ids), chunk)]
     return [*pieces, decoder.finish()]
@@ -317,9 +291,7 @@ class TestContinuation:
     @EVERY_KIND
     @settings(max_examples=100, deadline=None)
     @given(data=st.data(), chunk=st.integers(1, 5))
-    def test_prompt_and_text_are_the_decode_of_the_whole(
-        self, make: Any, data: st.DataObject, chunk: int
-    ) -> None:
+    def test_prompt_and_text_are_the_decode_of_the_whole(self, make: Any, data: st.DataObject, chunk: int) -> None:
         tokenizer = make()
         ids = data.draw(token_ids_of(tokenizer))
         split = data.draw(st.integers(0, len(ids)))
@@ -347,9 +319,7 @@ class TestContinuation:
             streamed = "".join(streamed_after(tokenizer, prompt, output, 1))
             assert prompt_text(tokenizer, prompt) + streamed == text
 
-    @pytest.mark.parametrize(
-        "make", [byte_fallback, metaspace, word_pieces, words], ids=lambda make: make.__name__
-    )
+    @pytest.mark.parametrize("make", [byte_fallback, metaspace, word_pieces, words], ids=lambda make: make.__name__)
     def test_the_first_space_of_an_output_is_kept(self, make: Any) -> None:
         tokenizer = make()
         prompt = tokenizer.encode("the")
@@ -363,8 +333,7 @@ class TestContinuation:
         ids = tokenizer.encode("the fox a")
         for split in range(len(ids) + 1):
             assert (
-                prompt_text(tokenizer, ids[:split]) + continuation(tokenizer, ids[:split], ids[split:])
-                == "the fox a"
+                prompt_text(tokenizer, ids[:split]) + continuation(tokenizer, ids[:split], ids[split:]) == "the fox a"
             )
 
     @KINDS
@@ -410,8 +379,7 @@ class TestTokenizer:
         assert byte_level().decode([byte_level().eos_token_id], skip_special_tokens=False) == "<|end|>"
 
     @pytest.mark.parametrize(
-        ("text", "message"),
-        [(b"bytes", "str, not bytes"), ("ab\ud800", "position 2"), (None, "str, not NoneType")],
+        ("text", "message"), [(b"bytes", "str, not bytes"), ("ab\ud800", "position 2"), (None, "str, not NoneType")]
     )
     def test_what_is_no_text_is_refused(self, text: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -436,9 +404,7 @@ class TestTokenizer:
 
     def test_importing_the_module_imports_neither_torch_nor_transformers(self) -> None:
         code = "import sys, paged_infer.tokenizer; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
-        assert (
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-        )
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 class TestChatTemplate:
@@ -470,26 +436,14 @@ class TestChatTemplate:
             (["hello"], r"messages\[0\] must be a dict, not str"),
             ([{"role": "user"}], r"messages\[0\] has no 'content'"),
             ([{"content": "x"}], r"messages\[0\] has no 'role'"),
-            (
-                [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}],
-                r"messages\[1\].*'robot'.*user",
-            ),
-            (
-                [{"role": "user", "content": None}],
-                r"messages\[0\]\['content'\] must be a str or a list of text parts",
-            ),
+            ([{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}], r"messages\[1\].*'robot'.*user"),
+            ([{"role": "user", "content": None}], r"messages\[0\]\['content'\] must be a str or a list of text parts"),
             (
                 [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
                 r"messages\[0\]\['content'\]: content of type image_url is not supported",
             ),
-            (
-                [{"role": "user", "content": [{"type": "text"}]}],
-                r"messages\[0\]\['content'\]\[0\]: a part of",
-            ),
-            (
-                [{"role": "user", "content": ["fox"]}],
-                r"messages\[0\]\['content'\]\[0\]: a part of type 'str'",
-            ),
+            ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\['content'\]\[0\]: a part of"),
+            ([{"role": "user", "content": ["fox"]}], r"messages\[0\]\['content'\]\[0\]: a part of type 'str'"),
             ([{"role": "user", "content": "a\ud83d"}], r"messages\[0\]\['content'\]: character '\\ud83d'"),
             ([{"role": "tool", "content": "x"}], "refuses these messages: a tool cannot begin"),
         ],
@@ -520,9 +474,7 @@ class TestChatTemplate:
         tokenizer._hf.chat_template = KNOWN_ROLES
         # The content of the second stands in the text of the first.
         messages = [{"role": "user", "content": "a fox"}, {"role": "tool", "content": "fox"}]
-        with pytest.raises(
-            ValueError, match=r"messages\[1\]: the chat template leaves out this 'tool' message"
-        ):
+        with pytest.raises(ValueError, match=r"messages\[1\]: the chat template leaves out this 'tool' message"):
             tokenizer.apply_chat_template(messages)
         tokenizer.apply_chat_template([messages[0], {"role": "tool", "content": ""}])  # nothing is lost
 
@@ -530,10 +482,7 @@ class TestChatTemplate:
         tokenizer._hf.chat_template = (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] | trim | upper }}.{% endfor %}"
         )
-        messages = [
-            {"role": "assistant", "content": "<think>so</think> a "},
-            {"role": "user", "content": " "},
-        ]
+        messages = [{"role": "assistant", "content": "<think>so</think> a "}, {"role": "user", "content": " "}]
         assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == "A.."
 
     def test_a_template_that_reads_the_contents_is_judged_by_them(self, tokenizer: Tokenizer) -> None:
@@ -568,8 +517,7 @@ class TestChatTemplate:
     def test_a_content_may_come_in_parts(self, tokenizer: Tokenizer) -> None:
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "fox"}]
         in_parts, at_once = (
-            tokenizer.apply_chat_template([{"role": "user", "content": content}])
-            for content in (parts, "a\nfox")
+            tokenizer.apply_chat_template([{"role": "user", "content": content}]) for content in (parts, "a\nfox")
         )
         assert in_parts == at_once
 
@@ -591,10 +539,6 @@ def byte_id(tokenizer: Tokenizer, byte: int) -> int:
     vocab = tokenizer._hf.get_vocab()
     if tokenizer.byte_tokens:
         return vocab[f"<0x{byte:02X}>"]
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(0xA1, 0xAC + 1),
-        *range(0xAE, 0xFF + 1),
-    ]  # as in GPT-2
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]  # as in GPT-2
     others = [b for b in range(256) if b not in printable]
     return vocab[chr(byte) if byte in printable else chr(256 + others.index(byte))]

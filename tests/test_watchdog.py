@@ -63,9 +63,7 @@ def test_a_step_that_does_not_return_is_told_to_everybody_who_waits(checkpoint) 
             assert engine.error is None
             clock.go_to(600.1)
             ends = await asyncio.gather(*waiting, return_exceptions=True)
-            assert all(isinstance(end, EngineDeadError) and "step_timeout=600" in str(end) for end in ends), (
-                ends
-            )
+            assert all(isinstance(end, EngineDeadError) and "step_timeout=600" in str(end) for end in ends), ends
             for later in (last(engine, [5], SHORT), engine.check_integrity()):
                 with pytest.raises(EngineDeadError, match="step_timeout=600"):
                     await later

@@ -48,9 +48,7 @@ def is_attempted(answer: Any) -> bool:
     idle = ("RESUME", "NOP", "RETURN_VALUE", "LOAD_CONST", "RETURN_CONST")
     steps = list(dis.get_instructions(answer))
     values = [step.argval for step in steps if step.opname.endswith("_CONST")]
-    return any(step.opname not in idle for step in steps) or any(
-        v is not None and v is not ... for v in values
-    )
+    return any(step.opname not in idle for step in steps) or any(v is not None and v is not ... for v in values)
 
 
 def expect(good: bool, what_is_wrong: str) -> None:
@@ -62,15 +60,9 @@ def expect(good: bool, what_is_wrong: str) -> None:
 def expect_tensor(found: Any, like: torch.Tensor, asked: str) -> None:
     """``found`` is a tensor of the shape and kind (bool, integer, float) of ``like``; ``asked`` says of what call."""
     expect(found is not None, f"{asked} gives None: is the `return` missing?")
-    expect(
-        isinstance(found, torch.Tensor), f"{asked} gives a {type(found).__name__}, and a tensor is asked for"
-    )
-    expect(
-        found.shape == like.shape,
-        f"{asked} has shape {tuple(found.shape)}, and {tuple(like.shape)} is asked for",
-    )
+    expect(isinstance(found, torch.Tensor), f"{asked} gives a {type(found).__name__}, and a tensor is asked for")
+    expect(found.shape == like.shape, f"{asked} has shape {tuple(found.shape)}, and {tuple(like.shape)} is asked for")
     kinds = [
-        "bool" if t.dtype == torch.bool else "float" if t.is_floating_point() else "integer"
-        for t in (found, like)
+        "bool" if t.dtype == torch.bool else "float" if t.is_floating_point() else "integer" for t in (found, like)
     ]
     expect(kinds[0] == kinds[1], f"{asked} holds {kinds[0]} values, and {kinds[1]} ones are asked for")

@@ -15,9 +15,7 @@ from checks import checker, expect, expect_tensor
 def packed_mask(answer):
     """Causal, and blind to other texts: lengths that add up to T -> bool [T, T]."""
     lengths = [2, 4, 1]
-    text = torch.repeat_interleave(
-        torch.arange(3), torch.tensor(lengths)
-    )  # [T], which text a token belongs to
+    text = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))  # [T], which text a token belongs to
     place = torch.arange(7)
     same, before = text == text[:, None], place <= place[:, None]
     found = answer(list(lengths))
@@ -25,9 +23,7 @@ def packed_mask(answer):
     expect(not found.equal(before), "a token sees the texts before its own: the mask is causal and no more")
     expect(not found.equal(same), "a token sees later tokens of its own text: the mask is not causal")
     expect(not found.equal((same & before).T), "rows are keys here: row n says what query n sees")
-    expect(
-        not found.equal(~(same & before)), "True and False are exchanged: True is where a query sees a key"
-    )
+    expect(not found.equal(~(same & before)), "True and False are exchanged: True is where a query sees a key")
     _expect_rows(found, same & before, "lengths [2, 4, 1]")
     _expect_rows(answer([3]), place[:3] <= place[:3, None], "lengths [3]")
 
@@ -98,9 +94,7 @@ def grouped_attention(answer):
 @checker
 def neighbours_to_halves(answer):
     """Rows of W_Q, [heads * D, hidden], from rotary pairs (2i, 2i + 1) to pairs (i, i + D / 2), head by head."""
-    weight = torch.arange(2 * 6).float()[:, None] * torch.tensor(
-        [1.0, -1.0, 0.5, 2.0]
-    )  # row r is r times that
+    weight = torch.arange(2 * 6).float()[:, None] * torch.tensor([1.0, -1.0, 0.5, 2.0])  # row r is r times that
     right = weight.view(2, 3, 2, 4).transpose(1, 2).reshape(12, 4)
     found = answer(weight.clone(), 2)
     expect_tensor(found, right, "neighbours_to_halves of weight [12, 4] with 2 heads")
@@ -114,9 +108,7 @@ def neighbours_to_halves(answer):
         "a row was lost or is there twice: the rows only change places",
     )
     order, wanted = found[:, 0].int().tolist(), right[:, 0].int().tolist()
-    expect(
-        found.equal(right), f"two heads of 6 rows: the rows stand in the order {order} instead of {wanted}"
-    )
+    expect(found.equal(right), f"two heads of 6 rows: the rows stand in the order {order} instead of {wanted}")
 
 
 @checker

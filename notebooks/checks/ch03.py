@@ -16,13 +16,9 @@ def _expect_pair(found, asked: str, parts: str) -> tuple:
 @checker
 def rows_computed(answer):
     """Rows through a token-wise operation: [(prompt, output), ...] -> (without a cache, with one)."""
-    naive, cached = _expect_pair(
-        answer([(3, 3)]), "rows_computed of [(3, 3)]", "rows without and with a cache"
-    )
+    naive, cached = _expect_pair(answer([(3, 3)]), "rows_computed of [(3, 3)]", "rows without and with a cache")
     expect(cached != 6, "with a cache, (3, 3) computes 5 rows and not 6: the last token is never fed back")
-    expect(
-        naive != 15, "the naive steps have 3, 4 and 5 tokens, not 4, 5 and 6: the first sees the prompt alone"
-    )
+    expect(naive != 15, "the naive steps have 3, 4 and 5 tokens, not 4, 5 and 6: the first sees the prompt alone")
     expect(naive != 18, "not every naive step has all 6 tokens: they have 3, 4 and 5")
     expect(naive == 12, f"without a cache, (3, 3) computes 3 + 4 + 5 = 12 rows, and this says {naive}")
     expect(cached == 5, f"with a cache, (3, 3) computes 3 + 1 + 1 = 5 rows, and this says {cached}")
@@ -61,24 +57,14 @@ def attend_chunk(answer):
     expect(not is_near(attention(all_seen)), "there is no mask: the first query sees keys of tokens after it")
     expect(not is_near(attention(last, scale=1.0)), "the scores are not divided by the root of D")
     expect(
-        not is_near(attention(torch.ones(3, 7).tril(diagonal=3).bool())),
-        "a token does not see itself: one key too few",
+        not is_near(attention(torch.ones(3, 7).tril(diagonal=3).bool())), "a token does not see itself: one key too few"
     )
-    expect(
-        not is_near(attention(torch.ones(3, 7).tril(diagonal=5).bool())),
-        "each query sees one key after its own",
-    )
+    expect(not is_near(attention(torch.ones(3, 7).tril(diagonal=5).bool())), "each query sees one key after its own")
     right = attention(last)
     for row in range(3):
-        expect(
-            torch.allclose(found[row], right[row], atol=1e-4),
-            f"query {row} of 3 should see keys 0 to {4 + row}",
-        )
+        expect(torch.allclose(found[row], right[row], atol=1e-4), f"query {row} of 3 should see keys 0 to {4 + row}")
     one = answer(q[:1].clone(), keys.clone(), values.clone())
-    expect(
-        torch.allclose(one, attention(all_seen)[:1], atol=1e-4),
-        "a single query, a decode step, sees all 7 keys",
-    )
+    expect(torch.allclose(one, attention(all_seen)[:1], atol=1e-4), "a single query, a decode step, sees all 7 keys")
     square = answer(q.clone(), keys[:3].clone(), values[:3].clone())
     first = square[0] if isinstance(square, torch.Tensor) else None
     expect(
@@ -101,14 +87,8 @@ def left_padding(answer):
     mask = (causal & real[:, None]) | own
     expect_tensor(found[0], positions, "the positions of left_padding of [2, 5, 4]")
     expect_tensor(found[1], mask, "the mask of left_padding of [2, 5, 4]")
-    expect(
-        not found[0].equal(columns.expand(3, 5)),
-        "positions count columns: row 0 begins in column 3, at position 0",
-    )
-    expect(
-        bool((found[0] >= 0).all()),
-        "positions of padding are negative, and a table of positions has no such row",
-    )
+    expect(not found[0].equal(columns.expand(3, 5)), "positions count columns: row 0 begins in column 3, at position 0")
+    expect(bool((found[0] >= 0).all()), "positions of padding are negative, and a table of positions has no such row")
     right_pad = torch.stack([torch.where(columns < n, columns, 0) for n in lengths])
     expect(not found[0].equal(right_pad), "these are positions of rows padded on the right")
     expect(
@@ -116,9 +96,7 @@ def left_padding(answer):
         f"row 0, of 2 tokens, has positions {found[0][0].tolist()} instead of [0, 0, 0, 0, 1]",
     )
     expect(not (found[1] & ~causal).any(), "a query sees a key after its own: the mask is not causal")
-    expect(
-        bool(found[1].any(dim=-1).all()), "a padding query sees nothing, and a softmax over nothing is NaN"
-    )
+    expect(bool(found[1].any(dim=-1).all()), "a padding query sees nothing, and a softmax over nothing is NaN")
     hidden = found[1] & real[:, :, None] & ~real[:, None]
     expect(not hidden.any(), "a real query sees padding: row 0's keys 0 to 2 are to be hidden from it")
     expect(not (found[1] & ~real[:, :, None] & ~own).any(), "a padding query sees more than itself")
@@ -138,22 +116,16 @@ def reserved_bytes(answer):
     reserved, held = found
     right = (3 * 50 * per_token, 36 * per_token)
     expect((2 * reserved, 2 * held) != right, "half of it is missing: a token leaves a key and a value")
-    expect(
-        reserved != 3 * 20 * per_token, "only the prompts have room: the answers are written to the same rows"
-    )
+    expect(reserved != 3 * 20 * per_token, "only the prompts have room: the answers are written to the same rows")
     expect(
         reserved != (36 + 90) * per_token,
         "each row has room for its own prompt; in a rectangle all are as long as the longest",
     )
     expect(reserved != 50 * per_token, "this is one row: the batch has three")
     expect(
-        reserved == right[0],
-        f"reserved {reserved} instead of 3 rows * (20 + 30) columns * {per_token} = {right[0]}",
+        reserved == right[0], f"reserved {reserved} instead of 3 rows * (20 + 30) columns * {per_token} = {right[0]}"
     )
     expect(held != 60 * per_token, "padding is counted as if it were tokens: 5 + 20 + 11 are real")
     expect(held == right[1], f"{held} bytes hold tokens instead of 36 * {per_token} = {right[1]}")
     other = answer(4, 1, 16, 2, [7], 1)
-    expect(
-        other == (8 * 256, 7 * 256),
-        f"one prompt of 7 in 16 bits gives {other} instead of {(8 * 256, 7 * 256)}",
-    )
+    expect(other == (8 * 256, 7 * 256), f"one prompt of 7 in 16 bits gives {other} instead of {(8 * 256, 7 * 256)}")

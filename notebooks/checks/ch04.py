@@ -22,13 +22,8 @@ def throughput(answer):
         return math.isclose(found, value, rel_tol=1e-6)
 
     rates = [len(times) / (times[-1] - at) for at, times in run]
-    expect(
-        not is_near(sum(rates)), "the rates of the requests are added up, but they did not run all the time"
-    )
-    expect(
-        not is_near(sum(rates) / 3),
-        "this is the mean rate of a request; the server told them at the same time",
-    )
+    expect(not is_near(sum(rates)), "the rates of the requests are added up, but they did not run all the time")
+    expect(not is_near(sum(rates) / 3), "this is the mean rate of a request; the server told them at the same time")
     expect(not is_near(6 / 16), "the clock starts at 0; the run starts with the first arrival, at 10 s")
     expect(not is_near(6 / 5), "the run starts with the first arrival, not with the first token")
     expect(not is_near(6 / 8), "times in which two requests ran count once: the run lasted 6 s")
@@ -55,35 +50,19 @@ def step_floor_s(answer):
     def is_near(value, found=bound):
         return math.isclose(found, value, rel_tol=1e-6)
 
-    expect(
-        not is_near((3 * 2000 + 5 * 400) / 100),
-        "each text reads the weights for itself: a step reads them once",
-    )
+    expect(not is_near((3 * 2000 + 5 * 400) / 100), "each text reads the weights for itself: a step reads them once")
     expect(not is_near(2000 / 100), "the caches are not read: the pieces have 400 tokens before them")
-    expect(
-        is_near(reading), f"reading 2,000 + 5 * 400 bytes at 100 a second is 40, and this says {bound:.4f}"
-    )
+    expect(is_near(reading), f"reading 2,000 + 5 * 400 bytes at 100 a second is 40, and this says {bound:.4f}")
     balanced, compute = ask(1000.0), ask(100.0)
     expect(
         not is_near(60.0, balanced),
         "reading and computing are added up; they go on at the same time, and the longer one counts",
     )
-    expect(
-        is_near(40.0, balanced),
-        f"40 s of reading and 20 s of computing take 40, and this says {balanced:.4f}",
-    )
+    expect(is_near(40.0, balanced), f"40 s of reading and 20 s of computing take 40, and this says {balanced:.4f}")
     expect(not is_near(100.0, compute), "a multiply-add is two operations: 2 * parameters for each token")
-    expect(
-        not is_near(60.0, compute),
-        "operations are counted for each text; 8 tokens of a piece are 8 times one",
-    )
-    expect(
-        not is_near(40.0, compute), "with a slow multiplier the step is compute-bound, and this says 40 still"
-    )
-    expect(
-        is_near(200.0, compute),
-        f"2 * 1,000 * 10 operations at 100 a second take 200, and this says {compute:.4f}",
-    )
+    expect(not is_near(60.0, compute), "operations are counted for each text; 8 tokens of a piece are 8 times one")
+    expect(not is_near(40.0, compute), "with a slow multiplier the step is compute-bound, and this says 40 still")
+    expect(is_near(200.0, compute), f"2 * 1,000 * 10 operations at 100 a second take 200, and this says {compute:.4f}")
 
 
 @checker
@@ -95,30 +74,19 @@ def largest_batch(answer):
         return _number(found, "largest_batch")
 
     by_memory = ask(1550, 1e6)
-    expect(
-        by_memory != 15, "the weights need memory, too: 1,550 bytes less 1,000 leave room for 5 texts of 100"
-    )
+    expect(by_memory != 15, "the weights need memory, too: 1,550 bytes less 1,000 leave room for 5 texts of 100")
     expect(by_memory != 6, "5.5 texts fit, and half a text cannot be served: round down")
     expect(by_memory != 999_990, "memory is not asked: the caches must be held before they are read")
     expect(by_memory == int(by_memory), f"{by_memory} is not a whole number of texts")
-    expect(
-        by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and this says {by_memory:g}"
-    )
+    expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and this says {by_memory:g}")
     by_time = ask(10_000, 13.0)
-    expect(
-        by_time != 90,
-        "the promised TPOT is not asked: reading 10,000 bytes at 100 a second takes 100 s, not 13",
-    )
+    expect(by_time != 90, "the promised TPOT is not asked: reading 10,000 bytes at 100 a second takes 100 s, not 13")
     expect(by_time != 13, "the weights are read in every step, too: of 1,300 bytes in 13 s, 1,000 are theirs")
-    expect(
-        by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; this says {by_time:g}"
-    )
+    expect(by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; this says {by_time:g}")
     for memory, tpot in ((900, 1e6), (10_000, 5.0)):
         found = ask(memory, tpot)
         expect(found >= 0, f"{found:g} texts: where not even the weights fit, the answer is 0")
-        expect(
-            found == 0, f"memory {memory} and TPOT {tpot:g} s have room for nobody, and this says {found:g}"
-        )
+        expect(found == 0, f"memory {memory} and TPOT {tpot:g} s have room for nobody, and this says {found:g}")
 
 
 @checker
@@ -132,13 +100,9 @@ def honest_tpot(answer):
         return math.isclose(found, value, rel_tol=1e-6)
 
     expect(not is_near(reported), "this is the reported one: it was divided by 4 gaps, of which 2 were seen")
-    expect(
-        not is_near(reported * 5 / 3), "5 tokens have 4 gaps and 3 visible tokens have 2: gaps, not tokens"
-    )
+    expect(not is_near(reported * 5 / 3), "5 tokens have 4 gaps and 3 visible tokens have 2: gaps, not tokens")
     expect(not is_near(reported * 2 / 4), "the wrong way round: fewer gaps in the same time are longer ones")
-    expect(
-        not is_near((11.0 - 1.0) / 4), "the hidden gaps cannot be known from this; only those that were seen"
-    )
+    expect(not is_near((11.0 - 1.0) / 4), "the hidden gaps cannot be known from this; only those that were seen")
     right = (token_s[-1] - token_s[2]) / 2
     expect(is_near(right), f"7 s and 2 gaps are 3.5 s each, and this says {found:.4f}")
     same = _number(answer(0.25, 9, 0), "honest_tpot with nothing hidden")
@@ -147,7 +111,4 @@ def honest_tpot(answer):
         last = answer(0.0, 5, 4)
     except ZeroDivisionError:
         last = "a division by zero"
-    expect(
-        last is None,
-        f"with 4 of 5 tokens hidden one is visible and there is no gap: None, and this gives {last}",
-    )
+    expect(last is None, f"with 4 of 5 tokens hidden one is visible and there is no gap: None, and this gives {last}")

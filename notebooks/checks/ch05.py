@@ -62,11 +62,7 @@ def merge_states(answer):
     )
     expect(torch.allclose(found[2], whole[2], rtol=1e-4, atol=1e-6), "out is not that of all keys together")
     empty = _state(scores[:, :0], values[:0])
-    for name, pair in {
-        "left": (empty, right),
-        "right": (left, empty),
-        "left and the right": (empty, empty),
-    }.items():
+    for name, pair in {"left": (empty, right), "right": (left, empty), "left and the right": (empty, empty)}.items():
         seen = [state for state in pair if state is not empty]
         like = seen[0] if seen else empty
         parts = merged(*pair)
@@ -95,28 +91,18 @@ def causal_traffic(answer):
         right = 2 * N * d + 2 * d * sum(blocks)
         likely = {
             2 * N * d
-            + 2
-            * d
-            * len(blocks)
-            * M: "every block reads all keys: the mask hides those after its last query",
+            + 2 * d * len(blocks) * M: "every block reads all keys: the mask hides those after its last query",
             2 * N * d + d * sum(blocks): "only the keys are read, or only the values: each is d numbers wide",
             2 * d * sum(blocks): "the keys and values alone: q is read and the output written, too",
-            N * d
-            + 2
-            * d
-            * sum(blocks): "q is read once and the output is written once, and one of them is missing",
+            N * d + 2 * d * sum(blocks): "q is read once and the output is written once, and one of them is missing",
             2 * N * d
             + 2
             * d
-            * sum(
-                seen_by_blocks(N, N, block_q)
-            ): "the M - N tokens before the first query are seen by all queries",
-            2 * N * d
-            + 2 * d * sum(min(M - N + start + block_q, M + block_q) for start in range(0, N, block_q)): (
+            * sum(seen_by_blocks(N, N, block_q)): "the M - N tokens before the first query are seen by all queries",
+            2 * N * d + 2 * d * sum(min(M - N + start + block_q, M + block_q) for start in range(0, N, block_q)): (
                 "the last block is not full, and sees no key after the last query"
             ),
-            2 * N * d
-            + 2 * d * sum(blocks[: N // block_q]): "the last block is not full, but it reads keys, too",
+            2 * N * d + 2 * d * sum(blocks[: N // block_q]): "the last block is not full, but it reads keys, too",
         }
         fault = likely.get(found, f"{right} is what tiled_attention counts")
         expect(found == right, f"{asked} gives {found}: {fault}")
@@ -138,9 +124,7 @@ def key_tiles(answer):
         asked = f"key_tiles({first}, {last}, {window}, {block_k})"
         expect(found is not None, f"{asked} gives None: is the `return` missing?")
         found = [int(begin) for begin in found]
-        seen = {
-            key for query in range(first, last + 1) for key in range(max(0, query - window + 1), query + 1)
-        }
+        seen = {key for query in range(first, last + 1) for key in range(max(0, query - window + 1), query + 1)}
         right = sorted({key // block_k * block_k for key in seen})
         keys = range(max(0, last - window + 1), last + 1)
         last_only = sorted({key // block_k * block_k for key in keys})
@@ -187,10 +171,7 @@ def row_softmax(answer):
             rows == 1 or not torch.allclose(found, x.softmax(dim=0), atol=1e-5),
             f"{asked}: columns add up to 1 instead of rows",
         )
-        expect(
-            torch.allclose(found, right, atol=1e-5),
-            f"{asked} is off by up to {(found - right).abs().max():.2g}",
-        )
+        expect(torch.allclose(found, right, atol=1e-5), f"{asked} is off by up to {(found - right).abs().max():.2g}")
     large = torch.tensor([[200.0, 199.0, -200.0]], device=device)
     found = answer(large.clone())
     expect_tensor(found, large, "row_softmax of [200, 199, -200]")

@@ -18,10 +18,7 @@ def slots_between(answer):
     found = answer(list(table), 2, 7, 3)
     expect(found is not None, "slots_between gives None: is the `return` missing?")
     found = [int(slot) for slot in found]
-    expect(
-        found != list(range(2, 7)),
-        "these are the tokens' own positions: the table says where their blocks lie",
-    )
+    expect(found != list(range(2, 7)), "these are the tokens' own positions: the table says where their blocks lie")
     expect(
         found != [table[i // 3] for i in range(2, 7)],
         "these are blocks: a slot is block * block_size + the place in the block",
@@ -32,16 +29,14 @@ def slots_between(answer):
     )
     first = table[2 // 3] * 3 + 2
     expect(
-        found != list(range(first, first + 5)),
-        "only the first token was looked up: the next block may lie anywhere",
+        found != list(range(first, first + 5)), "only the first token was looked up: the next block may lie anywhere"
     )
     expect(len(found) != 6, "token 7 is not asked for: the stretch ends before `end`")
     for start, end, size in ((2, 7, 3), (0, 12, 3), (5, 6, 4), (4, 4, 2), (3, 16, 4), (0, 4, 1)):
         found = [int(slot) for slot in answer(list(table), start, end, size)]
         wanted = right(start, end, size)
         expect(
-            found == wanted,
-            f"table {table}, start {start}, end {end}, block_size {size}: {found} instead of {wanted}",
+            found == wanted, f"table {table}, start {start}, end {end}, block_size {size}: {found} instead of {wanted}"
         )
 
 
@@ -56,21 +51,14 @@ def read_back(answer):
         try:
             found = answer(k_cache.clone(), table.clone(), length)
         except IndexError:
-            expect(
-                False, f"{asked} looks up a surplus entry, which may be anything: use the first blocks alone"
-            )
+            expect(False, f"{asked} looks up a surplus entry, which may be anything: use the first blocks alone")
         if isinstance(found, torch.Tensor) and found.dim() == 3 and found.shape[0] > length:
-            expect(
-                False,
-                f"{asked} gives {found.shape[0]} tokens: slots past the length hold nothing of this sequence",
-            )
+            expect(False, f"{asked} gives {found.shape[0]} tokens: slots past the length hold nothing of this sequence")
         if isinstance(found, torch.Tensor) and found.dim() == 4:
             expect(False, f"{asked} still has blocks as an axis: flatten blocks and places into tokens")
         expect_tensor(found, right, asked)
         run = k_cache.flatten(0, 1)[:length]
-        expect(
-            length == 1 or not found.equal(run), "these are the pool's first slots: the table was not asked"
-        )
+        expect(length == 1 or not found.equal(run), "these are the pool's first slots: the table was not asked")
         for token in range(length):
             expect(
                 found[token].equal(right[token]),
@@ -84,25 +72,13 @@ def empty_slots(answer):
     lengths, size = [5, 8, 1, 4], 4
     found = answer(list(lengths), size)
     expect(found is not None, "empty_slots gives None: is the `return` missing?")
-    expect(
-        int(found) != 14,
-        "a full last block was counted as empty: a length of 8 fills two blocks of 4 exactly",
-    )
+    expect(int(found) != 14, "a full last block was counted as empty: a length of 8 fills two blocks of 4 exactly")
     expect(int(found) != 7, "lengths were rounded down: the tokens of the last block need a block, too")
     expect(int(found) != 2, "the lengths were added up first: two sequences never share a block")
-    for lengths, size in (
-        ([5, 8, 1, 4], 4),
-        ([16], 16),
-        ([17], 16),
-        ([3, 9, 30], 1),
-        ([], 8),
-        ([1] * 10, 256),
-    ):
+    for lengths, size in (([5, 8, 1, 4], 4), ([16], 16), ([17], 16), ([3, 9, 30], 1), ([], 8), ([1] * 10, 256)):
         wanted = sum(-length % size for length in lengths)
         found = int(answer(list(lengths), size))
-        expect(
-            found == wanted, f"lengths {lengths}, block_size {size}: {found} empty slots instead of {wanted}"
-        )
+        expect(found == wanted, f"lengths {lengths}, block_size {size}: {found} empty slots instead of {wanted}")
 
 
 @checker

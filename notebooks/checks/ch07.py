@@ -39,10 +39,7 @@ def write_next(answer):
             found or not wanted,
             f"{asked}: nothing is copied, and what one writes the others would read in their own texts",
         )
-        expect(
-            len(found) <= len(wanted) or wanted,
-            f"{asked}: a block that one table alone holds needs no copy",
-        )
+        expect(len(found) <= len(wanted) or wanted, f"{asked}: a block that one table alone holds needs no copy")
         expect(
             len(found) <= len(wanted),
             f"{asked}: {len(found)} copies instead of {len(wanted)}: each writer lets go of the shared block, "
@@ -58,9 +55,7 @@ def write_next(answer):
             found_counts == wanted_counts,
             f"{asked}: afterwards the counts are {found_counts}; the tables say {wanted_counts}",
         )
-        expect(
-            found_free == wanted_free, f"{asked}: afterwards free is {found_free} instead of {wanted_free}"
-        )
+        expect(found_free == wanted_free, f"{asked}: afterwards free is {found_free} instead of {wanted_free}")
 
 
 @checker
@@ -110,13 +105,9 @@ def tokens_found(answer):
             found != everywhere or everywhere == wanted or num_tokens == everywhere,
             f"{asked}: blocks after the first unknown one were counted, and what lies between would be missing",
         )
+        expect(found != num_tokens, f"{asked}: all tokens are found, and none is left to compute the next one's logits")
         expect(
-            found != num_tokens,
-            f"{asked}: all tokens are found, and none is left to compute the next one's logits",
-        )
-        expect(
-            not (wanted and found == wanted // size),
-            f"{asked}: {found} is the number of blocks; tokens are asked for",
+            not (wanted and found == wanted // size), f"{asked}: {found} is the number of blocks; tokens are asked for"
         )
         expect(found == wanted, f"{asked}: {found} instead of {wanted}")
 
@@ -133,12 +124,9 @@ def break_even_link(answer):
     def is_near(value):
         return math.isclose(found, value, rel_tol=1e-6)
 
+    expect(not is_near(right / 2), "what goes out has to come in again: 2 * token_bytes travel for each token")
     expect(
-        not is_near(right / 2), "what goes out has to come in again: 2 * token_bytes travel for each token"
-    )
-    expect(
-        not is_near(2 * right),
-        "a parameter costs a multiplication and an addition: 2 * parameters operations a token",
+        not is_near(2 * right), "a parameter costs a multiplication and an addition: 2 * parameters operations a token"
     )
     expect(not is_near(1 / right), "this is seconds per byte: the other way round")
     for case in ((parameters, token_bytes, speed), (1e9, 1e5, 1e12), (3e6, 3072, 5e10)):

@@ -22,10 +22,7 @@ def kept_waiting(answer):
     expect(found is not None, "kept_waiting gives None: is the `return` missing?")
     found = list(found)
     asked = f"outputs {outputs} with 3 seats"
-    expect(
-        len(found) == 7,
-        f"{asked}: a list of {len(found)} and not of 7: the last batch counts, full or not",
-    )
+    expect(len(found) == 7, f"{asked}: a list of {len(found)} and not of 7: the last batch counts, full or not")
     expect(
         found != [9 - tokens for tokens in outputs],
         f"{asked}: a row waits for the longest of its own batch, not of all requests",
@@ -44,9 +41,7 @@ def promise(answer):
     found = answer(*case)
     expect(found is not None, "promise gives None: is the `return` missing?")
     budget, ttft_us = found
-    expect(
-        budget != 769, f"{asked}: a step of {budget} tokens takes {17_000 + 130 * 769:,} us, over the promise"
-    )
+    expect(budget != 769, f"{asked}: a step of {budget} tokens takes {17_000 + 130 * 769:,} us, over the promise")
     expect(budget != 639, f"{asked}: a step of 639 tokens takes {17_000 + 130 * 639:,} us, over the promise")
     expect(budget != 630, f"{asked}: the budget counts who decodes too; 630 is what they leave to the prompt")
     expect(budget == 638, f"{asked}: the budget is 638, and not {budget}")
@@ -56,8 +51,7 @@ def promise(answer):
     )
     expect(ttft_us != 3 * 99_940, f"{asked}: the last chunk has 240 tokens, so its step is not a full one")
     expect(
-        ttft_us != 2 * 99_940 + 17_000 + 130 * 240,
-        f"{asked}: in the step of the last chunk, too, 8 requests decode",
+        ttft_us != 2 * 99_940 + 17_000 + 130 * 240, f"{asked}: in the step of the last chunk, too, 8 requests decode"
     )
     expect(ttft_us == 249_120, f"{asked}: the first token comes after 249,120 us, and not {ttft_us:,}")
     even = answer(50_000, 10, 300, 10_000, 1000)  # a budget of 40, chunks of 30: ten full steps
@@ -115,14 +109,7 @@ def Alternate(answer):
     """Prompts whole, in steps of their own, and never twice in a row while anybody decodes."""
     expect(isinstance(answer, type) and issubclass(answer, Policy), "Alternate is to be a class, a Policy")
     expect(not answer.chunks_prompts, "prompts are to be computed whole: keep chunks_prompts = False")
-    arrivals = {
-        0: [(4, 9), (5, 3)],
-        2: [(8, 4)],
-        3: [(6, 4)],
-        4: [(7, 2)],
-        12: [(40, 3), (41, 2)],
-        30: [(9, 5)],
-    }
+    arrivals = {0: [(4, 9), (5, 3)], 2: [(8, 4)], 3: [(6, 4)], 4: [(7, 2)], 12: [(40, 3), (41, 2)], 30: [(9, 5)]}
     manager, trace, crowd = BlockManager(100, 4), Trace(100), Crowd(200)
     scheduler = Scheduler(manager, 4, 64, policy=answer(), trace=trace)
     could_wait = []  # of each step, whether somebody waited although there was a seat

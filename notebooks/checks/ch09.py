@@ -21,14 +21,9 @@ def read_events(answer):
         try:
             found = answer(iter(list(chunks)))
         except UnicodeDecodeError:
-            expect(
-                False, f"{of_what}: a letter of several bytes is cut in two; decode whole events, not chunks"
-            )
+            expect(False, f"{of_what}: a letter of several bytes is cut in two; decode whole events, not chunks")
         except ValueError as error:
-            expect(
-                False,
-                f"{of_what}: what is parsed is no JSON ({error}): is it a whole payload, and not [DONE]?",
-            )
+            expect(False, f"{of_what}: what is parsed is no JSON ({error}): is it a whole payload, and not [DONE]?")
         expect(found is not None, "read_events gives None: is the `return` missing?")
         found = list(found)
         expect(
@@ -42,10 +37,7 @@ def read_events(answer):
     check([wire], "all events in one chunk")
     check([wire[:9], wire[9:30], wire[30:]], "an event over several chunks")
     check([wire[i : i + 1] for i in range(len(wire))], "a byte a chunk")
-    check(
-        [b": still there\n\n", *one_each[:2], b":\n\n", *one_each[2:], b"data: [DONE]\n\n"],
-        "comments between",
-    )
+    check([b": still there\n\n", *one_each[:2], b":\n\n", *one_each[2:], b"data: [DONE]\n\n"], "comments between")
     rng = random.Random(0)
     for _ in range(50):
         cuts = [0, *sorted(rng.sample(range(1, len(wire)), 6)), len(wire)]
@@ -86,10 +78,7 @@ def StopFilter(answer):
         for index, piece in enumerate(pieces):
             found, wanted = mine.push(piece), right.push(piece)
             expect(isinstance(found, str), f"push gives {found!r}, and a string is asked for")
-            expect(
-                found == wanted,
-                f"{asked}: after piece {index} {wanted!r} may be shown, and not {found!r}: {why}",
-            )
+            expect(found == wanted, f"{asked}: after piece {index} {wanted!r} may be shown, and not {found!r}: {why}")
         found, wanted = mine.finish(), right.finish()
         expect(found == wanted, f"{asked}: finish gives {wanted!r}, and not {found!r}: {why}")
 
@@ -99,14 +88,8 @@ def StopFilter(answer):
     check(["END"], ["a E", "N", " b"], "what was held is shown once it cannot be the stop string any more")
     check(["END"], ["a E", "N"], "what is held at the end was text after all")
     check(["\n\n", "END"], ["a E", "ND"], "every stop string counts, not the first alone")
-    check(
-        ["END", "stop"],
-        ["a stop END"],
-        "the stop string that begins first in the text counts, not in the list",
-    )
-    check(
-        ["aab"], ["aa", "ab", "x"], "a longer beginning was none, and a shorter one in it is the stop string"
-    )
+    check(["END", "stop"], ["a stop END"], "the stop string that begins first in the text counts, not in the list")
+    check(["aab"], ["aa", "ab", "x"], "a longer beginning was none, and a shorter one in it is the stop string")
     rng = random.Random(0)
     for _ in range(200):
         stops = ["".join(rng.choices("ab", k=rng.randint(2, 5))) for _ in range(rng.randint(1, 3))]
@@ -148,19 +131,14 @@ def run_to_end(answer):
         try:
             found = answer(engine, patience)
         except RuntimeError as error:
-            expect(
-                "changed size" not in str(error), f"{of_what}: abort changes `live`: walk over a copy of it"
-            )
+            expect("changed size" not in str(error), f"{of_what}: abort changes `live`: walk over a copy of it")
             expect(False, f"{of_what}: the RuntimeError of a step comes out, and it is to be survived")
         expect(found is not None, "run_to_end gives None: is the `return` missing?")
         expect(
-            engine.num_steps == num_steps,
-            f"{of_what}: {num_steps} steps are to be tried, and not {engine.num_steps}",
+            engine.num_steps == num_steps, f"{of_what}: {num_steps} steps are to be tried, and not {engine.num_steps}"
         )
         expect(not engine.live, f"{of_what}: {list(engine.live)} still live: who gives up aborts them")
-        expect(
-            sorted(engine.aborted) == aborted, f"{of_what}: {aborted} are to be aborted, not {engine.aborted}"
-        )
+        expect(sorted(engine.aborted) == aborted, f"{of_what}: {aborted} are to be aborted, not {engine.aborted}")
         expect(found == right, f"{of_what}: the last outputs are {right}, and not {found}")
 
     failed = RuntimeError("the device did not answer")
@@ -171,23 +149,14 @@ def run_to_end(answer):
     check([failed, first, second, failed, third, {}], 2, whole, 5, [], "patience 2, steps 1 and 4 fail")
     alternating = [failed, first, failed, second, failed, {}, failed, third, {}]
     check(alternating, 2, whole, 8, [], "patience 2, every other step fails, never two in a row")
-    check(
-        [first, failed, failed, third, {}],
-        2,
-        {"a": 1, "b": 1},
-        3,
-        ["a", "b", "c"],
-        "patience 2, two fail in a row",
-    )
+    check([first, failed, failed, third, {}], 2, {"a": 1, "b": 1}, 3, ["a", "b", "c"], "patience 2, two fail in a row")
     check([failed] * 9, 4, {}, 4, ["a", "b", "c"], "patience 4, all steps fail")
     engine = _Flaky([first, KeyError("a bug")], "abc")
     try:
         answer(engine, 3)
     except KeyError:
         return
-    expect(
-        False, "a step raises KeyError: only RuntimeError is to be survived, the rest is a bug and comes out"
-    )
+    expect(False, "a step raises KeyError: only RuntimeError is to be survived, the rest is a bug and comes out")
 
 
 @checker
@@ -204,9 +173,7 @@ def mean_in_system(answer):
     for arrived_s, ended_s in cases:
         found = answer(list(arrived_s), list(ended_s))
         expect(found is not None, "mean_in_system gives None: is the `return` missing?")
-        asked = (
-            f"arrived {arrived_s}, ended {ended_s}" if len(arrived_s) < 9 else "20 requests drawn at random"
-        )
+        asked = f"arrived {arrived_s}, ended {ended_s}" if len(arrived_s) < 9 else "20 requests drawn at random"
         there_s = sum(ended_s) - sum(arrived_s)
         begin_s, end_s = min(arrived_s), max(ended_s)
         right = there_s / (end_s - begin_s)
@@ -214,13 +181,8 @@ def mean_in_system(answer):
         def is_about(wrong, found=found, right=right):
             return abs(found - wrong) < 1e-9 < abs(right - wrong)
 
-        expect(
-            not is_about(there_s / len(arrived_s)),
-            f"{asked}: {found:.3f} is the mean time that each spends there",
-        )
-        expect(
-            not is_about(len(arrived_s) / (end_s - begin_s)), f"{asked}: {found:.3f} is the rate of arrivals"
-        )
+        expect(not is_about(there_s / len(arrived_s)), f"{asked}: {found:.3f} is the mean time that each spends there")
+        expect(not is_about(len(arrived_s) / (end_s - begin_s)), f"{asked}: {found:.3f} is the rate of arrivals")
         expect(not is_about(there_s / end_s), f"{asked}: the clock begins with the first arrival, not at 0")
         for span_s in (ended_s[-1] - arrived_s[0], ended_s[-1] - begin_s, end_s - arrived_s[0]):
             expect(

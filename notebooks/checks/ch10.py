@@ -22,18 +22,13 @@ def decoder_calls(answer):
     expect(static != 8, "there are two static batches one after the other: the second waits for the first")
     expect(static != 5, "a static batch lasts as long as its longest request, not its shortest")
     expect(static == 11, f"static batches [8, 2] and [3, 3] take 8 + 3 calls, and this says {static}")
-    expect(
-        continuous != 11, "continuous is as slow as static here: a seat is free as soon as its request ends"
-    )
+    expect(continuous != 11, "continuous is as slow as static here: a seat is free as soon as its request ends")
     expect(continuous == 8, f"continuous, 2, 3 and 3 fit beside the 8: 8 calls, and this says {continuous}")
     tail = answer([2, 2, 9], 2)[2]
     expect(
-        tail != 7,
-        "13 tokens over 2 seats are 7 calls only if both are always taken: the 9 runs on alone at the end",
+        tail != 7, "13 tokens over 2 seats are 7 calls only if both are always taken: the 9 runs on alone at the end"
     )
-    expect(
-        tail != 9, "the longest request cannot always start at once: in [2, 2, 9] it waits 2 calls for a seat"
-    )
+    expect(tail != 9, "the longest request cannot always start at once: in [2, 2, 9] it waits 2 calls for a seat")
     expect(tail == 11, f"[2, 2, 9] with 2 seats take 2 + 9 calls, and this says {tail}")
     expect(answer([5, 1], 8) == (6, 5, 5), f"with seats to spare, [5, 1] give {answer([5, 1], 8)}")
     found = answer([4, 1, 1, 6, 2, 7, 3], 3)
@@ -51,9 +46,7 @@ def first_difference(answer):
     expect(found != (1, 0), "positions count within the request: 8 is right, the 9 at position 1 is not")
     expect(found == (1, 1), f"[8, 9] against [8, 4] in request 1 differ at (1, 1), and this says {found!r}")
     found = answer([[5, 6, 7], [8, 9]], [[5, 6], [8, 9]])
-    expect(
-        found is not None, "a run that stops early is passed as equal: zip() ends with the shorter of the two"
-    )
+    expect(found is not None, "a run that stops early is passed as equal: zip() ends with the shorter of the two")
     expect(found == (0, 2), f"[5, 6, 7] against [5, 6] differ at (0, 2), and this says {found!r}")
     found = answer([[5, 6]], [[5, 6, 7]])
     expect(found == (0, 2), f"a run that goes on too long, [5, 6, 7] for [5, 6], gives {found!r}, not (0, 2)")
@@ -75,14 +68,8 @@ def times_as_fast(answer):
         return math.isclose(found, right, rel_tol=1e-6)
 
     expect(not near(ratio, 1 / 3), "this is our seconds over theirs: who needs fewer seconds is faster")
-    expect(
-        not near(ratio, 17 / 7),
-        "these are means: one round with a busy neighbour moves a mean, and not a median",
-    )
-    expect(
-        not near(ratio, 17 / 6),
-        "this is the mean of the rounds' ratios; the ratio of the medians is asked for",
-    )
+    expect(not near(ratio, 17 / 7), "these are means: one round with a busy neighbour moves a mean, and not a median")
+    expect(not near(ratio, 17 / 6), "this is the mean of the rounds' ratios; the ratio of the medians is asked for")
     expect(near(ratio, 3.0), f"medians 6 and 2 give 3.0, and this says {ratio}")
     expect(
         not (near(low, 0.75) or near(high, 8.0)),
@@ -92,9 +79,7 @@ def times_as_fast(answer):
         not (near(low, 2.0) and near(high, 3.0)),
         "the lowest and highest come of sorted runs: rounds are pairs, and sorting parts them",
     )
-    expect(
-        near(low, 1.5) and near(high, 4.0), f"the rounds give 3.0, 1.5 and 4.0, and this says {low} to {high}"
-    )
+    expect(near(low, 1.5) and near(high, 4.0), f"the rounds give 3.0, 1.5 and 4.0, and this says {low} to {high}")
     found = answer([2.0, 1.0, 5.0, 3.0], [4.0, 1.5, 5.0, 9.0])
     expect(
         near(found[0], 1.8),

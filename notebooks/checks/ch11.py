@@ -90,8 +90,7 @@ def keep_or_redraw(answer):
     found = said(3, 0.9, 0.35)
     expect(found != 3, "p/q of token 3 is a quarter and u = 0.9 is not below it: it is not kept")
     expect(
-        found != 1,
-        "what is left, 0.3, 0.2, 0, 0, adds up to 0.5, so v = 0.35 falls into token 0. Is it normalised?",
+        found != 1, "what is left, 0.3, 0.2, 0, 0, adds up to 0.5, so v = 0.35 falls into token 0. Is it normalised?"
     )
     expect(found == 0, f"what is left is 0.3, 0.2, 0, 0, and v = 0.35 falls into token 0; this says {found}")
     found = said(2, 0.5, 0.95)
@@ -120,21 +119,13 @@ def best_k(answer):
     except ZeroDivisionError:
         found = "a division by 0"
     expect(found is not None, "best_k gives None: is the `return` missing?")
-    expect(
-        found != "a division by 0",
-        "alpha = 1 divides by 0 in the closed form: all k + 1 tokens are given then",
-    )
+    expect(found != "a division by 0", "alpha = 1 divides by 0 in the closed form: all k + 1 tokens are given then")
     expect(found == 6, f"drafts that are always right and cost 0.1: as many as allowed, 6; this says {found}")
     found = answer(0.2, 0.5, 8)
-    expect(
-        found != 1, "alpha 0.2 at cost 0.5: one draft gives 1.2 tokens for 1.5 passes, so no drafts is better"
-    )
+    expect(found != 1, "alpha 0.2 at cost 0.5: one draft gives 1.2 tokens for 1.5 passes, so no drafts is better")
     expect(found == 0, f"alpha 0.2 at cost 0.5 is best without drafts, k = 0, and this says {found}")
     found = answer(0.8, 0.1, 20)
-    expect(
-        found != 20,
-        "tokens a step always grow with k: what a draft costs must be divided by, and was forgotten",
-    )
+    expect(found != 20, "tokens a step always grow with k: what a draft costs must be divided by, and was forgotten")
     expect(found != 21, "this counts the tokens of a step and not the drafts")
     expect(found == right(0.8, 0.1, 20), f"alpha 0.8 at cost 0.1: k = 5 is best, and this says {found}")
     found = answer(0.0, 0.0, 5)

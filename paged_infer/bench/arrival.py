@@ -91,10 +91,7 @@ def watch_arrival(
 
     ``max_tokens``: of a running request; more than the steps that all this takes.
     """
-    running = {
-        server.submit(RequestLengths(RUNNING_PROMPT, max_tokens)).sequence_id: [0.0]
-        for _ in range(num_running)
-    }
+    running = {server.submit(RequestLengths(RUNNING_PROMPT, max_tokens)).sequence_id: [0.0] for _ in range(num_running)}
     while min(len(token_s) for token_s in running.values()) <= TOKENS_BEFORE:
         for sequence in server.step(float("inf")):
             running[sequence.sequence_id].append(server.now_s)

@@ -23,9 +23,7 @@ app = typer.Typer()
 
 @app.command()
 def memory(
-    output_tokens: Annotated[
-        int, typer.Option(help="Drawn by the requests of each data set.", min=1)
-    ] = 300_000,
+    output_tokens: Annotated[int, typer.Option(help="Drawn by the requests of each data set.", min=1)] = 300_000,
     slots: Annotated[int, typer.Option(help="Tokens that the KV memory holds.", min=1)] = 15_728,
     block_size: Annotated[int, typer.Option(help="Tokens in a block.", min=1)] = 16,
     seed: Seed = 0,
@@ -110,13 +108,9 @@ def _show_memory(report: MemoryReport) -> None:
         console.print(table)
         paged = dataset["paged"]
         console.print(f"paged: {paged.preemptions:,} preemptions\n", highlight=False)
-    sizes = _table(
-        "paged, blocks in use that hold tokens", "block size", report.datasets[0].fill_by_block_size
-    )
+    sizes = _table("paged, blocks in use that hold tokens", "block size", report.datasets[0].fill_by_block_size)
     for dataset in report.datasets:
-        sizes.add_row(
-            dataset.name.split("-")[0], *(f"{fill:.0%}" for fill in dataset.fill_by_block_size.values())
-        )
+        sizes.add_row(dataset.name.split("-")[0], *(f"{fill:.0%}" for fill in dataset.fill_by_block_size.values()))
     console.print(sizes)
     sharing = _table("blocks saved by sharing", "requests", ("width", "saved", "the paper's"))
     for one in report.sharing:
@@ -133,9 +127,7 @@ def control(
     pool: Annotated[list[int] | None, typer.Option(help="Blocks of a pool; may be repeated.", min=1)] = None,
     step_ms: Annotated[
         float | None,
-        typer.Option(
-            help="A model's step, for the trace's share; default: the storyteller's here.", min=0.001
-        ),
+        typer.Option(help="A model's step, for the trace's share; default: the storyteller's here.", min=0.001),
     ] = None,
     seed: Seed = 0,
     figures: Annotated[Path, typer.Option(help="Folder for bench-control.json.")] = Path("figures"),
@@ -150,9 +142,7 @@ def control(
             pools = control_load.measure_pools(pool or control_load.POOLS, num_seqs, num_steps, seed)
             lookups = control_load.measure_lookups()
             step_is = (
-                "as given"
-                if step_ms
-                else f"the storyteller's, {num_seqs} sequences decoding, on {machine['device']}"
+                "as given" if step_ms else f"the storyteller's, {num_seqs} sequences decoding, on {machine['device']}"
             )
             step_ms = step_ms or control_load.storyteller_step_ms(num_seqs)
     except ValueError as error:
@@ -166,16 +156,7 @@ def control(
 
 def _show_control(report: ControlReport) -> None:
     title = f"schedule + update, {report.num_seqs} sequences running, ms a step ({report.num_steps} steps)"
-    columns = (
-        "held",
-        "evicted\na step",
-        "hit tokens\na step",
-        "median",
-        "p95",
-        "traced",
-        "p95",
-        "trace\nadds",
-    )
+    columns = ("held", "evicted\na step", "hit tokens\na step", "median", "p95", "traced", "p95", "trace\nadds")
     pools = _table(title, "blocks", columns)
     for pool in report.pools:
         times = (pool.plain_ms, pool.plain_p95_ms, pool.traced_ms, pool.traced_p95_ms, pool.trace_ms)
@@ -190,9 +171,7 @@ def _show_control(report: ControlReport) -> None:
     lookups = _table("prefix lookup", "prompt tokens", ("microseconds", "ns a token", "one block\nlater, us"))
     for one in report.lookups:
         per_token = 1e3 * one.first_us / one.num_tokens
-        lookups.add_row(
-            f"{one.num_tokens:,}", f"{one.first_us:.0f}", f"{per_token:.0f}", f"{one.next_block_us:.1f}"
-        )
+        lookups.add_row(f"{one.num_tokens:,}", f"{one.first_us:.0f}", f"{per_token:.0f}", f"{one.next_block_us:.1f}")
     console.print(lookups)
 
 
@@ -219,9 +198,7 @@ def policies(
 
     try:
         with console.status("serving"):
-            report = run_policies(
-                simulate, num_requests, rate, max_num_seqs, chunk_tokens, delay or [0.0, 0.5], seed
-            )
+            report = run_policies(simulate, num_requests, rate, max_num_seqs, chunk_tokens, delay or [0.0, 0.5], seed)
     except ValueError as error:
         fail(error)
     _show_policies(report)
@@ -258,18 +235,8 @@ def arrival(
 
 
 def _show_policies(report: PoliciesReport) -> None:
-    columns = (
-        "tokens\n/s",
-        "TTFT\np50, s",
-        "TTFT\np95, s",
-        "gap, ms\np50",
-        "gap\np99",
-        "longest\nstall",
-        "2nd\ntoken",
-    )
-    table = _table(
-        f"{report.served_by}: {report.load}, at most {report.max_num_seqs} at once", "policy", columns
-    )
+    columns = ("tokens\n/s", "TTFT\np50, s", "TTFT\np95, s", "gap, ms\np50", "gap\np99", "longest\nstall", "2nd\ntoken")
+    table = _table(f"{report.served_by}: {report.load}, at most {report.max_num_seqs} at once", "policy", columns)
     for policy in report.policies:
         gaps = (policy.gap_p50_s, policy.gap_p99_s, policy.longest_stall_s, policy.longest_start_s)
         table.add_row(

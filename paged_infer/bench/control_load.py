@@ -29,9 +29,7 @@ from paged_infer.control.trace import Trace
 BLOCK_SIZE = 16
 FULL = 0.95  # share of the pool that is held
 POOLS = (1_000, 10_000, 100_000, 1_000_000)  # blocks
-BLOCKS_A_SEQUENCE = (
-    3.4  # about what the traffic holds: 32 tokens of prompt, some shared, and half of 48 of output
-)
+BLOCKS_A_SEQUENCE = 3.4  # about what the traffic holds: 32 tokens of prompt, some shared, and half of 48 of output
 PROMPTS = (256, 1024, 4096, 16384)  # tokens
 MAX_MODEL_LEN = 1 << 20
 
@@ -118,9 +116,7 @@ class House:
     def _arrive(self, num_output: int) -> None:
         lengths = RequestLengths(self._rng.randint(17, 47), num_output)
         shares = self._rng.random() < 0.5
-        self.scheduler.add(
-            self._crowd.request(lengths, prefix=self._rng.choice(self._beginnings) if shares else ())
-        )
+        self.scheduler.add(self._crowd.request(lengths, prefix=self._rng.choice(self._beginnings) if shares else ()))
 
     def open(self) -> None:
         """Fill all places with sequences of every age, so that later about as many end in one step as in another."""
@@ -146,13 +142,9 @@ class House:
         return self.scheduler.manager.pool.num_evictions, stats.prefix_hit_tokens, stats.preemptions
 
 
-def measure_pools(
-    num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, seed: int
-) -> list[PoolReport]:
+def measure_pools(num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, seed: int) -> list[PoolReport]:
     """Each pool plain and traced, all of them one step after the other, so that they meet the same load."""
-    houses = [
-        (House(n, num_seqs, seed, traced=False), House(n, num_seqs, seed, traced=True)) for n in num_blocks
-    ]
+    houses = [(House(n, num_seqs, seed, traced=False), House(n, num_seqs, seed, traced=True)) for n in num_blocks]
     for pair in houses:
         for house in pair:
             house.open()
@@ -169,13 +161,9 @@ def measure_pools(
     ]
 
 
-def _report(
-    house: House, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]
-) -> PoolReport:
+def _report(house: House, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]) -> PoolReport:
     num_steps = len(plain_s)
-    evictions, hits, preemptions = (
-        now - then for now, then in zip(house.report_counts(), before, strict=True)
-    )
+    evictions, hits, preemptions = (now - then for now, then in zip(house.report_counts(), before, strict=True))
     return PoolReport(
         num_blocks=house.num_blocks,
         held=house.scheduler.manager.pool.num_used / house.num_blocks,

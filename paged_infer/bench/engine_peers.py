@@ -135,10 +135,7 @@ def _vllm(options: PeerOptions) -> Contender:
     def run(workload: Workload) -> Run:
         params = [
             SamplingParams(
-                temperature=one.temperature,
-                max_tokens=one.max_tokens,
-                ignore_eos=one.ignore_eos,
-                detokenize=False,
+                temperature=one.temperature, max_tokens=one.max_tokens, ignore_eos=one.ignore_eos, detokenize=False
             )
             for one in workload.params
         ]
@@ -179,9 +176,7 @@ def _nano_vllm(options: PeerOptions) -> Contender:
     def run(workload: Workload) -> Run:
         # It draws every token and refuses a temperature of 0; the smallest that it takes is greedy but for ties.
         params = [
-            SamplingParams(
-                temperature=max(1e-5, one.temperature), max_tokens=one.max_tokens, ignore_eos=one.ignore_eos
-            )
+            SamplingParams(temperature=max(1e-5, one.temperature), max_tokens=one.max_tokens, ignore_eos=one.ignore_eos)
             for one in workload.params
         ]
         start = time.perf_counter()
@@ -222,8 +217,7 @@ def _untimed(workload: Workload, outputs: list[dict[str, Any]], seconds: float) 
     """Of a peer that tells only what it said."""
     token_ids = [list(output["token_ids"]) for output in outputs]
     times = [
-        TokenTimes(0.0, len(prompt), [], len(ids))
-        for prompt, ids in zip(workload.prompts, token_ids, strict=True)
+        TokenTimes(0.0, len(prompt), [], len(ids)) for prompt, ids in zip(workload.prompts, token_ids, strict=True)
     ]
     return Run(token_ids, times, seconds)
 

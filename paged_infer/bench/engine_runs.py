@@ -36,10 +36,7 @@ class WorkloadServer(EngineServer):
 
 
 def run_engine(
-    engine: LLMEngine,
-    workload: Workload,
-    arrive_s: ReadOnlyList[float] | None = None,
-    num_clients: int | None = None,
+    engine: LLMEngine, workload: Workload, arrive_s: ReadOnlyList[float] | None = None, num_clients: int | None = None
 ) -> Run:
     """Serve ``workload``: all at once, or each request at its second of ``arrive_s``, or from so many clients.
 

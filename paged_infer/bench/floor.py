@@ -68,17 +68,11 @@ class ModelCost:
             weight_bytes=read * decoder.dtype.itemsize,
             flops_per_token=2 * (read - embedding),
             head_flops=2 * embedding,
-            layers=tuple(
-                LayerCost(layer.bytes_per_token, flops, layer.window) for layer in decoder.kv_spec()
-            ),
+            layers=tuple(LayerCost(layer.bytes_per_token, flops, layer.window) for layer in decoder.kv_spec()),
         )
 
     def floor(
-        self,
-        prompt_lens: Sequence[int],
-        output_lens: Sequence[int],
-        roofline: Roofline,
-        num_running: int | None = None,
+        self, prompt_lens: Sequence[int], output_lens: Sequence[int], roofline: Roofline, num_running: int | None = None
     ) -> Floor:
         """Of requests of these lengths, at most ``num_running`` at once (None: all).
 

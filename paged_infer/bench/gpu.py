@@ -175,9 +175,7 @@ def slug(name: str) -> str:
 
 
 @app.command()
-def main(
-    out: Annotated[Path, typer.Option(help="Folder in which gpu-<device>/ is made.")] = ROOT / "figures",
-) -> None:
+def main(out: Annotated[Path, typer.Option(help="Folder in which gpu-<device>/ is made.")] = ROOT / "figures") -> None:
     """Kernel tests, benches and notebooks on this CUDA device. Status 1 if any step failed, 2 without CUDA."""
     import torch
 
@@ -186,9 +184,7 @@ def main(
         raise typer.Exit(2)
     name = torch.cuda.get_device_name()
     folder = out.resolve() / f"gpu-{slug(name)}"
-    print(
-        f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}: results in {folder}", flush=True
-    )
+    print(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}: results in {folder}", flush=True)
     results = run_steps(gpu_steps(folder), folder)
     print(write_summary(results, folder))
     print(f"everything in one file: {pack(folder)}")

@@ -47,12 +47,7 @@ class Target:
     api_key: str | None = None
 
     def run(
-        self,
-        workload: Workload,
-        *,
-        stream: bool,
-        num_clients: int | None = None,
-        arrive_s: list[float] | None = None,
+        self, workload: Workload, *, stream: bool, num_clients: int | None = None, arrive_s: list[float] | None = None
     ) -> Run:
         """Raises ValueError if the server refuses a request, or stops answering."""
         job = Job(self.url, self.api_key, self._bodies(workload, stream), num_clients, arrive_s)
@@ -80,10 +75,7 @@ def _run(answered: Replies, workload: Workload, is_whole: bool) -> Run:
     begin_s = min(reply.arrived_s for reply in replies)
     times = [
         TokenTimes(
-            reply.arrived_s - begin_s,
-            len(prompt),
-            [reply.first_s - begin_s, reply.end_s - begin_s],
-            reply.num_output,
+            reply.arrived_s - begin_s, len(prompt), [reply.first_s - begin_s, reply.end_s - begin_s], reply.num_output
         )
         for reply, prompt in zip(replies, workload.prompts, strict=True)
     ]
@@ -144,9 +136,7 @@ class HttpBench:
             entries=entries,
         )
 
-    def _entries(
-        self, clients: list[int], rates: list[float] | None, rate_shares: list[float]
-    ) -> list[Entry]:
+    def _entries(self, clients: list[int], rates: list[float] | None, rate_shares: list[float]) -> list[Entry]:
         """The naive server's runs are not repeated: they take long, and nothing is near them."""
         warm = self.workload.sample(max(clients), CHECKED_TOKENS)
         for target in [self.target, *([self.naive[1]] if self.naive else [])]:
@@ -182,12 +172,9 @@ class HttpBench:
         runs = interleave(opened, self.workload, self.repeats, self.on_run)
         return [self._entry(name, runs[name], rate, ARRIVALS) for name, rate in per_s.items()]
 
-    def _closed(
-        self, target: Target, clients: list[int], suffix: str, *, stream: bool
-    ) -> dict[str, Contender]:
+    def _closed(self, target: Target, clients: list[int], suffix: str, *, stream: bool) -> dict[str, Contender]:
         return {
-            f"{n} client{'s' * (n > 1)}{suffix}": partial(target.run, stream=stream, num_clients=n)
-            for n in clients
+            f"{n} client{'s' * (n > 1)}{suffix}": partial(target.run, stream=stream, num_clients=n) for n in clients
         }
 
     def _entry(self, name: str, runs: list[Run], load: float | None = None, series: str = "") -> Entry:

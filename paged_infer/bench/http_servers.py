@@ -64,9 +64,7 @@ def served_model(url: str, api_key: str | None) -> str:
     except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise ValueError(f"base_url={url!r}: {error}") from None
     if response.status_code != 200:
-        raise ValueError(
-            f"base_url={url!r}: /v1/models answered {response.status_code}: {response.text[:200]}"
-        )
+        raise ValueError(f"base_url={url!r}: /v1/models answered {response.status_code}: {response.text[:200]}")
     return str(response.json()["data"][0]["id"])
 
 

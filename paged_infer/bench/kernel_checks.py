@@ -88,12 +88,8 @@ def _flash(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
                 attention_float64(*(x[row].transpose(0, 1) for x in (q, k, v)), causal=causal, window=window)
                 for row in range(2)
             ]
-            case = f"{_name(dtype)}, {'causal' if causal else 'full'}" + (
-                f", window {window}" if window else ""
-            )
-            yield CheckResult(
-                "flash_attention", case, _error(out.transpose(1, 2), torch.stack(exact)), tolerance
-            )
+            case = f"{_name(dtype)}, {'causal' if causal else 'full'}" + (f", window {window}" if window else "")
+            yield CheckResult("flash_attention", case, _error(out.transpose(1, 2), torch.stack(exact)), tolerance)
 
 
 def _paged(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:

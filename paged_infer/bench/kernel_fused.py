@@ -39,11 +39,7 @@ def store_indexed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
 
-STORES: dict[str, Store] = {
-    "store_kv": store_kv,
-    STORE_INDEXED: store_indexed,
-    STORE_TWIN: store_kv_reference,
-}
+STORES: dict[str, Store] = {"store_kv": store_kv, STORE_INDEXED: store_indexed, STORE_TWIN: store_kv_reference}
 
 
 def fused_races(device: torch.device) -> list[Race]:
@@ -65,11 +61,7 @@ def _twins(name: str, tokens: int, elements: int, entrants: Callable[[int], Mapp
 
 
 def _race(
-    name: str,
-    tokens: int,
-    elements: int,
-    names: tuple[str, ...],
-    entrants: Callable[[int], Mapping[str, Entrant]],
+    name: str, tokens: int, elements: int, names: tuple[str, ...], entrants: Callable[[int], Mapping[str, Entrant]]
 ) -> Race:
     num_bytes = 2 * elements * tokens  # read and written once, in bfloat16
     title = f"{name}, {tokens:,} tokens" + (f", {LAYERS} layers" if name == "store_kv" else "")
@@ -134,9 +126,7 @@ def _samples(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
     return {"sample": partial(scores, sample), "torch": partial(scores, sample_reference)}
 
 
-def _pair(
-    ours: Callable[..., Any], twin: Callable[..., Any], *args: Any, **options: Any
-) -> Mapping[str, Entrant]:
+def _pair(ours: Callable[..., Any], twin: Callable[..., Any], *args: Any, **options: Any) -> Mapping[str, Entrant]:
     def ready(function: Callable[..., Any]) -> Ready:
         def call() -> Tensor:
             out = function(*args, **options)

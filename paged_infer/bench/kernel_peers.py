@@ -152,9 +152,7 @@ def gather_and_sdpa(problem: PagedProblem) -> Ready:
     length = problem.hints["max_seq_len"]
 
     def call() -> Tensor:
-        k, v = (
-            c[tables].flatten(1, 2)[:, :length].transpose(1, 2) for c in (problem.k_cache, problem.v_cache)
-        )
+        k, v = (c[tables].flatten(1, 2)[:, :length].transpose(1, 2) for c in (problem.k_cache, problem.v_cache))
         return F.scaled_dot_product_attention(queries, k, v, enable_gqa=True)
 
     return Ready(call)
@@ -180,13 +178,9 @@ def flashinfer_paged_prefill(problem: PagedProblem) -> Ready:
 
 
 def flashinfer_decode(problem: PagedProblem) -> Ready:
-    wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(
-        _workspace(problem), "NHD", use_tensor_cores=True
-    )
+    wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(_workspace(problem), "NHD", use_tensor_cores=True)
     block_size, dtype = problem.k_cache.shape[1], problem.q.dtype
-    wrapper.plan(
-        *_pages(problem), *_heads(problem), block_size, q_data_type=dtype, kv_data_type=problem.k_cache.dtype
-    )
+    wrapper.plan(*_pages(problem), *_heads(problem), block_size, q_data_type=dtype, kv_data_type=problem.k_cache.dtype)
     return Ready(lambda: wrapper.run(problem.q, (problem.k_cache, problem.v_cache)))
 
 

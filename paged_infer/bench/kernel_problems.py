@@ -90,9 +90,7 @@ def paged_problem(
     ordered = sorted(sequences, key=lambda sequence: sequence[1] > 1)
     lengths = [before + queries for before, queries in ordered]
     needed = [-(-length // block_size) for length in lengths]
-    num_blocks = (
-        sum(needed) + poison
-    )  # with one block that belongs to nobody: surplus table entries point at it
+    num_blocks = sum(needed) + poison  # with one block that belongs to nobody: surplus table entries point at it
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -123,9 +121,7 @@ def paged_problem(
     )
 
 
-def attention_float64(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None
-) -> Tensor:
+def attention_float64(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
     """The definition, head by head in float64: q [N, H, D], k and v [M, H_kv, D] -> [N, H, D] float64."""
     num_queries, num_heads, dim = q.shape
     query = torch.arange(k.shape[0] - num_queries, k.shape[0], device=q.device)[:, None]

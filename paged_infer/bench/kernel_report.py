@@ -138,29 +138,19 @@ class KernelReport:
         flash, paged = "flash_attention", "paged_attention"
         return [
             Reach(
-                "prefill 4k..16k: flash_attention / SDPA flash",
-                1.2,
-                _least(m.ratio(flash, "SDPA flash") for m in long),
+                "prefill 4k..16k: flash_attention / SDPA flash", 1.2, _least(m.ratio(flash, "SDPA flash") for m in long)
             ),
             Reach(
                 "prefill 4k..16k: flash_attention / SDPA cuDNN",
                 0.75,
                 _least(m.ratio(flash, "SDPA cuDNN") for m in long),
             ),
+            Reach("prefill 4k..16k: paged / dense flash_attention", 0.8, _least(m.ratio(paged, flash) for m in long)),
             Reach(
-                "prefill 4k..16k: paged / dense flash_attention",
-                0.8,
-                _least(m.ratio(paged, flash) for m in long),
+                "decode, batch 32, context 4k: share of copy", 0.85, _least(self.share_of_copy(m, paged) for m in usual)
             ),
             Reach(
-                "decode, batch 32, context 4k: share of copy",
-                0.85,
-                _least(self.share_of_copy(m, paged) for m in usual),
-            ),
-            Reach(
-                "decode, batch 1, context 32k: share of copy",
-                0.7,
-                _least(self.share_of_copy(m, paged) for m in alone),
+                "decode, batch 1, context 32k: share of copy", 0.7, _least(self.share_of_copy(m, paged) for m in alone)
             ),
             Reach(
                 "decode: paged_attention / flashinfer",

@@ -60,9 +60,7 @@ class CompiledRow:
 
 
 def compile_table(
-    quick: bool = False,
-    chips: Sequence[int] = CHIPS,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    quick: bool = False, chips: Sequence[int] = CHIPS, on_rows: Callable[[int, int], None] = lambda done, total: None
 ) -> list[CompiledRow]:
     """Compile all variants (or ``quick``, a few of each kernel) for ``chips``, in a child process.
 
@@ -92,9 +90,7 @@ def compile_table(
             rows[number] = [CompiledRow(**row) for row in found]
             on_rows(len(rows), total)
     if child.returncode or len(rows) < total:
-        raise RuntimeError(
-            f"compiled {len(rows)} of {total}, then the compiling process ended: its message is above"
-        )
+        raise RuntimeError(f"compiled {len(rows)} of {total}, then the compiling process ended: its message is above")
     return [row for number in sorted(rows) for row in rows[number]]
 
 

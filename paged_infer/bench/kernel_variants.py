@@ -100,9 +100,7 @@ def _empty(variant: Variant, *shape: int, dtype: str = "") -> Tensor:
 def _flash(variant: Variant) -> None:
     q, kv = _empty(variant, 2, 32, 4096, variant.width), _empty(variant, 2, 8, 4096, variant.width)
     options = variant.options
-    flash_attention(
-        q, kv, kv, causal="full" not in options, window=options.get("window"), return_lse="lse" in options
-    )
+    flash_attention(q, kv, kv, causal="full" not in options, window=options.get("window"), return_lse="lse" in options)
 
 
 def _paged(variant: Variant) -> None:

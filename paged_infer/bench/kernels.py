@@ -53,9 +53,7 @@ class Race:
     def run(self) -> Measurement:
         free, _ = torch.cuda.mem_get_info()
         if self.num_bytes > LARGEST_SHARE * free:
-            return self.skipped(
-                f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free"
-            )
+            return self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
         entries = run_race(self.entrants())
         return Measurement(self.group, self.title, self.sizes, self.work, entries)
 
@@ -154,9 +152,7 @@ def run_race(entrants: Mapping[str, Entrant]) -> list[Entry]:
             samples_s[name] += timing.samples_s
             notes[name] = ", ".join(filter(None, (timing.method, entrant.note)))
     return [
-        Entry(name, None, why_not[name])
-        if name in why_not
-        else Entry(name, median(samples_s[name]), notes[name])
+        Entry(name, None, why_not[name]) if name in why_not else Entry(name, median(samples_s[name]), notes[name])
         for name in entrants
     ]
 

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 def kernels(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    compile_only: Annotated[
-        bool, typer.Option(help="Compile every variant for chips that need not be here.")
-    ] = False,
+    compile_only: Annotated[bool, typer.Option(help="Compile every variant for chips that need not be here.")] = False,
     arch: Annotated[
         list[int] | None, typer.Option(help="With --compile-only: chip, 90 for sm90; default 80, 90 and 100.")
     ] = None,
@@ -125,9 +123,7 @@ def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
     unclean = [row for row in rows if row.problem]
     for row in unclean:
         print(f"sm{row.arch} {row.variant} ({row.kernel}): {row.problem}")
-    print(
-        f"{len(rows)} kernels in {time.perf_counter() - start_s:.0f} s, {len(unclean)} not clean; table: {path}"
-    )
+    print(f"{len(rows)} kernels in {time.perf_counter() - start_s:.0f} s, {len(unclean)} not clean; table: {path}")
     if unclean:
         raise typer.Exit(1)
 
@@ -214,8 +210,7 @@ def _show_launches(report: KernelReport) -> None:
     from paged_infer.bench.kernel_fused import LAYERS, TOKENS
 
     rows = [
-        (c.name, *("-" if n is None else f"{n:,}" for n in (c.aten_operations, c.launches)))
-        for c in report.launches
+        (c.name, *("-" if n is None else f"{n:,}" for n in (c.aten_operations, c.launches))) for c in report.launches
     ]
     title = f"storing one decode step, {TOKENS[0]} rows, {LAYERS} layers (-: not counted on this device)"
     print_table(title, ("stored by", "ATen operations", "launches"), rows)
@@ -233,25 +228,15 @@ def _show_races(report: KernelReport) -> None:
             header = ("", *(f"{race.sizes[along]:,}" for race in races))
             print_table(f"{group}, {by} {value}, by {along}: {what}", header, rows)
     rows = [
-        (
-            race.title,
-            entry.name,
-            _number(entry.seconds, 1e-6),
-            _number(race.rate(entry.name), 1e9),
-            entry.note,
-        )
+        (race.title, entry.name, _number(entry.seconds, 1e-6), _number(race.rate(entry.name), 1e9), entry.note)
         for race in report.group("fused")
         for entry in race.entries
         if entry.seconds is not None
     ]
-    print_table(
-        "fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows
-    )
+    print_table("fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows)
     for name, why in report.absences():
         print(f"{name}: {why}")
-    wanted = [
-        (reach.what, f"{reach.wanted:.2f}", _number(reach.measured, 1, 2)) for reach in report.reaches()
-    ]
+    wanted = [(reach.what, f"{reach.wanted:.2f}", _number(reach.measured, 1, 2)) for reach in report.reaches()]
     print_table("targets", ("", "wanted", "measured, at worst"), wanted)
 
 

@@ -74,10 +74,7 @@ class Dataset:
         """So many requests that one sample of each comes to about so many tokens; the same ones for the same seed."""
         rng = random.Random(f"{self.name} {seed}")
         num_requests = max(1, round(num_output_tokens / self.output.mean))
-        return [
-            RequestLengths(self.prompt.draw(rng), self.output.draw(rng), num_samples)
-            for _ in range(num_requests)
-        ]
+        return [RequestLengths(self.prompt.draw(rng), self.output.draw(rng), num_samples) for _ in range(num_requests)]
 
 
 SHAREGPT = Dataset("ShareGPT-like", ShortLogNormal(161.31, 1.4), ShortLogNormal(337.99, 1.0))

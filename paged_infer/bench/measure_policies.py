@@ -45,9 +45,7 @@ def run_policies(
     return compare_policies(load, max_num_seqs, engines, "storyteller", machine)
 
 
-def run_arrival(
-    simulate: bool, num_running: int, num_prompt_tokens: int, chunks: ReadOnlyList[int]
-) -> ArrivalReport:
+def run_arrival(simulate: bool, num_running: int, num_prompt_tokens: int, chunks: ReadOnlyList[int]) -> ArrivalReport:
     """Raises ValueError for a chunk that the running requests fill by themselves."""
     chosen = arrival.contenders(num_prompt_tokens, chunks)
     arrival.check_chunks(chosen, num_running)

@@ -25,12 +25,7 @@ PAPER_SHARES = {
     "max": {"tokens": 0.204, "reserved": 0.133, "internal": 0.573, "external": 0.089},
     "pow2": {"tokens": 0.268, "reserved": 0.179, "internal": 0.136, "external": 0.416},
     "oracle": {"tokens": 0.382, "reserved": 0.252, "internal": 0.0, "external": 0.366},
-    "paged": {
-        "tokens": 0.963,
-        "reserved": 0.0,
-        "internal": 0.0,
-        "external": 0.037,
-    },  # one number printed: 96.3 %
+    "paged": {"tokens": 0.963, "reserved": 0.0, "internal": 0.0, "external": 0.037},  # one number printed: 96.3 %
 }
 PAPER_RUNNING = {"max": 7.00, "pow2": 9.81, "oracle": 13.62, "paged": 30.42}  # Figure 13a, requests at once
 # Figure 15a, and for ShareGPT the ends of the range that section 6.3 gives: blocks saved by n samples.
@@ -111,9 +106,7 @@ class PagedRun:
         self.manager = BlockManager(num_slots // block_size, block_size)
         self.scheduler = Scheduler(self.manager, max_num_seqs=num_slots, max_num_batched_tokens=MAX_MODEL_LEN)
         self.use = MemoryUse()
-        self.table_blocks = (
-            0  # of all tables, summed over the measured steps: what there would be without sharing
-        )
+        self.table_blocks = 0  # of all tables, summed over the measured steps: what there would be without sharing
         self.held_blocks = 0
         crowd = Crowd(MAX_MODEL_LEN)
         for request in requests:
@@ -155,16 +148,12 @@ class PagedRun:
         )
 
 
-def measure_strategies(
-    requests: ReadOnlyList[RequestLengths], num_slots: int, block_size: int
-) -> list[StrategyReport]:
+def measure_strategies(requests: ReadOnlyList[RequestLengths], num_slots: int, block_size: int) -> list[StrategyReport]:
     """The same queue through each reservation, and paged."""
     uses = {name: reserve_contiguously(requests, num_slots, ask) for name, ask in RESERVATIONS.items()}
     uses["paged"] = PagedRun(requests, num_slots, block_size).use
     return [
-        StrategyReport(
-            name, **use.shares, fill=use.fill, mean_running=use.mean_running, preemptions=use.preemptions
-        )
+        StrategyReport(name, **use.shares, fill=use.fill, mean_running=use.mean_running, preemptions=use.preemptions)
         for name, use in uses.items()
     ]
 

@@ -66,9 +66,7 @@ def create_app(llm: LLM, rung: str) -> FastAPI:
             if (asked := getattr(body, name)) is not None and asked is not False:
                 raise errors.APIError(400, f"{name} is not supported: whole answers, and no more", param=name)
         if body.model not in (None, llm.name):
-            raise errors.APIError(
-                404, f"model={body.model!r} is not served; served: {llm.name}", param="model"
-            )
+            raise errors.APIError(404, f"model={body.model!r} is not served; served: {llm.name}", param="model")
         params = body.params()
         assert isinstance(params, SamplingParams)
         async with turn:

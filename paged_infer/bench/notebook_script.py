@@ -90,16 +90,12 @@ def run_notebook(path: Path, figures: Path | None = None) -> int:
                 print(f"raised, as it should: {type(error).__name__}: {error}")
             else:
                 if "raises-exception" in cell.tags:
-                    raise AssertionError(
-                        f"{path.name}, cell {cell.number}: it should have raised an exception"
-                    )
+                    raise AssertionError(f"{path.name}, cell {cell.number}: it should have raised an exception")
             print(f"    {time.perf_counter() - start:.1f} s", flush=True)
     return passed_over
 
 
-def _run_cell(
-    cell: Cell, name: str, namespace: dict[str, Any], runner: asyncio.Runner, display: Displayed
-) -> None:
+def _run_cell(cell: Cell, name: str, namespace: dict[str, Any], runner: asyncio.Runner, display: Displayed) -> None:
     """As a notebook does: an ``await`` may stand at the top, and the value of a last expression is shown."""
     lines = cell.source.splitlines(keepends=True)
     linecache.cache[name] = (len(cell.source), None, lines, name)  # so that a traceback shows them

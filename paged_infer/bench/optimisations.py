@@ -47,9 +47,7 @@ def open_rungs(common: Common, device: torch.device, longest: int) -> Iterator[d
         engines = {}
         for name, options in chosen.items():
             backend = options.pop("attention_backend")
-            opened = replace(common, attention_backend=backend).open(
-                longest, gpu_memory_utilization=share, **options
-            )
+            opened = replace(common, attention_backend=backend).open(longest, gpu_memory_utilization=share, **options)
             engines[name] = stack.enter_context(opened)
         yield engines
 

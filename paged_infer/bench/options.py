@@ -92,8 +92,5 @@ class Common:
         num_engines = len([name for name in chosen if name in ENGINES])
         # transformers takes its memory as it goes: it is left as much as an engine
         share = round(0.9 / (1 + num_engines + (len(chosen) > num_engines)), 3)
-        with (
-            self.open(longest, gpu_memory_utilization=share) as llm,
-            open_peers(chosen, llm, share) as peers,
-        ):
+        with self.open(longest, gpu_memory_utilization=share) as llm, open_peers(chosen, llm, share) as peers:
             yield llm, peers

@@ -7,13 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from paged_infer.bench.engine_peers import (
-    MODULES,
-    PeerOptions,
-    check_importable,
-    engine_peers,
-    save_for_peers,
-)
+from paged_infer.bench.engine_peers import MODULES, PeerOptions, check_importable, engine_peers, save_for_peers
 from paged_infer.bench.rungs import Contender
 from paged_infer.llm import LLM
 
@@ -52,9 +46,7 @@ def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict
             from paged_infer.bench.transformers_peers import transformers_peers
 
             ours = transformers_peers(llm)
-            contenders |= {
-                TRANSFORMERS[name]: ours[TRANSFORMERS[name]] for name in names if name in TRANSFORMERS
-            }
+            contenders |= {TRANSFORMERS[name]: ours[TRANSFORMERS[name]] for name in names if name in TRANSFORMERS}
         engines = [name for name in names if name in ENGINES]
         if engines:
             parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))

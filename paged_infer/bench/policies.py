@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_infer.bench.metrics import TokenTimes, quantile
-from paged_infer.bench.serving import (
-    Arrival,
-    EngineServer,
-    Server,
-    SimulatedServer,
-    StepCost,
-    poisson_arrivals,
-    serve,
-)
+from paged_infer.bench.serving import Arrival, EngineServer, Server, SimulatedServer, StepCost, poisson_arrivals, serve
 from paged_infer.control.block_manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.scheduler import Scheduler
@@ -98,9 +90,7 @@ class PoliciesReport:
     def load_from(cls, path: Path) -> PoliciesReport:
         fields = json.loads(path.read_text(encoding="utf-8"))
         load = fields["load"]
-        fields["load"] = Load(
-            **{**load, "prompts": tuple(load["prompts"]), "outputs": tuple(load["outputs"])}
-        )
+        fields["load"] = Load(**{**load, "prompts": tuple(load["prompts"]), "outputs": tuple(load["outputs"])})
         fields["policies"] = [PolicyReport(**policy) for policy in fields["policies"]]
         return cls(**fields)
 
@@ -110,10 +100,7 @@ def contenders(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) ->
     return [
         Contender("static", "static", whole_tokens),
         Contender("dynamic", "dynamic", whole_tokens),
-        *(
-            Contender(f"prefill_first, delay {delay:g}", "prefill_first", whole_tokens, delay)
-            for delay in delays
-        ),
+        *(Contender(f"prefill_first, delay {delay:g}", "prefill_first", whole_tokens, delay) for delay in delays),
         Contender("chunked", "chunked", chunk_tokens),
     ]
 
@@ -172,11 +159,7 @@ def report_policy(contender: Contender, times: ReadOnlyList[TokenTimes]) -> Poli
 
 
 def compare_policies(
-    load: Load,
-    max_num_seqs: int,
-    servers: Mapping[Contender, Server],
-    served_by: str,
-    machine: dict[str, Any],
+    load: Load, max_num_seqs: int, servers: Mapping[Contender, Server], served_by: str, machine: dict[str, Any]
 ) -> PoliciesReport:
     """Serve the load with each, one after the other."""
     arrivals = load.arrivals()

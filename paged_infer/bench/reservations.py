@@ -90,9 +90,7 @@ class MemoryUse:
     steps: int = 0
     preemptions: int = 0
 
-    def record(
-        self, *, slots: int, tokens: int, reserved: int, internal: int, held: int, sequences: int
-    ) -> None:
+    def record(self, *, slots: int, tokens: int, reserved: int, internal: int, held: int, sequences: int) -> None:
         self.slots += slots
         self.tokens += tokens
         self.reserved += reserved
@@ -105,12 +103,7 @@ class MemoryUse:
     def shares(self) -> dict[str, float]:
         """Of the whole memory. ``external`` is what is left: rounding, holes too small, blocks kept in hand."""
         external = self.slots - self.tokens - self.reserved - self.internal
-        parts = {
-            "tokens": self.tokens,
-            "reserved": self.reserved,
-            "internal": self.internal,
-            "external": external,
-        }
+        parts = {"tokens": self.tokens, "reserved": self.reserved, "internal": self.internal, "external": external}
         return {name: number / self.slots for name, number in parts.items()}
 
     @property

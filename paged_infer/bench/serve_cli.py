@@ -30,8 +30,7 @@ class Load:
     shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16
     longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128
     clients: Annotated[
-        list[int] | None,
-        typer.Option(help=f"Closed loop of so many; may be repeated. Default: {CLIENTS}.", min=1),
+        list[int] | None, typer.Option(help=f"Closed loop of so many; may be repeated. Default: {CLIENTS}.", min=1)
     ] = None
     rate: Annotated[
         list[float] | None,
@@ -60,8 +59,7 @@ def serve(
     engine: EngineOptions,
     model: ModelOption = None,
     base_url: Annotated[
-        str | None,
-        typer.Option(help="A server that runs already, as http://HOST:PORT, instead of one of our own."),
+        str | None, typer.Option(help="A server that runs already, as http://HOST:PORT, instead of one of our own.")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="PAGED_INFER_API_KEY", help="What the server at --base-url asks for.")
@@ -84,9 +82,7 @@ def serve(
         if base_url is None:
             opened = _ours(load, engine, model, naive, torch_threads)
         elif model is not None or engine != EngineOptions():
-            raise ValueError(
-                f"base_url={base_url!r}: its model and engine are its own; leave out their options"
-            )
+            raise ValueError(f"base_url={base_url!r}: its model and engine are its own; leave out their options")
         else:
             opened = _theirs(load, base_url.rstrip("/").removesuffix("/v1"), api_key)
         with opened as bench:
@@ -109,9 +105,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ours(
-    load: Load, engine: EngineOptions, model: str | None, naive: str, torch_threads: int
-) -> Iterator[HttpBench]:
+def _ours(load: Load, engine: EngineOptions, model: str | None, naive: str, torch_threads: int) -> Iterator[HttpBench]:
     """Two servers of one model, and the same model here."""
     import torch
 

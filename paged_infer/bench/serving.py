@@ -134,9 +134,7 @@ class EngineServer:
     def submit(self, lengths: RequestLengths) -> Sequence:
         vocab_size = self.engine.decoder.config.vocab_size
         prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
-        return self.send(
-            prompt, SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
-        )
+        return self.send(prompt, SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True))
 
     def send(self, prompt: list[int], params: SamplingParams, cache_salt: str | None = None) -> Sequence:
         request = self.engine.prepare(f"bench {self._num_requests}", prompt, params, cache_salt=cache_salt)
@@ -157,9 +155,7 @@ class EngineServer:
         time.sleep(max(0.0, moment_s - self.now_s))
 
 
-def serve(
-    server: Server, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None
-) -> list[TokenTimes]:
+def serve(server: Server, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None) -> list[TokenTimes]:
     """Submit each request when its time has come (or the step during which it came is over), and run until all end.
 
     Args:

@@ -42,9 +42,7 @@ class SharingReport:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def measure_sharing(
-    llm: LLM, prompts: Sequence[Sequence[int]], widths: Sequence[int], max_tokens: int
-) -> list[Saving]:
+def measure_sharing(llm: LLM, prompts: Sequence[Sequence[int]], widths: Sequence[int], max_tokens: int) -> list[Saving]:
     """What samples at temperature 1, and beams, of every width save on ``llm``, which caches no prefixes."""
     savings = []
     for width in widths:

@@ -95,9 +95,7 @@ def cuda_busy_s(run: Callable[[], object]) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
-    results = (
-        recorded.profiler.kineto_results
-    )  # raw: a long run has a million events, and torch's own list takes long
+    results = recorded.profiler.kineto_results  # raw: a long run has a million events, and torch's own list takes long
     return (
         union_length(
             (event.start_ns(), event.start_ns() + event.duration_ns())

@@ -24,9 +24,7 @@ def speculation(
     draft_model: Annotated[
         Path | None, typer.Option(help="A folder. Default: the storyteller's own; for another model, none.")
     ] = None,
-    at_once: Annotated[
-        list[int] | None, typer.Option(help="So many requests at once; may be repeated.", min=1)
-    ] = None,
+    at_once: Annotated[list[int] | None, typer.Option(help="So many requests at once; may be repeated.", min=1)] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.", min=2)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
 ) -> None:
@@ -51,8 +49,7 @@ def speculation(
                     LONGEST_PROMPT + max_tokens,
                     gpu_memory_utilization=round(0.9 / len(methods), 3),
                     async_scheduling=False,  # a step's drafts need the tokens of the step before
-                    speculative_config=config
-                    and {**config, "num_speculative_tokens": num_speculative_tokens},
+                    speculative_config=config and {**config, "num_speculative_tokens": num_speculative_tokens},
                 )
             )
             for name, config in methods.items()

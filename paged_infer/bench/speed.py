@@ -109,9 +109,7 @@ class Bench:
         floor = self.floor(workload)
         self._record_overhead(runs.get(ENGINE, []), workload)
         entries = [
-            Entry.of(
-                name, runs[name], floor, same_counts=gave_all(runs[name], workload), same_tokens=same[name]
-            )
+            Entry.of(name, runs[name], floor, same_counts=gave_all(runs[name], workload), same_tokens=same[name])
             for name in contenders
         ]
         return self.report("throughput", workload, floor, entries)
@@ -130,9 +128,7 @@ class Bench:
                 runs[name],
                 floor,
                 same_counts=gave_all([firsts[name], *runs[name]], workload),
-                same_tokens=all(r.token_ids == expected for r in [firsts[name], *runs[name]])
-                if compared
-                else None,
+                same_tokens=all(r.token_ids == expected for r in [firsts[name], *runs[name]]) if compared else None,
                 first=Metrics.of(firsts[name], floor),
             )
             for name in contenders
@@ -160,9 +156,7 @@ class Bench:
             entries.append(Entry.of(name, its_runs, floor, same_counts=right, load=float(num_clients)))
         served_per_s = len(workload.prompts) / entries[-1].metrics.seconds
         per_s = {f"{r:.3g} a second": r for r in rates or [share * served_per_s for share in rate_shares]}
-        moments = {
-            name: poisson_moments(len(workload.prompts), r, workload.seed) for name, r in per_s.items()
-        }
+        moments = {name: poisson_moments(len(workload.prompts), r, workload.seed) for name, r in per_s.items()}
         opened: dict[str, Contender] = {
             name: partial(run_engine, engine, arrive_s=when) for name, when in moments.items()
         }
@@ -193,9 +187,7 @@ class Bench:
         num_running = min(num_clients or len(prompts), len(prompts), engine.config.max_num_seqs)
         return ModelCost.of(engine.decoder).floor(prompts, outputs, self.roofline, num_running)
 
-    def report(
-        self, command: str, workload: Workload, floor: Floor | None, entries: list[Entry]
-    ) -> SpeedReport:
+    def report(self, command: str, workload: Workload, floor: Floor | None, entries: list[Entry]) -> SpeedReport:
         engine = self.llm.engine
         prompts, outputs = lengths(workload)
         return SpeedReport(

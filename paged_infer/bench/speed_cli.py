@@ -48,10 +48,7 @@ def latency(
     """One request alone, greedy, again and again: the first run of each contender, then the settled ones."""
     from paged_infer.bench.workloads import one_request
 
-    with (
-        errors(),
-        common.open_with_peers(prompt_tokens + max_tokens, peer, ("generate",)) as (llm, peers),
-    ):
+    with errors(), common.open_with_peers(prompt_tokens + max_tokens, peer, ("generate",)) as (llm, peers):
         workload = one_request(llm.engine.decoder.config.vocab_size, prompt_tokens, max_tokens, common.seed)
         contenders = {**_engine(llm), **peers}
         with bench_of(llm, common.repeats, common.repeats * len(contenders)) as bench:
@@ -81,10 +78,7 @@ def throughput(
     num_requests = num_requests or (256 if on_gpu else CPU_REQUESTS)
     scale = scale or (1.0 if on_gpu else CPU_SCALE)
     longest = 2 * max(1, round(1024 * scale))
-    with (
-        errors(),
-        common.open_with_peers(longest, peer, ("static", "generate_batch")) as (llm, peers),
-    ):
+    with errors(), common.open_with_peers(longest, peer, ("static", "generate_batch")) as (llm, peers):
         vocab_size = llm.engine.decoder.config.vocab_size
         workload = nano_vllm_requests(vocab_size, num_requests, scale, temperature, common.seed)
         contenders = {**_engine(llm), **peers}
@@ -134,9 +128,7 @@ def load(
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 64,
     shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16,
     longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=2)] = 128,
-    clients: Annotated[
-        list[int] | None, typer.Option(help="Closed loop of so many; may be repeated.", min=1)
-    ] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="Closed loop of so many; may be repeated.", min=1)] = None,
     rate: Annotated[
         list[float] | None,
         typer.Option(
@@ -154,9 +146,7 @@ def load(
     counts = clients or [1, 4, 8, 16, 32]
     with errors(), common.open(2 * longest) as llm:
         workload = random_lengths(llm, num_requests, shortest, longest, common.seed)
-        with bench_of(
-            llm, common.repeats, common.repeats * (len(counts) + len(rate or RATE_SHARES))
-        ) as bench:
+        with bench_of(llm, common.repeats, common.repeats * (len(counts) + len(rate or RATE_SHARES))) as bench:
             report = bench.load(workload, counts, rate, RATE_SHARES)
     show(report, common.figures)
 
@@ -180,10 +170,7 @@ def ladder(
     from paged_infer.bench.workloads import random_lengths
 
     names = peer or ["static", "generate_batch"]
-    with (
-        errors(),
-        common.open_with_peers(2 * longest, ["generate", *names], ()) as (llm, peers),
-    ):
+    with errors(), common.open_with_peers(2 * longest, ["generate", *names], ()) as (llm, peers):
         workload = random_lengths(llm, num_requests, shortest, longest, common.seed)
         rungs = {**our_rungs(llm), **peers}
         if not slow_rungs:
@@ -194,16 +181,12 @@ def ladder(
     for name in peers:
         if name != "transformers":
             print(report.ratio("paged", name))
-    print(
-        f"medians of {common.repeats} interleaved runs; in brackets the least and most of one run's own ratio"
-    )
+    print(f"medians of {common.repeats} interleaved runs; in brackets the least and most of one run's own ratio")
     if exact and not all(rung.same_tokens for rung in report.rungs):
         raise typer.Exit(1)
 
 
-def run_with_progress(
-    rungs: dict[str, Contender], workload: Workload, model: str, repeats: int
-) -> LadderReport:
+def run_with_progress(rungs: dict[str, Contender], workload: Workload, model: str, repeats: int) -> LadderReport:
     """``run_ladder`` with a bar that names the rung that ran last."""
     from paged_infer.bench.ladder import run_ladder
 

@@ -11,17 +11,7 @@ from paged_infer.bench.speed import ENGINE, Entry, SpeedReport
 from paged_infer.bench.step_parts import PARTS, StepReport
 from paged_infer.bench.tables import print_table
 
-HEADER = (
-    "seconds",
-    "output tok/s",
-    "total tok/s",
-    "MBU",
-    "MFU",
-    "of floor",
-    "overhead",
-    "KV MiB",
-    "holds tokens",
-)
+HEADER = ("seconds", "output tok/s", "total tok/s", "MBU", "MFU", "of floor", "overhead", "KV MiB", "holds tokens")
 TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency", "event loop late")
 UNKNOWN = "-"
 
@@ -116,10 +106,7 @@ def _print_drafts(report: SpeedReport) -> None:
         known = [UNKNOWN] * 2 if not steps else [f"{steps:,.0f}", f"{tokens / requests / steps:.2f}"]
         rows.append((entry.name, _share(rate), *known))
     print_table(
-        "what drafts bought",
-        ("load", "accepted", "steps", "tokens a step and request"),
-        rows,
-        [""] * len(rows),
+        "what drafts bought", ("load", "accepted", "steps", "tokens a step and request"), rows, [""] * len(rows)
     )
 
 
@@ -133,9 +120,7 @@ def _serve_ratios(report: SpeedReport) -> list[str]:
 
 def ratio_line(ours: Entry, other: Entry) -> str:
     """Of the medians, and of each pair of runs that stood side by side."""
-    each = [
-        theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)
-    ]  # one may run once
+    each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)]  # one may run once
     ratio = other.metrics.seconds / ours.metrics.seconds
     return f"{ours.name} / {other.name} = {ratio:.2f} ({min(each):.2f} to {max(each):.2f})"
 
@@ -191,11 +176,7 @@ def print_step(report: StepReport) -> None:
     title = f"{report.model}: {report.workload}; milliseconds a step, medians of {report.repeats} interleaved runs"
     rows = []
     for place, part in enumerate(PARTS):
-        cells = [
-            f"{one.part_ms[place]:.3f} ({one.part_ms[place] / one.step_ms:.0%})" for one in report.backends
-        ]
+        cells = [f"{one.part_ms[place]:.3f} ({one.part_ms[place] / one.step_ms:.0%})" for one in report.backends]
         rows.append((part, *cells))
     rows.append(("the step", *(f"{one.step_ms:.3f}" for one in report.backends)))
-    print_table(
-        title, ("part", *(one.backend for one in report.backends)), rows, [""] * len(PARTS) + ["bold"]
-    )
+    print_table(title, ("part", *(one.backend for one in report.backends)), rows, [""] * len(PARTS) + ["bold"])

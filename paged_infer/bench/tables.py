@@ -18,9 +18,7 @@ else:
 LOG_WIDTH = 160  # of what goes to a file: nothing is cut off
 
 
-def print_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()
-) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> None:
     """The first column is text, the others are aligned to the right; a row with a mark is printed in that colour."""
     print()
     if not HAS_RICH:

@@ -35,11 +35,7 @@ def transformers_peers(llm: LLM) -> dict[str, Contender]:
     def continuous(workload: Workload) -> Run:
         return _generate_batch(model, workload, per_token)
 
-    return {
-        "transformers": one_by_one,
-        "transformers static": static,
-        "transformers generate_batch": continuous,
-    }
+    return {"transformers": one_by_one, "transformers static": static, "transformers generate_batch": continuous}
 
 
 def transformers_model(llm: LLM) -> Any:
@@ -83,9 +79,7 @@ def _generate(model: Any, workload: Workload, batch_size: int, kv_bytes_per_toke
         ends = _end_tokens(model, params[0])
         generated = model.generate(
             torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device),
-            attention_mask=torch.tensor(
-                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-            ),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device),
             max_new_tokens=max(limits),
             eos_token_id=ends,
             pad_token_id=0,
@@ -111,9 +105,7 @@ class _StepWatch:
         num_steps = len(self.moments_s)
         self.moments_s.append(time.perf_counter())
         rows, columns = input_ids.shape
-        growing = [
-            n + num_steps for n, m in zip(self._prompt_lens, self._limits, strict=True) if num_steps < m
-        ]
+        growing = [n + num_steps for n, m in zip(self._prompt_lens, self._limits, strict=True) if num_steps < m]
         self._usage.record(rows * (columns - 1), sum(growing))  # the newest token is not in the cache yet
         return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
 

@@ -83,9 +83,7 @@ def random_ids(vocab_size: int, num_requests: int, shortest: int, longest: int, 
     lengths = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(num_requests)]
     prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for prompt, _ in lengths]
     params = [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in lengths]
-    return Workload(
-        f"{num_requests} requests, {shortest}..{longest} tokens in and out", prompts, params, seed
-    )
+    return Workload(f"{num_requests} requests, {shortest}..{longest} tokens in and out", prompts, params, seed)
 
 
 def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) -> Workload:
@@ -98,9 +96,7 @@ def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) ->
     rng = random.Random(seed)
     if llm.tokenizer is None:
         vocab_size = llm.engine.decoder.config.vocab_size
-        prompts = [
-            [rng.randrange(vocab_size) for _ in range(rng.randint(4, 64))] for _ in range(num_requests)
-        ]
+        prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(4, 64))] for _ in range(num_requests)]
     elif llm.is_storyteller:
         first = FIRST_EVALUATION_SEED + seed * num_requests
         stories = [llm.tokenizer.encode(tell(first + index).text) for index in range(num_requests)]

@@ -28,23 +28,15 @@ class ContiguousCache:
     """
 
     def __init__(
-        self,
-        spec: Sequence[LayerSpec],
-        max_len: int,
-        pad_lens: Sequence[int],
-        device: torch.device | str = "cpu",
+        self, spec: Sequence[LayerSpec], max_len: int, pad_lens: Sequence[int], device: torch.device | str = "cpu"
     ) -> None:
         batch = len(pad_lens)
         self.spec = spec
         self.max_len = max_len
         self.pad_lens = torch.tensor(pad_lens, device=device)
         # Heads before columns: attention reads a head's keys as one run.
-        self.keys = [
-            torch.zeros(batch, s.num_kv_heads, max_len, s.k_dim, dtype=s.dtype, device=device) for s in spec
-        ]
-        self.values = [
-            torch.zeros(batch, s.num_kv_heads, max_len, s.v_dim, dtype=s.dtype, device=device) for s in spec
-        ]
+        self.keys = [torch.zeros(batch, s.num_kv_heads, max_len, s.k_dim, dtype=s.dtype, device=device) for s in spec]
+        self.values = [torch.zeros(batch, s.num_kv_heads, max_len, s.v_dim, dtype=s.dtype, device=device) for s in spec]
 
     @property
     def num_bytes(self) -> int:

@@ -49,9 +49,7 @@ class PagedCache:
         self.ops = ops
         shape = (num_blocks + 1, block_size)
         self.keys = [torch.zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
-        self.values = [
-            torch.zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device) for s in spec
-        ]
+        self.values = [torch.zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device) for s in spec]
         # Pinned memory can be read and written by the GPU's own copy engine.
         pinned = torch.device(device).type == "cuda" and num_swap_blocks > 0
         self._swap = [
@@ -103,11 +101,7 @@ class PagedCache:
 
     def slots(self, layer: int, step: StepMeta) -> dict[str, Tensor]:
         """What ``attend`` would store to."""
-        return {
-            "k_cache": self.keys[layer],
-            "v_cache": self.values[layer],
-            "slot_mapping": step.slot_mapping,
-        }
+        return {"k_cache": self.keys[layer], "v_cache": self.values[layer], "slot_mapping": step.slot_mapping}
 
     def attend_stored(self, layer: int, q: Tensor, step: StepMeta) -> Tensor:
         """Attend through the block tables to what has been stored: [T, H, D]."""

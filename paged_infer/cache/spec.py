@@ -49,9 +49,7 @@ class StepMeta:
     num_decodes: int  # the first rows, one query each
     max_query_len: int
     max_seq_len: int
-    plan: dict[Any, Any] = field(
-        default_factory=dict
-    )  # what a backend worked out once for all layers of this step
+    plan: dict[Any, Any] = field(default_factory=dict)  # what a backend worked out once for all layers of this step
 
 
 class Cache(Protocol):

@@ -68,9 +68,7 @@ def check_request(
         raise ValueError("the prompt is empty (0 tokens): at least 1 is needed")
     for token_id in prompt_token_ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"prompt token id {token_id!r} is no integer of the vocabulary [0, {vocab_size})"
-            )
+            raise ValueError(f"prompt token id {token_id!r} is no integer of the vocabulary [0, {vocab_size})")
     for name in ("stop_token_ids", "logit_bias"):
         for token_id in getattr(params, name):
             if token_id >= vocab_size:
@@ -86,9 +84,7 @@ def check_request(
     if params.n > MAX_NUM_SAMPLES:
         raise ValueError(f"n={params.n}: must be at most {MAX_NUM_SAMPLES}")
     # The last token is sampled but never stored. In the worst case the samples or beams that run at once share nothing.
-    longest = (
-        max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
-    )
+    longest = max_model_len if params.max_tokens is None else min(num_prompt + params.max_tokens, max_model_len)
     num_at_once = min(params.n, max_num_seqs)
     needed = num_at_once * manager.blocks_for(longest - 1)
     if manager.can_allocate(needed * manager.block_size) is Allocation.NEVER:
@@ -117,9 +113,7 @@ def check_beams(params: BeamSearchParams, num_end_tokens: int, *, vocab_size: in
         ValueError: its beams could not all run at once, or there are fewer tokens than it has to look at.
     """
     if params.beam_width > max_num_seqs:
-        raise ValueError(
-            f"beam_width={params.beam_width} beams cannot run at once: max_num_seqs={max_num_seqs}"
-        )
+        raise ValueError(f"beam_width={params.beam_width} beams cannot run at once: max_num_seqs={max_num_seqs}")
     needed = num_candidates(params.beam_width, range(num_end_tokens))
     if needed > vocab_size:
         raise ValueError(

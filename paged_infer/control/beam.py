@@ -50,9 +50,7 @@ class BeamSearch:
         self.params = params
         self.beams = beams
         self.answers: list[Answer] = []  # best first, ``beam_width`` at most
-        self._candidates: dict[
-            int, Candidates
-        ] = {}  # by sequence id, of those that have computed all they know
+        self._candidates: dict[int, Candidates] = {}  # by sequence id, of those that have computed all they know
 
     def offer(self, beam: Sequence, candidates: Candidates) -> None:
         """Take how ``beam`` may go on.
@@ -97,9 +95,7 @@ class BeamSearch:
         """Whether there are enough answers, and by ``early_stopping`` no better one is to be hoped for."""
         if len(self.answers) < len(self.beams):
             return False
-        if (
-            self.params.early_stopping is True or len(self.beams) == 1
-        ):  # transformers' one beam is greedy decoding
+        if self.params.early_stopping is True or len(self.beams) == 1:  # transformers' one beam is greedy decoding
             return True
         parent, length_penalty = best.parent, self.params.length_penalty
         if self.params.early_stopping == "never" and length_penalty > 0:

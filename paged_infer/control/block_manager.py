@@ -64,9 +64,7 @@ class BlockManager:
     preemptions a ShareGPT-like request, and 96.8, 96.4 and 95.9 % of the pool in use.
     """
 
-    def __init__(
-        self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.02
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.02) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")
         if not 0 <= watermark < 1:
@@ -315,6 +313,4 @@ class BlockManager:
             unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
             for block in unfilled:
                 if self.pool.hash_of(block) is not None and block not in unproven:
-                    raise RuntimeError(
-                        f"block {block} of sequence {sequence_id} is findable and not yet full"
-                    )
+                    raise RuntimeError(f"block {block} of sequence {sequence_id} is findable and not yet full")

@@ -12,11 +12,7 @@ from paged_infer.params import SampleRow, TopRow
 
 
 def describe(
-    sequence: Sequence,
-    num_tokens: int,
-    table: Table,
-    children: ReadOnlyList[Sequence],
-    drafts: ReadOnlyList[int] = (),
+    sequence: Sequence, num_tokens: int, table: Table, children: ReadOnlyList[Sequence], drafts: ReadOnlyList[int] = ()
 ) -> ScheduledSequence:
     """``num_tokens`` more of the sequence, the last of them ``drafts``, after which ``children`` begin."""
     start = sequence.num_computed_tokens

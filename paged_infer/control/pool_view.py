@@ -40,8 +40,7 @@ def pool_cells(
             here = min(block_size, max(0, num_stored - index * block_size))
             filled[block] = max(filled.get(block, 0), here)
     cells = {
-        block: Cell(block, held_by, filled[block], pool.hash_of(block) is not None)
-        for block, held_by in owners.items()
+        block: Cell(block, held_by, filled[block], pool.hash_of(block) is not None) for block, held_by in owners.items()
     }
     if cached:
         cells |= {b: Cell(b, (), block_size, True) for b in pool.findable if b not in cells}

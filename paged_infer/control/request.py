@@ -63,13 +63,9 @@ class Sequence:
     eos_token_ids: frozenset[int]
     arrival_time_s: float = 0.0  # of its request
     cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
-    siblings: ReadOnlyList[Sequence] = field(
-        default=(), repr=False
-    )  # all samples of its request, itself included
+    siblings: ReadOnlyList[Sequence] = field(default=(), repr=False)  # all samples of its request, itself included
     search: BeamSearch | None = field(default=None, repr=False)  # the one that it is a beam of
-    num_common_tokens: int = (
-        0  # first tokens that await being computed once for all siblings; 0 when that is done
-    )
+    num_common_tokens: int = 0  # first tokens that await being computed once for all siblings; 0 when that is done
     queue_number: int = 0  # its position in the arrival order; see Scheduler.requeue
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
@@ -151,9 +147,7 @@ class Sequence:
 
     def move_to(self, state: SequenceState) -> None:
         if state not in _MOVES[self.state]:
-            raise RuntimeError(
-                f"sequence {self.sequence_id} cannot go from {self.state.value} to {state.value}"
-            )
+            raise RuntimeError(f"sequence {self.sequence_id} cannot go from {self.state.value} to {state.value}")
         self.state = state
 
     def restart(self) -> None:

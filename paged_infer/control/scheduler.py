@@ -163,11 +163,7 @@ class Scheduler:
         forks, drafts = turn.forks, turn.drafts
         sequences = [
             describe(
-                s,
-                n,
-                self.manager.table(s.sequence_id),
-                forks.get(s.sequence_id, ()),
-                drafts.get(s.sequence_id, ()),
+                s, n, self.manager.table(s.sequence_id), forks.get(s.sequence_id, ()), drafts.get(s.sequence_id, ())
             )
             for s, n in turn.scheduled
         ]
@@ -275,8 +271,7 @@ class Scheduler:
         """Make the block findable that the token just learnt completes, if the step behind computes it."""
         index, offset = divmod(sequence.num_known_tokens, self.manager.block_size)
         is_stored = (
-            sequence.state is SequenceState.RUNNING
-            and sequence.num_computed_tokens >= sequence.num_known_tokens
+            sequence.state is SequenceState.RUNNING and sequence.num_computed_tokens >= sequence.num_known_tokens
         )
         if offset == 0 and is_stored and self.enable_prefix_caching:
             chain = sequence.hash_chain(self.manager.block_size)
@@ -292,9 +287,7 @@ class Scheduler:
             self._under_way.clear()
         elif turn is not None:
             copies = {destination for _, destination in turn.moves.copies}
-            copied = [
-                s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))
-            ]
+            copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
             lost = {*turn.fresh, *copied, *turn.preempted}
             turn.drop_drafts()
         else:

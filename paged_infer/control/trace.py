@@ -57,9 +57,7 @@ class TraceStep:
     num_evictions: int  # since the engine was made
     events: tuple[Event, ...]
     ended_s: float | None = None
-    rejected: dict[int, int] = field(
-        default_factory=dict
-    )  # how many of a sequence's tokens were drafts in vain
+    rejected: dict[int, int] = field(default_factory=dict)  # how many of a sequence's tokens were drafts in vain
 
     @property
     def scheduled(self) -> dict[int, int]:
@@ -78,9 +76,7 @@ class Replay:
     pool: BlockPool
     tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)  # "wait", "run", "swap"; who has ended is not in it
-    computed: dict[int, int] = field(
-        default_factory=dict
-    )  # tokens of each stored before this step adds to them
+    computed: dict[int, int] = field(default_factory=dict)  # tokens of each stored before this step adds to them
 
     def apply(self, event: Event) -> None:
         kind, subject = event[:2]
@@ -94,9 +90,7 @@ class Replay:
             if subject not in self.states:
                 self.computed.pop(subject, None)
         elif kind == "publish":
-            self.pool.publish(
-                subject, b"%d" % subject
-            )  # what it holds is not known here, only that it can be found
+            self.pool.publish(subject, b"%d" % subject)  # what it holds is not known here, only that it can be found
         elif kind == "withdraw":
             self.pool.withdraw(subject)
         elif kind == "end":
@@ -120,9 +114,7 @@ class Replay:
             self.pool.share(block)
         for block in blocks:
             if block not in hits and self.pool.take() != block:
-                raise RuntimeError(
-                    f"the trace says that block {block} was taken, and the pool had another one next"
-                )
+                raise RuntimeError(f"the trace says that block {block} was taken, and the pool had another one next")
         table = self.tables.get(sequence_id, ())
         for block in reversed(table[first:]):
             self.pool.release(block)
@@ -256,19 +248,9 @@ class Trace:
                 yield _slice(name, 2, sequence_id, step.began_s, ended_s, {"tokens": num_tokens})
 
 
-def _slice(
-    name: str, process: int, track: int, began_s: float, ended_s: float, args: dict[str, Any]
-) -> dict[str, Any]:
+def _slice(name: str, process: int, track: int, began_s: float, ended_s: float, args: dict[str, Any]) -> dict[str, Any]:
     duration = (ended_s - began_s) * _US
-    return {
-        "name": name,
-        "ph": "X",
-        "pid": process,
-        "tid": track,
-        "ts": began_s,
-        "dur": duration,
-        "args": args,
-    }
+    return {"name": name, "ph": "X", "pid": process, "tid": track, "ts": began_s, "dur": duration, "args": args}
 
 
 def _names() -> Iterator[dict[str, Any]]:

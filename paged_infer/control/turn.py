@@ -47,9 +47,7 @@ class Turn:
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their beginning
         self.drafts: dict[int, list[int]] = {}  # by sequence id; see control.speculation
         self.preempted: list[Sequence] = []
-        self.moves = (
-            scheduler.manager.moves
-        )  # what the verbs ask for, whether or not the plan comes to its end
+        self.moves = scheduler.manager.moves  # what the verbs ask for, whether or not the plan comes to its end
         self.fresh: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.drawing: list[Sequence] = []  # who gets a token from it
@@ -73,9 +71,7 @@ class Turn:
         """
         # Not beams that wait, idle, nor those that only wait for their last token to be read.
         order = [
-            s
-            for s in self.running
-            if s.num_computed_tokens != len(s.token_ids) and not (s.num_pending and s.is_spent)
+            s for s in self.running if s.num_computed_tokens != len(s.token_ids) and not (s.num_pending and s.is_spent)
         ]
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
@@ -99,9 +95,7 @@ class Turn:
             for sequence in gang:
                 self.swapped.remove(sequence)
                 self._enter(sequence)
-            for (
-                sequence
-            ) in gang:  # those for whom the budget is too short go on in the next step, like all who run
+            for sequence in gang:  # those for whom the budget is too short go on in the next step, like all who run
                 if self.budget and sequence.num_uncomputed_tokens:
                     self._start(sequence)
 
@@ -310,9 +304,7 @@ class Turn:
         while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
             victims = list(self.running[-1].gang)
             if any(victim.last_step == self.index for victim in victims):
-                return (
-                    False  # they have had their turn already; the sequence's own comes first in the next step
-                )
+                return False  # they have had their turn already; the sequence's own comes first in the next step
             self._preempt(victims)
             if sequence in victims:
                 return False

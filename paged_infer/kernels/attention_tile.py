@@ -12,9 +12,7 @@ import torch
 
 from paged_infer.kernels.triton_runtime import tl, triton
 
-LOG2_E = 1.0 / math.log(
-    2.0
-)  # folded into the scale: exp(x) = exp2(x * LOG2_E), and exp2 is what the hardware has
+LOG2_E = 1.0 / math.log(2.0)  # folded into the scale: exp(x) = exp2(x * LOG2_E), and exp2 is what the hardware has
 
 
 def padded(dim: int) -> int:
@@ -79,9 +77,7 @@ def finish_softmax(acc, row_max, row_sum):
 
 
 @triton.jit
-def seen_by_tile(
-    first, last, num_keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def seen_by_tile(first, last, num_keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys that the queries at positions first..last see: (begin, full_begin, full_end, end).
 
     begin..full_begin and full_end..end need a mask, full_begin..full_end is seen by all; all but end on tile edges.

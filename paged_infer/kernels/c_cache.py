@@ -116,9 +116,7 @@ class KernelCache:
             match = _OURS.fullmatch(name)
             if match is None:
                 continue
-            is_damaged = (
-                match["key"] == key and not match["aside"] and not self._is_whole(name, match["digest"])
-            )
+            is_damaged = match["key"] == key and not match["aside"] and not self._is_whole(name, match["digest"])
             if is_damaged or self._is_forgotten(name):
                 self._remove(name)
 

@@ -131,9 +131,7 @@ def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapp
     """``kernels.store_kv.store_kv``: rows [T, H_kv, D] to their slots; -1 nowhere. Slots lie within the cache."""
     dim = k.shape[-1]
     dense = suits(k, v, k_cache, v_cache) and k.stride(1) == v.stride(1) == dim and v.shape == k.shape
-    dense = (
-        dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64
-    )
+    dense = dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64
     if not dense:
         store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
         return

@@ -47,30 +47,19 @@ def check_paged_attention(
             f"paged attention wants q [T, H, D] and two caches [num_blocks, block_size, H_kv, D]; got {shapes}"
         )
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError(
-            f"the caches must be contiguous; got strides {k_cache.stride()} and {v_cache.stride()}"
-        )
+        raise ValueError(f"the caches must be contiguous; got strides {k_cache.stride()} and {v_cache.stride()}")
     if q.shape[2] != k_cache.shape[3]:
         raise ValueError(f"q and the caches must share head_dim; got {shapes}")
     _check_heads(q.shape[1], k_cache.shape[2], q.shape[2], shapes)
     _check_alike(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_numbers(scale, window)
     rows = seq_lens.shape[0] if seq_lens.dim() == 1 else -1
-    if (
-        rows < 0
-        or block_tables.dim() != 2
-        or block_tables.shape[0] != rows
-        or query_start_loc.shape != (rows + 1,)
-    ):
+    if rows < 0 or block_tables.dim() != 2 or block_tables.shape[0] != rows or query_start_loc.shape != (rows + 1,):
         raise ValueError(
             "paged attention wants block_tables [B, max_blocks], seq_lens [B], query_start_loc [B + 1]; got "
             + _shapes(block_tables=block_tables, seq_lens=seq_lens, query_start_loc=query_start_loc)
         )
-    for name, index in (
-        ("block_tables", block_tables),
-        ("seq_lens", seq_lens),
-        ("query_start_loc", query_start_loc),
-    ):
+    for name, index in (("block_tables", block_tables), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
         if index.dtype != torch.int32 or index.device != q.device:
             raise ValueError(f"{name} must be int32 on {q.device}; got {index.dtype} on {index.device}")
         if index.shape[-1] > 1 and index.stride(-1) != 1:
@@ -107,9 +96,7 @@ def check_index_values(
 
 def _check_heads(num_heads: int, num_kv_heads: int, dim: int, shapes: str) -> None:
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {shapes}"
-        )
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {shapes}")
     if not 1 <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim={dim} must lie within 1..{MAX_HEAD_DIM}; got {shapes}")
 

@@ -51,11 +51,7 @@ def copy_blocks(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor)
     table = _table(addresses, tuple(count // word_bytes for count in block_bytes), sources.device)
     launch(
         _copy_blocks_kernel,
-        (
-            len(sources),
-            len(caches),
-            triton.cdiv(max(block_bytes), word_bytes * WORDS_PER_PROGRAM),
-        ),
+        (len(sources), len(caches), triton.cdiv(max(block_bytes), word_bytes * WORDS_PER_PROGRAM)),
         *(table, sources, destinations),
         IS_ALIGNED=is_aligned,
         BLOCK=WORDS_PER_PROGRAM,
@@ -103,9 +99,7 @@ def _check(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> N
             + ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
         )
     integers = {x.dtype for x in indices.values()} <= {torch.int32, torch.int64}
-    if not (
-        integers and len({x.device for x in tensors.values()}) == 1 and all(c.is_contiguous() for c in caches)
-    ):
+    if not (integers and len({x.device for x in tensors.values()}) == 1 and all(c.is_contiguous() for c in caches)):
         raise ValueError(
             "copy_blocks wants one device, int64 or int32 blocks, contiguous caches; got "
             + ", ".join(f"{n} {x.dtype} on {x.device}, strides {x.stride()}" for n, x in tensors.items())

@@ -80,9 +80,7 @@ def flash_attention(
         num_queries,
         num_keys,
         (dim**-0.5 if scale is None else scale) * LOG2_E,
-        min(
-            window or 0, num_keys + num_queries
-        ),  # a wider one hides nothing, and may be too much for 32 bits
+        min(window or 0, num_keys + num_queries),  # a wider one hides nothing, and may be too much for 32 bits
         CAUSAL=causal,
         HAS_WINDOW=window is not None,
         SAVE_LSE=return_lse,
@@ -138,9 +136,7 @@ def common_alignment(*tensors: Tensor) -> int:
     return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
 
 
-def flash_tiles(
-    gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None
-) -> tuple[int, int, int, int]:
+def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps, num_stages): as large as registers and shared memory hold without a spill.
 
     What spills where is the compiler's word: ``paged-infer bench kernels --compile-only`` prints it for every chip.
@@ -190,20 +186,7 @@ def _attend_keys(
             WIDEN,
         )
         acc, row_max, row_sum = attend_tile(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            k,
-            v,
-            query,
-            key,
-            num_keys,
-            scale_log2,
-            window,
-            CAUSAL,
-            HAS_WINDOW,
-            MASKED,
+            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window, CAUSAL, HAS_WINDOW, MASKED
         )
     return acc, row_max, row_sum
 
@@ -238,9 +221,7 @@ def _flash_kernel(
     query = num_keys - num_queries + row  # the diagonal is aligned to the end
     first = num_keys - num_queries + tile * BLOCK_M
     last = num_keys - num_queries + tl.minimum(tile * BLOCK_M + BLOCK_M, num_queries) - 1
-    begin, full_begin, full_end, end = seen_by_tile(
-        first, last, num_keys, window, CAUSAL, HAS_WINDOW, BLOCK_N
-    )
+    begin, full_begin, full_end, end = seen_by_tile(first, last, num_keys, window, CAUSAL, HAS_WINDOW, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -94,6 +94,4 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     """bfloat16 wants a processor that has it, too."""
     if not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

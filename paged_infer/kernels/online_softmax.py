@@ -85,9 +85,7 @@ def counted(algorithm: Algorithm[Options]) -> Counted[Options]:
         q: Tensor, k: Tensor, v: Tensor, /, *args: Options.args, **options: Options.kwargs
     ) -> tuple[Tensor, Traffic]:
         if q.dim() != 2 or k.dim() != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or not len(k):
-            raise ValueError(
-                f"one head has q [N, d], k and v [M, d], M >= 1: got {[list(x.shape) for x in (q, k, v)]}"
-            )
+            raise ValueError(f"one head has q [N, d], k and v [M, d], M >= 1: got {[list(x.shape) for x in (q, k, v)]}")
         traffic = Traffic()
         Q, K, V = (InHBM(x, traffic) for x in (q, k, v))
         return algorithm(Q, K, V, *args, **options)._matrix, traffic
@@ -229,9 +227,7 @@ def tile_sizes(fast_elements: int, head_dim: int) -> tuple[int, int]:
 
 
 @counted
-def tiled_attention(
-    Q: InHBM, K: InHBM, V: InHBM, *, block_q: int, block_k: int, causal: bool = False
-) -> InHBM:
+def tiled_attention(Q: InHBM, K: InHBM, V: InHBM, *, block_q: int, block_k: int, causal: bool = False) -> InHBM:
     """FlashAttention's forward pass (Dao 2022, algorithm 1, in FlashAttention-2's loop order: Dao 2023, algorithm 1).
 
                     K, V  read once for each block of queries

@@ -36,12 +36,7 @@ class Ops(NamedTuple):
 
 
 TORCH_OPS = Ops(
-    add_rms_norm_reference,
-    qk_norm_rope_reference,
-    silu_mul_reference,
-    store_kv_reference,
-    copy_blocks_reference,
-    None,
+    add_rms_norm_reference, qk_norm_rope_reference, silu_mul_reference, store_kv_reference, copy_blocks_reference, None
 )
 TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True)
 C_OPS = Ops(

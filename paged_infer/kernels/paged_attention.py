@@ -79,9 +79,7 @@ def paged_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty(q.shape[:2] if return_lse else (0, 0), dtype=torch.float32, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    window = (
-        None if window is None else min(window, 2**30)
-    )  # a wider one hides nothing, and overflows 32 bits
+    window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and overflows 32 bits
     rows = (block_tables, seq_lens, query_start_loc)
     paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len)
     paged_prefill(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_query_len)

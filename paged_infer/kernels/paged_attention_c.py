@@ -21,18 +21,11 @@ _MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of c_kernels.c
 _FEW = 8  # tokens of a sequence in a step; more are a chunk
 
 
-def paged_attention_c(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
-) -> Tensor:
+def paged_attention_c(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
     """q [T, H, D]; caches [num_blocks, block_size, H_kv, D], contiguous -> [T, H, D]."""
     num_heads, dim = q.shape[1:]
     _, block_size, num_kv_heads, _ = k_cache.shape
-    dense = (
-        suits(q, k_cache, v_cache)
-        and q.stride(1) == dim
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-    )
+    dense = suits(q, k_cache, v_cache) and q.stride(1) == dim and k_cache.is_contiguous() and v_cache.is_contiguous()
     if (
         not dense
         or v_cache.shape != k_cache.shape

@@ -39,9 +39,7 @@ def paged_attention_batched(
     return out
 
 
-def attend_chunks(
-    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, window: int | None
-) -> None:
+def attend_chunks(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, window: int | None) -> None:
     """The rows behind the decodes alone: fills their part of ``out`` [T, H, D]."""
     key = ("chunks", window)
     if key not in step.plan:

@@ -53,9 +53,7 @@ def paged_decode(
     partial_out = torch.empty(
         (num_rows, splits, num_heads, dim) if is_split else 0, dtype=torch.float32, device=q.device
     )
-    partial_lse = torch.empty(
-        (num_rows, splits, num_heads) if is_split else 0, dtype=torch.float32, device=q.device
-    )
+    partial_lse = torch.empty((num_rows, splits, num_heads) if is_split else 0, dtype=torch.float32, device=q.device)
     launch(
         _decode_kernel,
         (num_kv_heads * head_tiles, num_rows, splits),
@@ -162,9 +160,7 @@ def _decode_kernel(
     end = tl.minimum(begin + keys_per_split, length)
     full_end = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
 
-    member = tl.program_id(0) % HEAD_TILES * BLOCK_G + tl.arange(
-        0, BLOCK_G
-    )  # [G] query heads of this KV head
+    member = tl.program_id(0) % HEAD_TILES * BLOCK_G + tl.arange(0, BLOCK_G)  # [G] query heads of this KV head
     head = (kv_head * GROUP + member).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     is_head = member < GROUP * has_query
@@ -230,9 +226,7 @@ def _combine_kernel(
         lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
         # An empty split wrote no output: what lies there may be NaN, and 0 * NaN is NaN. NaN that was read stays.
         wrote = (lse != float("-inf"))[:, None] & (dim < D)[None, :]
-        part = tl.load(
-            partial_out_ptr + (parts + split * NUM_HEADS)[:, None] * D + dim[None, :], mask=wrote, other=0.0
-        )
+        part = tl.load(partial_out_ptr + (parts + split * NUM_HEADS)[:, None] * D + dim[None, :], mask=wrote, other=0.0)
         acc += tl.sum(part * tl.exp(lse - shift)[:, None], 0)
     seen = total != 0.0
     divisor = tl.where(seen, total, 1.0)

@@ -38,9 +38,7 @@ def paged_prefill(
 ) -> None:
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the rows from ``first_row`` on."""
     num_heads, dim = q.shape[1:]
-    block_m, block_n, num_warps, num_stages = prefill_tiles(
-        capability(q.device), dim, q.dtype, window, max_query_len
-    )
+    block_m, block_n, num_warps, num_stages = prefill_tiles(capability(q.device), dim, q.dtype, window, max_query_len)
     launch(
         _prefill_kernel,
         (triton.cdiv(max_query_len, block_m), num_heads, seq_lens.shape[0] - first_row),

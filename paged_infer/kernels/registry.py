@@ -34,9 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionBackend(Protocol):
-    def __call__(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
         """q [T, H, D]; caches [num_blocks, block_size, H_kv, D] that already hold this step's tokens -> [T, H, D]."""
         ...
 
@@ -55,9 +53,7 @@ def register_attention_backend(name: str) -> Callable[[AttentionBackend], Attent
 
 
 @register_attention_backend("torch")
-def torch_backend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
-) -> Tensor:
+def torch_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
     """The reference: one sequence after the other, readable, on any device."""
     return paged_attention_reference(
         q,
@@ -71,9 +67,7 @@ def torch_backend(
 
 
 @register_attention_backend("triton")
-def triton_backend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
-) -> Tensor:
+def triton_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
     """Our kernels: compiled on CUDA; on CPU interpreted, which is for tests and readers."""
     return paged_attention(
         q,

@@ -51,9 +51,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return normed, x if total is None else total
 
 
-def add_rms_norm_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``add_rms_norm`` in torch."""
     total = x if residual is None else x + residual
     if x.dtype == torch.float32:

@@ -88,9 +88,7 @@ def sample_reference(
     keys = row_keys(seeds.tolist(), sample_indices.tolist(), positions.tolist()).to(logits.device)
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     highest, greedy = logits.float().max(1)
-    apart = (logits.float() - highest.unsqueeze(1)) / temperatures.clamp(SMALLEST, LARGEST).unsqueeze(
-        1
-    )  # [R, V]
+    apart = (logits.float() - highest.unsqueeze(1)) / temperatures.clamp(SMALLEST, LARGEST).unsqueeze(1)  # [R, V]
     best, drawn = (apart.exp() / noise(keys, ids)).max(1)
     scores = torch.where(temperatures == 0, highest.clamp_max(FLOAT32_MAX), best.log())
     tokens = torch.where(temperatures == 0, greedy, drawn)
@@ -192,15 +190,8 @@ def _exponential(x):  # int32 within [0, 2^31) -> -log1p(-u), u = (x + 1/2) / 2^
     return (u - (1.0 - rest)) - tl.log(rest)
 
 
-def _check(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
-) -> None:
-    rows = {
-        "temperatures": temperatures,
-        "seeds": seeds,
-        "sample_indices": sample_indices,
-        "positions": positions,
-    }
+def _check(logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor) -> None:
+    rows = {"temperatures": temperatures, "seeds": seeds, "sample_indices": sample_indices, "positions": positions}
     tensors = {"logits": logits, **rows}
     if logits.dim() != 2 or logits.shape[1] == 0 or any(x.shape != logits.shape[:1] for x in rows.values()):
         raise ValueError(

@@ -76,15 +76,8 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping:
             "store_kv wants k and v [T, H_kv, D], caches [num_blocks, block_size, H_kv, D] and slot_mapping [T]; got "
             + ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
         )
-    alike = (
-        k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
-        and len({x.device for x in tensors.values()}) == 1
-    )
-    dense = (
-        (k.shape[2], 1) == k.stride()[1:] == v.stride()[1:]
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-    )
+    alike = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and len({x.device for x in tensors.values()}) == 1
+    dense = (k.shape[2], 1) == k.stride()[1:] == v.stride()[1:] and k_cache.is_contiguous() and v_cache.is_contiguous()
     if not (alike and dense and slot_mapping.dtype in (torch.int64, torch.int32)):
         raise ValueError(
             "store_kv wants one device, one dtype, int64 or int32 slots, heads side by side, contiguous caches; got "
@@ -94,6 +87,4 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping:
         num_slots = k_cache.shape[0] * k_cache.shape[1]
         lowest, highest = (int(x) for x in slot_mapping.aminmax())
         if lowest < -1 or highest >= num_slots:
-            raise ValueError(
-                f"slots {lowest}..{highest} must lie within -1..{num_slots - 1}, the cache's last"
-            )
+            raise ValueError(f"slots {lowest}..{highest} must lie within -1..{num_slots - 1}, the cache's last")

@@ -71,9 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
 def _why_not_interpreted() -> str:
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
         return "triton kernels on CPU tensors need its interpreter: start Python with TRITON_INTERPRET=1"
-    return (
-        "triton was imported before paged_infer.kernels: import paged_infer first, or set TRITON_INTERPRET=1"
-    )
+    return "triton was imported before paged_infer.kernels: import paged_infer first, or set TRITON_INTERPRET=1"
 
 
 def can_run_on(device: torch.device) -> bool:

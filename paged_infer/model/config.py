@@ -145,9 +145,7 @@ def _end_tokens(of_model: Any, generation: Mapping[str, Any] | None, vocab_size:
             of_model,
         )
     if beyond := [i for i in ids if i >= vocab_size]:
-        logger.warning(
-            "eos_token_id %s ignored: the vocabulary has %d tokens", ", ".join(map(str, beyond)), vocab_size
-        )
+        logger.warning("eos_token_id %s ignored: the vocabulary has %d tokens", ", ".join(map(str, beyond)), vocab_size)
     return tuple(dict.fromkeys(i for i in ids if i < vocab_size))
 
 

@@ -70,9 +70,7 @@ class ConfigReader:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a checkpoint's JSON file; a ValueError that names the file if there is none."""
     if not path.is_file():
-        raise ValueError(
-            f"{path.parent}: no {path.name} there, so it is not a checkpoint in Hugging Face format"
-        )
+        raise ValueError(f"{path.parent}: no {path.name} there, so it is not a checkpoint in Hugging Face format")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -59,9 +59,7 @@ class Attention(nn.Module):
             )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         out = (
-            cache.attend(self.layer, q, k, v, step)
-            if slotted is None
-            else slotted.attend_stored(self.layer, q, step)
+            cache.attend(self.layer, q, k, v, step) if slotted is None else slotted.attend_stored(self.layer, q, step)
         )  # [T, H, D]
         return self.output(out.reshape(x.shape[0], -1))
 
@@ -95,9 +93,7 @@ class Decoder(nn.Module):
         self.config, self.ops = config, ops
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            if config.learned_positions
-            else None
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         )
         self.rotary = None if config.learned_positions else RotaryEmbedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in range(config.num_layers))

@@ -32,11 +32,7 @@ def resolve_model(model: str | Path) -> Path:
     except Exception:  # not cached, or in part (a tokenizer alone, a broken download): the hub is asked below
         pass
     try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=_FILES, ignore_patterns=_NOT_FILES, etag_timeout=5)
-        )
+        return Path(snapshot_download(str(model), allow_patterns=_FILES, ignore_patterns=_NOT_FILES, etag_timeout=5))
     except Exception as error:  # the hub client raises a dozen kinds; a user needs one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"model {str(model)!r} is no folder here, and the hub did not give it: {reason}"
-        ) from None
+        raise ValueError(f"model {str(model)!r} is no folder here, and the hub did not give it: {reason}") from None

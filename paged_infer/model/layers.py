@@ -64,9 +64,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies
-    turns = (
-        scaling.original_max_position / wavelengths
-    )  # full turns within the context it was first trained on
+    turns = scaling.original_max_position / wavelengths  # full turns within the context it was first trained on
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)  # 0: a long wave, slowed by the factor; 1: a short wave, kept
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies

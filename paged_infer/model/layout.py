@@ -57,9 +57,7 @@ def _llama_like_layout(config: ModelConfig) -> Layout:
         if config.output_bias:
             layout[f"{ours}.attention.output.bias"] = (Piece(f"{attention}.o_proj.bias", (hidden,)),)
         if config.mlp_bias:
-            layout[f"{ours}.mlp.up.bias"] = tuple(
-                Piece(f"{mlp}.{name}_proj.bias", (wide,)) for name in ("gate", "up")
-            )
+            layout[f"{ours}.mlp.up.bias"] = tuple(Piece(f"{mlp}.{name}_proj.bias", (wide,)) for name in ("gate", "up"))
             layout[f"{ours}.mlp.down.bias"] = (Piece(f"{mlp}.down_proj.bias", (hidden,)),)
         if config.qk_norm:
             layout[f"{ours}.attention.qk_norm_weight"] = tuple(
@@ -72,9 +70,7 @@ def _gpt2_layout(config: ModelConfig) -> Layout:
     hidden, wide = config.hidden_size, config.intermediate_size
     layout: Layout = {
         "embedding.weight": (Piece("transformer.wte.weight", (config.vocab_size, hidden)),),
-        "position_embedding.weight": (
-            Piece("transformer.wpe.weight", (config.max_position_embeddings, hidden)),
-        ),
+        "position_embedding.weight": (Piece("transformer.wpe.weight", (config.max_position_embeddings, hidden)),),
         "final_norm.weight": (Piece("transformer.ln_f.weight", (hidden,)),),
         "final_norm.bias": (Piece("transformer.ln_f.bias", (hidden,)),),
     }

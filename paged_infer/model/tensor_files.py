@@ -39,9 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
         paths = [folder / name for name in sorted(names)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"{folder}: weight file {', '.join(missing)} is not there (only safetensors are read)"
-        )
+        raise ValueError(f"{folder}: weight file {', '.join(missing)} is not there (only safetensors are read)")
     return paths
 
 
@@ -52,9 +50,7 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
         ValueError: a file is missing, truncated or unreadable, or the folder also holds an adapter.
     """
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder}: has an adapter (adapter_config.json), which is not supported: merge it first"
-        )
+        raise ValueError(f"{folder}: has an adapter (adapter_config.json), which is not supported: merge it first")
     tensors = []
     for path in weight_files(folder):
         try:

@@ -63,9 +63,7 @@ def load_decoder(
     return decoder
 
 
-def empty_decoder(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops = TORCH_OPS
-) -> Decoder:
+def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops = TORCH_OPS) -> Decoder:
     """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set.
 
     Raises:
@@ -74,8 +72,7 @@ def empty_decoder(
     needed, available = config.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
     if needed > available:
         raise ValueError(
-            f"{config.num_parameters} parameters as {dtype} need {needed} bytes, "
-            f"and {device} has {available} available"
+            f"{config.num_parameters} parameters as {dtype} need {needed} bytes, and {device} has {available} available"
         )
     with torch.device("meta"):
         decoder = Decoder(config, ops).to(dtype)
@@ -124,9 +121,7 @@ def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[
             names up to ``MAX_PROBLEMS`` of them.
     """
     if config.num_layers > len(stored):  # before a layout of thousands of layers is built
-        raise ValueError(
-            f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors"
-        )
+        raise ValueError(f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors")
     layout = checkpoint_layout(config)
     shapes = {piece.name: piece.shape for pieces in layout.values() for piece in pieces}
     embedding = layout["embedding.weight"][0].name

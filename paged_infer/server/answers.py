@@ -119,8 +119,7 @@ class Growth:
         """
         self._has_begun |= goes_on
         names = [
-            token_names([token_id, *(row or ())], tokenizer)
-            for token_id, row in zip(token_ids, rows, strict=True)
+            token_names([token_id, *(row or ())], tokenizer) for token_id, row in zip(token_ids, rows, strict=True)
         ]
         offsets = []
         for token_id in token_ids:
@@ -142,26 +141,18 @@ class Growth:
         """The token's bytes in the text: a decoder may strip the leading space of a text's first token."""
         is_first, self._has_begun = not self._has_begun, True
         own = tokenizer.token_bytes(token_id)
-        return (
-            own.removeprefix(b" ") if is_first and not tokenizer.decode([token_id]).startswith(" ") else own
-        )
+        return own.removeprefix(b" ") if is_first and not tokenizer.decode([token_id]).startswith(" ") else own
 
 
 def chat_logprobs(
-    token_ids: ReadOnlyList[int],
-    rows: ReadOnlyList[TokenLogprobs],
-    num_top: int,
-    tokenizer: Tokenizer | None,
+    token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs], num_top: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     """Of ``/v1/chat/completions``: each token with the ``num_top`` most probable ones in its place."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
         top = [i for i in _by_rank(row) if row[i].rank <= num_top]
         content.append(
-            {
-                **_described(token_id, row, tokenizer),
-                "top_logprobs": [_described(i, row, tokenizer) for i in top],
-            }
+            {**_described(token_id, row, tokenizer), "top_logprobs": [_described(i, row, tokenizer) for i in top]}
         )
     return {"content": content, "refusal": None}
 
@@ -208,10 +199,7 @@ def described_rows(rows: ReadOnlyList[TokenLogprobs | None]) -> list[dict[str, A
 
 def tokens_by_id(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None]) -> dict[str, Any]:
     """The fields of ``completion_logprobs`` that name tokens, for vLLM's ``return_tokens_as_token_ids``."""
-    named = [
-        None if row is None else {_id_name(i): _finite(entry.logprob) for i, entry in row.items()}
-        for row in rows
-    ]
+    named = [None if row is None else {_id_name(i): _finite(entry.logprob) for i, entry in row.items()} for row in rows]
     return {"tokens": [_id_name(i) for i in token_ids], "top_logprobs": named}
 
 

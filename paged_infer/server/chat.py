@@ -27,18 +27,12 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     params = body.params()
     try:
         prompt = await service.engine.chat_prompt(
-            [message.as_dict() for message in body.messages],
-            truncates=body.truncate_prompt_tokens is not None,
+            [message.as_dict() for message in body.messages], truncates=body.truncate_prompt_tokens is not None
         )
     except (ValueError, QueueFullError) as error:
         raise service.explained(error, "messages") from None
     streams = await service.open(
-        [prompt],
-        params,
-        shape.label,
-        stream=bool(body.stream),
-        cache_salt=body.cache_salt,
-        prompt_field="messages",
+        [prompt], params, shape.label, stream=bool(body.stream), cache_salt=body.cache_salt, prompt_field="messages"
     )
     if body.stream:
         return EventStream(shape.events(streams), streams)

@@ -47,9 +47,7 @@ def serve(
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Origin whose pages may call the server (CORS), or *; may be repeated or be a JSON list."
-        ),
+        typer.Option(help="Origin whose pages may call the server (CORS), or *; may be repeated or be a JSON list."),
     ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that clients call the model by; may be repeated.")
@@ -61,26 +59,20 @@ def serve(
     max_n: Annotated[
         int, typer.Option(help="Most samples or beams per prompt; a request for more is answered 400.", min=1)
     ] = 128,
-    max_num_logprobs: Annotated[
-        int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")
-    ] = 1 << 22,
+    max_num_logprobs: Annotated[int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")] = 1
+    << 22,
     receive_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take to arrive: its head, and then its body.")
     ] = 30.0,
     step_timeout: Annotated[
-        float,
-        typer.Option(help="Seconds that one step may take before the engine counts as hung; 0: no limit."),
+        float, typer.Option(help="Seconds that one step may take before the engine counts as hung; 0: no limit.")
     ] = 600.0,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
     ] = 30.0,
-    log_level: Annotated[
-        str, typer.Option(help="uvicorn's: critical, error, warning, info, debug.")
-    ] = "info",
-    load_format: Annotated[
-        str, typer.Option(help="auto, or dummy: random weights of the model's shape.")
-    ] = "auto",
+    log_level: Annotated[str, typer.Option(help="uvicorn's: critical, error, warning, info, debug.")] = "info",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights of the model's shape.")] = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     attention_backend: Backend = "auto",
@@ -91,12 +83,8 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens computed in one step.")] = 2048,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Share the blocks of equal beginnings.")] = True,
-    scheduling_policy: Annotated[
-        str, typer.Option(help="chunked, prefill_first, dynamic or static.")
-    ] = "chunked",
-    scheduler_delay_factor: Annotated[
-        float, typer.Option(help="With prefill_first: how long prompts wait.")
-    ] = 0.0,
+    scheduling_policy: Annotated[str, typer.Option(help="chunked, prefill_first, dynamic or static.")] = "chunked",
+    scheduler_delay_factor: Annotated[float, typer.Option(help="With prefill_first: how long prompts wait.")] = 0.0,
     preemption_mode: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
     swap_space: Annotated[float | None, typer.Option(help="GiB of CPU memory, with swap.")] = None,
     async_scheduling: Annotated[
@@ -123,9 +111,7 @@ def serve(
         if log_level not in ("critical", "error", "warning", "info", "debug"):
             raise ValueError(f"log_level={log_level!r}: must be critical, error, warning, info or debug")
         if not 0 <= step_timeout < math.inf:
-            raise ValueError(
-                f"step_timeout={step_timeout}: must be a finite number of seconds, or 0 for no limit"
-            )
+            raise ValueError(f"step_timeout={step_timeout}: must be a finite number of seconds, or 0 for no limit")
         settings = service.Settings(
             api_key=api_key,
             allowed_hosts=tuple(allowed_hosts or ("*",)),
@@ -139,9 +125,7 @@ def serve(
         )
         door = run.listen(host, port)
         if not allowed_hosts:
-            settings = dataclasses.replace(
-                settings, allowed_hosts=hosts.names_of(host, door.getsockname()[0])
-            )
+            settings = dataclasses.replace(settings, allowed_hosts=hosts.names_of(host, door.getsockname()[0]))
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,

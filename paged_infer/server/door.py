@@ -12,12 +12,7 @@ from paged_infer.server.errors import APIError
 from paged_infer.server.hosts import is_allowed
 from paged_infer.server.service import CLOSING, Service, closing_error
 
-OPEN_PATHS = (
-    "/",
-    "/health",
-    "/metrics",
-    "/openapi.json",
-)  # need no key: they hold nothing that anybody has asked
+OPEN_PATHS = ("/", "/health", "/metrics", "/openapi.json")  # need no key: they hold nothing that anybody has asked
 
 
 class Door:

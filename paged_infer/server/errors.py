@@ -103,9 +103,7 @@ def refusal(problems: list[dict[str, Any]]) -> APIError:
     if isinstance(first.get("input"), bytes):  # as it came: not announced as JSON
         return APIError(422, "the body: send JSON, with Content-Type: application/json", code="json_invalid")
     name = ".".join(place)
-    return APIError(
-        422, f"{name or 'the body'}: {first['msg']}", param=place[0] if place else None, code=first["type"]
-    )
+    return APIError(422, f"{name or 'the body'}: {first['msg']}", param=place[0] if place else None, code=first["type"])
 
 
 def place_of(problem: dict[str, Any]) -> list[str]:

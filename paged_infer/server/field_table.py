@@ -11,12 +11,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from paged_infer.server.fields import ACCEPTED
-from paged_infer.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    SamplingFields,
-    StreamOptions,
-)
+from paged_infer.server.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, StreamOptions
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- fields: python -m paged_infer.server.field_table -->\n", "<!-- end of fields -->\n"
@@ -36,9 +31,7 @@ def table() -> str:
         states, notes = zip(*(_state(model, name) for model in _MODELS), strict=True)
         noted = list(dict.fromkeys(filter(None, notes)))
         if len(noted) > 1:
-            noted = [
-                f"{where}: {note}" for where, note in zip(("completions", "chat"), notes, strict=True) if note
-            ]
+            noted = [f"{where}: {note}" for where, note in zip(("completions", "chat"), notes, strict=True) if note]
         lines.append(f"| `{name}` | {states[0]} | {states[1]} | {'; '.join(noted)} |")
     return "\n".join(lines) + "\n"
 

@@ -91,10 +91,7 @@ REFUSED = {
 }
 """By name. A route that serves one of them (``echo``) has it among its model's fields."""
 
-REFUSED_IN_CHAT = {
-    **REFUSED,
-    "add_special_tokens": Refused("the chat template adds the special tokens", (False,)),
-}
+REFUSED_IN_CHAT = {**REFUSED, "add_special_tokens": Refused("the chat template adds the special tokens", (False,))}
 
 
 def is_harmless(value: Any, refused: Refused) -> bool:

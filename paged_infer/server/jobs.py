@@ -54,12 +54,7 @@ class _Job:
         if self.output is None:
             return {"id": self.id, "status": self.status}
         outputs = [
-            {
-                "index": one.index,
-                "text": one.text,
-                "token_ids": one.token_ids,
-                "finish_reason": one.finish_reason,
-            }
+            {"index": one.index, "text": one.text, "token_ids": one.token_ids, "finish_reason": one.finish_reason}
             for one in self.output.outputs
         ]
         return {"id": self.id, "status": self.status, "outputs": outputs, "usage": usage([self.output])}
@@ -76,9 +71,7 @@ class Jobs:
     async def begin(self, body: GenerateRequest) -> _Job:
         self._forget()
         service, (job_id, label) = self._service, new_id("gen")
-        (stream,) = await service.open(
-            [body.prompt], body.params(), label, stream=False, cache_salt=body.cache_salt
-        )
+        (stream,) = await service.open([body.prompt], body.params(), label, stream=False, cache_salt=body.cache_salt)
         job = self._jobs[job_id] = _Job(job_id, stream)
         job.task = asyncio.create_task(self._finish(job))
         return job
@@ -88,9 +81,7 @@ class Jobs:
             (job.output,) = await self._service.finals([job.stream])
         except Exception as error:
             told = self._service.explained(error)
-            job.error = (
-                told if isinstance(told, APIError) else APIError(500, f"{type(error).__name__}: {error}")
-            )
+            job.error = told if isinstance(told, APIError) else APIError(500, f"{type(error).__name__}: {error}")
         finally:
             job.stream.close()
             if job.id in self._jobs:  # nobody has dropped it
@@ -133,9 +124,7 @@ def _jobs_of(request: Request) -> Jobs:
 
 
 @router.post(
-    "/generate",
-    status_code=202,
-    responses={202: JOB_ANSWER, **documented(400, 401, 404, 408, 413, 422, 429, 500, 503)},
+    "/generate", status_code=202, responses={202: JOB_ANSWER, **documented(400, 401, 404, 408, 413, 422, 429, 500, 503)}
 )
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Queue a prompt and answer at once with the id to ask for at `/result/{id}`."""

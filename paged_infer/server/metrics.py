@@ -18,49 +18,10 @@ from paged_infer.outputs import RequestOutput
 
 LABELS = ("model_name", "engine")
 GAPS = "inter_token_latency_seconds"
-TTFT_S = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-)
+TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 LATENCY_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-LOOP_DELAY_S = (
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.5,
-    1,
-    2,
-)
+LOOP_DELAY_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1, 2)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 _GAUGES = {  # name -> (what it says, its value from LLMEngine.stats())
@@ -95,27 +56,18 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that have been read.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
-            "vllm:request_success",
-            "Answers by how they ended.",
-            (*LABELS, "finished_reason"),
-            registry=self.registry,
+            "vllm:request_success", "Answers by how they ended.", (*LABELS, "finished_reason"), registry=self.registry
         )
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._labels, reason)
-        self._ttft = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", TTFT_S
-        )
+        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
         self._gap_family = self._family(GAPS, "From one token to the next.", TPOT_S)
         self._gap = self._gap_family.labels(*self._labels)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "Mean of a request's gaps between tokens.", TPOT_S
         )
-        self._latency = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S
-        )
-        self._queue_time = self._histogram(
-            "request_queue_time_seconds", "From arrival to its first step.", LATENCY_S
-        )
+        self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S)
+        self._queue_time = self._histogram("request_queue_time_seconds", "From arrival to its first step.", LATENCY_S)
         self._prefill_time = self._histogram(
             "request_prefill_time_seconds", "From its first step to the first token.", LATENCY_S
         )
@@ -131,9 +83,7 @@ class Metrics:
         self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._output_length = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
         self._step_tokens = self._histogram(
-            "iteration_tokens_total",
-            "Tokens of a step: drawn, and of prompts that it has finished reading.",
-            TOKENS,
+            "iteration_tokens_total", "Tokens of a step: drawn, and of prompts that it has finished reading.", TOKENS
         )
         self.loop_delay = Histogram(
             "paged_infer:event_loop_delay_seconds",
@@ -171,9 +121,7 @@ class Metrics:
         name = f"vllm:{GAPS}"
         for metric in self._gap_family.collect():
             older = Metric("vllm:time_per_output_token_seconds", f"The same as {name}.", "histogram")
-            older.samples = [
-                sample._replace(name=sample.name.replace(name, older.name)) for sample in metric.samples
-            ]
+            older.samples = [sample._replace(name=sample.name.replace(name, older.name)) for sample in metric.samples]
             yield older
 
     def observe(self, report: StepReport) -> None:

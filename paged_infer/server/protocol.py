@@ -50,8 +50,7 @@ class StreamOptions(Strict):
         None, description="With `include_usage`: each chunk has the token counts of its prompt so far."
     )
     include_obfuscation: bool | None = Field(
-        None,
-        description="Chunks are padded, so that their sizes on the network reveal less of the text.",
+        None, description="Chunks are padded, so that their sizes on the network reveal less of the text."
     )
 
 
@@ -161,13 +160,9 @@ class StreamedFields(SamplingFields):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    request_id: str | None = within(
-        minLength=1, maxLength=MAX_ID_LENGTH, description="The answer's `id` ends with it."
-    )
+    request_id: str | None = within(minLength=1, maxLength=MAX_ID_LENGTH, description="The answer's `id` ends with it.")
     prompt_logprobs: int | None = within(0, MAX_LOGPROBS, description="Without `stream`.")
-    return_token_ids: bool | None = Field(
-        None, description="Adds `token_ids` to each choice, and `prompt_token_ids`."
-    )
+    return_token_ids: bool | None = Field(None, description="Adds `token_ids` to each choice, and `prompt_token_ids`.")
     return_tokens_as_token_ids: bool | None = Field(
         None, description="In logprobs, tokens are named `token_id:5` instead of by their text."
     )
@@ -237,15 +232,11 @@ class ChatCompletionRequest(StreamedFields):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise APIError(400, f"{name}={limit}: must be an integer >= 1", param=name)
         if self.top_logprobs is not None and not self.logprobs:
-            raise APIError(
-                400, f"top_logprobs={self.top_logprobs}: needs logprobs=true", param="top_logprobs"
-            )
+            raise APIError(400, f"top_logprobs={self.top_logprobs}: needs logprobs=true", param="top_logprobs")
         check_logprobs("top_logprobs", self.top_logprobs)
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
-            message = (
-                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ"
-            )
+            message = f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ"
             raise APIError(400, message, param="max_completion_tokens")
         return self.sampling_params(
             limits.pop() if limits else None,

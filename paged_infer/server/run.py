@@ -57,9 +57,7 @@ class Server(uvicorn.Server):
         self.service: Service = config.app.state.service  # type: ignore[union-attr]
         self._shutdown_timeout_s = shutdown_timeout_s
         self._hurry_since_s: float | None = None  # when the second signal came; time.monotonic()
-        self._silent: dict[
-            Any, tuple[Any, float]
-        ] = {}  # connections between two requests: the last one, since when
+        self._silent: dict[Any, tuple[Any, float]] = {}  # connections between two requests: the last one, since when
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called between two instructions of the main thread, so it only leaves a note."""
@@ -139,9 +137,7 @@ class Listener(socket.socket):
             return connection, address
         if time.monotonic() - self._full_s > FULL_EVERY_S:
             self._full_s = time.monotonic()
-            logger.warning(
-                "Connections are refused (503): %d file descriptors are open; see ulimit -n", limit
-            )
+            logger.warning("Connections are refused (503): %d file descriptors are open; see ulimit -n", limit)
         connection.setblocking(False)
         with connection, contextlib.suppress(OSError):
             connection.send(FULL)

@@ -79,9 +79,7 @@ class Settings:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
-        if self.api_key is not None and not (
-            self.api_key and self.api_key.isascii() and self.api_key.isprintable()
-        ):
+        if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("api_key: must be printable ASCII, and not empty")
         for host in self.allowed_hosts:
             if host != ALL and not _HOST.fullmatch(host):
@@ -90,9 +88,7 @@ class Settings:
             raise ValueError("served_model_names='': a name must not be empty")
         for origin in self.allowed_origins:
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"allowed_origins={origin!r}: must be scheme://host or scheme://host:port, or *"
-                )
+                raise ValueError(f"allowed_origins={origin!r}: must be scheme://host or scheme://host:port, or *")
 
 
 @dataclass(slots=True)
@@ -103,9 +99,7 @@ class Service:
     settings: Settings = field(default_factory=Settings)
     is_closing: bool = False
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
-    answering: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="answers")
-    )
+    answering: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="answers"))
     receiving: set[asyncio.Timeout] = field(default_factory=set)  # of the bodies that are still on their way
 
     @property
@@ -139,9 +133,7 @@ class Service:
         num_each = params.beam_width if isinstance(params, BeamSearchParams) else params.n
         if num_each > self.settings.max_n:
             raise APIError(400, f"n={num_each}: must be at most max_n={self.settings.max_n}", param="n")
-        if (
-            len(prompts) - 1
-        ) * num_each >= self.engine.max_num_waiting:  # when the last comes, the others wait
+        if (len(prompts) - 1) * num_each >= self.engine.max_num_waiting:  # when the last comes, the others wait
             what = f"{len(prompts)} prompts with {num_each} answer(s) each in one request"
             limit = f"max_num_waiting={self.engine.max_num_waiting}"
             raise APIError(400, f"{what}: more than {limit}", param=prompt_field)
@@ -152,9 +144,7 @@ class Service:
                 if index % IN_ONE_GO == IN_ONE_GO - 1:
                     await asyncio.sleep(0)  # a crowd of prompts lets others in
                 one = f"{label}-{index}"
-                opened.append(
-                    await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt)
-                )
+                opened.append(await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt))
         except BaseException as error:
             close_all(opened)
             raise self.explained(error, prompt_field) from error
@@ -172,9 +162,7 @@ class Service:
             num_tokens = sum(min(len(prompt), longest) for prompt in prompts)
             most += num_tokens * (params.prompt_logprobs + 1)
         if (limit := self.settings.max_num_logprobs) < most * params.n:
-            message = (
-                f"logprobs: there could be {most * params.n} of them: more than max_num_logprobs={limit}"
-            )
+            message = f"logprobs: there could be {most * params.n} of them: more than max_num_logprobs={limit}"
             raise APIError(400, message, param="logprobs")
 
     async def aside(self, is_heavy: bool, function: Callable[[], T]) -> T:
@@ -202,11 +190,7 @@ class Service:
                 logger.warning("%s", one.error)
                 raise APIError(500, one.error or "the request has failed", code="request_failed")
         if any(one.finish_reason == "abort" for one in output.outputs):
-            raise (
-                closing_error()
-                if self.is_closing
-                else APIError(500, "the request was aborted", code="aborted")
-            )
+            raise (closing_error() if self.is_closing else APIError(500, "the request was aborted", code="aborted"))
         return output
 
     async def finals(self, streams: ReadOnlyList[RequestStream]) -> list[RequestOutput]:

@@ -129,18 +129,14 @@ class Shape(ABC):
                 if events := await self.service.aside(is_heavy, news):
                     yield events
             if include_usage:
-                yield event(
-                    {**self._object(self.piece_kind, []), "usage": self._usage(list(newest.values()))}
-                )
+                yield event({**self._object(self.piece_kind, []), "usage": self._usage(list(newest.values()))})
         except (APIError, EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
             explained = self.service.explained(error)
             assert isinstance(explained, APIError)
             yield event(explained.body())
         yield DONE
 
-    def _news(
-        self, place: int, output: RequestOutput, told: _Told, no_usage: dict[str, Any], in_pieces: bool
-    ) -> bytes:
+    def _news(self, place: int, output: RequestOutput, told: _Told, no_usage: dict[str, Any], in_pieces: bool) -> bytes:
         """Events of what is new since it was ``told``."""
         events, obfuscate = [], self.body.wants("include_obfuscation")
         for one in output.outputs:

@@ -12,12 +12,7 @@ from paged_infer.server.errors import APIError, documented, json_response
 from paged_infer.server.service import Service, closing_error, service_of
 
 router = APIRouter()
-TEXT = {
-    200: {
-        "description": "Prometheus' text format.",
-        "content": {"text/plain": {"schema": {"type": "string"}}},
-    }
-}
+TEXT = {200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 @router.get("/health", responses=documented(503))

@@ -8,14 +8,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, ValidationError, model_validator
 
 MAX_TOLD = 8  # unknown fields
 T = TypeVar("T")

@@ -28,9 +28,7 @@ from paged_infer.server.answers import event
 from paged_infer.server.service import EventStream, Service, closing_error, service_of
 
 EVERY_S = 0.1
-MOST_OF_ENGINE = (
-    0.05  # share of the engine's time that looking at it may take: a large pool is looked at less often
-)
+MOST_OF_ENGINE = 0.05  # share of the engine's time that looking at it may take: a large pool is looked at less often
 QUIET_S = 15.0  # then a comment shows, to whatever lies between, that the connection lives
 MOST_LISTED = 64  # sequences of each queue; the counts are of all
 MOST_MARKED = 65_536  # blocks of a pool in which free blocks that can be found are told

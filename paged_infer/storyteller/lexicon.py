@@ -9,20 +9,7 @@ GIRLS = ("Mia", "Lily", "Anna", "Ella", "Ruby", "Clara", "Nora", "Zoe", "Ivy", "
 BOYS = ("Tom", "Ben", "Sam", "Leo", "Max", "Finn", "Jack", "Oscar", "Theo", "Hugo", "Noah", "Felix")
 TRAITS = ("kind", "curious", "brave", "quiet", "cheerful", "clever", "gentle", "shy", "patient", "merry")
 
-COLOURS = (
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "white",
-    "black",
-    "brown",
-    "pink",
-    "purple",
-    "golden",
-    "silver",
-    "grey",
-)
+COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "purple", "golden", "silver", "grey")
 # A noun has one colour in all stories, so that the colour says which it is.
 CONTAINERS = (
     "in the blue box", "in the green basket", "in the yellow drawer", "in the red chest", "in the white jar",
@@ -40,10 +27,7 @@ FINDING_PLACES = (
 
 # What a thing is like, in two ways; said once, when it enters the story.
 THINGS: dict[str, tuple[str, str]] = {
-    "key": (
-        "It was small and heavy, and it fitted no lock in the house.",
-        "It was as cold as a little fish.",
-    ),
+    "key": ("It was small and heavy, and it fitted no lock in the house.", "It was as cold as a little fish."),
     "kite": ("Its tail was longer than a garden path.", "It pulled at the string as if it were alive."),
     "lamp": ("It still smelled of oil and long journeys.", "Even without a flame, it seemed to glow."),
     "drum": ("One tap, and every bird in the tree looked up.", "It sounded like faraway thunder."),
@@ -66,10 +50,7 @@ THINGS: dict[str, tuple[str, str]] = {
     "clock": ("It was always seven minutes late.", "It ticked like somebody walking in new shoes."),
     "doll": ("Somebody had sewn her a tiny coat.", "She had the face of someone with a secret."),
     "lantern": ("It threw little stars on the wall.", "It had been made for dark and stormy nights."),
-    "flute": (
-        "It sounded like the wind when the wind is in a good mood.",
-        "It was carved from a single branch.",
-    ),
+    "flute": ("It sounded like the wind when the wind is in a good mood.", "It was carved from a single branch."),
     "blanket": ("It was big enough to make a tent.", "It was as warm as a loaf of bread."),
     "feather": ("It must have come from a very large bird.", "It was lighter than a word."),
     "crown": ("It was only made of tin, but it shone.", "It was fit for a very small queen."),
@@ -117,18 +98,4 @@ FRUITS = ("apples", "plums", "pears", "cherries")
 GROUND = ("shells", "pebbles", "acorns", "chestnuts")
 BAKED = ("cookies", "buns", "pancakes", "cakes")
 KEPT = ("marbles", "buttons", "coins", "stamps")
-NUMBERS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")

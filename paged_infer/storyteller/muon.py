@@ -50,6 +50,4 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.2 * max(shape) ** 0.5
                 for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    parameter.add_(
-                        update if parameter.shape == shape else update.T, alpha=-group["lr"] * scale
-                    )
+                    parameter.add_(update if parameter.shape == shape else update.T, alpha=-group["lr"] * scale)

@@ -12,8 +12,7 @@ from paged_infer.storyteller.world import Count, Person, Thing, World
 
 # Moments in which nothing is learned but something is felt.
 INTERLUDES: tuple[str, ...] = (
-    "it began to pour. {a} and {b} ran under the nearest roof and told each other ghost "
-    "stories until it stopped.",
+    "it began to pour. {a} and {b} ran under the nearest roof and told each other ghost stories until it stopped.",
     "a rainbow stood over the hill. {a} ran towards it, but the rainbow ran faster.",
     "{a} made a raft out of bark. It sailed for three seconds and sank. {b} saluted.",
     "the baker gave them warm bread with honey, and for a while nobody said anything at all.",
@@ -169,8 +168,7 @@ def _sum(world: World) -> str:
             "{a} had {x} {n} in {a.his} pockets. {b} gave {a.him} {y} more. Now {a} had {z}.",
         ),
         "ground": (
-            "{a} went looking for treasure and found {x} {n}. {b} found {y} more for {a.him}. "
-            "Now {a} had {z}.",
+            "{a} went looking for treasure and found {x} {n}. {b} found {y} more for {a.him}. Now {a} had {z}.",
             "{a} had {x} {n} in a row. {b} added {y} more. Now {a} had {z}.",
         ),
         "baked": (
@@ -194,10 +192,7 @@ def _take_away(world: World, count: Count) -> str:
     less = world.chooser.pick((1, 2))
     count.number -= less
     return world.play(
-        (
-            "{a.He} gave {y} to {b}. Now {a} had {z}.",
-            "But {y} rolled into the river. Now {a} had {z}.",
-        ),
+        ("{a.He} gave {y} to {b}. Now {a} had {z}.", "But {y} rolled into the river. Now {a} had {z}."),
         a=count.owner,
         n=count.noun,
         y=lexicon.NUMBERS[less],

@@ -72,10 +72,7 @@ def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms; rates are those of a factor of 1."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        Muon(matrices, lr=5e-3),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return [Muon(matrices, lr=5e-3), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,9 +180,7 @@ def main(
     bar.close()
     export(model, tokenizer, out)
     figures.mkdir(parents=True, exist_ok=True)
-    (figures / "storyteller_loss.json").write_text(
-        json.dumps({"seed": seed, "steps": steps, "log": log}) + "\n"
-    )
+    (figures / "storyteller_loss.json").write_text(json.dumps({"seed": seed, "steps": steps, "log": log}) + "\n")
     plot(log, figures / "storyteller_loss.png")
 
 

@@ -42,10 +42,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, eos_token=END, model_max_length=1024, clean_up_tokenization_spaces=False
     )
     wrapped.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     wrapped.save_pretrained(folder)

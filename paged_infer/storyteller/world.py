@@ -145,18 +145,14 @@ class World:
             if thing.colour is not None:
                 found.append(Question(f"What colour is the {thing.noun}?", f"It is {thing.colour}."))
             if thing.found_at is not None:
-                found.append(
-                    Question(f"Where did {thing.finder} find the {thing.noun}?", _sentence(thing.found_at))
-                )
+                found.append(Question(f"Where did {thing.finder} find the {thing.noun}?", _sentence(thing.found_at)))
             if thing.place is not None:
                 found.append(Question(f"Where is the {thing.noun}?", _sentence(thing.place)))
             if thing.holder is not None:
                 found.append(Question(f"Who has the {thing.noun}?", f"{thing.holder}."))
         for count in self.counts:
             number = lexicon.NUMBERS[count.number]
-            found.append(
-                Question(f"How many {count.noun} does {count.owner} have?", f"{count.owner.He} has {number}.")
-            )
+            found.append(Question(f"How many {count.noun} does {count.owner} have?", f"{count.owner.He} has {number}."))
         return found
 
 

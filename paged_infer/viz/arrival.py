@@ -21,9 +21,7 @@ def arrival_figure(report: ArrivalReport) -> Picture:
         _draw(axes, run, RUNG_COLOURS["static"] if whole else next(chunked))
     log_heights(axes)
     axes.set_xlabel("seconds since the prompt arrived (a dot: its first token)", fontsize=8.5, color=INK)
-    axes.set_title(
-        "longest wait of a running request for its next token, ms", fontsize=9, color=INK, loc="left"
-    )
+    axes.set_title("longest wait of a running request for its next token, ms", fontsize=9, color=INK, loc="left")
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

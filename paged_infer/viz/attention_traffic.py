@@ -79,9 +79,7 @@ def count_traffic(
             block_q, block_k = tile_sizes(fast_elements, head_dim)
             out, traffic = tiled_attention(q, k, v, block_q=block_q, block_k=block_k)
             differences.append((out - standard).abs().max().item())
-            counts.append(
-                TrafficCount(num_tokens, fast_elements, block_q, traffic.num_read, traffic.num_written)
-            )
+            counts.append(TrafficCount(num_tokens, fast_elements, block_q, traffic.num_read, traffic.num_written))
         return counts
 
     return TrafficReport(
@@ -127,9 +125,7 @@ def _length_panel(axes: Axes, report: TrafficReport) -> None:
     lines: list[tuple[int | None, str]] = [(None, STANDARD_COLOUR), *_tile_colours(report).items()]
     for fast_elements, colour in lines:
         moved = [count.num_moved for count in report.by_length if count.fast_elements == fast_elements]
-        axes.loglog(
-            lengths, [_theory(n, report.head_dim, fast_elements) for n in lengths], "-", **_faint(colour)
-        )
+        axes.loglog(lengths, [_theory(n, report.head_dim, fast_elements) for n in lengths], "-", **_faint(colour))
         axes.loglog(lengths, moved, "o-", color=colour, markersize=4, linewidth=1.6)
         name = "standard" if fast_elements is None else f"tiles, {_binary(fast_elements)}"
         _say(axes, name, (lengths[-1], moved[-1]), (7, -1 if fast_elements is None else -5), colour)
@@ -176,9 +172,7 @@ def _faint(colour: str) -> dict[str, Any]:
 def _say(
     axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], colour: str, align: str = "left"
 ) -> None:
-    axes.annotate(
-        text, at, offset, textcoords="offset points", color=colour, fontsize=8.5, horizontalalignment=align
-    )
+    axes.annotate(text, at, offset, textcoords="offset points", color=colour, fontsize=8.5, horizontalalignment=align)
 
 
 def _binary(num_elements: int) -> str:

@@ -8,13 +8,7 @@ from dataclasses import asdict
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from paged_infer.bench.memory_waste import (
-    PAPER_SAVED,
-    PAPER_SHARES,
-    DatasetReport,
-    MemoryReport,
-    SharingReport,
-)
+from paged_infer.bench.memory_waste import PAPER_SAVED, PAPER_SHARES, DatasetReport, MemoryReport, SharingReport
 from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
 
 PART_COLOURS = {
@@ -63,8 +57,7 @@ def _stack_panel(axes: Axes, dataset: DatasetReport, paper: Mapping[str, Mapping
             label = f"{paper[strategy.name]['tokens']:.1%} in the paper"
             axes.text(102, beneath + 0.06, label, va="center", fontsize=7, color=INK)
     names = [
-        strategy.name if strategy.name == "paged" else f"reserve {strategy.name}"
-        for strategy in dataset.strategies
+        strategy.name if strategy.name == "paged" else f"reserve {strategy.name}" for strategy in dataset.strategies
     ]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.3, -0.5)
@@ -101,12 +94,8 @@ def _block_size_panel(axes: Axes, datasets: list[DatasetReport], block_size: int
 
 
 def _sharing_panel(axes: Axes, sharing: list[SharingReport]) -> None:
-    places = [
-        place + place // 3 for place in range(len(sharing))
-    ]  # a gap between kinds and data sets, three a group
-    bars = axes.bar(
-        places, [100 * one.saved for one in sharing], color=[DATASET_COLOURS[s.dataset] for s in sharing]
-    )
+    places = [place + place // 3 for place in range(len(sharing))]  # a gap between kinds and data sets, three a group
+    bars = axes.bar(places, [100 * one.saved for one in sharing], color=[DATASET_COLOURS[s.dataset] for s in sharing])
     axes.bar_label(bars, [f"{one.saved:.0%}" for one in sharing], padding=2, fontsize=8, color=INK)
     for place, one in zip(places, sharing, strict=True):
         if one.kind == "parallel sampling" and one.width in PAPER_SAVED.get(one.dataset, {}):

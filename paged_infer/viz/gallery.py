@@ -17,12 +17,7 @@ OUTPUT_LENGTHS = (24, 38, 30, 12, 26, 18, 34, 22)
 def crowded_trace() -> Trace:
     """Eight stories in a pool that is too small for them: chunked prompts, a queue, preemption by swapping."""
     llm = LLM(
-        trace=True,
-        num_blocks=20,
-        block_size=8,
-        max_num_seqs=6,
-        max_num_batched_tokens=48,
-        preemption_mode="swap",
+        trace=True, num_blocks=20, block_size=8, max_num_seqs=6, max_num_batched_tokens=48, preemption_mode="swap"
     )
     prompts = story_beginnings(llm, num_requests=len(OUTPUT_LENGTHS), max_tokens=1, seed=0).prompts
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in OUTPUT_LENGTHS]

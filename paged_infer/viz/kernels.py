@@ -36,9 +36,7 @@ def prefill_figure(report: KernelReport) -> Picture:
         races = report.group("prefill", head_dim=head_dim)
         _lines(axes, races, "length", lambda m, name: _scaled(m.rate(name), 1e12))
         if report.roofline is not None:
-            _limit(
-                axes, report.roofline.matmul_flops_per_s / 1e12, "a matmul of 8192³" if number == 0 else ""
-            )
+            _limit(axes, report.roofline.matmul_flops_per_s / 1e12, "a matmul of 8192³" if number == 0 else "")
         axes.set_title(f"head_dim {head_dim}", fontsize=9, color=INK, loc="left")
     _finish(figure, report, "causal prefill: TFLOP/s", "tokens in a sequence")
     return figure
@@ -57,9 +55,7 @@ def decode_figure(report: KernelReport) -> Picture:
         _lines(axes, races, "context", lambda m, name: _scaled(report.share_of_copy(m, name), 0.01))
         _limit(axes, 100.0, "a copy" if number == 0 else "")
         axes.set_title(f"batch {batch}", fontsize=9, color=INK, loc="left")
-    _finish(
-        figure, report, "decode, keys and values read: % of a copy's bytes per second", "tokens in the cache"
-    )
+    _finish(figure, report, "decode, keys and values read: % of a copy's bytes per second", "tokens in the cache")
     return figure
 
 
@@ -101,9 +97,7 @@ def _lines(axes: Axes, races: list[Measurement], size: str, value: Value) -> Non
 def _limit(axes: Axes, height: float, name: str) -> None:
     """What the chip can do at most, measured; named below its line."""
     axes.axhline(height, color=INK, linewidth=0.9, linestyle=":")
-    axes.annotate(
-        name, (0.02, height), (0, -10), ("axes fraction", "data"), "offset points", fontsize=8, color=INK
-    )
+    axes.annotate(name, (0.02, height), (0, -10), ("axes fraction", "data"), "offset points", fontsize=8, color=INK)
     axes.set_ylim(top=max(1.05 * height, axes.get_ylim()[1]))
 
 
@@ -130,9 +124,7 @@ def _finish(figure: Picture, report: KernelReport, title: str, below: str) -> No
         fontsize=8,
         labelcolor=INK,
     )
-    figure.suptitle(
-        f"{title}   ({report.machine['device']}, bfloat16, 32 / 8 heads)", fontsize=9.5, color=INK
-    )
+    figure.suptitle(f"{title}   ({report.machine['device']}, bfloat16, 32 / 8 heads)", fontsize=9.5, color=INK)
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

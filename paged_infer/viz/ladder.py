@@ -39,9 +39,7 @@ def _memory_panel(axes: Axes, rungs: list[RungReport]) -> None:
     names = [rung.name for rung in rungs]
     peaks = [(rung.peak_kv_bytes or 0) / MIB for rung in rungs]
     held = [peak * (rung.kv_fill or 0.0) for peak, rung in zip(peaks, rungs, strict=True)]
-    outline = axes.barh(
-        names, peaks, color="white", edgecolor=[_colour(name) for name in names], hatch="////"
-    )
+    outline = axes.barh(names, peaks, color="white", edgecolor=[_colour(name) for name in names], hatch="////")
     axes.barh(names, held, color=[_colour(name) for name in names])
     labels = [_memory_label(rung, peak) for rung, peak in zip(rungs, peaks, strict=True)]
     axes.bar_label(outline, labels, padding=3, fontsize=8.5, color=INK)

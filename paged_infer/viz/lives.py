@@ -53,9 +53,7 @@ class Life:
     name: str
     spans: list[Span] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
-    furthest: int = (
-        0  # most tokens that it has ever had stored; what lies before and is computed, is computed again
-    )
+    furthest: int = 0  # most tokens that it has ever had stored; what lies before and is computed, is computed again
 
     def state_at(self, place: int) -> str | None:
         """What it was doing in step ``place``; None before it came and after it left."""

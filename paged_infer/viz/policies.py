@@ -34,9 +34,7 @@ def policies_figure(report: PoliciesReport) -> Picture:
         firsts.plot(policy.ttft_s, ranks, line, color=colour, linewidth=1.7, label=policy.name)
     log_heights(gaps)
     marks = (0.5, 0.9, 0.99, 0.999)
-    gaps.set_xticks(
-        [_nines(mark) for mark in (*marks, 1.0)], [*(f"{100 * mark:g} %" for mark in marks), "all"]
-    )
+    gaps.set_xticks([_nines(mark) for mark in (*marks, 1.0)], [*(f"{100 * mark:g} %" for mark in marks), "all"])
     gaps.set_xlim(_nines(0.5), _nines(1.0) + 0.1)
     gaps.set_title("gap between tokens, ms, by rank", fontsize=9, color=INK, loc="left")
     firsts.set_title("first token within so many seconds", fontsize=9, color=INK, loc="left")

@@ -26,10 +26,7 @@ TALLEST_IN = 2.4
 LARGEST_CELL_IN = (0.85, 0.34)
 FLATNESS = 0.62  # a cell's height over its width
 COLUMNS = (8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100, 128, 160, 200, 256)
-LEAST_CUT, CUT_TO = (
-    256,
-    50,
-)  # of larger pools, blocks at the end that the trace never uses are left out, by fifties
+LEAST_CUT, CUT_TO = (256, 50)  # of larger pools, blocks at the end that the trace never uses are left out, by fifties
 MOST_BANDS = 4  # colours in one cell
 FONT_SIZES = (8.5, 7.0, 5.5)  # the largest that fits a cell
 DIGIT = 0.66  # a digit's width, in font sizes
@@ -181,9 +178,7 @@ def _add(axes: Axes, name: str, boxes: Sequence[Any], **style: Any) -> None:
         axes.add_collection(collection, autolim=False)
 
 
-def _write_owners(
-    axes: Axes, cells: Sequence[Cell], grid: Grid, names: Mapping[int, str], block_size: int
-) -> None:
+def _write_owners(axes: Axes, cells: Sequence[Cell], grid: Grid, names: Mapping[int, str], block_size: int) -> None:
     """Who holds it, or how often it is held, as large as fits; in large cells also how many slots are filled."""
     width, height = (inches * 72 for inches in grid.cell_in)  # points
     for cell in cells:
@@ -197,9 +192,7 @@ def _write_owners(
             _write(axes, (left + right) / 2, middle, names[cell.owners[0]] + partly, width, height)
             continue
         aside = width > 45 and height >= FONT_SIZES[1] * num_owners  # each band has room for its owner's name
-        _write(
-            axes, left + (0.75 if aside else 0.5) * (right - left), middle, f"×{num_owners}", width, height
-        )
+        _write(axes, left + (0.75 if aside else 0.5) * (right - left), middle, f"×{num_owners}", width, height)
         for band, owner in enumerate(cell.owners if aside else ()):
             y = high + (band + 0.5) / num_owners * (low - high)
             _write(axes, left + 0.3 * (right - left), y, names[owner], width / 2, height / num_owners)
@@ -230,9 +223,7 @@ def _title(cells: Sequence[Cell], place: int, replay: Replay, block_size: int) -
 def _key(trace: Trace) -> list[tuple[Any, str]]:
     """The same for every step, so that the map stays where it is while one walks through them."""
     colour = OWNER_COLOURS[0]
-    key: list[tuple[Any, str]] = [
-        ((Patch(facecolor=colour), Patch(facecolor=_tint(colour))), "tokens, empty slots"),
-    ]
+    key: list[tuple[Any, str]] = [((Patch(facecolor=colour), Patch(facecolor=_tint(colour))), "tokens, empty slots")]
     if any(step.num_shared_blocks for step in trace.steps):
         key.append((Patch(facecolor="white", edgecolor=INK), "held by several"))
     if any(step.num_cached_blocks for step in trace.steps):

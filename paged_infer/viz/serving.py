@@ -49,9 +49,7 @@ def serving_figure(report: SpeedReport) -> Picture:
         log_heights(axes)
     if opened:
         arrivals.legend(frameon=False, fontsize=8, labelcolor=INK)
-    figure.legend(
-        *speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-    )
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -17,14 +17,10 @@ def speculation_figure(report: SpeedReport) -> Picture:
     width = 0.8 / len(methods)
     for index, method in enumerate(methods):
         entries = [entry for entry in report.entries if entry.series == method]
-        places = [
-            loads.index(entry.load or 0.0) + (index - (len(methods) - 1) / 2) * width for entry in entries
-        ]
+        places = [loads.index(entry.load or 0.0) + (index - (len(methods) - 1) / 2) * width for entry in entries]
         rates = [entry.metrics.output_tokens_per_s for entry in entries]
         bars = axes.bar(places, rates, width * 0.94, color=COLOURS[index % len(COLOURS)], label=method)
-        labels = [
-            _label(rate, entry.metrics.acceptance_rate) for rate, entry in zip(rates, entries, strict=True)
-        ]
+        labels = [_label(rate, entry.metrics.acceptance_rate) for rate, entry in zip(rates, entries, strict=True)]
         axes.bar_label(bars, labels, padding=2, fontsize=8, color=INK)
     axes.set_xticks(range(len(loads)), [f"{load:g} at once" for load in loads])
     axes.set_title("output tokens/s (share of drafts accepted)", fontsize=9, color=INK, loc="left")

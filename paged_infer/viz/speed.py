@@ -81,9 +81,7 @@ def _first_tokens(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
 
 
 def _say_beside(axes: Axes, end: float, name: str, words: str) -> None:
-    axes.annotate(
-        words, (end, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
-    )
+    axes.annotate(words, (end, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
 
 
 def _load_figure(report: SpeedReport) -> Picture:
@@ -112,9 +110,7 @@ def _load_figure(report: SpeedReport) -> Picture:
         axes.tick_params(labelsize=7.5)
     for axes in (first, gaps):
         log_heights(axes)
-    figure.legend(
-        *rate.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
-    )
+    figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
@@ -124,6 +120,4 @@ def _lines(axes: Axes, places: list[int], times: list[Percentiles | None], colou
         known = [(x, 1e3 * getattr(t, name)) for x, t in zip(places, times, strict=True) if t is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=colour, alpha=alpha, markersize=4, linewidth=1.4)
-            axes.annotate(
-                name, known[-1], (4, 0), textcoords="offset points", fontsize=7.5, va="center", color=INK
-            )
+            axes.annotate(name, known[-1], (4, 0), textcoords="offset points", fontsize=7.5, va="center", color=INK)

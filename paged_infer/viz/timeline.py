@@ -91,9 +91,7 @@ def draw_timeline(
         axes.tick_params(length=0, labelsize=8, labelcolor=INK)
         if cursor is not None:
             place = range(len(trace.steps))[cursor]
-            axes.axvspan(
-                edges[place], edges[place + 1], facecolor=INK, edgecolor=INK, alpha=0.3, gid="cursor"
-            )
+            axes.axvspan(edges[place], edges[place + 1], facecolor=INK, edgecolor=INK, alpha=0.3, gid="cursor")
             if axes is rows:
                 at = ((edges[place] + edges[place + 1]) / 2, 1.0)
                 axes.annotate(
@@ -127,9 +125,7 @@ def _title(trace: Trace, lives: Sequence[Life]) -> str:
 def _draw_rows(axes: Axes, lives: Sequence[Life], edges: Sequence[float], owners: bool) -> None:
     px = (WIDTH_IN - MARGIN_IN) * DPI / (edges[-1] - edges[0])
     narrow = (edges[-1] - edges[0]) * px / (len(edges) - 1) < 2 * NARROWEST_PREFILL_PX
-    for state, look in reversed(
-        LOOKS.items()
-    ):  # prefills last: where they are widened, they hide what follows
+    for state, look in reversed(LOOKS.items()):  # prefills last: where they are widened, they hide what follows
         least = NARROWEST_PREFILL_PX / px if state in PREFILLS else 0.0
         bars = []
         for row, life in enumerate(lives):
@@ -149,9 +145,7 @@ def _draw_rows(axes: Axes, lives: Sequence[Life], edges: Sequence[float], owners
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * _row_in(len(lives)) * DPI >= 11)
     shown = range(0, len(lives), every)
     ticks = axes.set_yticks(shown, [lives[row].name for row in shown])
-    axes.set_ylabel(
-        "sequence" if any("." in life.name for life in lives) else "request", fontsize=8.5, color=INK
-    )
+    axes.set_ylabel("sequence" if any("." in life.name for life in lives) else "request", fontsize=8.5, color=INK)
     if owners:
         for row, tick in zip(shown, ticks, strict=True):
             colour = owner_colour(lives[row].sequence_id)
@@ -218,11 +212,7 @@ def _draw_tokens(axes: Axes, trace: Trace, lives: Sequence[Life], edges: Sequenc
 
 
 def _add_bars(
-    axes: Axes,
-    bars: Iterable[tuple[float, float, float, float]],
-    look: Look,
-    name: str,
-    separate: bool = True,
+    axes: Axes, bars: Iterable[tuple[float, float, float, float]], look: Look, name: str, separate: bool = True
 ) -> None:
     """Rectangles (left, bottom, right, top) as one collection, which is fast for thousands of them."""
     corners = [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for x0, y0, x1, y1 in bars]
@@ -230,11 +220,7 @@ def _add_bars(
         return
     edge = "white" if separate and look.edge == "none" and look.height > 0.5 else look.edge
     bars_of_state = PolyCollection(
-        corners,
-        facecolors=look.face,
-        edgecolors=edge,
-        linewidths=0.6 if separate else 0,
-        hatch=look.hatch or None,
+        corners, facecolors=look.face, edgecolors=edge, linewidths=0.6 if separate else 0, hatch=look.hatch or None
     )
     bars_of_state.set_label(name)
     axes.add_collection(bars_of_state, autolim=False)

@@ -210,9 +210,7 @@ def test_flashinfers_tables_say_what_the_block_tables_say():
     starts, blocks, last = kernel_peers._pages(problem)
     assert starts.tolist() == [0, 3, 4, 5]
     assert last.tolist() == [1, 16, 6]
-    assert blocks.tolist() == [
-        int(problem.block_tables[at]) for at in ((0, 0), (0, 1), (0, 2), (1, 0), (2, 0))
-    ]
+    assert blocks.tolist() == [int(problem.block_tables[at]) for at in ((0, 0), (0, 1), (0, 2), (1, 0), (2, 0))]
 
 
 def test_operations_and_bytes_are_counted_as_the_header_says():
@@ -220,9 +218,7 @@ def test_operations_and_bytes_are_counted_as_the_header_says():
     prefill = races["prefill, head_dim 128, 4 x 4,096 tokens"]
     assert prefill.work == 4 * 32 * 128 * 4 * (4096 * 4096 / 2)
     decode = races["decode, batch 32, context 4,096"]
-    problem = paged_problem(
-        [(4095, 1)], num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, poison=False
-    )
+    problem = paged_problem([(4095, 1)], num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, poison=False)
     assert decode.work == 32 * problem.kv_bytes
     sizes = {tuple(race.sizes.values()) for race in races.values() if race.group == "decode"}
     assert sizes == {(b, n * 1024) for b in (1, 8, 32, 128) for n in (1, 2, 4, 8, 16, 32)}
@@ -235,10 +231,7 @@ def test_races_that_the_time_or_the_memory_does_not_allow_are_left_out_and_said(
     late = list(kernels.run_races(races[:1], deadline_s=0.0, limit="the time limit of 5 s"))
     skipped = [large.run(), *late]
     notes = [{entry.note for entry in measurement.entries} for measurement in skipped]
-    assert notes == [
-        {"needs 16.0 GiB, the device has 1.0 free"},
-        {"left out: the time limit of 5 s had passed"},
-    ]
+    assert notes == [{"needs 16.0 GiB, the device has 1.0 free"}, {"left out: the time limit of 5 s had passed"}]
     assert [len(measurement.entries) for measurement in skipped] == [len(DECODE), len(PREFILL)]
     report = KernelReport("cuda", {}, measurements=skipped)
     assert report.failures() == []
@@ -258,9 +251,7 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
     made_up = iter(range(1, 1000))
-    monkeypatch.setattr(
-        kernels, "time_cuda_graph", lambda fn, repeats: Timing((next(made_up) * 1e-6,), "cuda graph")
-    )
+    monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, repeats: Timing((next(made_up) * 1e-6,), "cuda graph"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**34, 2**34))
     monkeypatch.setattr(roofline, "measure", lambda device: Roofline(4e12, 3e12, 8e14, "bfloat16", "made up"))
     monkeypatch.setitem(kernel_peers.DECODE, "flashinfer", lambda problem: Ready(lambda: problem.q * 0))

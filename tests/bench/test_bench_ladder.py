@@ -50,9 +50,7 @@ def test_compare_says_no_and_fails_when_a_decoder_weight_is_wrong(llm, tmp_path,
     broken = LLM(llm.folder, num_blocks=64)
     broken.engine.decoder.layers[1].mlp_norm.weight.neg_()
     monkeypatch.setattr("paged_infer.console.open_llm", lambda model, **options: broken)
-    result = CliRunner().invoke(
-        app, ["compare", "--num-prompts", "2", "--max-tokens", "6", "--figures", str(tmp_path)]
-    )
+    result = CliRunner().invoke(app, ["compare", "--num-prompts", "2", "--max-tokens", "6", "--figures", str(tmp_path)])
     assert result.exit_code == 1
     report = LadderReport.load(tmp_path / "ladder.json")
     assert {rung.name: rung.same_tokens for rung in report.rungs} == {
@@ -67,16 +65,7 @@ def test_compare_says_no_and_fails_when_a_decoder_weight_is_wrong(llm, tmp_path,
 
 
 def test_compare_writes_a_picture_and_its_numbers(llm, tmp_path):
-    arguments = [
-        "compare",
-        str(llm.folder),
-        "--num-prompts",
-        "3",
-        "--max-tokens",
-        "5",
-        "--figures",
-        str(tmp_path),
-    ]
+    arguments = ["compare", str(llm.folder), "--num-prompts", "3", "--max-tokens", "5", "--figures", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
@@ -144,7 +133,5 @@ def test_bench_ladder_reports_the_ratio_to_transformers_static(llm, tmp_path):
 
 
 def test_the_reference_is_one_request_at_a_time(rungs, workload):
-    alone = rungs["transformers"](
-        replace(workload, prompts=workload.prompts[1:2], params=workload.params[1:2])
-    )
+    alone = rungs["transformers"](replace(workload, prompts=workload.prompts[1:2], params=workload.params[1:2]))
     assert alone.token_ids[0] == rungs["transformers"](workload).token_ids[1]

@@ -117,10 +117,7 @@ def test_lengths_have_the_papers_means_and_fit_the_context(dataset):
     assert max(r.num_stored for r in requests) < MAX_MODEL_LEN
 
 
-@given(
-    num_slots=st.integers(1, 300),
-    wishes=st.lists(st.tuples(st.integers(1, 70), st.booleans()), max_size=60),
-)
+@given(num_slots=st.integers(1, 300), wishes=st.lists(st.tuples(st.integers(1, 70), st.booleans()), max_size=60))
 def test_a_buddy_hands_out_no_slot_twice_and_gets_all_of_them_back(num_slots, wishes):
     memory, chunks = BuddyMemory(num_slots), []
     for wish, frees in wishes:
@@ -135,9 +132,7 @@ def test_a_buddy_hands_out_no_slot_twice_and_gets_all_of_them_back(num_slots, wi
     for start in chunks:
         memory.free(start)
     assert memory.num_free == num_slots
-    assert (
-        memory.take(1 << (num_slots.bit_length() - 1)) == 0
-    )  # merged again, into the largest chunk there was
+    assert memory.take(1 << (num_slots.bit_length() - 1)) == 0  # merged again, into the largest chunk there was
 
 
 def test_no_tensor_library_is_needed_to_count():

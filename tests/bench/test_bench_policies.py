@@ -70,9 +70,7 @@ def test_every_policy_serves_every_token_of_every_request():
 
 def test_the_clock_moves_by_what_steps_cost_and_waits_for_who_comes():
     arrivals = [Arrival(0.0, RequestLengths(10, 3)), Arrival(5.0, RequestLengths(4, 1))]
-    first, second = serve(
-        simulated(Contender("chunked", "chunked", 64), StepCost(1.0, 0.01), 4, 64), arrivals
-    )
+    first, second = serve(simulated(Contender("chunked", "chunked", 64), StepCost(1.0, 0.01), 4, 64), arrivals)
     assert first.token_s == pytest.approx([1.10, 2.11, 3.12])
     assert second.token_s == pytest.approx([6.04])
 

@@ -28,10 +28,7 @@ def test_the_command_prints_a_row_for_each_width_beside_the_papers(tmp_path) -> 
     assert result.exit_code == 0, result.output
     assert "2 samples" in result.output and "37.6 to 55.2 %" in result.output
     report = json.loads((tmp_path / "bench-sharing.json").read_text())
-    assert [(saving["kind"], saving["width"]) for saving in report["savings"]] == [
-        ("samples", 2),
-        ("beams", 2),
-    ]
+    assert [(saving["kind"], saving["width"]) for saving in report["savings"]] == [("samples", 2), ("beams", 2)]
 
 
 @pytest.mark.parametrize("option", [["--width", "1"], ["--width", "300", "--max-tokens", "2"]])

@@ -10,10 +10,7 @@ from paged_infer.bench.roofline import Roofline
 
 ROOF = Roofline(copy_bytes_per_s=100.0, read_bytes_per_s=50.0, matmul_flops_per_s=1000.0)
 COST = ModelCost(
-    weight_bytes=200,
-    flops_per_token=10,
-    head_flops=5,
-    layers=(LayerCost(kv_bytes=4, flops=2, window=None),) * 2,
+    weight_bytes=200, flops_per_token=10, head_flops=5, layers=(LayerCost(kv_bytes=4, flops=2, window=None),) * 2
 )
 
 
@@ -56,9 +53,7 @@ def test_sizes_are_those_of_the_decoder(make_llm):
     cost = ModelCost.of(decoder)
     stored = sum({p.data_ptr(): p.numel() for p in decoder.parameters()}.values())
     assert cost.weight_bytes == pytest.approx(4 * stored, rel=1e-3)  # a norm of heads is stored once a head
-    matrices = sum(
-        p.numel() for name, p in decoder.layers.named_parameters() if p.dim() == 2 and "norm" not in name
-    )
+    matrices = sum(p.numel() for name, p in decoder.layers.named_parameters() if p.dim() == 2 and "norm" not in name)
     assert cost.flops_per_token == pytest.approx(2 * matrices, rel=0.01)
     assert cost.head_flops == 2 * 1003 * 192
 

@@ -72,12 +72,7 @@ time.sleep(10_000)
         python("fine", "print('well done')"),
         python("fails", "import sys; print('oh', file=sys.stderr); sys.exit(3)"),
         python("hangs", hangs, limit_s=hangs_s),
-        Step(
-            "last",
-            (sys.executable, "-c", "import os; print(os.environ['SEEN'])"),
-            LIMIT_S,
-            {"SEEN": "also run"},
-        ),
+        Step("last", (sys.executable, "-c", "import os; print(os.environ['SEEN'])"), LIMIT_S, {"SEEN": "also run"}),
     ]
     out = tmp_path / "gpu-made-up"
     results = run_steps(steps, out, total_limit_s=100 * LIMIT_S)
@@ -111,9 +106,7 @@ def can_lock(file: IO[str]) -> bool:
 
 
 def test_when_all_the_time_has_passed_the_rest_is_reported_as_not_run(tmp_path, monkeypatch):
-    moments = iter(
-        [0.0, 0.0, 0.0, 1.4, 1.4]
-    )  # all begins; the first step begins, twice, and ends; the second
+    moments = iter([0.0, 0.0, 0.0, 1.4, 1.4])  # all begins; the first step begins, twice, and ends; the second
     clock = SimpleNamespace(perf_counter=lambda: next(moments), strftime=time.strftime)
     monkeypatch.setattr(gpu, "time", clock)
     steps = [python("long", "import time; time.sleep(10_000)"), python("never", "print(1)")]
@@ -218,11 +211,7 @@ def save_notebook(path: Path, *cells: str | tuple[str, str]) -> Path:
     """Code cells, of which some have a tag."""
     pairs = [cell if isinstance(cell, tuple) else (cell, "") for cell in cells]
     as_json = [
-        {
-            "cell_type": "code",
-            "source": source.splitlines(keepends=True),
-            "metadata": {"tags": [tag] if tag else []},
-        }
+        {"cell_type": "code", "source": source.splitlines(keepends=True), "metadata": {"tags": [tag] if tag else []}}
         for source, tag in pairs
     ]
     path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": ["# Hello"]}, *as_json]}))

@@ -22,12 +22,8 @@ def test_ratios_shares_and_reaches_follow_from_the_seconds(tmp_path):
     ours, paged, flash = ("flash_attention", "paged_attention", "SDPA flash")
     report = report_of(
         Measurement("prefill", "4k", sizes | {"length": 4096}, 8e12, [Entry(ours, 0.02), Entry(flash, 0.03)]),
-        Measurement(
-            "prefill", "8k", sizes | {"length": 8192}, 8e12, [Entry(ours, 0.02), Entry(flash, 0.026)]
-        ),
-        Measurement(
-            "prefill", "1k", sizes | {"length": 1024}, 8e12, [Entry(ours, 0.02), Entry(flash, 0.001)]
-        ),
+        Measurement("prefill", "8k", sizes | {"length": 8192}, 8e12, [Entry(ours, 0.02), Entry(flash, 0.026)]),
+        Measurement("prefill", "1k", sizes | {"length": 1024}, 8e12, [Entry(ours, 0.02), Entry(flash, 0.001)]),
         Measurement("decode", "usual", {"batch": 32, "context": 4096}, 4e9, [Entry(paged, 0.00125)]),
     )
     first, *_, decode = report.measurements

@@ -86,9 +86,7 @@ def body(prompt: str = "Once", **others: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, **others}
 
 
-def test_everybody_gives_the_texts_of_llm_generate(
-    llm: LLM, target: Target, naive: str, workload: Workload
-) -> None:
+def test_everybody_gives_the_texts_of_llm_generate(llm: LLM, target: Target, naive: str, workload: Workload) -> None:
     order: list[str] = []
     slow = Target(target.client, naive, "storyteller")
     bench = HttpBench(target, workload, 2, order.append, Bench(llm, ROOF, 2), ("cached rung", slow))
@@ -131,9 +129,7 @@ def test_only_a_streamed_answer_tells_when_it_began(target: Target, workload: Wo
         assert metrics.output_tokens_per_s * metrics.seconds == pytest.approx(asked)
 
 
-def test_a_streamed_answer_begins_with_its_first_piece_and_ends_with_its_last(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_streamed_answer_begins_with_its_first_piece_and_ends_with_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server whose pieces come at 1, 2 and 3 seconds."""
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(http_load, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
@@ -211,9 +207,7 @@ def test_bounds_are_those_that_a_share_of_the_values_does_not_exceed() -> None:
     assert bounds({}) is None and bounds({0.1: 0}) is None
 
 
-def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments 10 ms apart, in a loop that stands still from 5 ms to 105 ms, and after that does not."""
     seen: list[float] = []
     clock = SimpleNamespace(now_s=0.0, wakes_s=iter((0.105, 0.11, 0.12)))
@@ -225,9 +219,7 @@ def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed(
             raise asyncio.CancelledError
 
     loop = SimpleNamespace(time=lambda: clock.now_s)
-    monkeypatch.setattr(
-        "paged_infer.server.app.asyncio", SimpleNamespace(sleep=sleep, get_running_loop=lambda: loop)
-    )
+    monkeypatch.setattr("paged_infer.server.app.asyncio", SimpleNamespace(sleep=sleep, get_running_loop=lambda: loop))
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(watch_loop(seen.append, every_s=0.01))
     missed = [0.105 - 0.01 * number for number in range(1, 11)]

@@ -41,9 +41,7 @@ def dummy(tmp_path_factory):
 
 
 def test_dummy_weights_come_from_the_seed_and_need_no_file(dummy):
-    again, other = (
-        LLM(dummy.folder, load_format="dummy", num_blocks=64, device="cpu", seed=seed) for seed in (0, 1)
-    )
+    again, other = (LLM(dummy.folder, load_format="dummy", num_blocks=64, device="cpu", seed=seed) for seed in (0, 1))
     pairs = zip(dummy.engine.decoder.parameters(), again.engine.decoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(other.engine.decoder.embedding.weight, dummy.engine.decoder.embedding.weight)

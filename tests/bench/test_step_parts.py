@@ -23,13 +23,7 @@ def test_parts_add_up_to_the_step_and_backends_differ(make_llm) -> None:
 
 def test_watching_leaves_no_trace(llm) -> None:
     engine = llm.engine
-    owners = [
-        *engine.decoder.modules(),
-        engine.runner,
-        engine.runner.cache,
-        engine.runner.sampler,
-        engine.scheduler,
-    ]
+    owners = [*engine.decoder.modules(), engine.runner, engine.runner.cache, engine.runner.sampler, engine.scheduler]
     before = [dict(owner.__dict__) for owner in owners]
     with watch_parts(llm):
         llm.generate([[3, 1, 4]], use_tqdm=False)
@@ -40,18 +34,7 @@ def test_watching_leaves_no_trace(llm) -> None:
 
 
 def test_the_command_prints_every_part_and_leaves_the_numbers(llm, tmp_path) -> None:
-    small = [
-        "--num-requests",
-        "2",
-        "--shortest",
-        "2",
-        "--longest",
-        "4",
-        "--repeats",
-        "1",
-        "--beside",
-        "torch",
-    ]
+    small = ["--num-requests", "2", "--shortest", "2", "--longest", "4", "--repeats", "1", "--beside", "torch"]
     options = ["--model", str(llm.folder), "--figures", str(tmp_path)]
     result = CliRunner().invoke(app, ["bench", "step", *small, *options])
     assert result.exit_code == 0, result.output

@@ -42,9 +42,7 @@ def step_meta(query_lens, seq_lens, *, slots=(), tables=((0,),), num_decodes=0) 
 
 def sequences(layer: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     rng = torch.Generator().manual_seed(layer)
-    return [
-        tuple(torch.randn(length, heads, D, generator=rng) for heads in (H, H_KV, H_KV)) for length in LENGTHS
-    ]
+    return [tuple(torch.randn(length, heads, D, generator=rng) for heads in (H, H_KV, H_KV)) for length in LENGTHS]
 
 
 def packed(layer: int, slices: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,9 +59,7 @@ def whole(window: int | None, layer: int) -> list[Tensor]:
 @pytest.mark.parametrize("backend", ["torch", "sdpa", "c"])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(
-    backend, block_size, window
-) -> None:
+def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(backend, block_size, window) -> None:
     cache = PagedCache(spec(window), 20, block_size, ATTENTION_BACKENDS[backend])
     for keys in (*cache.keys, *cache.values):
         keys[:-1] = torch.nan  # what an earlier owner may have left
@@ -83,11 +79,7 @@ def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(
         tables=tables,
     )
     last = step_meta(
-        [1] * 3,
-        LENGTHS,
-        slots=[slot(row, LENGTHS[row] - 1) for row in range(3)],
-        tables=tables,
-        num_decodes=3,
+        [1] * 3, LENGTHS, slots=[slot(row, LENGTHS[row] - 1) for row in range(3)], tables=tables, num_decodes=3
     )
     for layer in range(2):
         out = cache.attend(layer, *packed(layer, prompts), first).split(prompt_lens)
@@ -180,7 +172,5 @@ def test_keys_are_stored_by_the_kernel_that_rotates_them_where_there_is_one(
         caches.append(cache)
         assert bool(stored) == (not (fuses and is_fused))
     assert [o.outputs[0].token_ids for o in tokens[0]] == [o.outputs[0].token_ids for o in tokens[1]]
-    for ours, theirs in zip(
-        caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
-    ):
+    for ours, theirs in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
         assert torch.equal(ours, theirs) and ours.any()

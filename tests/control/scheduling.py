@@ -134,9 +134,7 @@ class FakeMemory:
             self.slots[self._slot(item, position)] = contents[position]
 
     def _read(self, item: ScheduledSequence, sequence: Sequence) -> None:
-        for position, content in enumerate(
-            self._contents(sequence, item.num_computed_tokens + item.num_tokens)
-        ):
+        for position, content in enumerate(self._contents(sequence, item.num_computed_tokens + item.num_tokens)):
             assert self.slots[self._slot(item, position)] == content, (item.sequence_id, position)
 
     def _slot(self, item: ScheduledSequence, position: int) -> tuple[int, int]:

@@ -13,16 +13,7 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.params import SamplingParams
 
 
-def check(
-    prompt,
-    *,
-    num_blocks=10,
-    block_size=4,
-    max_model_len=30,
-    max_num_seqs=4,
-    eos_token_ids=(),
-    **params,
-) -> None:
+def check(prompt, *, num_blocks=10, block_size=4, max_model_len=30, max_num_seqs=4, eos_token_ids=(), **params) -> None:
     check_request(
         prompt,
         SamplingParams(**params),
@@ -46,11 +37,7 @@ def check(
         (["5"], {}, ["'5'", "[0, 100)"]),
         ([5], {"stop_token_ids": [100]}, ["stop_token_ids", "100", "[0, 100)"]),
         ([5], {"logit_bias": {123: 1.0}}, ["logit_bias", "123", "[0, 100)"]),
-        (
-            [5],
-            {"stop_token_ids": range(100), "min_tokens": 1},
-            ["min_tokens=1", "stop_token_ids", "all 100 tokens"],
-        ),
+        ([5], {"stop_token_ids": range(100), "min_tokens": 1}, ["min_tokens=1", "stop_token_ids", "all 100 tokens"]),
         (
             [5],
             {"stop_token_ids": range(1, 100), "min_tokens": 2, "eos_token_ids": (0, 385)},
@@ -111,12 +98,7 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
     longest = min(max_model_len, num_prompt + (max_tokens or max_model_len))
     try:
         check_request(
-            [5] * num_prompt,
-            params,
-            vocab_size=100,
-            max_model_len=max_model_len,
-            max_num_seqs=3,
-            manager=manager,
+            [5] * num_prompt, params, vocab_size=100, max_model_len=max_model_len, max_num_seqs=3, manager=manager
         )
     except ValueError:
         assert num_prompt >= max_model_len or min(n, 3) * -(-(longest - 1) // block_size) > num_blocks
@@ -139,7 +121,4 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
 )  # of 20, context 10
 def test_truncation_keeps_the_last_tokens(keep: int | None, kept: int) -> None:
     prompt = list(range(20))
-    assert (
-        truncated(prompt, SamplingParams(truncate_prompt_tokens=keep), max_model_len=10)
-        == prompt[20 - kept :]
-    )
+    assert truncated(prompt, SamplingParams(truncate_prompt_tokens=keep), max_model_len=10) == prompt[20 - kept :]

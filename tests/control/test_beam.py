@@ -41,9 +41,7 @@ def answers(request: Request) -> list[tuple[tuple[int, ...], float | None, str |
     policy=st.sampled_from([*POLICIES]),
     caching=st.booleans(),
     watermark=st.sampled_from([0, 0.2]),
-    shapes=st.lists(
-        st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 7)), min_size=1, max_size=7
-    ),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 7)), min_size=1, max_size=7),
     fails=st.sets(st.integers(0, 40), max_size=6),
     aborts=st.dictionaries(st.integers(0, 40), st.integers(0, 6), max_size=2),
 )
@@ -110,8 +108,7 @@ def branching(scheduler: Scheduler, tokens: dict[int, list[int]]) -> ScheduledSt
     step = scheduler.schedule()
     found = {
         beam: [
-            (t, -0.1 * place - (0 if beam in tokens else 90))
-            for place, t in enumerate(tokens.get(beam, [2, 3, 4, 5]))
+            (t, -0.1 * place - (0 if beam in tokens else 90)) for place, t in enumerate(tokens.get(beam, [2, 3, 4, 5]))
         ]
         for beam in step.ranking
     }
@@ -130,9 +127,7 @@ def test_a_beam_that_goes_on_in_two_ways_takes_the_place_of_one_that_goes_on_in_
     assert [s.output_token_ids for s in request.sequences] == [[7], [8]]
     assert table(0) == table(1) and pool.num_used == 2  # forked where the prompt ends
     step = branching(scheduler, {1: [11, 12, 13, 14]})
-    assert (
-        len(step.moves.copies) == 1
-    )  # the block of p4, p5 was held twice, and the first to write got a copy
+    assert len(step.moves.copies) == 1  # the block of p4, p5 was held twice, and the first to write got a copy
     assert [s.output_token_ids for s in request.sequences] == [[8, 12], [8, 11]]
     assert table(0) == table(1) and pool.num_used == 2  # what the first held alone is free again
     scheduler.finish(request.sequences[0], "abort")

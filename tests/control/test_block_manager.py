@@ -113,9 +113,7 @@ def test_hits_count_as_room_only_while_somebody_else_holds_them() -> None:
     assert manager.can_allocate(8) is Allocation.LATER and manager.can_allocate(8, hits) is Allocation.OK
     manager.reserve(2, 0, 2)
     manager.free(1)
-    assert (
-        manager.can_allocate(6, hits) is Allocation.OK and manager.can_allocate(8, hits) is Allocation.LATER
-    )
+    assert manager.can_allocate(6, hits) is Allocation.OK and manager.can_allocate(8, hits) is Allocation.LATER
 
 
 def test_adopted_blocks_are_held_by_both() -> None:

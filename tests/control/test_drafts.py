@@ -47,9 +47,7 @@ class Device:
         self.sequences = {s.sequence_id: s for s in everybody}
         self.memory = FakeMemory(block_size)
 
-    def run(
-        self, step: ScheduledStep, fails_after: int | None = None
-    ) -> tuple[dict[int, int], dict[int, list[int]]]:
+    def run(self, step: ScheduledStep, fails_after: int | None = None) -> tuple[dict[int, int], dict[int, list[int]]]:
         guessed = {s.sequence_id: [*s.drafts] for s in step.sequences if s.num_drafts}
         views = {i: _Guessing(s, guessed.get(i, [])) for i, s in self.sequences.items()}
         self.memory.execute(step, views, fails_after)
@@ -128,9 +126,7 @@ def serve(
     budget=st.sampled_from([1, 3, 7, 40]),
     num_swap_blocks=st.sampled_from([0, 3, 40]),
     caching=st.booleans(),
-    shapes=st.lists(
-        st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=6
-    ),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=6),
     rival=st.tuples(st.integers(0, 1000), st.sampled_from([0.0, 0.5, 0.9, 1.0])),
     fails=st.frozensets(st.integers(0, 40), max_size=4),
     aborts=st.dictionaries(st.integers(0, 40), st.integers(0, 9), max_size=2),
@@ -221,19 +217,13 @@ def test_blocks_that_nobody_else_wants_are_lent_to_drafts_and_given_back() -> No
 
 
 def test_nobody_is_kept_out_or_preempted_for_a_draft() -> None:
-    scheduler, source = (
-        make_scheduler(num_blocks=8, block_size=1, proposer=Fixed(6, 7, 8), watermark=0.0),
-        Source(),
-    )
+    scheduler, source = (make_scheduler(num_blocks=8, block_size=1, proposer=Fixed(6, 7, 8), watermark=0.0), Source())
     first, second = (source.request(3, max_tokens=5).sequences[0] for _ in range(2))
     scheduler.add([first])
     scheduler.update(scheduler.schedule(), {0: 5})
     scheduler.add([second])
     step = scheduler.schedule()  # 4 blocks for the one, 3 for the other: 1 is left
-    assert {s.sequence_id: (s.num_known_tokens, s.num_drafts) for s in step.sequences} == {
-        0: (1, 1),
-        1: (3, 0),
-    }
+    assert {s.sequence_id: (s.num_known_tokens, s.num_drafts) for s in step.sequences} == {0: (1, 1), 1: (3, 0)}
     scheduler.update(step, {0: 9, 1: 5}, accepted={0: []})
     step = scheduler.schedule()  # 5 and 4 are wanted, and 8 are there: as without drafts
     assert scheduler.stats.preemptions == 1 and len(step.sequences) == 1
@@ -249,10 +239,7 @@ def test_drafts_take_only_the_budget_that_is_left() -> None:
     assert {s.sequence_id: s.num_tokens for s in step.sequences} == {0: 1, 1: 6}
     scheduler.update(step, {0: 5})
     step = scheduler.schedule()
-    assert {s.sequence_id: (s.num_known_tokens, s.num_drafts) for s in step.sequences} == {
-        0: (1, 3),
-        1: (3, 0),
-    }
+    assert {s.sequence_id: (s.num_known_tokens, s.num_drafts) for s in step.sequences} == {0: (1, 3), 1: (3, 0)}
 
 
 def test_blocks_that_accepted_drafts_fill_are_findable_and_those_of_rejected_ones_are_not() -> None:
@@ -321,26 +308,14 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            {"method": "ngram", "num_speculative_tokens": 4, "eagle": 1},
-            "unknown eagle; known: method, num_spec",
-        ),
+        ({"method": "ngram", "num_speculative_tokens": 4, "eagle": 1}, "unknown eagle; known: method, num_spec"),
         ({"method": "ngram"}, "num_speculative_tokens missing"),
         ({}, "method and num_speculative_tokens missing"),
         ("ngram", "speculative_config='ngram': must be a dict"),
-        (
-            {"method": "eagle", "num_speculative_tokens": 4},
-            "method='eagle': is not known; known: ngram, draft_model",
-        ),
-        (
-            {"method": "ngram", "num_speculative_tokens": 0},
-            "num_speculative_tokens=0: must be an integer >= 1",
-        ),
+        ({"method": "eagle", "num_speculative_tokens": 4}, "method='eagle': is not known; known: ngram, draft_model"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens=0: must be an integer >= 1"),
         ({"method": "ngram", "num_speculative_tokens": True}, "num_speculative_tokens=True"),
-        (
-            {"method": "ngram", "num_speculative_tokens": 4, "model": "x"},
-            "model='x': ngram has no draft model",
-        ),
+        ({"method": "ngram", "num_speculative_tokens": 4, "model": "x"}, "model='x': ngram has no draft model"),
         (
             {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 0},
             "prompt_lookup_min=0: must be an integer >= 1",

@@ -128,9 +128,7 @@ def test_a_dynamic_batch_begins_when_it_is_full_or_its_window_is_over() -> None:
     ends=st.sets(st.integers(0, 60)),
     fails=st.sets(st.integers(0, 30)),
 )
-def test_everybody_is_served_under_every_policy(
-    policy, lengths, num_blocks, num_swap_blocks, ends, fails
-) -> None:
+def test_everybody_is_served_under_every_policy(policy, lengths, num_blocks, num_swap_blocks, ends, fails) -> None:
     scheduler = make_scheduler(num_blocks, 2, 4, 16, num_swap_blocks, policy=make_policy(policy))
     source, memory, sequences = Source(), FakeMemory(2), []
     for index, length in enumerate(lengths):

@@ -21,10 +21,7 @@ def test_a_prompt_that_was_served_before_is_computed_from_its_first_new_token() 
     again = source.sequence(11, story=1)
     scheduler.add([again])
     (item,) = run(scheduler).sequences
-    assert (item.num_computed_tokens, item.num_tokens) == (
-        8,
-        3,
-    )  # two full blocks; the third was partly output
+    assert (item.num_computed_tokens, item.num_tokens) == (8, 3)  # two full blocks; the third was partly output
     assert again.num_cached_tokens == 8 and scheduler.stats.prefix_hit_tokens == 8
 
 
@@ -36,9 +33,7 @@ def test_what_was_said_is_found_when_it_comes_back_in_a_prompt() -> None:
     turn.token_ids[:0] = first.token_ids  # a chat: the whole past, and a new question
     turn.num_prompt_tokens += 14
     scheduler.add([turn])
-    assert (
-        run(scheduler).sequences[0].num_computed_tokens == 12
-    )  # of 13 stored tokens: the last was never fed back
+    assert run(scheduler).sequences[0].num_computed_tokens == 12  # of 13 stored tokens: the last was never fed back
 
 
 def test_at_least_one_token_of_a_fully_cached_prompt_is_computed() -> None:

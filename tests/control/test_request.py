@@ -17,12 +17,8 @@ LEGAL = {
 }
 
 
-def make_request(
-    num_prompt: int = 4, max_model_len: int = 100, eos: tuple[int, ...] = (1,), **params
-) -> Request:
-    request = Request(
-        "r", None, list(range(10, 10 + num_prompt)), SamplingParams(**params), arrival_time_s=0.0
-    )
+def make_request(num_prompt: int = 4, max_model_len: int = 100, eos: tuple[int, ...] = (1,), **params) -> Request:
+    request = Request("r", None, list(range(10, 10 + num_prompt)), SamplingParams(**params), arrival_time_s=0.0)
     request.add_sequences(0, 5, max_model_len, eos)
     return request
 
@@ -87,11 +83,7 @@ def test_each_sample_grows_its_own_copy_of_the_prompt() -> None:
     request.sequences[0].append(5)
     assert [s.num_tokens for s in request.sequences] == [5, 4, 4]
     assert len(request.prompt_token_ids) == 4
-    assert [(s.sequence_id, s.sample_index, s.seed) for s in request.sequences] == [
-        (0, 0, 5),
-        (1, 1, 5),
-        (2, 2, 5),
-    ]
+    assert [(s.sequence_id, s.sample_index, s.seed) for s in request.sequences] == [(0, 0, 5), (1, 1, 5), (2, 2, 5)]
 
 
 def test_a_request_is_finished_with_its_last_sample() -> None:

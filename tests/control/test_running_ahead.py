@@ -26,9 +26,7 @@ class Device:
 
     def run(self, step: ScheduledStep) -> dict[int, int]:
         tokens = {i: self._real_tokens(self.sequences[i]) for i in self.sequences}
-        views = {
-            i: SimpleNamespace(token_ids=tokens[i], cache_root=self.sequences[i].cache_root) for i in tokens
-        }
+        views = {i: SimpleNamespace(token_ids=tokens[i], cache_root=self.sequences[i].cache_root) for i in tokens}
         self.memory.execute(step, views)
         self.last = {i: self._draw(tokens[i], i) for i in step.drawing}
         return self.last
@@ -96,9 +94,7 @@ def serve(
     budget=st.sampled_from([1, 3, 5, 40]),
     num_swap_blocks=st.sampled_from([0, 3, 40]),
     caching=st.booleans(),
-    shapes=st.lists(
-        st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=6
-    ),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=6),
     fails=st.frozensets(st.integers(0, 40), max_size=4),
     aborts=st.dictionaries(st.integers(0, 40), st.integers(0, 9), max_size=2),
 )
@@ -118,9 +114,7 @@ def test_what_is_said_does_not_depend_on_being_read_late(
     )
     late = serve(scheduler, shapes, ahead=True, fails=fails, aborts=aborts)
     roomy = serve(make_scheduler(10_000, 4, 20, 10_000), shapes, ahead=False)
-    for one, alone in zip(
-        (s for r in late for s in r.sequences), (s for r in roomy for s in r.sequences), strict=True
-    ):
+    for one, alone in zip((s for r in late for s in r.sequences), (s for r in roomy for s in r.sequences), strict=True):
         said = one.output_token_ids
         if one.finish_reason == "abort":
             assert said == alone.output_token_ids[: len(said)]

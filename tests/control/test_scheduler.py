@@ -62,9 +62,7 @@ def test_max_num_seqs_counts_the_running_ones_not_those_of_a_step() -> None:
 def test_first_come_is_first_served_even_where_a_later_one_would_fit() -> None:
     scheduler, source = make_scheduler(num_blocks=4, block_size=4), Source()
     big, bigger, small = add(scheduler, source, 8, 12, 1, max_tokens=1)
-    assert counts(run(scheduler)) == {
-        big.sequence_id: 8
-    }  # 2 blocks are left: too few for bigger, room for small
+    assert counts(run(scheduler)) == {big.sequence_id: 8}  # 2 blocks are left: too few for bigger, room for small
     assert counts(run(scheduler)) == {bigger.sequence_id: 12, small.sequence_id: 1}
 
 
@@ -180,10 +178,7 @@ def test_samples_of_one_request_compute_its_prompt_once() -> None:
     step = run(scheduler)
     assert counts(step) == {0: 1, 1: 1, 2: 1}
     third = step.sequences[2].block_table[2]
-    assert [source for source, _ in step.moves.copies] == [
-        third,
-        third,
-    ]  # the last to write has it for itself
+    assert [source for source, _ in step.moves.copies] == [third, third]  # the last to write has it for itself
     assert scheduler.manager.pool.num_used == 2 + 3 and scheduler.stats.blocks_copied == 2
     assert run(scheduler).moves.copies == []
 
@@ -352,9 +347,7 @@ def test_control_imports_no_torch() -> None:
         "for m in pkgutil.iter_modules(c.__path__): importlib.import_module('paged_infer.control.' + m.name)\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'triton'} & sys.modules.keys()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT_S
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT_S)
     assert done.stdout.strip() == "[]"
 
 
@@ -542,14 +535,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         for one in self.scheduler.running:
-            assert (
-                one.search is not None or len(one.siblings) < 2 or self.num_running_samples(one) <= self.share
-            )
+            assert one.search is not None or len(one.siblings) < 2 or self.num_running_samples(one) <= self.share
         # First come, first served: what runs came before what waits, and all queues are in order of arrival.
         queues = (self.scheduler.running, self.scheduler.swapped, self.scheduler.waiting)
-        self.out_of_line |= bool(
-            queues[1]
-        )  # where swap space is full, older ones may have to wait behind these
+        self.out_of_line |= bool(queues[1])  # where swap space is full, older ones may have to wait behind these
         assert all(queue == sorted(queue, key=by_arrival) for queue in map(list, queues))
         line = [*chain.from_iterable(queues)]
         assert {*line} == {*self.alive} and len(line) == len(self.alive)
@@ -562,9 +551,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         while hasattr(self, "scheduler") and self.alive:
             oldest = min(self.alive, key=by_arrival)
             before_it = self.alive if self.out_of_line or self.passed else [oldest]
-            patience = -(
-                -self.scheduler.max_num_seqs // self.scheduler.max_num_batched_tokens
-            )  # till its turn comes
+            patience = -(-self.scheduler.max_num_seqs // self.scheduler.max_num_batched_tokens)  # till its turn comes
             for _ in range(patience * sum(2 * s.max_total_tokens + 1 for s in before_it)):
                 self.one_step({})
                 if oldest.is_finished:

@@ -40,9 +40,7 @@ def traced(num_blocks: int = 100, *args, **options) -> Scheduler:
 def test_the_pool_of_any_step_is_built_again(
     num_blocks, num_swap_blocks, lengths, policy, caching, fails, aborts
 ) -> None:
-    scheduler = traced(
-        num_blocks, 2, 4, 16, num_swap_blocks, policy=make_policy(policy), enable_prefix_caching=caching
-    )
+    scheduler = traced(num_blocks, 2, 4, 16, num_swap_blocks, policy=make_policy(policy), enable_prefix_caching=caching)
     source, pictures = Source(), []
     sequences = [
         sequence
@@ -55,9 +53,7 @@ def test_the_pool_of_any_step_is_built_again(
         tables = {s.sequence_id: t for s in sequences if (t := scheduler.manager.table(s.sequence_id))}
         queues = {"run": scheduler.running, "wait": scheduler.waiting, "swap": scheduler.swapped}
         states = {s.sequence_id: name for name, queue in queues.items() for s in queue}
-        computed = {
-            s.sequence_id: s.num_computed_tokens for s in sequences if s.sequence_id in {*tables, *states}
-        }
+        computed = {s.sequence_id: s.num_computed_tokens for s in sequences if s.sequence_id in {*tables, *states}}
         pictures.append((picture(scheduler.manager.pool), tables, states, computed))
         record = scheduler.trace.steps[-1]
         assert record.scheduled == counts(step) and record.num_tokens == step.num_tokens
@@ -140,9 +136,7 @@ def test_a_chunk_of_one_token_is_no_decode_while_more_are_known() -> None:
     scheduler, source = traced(9, 4, 4, 1, enable_prefix_caching=False), Source()
     scheduler.add(source.request(3, n=2, max_tokens=4).sequences)
     run(scheduler, 3)
-    assert (
-        scheduler.schedule().moves.copies
-    )  # and fails: who was to be copied begins again, with what it has said
+    assert scheduler.schedule().moves.copies  # and fails: who was to be copied begins again, with what it has said
     again = [run(scheduler) for _ in range(6)]
     chunks = [[s.sequence_id for s in step.sequences if s.sample is None] for step in again]
     assert sum(map(len, chunks)) == 3  # the fourth token that it knows draws

@@ -35,9 +35,7 @@ def does_not_see_itself(lengths):
 def attend(q, k, v, diagonal=None, scale=None):
     scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     num_queries, num_keys = scores.shape[1:]
-    hidden = torch.ones(num_queries, num_keys).triu(
-        num_keys - num_queries + 1 if diagonal is None else diagonal
-    )
+    hidden = torch.ones(num_queries, num_keys).triu(num_keys - num_queries + 1 if diagonal is None else diagonal)
     return scores.masked_fill(hidden.bool(), -torch.inf).softmax(dim=-1) @ v
 
 

@@ -31,17 +31,13 @@ def lets_rows_leave_one_by_one(outputs, seats):
 
 def with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, chunk, beside):
     num_full, rest = divmod(num_prompt, chunk)
-    return budget, num_full * (per_step_us + per_token_us * budget) + per_step_us + per_token_us * (
-        rest + beside
-    )
+    return budget, num_full * (per_step_us + per_token_us * budget) + per_step_us + per_token_us * (rest + beside)
 
 
 @wrong("promise", "a step of 769 tokens takes 116,970 us")
 def forgets_what_a_step_costs_anyway(gap_us, num_running, num_prompt, per_step_us, per_token_us):
     budget = gap_us // per_token_us
-    return with_budget(
-        budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running
-    )
+    return with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running)
 
 
 @wrong("promise", "who decodes takes 8 tokens of each step")
@@ -65,9 +61,7 @@ def counts_full_steps(gap_us, num_running, num_prompt, per_step_us, per_token_us
 @wrong("promise", "takes ten full steps of 50,000 us, and this says 520,000")
 def adds_a_last_step_that_has_nothing(gap_us, num_running, num_prompt, per_step_us, per_token_us):
     budget = (gap_us - per_step_us) // per_token_us
-    return with_budget(
-        budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running
-    )
+    return with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running)
 
 
 @wrong("preempt", "the oldest is preempted")

@@ -118,9 +118,7 @@ def survives_nothing(engine, patience):
     return outputs
 
 
-def run(
-    engine, patience, survived=RuntimeError, forgives=True, aborts=True, copies=True, keep=True, offset=0
-):
+def run(engine, patience, survived=RuntimeError, forgives=True, aborts=True, copies=True, keep=True, offset=0):
     outputs, num_failures = {}, 0
     while engine.live:
         try:

@@ -57,11 +57,7 @@ def takes_means(ours_s, theirs_s):
 
 @wrong("times_as_fast", "compare different rounds")
 def sets_best_against_worst(ours_s, theirs_s):
-    return (
-        median(theirs_s) / median(ours_s),
-        min(theirs_s) / max(ours_s),
-        max(theirs_s) / min(ours_s),
-    )
+    return (median(theirs_s) / median(ours_s), min(theirs_s) / max(ours_s), max(theirs_s) / min(ours_s))
 
 
 @wrong("predict_seconds", "counted once instead of for each call")

@@ -200,11 +200,7 @@ def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch) -> None:
 
 def test_what_nobody_has_loaded_for_long_is_removed_when_something_is_built(folder: Path) -> None:
     folder.mkdir(mode=0o700)
-    names = [
-        f"kernels-{'a' * 16}.so",
-        f"kernels-{'b' * 16}-{'c' * 32}.so",
-        f"kernels-{'d' * 16}-{'e' * 32}.so.0f",
-    ]
+    names = [f"kernels-{'a' * 16}.so", f"kernels-{'b' * 16}-{'c' * 32}.so", f"kernels-{'d' * 16}-{'e' * 32}.so.0f"]
     for name in (*names, "notes.txt"):
         (folder / name).write_text("x")
         os.utime(folder / name, (0, 0))

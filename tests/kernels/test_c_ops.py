@@ -28,9 +28,7 @@ def test_the_norm_equals_its_twin(num_tokens, width, has_residual, scale, seed) 
     before = wide.clone()
     x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None  # rows are apart
     weight = 1 + 0.2 * torch.randn(width, generator=rng)
-    for ours, theirs in zip(
-        *(ops.add_rms_norm(x, residual, weight, 1e-6) for ops in (C_OPS, TORCH_OPS)), strict=True
-    ):
+    for ours, theirs in zip(*(ops.add_rms_norm(x, residual, weight, 1e-6) for ops in (C_OPS, TORCH_OPS)), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
     assert torch.equal(wide, before)
 
@@ -146,9 +144,7 @@ def test_a_row_with_nan_says_so_wherever_it_is(nan) -> None:
 def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.ones(8).to(dtype)
     assert torch.equal(C_OPS.silu_mul(x), TORCH_OPS.silu_mul(x))
-    assert torch.equal(
-        C_OPS.add_rms_norm(x, x, weight, 1e-6)[0], TORCH_OPS.add_rms_norm(x, x, weight, 1e-6)[0]
-    )
+    assert torch.equal(C_OPS.add_rms_norm(x, x, weight, 1e-6)[0], TORCH_OPS.add_rms_norm(x, x, weight, 1e-6)[0])
     columns = torch.randn(8, 2).mT  # the last dimension is not dense
     assert torch.equal(C_OPS.silu_mul(columns), TORCH_OPS.silu_mul(columns))
 
@@ -164,10 +160,7 @@ def nearest(x: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=40)
 def test_the_norm_of_bfloat16_is_that_of_float32_rounded_once(num_tokens, width, has_residual, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
-    wide, weight = (
-        nearest(torch.randn(num_tokens, 3 * width, generator=rng)),
-        nearest(torch.rand(width) + 0.5),
-    )
+    wide, weight = (nearest(torch.randn(num_tokens, 3 * width, generator=rng)), nearest(torch.rand(width) + 0.5))
     x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None
     normed, total = C_OPS.add_rms_norm(x, residual, weight, 1e-6)
     assert normed.dtype is total.dtype is torch.bfloat16

@@ -66,9 +66,7 @@ def test_a_compiler_without_openmp_is_asked_again_without_in_every_process(
     tmp_path: Path, cache_folder: Path, copying, monkeypatch, caplog
 ) -> None:
     """So a compiler that gets OpenMP later is not left with the kernels of one thread."""
-    compiler_script(
-        tmp_path, 'case "$*" in *fopenmp*) echo no OpenMP >&2; exit 1;; esac; ' + copying, monkeypatch
-    )
+    compiler_script(tmp_path, 'case "$*" in *fopenmp*) echo no OpenMP >&2; exit 1;; esac; ' + copying, monkeypatch)
     for _ in range(2):
         forget()
         assert why_not() is None and len([*cache_folder.iterdir()]) == 1
@@ -80,9 +78,7 @@ def test_another_compiler_does_not_get_the_others_result(
     cache_folder: Path, tmp_path: Path, copying, monkeypatch
 ) -> None:
     for version in ("1.0", "2.0", "1.0"):
-        compiler_script(
-            tmp_path, f'[ "$1" = --version ] && echo {version} && exit 0; ' + copying, monkeypatch
-        )
+        compiler_script(tmp_path, f'[ "$1" = --version ] && echo {version} && exit 0; ' + copying, monkeypatch)
         forget()
         assert why_not() is None
     assert len([*cache_folder.iterdir()]) == 2
@@ -95,9 +91,7 @@ def test_arm_processors_are_told_apart(monkeypatch, tmp_path: Path) -> None:
     for changed in ("", "sve", "0xd40", "50"):
         (tmp_path / "cpuinfo").write_text(text.replace(changed, "x") if changed else text)
         described.append(c_runtime._processor())
-    assert (
-        len(set(described)) == 3 and described[0] == described[3]
-    )  # a frequency is not what is compiled for
+    assert len(set(described)) == 3 and described[0] == described[3]  # a frequency is not what is compiled for
 
 
 BUILD = "from paged_infer.kernels.c_runtime import library; print(library().panel_width())"
@@ -154,9 +148,7 @@ def test_kernels_that_cannot_be_built_for_one_dtype_cost_speed_only(
     tmp_path: Path, checkpoint, copying, monkeypatch, caplog
 ) -> None:
     """A step in bfloat16 asks for kernels of its own, when the engine has long begun."""
-    compiler_script(
-        tmp_path, 'case "$*" in *BFLOAT16*) echo no bfloat16 >&2; exit 1;; esac; ' + copying, monkeypatch
-    )
+    compiler_script(tmp_path, 'case "$*" in *BFLOAT16*) echo no bfloat16 >&2; exit 1;; esac; ' + copying, monkeypatch)
     params = SamplingParams(temperature=0, max_tokens=4)
     outputs = [
         LLM(checkpoint("qwen3"), dtype="bfloat16", attention_backend=backend)

@@ -37,9 +37,7 @@ def pairs(draw, num_blocks: int) -> tuple[list[int], list[int]]:
 def test_destinations_become_their_sources_in_caches_of_any_shape_and_dtype(
     copy, shapes, num_blocks, index_dtype, data
 ) -> None:
-    caches = [
-        torch.randint(0, 200, (num_blocks, *shape)).to(data.draw(st.sampled_from(DTYPES))) for shape in shapes
-    ]
+    caches = [torch.randint(0, 200, (num_blocks, *shape)).to(data.draw(st.sampled_from(DTYPES))) for shape in shapes]
     before = [cache.clone() for cache in caches]
     read, written = data.draw(pairs(num_blocks))
     copy(caches, torch.tensor(read, dtype=index_dtype), torch.tensor(written, dtype=index_dtype))
@@ -72,11 +70,7 @@ def test_all_layers_take_one_launch() -> None:
 
 
 CACHES = [torch.zeros(4, 2, 2, 4), torch.zeros(4, 2, 2, 4)]
-GOOD: dict[str, Any] = {
-    "caches": CACHES,
-    "sources": torch.tensor([0, 0]),
-    "destinations": torch.tensor([1, 2]),
-}
+GOOD: dict[str, Any] = {"caches": CACHES, "sources": torch.tensor([0, 0]), "destinations": torch.tensor([1, 2])}
 
 
 @pytest.mark.parametrize(

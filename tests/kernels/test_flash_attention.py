@@ -13,11 +13,7 @@ from torch import Tensor
 
 from paged_infer.kernels.flash_attention import flash_attention, flash_attention_reference
 
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 2e-2,
-}  # bfloat16: two units in the last place
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # bfloat16: two units in the last place
 
 
 @dataclass
@@ -43,9 +39,7 @@ class Problem:
 
         # As views into larger tensors full of NaN: a read beside the head or behind the last key would show.
         def buried(num_heads: int, length: int) -> Tensor:
-            around = torch.full(
-                (self.batch, length + 3, num_heads, self.head_dim + 5), math.nan, dtype=self.dtype
-            )
+            around = torch.full((self.batch, length + 3, num_heads, self.head_dim + 5), math.nan, dtype=self.dtype)
             inside = around[:, :length, :, : self.head_dim].transpose(1, 2)
             inside.copy_(random(self.batch, num_heads, length, self.head_dim))
             return inside
@@ -106,9 +100,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def test_a_head_of_256_is_not_too_wide() -> None:
     q, k, v = make(1, 1, 3, 256), make(1, 1, 20, 256), make(1, 1, 20, 256)
-    torch.testing.assert_close(
-        flash_attention(q, k, v), flash_attention_reference(q, k, v), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(flash_attention(q, k, v), flash_attention_reference(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 def test_queries_before_the_first_key_see_nothing_and_get_zeros() -> None:
@@ -120,9 +112,7 @@ def test_queries_before_the_first_key_see_nothing_and_get_zeros() -> None:
 
 def test_scores_too_large_for_an_exponential_are_no_trouble() -> None:
     q, k, v = make(1, 1, 5, 8) * 1e3, make(1, 1, 40, 8) * 1e3, make(1, 1, 40, 8)
-    torch.testing.assert_close(
-        flash_attention(q, k, v), flash_attention_reference(q, k, v), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(flash_attention(q, k, v), flash_attention_reference(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 def test_nan_that_is_read_comes_out_as_nan() -> None:
@@ -142,9 +132,7 @@ def test_a_window_beyond_32_bits_hides_nothing() -> None:
 def test_an_output_shaped_like_overlapping_queries_is_dense() -> None:
     q, k = make(1, 2, 47).unfold(2, 40, 1)[:, :, :8], make(1, 2, 9, 40)
     assert q.shape == (1, 2, 8, 40)
-    torch.testing.assert_close(
-        flash_attention(q, k, k), flash_attention_reference(q, k, k), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(flash_attention(q, k, k), flash_attention_reference(q, k, k), atol=1e-5, rtol=1e-5)
 
 
 def test_a_scale_of_ones_own_is_used() -> None:
@@ -156,9 +144,7 @@ def test_a_scale_of_ones_own_is_used() -> None:
 
 def test_a_last_dimension_that_is_not_dense_is_no_trouble() -> None:
     q, k, v = (make(1, 2, 16, 24).transpose(2, 3) for _ in "qkv")
-    torch.testing.assert_close(
-        flash_attention(q, k, v), flash_attention_reference(q, k, v), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(flash_attention(q, k, v), flash_attention_reference(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_asked_is_nothing_answered() -> None:
@@ -174,26 +160,9 @@ GOOD = (make(2, 6, 4, 8), make(2, 2, 9, 8), make(2, 2, 9, 8))
     [
         (GOOD[0][0], *GOOD[1:], {}, r"got q \[6, 4, 8\], k \[2, 2, 9, 8\], v \[2, 2, 9, 8\]"),
         (GOOD[0], GOOD[1], make(2, 2, 8, 8), {}, r"v \[2, 2, 8, 8\]"),
-        (
-            GOOD[0],
-            make(3, 2, 9, 8),
-            make(3, 2, 9, 8),
-            {},
-            r"share batch size and head_dim; .*k \[3, 2, 9, 8\]",
-        ),
-        (
-            make(2, 5, 4, 8),
-            *GOOD[1:],
-            {},
-            r"5 query heads cannot share 2 key heads evenly; got q \[2, 5, 4, 8\]",
-        ),
-        (
-            make(1, 1, 2, 257),
-            make(1, 1, 2, 257),
-            make(1, 1, 2, 257),
-            {},
-            r"head_dim=257 must lie within 1..256",
-        ),
+        (GOOD[0], make(3, 2, 9, 8), make(3, 2, 9, 8), {}, r"share batch size and head_dim; .*k \[3, 2, 9, 8\]"),
+        (make(2, 5, 4, 8), *GOOD[1:], {}, r"5 query heads cannot share 2 key heads evenly; got q \[2, 5, 4, 8\]"),
+        (make(1, 1, 2, 257), make(1, 1, 2, 257), make(1, 1, 2, 257), {}, r"head_dim=257 must lie within 1..256"),
         (GOOD[0].half(), *GOOD[1:], {}, r"q torch.float16 on cpu, k torch.float32 on cpu"),
         (GOOD[0].to("meta"), *GOOD[1:], {}, r"q torch.float32 on meta, k torch.float32 on cpu"),
         (*(x.double() for x in GOOD), {}, r"float32, float16 and bfloat16; got torch.float64"),

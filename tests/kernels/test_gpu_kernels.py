@@ -24,10 +24,7 @@ from paged_infer.kernels.sample import sample, sample_reference
 from paged_infer.kernels.silu_mul import silu_mul, silu_mul_reference
 from paged_infer.kernels.store_kv import store_kv, store_kv_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -63,9 +60,7 @@ def test_flash_attention_has_tiles_for_every_head_dim(head_dim: int, dtype: torc
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 700), (700, 129), (129, 129)])
-def test_flash_attention_and_its_twin_agree_on_unlike_lengths_and_on_the_log_sum_exp(
-    queries: int, keys: int
-) -> None:
+def test_flash_attention_and_its_twin_agree_on_unlike_lengths_and_on_the_log_sum_exp(queries: int, keys: int) -> None:
     q, k, v = random(1, 8, queries, 128), random(1, 2, keys, 128, seed=1), random(1, 2, keys, 128, seed=2)
     for window in (None, 50):
         out, lse = flash_attention(q, k, v, window=window, return_lse=True)
@@ -150,10 +145,7 @@ def test_a_graph_of_a_decode_step_follows_its_lengths_and_pads_its_rows() -> Non
 
 
 def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed_to_its_end() -> None:
-    num_blocks, shape = (
-        2**17 + 64,
-        (16, 8, 128),
-    )  # 2^31 elements and 64 blocks: 4.3 GB each, for keys and for values
+    num_blocks, shape = (2**17 + 64, (16, 8, 128))  # 2^31 elements and 64 blocks: 4.3 GB each, for keys and for values
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free device memory")
     k_cache, v_cache = (torch.empty(num_blocks, *shape, dtype=torch.bfloat16, device=DEVICE) for _ in "kv")
@@ -162,17 +154,14 @@ def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed_to_its_end() ->
     token = torch.arange(40, device=DEVICE)
     store_kv(k, v, k_cache, v_cache, table[0, token // 16].long() * 16 + token % 16)
     copy_blocks(
-        [k_cache, v_cache],
-        *(torch.tensor([block], device=DEVICE) for block in (num_blocks - 1, num_blocks - 9)),
+        [k_cache, v_cache], *(torch.tensor([block], device=DEVICE) for block in (num_blocks - 1, num_blocks - 9))
     )
     table[0, 0] = num_blocks - 9
     q = random(40, 32, 128)
     lens = torch.tensor([40], dtype=torch.int32, device=DEVICE)
     for queries in (1, 40):  # a decode, and a prompt
         starts = torch.tensor([0, queries], dtype=torch.int32, device=DEVICE)
-        out = paged_attention(
-            q[:queries], k_cache, v_cache, block_tables=table, seq_lens=lens, query_start_loc=starts
-        )
+        out = paged_attention(q[:queries], k_cache, v_cache, block_tables=table, seq_lens=lens, query_start_loc=starts)
         assert_near(out, attention_float64(q[:queries], k, v))
 
 
@@ -185,9 +174,7 @@ def test_norm_and_activation_equal_their_twins(width: int, dtype: torch.dtype) -
     both, weight = random(300, 2 * width, dtype=dtype), random(width, dtype=dtype, seed=1)
     x, residual = both.chunk(2, 1)  # rows apart, as in a fused matrix
     for ours, twin in zip(
-        add_rms_norm(x, residual, weight, 1e-5),
-        add_rms_norm_reference(x, residual, weight, 1e-5),
-        strict=True,
+        add_rms_norm(x, residual, weight, 1e-5), add_rms_norm_reference(x, residual, weight, 1e-5), strict=True
     ):
         assert_near(ours, twin)
     assert_near(silu_mul(both), silu_mul_reference(both))
@@ -205,9 +192,7 @@ def test_qk_norm_rope_equals_its_twin_and_stores_what_it_returns(head_dim: int, 
     options |= {"norm_weight": random(heads + kv_heads, head_dim, seed=3) if has_norm else None}
     outs, caches = [], []
     for function in (qk_norm_rope, qk_norm_rope_reference):
-        caches.append(
-            [torch.zeros(tokens + 9, 1, kv_heads, head_dim, dtype=qkv.dtype, device=DEVICE) for _ in "kv"]
-        )
+        caches.append([torch.zeros(tokens + 9, 1, kv_heads, head_dim, dtype=qkv.dtype, device=DEVICE) for _ in "kv"])
         k_cache, v_cache = caches[-1]
         outs.append(function(qkv, cos, sin, **options, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots))
     torch.testing.assert_close(outs[0].double(), outs[1].double(), atol=0.1, rtol=0.02)
@@ -216,9 +201,7 @@ def test_qk_norm_rope_equals_its_twin_and_stores_what_it_returns(head_dim: int, 
     assert torch.equal(caches[0][1], caches[1][1])
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_stores_and_copies_equal_their_twins_to_the_bit(dtype: torch.dtype) -> None:
     k, v = random(500, 4, 80, dtype=dtype), random(500, 4, 80, dtype=dtype, seed=1)
     slots = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:500].to(DEVICE)
@@ -239,10 +222,7 @@ def test_drawn_tokens_are_those_of_the_twin(vocab_size: int) -> None:
     rows = 256
     logits = 3 * random(rows, vocab_size, dtype=torch.float32)
     temperatures = torch.linspace(0, 2, rows, device=DEVICE)
-    seeds, samples = (
-        torch.arange(rows, device=DEVICE) * 104_729 - 10**12,
-        torch.arange(rows, device=DEVICE) % 3,
-    )
+    seeds, samples = (torch.arange(rows, device=DEVICE) * 104_729 - 10**12, torch.arange(rows, device=DEVICE) % 3)
     positions = torch.arange(rows, device=DEVICE) + 2**20
     tokens, scores = sample(logits, temperatures, seeds, samples, positions)
     twin_tokens, twin_scores = sample_reference(logits, temperatures, seeds, samples, positions)

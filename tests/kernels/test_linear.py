@@ -110,17 +110,9 @@ def test_the_result_is_float32_whatever_dtype_the_process_makes_tensors_of(usual
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "width", "height", "packed"),
-    [
-        (1, 192, 1003, True),
-        (7, 24, 80, False),
-        (33, 640, 192, True),
-        (300, 500, 203, True),
-        (300, 5, 3, False),
-    ],
+    [(1, 192, 1003, True), (7, 24, 80, False), (33, 640, 192, True), (300, 500, 203, True), (300, 5, 3, False)],
 )
-def test_onednns_layout_equals_the_plain_product_where_it_is_worth_it(
-    rows, width, height, packed, bias
-) -> None:
+def test_onednns_layout_equals_the_plain_product_where_it_is_worth_it(rows, width, height, packed, bias) -> None:
     torch.manual_seed(rows)
     linear = Linear(width, height, bias=bias)
     product = pack_onednn(linear.weight, linear.bias)

@@ -34,13 +34,10 @@ STEPS = {
 SAFE_STEPS = [name for name in STEPS if name != "naive"]
 
 
-def one_head(
-    num_queries: int, num_keys: int, head_dim: int = 5, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def one_head(num_queries: int, num_keys: int, head_dim: int = 5, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_queries * 100 + num_keys)
     q, k, v = (
-        torch.randn(n, head_dim, generator=generator, dtype=torch.float64)
-        for n in (num_queries, num_keys, num_keys)
+        torch.randn(n, head_dim, generator=generator, dtype=torch.float64) for n in (num_queries, num_keys, num_keys)
     )
     return q * scale, k, v
 
@@ -206,9 +203,7 @@ def test_key_traffic_halves_when_fast_memory_doubles():
         assert tile_sizes(fast_elements, d) == (block_q, min(block_q, d))
         _, traffic = tiled_attention(*one_head(N, N, d), block_q=block_q, block_k=min(block_q, d))
         key_reads.append(traffic.num_read - N * d)
-        assert key_reads[-1] * fast_elements == 2 * N * N * d * (
-            5 * d + 2
-        )  # Theta(N^2 d^2 / M_fast), exactly
+        assert key_reads[-1] * fast_elements == 2 * N * N * d * (5 * d + 2)  # Theta(N^2 d^2 / M_fast), exactly
     assert all(before == 2 * after for before, after in pairwise(key_reads))
 
 
@@ -220,9 +215,7 @@ def test_tiles_move_less_than_the_score_matrix_once_fast_memory_is_large_enough(
         block_q, block_k = tile_sizes(fast_elements, 8)
         moved[fast_elements] = tiled_attention(q, k, v, block_q=block_q, block_k=block_k)[1].num_moved
     assert moved[42] > moved[84] > standard.num_moved > moved[336] > moved[2688]
-    assert (
-        moved[2688] == 4 * 64 * 8
-    )  # all queries in one block: each input read once, the output written once
+    assert moved[2688] == 4 * 64 * 8  # all queries in one block: each input read once, the output written once
 
 
 @given(fast_elements=st.integers(1, 10**6), head_dim=st.integers(1, 256))
@@ -262,9 +255,7 @@ def test_a_store_does_not_broadcast():
     assert traffic.num_written == 0
 
 
-@pytest.mark.parametrize(
-    "algorithm", [naive_attention, safe_softmax_attention, online_attention, tiled_attention]
-)
+@pytest.mark.parametrize("algorithm", [naive_attention, safe_softmax_attention, online_attention, tiled_attention])
 def test_an_algorithm_is_handed_no_tensor(algorithm):
     handed = list(inspect.signature(algorithm).parameters.values())[:3]
     assert [(p.name, p.annotation) for p in handed] == [(name, "InHBM") for name in "QKV"]
@@ -273,8 +264,7 @@ def test_an_algorithm_is_handed_no_tensor(algorithm):
 
 @pytest.mark.parametrize("algorithm", [naive_attention, online_attention])
 @pytest.mark.parametrize(
-    "shapes",
-    [((3, 4), (5, 3), (5, 3)), ((3, 4), (5, 4), (4, 4)), ((3, 4), (0, 4), (0, 4)), ((4,), (5, 4), (5, 4))],
+    "shapes", [((3, 4), (5, 3), (5, 3)), ((3, 4), (5, 4), (4, 4)), ((3, 4), (0, 4), (0, 4)), ((4,), (5, 4), (5, 4))]
 )
 def test_shapes_that_do_not_fit_are_refused_by_name(algorithm, shapes):
     with pytest.raises(ValueError, match=r"one head has q \[N, d\]"):

@@ -111,9 +111,7 @@ def test_every_backend_equals_the_definition_and_reads_no_stray_slot(batch: Batc
     for name in BACKENDS:
         out = ATTENTION_BACKENDS[name](batch.q, batch.keys, batch.values, batch.step(), window=batch.window)
         assert out.shape == batch.q.shape and out.dtype == batch.q.dtype
-        torch.testing.assert_close(
-            out.double(), expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -148,11 +146,7 @@ def test_layers_with_and_without_a_window_do_not_share_a_plan() -> None:
 
 def indices(batch: Batch) -> dict[str, Tensor]:
     step = batch.step()
-    return {
-        "block_tables": step.block_tables,
-        "seq_lens": step.seq_lens,
-        "query_start_loc": step.query_start_loc,
-    }
+    return {"block_tables": step.block_tables, "seq_lens": step.seq_lens, "query_start_loc": step.query_start_loc}
 
 
 def test_without_hints_it_finds_out_itself_and_with_hints_it_says_the_same() -> None:
@@ -162,11 +156,7 @@ def test_without_hints_it_finds_out_itself_and_with_hints_it_says_the_same() -> 
     twin, twin_lse = paged_attention_reference(*given, **indices(batch), return_lse=True)
     torch.testing.assert_close(out, twin, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, twin_lse, atol=1e-5, rtol=1e-5)
-    hints = {
-        "num_decodes": 3,
-        "max_query_len": 64,
-        "max_seq_len": 4096,
-    }  # looser than needed, as in a CUDA graph
+    hints = {"num_decodes": 3, "max_query_len": 64, "max_seq_len": 4096}  # looser than needed, as in a CUDA graph
     assert torch.equal(paged_attention(*given, **indices(batch), **hints), out)
     fewer = {"num_decodes": 1, "max_query_len": 37, "max_seq_len": 131}  # single queries among the chunks
     torch.testing.assert_close(paged_attention(*given, **indices(batch), **fewer), out, atol=1e-6, rtol=1e-6)
@@ -282,9 +272,7 @@ def test_what_does_not_fit_is_refused_before_launch(changes, message) -> None:
         "q": torch.zeros(3, 4, 8),
         "k_cache": torch.zeros(5, 16, 2, 8),
         "v_cache": torch.zeros(5, 16, 2, 8),
-        "block_tables": torch.tensor(
-            [[0, 1], [2, 9]], dtype=torch.int32
-        ),  # 9: surplus, so it may be anything
+        "block_tables": torch.tensor([[0, 1], [2, 9]], dtype=torch.int32),  # 9: surplus, so it may be anything
         "seq_lens": int32(20, 2),
         "query_start_loc": int32(0, 1, 3),
     }

@@ -72,8 +72,7 @@ class Case:
 
 CASES = st.builds(
     Case,
-    slots=st.lists(st.integers(0, 14), unique=True, max_size=3).map(lambda s: [*s[:1], -1, *s[1:]])
-    | st.just([]),
+    slots=st.lists(st.integers(0, 14), unique=True, max_size=3).map(lambda s: [*s[:1], -1, *s[1:]]) | st.just([]),
     num_heads=st.sampled_from([1, 2, 6, 14]),
     num_kv_heads=st.sampled_from([1, 2]),
     head_dim=st.sampled_from([2, 8, 24, 80, 128]),

@@ -85,7 +85,4 @@ def test_a_function_in_a_file_of_the_current_folder_can_be_named(make_llm, tmp_p
     )
     monkeypatch.chdir(tmp_path)
     llm = make_llm(attention_backend="my_kernel_7:attend")
-    assert (
-        len(llm.generate([3, 1, 4], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids)
-        == 2
-    )
+    assert len(llm.generate([3, 1, 4], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids) == 2

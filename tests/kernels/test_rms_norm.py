@@ -75,12 +75,7 @@ def test_a_row_of_nan_spoils_no_other() -> None:
     assert normed[1].isnan().all() and normed[[0, 2]].isfinite().all()
 
 
-GOOD: dict[str, Any] = {
-    "x": torch.ones(3, 8),
-    "residual": torch.ones(3, 8),
-    "weight": torch.ones(8),
-    "eps": 1e-6,
-}
+GOOD: dict[str, Any] = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "eps": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -89,16 +84,10 @@ GOOD: dict[str, Any] = {
         ({"x": torch.ones(8), "residual": None}, r"x \[8\]"),
         ({"residual": torch.ones(2, 8)}, r"residual \[2, 8\]"),
         ({"weight": torch.ones(9)}, r"weight \[9\]"),
-        (
-            {"x": torch.ones(1, 0), "residual": None, "weight": torch.ones(0)},
-            r"hidden 1\.\.16384; got x \[1, 0\]",
-        ),
+        ({"x": torch.ones(1, 0), "residual": None, "weight": torch.ones(0)}, r"hidden 1\.\.16384; got x \[1, 0\]"),
         ({"residual": torch.ones(3, 8).half()}, "residual torch.float16"),
         ({"weight": torch.ones(8, device="meta")}, "weight torch.float32 on meta"),
-        (
-            {"x": torch.ones(3, 8).double(), "residual": None, "weight": torch.ones(8).double()},
-            "x torch.float64",
-        ),
+        ({"x": torch.ones(3, 8).double(), "residual": None, "weight": torch.ones(8).double()}, "x torch.float64"),
         ({"x": torch.ones(8, 3).mT}, r"strides \(1, 3\)"),
     ],
 )

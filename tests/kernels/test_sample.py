@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.kernels.sample import (
-    TILE,
-    _exponential,
-    _mix,
-    _row_keys,
-    sample,
-    sample_reference,
-)
+from paged_infer.kernels.sample import TILE, _exponential, _mix, _row_keys, sample, sample_reference
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 from paged_infer.noise import MASK_31, mix, row_keys
 from paged_infer.params import SampleRow, SamplingParams
@@ -78,24 +71,19 @@ def test_the_exponential_keeps_its_precision_from_end_to_end() -> None:
 
 @given(
     vocab_size=st.sampled_from([1, 2, 50, 700, 2 * TILE + 9]),
-    rows=st.lists(
-        st.tuples(st.sampled_from([0.0, 1e-30, 0.05, 0.8, 1.0, 30.0, 1e30]), PLACES), min_size=1, max_size=5
-    ),
+    rows=st.lists(st.tuples(st.sampled_from([0.0, 1e-30, 0.05, 0.8, 1.0, 30.0, 1e30]), PLACES), min_size=1, max_size=5),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=35)
-def test_the_tokens_are_those_of_the_sampler_and_of_the_twin(
-    vocab_size, rows, dtype, index_dtype, seed
-) -> None:
+def test_the_tokens_are_those_of_the_sampler_and_of_the_twin(vocab_size, rows, dtype, index_dtype, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(len(rows), vocab_size + 3, generator=rng)).to(dtype)[:, :vocab_size]
     temperatures, seeds, samples, positions = draws(*((t, s, i, p % 2**31) for t, (s, i, p) in rows))
     tokens, scores = sample(logits, temperatures, seeds, samples.to(index_dtype), positions.to(index_dtype))
     expected = Sampler()(
-        logits,
-        [SampleRow(SamplingParams(temperature=t), s, i, p % 2**31, 0) for t, (s, i, p) in rows],
+        logits, [SampleRow(SamplingParams(temperature=t), s, i, p % 2**31, 0) for t, (s, i, p) in rows]
     )
     assert tokens.tolist() == expected.token_ids and tokens.dtype == torch.int64
     twin_tokens, twin_scores = sample_reference(logits, temperatures, seeds, samples, positions)
@@ -106,9 +94,7 @@ def test_the_tokens_are_those_of_the_sampler_and_of_the_twin(
 def test_a_score_is_the_scaled_logit_counted_from_the_largest_less_the_log_of_the_noise() -> None:
     logits, (temperatures, seeds, samples, positions) = torch.randn(3, 40), many_draws(3, 0.5)
     tokens, scores = sample(logits, temperatures, seeds, samples, positions)
-    bits = mix(
-        row_keys(*(x.tolist() for x in (seeds, samples, positions))), torch.arange(40, dtype=torch.int32)
-    )
+    bits = mix(row_keys(*(x.tolist() for x in (seeds, samples, positions))), torch.arange(40, dtype=torch.int32))
     times = -torch.log1p(-(bits.double() + 0.5) * 2.0**-31)
     expected = (logits.double() - logits.double().amax(1, keepdim=True)) / 0.5 - times.log()
     torch.testing.assert_close(scores.double(), expected.amax(1), rtol=1e-6, atol=1e-5)

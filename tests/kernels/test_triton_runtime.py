@@ -29,13 +29,10 @@ except RuntimeError as error:
 
 
 def test_without_triton_everything_but_its_kernels_works() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=LIMIT_S
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=LIMIT_S)
+    assert run.stdout.splitlines() == ["3", "triton is not installed: use attention_backend='torch' or 'sdpa'"], (
+        run.stderr
     )
-    assert run.stdout.splitlines() == [
-        "3",
-        "triton is not installed: use attention_backend='torch' or 'sdpa'",
-    ], run.stderr
 
 
 def test_a_process_that_compiles_does_not_run_kernels_on_a_cpu(monkeypatch) -> None:
@@ -54,6 +51,4 @@ def test_a_launch_of_nothing_is_none() -> None:
     with launches_go_to(lambda *call: seen.append(call), (9, 0)):
         launch("kernel", (0, 3), torch.zeros(1))
         launch("kernel", (2,), torch.zeros(1), 7, num_warps=8, D=64)
-    assert [(call[0], call[1], call[3]["num_warps"], call[3]["D"]) for call in seen] == [
-        ("kernel", (2,), 8, 64)
-    ]
+    assert [(call[0], call[1], call[3]["num_warps"], call[3]["D"]) for call in seen] == [("kernel", (2,), 8, 64)]

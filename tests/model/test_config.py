@@ -35,9 +35,7 @@ def test_num_parameters_is_the_count_of_transformers(family, checkpoint, twin) -
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"model_type='mamba' is not known; known: gpt2, llama, mistral, qwen2, qwen3"
-    ):
+    with pytest.raises(ValueError, match=r"model_type='mamba' is not known; known: gpt2, llama, mistral, qwen2, qwen3"):
         read(model_type="mamba")
     with pytest.raises(ValueError, match="model_type=None is not known"):
         ModelConfig.from_hf({})
@@ -155,9 +153,7 @@ def test_a_config_that_lacks_a_size_is_refused_by_name(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["{", "[]", '"llama"', "\xff", "[" * 100_000],
-    ids=["cut", "list", "string", "latin-1", "deep"],
+    "text", ["{", "[]", '"llama"', "\xff", "[" * 100_000], ids=["cut", "list", "string", "latin-1", "deep"]
 )
 def test_a_config_that_is_no_json_object_is_refused_by_path(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))

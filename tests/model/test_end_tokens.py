@@ -36,9 +36,7 @@ def write(folder: Path, of_model: Any, of_generation: Any) -> None:
         (folder / "generation_config.json").write_text(json.dumps(of_generation))
 
 
-@pytest.mark.parametrize(
-    "of_generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": [7, 8]}], ids=str
-)
+@pytest.mark.parametrize("of_generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": [7, 8]}], ids=str)
 @pytest.mark.parametrize("of_model", [ABSENT, None, 5, [5, 6]], ids=["absent", "null", "one", "two"])
 def test_end_tokens_are_those_of_transformers(of_model, of_generation, folder: Path) -> None:
     write(folder, of_model, of_generation)
@@ -71,9 +69,7 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out_and_named(
     write(folder, *((None, {"eos_token_id": eos}) if in_generation else (eos, None)))
     assert ModelConfig.from_pretrained(folder).eos_token_ids == kept
     said = [record.getMessage() for record in caplog.records]
-    assert said == (
-        [] if beyond is None else [f"eos_token_id {beyond} ignored: the vocabulary has {VOCAB} tokens"]
-    )
+    assert said == ([] if beyond is None else [f"eos_token_id {beyond} ignored: the vocabulary has {VOCAB} tokens"])
 
 
 @pytest.mark.parametrize("eos", [-1, [3, -1], 2.0, "2", True, [None], {"id": 2}])
@@ -86,9 +82,7 @@ def test_an_end_token_that_is_no_token_id_is_refused(eos, in_generation: bool, f
 
 def greedy(folder: Path, prompt: list[int], **options: Any) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = model.generate(
-        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, **options
-    )
+    found = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, **options)
     return found[0, len(prompt) :].tolist()
 
 

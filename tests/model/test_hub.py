@@ -53,9 +53,7 @@ def test_a_cached_model_needs_no_network(cached: Path, asked: list[str]) -> None
 
 def test_a_cached_model_with_an_index_left_over_needs_no_network(cached: Path, asked: list[str]) -> None:
     (cached / "model.safetensors").write_bytes(b"")
-    (cached / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "gone.safetensors"}})
-    )
+    (cached / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     assert resolve_model("owner/name") == cached and asked == []
 
 
@@ -65,26 +63,13 @@ def test_a_cache_that_holds_a_part_is_not_taken_for_the_model(index, cached: Pat
     if index is not None:
         (cached / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         (cached / "model-1.safetensors").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"'owner/name' is no folder here, and the hub did not give it: no route$"
-    ):
+    with pytest.raises(ValueError, match=r"'owner/name' is no folder here, and the hub did not give it: no route$"):
         resolve_model("owner/name")
     assert asked == ["owner/name"]
 
 
 def test_weights_are_fetched_once_and_not_in_other_formats() -> None:
-    wanted = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "tokenizer.json",
-        "merges.txt",
-        "chat_template.jinja",
-    ]
-    others = [
-        "consolidated.safetensors",
-        "original/params.json",
-        "onnx/model.safetensors",
-        "pytorch_model.bin",
-    ]
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "pytorch_model.bin"]
     kept = filter_repo_objects(wanted + others, allow_patterns=_FILES, ignore_patterns=_NOT_FILES)
     assert list(kept) == wanted

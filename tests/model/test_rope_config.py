@@ -25,11 +25,7 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
-LLAMA3 = {
-    k: v
-    for k, v in LLAMA3_ROPE.items()
-    if k in ("rope_type", "factor", "low_freq_factor", "high_freq_factor")
-}
+LLAMA3 = {k: v for k, v in LLAMA3_ROPE.items() if k in ("rope_type", "factor", "low_freq_factor", "high_freq_factor")}
 
 
 def read(**changes: Any) -> ModelConfig:
@@ -41,9 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama, whose config.json each test writes anew."""
     path = tmp_path_factory.mktemp("rope")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, initializer_range=0.2)).save_pretrained(
-        path
-    )
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, initializer_range=0.2)).save_pretrained(path)
     return path
 
 
@@ -60,10 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 900.0}},
         {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
         {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 900.0}, "rope_theta": 700.0},
-        {
-            "rope_scaling": {**LLAMA3_ROPE, "rope_theta": 500.0},
-            "rope_parameters": {**LINEAR, "rope_theta": 900.0},
-        },
+        {"rope_scaling": {**LLAMA3_ROPE, "rope_theta": 500.0}, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
         {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
         {"rope_scaling": None, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
         {},

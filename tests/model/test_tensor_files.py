@@ -78,17 +78,13 @@ def leave_shards(folder: Path, *, are_there: bool) -> None:
 
 
 @pytest.mark.parametrize("are_there", [False, True])
-def test_an_index_left_beside_a_whole_file_is_passed_over_as_in_transformers(
-    are_there, checkpoint, tmp_path
-) -> None:
+def test_an_index_left_beside_a_whole_file_is_passed_over_as_in_transformers(are_there, checkpoint, tmp_path) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     leave_shards(folder, are_there=are_there)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = theirs(torch.tensor([IDS])).logits[0]
-    torch.testing.assert_close(
-        logits(load_decoder(folder, torch.float32), IDS), expected, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits(load_decoder(folder, torch.float32), IDS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_cut_shard_is_named_before_any_other_is_read(checkpoint, tmp_path, monkeypatch) -> None:
@@ -96,9 +92,7 @@ def test_a_cut_shard_is_named_before_any_other_is_read(checkpoint, tmp_path, mon
     shard = sorted(folder.glob("model-*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-1])
     monkeypatch.setattr("paged_infer.model.weights.Decoder", None)
-    with pytest.raises(
-        ValueError, match=f"{re.escape(str(shard))}: cannot be read as safetensors, perhaps truncated"
-    ):
+    with pytest.raises(ValueError, match=f"{re.escape(str(shard))}: cannot be read as safetensors, perhaps truncated"):
         load_decoder(folder, torch.float32)
 
 
@@ -114,7 +108,5 @@ def test_a_quantization_config_beside_plain_tensors_is_refused(scheme, checkpoin
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": scheme}))
-    with pytest.raises(
-        ValueError, match=r"config\.json: quantization_config=.* is not supported; only None is"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config=.* is not supported; only None is"):
         load_decoder(folder, torch.float32)

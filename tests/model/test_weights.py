@@ -157,14 +157,10 @@ def test_a_config_of_an_absurd_size_is_refused_before_anything_is_allocated(
 @pytest.mark.parametrize(
     "changes", [{"vocab_size": 2**31 - 1, "hidden_size": 2**30}, {"intermediate_size": 2**31 - 1}], ids=str
 )
-def test_dummy_weights_that_no_memory_holds_are_refused_in_bytes(
-    changes, checkpoint, tmp_path, make_llm
-) -> None:
+def test_dummy_weights_that_no_memory_holds_are_refused_in_bytes(changes, checkpoint, tmp_path, make_llm) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     rewrite_config(folder, **changes)
-    with pytest.raises(
-        ValueError, match=r"parameters as torch.float32 need \d{13,} bytes, and cpu has \d+ available"
-    ):
+    with pytest.raises(ValueError, match=r"parameters as torch.float32 need \d{13,} bytes, and cpu has \d+ available"):
         make_llm(folder, load_format="dummy")
 
 
@@ -200,16 +196,10 @@ def both(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [
-        (f, c)
-        for f in ("qwen3", "llama3", "gpt2")
-        for c in (strip_prefix, repeat_prefix, keep_only_the_head, both)
-    ]
+    [(f, c) for f in ("qwen3", "llama3", "gpt2") for c in (strip_prefix, repeat_prefix, keep_only_the_head, both)]
     + [("mistral", strip_prefix), ("mistral", repeat_prefix)],
 )
-def test_other_names_of_the_same_tensors_load_as_in_transformers(
-    family, change, checkpoint, twin, tmp_path
-) -> None:
+def test_other_names_of_the_same_tensors_load_as_in_transformers(family, change, checkpoint, twin, tmp_path) -> None:
     folder = copy_of(checkpoint(family), tmp_path)
     rewrite(folder, change)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -227,31 +217,21 @@ def test_other_names_of_the_same_tensors_load_as_in_transformers(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_base_model_saved_by_itself_generates_what_transformers_does(
-    family, twin, make_llm, tmp_path
-) -> None:
+def test_a_base_model_saved_by_itself_generates_what_transformers_does(family, twin, make_llm, tmp_path) -> None:
     twin(family).base_model.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    expected = model.generate(
-        torch.tensor([IDS]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    expected = model.generate(torch.tensor([IDS]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     outputs = make_llm(tmp_path).generate(IDS, params, use_tqdm=False)
     assert outputs[0].outputs[0].token_ids == expected[0, len(IDS) :].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_config_without_a_dtype_has_that_of_its_weights_as_in_transformers(
-    dtype, checkpoint, tmp_path
-) -> None:
+def test_a_config_without_a_dtype_has_that_of_its_weights_as_in_transformers(dtype, checkpoint, tmp_path) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     rewrite(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     rewrite_config(folder, dtype=None)
-    assert (
-        f"torch.{saved_dtype(folder)}"
-        == str(AutoModelForCausalLM.from_pretrained(folder).dtype)
-        == str(dtype)
-    )
+    assert f"torch.{saved_dtype(folder)}" == str(AutoModelForCausalLM.from_pretrained(folder).dtype) == str(dtype)
     rewrite_config(folder, dtype="float16")
     assert saved_dtype(folder) == "float16"
 

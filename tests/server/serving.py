@@ -21,9 +21,7 @@ from paged_infer.server.run import Server, listen
 from paged_infer.server.service import Settings
 
 T = TypeVar("T")
-NO_TLS: dict[str, Any] = {
-    "verify": False
-}  # to read the certificates takes each client 50 ms, and nothing here has any
+NO_TLS: dict[str, Any] = {"verify": False}  # to read the certificates takes each client 50 ms, and nothing here has any
 
 
 class Served:

@@ -16,9 +16,7 @@ from paged_infer.server import shape
 from paged_infer.server.answers import SLICE, encoded
 from paged_infer.server.completions import _CompletionShape
 
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 CONTENT = st.recursive(
     SCALARS, lambda one: st.lists(one, max_size=200) | st.dictionaries(st.text(), one), max_leaves=300
 )
@@ -79,9 +77,7 @@ def test_a_heavy_answer_is_made_in_another_thread_and_is_the_same(
 
     monkeypatch.setattr(_CompletionShape, "_choice", watched)
     aside = told(served, stream)
-    assert all(
-        name.startswith("answers") for name in threads[:2]
-    )  # the first pieces of a stream: the prompt's
+    assert all(name.startswith("answers") for name in threads[:2])  # the first pieces of a stream: the prompt's
     monkeypatch.setattr(shape, "HEAVY", math.inf)
     threads.clear()
     assert told(served, stream) == aside

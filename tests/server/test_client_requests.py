@@ -25,13 +25,7 @@ def events_of(response: Any) -> list[dict[str, Any]]:
 
 def test_the_role_comes_before_the_first_token_for_openais_node_client(served) -> None:
     """Its ``chat.completions.stream`` takes the logprobs of an answer's first event twice."""
-    body = {
-        "model": "storyteller",
-        "messages": MESSAGES,
-        "max_tokens": 2,
-        "logprobs": True,
-        "top_logprobs": 1,
-    }
+    body = {"model": "storyteller", "messages": MESSAGES, "max_tokens": 2, "logprobs": True, "top_logprobs": 1}
     whole = served.post("/v1/chat/completions", **body, temperature=0, n=1).json()["choices"][0]
     first, *rest = events_of(served.post("/v1/chat/completions", **body, temperature=0, stream=True))
     role = {"role": "assistant", "content": ""}
@@ -49,13 +43,7 @@ IN_PARTS = [{"role": "user", "content": [{"type": "text", "text": PLAIN}]}]
 SENT: dict[str, tuple[str, dict[str, Any]]] = {
     "langchain ChatOpenAI": (
         "chat/completions",
-        {
-            "stream": False,
-            "messages": MESSAGES,
-            "max_completion_tokens": 5,
-            "stop": ["\nQ:"],
-            "temperature": 0.0,
-        },
+        {"stream": False, "messages": MESSAGES, "max_completion_tokens": 5, "stop": ["\nQ:"], "temperature": 0.0},
     ),
     "langchain OpenAI": (
         "completions",
@@ -69,10 +57,7 @@ SENT: dict[str, tuple[str, dict[str, Any]]] = {
         "chat/completions",
         {"messages": MESSAGES, "max_tokens": 5, "temperature": 0, "stop": ["\n", "Q:"], "seed": 1234},
     ),
-    "guidellm /v1/completions": (
-        "completions",
-        {"prompt": PLAIN, "max_tokens": 5, "ignore_eos": True, **USAGE_IN_ALL},
-    ),
+    "guidellm /v1/completions": ("completions", {"prompt": PLAIN, "max_tokens": 5, "ignore_eos": True, **USAGE_IN_ALL}),
     "guidellm /v1/chat/completions": (
         "chat/completions",
         {"messages": IN_PARTS, "max_completion_tokens": 5, "ignore_eos": True, **USAGE_IN_ALL},
@@ -92,13 +77,7 @@ SENT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vllm bench serve openai-chat": (
         "chat/completions",
-        {
-            "messages": IN_PARTS,
-            "max_completion_tokens": 5,
-            "ignore_eos": True,
-            "temperature": 0.0,
-            **USAGE_LAST,
-        },
+        {"messages": IN_PARTS, "max_completion_tokens": 5, "ignore_eos": True, "temperature": 0.0, **USAGE_LAST},
     ),
 }
 
@@ -124,6 +103,5 @@ def test_lm_eval_gets_the_probability_of_each_token_of_its_prompts(served, story
         logprobs = choice["logprobs"]
         assert logprobs["token_logprobs"][1:-1] == pytest.approx(expected)  # the last is the drawn token's
         assert all(
-            token in top
-            for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True)
+            token in top for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True)
         )

@@ -24,9 +24,7 @@ def status_on(raw: socket.socket) -> int:
     return int(raw.recv(1000).split()[1])
 
 
-def test_connections_beyond_the_file_descriptors_are_a_503_and_logged_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_connections_beyond_the_file_descriptors_are_a_503_and_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Any] = []
     monkeypatch.setattr(run, "FULL_EVERY_S", 1e9)
     monkeypatch.setattr(run.logger, "warning", lambda *arguments: lines.append(arguments))

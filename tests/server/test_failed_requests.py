@@ -118,8 +118,6 @@ def test_tokens_that_have_no_text_are_an_error_of_their_own_request(asked, monke
             assert response.status_code == 200 and "the prompt could not be decoded" in response.text
             assert response.text.endswith("data: [DONE]\n\n")
         else:
-            expected = (
-                (400, "the prompt could not") if "stop" in asked else (500, "tokens could not be decoded")
-            )
+            expected = (400, "the prompt could not") if "stop" in asked else (500, "tokens could not be decoded")
             assert expected[1] in told(response, expected[0])["message"]
         assert served.http.get("/health").status_code == 200

@@ -43,11 +43,7 @@ def pieces(served, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def text_of(choice: dict[str, Any]) -> str:
-    return (
-        choice["text"]
-        if "text" in choice
-        else choice.get("message", choice.get("delta", {})).get("content", "")
-    )
+    return choice["text"] if "text" in choice else choice.get("message", choice.get("delta", {})).get("content", "")
 
 
 @pytest.mark.parametrize(
@@ -137,12 +133,8 @@ def test_best_of_as_many_as_n_is_n(served, n: int | None) -> None:
 
 
 def test_prompt_logprobs_are_those_of_the_offline_engine(served, storyteller) -> None:
-    said = storyteller.generate(
-        BODY["prompt"], SamplingParams(max_tokens=1, prompt_logprobs=2), use_tqdm=False
-    )[0]
-    rows = served.complete(prompt=BODY["prompt"], max_tokens=1, prompt_logprobs=2)["choices"][0][
-        "prompt_logprobs"
-    ]
+    said = storyteller.generate(BODY["prompt"], SamplingParams(max_tokens=1, prompt_logprobs=2), use_tqdm=False)[0]
+    rows = served.complete(prompt=BODY["prompt"], max_tokens=1, prompt_logprobs=2)["choices"][0]["prompt_logprobs"]
     assert rows[0] is None and said.prompt_logprobs[0] is None and len(rows) == len(said.prompt_token_ids)
     for row, expected in zip(rows[1:], said.prompt_logprobs[1:], strict=True):
         assert set(row) == {str(token_id) for token_id in expected}
@@ -153,14 +145,8 @@ def test_prompt_logprobs_are_those_of_the_offline_engine(served, storyteller) ->
 
 def test_a_chat_has_the_logprobs_and_the_tokens_of_its_prompt_beside_its_choices(served) -> None:
     answer = served.post("/v1/chat/completions", **CHAT, prompt_logprobs=0, return_token_ids=True).json()
-    assert (
-        len(answer["prompt_logprobs"]) == len(answer["prompt_token_ids"]) == answer["usage"]["prompt_tokens"]
-    )
-    assert [
-        str(i) in row
-        for i, row in zip(answer["prompt_token_ids"], answer["prompt_logprobs"], strict=True)
-        if row
-    ]
+    assert len(answer["prompt_logprobs"]) == len(answer["prompt_token_ids"]) == answer["usage"]["prompt_tokens"]
+    assert [str(i) in row for i, row in zip(answer["prompt_token_ids"], answer["prompt_logprobs"], strict=True) if row]
     assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
 
 
@@ -189,9 +175,7 @@ def test_token_ids_are_returned_whole_and_in_pieces(served, storyteller, path: s
     told_pieces = pieces(served, path, **body, return_token_ids=True)
     streamed = [piece["choices"][0].get("token_ids", []) for piece in told_pieces]
     assert [i for ids in streamed for i in ids] == choice["token_ids"] and len(streamed) > 1
-    prompts = [
-        piece.get("prompt_token_ids") or piece["choices"][0].get("prompt_token_ids") for piece in told_pieces
-    ]
+    prompts = [piece.get("prompt_token_ids") or piece["choices"][0].get("prompt_token_ids") for piece in told_pieces]
     assert prompts == [prompt_ids] + [None] * (len(prompts) - 1)  # in the first piece only
     assert "token_ids" not in served.post(path, **body).json()["choices"][0]
 
@@ -230,10 +214,7 @@ def test_the_name_of_a_message_reaches_the_chat_template(tmp_path, text_checkpoi
 
         def prompt_of(**message: Any) -> list[int]:
             answer = served.post(
-                "/v1/chat/completions",
-                messages=[{"content": "ab", **message}],
-                max_tokens=1,
-                return_token_ids=True,
+                "/v1/chat/completions", messages=[{"content": "ab", **message}], max_tokens=1, return_token_ids=True
             )
             return answer.json()["prompt_token_ids"]
 

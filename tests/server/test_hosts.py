@@ -75,10 +75,7 @@ def test_a_pattern_allows_what_is_below_a_domain() -> None:
     ],
 )
 def test_the_command_serves_the_hosts_and_origins_that_it_is_given(
-    monkeypatch: pytest.MonkeyPatch,
-    options: tuple[str, ...],
-    hosts: tuple[str, ...] | None,
-    origins: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], hosts: tuple[str, ...] | None, origins: tuple[str, ...]
 ) -> None:
     served: list[Any] = []
     engine = SimpleNamespace(is_abandoned=False)
@@ -119,9 +116,7 @@ def test_what_is_no_host_or_origin_is_refused_by_name(name: str, value: str) -> 
         Settings(**{name: (value,)})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "host", ["*", "*.a.example", "A.example:80", "my_host", "::1", "[::1]:80", "fe80::1%eth0"]
-)
+@pytest.mark.parametrize("host", ["*", "*.a.example", "A.example:80", "my_host", "::1", "[::1]:80", "fe80::1%eth0"])
 def test_what_is_a_host_is_taken(host: str) -> None:
     assert Settings(allowed_hosts=(host,)).allowed_hosts == (host,)
 
@@ -145,9 +140,7 @@ def test_without_an_origin_allowed_no_page_of_another_site_may_read(served: Serv
     assert "access-control-allow-origin" not in served.http.get("/health", headers={"Origin": PAGE}).headers
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/storyteller", "/openapi.json"]
-)
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/storyteller", "/openapi.json"])
 def test_head_is_get_without_its_body(served: Served, path: str) -> None:
     whole, head = served.http.get(path), served.http.head(path)
     assert (head.status_code, head.content) == (200, b"") and whole.content
@@ -156,9 +149,7 @@ def test_head_is_get_without_its_body(served: Served, path: str) -> None:
 
 
 def test_head_of_what_is_not_there_has_the_same_status(served: Served) -> None:
-    statuses = {
-        path: served.http.head(path).status_code for path in ("/result/x", "/nothing", "/v1/completions")
-    }
+    statuses = {path: served.http.head(path).status_code for path in ("/result/x", "/nothing", "/v1/completions")}
     assert statuses == {"/result/x": 404, "/nothing": 404, "/v1/completions": 405}
 
 

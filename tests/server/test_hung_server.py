@@ -30,26 +30,12 @@ app()
 
 
 @contextlib.contextmanager
-def hung_server(
-    *options: str,
-) -> Iterator[tuple[subprocess.Popen[str], list[httpx.Response], threading.Thread]]:
+def hung_server(*options: str) -> Iterator[tuple[subprocess.Popen[str], list[httpx.Response], threading.Thread]]:
     """A server whose first step hangs, the answer to the request that began it, and the thread that waits for it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            HANGS,
-            "serve",
-            "--port",
-            str(port),
-            "--num-blocks",
-            "64",
-            "--device",
-            "cpu",
-            *options,
-        ],
+        [sys.executable, "-c", HANGS, "serve", "--port", str(port), "--num-blocks", "64", "--device", "cpu", *options],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -48,9 +48,7 @@ def test_an_event_names_no_job_by_anything_that_opens_it() -> None:
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/completions", LONG), ("/v1/chat/completions", {**CHAT, "ignore_eos": True})]
 )
-def test_the_client_of_a_stream_finds_itself_among_the_events_by_how_its_id_begins(
-    path: str, body: Any
-) -> None:
+def test_the_client_of_a_stream_finds_itself_among_the_events_by_how_its_id_begins(path: str, body: Any) -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         seen: list[watch.Snapshot] = []
         engine = served.engine._llm.engine

@@ -33,9 +33,7 @@ def test_a_hub_model_is_served_under_the_id_that_was_typed(
 
 
 @pytest.mark.parametrize("typed", [".", "./", "../{name}", "{folder}", "{folder}/"])
-def test_a_folder_is_served_under_its_name(
-    text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, typed: str
-) -> None:
+def test_a_folder_is_served_under_its_name(text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
     monkeypatch.chdir(text_checkpoint)
     typed = typed.format(name=text_checkpoint.name, folder=text_checkpoint)
     assert LLM(typed, device="cpu", num_blocks=32).name == text_checkpoint.name != ""

@@ -21,9 +21,7 @@ def offline(llm, prompt, **params):
 
 def test_a_completion_is_what_the_offline_engine_says(served, storyteller) -> None:
     said = offline(storyteller, PROMPT, temperature=0, max_tokens=20)
-    answer = served.openai().completions.create(
-        model="storyteller", prompt=PROMPT, temperature=0, max_tokens=20
-    )
+    answer = served.openai().completions.create(model="storyteller", prompt=PROMPT, temperature=0, max_tokens=20)
     assert answer.choices[0].text == said.outputs[0].text
     assert answer.choices[0].finish_reason == said.outputs[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(said.prompt_token_ids), 20)
@@ -50,9 +48,7 @@ def test_a_stream_ends_with_its_usage_when_asked_to(served) -> None:
     body = {"model": "storyteller", "prompt": PROMPT, "temperature": 0, "max_tokens": 7}
     whole = served.openai().completions.create(**body)
     *_, last = served.openai().completions.create(**body, stream=True, stream_options={"include_usage": True})
-    *_, plain = served.openai().completions.create(
-        **body, stream=True, stream_options={"include_usage": None}
-    )
+    *_, plain = served.openai().completions.create(**body, stream=True, stream_options={"include_usage": None})
     assert plain.usage is None and plain.choices[0].finish_reason == "length"
     assert last.choices == []
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (whole.usage.prompt_tokens, 7)
@@ -103,21 +99,15 @@ def test_a_seed_is_the_requests_own(served, storyteller) -> None:
 def test_echo_with_logprobs_tells_how_probable_the_prompt_is(served, storyteller) -> None:
     params = {"temperature": 0, "max_tokens": 2}
     said = offline(storyteller, PROMPT, **params, logprobs=1, prompt_logprobs=1)
-    answer = served.openai().completions.create(
-        model="storyteller", prompt=PROMPT, echo=True, logprobs=1, **params
-    )
+    answer = served.openai().completions.create(model="storyteller", prompt=PROMPT, echo=True, logprobs=1, **params)
     choice = answer.choices[0]
     assert choice.text == PROMPT + said.outputs[0].text == "".join(choice.logprobs.tokens)
     rows = [*said.prompt_logprobs, *said.outputs[0].logprobs]
     ids = [*said.prompt_token_ids, *said.outputs[0].token_ids]
-    expected = [
-        None if row is None else pytest.approx(row[i].logprob) for i, row in zip(ids, rows, strict=True)
-    ]
+    expected = [None if row is None else pytest.approx(row[i].logprob) for i, row in zip(ids, rows, strict=True)]
     assert choice.logprobs.token_logprobs == expected and expected[0] is None
     starts = choice.logprobs.text_offset
-    assert [
-        choice.text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)
-    ] == choice.logprobs.tokens
+    assert [choice.text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)] == choice.logprobs.tokens
 
 
 def test_the_prompt_alone_can_be_scored(served) -> None:
@@ -164,9 +154,7 @@ def test_content_may_come_in_parts(served) -> None:
     content = STORY[0]["content"]
     in_parts = [{"role": "user", "content": [{"type": "text", "text": content}]}]
     answers = [
-        served.openai().chat.completions.create(
-            model="storyteller", messages=messages, temperature=0, max_tokens=8
-        )
+        served.openai().chat.completions.create(model="storyteller", messages=messages, temperature=0, max_tokens=8)
         for messages in (STORY, in_parts)
     ]
     assert answers[0].choices == answers[1].choices
@@ -199,13 +187,7 @@ def test_max_tokens_is_clamped_to_the_context(served) -> None:
 
 def test_vllms_fields_work(served, storyteller) -> None:
     extra = {"top_k": 7, "min_p": 0.05, "repetition_penalty": 1.3, "min_tokens": 3, "ignore_eos": True}
-    params = {
-        "seed": 3,
-        "max_tokens": 24,
-        "temperature": 1.2,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.2,
-    }
+    params = {"seed": 3, "max_tokens": 24, "temperature": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
     said = offline(storyteller, PROMPT, **params, **extra).outputs[0].text
     client = served.openai().completions
     answer = client.create(model="storyteller", prompt=PROMPT, **params, extra_body=extra)

@@ -46,9 +46,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         cells: dict[int, tuple[Any, ...]] = {}
-        with httpx.stream(
-            "GET", f"{self._url}/events", headers=self._headers, timeout=LIMIT_S, **NO_TLS
-        ) as response:
+        with httpx.stream("GET", f"{self._url}/events", headers=self._headers, timeout=LIMIT_S, **NO_TLS) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
             for line in response.iter_lines():
                 if line.startswith("event: "):
@@ -82,9 +80,7 @@ def test_events_add_up_to_what_the_engine_says_of_itself() -> None:
             watcher.until_queued(running=4, waiting=2)
         assert answer.result(LIMIT_S).status_code == 200
         watcher.until(lambda change: is_idle(change) and change["stats"]["prefix_query_tokens"] > 0)
-        assert [change["is_whole"] for change in watcher.events] == [True] + [False] * (
-            len(watcher.events) - 1
-        )
+        assert [change["is_whole"] for change in watcher.events] == [True] + [False] * (len(watcher.events) - 1)
         for change in watcher.events:
             stats, cells = change["stats"], change["map"]
             held = {block: cell for block, cell in cells.items() if cell[0]}
@@ -162,9 +158,7 @@ def test_what_does_not_change_is_not_told_again_and_a_busy_engine_ten_times_a_se
     watched, looks = watch_of(clock, 0.001, [1, 1, 1, 1, 2, 3, 4])
     assert values(watched, 4) == [1, 2, 3, 4] and len(looks) == 7
     assert all(later - earlier >= watch.EVERY_S for earlier, later in pairwise(looks))
-    assert values(watched, 1) == [4] and len(looks) == 7, (
-        "a second watcher of the same moment needs no look of its own"
-    )
+    assert values(watched, 1) == [4] and len(looks) == 7, "a second watcher of the same moment needs no look of its own"
 
 
 def test_a_pool_that_takes_long_to_look_at_is_looked_at_less_often(clock) -> None:
@@ -313,9 +307,7 @@ def test_in_a_browser_a_typed_prompt_goes_on_and_the_map_changes(page: Any) -> N
             page.locator("#running .chip").first.wait_for()
             text = page.locator("article .text")
             page.wait_for_function("() => document.querySelector('article .text').textContent.length > 20")
-            page.wait_for_function(
-                f"before => ({MAP})(document.querySelector('#map')) !== before", arg=before
-            )
+            page.wait_for_function(f"before => ({MAP})(document.querySelector('#map')) !== before", arg=before)
         page.get_by_text(re.compile(r"^ended after ")).wait_for()
         assert len(text.text_content()) > 20
         page.get_by_text("0 of 64 blocks").wait_for()
@@ -337,8 +329,7 @@ def test_in_a_browser_eight_stories_fill_the_queues_and_can_be_stopped(page: Any
             assert page.locator("#waiting .chip").count() == 4
             assert page.locator("article").count() == 8
             page.wait_for_function(
-                "() => [...document.querySelectorAll('article')]"
-                ".filter(one => one.style.borderLeftColor).length >= 4"
+                "() => [...document.querySelectorAll('article')].filter(one => one.style.borderLeftColor).length >= 4"
             )
             page.get_by_role("button", name="Stop all").click()
             page.wait_for_function("() => document.querySelectorAll('#stories button').length === 0")

@@ -56,9 +56,7 @@ def test_the_document_is_kept(served: Served, schema, method: str, path: str) ->
     )
     def holds(case: Any) -> None:
         # A schema cannot say what a vocabulary or a context holds: such a 400 is right, and not a broken promise.
-        case.call_and_validate(
-            base_url=served.url, timeout=LIMIT_S, excluded_checks=[positive_data_acceptance]
-        )
+        case.call_and_validate(base_url=served.url, timeout=LIMIT_S, excluded_checks=[positive_data_acceptance])
 
     holds()
     served.check_idle()

@@ -71,10 +71,7 @@ def test_without_the_extra_one_line_says_what_to_install(without_the_extra) -> N
         (("--max-num-logprobs", "0"), "max_num_logprobs=0"),
         (("--api-key", ""), "api_key"),
         (("--log-level", "loud"), "log_level='loud'"),
-        (
-            ("--step-timeout", "-1"),
-            "step_timeout=-1.0: must be a finite number of seconds, or 0 for no limit",
-        ),
+        (("--step-timeout", "-1"), "step_timeout=-1.0: must be a finite number of seconds, or 0 for no limit"),
         (("--step-timeout", "inf"), "step_timeout=inf"),
         (("--swap-space", "1"), "swap_space=1"),
     ],

@@ -12,12 +12,7 @@ from serving import CHAT, PROMPT, serving, told
 
 from paged_infer.server.errors import refusal
 from paged_infer.server.fields import REFUSED
-from paged_infer.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerateRequest,
-    SamplingFields,
-)
+from paged_infer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerateRequest, SamplingFields
 from paged_infer.server.service import Settings
 
 
@@ -142,9 +137,7 @@ def test_what_a_message_may_not_hold_is_refused_with_the_reason(served, more: An
     assert (error["param"], error["message"]) == ("messages", reason)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("stop_token_ids", [1, 10**6]), ("logit_bias", {str(10**6): 1})]
-)
+@pytest.mark.parametrize(("field", "value"), [("stop_token_ids", [1, 10**6]), ("logit_bias", {str(10**6): 1})])
 def test_a_token_that_is_not_there_is_named_with_its_field(served, field: str, value: Any) -> None:
     error = told(served.post("/v1/completions", **PROMPT, **{field: value}), 400)
     assert error["param"] == field and error["message"].startswith(f"{field}: token id 1000000 is outside")
@@ -191,14 +184,8 @@ def test_a_wrong_type_is_a_422_that_names_the_field(served, path: str, body: Any
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (
-            "/v1/completions",
-            {**PROMPT, "n": 1.0, "top_k": 5.0, "seed": 3.0, "min_tokens": 1.0, "max_tokens": 2.0},
-        ),
-        (
-            "/v1/completions",
-            {**PROMPT, "stop_token_ids": [5.0, 6], "logprobs": 2.0, "truncate_prompt_tokens": 2.0},
-        ),
+        ("/v1/completions", {**PROMPT, "n": 1.0, "top_k": 5.0, "seed": 3.0, "min_tokens": 1.0, "max_tokens": 2.0}),
+        ("/v1/completions", {**PROMPT, "stop_token_ids": [5.0, 6], "logprobs": 2.0, "truncate_prompt_tokens": 2.0}),
         ("/v1/completions", {"prompt": [5.0, 6, 7.0], "max_tokens": 1}),
         ("/v1/completions", {"prompt": [[5, 6.0], [7.0]], "max_tokens": 1}),
         ("/v1/chat/completions", {"messages": CHAT["messages"], "max_completion_tokens": 2.0}),
@@ -214,11 +201,7 @@ def test_a_number_without_a_fraction_is_an_integer(served, path: str, body: Any)
 
 @pytest.mark.parametrize("value", [1.5, True, "1", 1e-9, [1.0], float("inf")])
 def test_what_is_no_whole_number_is_no_integer(served, value: Any) -> None:
-    for body in (
-        {**PROMPT, "n": value},
-        {**PROMPT, "prompt": [5, value]},
-        {**PROMPT, "stop_token_ids": [value]},
-    ):
+    for body in ({**PROMPT, "n": value}, {**PROMPT, "prompt": [5, value]}, {**PROMPT, "stop_token_ids": [value]}):
         headers = {"Content-Type": "application/json"}
         response = served.http.post("/v1/completions", content=json.dumps(body), headers=headers)
         told(response, 422)
@@ -239,9 +222,7 @@ def test_what_is_no_whole_number_is_no_integer(served, value: Any) -> None:
     ],
 )
 def test_malformed_bodies_are_answered_as_such(served, content: bytes) -> None:
-    response = served.http.post(
-        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
-    )
+    response = served.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     told(response, response.status_code)
     assert response.status_code in (400, 422)
 
@@ -266,9 +247,7 @@ MANY = 100_000  # in a body below the limit of 1 MiB
 )
 def test_a_hundred_thousand_mistakes_are_told_of_as_quickly_as_one(path: str, body: Any) -> None:
     """To tell of each took seconds, in which the event loop served nobody."""
-    model = {"/generate": GenerateRequest, "/v1/completions": CompletionRequest}.get(
-        path, ChatCompletionRequest
-    )
+    model = {"/generate": GenerateRequest, "/v1/completions": CompletionRequest}.get(path, ChatCompletionRequest)
     with pytest.raises(ValidationError) as refused:
         model.model_validate(body)
     problems: list[Any] = list(refused.value.errors())
@@ -290,9 +269,7 @@ def test_a_conversation_that_makes_no_sense_is_a_400(served) -> None:
     assert told(served.post("/v1/chat/completions", **CHAT, top_logprobs=2), 400)["param"] == "top_logprobs"
     none = {"messages": CHAT["messages"], "max_completion_tokens": 0}
     error = told(served.post("/v1/chat/completions", **none), 400)
-    assert error["param"] == "max_completion_tokens" and error["message"].startswith(
-        "max_completion_tokens=0"
-    )
+    assert error["param"] == "max_completion_tokens" and error["message"].startswith("max_completion_tokens=0")
     long = [{"role": "user", "content": "The river was wide. " * 100}]
     error = told(served.post("/v1/chat/completions", messages=long), 400)
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
@@ -306,9 +283,7 @@ def test_a_beam_search_refuses_what_it_does_not_know(served, field: str, value: 
     assert error["param"] == field
 
 
-@pytest.mark.parametrize(
-    "text", ["Zoë, 東京 и мы: 🦊", "nul \0 byte", "\u202eback", "e\u0301\u200d", "\r\n\t"]
-)
+@pytest.mark.parametrize("text", ["Zoë, 東京 и мы: 🦊", "nul \0 byte", "\u202eback", "e\u0301\u200d", "\r\n\t"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_any_text_is_a_prompt(served, storyteller, text: str, stream: bool) -> None:
     answer = served.complete(prompt=text, max_tokens=4, temperature=0, echo=True)
@@ -395,9 +370,7 @@ def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
             return launch(step)
 
         runner.launch = fail  # type: ignore[method-assign]
-        with broken.http.stream(
-            "POST", "/v1/completions", json={**PROMPT, "max_tokens": 99, "stream": True}
-        ) as r:
+        with broken.http.stream("POST", "/v1/completions", json={**PROMPT, "max_tokens": 99, "stream": True}) as r:
             events = [line.removeprefix("data: ") for line in r.iter_lines() if line]
         assert events[-1] == "[DONE]"
         assert "the device fell off" in json.loads(events[-2])["error"]["message"]

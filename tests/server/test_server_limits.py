@@ -20,10 +20,7 @@ def test_bodies_over_the_limit_are_a_413_however_they_come() -> None:
         assert small.complete(prompt="x" * 20, max_tokens=1)
         told(small.post("/v1/completions", prompt="x" * 1000), 413)
         pieces = (b" " * 100 for _ in range(20))  # chunked: no Content-Length
-        told(
-            small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}),
-            413,
-        )
+        told(small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}), 413)
         with socket.create_connection(("127.0.0.1", small.port), LIMIT_S) as raw:  # a promise alone is enough
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
             assert raw.recv(100).startswith(b"HTTP/1.1 413")
@@ -62,15 +59,9 @@ def test_an_answer_may_take_longer_than_a_body() -> None:
 def test_half_a_head_is_waited_for_only_so_long(http: str) -> None:
     pytest.importorskip(http)
     patient = Settings(receive_timeout_s=100 * LIMIT_S)
-    with (
-        serving(patient, http=http, num_blocks=32) as served,
-        served.held() as steps,
-        ExitStack() as stack,
-    ):
+    with serving(patient, http=http, num_blocks=32) as served, served.held() as steps, ExitStack() as stack:
         address = ("127.0.0.1", served.port)
-        silent, slow, second, busy = (
-            stack.enter_context(socket.create_connection(address, LIMIT_S)) for _ in range(4)
-        )
+        silent, slow, second, busy = (stack.enter_context(socket.create_connection(address, LIMIT_S)) for _ in range(4))
         slow.sendall(b"POST /v1/comple")
         second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(second, b"ok")
@@ -123,9 +114,7 @@ def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
             assert error["param"] == "logprobs" and "max_num_logprobs=1000" in error["message"]
         chat = {**CHAT, "logprobs": True, "top_logprobs": 9}
         assert served.post("/v1/chat/completions", **chat).status_code == 200
-        endless = {
-            key: value for key, value in chat.items() if key != "max_tokens"
-        }  # to the end of the context
+        endless = {key: value for key, value in chat.items() if key != "max_tokens"}  # to the end of the context
         told(served.post("/v1/chat/completions", **endless), 400)
 
 

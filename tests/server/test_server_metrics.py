@@ -101,13 +101,7 @@ def test_each_time_is_counted_to_the_part_in_which_it_passed(storyteller) -> Non
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_preemptions_are_counted(mode: str) -> None:
-    options = {
-        "preemption_mode": mode,
-        "max_num_seqs": 8,
-        "num_blocks": 10,
-        "block_size": 4,
-        "max_model_len": 40,
-    }
+    options = {"preemption_mode": mode, "max_num_seqs": 8, "num_blocks": 10, "block_size": 4, "max_model_len": 40}
     with serving(**options) as served:
         with served.held():
             answer = served.begin(prompt=["Once upon a time", "Mia"] * 3, max_tokens=20, ignore_eos=True)

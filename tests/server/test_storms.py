@@ -19,9 +19,7 @@ async def ask(served: Served, body: dict[str, Any]) -> tuple[asyncio.StreamReade
     """Raw HTTP: a client that can leave without a word, and that costs little."""
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     content = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    )
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     await writer.drain()
     return reader, writer
@@ -40,13 +38,7 @@ def test_hundreds_that_leave_in_mid_stream_leave_nothing_behind() -> None:
 
         async def fickle(i: int) -> int:
             chance = random.Random(i)
-            body = {
-                "prompt": f"Story {i}",
-                "max_tokens": 500,
-                "ignore_eos": True,
-                "stream": i % 3 > 0,
-                "n": 1 + i % 2,
-            }
+            body = {"prompt": f"Story {i}", "max_tokens": 500, "ignore_eos": True, "stream": i % 3 > 0, "n": 1 + i % 2}
             reader, writer = await ask(served, body)
             if i % 3 and i % 4:  # leave in mid-stream, or before any of it
                 await reader.readuntil(b"data: ")
@@ -91,9 +83,7 @@ def test_five_hundred_at_once_in_a_pool_that_preempts_constantly_get_the_offline
         assert served.engine.stats()["preemptions"] > 100
 
 
-def test_the_event_loop_answers_while_a_step_and_a_long_text_take_their_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_event_loop_answers_while_a_step_and_a_long_text_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is done in the event loop: both stand still here, until others have been answered."""
     long_text = "The river was wide. " * 5000  # 100,000 characters
     with serving(max_num_seqs=4, num_blocks=64) as served:

@@ -61,9 +61,7 @@ def drawn_from(tokenizer: Tokenizer, pieces: str) -> dict[str, Any]:
 def streamed(served: Served, **body: Any) -> list[dict[str, Any]]:
     response = served.post("/v1/completions", **body, stream=True)
     assert response.status_code == 200, response.text
-    return [
-        json.loads(line.removeprefix("data: "))["choices"][0] for line in response.text.split("\n\n")[:-2]
-    ]
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in response.text.split("\n\n")[:-2]]
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, [1, 271, 3 + 0xE4]], ids=["text", "begun character"])
@@ -164,9 +162,9 @@ def test_a_special_token_as_a_stop_string_ends_the_text(flat, tokenizer, stream)
 
 def test_a_developers_message_is_read(flat, tokenizer) -> None:
     prompts = [
-        flat.post(
-            "/v1/chat/completions", messages=[{"role": role, "content": "be brief"}], max_tokens=1
-        ).json()["usage"]["prompt_tokens"]
+        flat.post("/v1/chat/completions", messages=[{"role": role, "content": "be brief"}], max_tokens=1).json()[
+            "usage"
+        ]["prompt_tokens"]
         for role in ("system", "developer")
     ]
     assert prompts[0] == prompts[1] > 8

@@ -51,10 +51,7 @@ class Oracle:
         for prompt in prompts:
             ids = list(prompt.encode())
             outs.append(
-                Object(
-                    prompt_token_ids=ids,
-                    prompt_logprobs=[None, *({i: Object(logprob=-1.0)} for i in ids[1:])],
-                )
+                Object(prompt_token_ids=ids, prompt_logprobs=[None, *({i: Object(logprob=-1.0)} for i in ids[1:])])
             )
         return outs
 
@@ -64,9 +61,7 @@ def test_evaluate_counts_answers_and_nats():
     asked = sum(len(tell(1_000_000_000 + i).questions) for i in range(20))
     assert result["recall"] == pytest.approx(1 - 1 / asked)
     right, of = (sum(column) for column in zip(*result["recall_by_kind"].values(), strict=True))
-    assert (right, of) == (asked - 1, asked) and {"What colour", "Where is"} <= result[
-        "recall_by_kind"
-    ].keys()
+    assert (right, of) == (asked - 1, asked) and {"What colour", "Where is"} <= result["recall_by_kind"].keys()
     assert result["perplexity"] == pytest.approx(2.718281828)
     assert 1.0 < result["grammar_perplexity"] < 1.2  # nats a byte, not a token
 
@@ -92,9 +87,7 @@ def test_the_bundled_model_remembers_and_is_near_its_grammar(llm):
 def test_a_chat_about_a_story_of_ones_own_is_answered(llm):
     from paged_infer import SamplingParams
 
-    story = (
-        "One morning Mia found a red key near the well. To keep it safe, Mia left the key in the blue box."
-    )
+    story = "One morning Mia found a red key near the well. To keep it safe, Mia left the key in the blue box."
     messages = [{"role": "user", "content": f"{story} Where is the key?"}]
     output = llm.chat(messages, SamplingParams(temperature=0, max_tokens=12, stop=["\n"]))
     output = output[0] if isinstance(output, list) else output

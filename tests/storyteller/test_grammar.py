@@ -97,9 +97,7 @@ def test_a_chooser_draws_as_often_as_its_logs_say():
         chooser.pick([])
 
 
-@pytest.mark.parametrize(
-    "name", ["move", "hand over", "put down", "mischief", "sum", "pet", "friend", "interlude"]
-)
+@pytest.mark.parametrize("name", ["move", "hand over", "put down", "mischief", "sum", "pet", "friend", "interlude"])
 def test_each_text_of_a_scene_has_one_derivation_and_their_probabilities_sum_to_one(name: str):
     scene = next(scene for scene in SCENES if scene.name == name)
     outcomes = list(every_outcome(lambda chooser: scene.tell(small_world(chooser))))
@@ -181,12 +179,9 @@ def test_sums_in_the_stories_are_right():
     sums = 0
     for seed in SEEDS:
         for first, noun, more, total in re.findall(
-            r"had ([a-z]+) ([a-z]+) in [a-z ]+\. [^.]* ([a-z]+) more\. Now [A-Z][a-z]+ had ([a-z]+)",
-            tell(seed).text,
+            r"had ([a-z]+) ([a-z]+) in [a-z ]+\. [^.]* ([a-z]+) more\. Now [A-Z][a-z]+ had ([a-z]+)", tell(seed).text
         ):
-            assert lexicon.NUMBERS.index(first) + lexicon.NUMBERS.index(more) == lexicon.NUMBERS.index(
-                total
-            ), noun
+            assert lexicon.NUMBERS.index(first) + lexicon.NUMBERS.index(more) == lexicon.NUMBERS.index(total), noun
             sums += 1
     assert sums > 10
 

@@ -38,9 +38,7 @@ def test_headless_documents_start_like_a_users_prompt(tokenizer):
 def test_only_answers_weigh_more(tokenizer):
     rows = Rows(tokenizer, seed=0)
     row = [rows.end, *tokenizer.encode("A Q: Who has it?\nA: Tom.\nQ: Who?\n").ids, rows.end]
-    heavy = [
-        token for token, weight in zip(row[1:], rows.weights(row, 3.0, 0.5), strict=True) if weight == 3.0
-    ]
+    heavy = [token for token, weight in zip(row[1:], rows.weights(row, 3.0, 0.5), strict=True) if weight == 3.0]
     assert tokenizer.decode(heavy) == " Tom.\n"
 
 

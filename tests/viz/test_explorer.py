@@ -39,9 +39,7 @@ def test_a_moved_slider_changes_the_picture(trace, make):
 def test_each_shows_the_figures_of_its_step(trace):
     pytest.importorskip("ipywidgets")
     assert explore_pool(trace, 3).png == pool_map_figure(trace, 3)._repr_png_()
-    assert (
-        explore_timeline(trace, 3, by="time").png == timeline_figure(trace, by="time", cursor=3)._repr_png_()
-    )
+    assert explore_timeline(trace, 3, by="time").png == timeline_figure(trace, by="time", cursor=3)._repr_png_()
 
 
 def test_it_begins_where_most_blocks_are_held_and_covers_every_step(trace):
@@ -82,9 +80,7 @@ def test_an_empty_trace_is_refused():
 
 def test_without_ipywidgets_one_error_says_what_to_install(trace, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(
-        ImportError, match=r"ipywidgets.*pip install 'paged-infer\[notebooks\]'.*timeline_figure"
-    ):
+    with pytest.raises(ImportError, match=r"ipywidgets.*pip install 'paged-infer\[notebooks\]'.*timeline_figure"):
         explore(trace)
     assert timeline_figure(trace)._repr_png_()  # still pictures need no widgets
 

@@ -47,9 +47,7 @@ def test_what_is_shared_stands_beside_what_the_paper_saved():
     sharing = fragmentation_figure(report()).axes[3]
     assert [patch.get_height() for patch in sharing.patches] == pytest.approx([10, 20, 30, 10, 20, 30])
     marks = [line.get_ydata()[0] for line in sharing.lines if len(line.get_ydata())]
-    assert marks == pytest.approx(
-        [100 * s for n in ("ShareGPT-like", "Alpaca-like") for s in PAPER_SAVED[n].values()]
-    )
+    assert marks == pytest.approx([100 * s for n in ("ShareGPT-like", "Alpaca-like") for s in PAPER_SAVED[n].values()])
 
 
 def test_the_picture_is_small_enough_for_a_notebook():

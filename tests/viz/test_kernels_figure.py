@@ -30,9 +30,7 @@ def made_up_report() -> KernelReport:
         for context in CONTEXTS:
             work = 2.0 * batch * context * 8 * 128 * 2
             full = batch * context / (batch * context + 20_000)
-            entries = [
-                Entry(name, work / (share * full * 4e12), "cuda graph") for name, share in shares.items()
-            ]
+            entries = [Entry(name, work / (share * full * 4e12), "cuda graph") for name, share in shares.items()]
             sizes = {"batch": batch, "context": context}
             measurements.append(Measurement("decode", f"{batch} {context}", sizes, work, entries))
     roofline = Roofline(4e12, 4.2e12, 7.7e14, "bfloat16", "made up")
@@ -76,9 +74,7 @@ def test_decode_lines_are_shares_of_the_measured_copy(report):
 
 def test_a_race_that_nobody_ran_leaves_a_gap_and_a_report_without_any_is_refused(report):
     first, *others = report.group("decode", batch=1)
-    skipped = Measurement(
-        "decode", first.title, first.sizes, first.work, [Entry("paged_attention", None, "left out")]
-    )
+    skipped = Measurement("decode", first.title, first.sizes, first.work, [Entry("paged_attention", None, "left out")])
     gap = KernelReport("cuda", report.machine, roofline=report.roofline, measurements=[skipped, *others])
     assert 1024 not in lines(decode_figure(gap).axes[0])["paged_attention"]
     empty = KernelReport("cuda", report.machine, measurements=[skipped])

@@ -49,11 +49,7 @@ def test_it_draws_at_once_and_whenever_a_slider_moves(drawing):
 def test_integers_make_an_integer_slider_and_a_fourth_number_is_the_step(drawing):
     playground = Playground(drawing, height=(1, 9, 3), width=(0.0, 1.0, 0.5), depth=(0.0, 1.0, 0.5, 0.25))
     kinds = {name: (type(slider).__name__, slider.step) for name, slider in playground.sliders.items()}
-    assert kinds == {
-        "height": ("IntSlider", 1),
-        "width": ("FloatSlider", 1 / 40),
-        "depth": ("FloatSlider", 0.25),
-    }
+    assert kinds == {"height": ("IntSlider", 1), "width": ("FloatSlider", 1 / 40), "depth": ("FloatSlider", 0.25)}
 
 
 def test_a_still_picture_stands_beside_the_widget(drawing):

@@ -16,11 +16,7 @@ def policy(name: str, stall_s: float, start_s: float) -> PolicyReport:
 
 
 def policies() -> PoliciesReport:
-    each = [
-        policy("static", 0.02, 3.0),
-        policy("prefill_first, delay 0", 2.0, 1.0),
-        policy("chunked", 0.08, 0.08),
-    ]
+    each = [policy("static", 0.02, 3.0), policy("prefill_first, delay 0", 2.0, 1.0), policy("chunked", 0.08, 0.08)]
     return PoliciesReport(Load(3, 1.0, (1, 2), (3, 4), 0), 8, "a model", {}, each)
 
 

@@ -12,10 +12,7 @@ from paged_infer.viz.pool_map import GAP, Cell, Grid, pool_cells, pool_map_figur
 
 RUNS = {
     "family": (family, {}),
-    "swapping": (
-        lambda: crowd(11, 9, 7, 3, max_tokens=9),
-        {"num_blocks": 9, "num_swap_blocks": 9, "budget": 12},
-    ),
+    "swapping": (lambda: crowd(11, 9, 7, 3, max_tokens=9), {"num_blocks": 9, "num_swap_blocks": 9, "budget": 12}),
     "static": (uneven, {"max_num_seqs": 2, "policy": "static", "num_blocks": 24}),
     "failing": (family, {"fails": [0, 3, 5], "num_blocks": 24}),
 }
@@ -43,8 +40,7 @@ def test_cells_are_what_an_onlooker_saw(run):
         for cell in cells:
             assert cell.owners == tuple(i for i, table in step.tables.items() if cell.block in table)
             stored = [
-                step.computed[i] + step.scheduled.get(i, 0) - 4 * step.tables[i].index(cell.block)
-                for i in cell.owners
+                step.computed[i] + step.scheduled.get(i, 0) - 4 * step.tables[i].index(cell.block) for i in cell.owners
             ]
             if stored:
                 assert cell.num_tokens == min(4, max(0, *stored))
@@ -76,9 +72,7 @@ def test_bands_have_their_owners_colours_and_are_as_long_as_the_block_is_full(ru
         filled = boxes(axes, "tokens")
         wanted = [(cell, owner) for cell in held for owner in cell.owners[:4] if cell.num_tokens]
         assert len(filled) == len(wanted)
-        for box, colour, (cell, owner) in zip(
-            filled, colours(axes, "tokens") if filled else [], wanted, strict=True
-        ):
+        for box, colour, (cell, owner) in zip(filled, colours(axes, "tokens") if filled else [], wanted, strict=True):
             assert place_of(box, columns) == cell.block
             assert colour == to_rgba(owner_colour(owner))
             assert box[2] - box[0] == pytest.approx(INSIDE * cell.num_tokens / 4, abs=1e-5)
@@ -111,10 +105,7 @@ def test_words_say_who_holds_a_block_and_how_often():
     held = sum(bool(cell.owners) for cell in cells)
     assert title.startswith(f"step 3: {held} of 16 blocks held by 4 sequences, ")
     share = sum(c.num_tokens for c in cells if c.owners) / (4 * held)
-    assert (
-        f"{share:.0%} of their slots filled" in title
-        and f"{sum(len(c.owners) > 1 for c in cells)} shared" in title
-    )
+    assert f"{share:.0%} of their slots filled" in title and f"{sum(len(c.owners) > 1 for c in cells)} shared" in title
 
 
 def test_swapped_sequences_are_counted_in_the_title():
@@ -178,9 +169,7 @@ def test_an_empty_trace_is_refused():
 
 
 def test_a_cell_says_what_it_is():
-    assert [
-        Cell(0, owners, 0, findable).state for owners, findable in (((1,), True), ((), True), ((), False))
-    ] == [
+    assert [Cell(0, owners, 0, findable).state for owners, findable in (((1,), True), ((), True), ((), False))] == [
         "held",
         "cached",
         "free",

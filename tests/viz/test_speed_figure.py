@@ -17,38 +17,14 @@ def metrics(seconds: float, known: bool = True) -> Metrics:
     times = Percentiles(0.01 * seconds, 0.02 * seconds, 0.03 * seconds) if known else None
     share = 0.1 / seconds if known else None
     return Metrics(
-        seconds,
-        100 / seconds,
-        200 / seconds,
-        times,
-        times,
-        times,
-        times,
-        share,
-        share,
-        share,
-        None,
-        None,
-        None,
+        seconds, 100 / seconds, 200 / seconds, times, times, times, times, share, share, share, None, None, None
     )
 
 
 def report(command: str, entries: list[Entry]) -> SpeedReport:
     floor = Floor(0.1, 0.2, 0.2, 0.1)
     return SpeedReport(
-        command,
-        "a model",
-        "float32",
-        "auto",
-        "8 requests",
-        8,
-        100,
-        0,
-        1,
-        {},
-        Roofline(1.0, 1.0, 1.0),
-        floor,
-        entries,
+        command, "a model", "float32", "auto", "8 requests", 8, 100, 0, 1, {}, Roofline(1.0, 1.0, 1.0), floor, entries
     )
 
 

@@ -160,9 +160,7 @@ def test_names_can_carry_the_colours_of_the_pool_map():
     figure.clear()
     draw_timeline(figure, trace, sequence_lives(trace), owners=True)
     labels = figure.axes[0].get_yticklabels()
-    assert [label.get_bbox_patch().get_facecolor() for label in labels] == [
-        to_rgba(owner_colour(i)) for i in range(4)
-    ]
+    assert [label.get_bbox_patch().get_facecolor() for label in labels] == [to_rgba(owner_colour(i)) for i in range(4)]
     assert len(set(OWNER_COLOURS)) == len(OWNER_COLOURS)
 
 
@@ -177,9 +175,7 @@ def test_sixty_sequences_and_five_hundred_steps_stay_readable():
     pixels = rows.get_window_extent().height / (rows.get_ylim()[0] - rows.get_ylim()[1])
     assert pixels >= 7
     px = rows.get_window_extent().width / (rows.get_xlim()[1] - rows.get_xlim()[0])
-    assert (
-        min((right - left) * px for left, _, right, _ in boxes(rows, "prefill")) > 2
-    )  # seen, though a step is less
+    assert min((right - left) * px for left, _, right, _ in boxes(rows, "prefill")) > 2  # seen, though a step is less
     names = [label for label in rows.get_yticklabels() if label.get_text()]
     assert pixels * 60 / len(names) >= 10
 

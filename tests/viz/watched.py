@@ -94,8 +94,7 @@ def crowd(*lengths: int, first: int = 1, max_tokens: int = 6) -> list[tuple[int,
 def uneven() -> list[tuple[int, Request]]:
     """Some end long before others."""
     return [
-        (0, request(f"{i}", range(1000 * i, 1000 * i + 5 + i), i, max_tokens=n))
-        for i, n in enumerate((3, 9, 2, 6, 1))
+        (0, request(f"{i}", range(1000 * i, 1000 * i + 5 + i), i, max_tokens=n)) for i, n in enumerate((3, 9, 2, 6, 1))
     ]
 
 

@@ -23,8 +23,8 @@ from paged_infer.engine_thread import EngineDeadError, EngineThread, Mailbox, Qu
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.text.tokenizer import Tokenizer
 from paged_infer.text_queue import TextQueue
-from paged_infer.tokenizer import Tokenizer
 from paged_infer.values import as_integer
 from paged_infer.watchdog import check_timeout
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.spec import StepMeta
-from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.control.describe import sample_row
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.usage import KVUsage
@@ -29,6 +28,7 @@ from paged_infer.logprobs import token_logprobs
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
 from paged_infer.sampling import UNDRAWABLE, Sampler
+from paged_infer.text.output_processor import Completion, named_logprobs, request_output
 
 Prompts = Prompt | ReadOnlyList[Prompt]
 Params = SamplingParams | ReadOnlyList[SamplingParams] | None

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from paged_infer.completion import Completion, named_logprobs, request_output
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.request import Request, Sequence
@@ -26,6 +25,7 @@ from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.runner import RunningStep, StepResult
+from paged_infer.text.output_processor import Completion, named_logprobs, request_output
 from paged_infer.values import TokenArray, as_token_ids
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.model.weights import load_decoder
 from paged_infer.runner import ModelRunner
 from paged_infer.sampling import Sampler
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

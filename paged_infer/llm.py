@@ -18,7 +18,7 @@ from paged_infer.interrupts import uninterrupted
 from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.text.tokenizer import Tokenizer
 from paged_infer.values import as_integer, as_token_ids
 
 

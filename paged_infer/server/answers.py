@@ -11,7 +11,7 @@ from collections.abc import Sequence as ReadOnlyList
 from typing import Any
 
 from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # JSON has no infinity

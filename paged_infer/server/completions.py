@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from paged_infer.continuation import prompt_text
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.answers import Growth, tokens_by_id
 from paged_infer.server.errors import documented
 from paged_infer.server.protocol import CompletionRequest
 from paged_infer.server.service import EventStream, service_of, unless_gone
 from paged_infer.server.shape import Shape
+from paged_infer.text.continuation import prompt_text
 
 router = APIRouter()
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503)

@@ -16,7 +16,7 @@ from serving import Served, serving, told
 from transformers import AutoModelForCausalLM
 
 from paged_infer.server.answers import chat_logprobs, token_names
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.text.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role in ('system', 'user') %}{{ m.role }}: {{ m.content }} {% endif %}"

@@ -12,7 +12,7 @@ import pytest
 from paged_infer import AsyncLLM, SamplingParams
 from paged_infer.async_engine import EngineDeadError, QueueFullError
 from paged_infer.control.admission import ContextLengthError
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.text.tokenizer import Tokenizer
 
 SHORT = SamplingParams(temperature=0, max_tokens=2)
 CUT = SamplingParams(temperature=0, max_tokens=2, truncate_prompt_tokens=5)

@@ -12,9 +12,9 @@ from typing import Any
 
 import regex
 
-from paged_infer.chat_template import check_text, checked_messages, fitted_messages
-from paged_infer.continuation import CONTEXT, REPLACEMENT, num_shared, num_unfinished, prompt_context
-from paged_infer.token_lengths import max_token_characters
+from paged_infer.text.chat_template import check_text, checked_messages, fitted_messages
+from paged_infer.text.continuation import CONTEXT, REPLACEMENT, num_shared, num_unfinished, prompt_context
+from paged_infer.text.token_lengths import max_token_characters
 
 TOKENIZER_FILES = (
     "tokenizer.json",

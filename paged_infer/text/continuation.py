@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paged_infer.tokenizer import Tokenizer
+    from paged_infer.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not UTF-8
 CONTEXT = 3  # first characters of a decoded window, which may differ from those in the whole text

@@ -10,11 +10,11 @@ from checkpoints import save_llama_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_infer.completion import Completion
 from paged_infer.control.request import Request, Sequence, SequenceState
 from paged_infer.outputs import CompletionOutput, Logprob
 from paged_infer.params import SamplingParams
-from paged_infer.tokenizer import Tokenizer
+from paged_infer.text.output_processor import Completion
+from paged_infer.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_infer.stop_strings import StopFinder, StopTree
+from paged_infer.text.stop_strings import StopFinder, StopTree
 
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=5, unique=True)
 

@@ -18,8 +18,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from paged_infer.continuation import continuation, num_shared, prompt_text
-from paged_infer.tokenizer import StreamingDecoder, Tokenizer, num_settled
+from paged_infer.text.continuation import continuation, num_shared, prompt_text
+from paged_infer.text.tokenizer import StreamingDecoder, Tokenizer, num_settled
 
 ENDLESS = ["the fox ", "你", "กก์", "😀", "🇩", "👩\u200d", "e\u0301\u0301", "\u0301", "\ufffd"]
 ENDLESS_BYTES = [b"a", b"\xff", b"\x80", b"\xe4\xbd", b"\xf0", b"\xf0\x9f\x98\x80", b"\xb1\xd8"]
@@ -403,7 +403,9 @@ class TestTokenizer:
             Tokenizer.from_pretrained(tmp_path)
 
     def test_importing_the_module_imports_neither_torch_nor_transformers(self) -> None:
-        code = "import sys, paged_infer.tokenizer; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
+        code = (
+            "import sys, paged_infer.text.tokenizer; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
+        )
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -15,7 +15,7 @@ test: $(READY)
 
 # The slow property tests, with five times as many examples.
 nightly: $(READY)
-	EFFORT=5 $(PYTEST) tests/control tests/test_interrupts.py tests/test_failing_requests.py
+	EFFORT=5 $(PYTEST) tests/control tests/engine/test_interrupts.py tests/engine/test_failing_requests.py
 
 check: $(READY)
 	$(BIN)/ruff check .

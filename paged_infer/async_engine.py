@@ -18,15 +18,15 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from paged_infer.control.trace import Trace
-from paged_infer.engine import LLMEngine, Params, Prompt
-from paged_infer.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError, StepReport
+from paged_infer.engine.engine import LLMEngine, Params, Prompt
+from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError, StepReport
+from paged_infer.engine.text_queue import TextQueue
+from paged_infer.engine.watchdog import check_timeout
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer
-from paged_infer.text_queue import TextQueue
 from paged_infer.values import as_integer
-from paged_infer.watchdog import check_timeout
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 

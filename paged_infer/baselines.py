@@ -21,8 +21,8 @@ from paged_infer.cache.none import NoCache
 from paged_infer.cache.spec import StepMeta
 from paged_infer.control.describe import sample_row
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.usage import KVUsage
-from paged_infer.engine import Prompt
+from paged_infer.engine.engine import Prompt
+from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.logprobs import token_logprobs
 from paged_infer.outputs import RequestOutput, TokenLogprobs

@@ -13,8 +13,8 @@ from paged_infer import storyteller
 from paged_infer.config import EngineConfig
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
-from paged_infer.engine import LLMEngine, Params, Prompt
-from paged_infer.interrupts import uninterrupted
+from paged_infer.engine.defer_sigint import uninterrupted
+from paged_infer.engine.engine import LLMEngine, Params, Prompt
 from paged_infer.model.hub import resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams

@@ -13,8 +13,8 @@ from paged_infer.bench.serving import Arrival, EngineServer, serve
 from paged_infer.bench.spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
 from paged_infer.control.request import Sequence
-from paged_infer.control.usage import KVUsage
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 
 _RUNS = itertools.count()

@@ -61,7 +61,7 @@ def gpu_steps(out: Path) -> list[Step]:
         *MODULE, "pytest", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
         "-m", "gpu", "-q", "-rfE", "--durations=5", "-W", "ignore::pytest.PytestUnknownMarkWarning",
         str(ROOT / "tests/kernels/test_gpu_kernels.py"), str(ROOT / "tests/bench/test_roofline.py"),
-        str(ROOT / "tests/test_gpu_engine.py"),
+        str(ROOT / "tests/engine/test_gpu_engine.py"),
     )  # fmt: skip
     kernels = (*MODULE, "paged_infer.bench.kernels_cli", "--figures", str(out))
     speed = (*MODULE, "paged_infer.bench.speed_cli")

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from paged_infer.bench.floor import Floor
-from paged_infer.control.usage import KVUsage
+from paged_infer.engine.kv_usage import KVUsage
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from paged_infer import baselines
 from paged_infer.bench.metrics import Run, TokenTimes
 from paged_infer.bench.workloads import Workload
 from paged_infer.cache.spec import kv_bytes_per_token
-from paged_infer.control.usage import KVUsage
+from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 

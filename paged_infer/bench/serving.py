@@ -24,7 +24,7 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.params import SamplingParams
 
 if TYPE_CHECKING:
-    from paged_infer.engine import LLMEngine
+    from paged_infer.engine.engine import LLMEngine
 
 
 @dataclass(frozen=True, slots=True)

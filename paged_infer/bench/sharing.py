@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from paged_infer.control.usage import KVUsage
+from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.params import BeamSearchParams, SamplingParams
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
 
 
 @contextmanager

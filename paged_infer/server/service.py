@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from paged_infer.async_engine import AsyncLLM, EngineDeadError, QueueFullError, RequestStream
 from paged_infer.control.admission import ContextLengthError
-from paged_infer.engine import Params, Prompt
+from paged_infer.engine.engine import Params, Prompt
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams
 from paged_infer.server.errors import APIError

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from paged_infer.async_engine import EngineDeadError
 from paged_infer.control.pool_view import Cell, pool_cells
 from paged_infer.control.request import Sequence
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
 from paged_infer.server.answers import event
 from paged_infer.server.service import EventStream, Service, closing_error, service_of
 

@@ -6,7 +6,7 @@ import pytest
 
 from paged_infer.bench.floor import Floor
 from paged_infer.bench.metrics import Metrics, Percentiles, Run, TokenTimes
-from paged_infer.control.usage import KVUsage
+from paged_infer.engine.kv_usage import KVUsage
 
 FLOOR = Floor(prefill_s=0.1, decode_s=0.3, memory_s=0.3, compute_s=0.2)
 

@@ -15,7 +15,7 @@ from holding import LIMIT_S, Steps, held, until
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
 from paged_infer import AsyncLLM
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
 from paged_infer.server.app import create_app
 from paged_infer.server.run import Server, listen
 from paged_infer.server.service import Settings

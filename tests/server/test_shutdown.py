@@ -83,7 +83,7 @@ NUM_CLIENTS = 24
 # The engine takes one step when all clients have come, and no other.
 HELD = f"""
 from paged_infer.cli import app
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
 
 run_step = LLMEngine.step
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from paged_infer import SamplingParams
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
 from paged_infer.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

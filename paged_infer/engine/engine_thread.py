@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paged_infer.control.request import Request, Sequence
-from paged_infer.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.watchdog import Watchdog
 from paged_infer.outputs import RequestOutput
-from paged_infer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.step import ScheduledStep
-from paged_infer.control.usage import KVUsage
-from paged_infer.engine_parts import open_parts
-from paged_infer.interrupts import interruptible, uninterrupted
+from paged_infer.engine.build import open_parts
+from paged_infer.engine.defer_sigint import interruptible, uninterrupted
+from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams

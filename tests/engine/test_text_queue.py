@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from paged_infer.text_queue import PATIENCE, QueueFullError, TextQueue
+from paged_infer.engine.text_queue import PATIENCE, QueueFullError, TextQueue
 
 
 class Line:

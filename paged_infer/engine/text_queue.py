@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from paged_infer.engine_thread import QueueFullError
+from paged_infer.engine.engine_thread import QueueFullError
 
 MAX_NUM_CHARACTERS = 1 << 24  # in the queue: a few seconds of tokenizing
 PATIENCE = 16  # see TextQueue

@@ -14,8 +14,8 @@ from holding import HeldStep
 
 from paged_infer import AsyncLLM, SamplingParams
 from paged_infer.async_engine import EngineDeadError
+from paged_infer.engine.watchdog import Watchdog
 from paged_infer.server.app import create_app
-from paged_infer.watchdog import Watchdog
 
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 

@@ -15,7 +15,7 @@ import pytest
 from effort import EFFORT
 
 from paged_infer import LLM, BeamSearchParams, SamplingParams
-from paged_infer.interrupts import interruptible, uninterrupted
+from paged_infer.engine.defer_sigint import interruptible, uninterrupted
 
 PROMPTS = [[30 + i] * (3 + i) for i in range(4)]
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)

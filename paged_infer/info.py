@@ -6,8 +6,8 @@ from rich.table import Table
 
 from paged_infer.bench.machine import describe_machine, machine_line
 from paged_infer.config import EngineConfig
+from paged_infer.execution.memory_profile import MemoryProfile
 from paged_infer.llm import LLM
-from paged_infer.memory_profile import MemoryProfile
 
 MIB = 2**20
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from paged_infer import LLM
-from paged_infer.graphs import DecodeGraphs
+from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.kernels.triton_runtime import launches_go_to
 
 SYNCHRONISES = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__int__}

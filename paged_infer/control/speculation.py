@@ -14,7 +14,7 @@ rejected drafts lie in slots that the next tokens overwrite.
 Drafts come from one of two:
 
 - ``ngram``: what followed the last few tokens where they stood before (Saxena 2023, "Prompt lookup decoding").
-- ``draft_model``: a small model of the same vocabulary (``paged_infer.draft_model``). Here its places are planned.
+- ``draft_model``: a small model of the same vocabulary (``execution.draft_model``). Here its places are planned.
 """
 
 from __future__ import annotations

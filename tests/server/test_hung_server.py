@@ -17,7 +17,7 @@ from serving import NO_TLS
 
 HANGS = """
 import sys, threading
-from paged_infer.runner import ModelRunner
+from paged_infer.execution.model_runner import ModelRunner
 
 def launch(self, step):
     print("the step hangs", file=sys.stderr, flush=True)

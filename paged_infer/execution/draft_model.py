@@ -24,12 +24,12 @@ from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
 from paged_infer.control.speculation import rows_after
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.ops import Ops
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.hub import resolve_model
 from paged_infer.model.weights import load_decoder
 from paged_infer.params import SampleRow
-from paged_infer.runner import ModelRunner
 from paged_infer.sampling import Sampler
 
 logger = logging.getLogger(__name__)

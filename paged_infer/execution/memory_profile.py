@@ -21,7 +21,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import StepMeta
 from paged_infer.config import EngineConfig
-from paged_infer.graphs import DecodeGraphs, batch_sizes
+from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
 from paged_infer.kernels.ops import Ops
 from paged_infer.kernels.registry import AttentionBackend
 from paged_infer.model.decoder import Decoder

@@ -21,7 +21,7 @@ from paged_infer.candidates import best_tokens
 from paged_infer.control.request import PENDING
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
-from paged_infer.graphs import DecodeGraphs
+from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.logprobs import logprobs_of, token_logprobs
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
@@ -30,7 +30,7 @@ from paged_infer.sampling import UNDRAWABLE, Drawn, Sampler, on_its_way
 from paged_infer.transfer import to_device
 
 if TYPE_CHECKING:
-    from paged_infer.draft_model import DraftModel
+    from paged_infer.execution.draft_model import DraftModel
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
 

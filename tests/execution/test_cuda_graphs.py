@@ -10,7 +10,7 @@ from captured import Recorder, call_again, unchecked, with_graphs  # noqa: F401
 
 from paged_infer import SamplingParams
 from paged_infer.cache.paged import PagedCache
-from paged_infer.graphs import DecodeGraphs, batch_sizes
+from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
 from paged_infer.kernels.ops import TRITON_OPS
 from paged_infer.kernels.registry import triton_backend
 from paged_infer.kernels.triton_runtime import launches_go_to

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.config import EngineConfig
-from paged_infer.memory_profile import MemoryProfile
+from paged_infer.execution.memory_profile import MemoryProfile
 from paged_infer.model.decoder import Decoder
 
 CPU_POOL_BYTES = 2**30

@@ -7,8 +7,8 @@ import torch
 from paged_infer import SamplingParams
 from paged_infer.control.request import PENDING
 from paged_infer.control.step import ScheduledSequence
+from paged_infer.execution.input_buffers import StepBuffers
 from paged_infer.params import SampleRow
-from paged_infer.step_buffers import StepBuffers
 
 BLOCK_SIZE = 4
 

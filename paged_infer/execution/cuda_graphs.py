@@ -26,10 +26,10 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import StepMeta
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.execution.input_buffers import StepBuffers
 from paged_infer.kernels.registry import AttentionBackend, triton_backend
 from paged_infer.model.decoder import Decoder
 from paged_infer.params import SampleRow
-from paged_infer.step_buffers import StepBuffers
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], None]], Replay]

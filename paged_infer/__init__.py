@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_infer.async_engine import AsyncLLM as AsyncLLM
+    from paged_infer.async_llm import AsyncLLM as AsyncLLM
     from paged_infer.llm import LLM as LLM
     from paged_infer.outputs import CompletionOutput as CompletionOutput
     from paged_infer.outputs import RequestOutput as RequestOutput
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "paged_infer.llm",
-    "AsyncLLM": "paged_infer.async_engine",
+    "AsyncLLM": "paged_infer.async_llm",
     "SamplingParams": "paged_infer.params",
     "BeamSearchParams": "paged_infer.params",
     "RequestOutput": "paged_infer.outputs",

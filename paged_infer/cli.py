@@ -11,7 +11,7 @@ import typer
 
 from paged_infer.bench import cli as bench_cli
 from paged_infer.bench import speed_cli
-from paged_infer.console import (
+from paged_infer.cli_options import (
     Device,
     Dtype,
     EngineOptions,

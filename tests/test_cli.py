@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from paged_infer import LLM, SamplingParams
 from paged_infer.cli import app
-from paged_infer.console import EngineOptions, with_blocks
+from paged_infer.cli_options import EngineOptions, with_blocks
 
 
 def run(*arguments: str, stdin: str = ""):

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from paged_infer.console import BlockSize, Figures, ModelOption, Seed, console, fail, open_llm
+from paged_infer.cli_options import BlockSize, Figures, ModelOption, Seed, console, fail, open_llm
 
 if TYPE_CHECKING:
     from paged_infer.bench.arrival import ArrivalReport

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from paged_infer import baselines
 from paged_infer.bench.options import NAIVE_RUNGS
-from paged_infer.console import EngineOptions, Model, fail, with_blocks
+from paged_infer.cli_options import EngineOptions, Model, fail, with_blocks
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
 from paged_infer.server import errors

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paged_infer.bench.shapes import SHAPES, folder_of
-from paged_infer.console import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
+from paged_infer.cli_options import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
 
 if TYPE_CHECKING:
     from paged_infer.bench.rungs import Contender

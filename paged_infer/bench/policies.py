@@ -120,7 +120,7 @@ def served_by_model(
     contender: Contender, max_num_seqs: int, model: str | Path | None = None, **options: Any
 ) -> EngineServer:
     """A fresh engine, run warm on a few requests."""
-    from paged_infer.console import open_llm
+    from paged_infer.cli_options import open_llm
 
     llm = open_llm(
         None if model is None else str(model),

@@ -13,7 +13,7 @@ import typer
 
 from paged_infer.bench import speed_cli
 from paged_infer.bench.options import NAIVE_RUNGS, Repeats
-from paged_infer.console import EngineOptions, Figures, ModelOption, Seed, open_llm, with_blocks
+from paged_infer.cli_options import EngineOptions, Figures, ModelOption, Seed, open_llm, with_blocks
 
 if TYPE_CHECKING:
     from paged_infer.bench.http_bench import HttpBench

@@ -10,7 +10,7 @@ import typer
 
 from paged_infer.bench.options import Common
 from paged_infer.bench.speed_cli import bench_of, errors, show
-from paged_infer.console import with_blocks
+from paged_infer.cli_options import with_blocks
 
 BATCHES = [1, 4, 16]
 LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}

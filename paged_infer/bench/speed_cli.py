@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paged_infer.bench.options import Common, Peers
-from paged_infer.console import fail, with_blocks
+from paged_infer.cli_options import fail, with_blocks
 
 if TYPE_CHECKING:
     from paged_infer.bench.ladder import LadderReport

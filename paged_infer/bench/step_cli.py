@@ -9,7 +9,7 @@ import typer
 
 from paged_infer.bench.options import Common
 from paged_infer.bench.speed_cli import errors
-from paged_infer.console import with_blocks
+from paged_infer.cli_options import with_blocks
 
 
 @with_blocks

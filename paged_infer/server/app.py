@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import paged_infer
-from paged_infer.async_engine import AsyncLLM
+from paged_infer.async_llm import AsyncLLM
 from paged_infer.server import chat, completions, errors, jobs, page, status, watch
 from paged_infer.server.door import Door
 from paged_infer.server.metrics import Metrics

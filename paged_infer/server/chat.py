@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from paged_infer.async_engine import QueueFullError
+from paged_infer.async_llm import QueueFullError
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.answers import Growth, chat_logprobs, named_by_id
 from paged_infer.server.completions import ANSWER, ERRORS

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from paged_infer.console import (
+from paged_infer.cli_options import (
     Backend,
     BlockSize,
     Device,
@@ -104,7 +104,7 @@ def serve(
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"):
             raise
         fail(ValueError(f"serve needs {error.name}: pip install 'paged-infer[serve]'"))
-    from paged_infer.async_engine import AsyncLLM
+    from paged_infer.async_llm import AsyncLLM
 
     quiet_libraries()
     try:

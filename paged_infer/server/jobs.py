@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from paged_infer.async_engine import RequestStream
+from paged_infer.async_llm import RequestStream
 from paged_infer.outputs import RequestOutput
 from paged_infer.server.answers import usage
 from paged_infer.server.errors import APIError, documented, json_response

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from paged_infer.async_engine import AsyncLLM, StepReport
+from paged_infer.async_llm import AsyncLLM, StepReport
 from paged_infer.control.request import Sequence
 from paged_infer.outputs import RequestOutput
 

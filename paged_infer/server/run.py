@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-from paged_infer.async_engine import AsyncLLM
+from paged_infer.async_llm import AsyncLLM
 from paged_infer.server.app import create_app
 from paged_infer.server.service import Service, Settings
 

@@ -17,7 +17,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from paged_infer.async_engine import AsyncLLM, EngineDeadError, QueueFullError, RequestStream
+from paged_infer.async_llm import AsyncLLM, EngineDeadError, QueueFullError, RequestStream
 from paged_infer.control.admission import ContextLengthError
 from paged_infer.engine.engine import Params, Prompt
 from paged_infer.outputs import RequestOutput

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from starlette.responses import Response
 
-from paged_infer.async_engine import EngineDeadError, RequestStream
+from paged_infer.async_llm import EngineDeadError, RequestStream
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.answers import DONE, HEAVY, Growth, described_rows, encoded, event, usage, weight
 from paged_infer.server.errors import APIError

@@ -13,7 +13,7 @@ import pytest
 from holding import HeldStep
 
 from paged_infer import AsyncLLM, SamplingParams
-from paged_infer.async_engine import EngineDeadError
+from paged_infer.async_llm import EngineDeadError
 from paged_infer.engine.watchdog import Watchdog
 from paged_infer.server.app import create_app
 

@@ -79,7 +79,7 @@ def test_the_command_serves_the_hosts_and_origins_that_it_is_given(
 ) -> None:
     served: list[Any] = []
     engine = SimpleNamespace(is_abandoned=False)
-    monkeypatch.setattr("paged_infer.async_engine.AsyncLLM", lambda *_, **options: engine)
+    monkeypatch.setattr("paged_infer.async_llm.AsyncLLM", lambda *_, **options: engine)
     monkeypatch.setattr(run, "serve", lambda *arguments, **options: served.append(arguments) or True)
     result = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *options])
     assert result.exit_code == 0, result.output

@@ -89,7 +89,7 @@ def test_every_option_of_the_engine_is_one_of_the_command() -> None:
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paged_infer.async_engine.AsyncLLM", None)
+    monkeypatch.setattr("paged_infer.async_llm.AsyncLLM", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = CliRunner().invoke(app, ["serve", "--port", str(port)])

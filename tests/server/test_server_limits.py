@@ -11,7 +11,7 @@ import pytest
 from holding import LIMIT_S, until
 from serving import CHAT, PROMPT, serving, told
 
-from paged_infer.async_engine import QueueFullError
+from paged_infer.async_llm import QueueFullError
 from paged_infer.server.service import Settings
 
 

@@ -9,7 +9,7 @@ from holding import LIMIT_S
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Served, serving
 
-from paged_infer.async_engine import StepReport
+from paged_infer.async_llm import StepReport
 from paged_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from paged_infer.server.metrics import Metrics
 

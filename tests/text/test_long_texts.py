@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from paged_infer import AsyncLLM, SamplingParams
-from paged_infer.async_engine import EngineDeadError, QueueFullError
+from paged_infer.async_llm import EngineDeadError, QueueFullError
 from paged_infer.control.admission import ContextLengthError
 from paged_infer.text.tokenizer import Tokenizer
 

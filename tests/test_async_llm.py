@@ -17,7 +17,7 @@ import pytest
 from holding import LIMIT_S, held
 
 from paged_infer import AsyncLLM, BeamSearchParams, SamplingParams
-from paged_infer.async_engine import EngineDeadError, QueueFullError
+from paged_infer.async_llm import EngineDeadError, QueueFullError
 from paged_infer.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

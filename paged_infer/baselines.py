@@ -24,10 +24,10 @@ from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.engine.engine import Prompt
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
-from paged_infer.logprobs import token_logprobs
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
-from paged_infer.sampling import UNDRAWABLE, Sampler
+from paged_infer.sampling.logprobs import token_logprobs
+from paged_infer.sampling.sampler import UNDRAWABLE, Sampler
 from paged_infer.text.output_processor import Completion, named_logprobs, request_output
 
 Prompts = Prompt | ReadOnlyList[Prompt]

@@ -27,7 +27,7 @@ from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.registry import attention_backend
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.weights import load_decoder
-from paged_infer.sampling import Sampler
+from paged_infer.sampling.sampler import Sampler
 from paged_infer.text.tokenizer import Tokenizer
 
 

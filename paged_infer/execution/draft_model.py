@@ -30,7 +30,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.model.hub import resolve_model
 from paged_infer.model.weights import load_decoder
 from paged_infer.params import SampleRow
-from paged_infer.sampling import Sampler
+from paged_infer.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 

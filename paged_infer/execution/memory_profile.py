@@ -26,7 +26,7 @@ from paged_infer.kernels.ops import Ops
 from paged_infer.kernels.registry import AttentionBackend
 from paged_infer.model.decoder import Decoder
 from paged_infer.params import SampleRow, SamplingParams
-from paged_infer.sampling import Sampler
+from paged_infer.sampling.sampler import Sampler
 
 DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # an allowance, not a measurement; what was taken is known after the capture
 

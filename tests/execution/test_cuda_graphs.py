@@ -17,7 +17,7 @@ from paged_infer.kernels.triton_runtime import launches_go_to
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.decoder import Decoder
 from paged_infer.params import SampleRow
-from paged_infer.sampling import Sampler
+from paged_infer.sampling.sampler import Sampler
 
 PROMPTS = [[5, 6, 7], [9] * 6, [11, 12], list(range(20, 41)), [3], [8, 8, 8, 8]]
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)

@@ -15,7 +15,7 @@ from paged_infer.kernels.sample import TILE, _exponential, _mix, _row_keys, samp
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 from paged_infer.noise import MASK_31, mix, row_keys
 from paged_infer.params import SampleRow, SamplingParams
-from paged_infer.sampling import Sampler
+from paged_infer.sampling.sampler import Sampler
 
 Draw = tuple[Tensor, Tensor, Tensor, Tensor]  # temperatures, seeds, sample indices, positions
 INT64 = st.integers(-(2**63), 2**63 - 1)

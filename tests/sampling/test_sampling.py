@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paged_infer.noise import noise, row_keys
 from paged_infer.params import SampleRow, SamplingParams
-from paged_infer.sampling import Sampler
+from paged_infer.sampling.sampler import Sampler
 
 INF = math.inf
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from paged_infer.logprobs import token_logprobs
+from paged_infer.sampling.logprobs import token_logprobs
 
 
 def test_the_chosen_token_is_not_listed_twice_and_equals_share_a_rank() -> None:

@@ -109,7 +109,7 @@ class _NoWaiting(TorchFunctionMode):
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the looks at slots that kernels take on a CPU alone, where they cost no wait."""
     for name in ("store_kv", "qk_norm_rope"):
-        monkeypatch.setattr(f"paged_infer.kernels.{name}._check", lambda *args: None)
+        monkeypatch.setattr(f"paged_infer.kernels.fused.{name}._check", lambda *args: None)
 
 
 def with_graphs(llm: LLM, capture: Callable[[Callable[[], None]], Callable[[], object]]) -> LLM:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from paged_infer.bench.kernel_problems import attention_float64, paged_attention_float64, paged_problem
-from paged_infer.kernels.copy_blocks import copy_blocks
-from paged_infer.kernels.flash_attention import flash_attention
-from paged_infer.kernels.paged_attention import paged_attention
-from paged_infer.kernels.qk_norm_rope import qk_norm_rope
-from paged_infer.kernels.rms_norm import add_rms_norm
-from paged_infer.kernels.sample import sample
-from paged_infer.kernels.silu_mul import silu_mul
-from paged_infer.kernels.store_kv import store_kv
-from paged_infer.noise import mix, row_keys
+from paged_infer.kernels.attention.flash_attention import flash_attention
+from paged_infer.kernels.attention.paged_attention import paged_attention
+from paged_infer.kernels.fused.copy_blocks import copy_blocks
+from paged_infer.kernels.fused.noise import mix, row_keys
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope
+from paged_infer.kernels.fused.rms_norm import add_rms_norm
+from paged_infer.kernels.fused.sample import sample
+from paged_infer.kernels.fused.silu_mul import silu_mul
+from paged_infer.kernels.fused.store_kv import store_kv
 
 # How far from float64 an output may be, as |out - exact| / (1 + |exact|). Where a kernel rounds between its steps, as
 # torch does, that is two or three units in the last place (2^-11 and 2^-8); the interpreter cuts bfloat16 off.

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paged_infer.bench.kernel_peers import Ready
 from paged_infer.bench.kernel_report import LaunchCount
 from paged_infer.bench.kernels import Entrant, Race
-from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-from paged_infer.kernels.sample import sample, sample_reference
-from paged_infer.kernels.silu_mul import silu_mul, silu_mul_reference
-from paged_infer.kernels.store_kv import store_kv, store_kv_reference
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
+from paged_infer.kernels.fused.sample import sample, sample_reference
+from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 from paged_infer.kernels.triton_runtime import launches_go_to
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 32, 8, 128, 4096, 14_336, 128_256

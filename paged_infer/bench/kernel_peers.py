@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paged_infer.bench.kernel_problems import PagedProblem
-from paged_infer.kernels.flash_attention import flash_attention
-from paged_infer.kernels.paged_attention import paged_attention
+from paged_infer.kernels.attention.flash_attention import flash_attention
+from paged_infer.kernels.attention.paged_attention import paged_attention
 
 FLEX_LENGTHS = (4096, 16_384)
 WORKSPACE_BYTES = 256 * 2**20

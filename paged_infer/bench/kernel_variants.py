@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.copy_blocks import copy_blocks
-from paged_infer.kernels.flash_attention import flash_attention
-from paged_infer.kernels.paged_attention import paged_attention
-from paged_infer.kernels.qk_norm_rope import qk_norm_rope
-from paged_infer.kernels.rms_norm import add_rms_norm
-from paged_infer.kernels.sample import sample
-from paged_infer.kernels.silu_mul import silu_mul
-from paged_infer.kernels.store_kv import store_kv
+from paged_infer.kernels.attention.flash_attention import flash_attention
+from paged_infer.kernels.attention.paged_attention import paged_attention
+from paged_infer.kernels.fused.copy_blocks import copy_blocks
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope
+from paged_infer.kernels.fused.rms_norm import add_rms_norm
+from paged_infer.kernels.fused.sample import sample
+from paged_infer.kernels.fused.silu_mul import silu_mul
+from paged_infer.kernels.fused.store_kv import store_kv
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 200, 256)
 

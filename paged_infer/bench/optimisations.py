@@ -21,7 +21,7 @@ from paged_infer.bench.engine_runs import watched_engine
 from paged_infer.bench.options import Common
 from paged_infer.bench.speed import Bench, SpeedReport
 from paged_infer.bench.workloads import Workload
-from paged_infer.kernels.registry import fastest_backend
+from paged_infer.kernels.attention_backends import fastest_backend
 from paged_infer.llm import LLM
 
 COMMAND = "optimisations"

@@ -25,7 +25,7 @@ def step(
     from paged_infer.bench.speed_tables import print_step
     from paged_infer.bench.step_parts import measure_step
     from paged_infer.bench.workloads import random_lengths
-    from paged_infer.kernels.registry import fastest_backend
+    from paged_infer.kernels.attention_backends import fastest_backend
 
     if common.attention_backend == "auto":
         import torch

@@ -17,7 +17,7 @@ from typing import Any
 
 from paged_infer.bench.machine import describe_machine
 from paged_infer.bench.workloads import Workload
-from paged_infer.kernels.ops import Ops
+from paged_infer.kernels.op_sets import Ops
 from paged_infer.llm import LLM
 from paged_infer.model.linear import Linear
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, StepMeta
-from paged_infer.kernels.flash_attention import flash_attention_reference
+from paged_infer.kernels.attention.flash_attention import flash_attention_reference
 
 
 class NoCache:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
 from paged_infer.control.step import BlockMoves
-from paged_infer.kernels.copy_blocks import copy_blocks_reference
-from paged_infer.kernels.ops import TORCH_OPS, Ops
-from paged_infer.kernels.registry import AttentionBackend
-from paged_infer.transfer import to_device
+from paged_infer.kernels.attention_backends import AttentionBackend
+from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
+from paged_infer.kernels.op_sets import TORCH_OPS, Ops
+from paged_infer.kernels.transfer import to_device
 
 Pairs = Sequence[tuple[int, int]]
 

@@ -18,13 +18,13 @@ from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import make_proposer
 from paged_infer.control.trace import Trace
-from paged_infer.device import device_of, dtype_of
 from paged_infer.execution.cuda_graphs import decode_graphs, uses_graphs
 from paged_infer.execution.draft_model import DraftModel, load_draft
 from paged_infer.execution.memory_plan import MemoryPlan, plan_memory
 from paged_infer.execution.memory_profile import CudaMeter, Ledger
 from paged_infer.execution.model_runner import ModelRunner
-from paged_infer.kernels.registry import attention_backend
+from paged_infer.kernels.attention_backends import attention_backend
+from paged_infer.kernels.device import device_of, dtype_of
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.weights import load_decoder
 from paged_infer.sampling.sampler import Sampler

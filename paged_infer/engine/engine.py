@@ -22,7 +22,7 @@ from paged_infer.engine.build import open_parts
 from paged_infer.engine.defer_sigint import interruptible, uninterrupted
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.execution.model_runner import RunningStep, StepResult
-from paged_infer.noise import request_seed
+from paged_infer.kernels.fused.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.output_processor import Completion, named_logprobs, request_output

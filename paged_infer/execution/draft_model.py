@@ -25,7 +25,7 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.speculation import rows_after
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
 from paged_infer.execution.model_runner import ModelRunner
-from paged_infer.kernels.ops import Ops
+from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.hub import resolve_model
 from paged_infer.model.weights import load_decoder

@@ -21,13 +21,13 @@ from paged_infer.control.request import PENDING
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.execution.cuda_graphs import DecodeGraphs
+from paged_infer.kernels.transfer import to_device
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
 from paged_infer.sampling.beam_candidates import best_tokens
 from paged_infer.sampling.logprobs import logprobs_of, token_logprobs
 from paged_infer.sampling.sampler import UNDRAWABLE, Drawn, Sampler, on_its_way
-from paged_infer.transfer import to_device
 
 if TYPE_CHECKING:
     from paged_infer.execution.draft_model import DraftModel

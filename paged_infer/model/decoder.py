@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.cache.spec import Cache, LayerSpec, SlottedCache, StepMeta
-from paged_infer.kernels.ops import TORCH_OPS, Ops
+from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm
 from paged_infer.model.linear import Linear

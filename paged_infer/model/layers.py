@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paged_infer.kernels.ops import Ops
+from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
 

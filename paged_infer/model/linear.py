@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paged_infer.kernels.linear import Pack, Product
+from paged_infer.kernels.cpu.linear import Pack, Product
 
 
 class Linear(nn.Linear):

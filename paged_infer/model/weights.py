@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from paged_infer.kernels.ops import TORCH_OPS, Ops
+from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.config_reader import read_json
 from paged_infer.model.decoder import Decoder

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.argmax import argmax_reference
-from paged_infer.noise import noise, row_keys
+from paged_infer.kernels.fused.argmax import argmax_reference
+from paged_infer.kernels.fused.noise import noise, row_keys
+from paged_infer.kernels.transfer import to_device
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import SampleRow, SamplingParams
 from paged_infer.sampling.logits_processors import edit_logits
 from paged_infer.sampling.logprobs import largest, logprobs_of
-from paged_infer.transfer import to_device
 
 # A temperature is held within these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
 # logits of any use, one beyond gives the same distribution as the limit.

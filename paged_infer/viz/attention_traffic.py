@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 
-from paged_infer.kernels.online_softmax import naive_attention, tile_sizes, tiled_attention
+from paged_infer.kernels.attention.online_softmax import naive_attention, tile_sizes, tiled_attention
 from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
 
 STANDARD_COLOUR = RUNG_COLOURS["static"]

@@ -18,7 +18,7 @@ from paged_infer.bench.kernel_report import OURS, KernelReport, LaunchCount
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.timing import Timing, time_calls
 from paged_infer.cli import app
-from paged_infer.kernels.paged_attention import paged_attention_reference
+from paged_infer.kernels.attention.paged_attention import paged_attention_reference
 from paged_infer.kernels.triton_runtime import INTERPRETED
 from paged_infer.viz import attention_traffic
 

@@ -14,7 +14,7 @@ from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
 from paged_infer.control.step import BlockMoves
-from paged_infer.kernels.registry import ATTENTION_BACKENDS
+from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
 H, H_KV, D = 6, 2, 8
 LENGTHS = (3, 9, 6)  # tokens of three sequences, all but the last of each in the first step

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from paged_infer.bench.kernel_checks import CHECKS, COMPILED
 from paged_infer.bench.kernel_problems import attention_float64, paged_attention_float64, paged_problem
-from paged_infer.kernels.copy_blocks import copy_blocks, copy_blocks_reference
-from paged_infer.kernels.flash_attention import flash_attention, flash_attention_reference
-from paged_infer.kernels.paged_attention import paged_attention, paged_attention_reference
-from paged_infer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from paged_infer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-from paged_infer.kernels.sample import sample, sample_reference
-from paged_infer.kernels.silu_mul import silu_mul, silu_mul_reference
-from paged_infer.kernels.store_kv import store_kv, store_kv_reference
+from paged_infer.kernels.attention.flash_attention import flash_attention, flash_attention_reference
+from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
+from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
+from paged_infer.kernels.fused.sample import sample, sample_reference
+from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")

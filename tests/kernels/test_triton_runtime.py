@@ -18,7 +18,7 @@ import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
 from paged_infer import LLM, SamplingParams
-from paged_infer.kernels.flash_attention import flash_attention
+from paged_infer.kernels.attention.flash_attention import flash_attention
 outs = LLM().generate("Once upon a time", SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
 print(len(outs[0].outputs[0].token_ids))
 try:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.noise import noise, row_keys
+from paged_infer.kernels.fused.noise import noise, row_keys
 from paged_infer.params import SampleRow, SamplingParams
 from paged_infer.sampling.sampler import Sampler
 

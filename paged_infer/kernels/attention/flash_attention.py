@@ -1,0 +1,248 @@
+"""FlashAttention forward in Triton: softmax(q k^T / sqrt(d)) v without ever writing the N x M scores to memory.
+
+                      keys  0 ........ M
+           tile 0   [ full | full | diag |      |      ]     a program owns BLOCK_M queries of one head and walks
+  queries  tile 1   [ full | full | full | diag |      ]     over the keys in tiles of BLOCK_N: first the tiles that
+           tile 2   [ full | full | full | full | diag ]     all its queries see, without a mask, then the diagonal
+
+Of the scores only a tile exists at a time, in registers. What is carried along a row is its maximum so far, the sum of
+its exponentials, and the output as if the row ended here; a greater maximum rescales the last two (online softmax,
+Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1): ``attention_tile``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.attention.attention_tile import (
+    LOG2_E,
+    attend_tile,
+    finish_softmax,
+    load_tiles,
+    max_registers,
+    padded,
+    seen_by_tile,
+)
+from paged_infer.kernels.attention.checks import check_dense_attention
+from paged_infer.kernels.attention.mask import causal_mask
+from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Any:  # Tensor; with return_lse, two
+    """Exact attention of dense tensors, for float32, float16 and bfloat16, on CUDA (and interpreted on CPU).
+
+    q [B, H, N, D], k and v [B, H_kv, M, D] -> [B, H, N, D]. H is a multiple of H_kv: each group of query heads reads
+    one key head (GQA, Ainslie 2023). D is at most 256. Any strides; a last dimension that is not dense is copied.
+    Forward only: no gradient flows back.
+
+    Args:
+        causal: queries are the last N of M tokens, and see no token after themselves. With N > M the first N - M see
+            nothing, and get zeros.
+        scale: what scores are multiplied by, above 0; 1/sqrt(D) unless given.
+        window: tokens that a query sees, itself included; causal only.
+        return_lse: also return log(sum(exp(scores))) of every query, float32 [B, H, N]; -inf where it sees nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together; the message names them.
+    """
+    check_dense_attention(q, k, v, causal, scale, window)
+    q, k, v = (_row_major(x) for x in (q, k, v))
+    batch, num_heads, num_queries, dim = q.shape
+    num_keys = k.shape[2]
+    out = _row_major(torch.empty_like(q))
+    lse = torch.empty((batch, num_heads, num_queries) if return_lse else 0, device=q.device)
+    block_m, block_n, num_warps, num_stages = flash_tiles(capability(q.device), dim, q.dtype, window)
+    num_tiles = triton.cdiv(num_queries, block_m)
+    launch(
+        _flash_kernel,
+        (num_tiles * batch * num_heads,),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
+        num_heads,
+        num_heads // k.shape[1],
+        num_queries,
+        num_keys,
+        (dim**-0.5 if scale is None else scale) * LOG2_E,
+        min(window or 0, num_keys + num_queries),  # a wider one hides nothing, and may be too much for 32 bits
+        CAUSAL=causal,
+        HAS_WINDOW=window is not None,
+        SAVE_LSE=return_lse,
+        STRIDE_Q=q.stride(2),
+        STRIDE_K=k.stride(2),
+        STRIDE_V=v.stride(2),
+        STRIDE_O=out.stride(2),
+        ALIGN=common_alignment(q, k, v, out),
+        D=dim,
+        BLOCK_D=padded(dim),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        WIDEN=must_widen(q),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        maxnreg=max_registers(q.dtype),
+    )
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Any:  # Tensor; with return_lse, two
+    """``flash_attention`` in plain torch, with all scores at once."""
+    check_dense_attention(q, k, v, causal, scale, window)
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_, k_, v_ = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))  # [B, H, N or M, D]
+    scores = q_ @ k_.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, N, M]
+    if causal:
+        seen = causal_mask(q.shape[2], k.shape[2], window, q.device)
+        scores = scores.masked_fill(~seen, -math.inf)
+    lse = scores.logsumexp(-1)  # [B, H, N]
+    weights = scores.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0.0)
+    out = (weights @ v_).to(q.dtype)
+    return (out, lse.float()) if return_lse else out
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """x [B, heads, N, D] with dense rows, near enough for 32 bits to reach any row of a tile (128 at most)."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+
+
+def common_alignment(*tensors: Tensor) -> int:
+    """The power of two, 16 at most, that divides every stride but the last: how wide a load the compiler may use."""
+    return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
+
+
+def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages): as large as registers and shared memory hold without a spill.
+
+    What spills where is the compiler's word: ``paged-infer bench kernels --compile-only`` prints it for every chip.
+    """
+    if gpu == (0, 0):  # the interpreter: small, so that small shapes have many tiles
+        return 16, 16, 4, 1
+    if dtype == torch.float32:  # full precision has no tensor cores: products take many registers
+        tiles = (32, 64, 8, 2) if dim <= 64 else (16, 32 if dim <= 128 else 16, 8, 2)
+    elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
+        tiles = (128, 128, 8, 3) if dim == 64 else (128, 128, 8, 2)
+    elif dim <= 64:
+        tiles = (128, 32, 8, 3) if gpu[0] == 10 else (128, 64, 8, 3)
+    elif dim <= 128:
+        tiles = (128, 32, 8, 3) if gpu[0] == 8 and dim < 128 else (128, 64, 8, 3)
+    else:  # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block
+        tiles = (64, 64, 8, 2) if dim == 256 and gpu in ((8, 0), (9, 0), (10, 0)) else (64, 32, 8, 2)
+    block_m, block_n, num_warps, num_stages = tiles
+    if window is not None:  # the loop along the window's edge takes registers of its own
+        block_n = max(16, block_n // 2)
+    return block_m, block_n, num_warps, num_stages
+
+
+@triton.jit
+def _attend_keys(
+    acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, query, num_keys, scale_log2, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys begin..end (``begin`` on a tile's edge): all of them seen by all rows unless MASKED."""
+    dim = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_N)
+    k_offsets = column[:, None] * STRIDE_K + dim[None, :]
+    v_offsets = column[:, None] * STRIDE_V + dim[None, :]
+    for start in tl.range(begin, end, BLOCK_N):
+        key = start + column  # [N]
+        # A head may be more than 2^31 elements; a tile is not (_row_major sees to it).
+        place = tl.cast(start, tl.int64)
+        k, v = load_tiles(
+            k_ptr + place * STRIDE_K + k_offsets,
+            v_ptr + place * STRIDE_V + v_offsets,
+            key < num_keys,
+            dim,
+            D,
+            BLOCK_D,
+            MASKED,
+            WIDEN,
+        )
+        acc, row_max, row_sum = attend_tile(
+            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window, CAUSAL, HAS_WINDOW, MASKED
+        )
+    return acc, row_max, row_sum
+
+
+# Lengths differ from call to call, and knowing whether 16 divides them would only compile the kernel again.
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def _flash_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
+    num_heads, group, num_queries, num_keys, scale_log2, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr,
+    STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, STRIDE_O: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    # One program: a tile of queries of one head. Late tiles see the most keys, so they start first.
+    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles
+    batch_head = tl.program_id(0) // num_tiles
+    batch, head = (batch_head // num_heads).to(tl.int64), (batch_head % num_heads).to(tl.int64)
+    q_ptr += tl.multiple_of(batch * stride_qb + head * stride_qh, ALIGN)
+    k_ptr += tl.multiple_of(batch * stride_kb + head // group * stride_kh, ALIGN)
+    v_ptr += tl.multiple_of(batch * stride_vb + head // group * stride_vh, ALIGN)
+    out_ptr += tl.multiple_of(batch * stride_ob + head * stride_oh, ALIGN)
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M] of this head's queries
+    dim = tl.arange(0, BLOCK_D)
+    there = (row < num_queries)[:, None] & (dim < D)[None, :]
+    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * STRIDE_Q + dim[None, :], mask=there, other=0.0)  # [M, D]
+    if WIDEN:
+        q = q.to(tl.float32)
+    query = num_keys - num_queries + row  # the diagonal is aligned to the end
+    first = num_keys - num_queries + tile * BLOCK_M
+    last = num_keys - num_queries + tl.minimum(tile * BLOCK_M + BLOCK_M, num_queries) - 1
+    begin, full_begin, full_end, end = seen_by_tile(first, last, num_keys, window, CAUSAL, HAS_WINDOW, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_WINDOW:
+        acc, row_max, row_sum = _attend_keys(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, begin, full_begin, query, num_keys,
+            scale_log2, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, full_begin, full_end, query, num_keys,
+        scale_log2, window, CAUSAL, HAS_WINDOW, False, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, full_end, end, query, num_keys,
+        scale_log2, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
+    )  # fmt: skip
+
+    out, lse = finish_softmax(acc, row_max, row_sum)
+    place = out_ptr + row.to(tl.int64)[:, None] * STRIDE_O + dim[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=there)
+    if SAVE_LSE:
+        lse_row = lse_ptr + batch_head.to(tl.int64) * num_queries + row
+        tl.store(lse_row, lse, mask=row < num_queries)

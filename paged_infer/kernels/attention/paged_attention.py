@@ -1,0 +1,118 @@
+"""Attention that reads keys and values through block tables (PagedAttention, Kwon 2023, section 4.1).
+
+    packed queries [T, H, D]      row 0   row 1   row 2                    rows with one query first
+                                  [ q ]   [ q ]   [ q q q q q ]            (StepMeta says so; num_decodes = 2)
+                                    \\       /           |
+    two kernels                   paged_decode     paged_prefill
+
+A decode multiplies each key that it reads with one query a head, a chunk of a prompt with hundreds: the first waits for
+memory, the second for arithmetic. One kernel that branched between them would hold the prefill's registers in every
+decode (compiled for sm80 196 a thread, beside 72), so there are two, and each says why it is shaped as it is.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.attention.checks import check_index_values, check_paged_attention
+from paged_infer.kernels.attention.flash_attention import flash_attention_reference
+from paged_infer.kernels.attention.paged_decode import paged_decode
+from paged_infer.kernels.attention.paged_prefill import paged_prefill
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    num_decodes: int | None = None,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:  # Tensor; with return_lse, two
+    """Causal attention of packed queries over paged keys and values, in Triton: each kind of row by its own kernel.
+
+    q [T, H, D]; caches [num_blocks, block_size, H_kv, D]; block_tables [B, max_blocks], seq_lens [B] and
+    query_start_loc [B + 1] int32 -> [T, H, D]. The queries of a sequence are the last of its ``seq_lens`` tokens. Slots
+    past a sequence's end and surplus table entries may hold anything, NaN included: they are never read. A row of
+    length 0 gets zeros, so a batch can be padded to a fixed size.
+
+    Args:
+        scale: what scores are multiplied by, above 0; 1/sqrt(D) unless given.
+        window: tokens that a query sees, itself included.
+        num_decodes: the first rows, which have one query each at most. These three are hints. With the first two
+            (one alone is not enough) no value of the index tensors is read on the host, nor checked, and a CUDA graph
+            can hold the call as long as lengths stay within the hints.
+        max_query_len: no row has more queries; what lies beyond would not be computed.
+        max_seq_len: no row has more tokens; what the tables have room for unless given.
+        out: where to write, [T, H, D] with dense rows.
+        return_lse: also return log(sum(exp(scores))) of every query, float32 [T, H]; -inf where it sees nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or (without hints) values that point outside.
+    """
+    check_paged_attention(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, out)
+    if num_decodes is None or max_query_len is None:
+        bounds = query_start_loc.tolist()
+        check_index_values(block_tables, seq_lens.tolist(), bounds, q.shape[0], k_cache)
+        query_lens = [end - begin for begin, end in pairwise(bounds)]
+        num_decodes = next((row for row, n in enumerate(query_lens) if n > 1), len(query_lens))
+        max_query_len = max(query_lens, default=0)
+    elif not 0 <= num_decodes <= seq_lens.shape[0] or max_query_len < 0:
+        raise ValueError(
+            f"num_decodes={num_decodes} must lie within 0..{seq_lens.shape[0]} rows, and max_query_len={max_query_len} "
+            "be at least 0"
+        )
+    if max_seq_len is None:
+        max_seq_len = block_tables.shape[1] * k_cache.shape[1]
+    q = q if q.stride(2) == 1 else q.contiguous()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    lse = torch.empty(q.shape[:2] if return_lse else (0, 0), dtype=torch.float32, device=q.device)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and overflows 32 bits
+    rows = (block_tables, seq_lens, query_start_loc)
+    paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len)
+    paged_prefill(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_query_len)
+    return (out, lse) if return_lse else out
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Any:  # Tensor; with return_lse, two
+    """``paged_attention`` in plain torch, one sequence after the other; the hints do not change what it says."""
+    block_size = k_cache.shape[1]
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    bounds = query_start_loc.tolist()
+    for row, length in enumerate(seq_lens.tolist()):
+        queries = slice(bounds[row], bounds[row + 1])
+        if queries.start == queries.stop:
+            continue
+        token = torch.arange(length, device=q.device)
+        slots = block_tables[row, token // block_size].long() * block_size + token % block_size
+        k, v = (cache.flatten(0, 1)[slots].transpose(0, 1)[None] for cache in (k_cache, v_cache))
+        # [1, H, N, D] and [1, H_kv, length, D]
+        dense, dense_lse = flash_attention_reference(
+            q[queries].transpose(0, 1)[None], k, v, scale=scale, window=window, return_lse=True
+        )
+        out[queries], lse[queries] = dense[0].transpose(0, 1), dense_lse[0].T
+    return (out, lse) if return_lse else out

@@ -1,0 +1,237 @@
+"""Paged attention for decodes: one query a row, so nothing but memory traffic. Every key is read once, by one program.
+
+    sequence of 1,000 tokens, 4 splits       [ 0 .. 255 | 256 .. 511 | 512 .. 767 | 768 .. 999 ]
+    a program takes one split of one row      its output, normalised, and its log-sum-exp   (float32, in a workspace)
+    and one KV head, for all query heads                          |
+    that read this head                       combine: out = sum of outputs, weighted by exp(lse - greatest lse)
+
+Three choices make it fast. The query heads of a KV group are the rows of one matrix product, so a key tile is read once
+for all of them and tensor cores do the rest (GQA packing). A long context is cut into splits, so that a few long
+sequences still fill the GPU (Flash-Decoding, Dao 2023). And lengths stay on the device: where a split begins is worked
+out there, and the number of splits follows from the batch, the chip and the longest length that the caller promises,
+so one compiled kernel serves every step and a CUDA graph can hold the launch. A split that holds no key writes a
+log-sum-exp of -inf, and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.attention.attention_tile import LOG2_E, finish_softmax, padded
+from paged_infer.kernels.attention.paged_prefill import attend_blocks
+from paged_infer.kernels.triton_runtime import capability, launch, must_widen, num_processors, tl, triton
+
+MAX_SPLITS = 64
+_COMBINED_AT_ONCE = 16
+
+
+def paged_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    num_rows: int,
+    max_seq_len: int,
+) -> None:
+    """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the first ``num_rows`` rows."""
+    num_heads, dim = q.shape[1:]
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    gpu = capability(q.device)
+    block_g, block_n, num_warps, num_stages = decode_tiles(gpu, dim, q.dtype, group)
+    head_tiles = triton.cdiv(group, block_g)
+    max_keys = min(max_seq_len, window or max_seq_len)
+    splits = num_splits(gpu, num_rows * num_kv_heads * head_tiles, max_keys, num_processors(q.device))
+    is_split = splits > 1
+    partial_out = torch.empty(
+        (num_rows, splits, num_heads, dim) if is_split else 0, dtype=torch.float32, device=q.device
+    )
+    partial_lse = torch.empty((num_rows, splits, num_heads) if is_split else 0, dtype=torch.float32, device=q.device)
+    launch(
+        _decode_kernel,
+        (num_kv_heads * head_tiles, num_rows, splits),
+        q,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        partial_out,
+        partial_lse,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        block_tables.stride(0),
+        splits,
+        scale * LOG2_E,
+        window or 0,
+        HAS_WINDOW=window is not None,
+        SAVE_LSE=lse.numel() > 0,
+        IS_SPLIT=is_split,
+        NUM_HEADS=num_heads,
+        GROUP=group,
+        HEAD_TILES=head_tiles,
+        BLOCK_G=block_g,
+        STRIDE_Q=q.stride(0),
+        STRIDE_QH=q.stride(1),
+        STRIDE_O=out.stride(0),
+        STRIDE_OH=out.stride(1),
+        D=dim,
+        BLOCK_D=padded(dim),
+        BLOCK_N=block_n,
+        STRIDE_BLOCK=k_cache.stride(0),
+        STRIDE_SLOT=k_cache.stride(1),
+        BLOCK_SIZE=k_cache.shape[1],
+        WIDEN=must_widen(q),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if is_split:
+        launch(
+            _combine_kernel,
+            (num_heads, num_rows),
+            partial_out,
+            partial_lse,
+            out,
+            lse,
+            query_start_loc,
+            splits,
+            SAVE_LSE=lse.numel() > 0,
+            BLOCK_S=triton.next_power_of_2(splits),
+            CHUNK=min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
+            NUM_HEADS=num_heads,
+            STRIDE_O=out.stride(0),
+            STRIDE_OH=out.stride(1),
+            D=dim,
+            BLOCK_D=padded(dim),
+        )
+
+
+def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processors: int) -> int:
+    """Programs a row and KV head: enough to give each processor four, but not many more than one for 256 keys."""
+    if gpu == (0, 0):  # the interpreter: few, and small enough that short contexts are split
+        return max(1, min(3, max_keys // 32))
+    wanted = triton.cdiv(4 * processors, max(1, num_programs))
+    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, 256)))
+
+
+def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
+    """(BLOCK_G, BLOCK_N, num_warps, num_stages): a group's heads, which a product rounds up to 16; small tiles of keys.
+
+    A group too large for the registers takes several programs, which read the same keys.
+    """
+    block_g = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
+    if gpu == (0, 0):
+        return block_g, 16, 4, 1
+    if dtype == torch.float32:
+        return block_g, 16, 4, 4
+    # A key's address is itself loaded, so of six stages two hold tiles of keys.
+    return block_g, 64 if dim <= 64 else 32, 4, 6
+
+
+# What changes from step to step must not compile the kernel again.
+@triton.jit(do_not_specialize=["stride_table", "splits"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr, seq_lens_ptr,
+    query_start_loc_ptr, stride_table, splits, scale_log2, window,
+    HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_G: tl.constexpr,
+    STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    # KV heads are the fastest axis: the heads of a slot lie side by side in memory.
+    kv_head, row, split = tl.program_id(0) // HEAD_TILES, tl.program_id(1), tl.program_id(2)
+    length = tl.load(seq_lens_ptr + row)
+    token = tl.load(query_start_loc_ptr + row).to(tl.int64)
+    # 1, or 0 in a row that only fills up the batch: then nothing is written.
+    has_query = tl.minimum((tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32), 1)
+    first_key = 0
+    if HAS_WINDOW:
+        first_key = tl.maximum(length - window, 0)
+    keys_per_split = tl.cdiv(tl.cdiv(length - first_key, splits), BLOCK_N) * BLOCK_N
+    begin = first_key + split * keys_per_split
+    end = tl.minimum(begin + keys_per_split, length)
+    full_end = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+
+    member = tl.program_id(0) % HEAD_TILES * BLOCK_G + tl.arange(0, BLOCK_G)  # [G] query heads of this KV head
+    head = (kv_head * GROUP + member).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    is_head = member < GROUP * has_query
+    there = is_head[:, None] & (dim < D)[None, :]
+    q = tl.load(q_ptr + token * STRIDE_Q + head[:, None] * STRIDE_QH + dim[None, :], mask=there, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
+    query = tl.full([BLOCK_G], 0, tl.int32) + (length - 1)
+    k_ptr += kv_head * D
+    v_ptr += kv_head * D
+    table_ptr = tables_ptr + row.to(tl.int64) * stride_table
+
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_G], tl.float32)
+    # The window is cut exactly at first_key, so only the last tile of a split needs a mask.
+    acc, row_max, row_sum = attend_blocks(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, begin, full_end, query,
+        length, scale_log2, window, False, False, D, BLOCK_D, BLOCK_N,
+        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend_blocks(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_end, end, query,
+        end, scale_log2, window, False, True, D, BLOCK_D, BLOCK_N,
+        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+    )  # fmt: skip
+    out, lse = finish_softmax(acc, row_max, row_sum)
+
+    if not IS_SPLIT:
+        place = out_ptr + token * STRIDE_O + head[:, None] * STRIDE_OH + dim[None, :]
+        tl.store(place, out.to(out_ptr.dtype.element_ty), mask=there)
+        if SAVE_LSE:
+            tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=is_head)
+    else:
+        part = (row * splits + split).to(tl.int64) * NUM_HEADS + head  # [G]
+        tl.store(partial_lse_ptr + part, lse, mask=is_head)
+        width = tl.where(begin < end, D, 0)
+        written = is_head[:, None] & (dim < width)[None, :]
+        tl.store(partial_out_ptr + part[:, None] * D + dim[None, :], out, mask=written)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine_kernel(
+    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, query_start_loc_ptr, splits,
+    SAVE_LSE: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.load(query_start_loc_ptr + row).to(tl.int64)
+    has_query = tl.minimum((tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32), 1)
+    dim = tl.arange(0, BLOCK_D)
+    parts = row.to(tl.int64) * splits * NUM_HEADS + head  # of split 0; a split further is NUM_HEADS further
+    split = tl.arange(0, BLOCK_S)
+    lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
+    greatest = tl.max(lse, 0)
+    shift = tl.where(greatest == float("-inf"), 0.0, greatest)
+    total = tl.sum(tl.exp(lse - shift), 0)
+
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in tl.static_range(0, BLOCK_S, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
+        # An empty split wrote no output: what lies there may be NaN, and 0 * NaN is NaN. NaN that was read stays.
+        wrote = (lse != float("-inf"))[:, None] & (dim < D)[None, :]
+        part = tl.load(partial_out_ptr + (parts + split * NUM_HEADS)[:, None] * D + dim[None, :], mask=wrote, other=0.0)
+        acc += tl.sum(part * tl.exp(lse - shift)[:, None], 0)
+    seen = total != 0.0
+    divisor = tl.where(seen, total, 1.0)
+    place = out_ptr + token * STRIDE_O + head * STRIDE_OH + dim
+    tl.store(place, (acc / divisor).to(out_ptr.dtype.element_ty), mask=dim < D * has_query)
+    if SAVE_LSE:
+        lse = tl.where(seen, shift + tl.log(divisor), float("-inf"))
+        tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=has_query > 0)

@@ -1,0 +1,147 @@
+"""Paged attention from torch's own batched operations: a CPU's default where there is no C compiler.
+
+Decodes (one query a sequence) are done together: each row's keys are gathered through its block table into
+[B, H_kv, L, D], L the longest context, and two batched products do the rest, the query heads of a group sharing one
+read of their key head. Rows of like length are gathered apart where that saves more than it costs, so one long context
+does not widen all others. Prompt chunks are done one by one, by torch's fused attention, without padding.
+
+What depends only on the step (which slot to read, what to mask) is worked out once and shared by all layers. Reads
+past a sequence's end go to the pool's last block, which is always zero: stale numbers in a reused block, NaN
+included, are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paged_infer.cache.spec import StepMeta
+from paged_infer.kernels.attention.mask import causal_mask
+
+
+def paged_attention_batched(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
+) -> Tensor:
+    """q [T, H, D]; caches [num_blocks + 1, block_size, H_kv, D], the last block zero -> [T, H, D]."""
+    key = ("decodes", window)
+    if key not in step.plan:
+        step.plan[key] = _decode_plans(k_cache, step, window)
+    out = torch.empty_like(q)
+    for decode in step.plan[key]:
+        out[decode.rows] = _decode(q[decode.rows], k_cache, v_cache, decode)
+    attend_chunks(out, q, k_cache, v_cache, step, window)
+    return out
+
+
+def attend_chunks(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, window: int | None) -> None:
+    """The rows behind the decodes alone: fills their part of ``out`` [T, H, D]."""
+    key = ("chunks", window)
+    if key not in step.plan:
+        step.plan[key] = _chunk_plans(k_cache, step, window)
+    for chunk in step.plan[key]:
+        out[chunk.rows] = _chunk(q[chunk.rows], k_cache, v_cache, chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodePlan:
+    rows: slice  # of the packed queries, B of them
+    reads: Tensor  # [B * H_kv * L] rows of the cache seen as [num_slots * H_kv, D]
+    mask: Tensor  # [B * H_kv, 1, L] 0 where a token is seen, -inf elsewhere
+
+
+def _decode_plans(k_cache: Tensor, step: StepMeta, window: int | None) -> list[_DecodePlan]:
+    num_blocks, block_size, num_kv_heads, dim = k_cache.shape
+    device = k_cache.device
+    heads = torch.arange(num_kv_heads, device=device)[:, None]
+    seen_lens = step.seq_lens[: step.num_decodes]  # tokens that each query sees
+    if window is not None:
+        seen_lens = seen_lens.clamp(max=window)
+    plans = []
+    for rows in similar_rows(seen_lens.tolist(), _SPLIT_ELEMENTS // (num_kv_heads * dim)):
+        lengths = step.seq_lens[rows, None]  # [B, 1]
+        width = int(seen_lens[rows].max())
+        first = (lengths - width).clamp(min=0)  # 0 unless a window hides what is older
+        token = first + torch.arange(width, device=device)  # [B, L]
+        seen = (token < lengths) & (token >= lengths - seen_lens[rows, None])
+        blocks = step.block_tables[rows].gather(1, (token // block_size).where(seen, 0))
+        slots = (blocks.long() * block_size + token % block_size).where(seen, (num_blocks - 1) * block_size)
+        reads = slots[:, None] * num_kv_heads + heads  # [B, H_kv, L]
+        mask = torch.zeros(seen.shape, dtype=k_cache.dtype, device=device).masked_fill_(~seen, -math.inf)
+        mask = mask[:, None].expand(-1, num_kv_heads, -1).reshape(-1, 1, width)
+        plans.append(_DecodePlan(rows, reads.flatten(), mask))
+    return plans
+
+
+# Elements of padding in gathered keys that cost as much as one more group of rows: about 30 us, on CPU.
+_SPLIT_ELEMENTS = 1 << 16
+
+
+def similar_rows(lengths: Sequence[int], worth_a_split: int) -> list[slice]:
+    """Cut rows of rising length into runs, wherever a cut saves at least ``worth_a_split`` tokens of padding.
+
+    >>> similar_rows([3, 4, 90, 100], worth_a_split=50)
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
+    runs, uncut = [], [slice(0, len(lengths))] if lengths else []
+    while uncut:
+        run = uncut.pop()
+        part = np.asarray(lengths[run])
+        saved = np.arange(1, len(part)) * (part[-1] - part[:-1])  # by a cut behind each row but the last
+        if len(saved) and saved.max() >= worth_a_split:
+            cut = run.start + int(saved.argmax()) + 1
+            uncut += [slice(cut, run.stop), slice(run.start, cut)]
+        else:
+            runs.append(run)
+    return runs
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _DecodePlan) -> Tensor:
+    num_kv_heads, dim = k_cache.shape[2:]
+    batch, num_heads, _ = q.shape
+    shape = (batch * num_kv_heads, -1, dim)
+    k = k_cache.view(-1, dim).index_select(0, plan.reads).view(shape)  # [B * H_kv, L, D]
+    v = v_cache.view(-1, dim).index_select(0, plan.reads).view(shape)
+    grouped = q.reshape(batch * num_kv_heads, num_heads // num_kv_heads, dim)
+    scores = torch.baddbmm(plan.mask, grouped, k.transpose(1, 2), alpha=dim**-0.5)  # [B * H_kv, group, L]
+    return torch.bmm(scores.softmax(-1), v).view(batch, num_heads, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkPlan:
+    rows: slice  # of the packed queries
+    slots: Tensor  # [context]
+    mask: Tensor | None  # [N, context]; None: plain causal
+
+
+def _chunk_plans(k_cache: Tensor, step: StepMeta, window: int | None) -> list[_ChunkPlan]:
+    block_size = k_cache.shape[1]
+    bounds, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    plans: list[_ChunkPlan] = []
+    for row in range(step.num_decodes, len(lengths)):
+        num_queries, length = bounds[row + 1] - bounds[row], lengths[row]
+        token = torch.arange(length, device=k_cache.device)
+        slots = step.block_tables[row, token // block_size].long() * block_size + token % block_size
+        is_plain = num_queries == length and (window is None or window >= length)
+        mask = None if is_plain else causal_mask(num_queries, length, window, k_cache.device)
+        plans.append(_ChunkPlan(slice(bounds[row], bounds[row + 1]), slots, mask))
+    return plans
+
+
+def _chunk(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _ChunkPlan) -> Tensor:
+    k = k_cache.flatten(0, 1).index_select(0, chunk.slots)  # [context, H_kv, D]
+    v = v_cache.flatten(0, 1).index_select(0, chunk.slots)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],  # [1, H, N, D]
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)

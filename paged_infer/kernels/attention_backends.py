@@ -1,0 +1,140 @@
+"""Attention backends by name: how queries read the paged cache. The registry is open.
+
+A backend is a function of one layer's query and cache, and of the step that says which tokens belong to whom::
+
+    @register_attention_backend("mine")
+    def my_attention(q, k_cache, v_cache, step, *, window):
+        ...
+    LLM(attention_backend="mine")
+
+Wherever a backend is named, ``module:function`` names one that is not registered: on the command line, for instance.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paged_infer.cache.spec import StepMeta
+from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
+from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
+from paged_infer.kernels.cpu.build import why_not
+from paged_infer.kernels.cpu.paged_attention import paged_attention_c
+from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS, Ops
+from paged_infer.kernels.triton_runtime import can_run_on
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionBackend(Protocol):
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+        """q [T, H, D]; caches [num_blocks, block_size, H_kv, D] that already hold this step's tokens -> [T, H, D]."""
+        ...
+
+
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"c": paged_attention_c, "sdpa": paged_attention_batched}
+
+
+def register_attention_backend(name: str) -> Callable[[AttentionBackend], AttentionBackend]:
+    """Decorator: make a function known as ``attention_backend=name``. A name registered again is replaced."""
+
+    def register(function: AttentionBackend) -> AttentionBackend:
+        ATTENTION_BACKENDS[name] = function
+        return function
+
+    return register
+
+
+@register_attention_backend("torch")
+def torch_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+    """The reference: one sequence after the other, readable, on any device."""
+    return paged_attention_reference(
+        q,
+        k_cache,
+        v_cache,
+        block_tables=step.block_tables,
+        seq_lens=step.seq_lens,
+        query_start_loc=step.query_start_loc,
+        window=window,
+    )
+
+
+@register_attention_backend("triton")
+def triton_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+    """Our kernels: compiled on CUDA; on CPU interpreted, which is for tests and readers."""
+    return paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables=step.block_tables,
+        seq_lens=step.seq_lens,
+        query_start_loc=step.query_start_loc,
+        window=window,
+        num_decodes=step.num_decodes,
+        max_query_len=step.max_query_len,
+        max_seq_len=step.max_seq_len,
+    )
+
+
+def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend, Ops]:
+    """The backend called ``name``, and the set of elementwise pieces that goes with it.
+
+    "auto" is the fastest that ``device`` has: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". With
+    "torch" and "sdpa" everything is plain torch, with "triton" everything is Triton, and with "c" what one pass in C
+    does better; beside a backend of one's own, it is what "auto" would take. If the faster backend cannot run and
+    "sdpa" is used instead, a warning gives the reason.
+
+    Raises:
+        ValueError: an unknown name (the message lists the known ones), or one that cannot run on ``device``.
+    """
+    if name == "auto":
+        name = _fastest_or_warn(device)
+    if name == "triton" and not can_run_on(device):
+        raise ValueError(f"attention_backend='triton' cannot run on {device} here: {_NO_TRITON}")
+    if name == "c" and (reason := why_not() if device.type == "cpu" else "it is for CPUs") is not None:
+        raise ValueError(f"attention_backend='c' cannot run on {device} here: {reason}")
+    backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)
+    if backend is None:
+        known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
+        raise ValueError(f"attention_backend={name!r} is not known; known: {known}")
+    return backend, _OPS[name if name in _OPS else _fastest_or_warn(device)]
+
+
+def fastest_backend(device: torch.device) -> str:
+    """What "auto" stands for."""
+    if device.type == "cuda" and can_run_on(device):
+        return "triton"
+    return "c" if device.type == "cpu" and why_not() is None else "sdpa"
+
+
+def _fastest_or_warn(device: torch.device) -> str:
+    fastest = fastest_backend(device)
+    if fastest == "sdpa" and device.type in ("cpu", "cuda"):
+        reason = why_not() if device.type == "cpu" else _NO_TRITON
+        logger.warning("%s uses plain torch (attention_backend='sdpa'), which is slower: %s", device, reason)
+    return fastest
+
+
+_NO_TRITON = "triton is not installed for it"
+_OPS = {"torch": TORCH_OPS, "sdpa": TORCH_OPS, "c": C_OPS, "triton": TRITON_OPS}
+
+
+def _imported(name: str) -> AttentionBackend:
+    """``module:function``, where the module may also lie in the current folder, as a script's would."""
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"attention_backend={name!r} cannot be imported: {error}") from None
+    if not callable(function):
+        raise ValueError(f"attention_backend={name!r} is no function but {type(function).__name__}")
+    return function

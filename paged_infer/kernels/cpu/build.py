@@ -1,0 +1,154 @@
+"""C made ready where there is a compiler: the CPU's kernels are built once, kept, and called without a Python binding.
+
+A decode step on a CPU is many small passes over a few rows. Torch takes several operations for each, and attention has
+to gather scattered keys before it can multiply them. ``kernels.c`` does each in one pass, and reads keys where they
+lie. It is compiled for the machine it runs on, in about a second, the first time it is asked for; the result stays in
+the user's cache folder (see ``c_cache``). Without a usable cache folder, each process compiles it again. Threads are
+OpenMP's, from the pool that torch has loaded.
+
+Without a compiler nothing is lost but speed: "auto" then takes the "sdpa" backend. Each slower fallback is logged as a
+warning with its reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch  # its OpenMP runtime has to be the one in the process
+
+from paged_infer.kernels.cpu.cache import CacheRefused, KernelCache
+
+logger = logging.getLogger(__name__)
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "linear.c"))
+# Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
+FLAGS = (
+    "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
+).split()
+DTYPES = {torch.float32: "-DFLOAT32", torch.bfloat16: "-DBFLOAT16"}  # what the tensors hold: a library each
+_BUILD_TIMEOUT_S = 120
+
+_POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "add_rms_norm": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT, _THREADS],
+    "silu_mul": [_POINTER] * 2 + [_INT] * 3 + [_THREADS],
+    "qk_norm_rope": [_POINTER] * 8 + [_INT] * 5 + [_FLOAT, _THREADS],
+    "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
+    "store_kv": [_POINTER] * 5 + [_INT] * 4,
+    "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
+    "paged_decode": [_POINTER] * 6 + [_INT] * 8 + [_FLOAT, _THREADS],
+}
+
+
+class CannotBuild(Exception):
+    """There is no C compiler here, or it does not do; the message says which."""
+
+
+@functools.cache
+def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+    """The built kernels, for tensors of ``dtype``, one of ``DTYPES``.
+
+    Raises:
+        CannotBuild: no compiler, or its complaint.
+    """
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise CannotBuild("no C compiler (cc, gcc, clang, or one named by CC) was found")
+    flags = [*FLAGS, DTYPES[dtype]]
+    try:
+        try:
+            loaded = _load_or_build(compiler, [*flags, "-fopenmp"])
+        except CannotBuild as error:  # Apple's clang has no OpenMP: one thread is better than none
+            loaded = _load_or_build(compiler, flags)
+            _warn_once(f"the C kernels run on one thread, without OpenMP: {error}")
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise CannotBuild(f"{compiler}: {error}") from None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    loaded.panel_width.argtypes, loaded.panel_width.restype = [], _INT
+    return loaded
+
+
+@functools.cache
+def why_not(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the kernels cannot be used here; None where they can."""
+    try:
+        library(dtype)
+    except CannotBuild as error:
+        return str(error)
+    return None
+
+
+def _load_or_build(compiler: str, flags: list[str]) -> ctypes.CDLL:
+    key = _fingerprint(compiler, flags)
+    try:
+        with KernelCache.opened() as cache:
+            loaded = cache.load(key)
+            return _build(compiler, flags, key, cache) if loaded is None else loaded
+    except CacheRefused as refused:
+        _warn_not_kept(refused)
+    return _build(compiler, flags, key, None)
+
+
+def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None) -> ctypes.CDLL:
+    """Compile in a temporary folder and store the result in the cache if possible. A loaded library needs no file."""
+    with tempfile.TemporaryDirectory(prefix="paged_infer-", ignore_cleanup_errors=True) as folder:
+        built = Path(folder) / "kernels.so"
+        command = [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(built), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
+        if done.returncode != 0:
+            raise CannotBuild(f"{compiler} failed: {_complaint(done.stderr)}")
+        if cache is not None:
+            try:
+                return cache.store(key, built.read_bytes())
+            except OSError as error:
+                _warn_not_kept(CacheRefused(f"{cache.folder}: {error}"))
+        return ctypes.CDLL(str(built))
+
+
+def _complaint(stderr: str) -> str:
+    """One line of a compiler's output: the first that mentions an error, or else the last."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it gave no reason"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])[:500]
+
+
+def _warn_not_kept(refused: CacheRefused) -> None:
+    _warn_once(f"the C kernels are compiled anew in each process: no cache folder can be used: {refused}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _fingerprint(compiler: str, flags: list[str]) -> str:
+    """Of all that the result depends on: a home folder may be shared by machines of different kinds."""
+    words = shlex.split(compiler)
+    version = subprocess.run([*words, "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
+    parts = (
+        *(source.read_bytes() for source in SOURCES),
+        " ".join([os.path.realpath(shutil.which(words[0]) or words[0]), *words[1:], *flags]).encode(),
+        version.stdout,
+        _processor().encode(),
+    )
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: the CPU's model and features, by the names that x86 and Arm have for them."""
+    info = Path("/proc/cpuinfo")
+    names = ("model name", "flags", "Features", "CPU ")
+    lines = info.read_text().splitlines() if info.exists() else ()
+    kept = {line for line in lines if line.startswith(names)}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])

@@ -1,0 +1,167 @@
+"""The step's elementwise pieces on a CPU, by the functions of ``kernels.c``: each in one pass, without temporaries.
+
+Each takes what its twin takes. What the C function does not do (float16, rows that are not dense, tensors on another
+device) goes to the twin, so callers need not know.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.cpu.build import DTYPES, library, logger, why_not
+from paged_infer.kernels.fused.argmax import argmax_reference
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope_reference
+from paged_infer.kernels.fused.rms_norm import add_rms_norm_reference
+from paged_infer.kernels.fused.silu_mul import silu_mul_reference
+from paged_infer.kernels.fused.store_kv import store_kv_reference
+
+
+@functools.cache
+def _is_built(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for ``dtype``. The first call may compile them."""
+    if dtype not in DTYPES:
+        return False
+    if (reason := why_not(dtype)) is not None:
+        logger.warning("%s runs on torch, which is slower than the C kernels: %s", dtype, reason)
+    return reason is None
+
+
+def suits(first: Tensor, *others: Tensor) -> bool:
+    """Whether C can read them: all of one dtype that has C kernels, on the CPU, with a dense last dimension."""
+    dtype = first.dtype
+    if not _is_built(dtype) or not first.is_cpu or first.stride(-1) != 1:
+        return False
+    for x in others:  # noqa: SIM110  (asked 40 times a step, and a generator takes three times as long)
+        if x.dtype is not dtype or not x.is_cpu or x.stride(-1) != 1:
+            return False
+    return True
+
+
+def add_rms_norm_c(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``kernels.rms_norm.add_rms_norm``: [T, hidden] both -> the sum normalised, and the sum."""
+    if not suits(x, weight) or (residual is not None and not suits(residual)):
+        return add_rms_norm_reference(x, residual, weight, eps)
+    num_tokens, width = x.shape
+    normed = torch.empty(num_tokens, width, dtype=x.dtype)
+    total = x if residual is None else torch.empty(num_tokens, width, dtype=x.dtype)
+    library(x.dtype).add_rms_norm(
+        normed.data_ptr(),
+        total.data_ptr(),
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        num_tokens,
+        width,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return normed, total
+
+
+def silu_mul_c(gate_up: Tensor) -> Tensor:
+    """``kernels.silu_mul.silu_mul``: [T, 2 I] -> [T, I]."""
+    if not suits(gate_up):
+        return silu_mul_reference(gate_up)
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(num_tokens, width, dtype=gate_up.dtype)
+    library(gate_up.dtype).silu_mul(
+        out.data_ptr(), gate_up.data_ptr(), num_tokens, width, gate_up.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def qk_norm_rope_c(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+) -> Tensor:
+    """``kernels.qk_norm_rope.qk_norm_rope``: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D], and the store."""
+    num_tokens, _, dim = qkv.shape
+    num_qk = num_heads + num_kv_heads
+    whole = [x for x in (cos, signed_sin, norm_weight, k_cache, v_cache) if x is not None]
+    dense = suits(qkv, *whole) and qkv.stride(1) == dim and all(x.is_contiguous() for x in whole)
+    if not dense or (slot_mapping is not None and slot_mapping.dtype is not torch.int64):
+        return qk_norm_rope_reference(
+            qkv,
+            cos,
+            signed_sin,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            norm_weight=norm_weight,
+            eps=eps,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            slot_mapping=slot_mapping,
+        )
+    qk = torch.empty(num_tokens, num_qk, dim, dtype=qkv.dtype)
+    library(qkv.dtype).qk_norm_rope(
+        qk.data_ptr(),
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        signed_sin.data_ptr(),
+        None if norm_weight is None else norm_weight.data_ptr(),
+        None if k_cache is None else k_cache.data_ptr(),
+        None if v_cache is None else v_cache.data_ptr(),
+        None if slot_mapping is None else slot_mapping.data_ptr(),
+        num_kv_heads,
+        num_tokens,
+        num_qk,
+        dim,
+        qkv.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return qk
+
+
+def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """``kernels.store_kv.store_kv``: rows [T, H_kv, D] to their slots; -1 nowhere. Slots lie within the cache."""
+    dim = k.shape[-1]
+    dense = suits(k, v, k_cache, v_cache) and k.stride(1) == v.stride(1) == dim and v.shape == k.shape
+    dense = dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64
+    if not dense:
+        store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
+        return
+    library(k.dtype).store_kv(
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        slot_mapping.data_ptr(),
+        k.shape[0],
+        k.shape[1] * dim,
+        k.stride(0),
+        v.stride(0),
+    )
+
+
+def argmax_c(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``kernels.argmax.argmax``: [R, V], V > 0 -> values [R], int64 places [R]."""
+    if not suits(logits):
+        return argmax_reference(logits)
+    num_rows, width = logits.shape
+    values = torch.empty(num_rows, dtype=logits.dtype)
+    places = torch.empty(num_rows, dtype=torch.int64)
+    library(logits.dtype).argmax(
+        places.data_ptr(),
+        values.data_ptr(),
+        logits.data_ptr(),
+        num_rows,
+        width,
+        logits.stride(0),
+        torch.get_num_threads(),
+    )
+    return values, places

@@ -1,0 +1,209 @@
+"""Draw the next token of every row on the device: temperature, noise, argmax. No probability is ever written.
+
+    logits [R, V]     tile 0        tile 1        tile 2                    one program a tile
+                    [ ........ ]  [ ........ ]  [ ...... ]
+                        |             |             |
+                    largest, best p/E and its token id      [R, tiles]      launch 1
+                        +-------------+-------------+
+                                      |
+                               winner of the row            [R]             launch 2: one program a row
+
+Token i of probability p_i draws noise E_i from (seed, sample index, position, i), and argmax(p_i / E_i) is an exact
+draw (``noise.py`` tells why). The softmax's sum cancels in the argmax, so a tile needs its own largest logit only, to
+keep exp in range: tiles are put on one scale when they meet. The integers of the noise are those of ``noise.py`` to the
+bit, so what is drawn is the same, but for a few units in the last place of log and exp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.fused.noise import noise, row_keys
+from paged_infer.kernels.triton_runtime import launch, tl, triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALLEST, LARGEST = 1e-20, 1e20  # temperatures are held within, as in sampling.py
+FLOAT32_MAX = torch.finfo(torch.float32).max
+TILE = 2048  # tokens
+
+
+def sample(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token for each row, drawn from softmax(logits / temperature); the most probable at temperature 0.
+
+    Args:
+        logits: [R, V] in float32, float16 or bfloat16; rows may be apart.
+        temperatures: [R] float32; 0 is greedy (of equals, the lowest id wins), others are held within 1e-20..1e20.
+        seeds: [R] int64, any.
+        sample_indices: [R] int64 or int32, within [0, 2^31).
+        positions: [R] int64 or int32, within [0, 2^32): the index that the new token will have in its sequence.
+
+    Returns:
+        token_ids [R] int64: -1 where a row cannot be sampled (NaN, only -inf or, at temperature > 0, +inf).
+        scores [R] float32, the winner's score: (logit - the row's largest) / temperature - log E, or at temperature 0
+        its logit, clamped to float32's largest number; not finite where the token is -1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check(logits, temperatures, seeds, sample_indices, positions)
+    num_rows, vocab_size = logits.shape
+    tile = min(triton.next_power_of_2(vocab_size), TILE)
+    num_tiles = triton.cdiv(vocab_size, tile)
+    largest, best = logits.new_empty(2, num_rows, num_tiles, dtype=torch.float32).unbind()
+    winners = logits.new_empty(num_rows, num_tiles, dtype=torch.int32)
+    token_ids = logits.new_empty(num_rows, dtype=torch.int64)
+    scores = logits.new_empty(num_rows, dtype=torch.float32)
+    launch(
+        _race_kernel,
+        (num_rows, num_tiles),
+        *(logits, temperatures, seeds, sample_indices, positions, largest, best, winners),
+        *(logits.stride(0), vocab_size, num_tiles),
+        SMALLEST=SMALLEST,
+        LARGEST=LARGEST,
+        FLOAT32_MAX=FLOAT32_MAX,
+        TILE=tile,
+        num_warps=max(1, tile // 256),
+    )
+    launch(
+        _final_kernel,
+        (num_rows,),
+        *(largest, best, winners, temperatures, token_ids, scores, num_tiles),
+        SMALLEST=SMALLEST,
+        LARGEST=LARGEST,
+        TILES=triton.next_power_of_2(num_tiles),
+        num_warps=1,
+    )
+    return token_ids, scores
+
+
+def sample_reference(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``sample`` in torch: the race over the whole row at once."""
+    if logits.shape[0] == 0:
+        return seeds.clone(), temperatures.clone()
+    keys = row_keys(seeds.tolist(), sample_indices.tolist(), positions.tolist()).to(logits.device)
+    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    highest, greedy = logits.float().max(1)
+    apart = (logits.float() - highest.unsqueeze(1)) / temperatures.clamp(SMALLEST, LARGEST).unsqueeze(1)  # [R, V]
+    best, drawn = (apart.exp() / noise(keys, ids)).max(1)
+    scores = torch.where(temperatures == 0, highest.clamp_max(FLOAT32_MAX), best.log())
+    tokens = torch.where(temperatures == 0, greedy, drawn)
+    return tokens.where(scores.isfinite(), -1), scores
+
+
+@triton.jit
+def _race_kernel(
+    logits, temperatures, seeds, sample_indices, positions, largest, best, winners,
+    logits_stride, vocab_size, num_tiles,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, FLOAT32_MAX: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # One program: one tile of one row. Its best score is relative to the tile's largest logit, so finite logits do not
+    # overflow at any temperature: exp((x - largest) / temperature) / E.
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
+    x = x.to(tl.float32)
+    temperature = tl.load(temperatures + row)
+    if temperature == 0.0:
+        top = 0.0
+        # NaN becomes +inf: it wins, and the row fails.
+        score = tl.where(x == x, tl.minimum(x, FLOAT32_MAX), float("inf"))
+    else:
+        temperature = tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST)
+        is_sound = x < float("inf")  # neither NaN nor +inf
+        top = tl.max(tl.where(is_sound, x, float("-inf")), 0)
+        base = tl.where(top > float("-inf"), top, 0.0)
+        keys = _row_keys(tl.load(seeds + row), tl.load(sample_indices + row), tl.load(positions + row))
+        time = _exponential(_mix(keys[0], keys[1], token))
+        score = tl.where(is_sound, tl.exp(tl.div_rn(x - base, temperature)) / time, float("inf"))
+    value, place = tl.max(score, 0, return_indices=True)  # of equals, the first
+    at = row * num_tiles + tile
+    tl.store(largest + at, top)
+    tl.store(best + at, value)
+    tl.store(winners + at, tile * TILE + place)
+
+
+@triton.jit
+def _final_kernel(
+    largest, best, winners, temperatures, token_ids, scores, num_tiles,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    # One program: one row. Scores of all tiles are brought to the row's largest logit, and the best one wins.
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    at = row * num_tiles + tile
+    top = tl.load(largest + at, mask=tile < num_tiles, other=float("-inf"))
+    value = tl.load(best + at, mask=tile < num_tiles, other=float("-inf"))
+    of_row = tl.max(top, 0)
+    temperature = tl.load(temperatures + row)
+    apart = top - tl.where(of_row > float("-inf"), of_row, 0.0)
+    if temperature != 0.0:
+        apart = tl.div_rn(apart, tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST))
+    scale = tl.exp(apart)
+    is_finite = tl.abs(value) < float("inf")  # an infinite one keeps its sign: infinity times 0 would be NaN
+    value = tl.where(is_finite, tl.where(is_finite, value, 0.0) * scale, value)
+    score, place = tl.max(value, 0, return_indices=True)
+    if temperature != 0.0:
+        score = tl.log(score)
+    winner = tl.load(winners + row * num_tiles + place).to(tl.int64)
+    tl.store(token_ids + row, tl.where(tl.abs(score) < float("inf"), winner, -1))
+    tl.store(scores + row, score)
+
+
+# ------------------------------------------------------------------------------ noise.py's integers, literally
+
+
+@triton.jit
+def _splitmix64(x):  # uint64, wrapping
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _row_keys(seed, sample_index, position):  # integers -> two int32 within [0, 2^31)
+    place = (sample_index.to(tl.uint64) << 32) + position.to(tl.uint64)
+    x = _splitmix64(_splitmix64(seed.to(tl.uint64) + 0x9E3779B97F4A7C15) ^ place)
+    return (x & 0x7FFFFFFF).to(tl.int32), ((x >> 32) & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _mix(first_key, second_key, token):  # int32 -> int32 within [0, 2^31)
+    x = token ^ first_key
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D + second_key) & 0x7FFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x046CA68B) & 0x7FFFFFFF
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _exponential(x):  # int32 within [0, 2^31) -> -log1p(-u), u = (x + 1/2) / 2^31 as noise.py rounds it
+    u = (x.to(tl.float32) + 0.5) * 4.6566125955216364e-10  # noise.SCALE
+    rest = 1.0 - u
+    # log(rest) sees only what the subtraction left of u. What it lost, exactly u - (1 - rest), is tiny, and log is so
+    # nearly straight over it that adding it is exact to the last place: log1p in one log and no division.
+    return (u - (1.0 - rest)) - tl.log(rest)
+
+
+def _check(logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor) -> None:
+    rows = {"temperatures": temperatures, "seeds": seeds, "sample_indices": sample_indices, "positions": positions}
+    tensors = {"logits": logits, **rows}
+    if logits.dim() != 2 or logits.shape[1] == 0 or any(x.shape != logits.shape[:1] for x in rows.values()):
+        raise ValueError(
+            "sample wants logits [R, V] of at least one token, and for each row one of the others, [R]; got "
+            + ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        )
+    kinds = logits.dtype in DTYPES and temperatures.dtype == torch.float32 and seeds.dtype == torch.int64
+    kinds = kinds and {sample_indices.dtype, positions.dtype} <= {torch.int64, torch.int32}
+    dense = logits.stride(1) == 1 and all(x.is_contiguous() for x in rows.values())
+    if not (kinds and dense and len({x.device for x in tensors.values()}) == 1):
+        raise ValueError(
+            "sample wants one device, float32, float16 or bfloat16 logits without gaps in a row, float32 temperatures, "
+            "int64 seeds, int64 or int32 sample_indices and positions; got "
+            + ", ".join(f"{n} {x.dtype} on {x.device}, strides {x.stride()}" for n, x in tensors.items())
+        )

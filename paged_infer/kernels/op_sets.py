@@ -1,0 +1,52 @@
+"""The pieces of a step around its matrix products, as one set: in plain torch, as Triton kernels, or in C for a CPU.
+
+The decoder, the cache and the sampler take a set and do not know which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from paged_infer.kernels.cpu.linear import Pack, pack_c, pack_onednn
+from paged_infer.kernels.cpu.ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
+from paged_infer.kernels.fused.argmax import argmax_reference
+from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
+from paged_infer.kernels.fused.sample import sample
+from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
+
+
+class Ops(NamedTuple):
+    """One implementation of each piece; signatures are those of the functions of the same name."""
+
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    qk_norm_rope: Callable[..., Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+    store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    copy_blocks: Callable[..., None]
+    sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler's own torch draws
+    argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # where ``sample`` does not draw
+    pack: Pack = pack_onednn  # how matrices are laid out once their weights are final
+    fuses_store: bool = False  # qk_norm_rope also stores keys and values, in the same launch
+
+
+TORCH_OPS = Ops(
+    add_rms_norm_reference, qk_norm_rope_reference, silu_mul_reference, store_kv_reference, copy_blocks_reference, None
+)
+TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True)
+C_OPS = Ops(
+    add_rms_norm_c,
+    qk_norm_rope_c,
+    silu_mul_c,
+    store_kv_c,
+    copy_blocks_reference,
+    None,
+    argmax=argmax_c,
+    pack=pack_c,
+    fuses_store=True,
+)

@@ -1,0 +1,89 @@
+"""The registry: backends by name, one's own among them, and the elementwise pieces that go with each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paged_infer import SamplingParams
+from paged_infer.kernels import attention_backends as registry
+from paged_infer.kernels import triton_runtime
+from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, attention_backend, register_attention_backend
+from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"'flash9' is not known; known: auto, c, sdpa, torch, triton, module:function"
+    ):
+        attention_backend("flash9", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:attend", "No module named 'no_such_module'"),
+        ("math:attend", "module 'math' has no attribute 'attend'"),
+        ("math:pi", "is no function but float"),
+        (":attend", "cannot be imported"),
+        (".relative:attend", "cannot be imported"),
+    ],
+)
+def test_a_backend_that_cannot_be_imported_is_refused_with_the_reason(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention_backend(name, CPU)
+
+
+def test_auto_is_the_fastest_that_the_device_has(monkeypatch) -> None:
+    monkeypatch.setattr(registry, "why_not", lambda: None)
+    assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["c"], C_OPS)
+    monkeypatch.setattr(registry, "why_not", lambda: "no C compiler")
+    assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["sdpa"], TORCH_OPS)
+    assert attention_backend("auto", CUDA)[1] is TORCH_OPS  # an interpreting process cannot compile
+    monkeypatch.setattr(registry, "can_run_on", lambda device: True)
+    assert attention_backend("auto", CUDA) == (ATTENTION_BACKENDS["triton"], TRITON_OPS)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
+    monkeypatch.setattr(triton_runtime, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="attention_backend='triton' cannot run on cpu here"):
+        attention_backend("triton", CPU)
+
+
+def test_c_is_refused_where_it_cannot_run(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="attention_backend='c' cannot run on cuda here: it is for CPUs"):
+        attention_backend("c", CUDA)
+    monkeypatch.setattr(registry, "why_not", lambda: "cc failed: no room")
+    with pytest.raises(ValueError, match="'c' cannot run on cpu here: cc failed: no room"):
+        attention_backend("c", CPU)
+
+
+def test_with_the_torch_backends_everything_is_torch_and_with_triton_everything_is_triton() -> None:
+    assert attention_backend("torch", CPU)[1] is attention_backend("sdpa", CPU)[1] is TORCH_OPS
+    assert attention_backend("triton", CPU)[1] is TRITON_OPS
+
+
+def test_a_registered_function_runs_the_engine(make_llm, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "ATTENTION_BACKENDS", dict(ATTENTION_BACKENDS))
+    calls = []
+
+    @register_attention_backend("mine")
+    def mine(q, k_cache, v_cache, step, *, window):
+        calls.append(q.shape)
+        return registry.torch_backend(q, k_cache, v_cache, step, window=window)
+
+    params = SamplingParams(temperature=0, max_tokens=5)
+    theirs = make_llm(attention_backend="torch").generate([3, 1, 4], params, use_tqdm=False)
+    ours = make_llm(attention_backend="mine").generate([3, 1, 4], params, use_tqdm=False)
+    assert calls and ours[0].outputs[0].token_ids == theirs[0].outputs[0].token_ids
+
+
+def test_a_function_in_a_file_of_the_current_folder_can_be_named(make_llm, tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_kernel_7.py").write_text(
+        "import torch\n\ndef attend(q, k_cache, v_cache, step, *, window):\n    return torch.zeros_like(q)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    llm = make_llm(attention_backend="my_kernel_7:attend")
+    assert len(llm.generate([3, 1, 4], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids) == 2

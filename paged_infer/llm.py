@@ -15,7 +15,7 @@ from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import uninterrupted
 from paged_infer.engine.engine import LLMEngine, Params, Prompt
-from paged_infer.model.hub import resolve_model
+from paged_infer.model.loading.hub import resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer

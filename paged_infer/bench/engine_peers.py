@@ -233,7 +233,7 @@ def save_for_peers(llm: Any, parent: Path) -> str:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from paged_infer.model.weights import checkpoint_views
+    from paged_infer.model.loading.load import checkpoint_views
 
     folder = parent / llm.folder.name
     folder.mkdir(parents=True)

@@ -73,7 +73,7 @@ def compile_table(
     """
     if not HAS_TRITON:
         raise RuntimeError("triton is not installed: it is what compiles the kernels")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import child; child({quick}, {tuple(chips)})"],

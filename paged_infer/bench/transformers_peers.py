@@ -13,7 +13,7 @@ from paged_infer.bench.workloads import Workload
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
-from paged_infer.model.weights import checkpoint_views
+from paged_infer.model.loading.load import checkpoint_views
 from paged_infer.params import SamplingParams
 
 PAGE_SIZE = 16  # of generate_batch's cache, as ours

@@ -26,7 +26,7 @@ from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.kernels.device import device_of, dtype_of
 from paged_infer.model.decoder import Decoder
-from paged_infer.model.weights import load_decoder
+from paged_infer.model.loading.load import load_decoder
 from paged_infer.sampling.sampler import Sampler
 from paged_infer.text.tokenizer import Tokenizer
 

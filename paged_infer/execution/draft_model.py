@@ -27,8 +27,8 @@ from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledSte
 from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
-from paged_infer.model.hub import resolve_model
-from paged_infer.model.weights import load_decoder
+from paged_infer.model.loading.hub import resolve_model
+from paged_infer.model.loading.load import load_decoder
 from paged_infer.params import SampleRow
 from paged_infer.sampling.sampler import Sampler
 

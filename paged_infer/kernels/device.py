@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from paged_infer.model.weights import saved_dtype
+from paged_infer.model.loading.load import saved_dtype
 
 
 def device_of(name: str) -> torch.device:

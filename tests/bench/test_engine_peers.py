@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from paged_infer import LLM
 from paged_infer.bench.engine_peers import PeerOptions, engine_peers, save_for_peers
 from paged_infer.bench.workloads import one_request
-from paged_infer.model.weights import checkpoint_views
+from paged_infer.model.loading.load import checkpoint_views
 
 STAND_IN = """
 class SamplingParams:

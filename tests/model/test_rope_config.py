@@ -13,7 +13,7 @@ from decoding import IDS, logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.weights import load_decoder
+from paged_infer.model.loading.load import load_decoder
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -21,8 +21,8 @@ from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.config_reader import read_json
 from paged_infer.model.decoder import Decoder
-from paged_infer.model.layout import HEAD, Piece, checkpoint_layout
-from paged_infer.model.tensor_files import StoredTensor, list_tensors, read_tensors
+from paged_infer.model.loading.layout import HEAD, Piece, checkpoint_layout
+from paged_infer.model.loading.safetensors import StoredTensor, list_tensors, read_tensors
 
 MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
 _FLOATS = {  # as safetensors and as torch call them

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from paged_infer.baselines import generate_naive
-from paged_infer.model import weights
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.weights import load_decoder, saved_dtype
+from paged_infer.model.loading import load as weights
+from paged_infer.model.loading.load import load_decoder, saved_dtype
 from paged_infer.params import SamplingParams
 
 

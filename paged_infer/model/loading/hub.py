@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from paged_infer.model.tensor_files import weight_files
+from paged_infer.model.loading.safetensors import weight_files
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]

@@ -13,7 +13,7 @@ from decoding import IDS, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from paged_infer.model.weights import load_decoder
+from paged_infer.model.loading.load import load_decoder
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -91,7 +91,7 @@ def test_a_cut_shard_is_named_before_any_other_is_read(checkpoint, tmp_path, mon
     folder = copy_of(checkpoint("qwen2"), tmp_path)
     shard = sorted(folder.glob("model-*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-1])
-    monkeypatch.setattr("paged_infer.model.weights.Decoder", None)
+    monkeypatch.setattr("paged_infer.model.loading.load.Decoder", None)
     with pytest.raises(ValueError, match=f"{re.escape(str(shard))}: cannot be read as safetensors, perhaps truncated"):
         load_decoder(folder, torch.float32)
 

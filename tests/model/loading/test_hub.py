@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
-from paged_infer.model.hub import _FILES, _NOT_FILES, resolve_model
+from paged_infer.model.loading.hub import _FILES, _NOT_FILES, resolve_model
 
 
 @pytest.fixture

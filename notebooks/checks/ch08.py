@@ -7,7 +7,7 @@ import random
 from checks import checker, expect
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.model_free import Crowd, carry_out
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.trace import Trace

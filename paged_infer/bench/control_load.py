@@ -21,8 +21,8 @@ from typing import Any
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.model_free import Crowd
-from paged_infer.control.block_hash import extend_chain, root_hash
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.hashing import extend_chain, root_hash
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.trace import Trace
 

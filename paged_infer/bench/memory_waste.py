@@ -11,7 +11,7 @@ from statistics import mean
 from paged_infer.bench.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, Dataset, RequestLengths
 from paged_infer.bench.model_free import Crowd, carry_out
 from paged_infer.bench.reservations import RESERVATIONS, MemoryUse, reserve_contiguously
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 

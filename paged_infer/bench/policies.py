@@ -11,7 +11,7 @@ from typing import Any
 
 from paged_infer.bench.metrics import TokenTimes, quantile
 from paged_infer.bench.serving import Arrival, EngineServer, Server, SimulatedServer, StepCost, poisson_arrivals, serve
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.scheduler import Scheduler
 

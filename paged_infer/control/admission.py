@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as ReadOnlyList
 
-from paged_infer.control.beam import num_candidates
-from paged_infer.control.block_manager import Allocation, BlockManager
+from paged_infer.control.beam_search import num_candidates
+from paged_infer.control.blocks.manager import Allocation, BlockManager
 from paged_infer.params import BeamSearchParams, SamplingParams
 
 MAX_NUM_SAMPLES = 16_384  # per request; vLLM's VLLM_MAX_N_SEQUENCES

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paged_infer.control.turn import Turn
+    from paged_infer.control.step_plan import Turn
 
 
 class Policy(ABC):

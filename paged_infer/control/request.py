@@ -26,8 +26,8 @@ import enum
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
-from paged_infer.control.beam import Answer, BeamSearch
-from paged_infer.control.block_hash import extend_chain, root_hash
+from paged_infer.control.beam_search import Answer, BeamSearch
+from paged_infer.control.blocks.hashing import extend_chain, root_hash
 from paged_infer.params import BeamSearchParams, SamplingParams
 
 PENDING = -1  # a token whose value is not known yet

@@ -22,15 +22,15 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from paged_infer.control.beam import go_on
-from paged_infer.control.block_manager import BlockManager
-from paged_infer.control.describe import describe
+from paged_infer.control.beam_search import go_on
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.speculation import Proposer
 from paged_infer.control.step import BlockMoves, ScheduledStep
+from paged_infer.control.step_entries import describe
+from paged_infer.control.step_plan import Turn, insert_by_age
 from paged_infer.control.trace import Trace
-from paged_infer.control.turn import Turn, insert_by_age
 from paged_infer.params import Candidates
 
 PREEMPTION_MODES = ("recompute", "swap")

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.blocks.pool import BlockPool
 
 if TYPE_CHECKING:
     from paged_infer.control.scheduler import Scheduler
-    from paged_infer.control.turn import Turn
+    from paged_infer.control.step_plan import Turn
 
 Event = tuple[Any, ...]
 _US = 1e6  # Perfetto counts microseconds

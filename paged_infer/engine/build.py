@@ -13,7 +13,7 @@ import torch
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import make_proposer

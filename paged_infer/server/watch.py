@@ -21,7 +21,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from paged_infer.async_llm import EngineDeadError
-from paged_infer.control.pool_view import Cell, pool_cells
+from paged_infer.control.blocks.snapshot import Cell, pool_cells
 from paged_infer.control.request import Sequence
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.server.answers import event

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from paged_infer.control.pool_view import Cell
-from paged_infer.control.pool_view import pool_cells as held_or_findable
+from paged_infer.control.blocks.snapshot import Cell
+from paged_infer.control.blocks.snapshot import pool_cells as held_or_findable
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.viz.lives import OWNER_COLOURS, owner_colour, sequence_names
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture

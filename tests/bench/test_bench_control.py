@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from paged_infer.bench.control_load import FULL, House, measure_lookups, measure_pools
 from paged_infer.cli import app
-from paged_infer.control import block_hash
+from paged_infer.control.blocks import hashing as block_hash
 
 POOLS = (500, 5_000)
 

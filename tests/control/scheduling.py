@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from functools import partial
 
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep

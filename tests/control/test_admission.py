@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_infer.control.admission import check_request, truncated
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.params import SamplingParams

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import FakeMemory, Source, make_scheduler, next_tokens
 
-from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import POLICIES, make_policy
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler

@@ -21,7 +21,7 @@ from paged_infer.control.policies import (
 )
 from paged_infer.control.request import Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.turn import Turn
+from paged_infer.control.step_plan import Turn
 
 
 def longest_silence(scheduler: Scheduler, num_steps: int = 30) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler
 
-from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.request import PENDING, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep

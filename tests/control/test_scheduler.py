@@ -17,7 +17,7 @@ from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_sch
 
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import ScheduledStep
-from paged_infer.control.turn import sample_share
+from paged_infer.control.step_plan import sample_share
 from paged_infer.params import SampleRow
 
 

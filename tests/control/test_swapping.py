@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from scheduling import FakeMemory, Source, add, carry_out, counts, make_scheduler, run
 
-from paged_infer.control.block_manager import Allocation, BlockManager
+from paged_infer.control.blocks.manager import Allocation, BlockManager
+from paged_infer.control.blocks.swap_space import SwapSpace
 from paged_infer.control.request import SequenceState
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.swap_space import SwapSpace
 
 
 def swapping_pair(**options) -> tuple[Scheduler, list]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduling import EOS, Source, add, carry_out, counts, make_scheduler, run
 
-from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import POLICIES, Dynamic, make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.trace import Trace

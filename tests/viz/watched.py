@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.collections import PolyCollection
 
-from paged_infer.control.block_manager import BlockManager
+from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import make_policy
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_infer.control.block_manager import Allocation, BlockManager
+from paged_infer.control.blocks.manager import Allocation, BlockManager
 
 
 @given(st.integers(0, 200), st.integers(1, 20))

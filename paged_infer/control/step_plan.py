@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Sequence as ReadOnlyList
 from typing import TYPE_CHECKING
 
-from paged_infer.control.block_manager import Allocation, Returning, Table
+from paged_infer.control.blocks.manager import Allocation, Returning, Table
 from paged_infer.control.request import Sequence, SequenceState
 
 if TYPE_CHECKING:

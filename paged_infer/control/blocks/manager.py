@@ -29,9 +29,9 @@ from collections.abc import Sequence as ReadOnlyList
 from itertools import chain
 from typing import Any, NamedTuple
 
-from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.blocks.pool import BlockPool
+from paged_infer.control.blocks.swap_space import SwapSpace
 from paged_infer.control.step import BlockMoves
-from paged_infer.control.swap_space import SwapSpace
 
 Table = tuple[int, ...]
 

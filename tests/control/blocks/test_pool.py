@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from paged_infer.control.block_pool import BlockPool, OutOfBlocks
+from paged_infer.control.blocks.pool import BlockPool, OutOfBlocks
 
 
 def test_every_block_is_given_out_once_and_then_none_is_left() -> None:

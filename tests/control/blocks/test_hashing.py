@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_infer.control import block_hash
-from paged_infer.control.block_hash import extend_chain, root_hash
+from paged_infer.control.blocks import hashing as block_hash
+from paged_infer.control.blocks.hashing import extend_chain, root_hash
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
 

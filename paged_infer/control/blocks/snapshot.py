@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from paged_infer.control.block_manager import Table
-from paged_infer.control.block_pool import BlockPool
+from paged_infer.control.blocks.manager import Table
+from paged_infer.control.blocks.pool import BlockPool
 
 
 class Cell(NamedTuple):

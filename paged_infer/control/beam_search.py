@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from paged_infer.params import BeamSearchParams, Candidates
 
 if TYPE_CHECKING:
-    from paged_infer.control.block_manager import BlockManager
+    from paged_infer.control.blocks.manager import BlockManager
     from paged_infer.control.request import Sequence
     from paged_infer.control.scheduler import Scheduler
 

@@ -21,9 +21,9 @@ from paged_infer.bench.options import NAIVE_RUNGS
 from paged_infer.cli_options import EngineOptions, Model, fail, with_blocks
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
-from paged_infer.server import errors
-from paged_infer.server.answers import usage
-from paged_infer.server.protocol import CompletionRequest, bad_value
+from paged_infer.server.openai import errors
+from paged_infer.server.openai.json_stream import usage
+from paged_infer.server.openai.protocol import CompletionRequest, bad_value
 from paged_infer.server.run import listen
 
 GENERATE = {"naive": baselines.generate_naive, "cached": baselines.generate_cached}

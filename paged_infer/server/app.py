@@ -11,11 +11,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 import paged_infer
 from paged_infer.async_llm import AsyncLLM
-from paged_infer.server import chat, completions, errors, jobs, page, status, watch
-from paged_infer.server.door import Door
 from paged_infer.server.metrics import Metrics
+from paged_infer.server.middleware import Door
+from paged_infer.server.openai import errors
+from paged_infer.server.routes import chat, completions, jobs, page, status
+from paged_infer.server.routes import live_events as watch
+from paged_infer.server.routes.live_events import Watch
 from paged_infer.server.service import Service, Settings
-from paged_infer.server.watch import Watch
 
 LOOP_DELAY_EVERY_S = 0.02
 ROUTERS = (  # a new route: a module with one more

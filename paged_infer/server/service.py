@@ -22,9 +22,9 @@ from paged_infer.control.admission import ContextLengthError
 from paged_infer.engine.engine import Params, Prompt
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams
-from paged_infer.server.errors import APIError
 from paged_infer.server.hosts import ALL
-from paged_infer.server.protocol import bad_value
+from paged_infer.server.openai.errors import APIError
+from paged_infer.server.openai.protocol import bad_value
 
 logger = logging.getLogger("uvicorn.error")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from serving import CHAT, Served, serving
 
-from paged_infer.server import watch
+from paged_infer.server.routes import live_events as watch
 from paged_infer.server.service import new_id
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}

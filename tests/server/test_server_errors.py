@@ -10,9 +10,9 @@ from holding import LIMIT_S
 from pydantic import ValidationError
 from serving import CHAT, PROMPT, serving, told
 
-from paged_infer.server.errors import refusal
-from paged_infer.server.fields import REFUSED
-from paged_infer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerateRequest, SamplingFields
+from paged_infer.server.openai.errors import refusal
+from paged_infer.server.openai.fields import REFUSED
+from paged_infer.server.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerateRequest, SamplingFields
 from paged_infer.server.service import Settings
 
 

@@ -15,7 +15,7 @@ from checkpoints import save_llama_tokenizer, save_random_checkpoint
 from serving import Served, serving, told
 from transformers import AutoModelForCausalLM
 
-from paged_infer.server.answers import chat_logprobs, token_names
+from paged_infer.server.openai.json_stream import chat_logprobs, token_names
 from paged_infer.text.tokenizer import Tokenizer
 
 TEMPLATE = (

@@ -24,7 +24,7 @@ from paged_infer.async_llm import EngineDeadError
 from paged_infer.control.blocks.snapshot import Cell, pool_cells
 from paged_infer.control.request import Sequence
 from paged_infer.engine.engine import LLMEngine
-from paged_infer.server.answers import event
+from paged_infer.server.openai.json_stream import event
 from paged_infer.server.service import EventStream, Service, closing_error, service_of
 
 EVERY_S = 0.1

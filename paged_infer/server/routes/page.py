@@ -24,7 +24,7 @@ async def page() -> Response:
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
     """The file, and headers by which a browser runs its script and no other."""
-    content = resources.files("paged_infer.server").joinpath("page.html").read_bytes()
+    content = resources.files("paged_infer.server.routes").joinpath("page.html").read_bytes()
     policy = {
         "default-src": "'none'",
         "script-src": _digest(content, b"script"),

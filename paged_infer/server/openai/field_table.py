@@ -1,6 +1,6 @@
 """The table of request fields in this folder's README.md.
 
-$ python -m paged_infer.server.field_table    # rewrites it
+$ python -m paged_infer.server.openai.field_table    # rewrites it
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from paged_infer.server.fields import ACCEPTED
-from paged_infer.server.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, StreamOptions
+from paged_infer.server.openai.fields import ACCEPTED
+from paged_infer.server.openai.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, StreamOptions
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- fields: python -m paged_infer.server.field_table -->\n", "<!-- end of fields -->\n"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- fields: python -m paged_infer.server.openai.field_table -->\n", "<!-- end of fields -->\n"
 _MODELS = (CompletionRequest, ChatCompletionRequest)
 
 

@@ -8,8 +8,8 @@ import secrets
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from paged_infer.server.errors import APIError
 from paged_infer.server.hosts import is_allowed
+from paged_infer.server.openai.errors import APIError
 from paged_infer.server.service import CLOSING, Service, closing_error
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/openapi.json")  # need no key: they hold nothing that anybody has asked

@@ -22,7 +22,7 @@ import pytest
 from holding import LIMIT_S, until
 from serving import NO_TLS, Served, serving
 
-from paged_infer.server import watch
+from paged_infer.server.routes import live_events as watch
 from paged_infer.server.service import Settings
 from paged_infer.viz.lives import OWNER_COLOURS
 from paged_infer.viz.pool_map import CACHED_COLOUR

@@ -11,8 +11,8 @@ from holding import until
 from serving import Served, serving
 
 from paged_infer import SamplingParams
-from paged_infer.server import jobs
-from paged_infer.server.jobs import Jobs
+from paged_infer.server.routes import jobs
+from paged_infer.server.routes.jobs import Jobs
 from paged_infer.server.service import Settings
 
 LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}

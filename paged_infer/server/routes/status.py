@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
-from paged_infer.server.errors import APIError, documented, json_response
+from paged_infer.server.openai.errors import APIError, documented, json_response
 from paged_infer.server.service import Service, closing_error, service_of
 
 router = APIRouter()

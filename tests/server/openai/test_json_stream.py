@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import Served
 
-from paged_infer.server import shape
-from paged_infer.server.answers import SLICE, encoded
-from paged_infer.server.completions import _CompletionShape
+from paged_infer.server.openai.json_stream import SLICE, encoded
+from paged_infer.server.routes import responses as shape
+from paged_infer.server.routes.completions import _CompletionShape
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 CONTENT = st.recursive(

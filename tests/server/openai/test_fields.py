@@ -12,10 +12,10 @@ from openai.types.chat.chat_completion_stream_options_param import ChatCompletio
 from serving import CHAT, PROMPT, serving, told
 
 from paged_infer import SamplingParams
-from paged_infer.server import field_table
-from paged_infer.server.answers import FILLED
-from paged_infer.server.fields import ACCEPTED
-from paged_infer.server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from paged_infer.server.openai import field_table
+from paged_infer.server.openai.fields import ACCEPTED
+from paged_infer.server.openai.json_stream import FILLED
+from paged_infer.server.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 
 BODY: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 TALK: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_every_stream_option_of_openais_client_and_of_vllm_is_known() -> None:
 
 
 def test_the_readme_lists_the_fields_as_they_are() -> None:
-    """Else: python -m paged_infer.server.field_table"""
+    """Else: python -m paged_infer.server.openai.field_table"""
     text = field_table.README.read_text()
     assert text.count(field_table.BEGIN + field_table.table() + field_table.END) == 1
 

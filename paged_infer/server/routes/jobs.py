@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from paged_infer.async_llm import RequestStream
 from paged_infer.outputs import RequestOutput
-from paged_infer.server.answers import usage
-from paged_infer.server.errors import APIError, documented, json_response
-from paged_infer.server.protocol import GenerateRequest
+from paged_infer.server.openai.errors import APIError, documented, json_response
+from paged_infer.server.openai.json_stream import usage
+from paged_infer.server.openai.protocol import GenerateRequest
 from paged_infer.server.service import Service, new_id, service_of
 
 router = APIRouter()

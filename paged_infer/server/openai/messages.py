@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from paged_infer.server.errors import APIError
-from paged_infer.server.fields import TEXT, TOOLS, Refused, is_harmless
-from paged_infer.server.strict import ListOf, Strict
+from paged_infer.server.openai.base_model import ListOf, Strict
+from paged_infer.server.openai.errors import APIError
+from paged_infer.server.openai.fields import TEXT, TOOLS, Refused, is_harmless
 from paged_infer.text.chat_template import NO_TEXT
 
 UNSUPPORTED = {

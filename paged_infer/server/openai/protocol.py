@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.server.errors import APIError
-from paged_infer.server.fields import REFUSED, REFUSED_IN_CHAT, Refused, is_harmless
-from paged_infer.server.messages import ChatMessage
-from paged_infer.server.strict import ListOf, Strict
+from paged_infer.server.openai.base_model import ListOf, Strict
+from paged_infer.server.openai.errors import APIError
+from paged_infer.server.openai.fields import REFUSED, REFUSED_IN_CHAT, Refused, is_harmless
+from paged_infer.server.openai.messages import ChatMessage
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_ID_LENGTH = 16, 256, 20, 256
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
-from paged_infer.storyteller.batches import FIRST_EVALUATION_SEED
-from paged_infer.storyteller.grammar import tell
+from paged_infer.storyteller.stories.grammar import tell
+from paged_infer.storyteller.training.batches import FIRST_EVALUATION_SEED
 
 OPENINGS = (
     "Once upon a time",

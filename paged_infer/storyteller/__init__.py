@@ -8,8 +8,8 @@ package imports neither torch nor transformers.
 from pathlib import Path
 
 from paged_infer.storyteller.evaluation import evaluate
-from paged_infer.storyteller.grammar import Story, tell
-from paged_infer.storyteller.world import Question
+from paged_infer.storyteller.stories.grammar import Story, tell
+from paged_infer.storyteller.stories.world import Question
 
 PATH = Path(__file__).parent / "weights"
 DRAFT_PATH = Path(__file__).parent / "draft"

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from paged_infer.storyteller.grammar import END, FIRST_EVALUATION_SEED, Story, ask, tell
+from paged_infer.storyteller.stories.grammar import END, FIRST_EVALUATION_SEED, Story, ask, tell
 
 
 def document(story: Story) -> str:

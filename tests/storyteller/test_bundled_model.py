@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from paged_infer.storyteller import PATH, evaluate, tell
 from paged_infer.storyteller.evaluation import document, quizzes
-from paged_infer.storyteller.grammar import END, ask
+from paged_infer.storyteller.stories.grammar import END, ask
 
 
 def test_the_weights_fit_in_eight_megabytes():

@@ -5,8 +5,9 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from paged_infer.storyteller import PATH, lexicon, tell
-from paged_infer.storyteller.grammar import END, FIRST_EVALUATION_SEED
+from paged_infer.storyteller import PATH, tell
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.grammar import END, FIRST_EVALUATION_SEED
 
 
 @pytest.fixture(scope="module")

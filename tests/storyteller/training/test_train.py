@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paged_infer.storyteller import train, vocabulary
-from paged_infer.storyteller.batches import CONTEXT, Mix, Rows, stream
-from paged_infer.storyteller.muon import Muon, orthogonalize
+from paged_infer.storyteller.training import train, vocabulary
+from paged_infer.storyteller.training.batches import CONTEXT, Mix, Rows, stream
+from paged_infer.storyteller.training.muon import Muon, orthogonalize
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Trains the storyteller's draft model: `python -m paged_infer.storyteller.distil`, whose defaults made the bundled.
+"""Train the draft model: `python -m paged_infer.storyteller.training.distil`. Its defaults made the bundled weights.
 
 Two layers learn what six of them say: the loss is the distance from the storyteller's own distribution at every token
 (distillation, Hinton et al. 2015, at temperature 1), not from the one token that came next. A draft is accepted where
@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
 from paged_infer.storyteller import DRAFT_PATH, PATH
-from paged_infer.storyteller.batches import Batch, Mix, Rows, stream
-from paged_infer.storyteller.export import export
-from paged_infer.storyteller.train import Loss, Probe, new_model, run
+from paged_infer.storyteller.training.batches import Batch, Mix, Rows, stream
+from paged_infer.storyteller.training.export import export
+from paged_infer.storyteller.training.train import Loss, Probe, new_model, run
 
 DRAFT_SHAPE = {
     "hidden_size": 128,

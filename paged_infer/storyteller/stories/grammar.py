@@ -7,11 +7,11 @@ exp(-logprob / num_tokens) in perplexity on text from this grammar: that is what
 
 from dataclasses import dataclass
 
-from paged_infer.storyteller import lexicon
-from paged_infer.storyteller.chooser import Chooser
-from paged_infer.storyteller.scenes import SCENES, find
-from paged_infer.storyteller.themes import LAST_WORDS, THEMES
-from paged_infer.storyteller.world import Person, Question, Thing, World
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.chooser import Chooser
+from paged_infer.storyteller.stories.scenes import SCENES, find
+from paged_infer.storyteller.stories.themes import LAST_WORDS, THEMES
+from paged_infer.storyteller.stories.world import Person, Question, Thing, World
 
 END = "<|endoftext|>"  # stands before a document and after it; never inside
 # Training tells stories with smaller seeds; evaluation begins here.

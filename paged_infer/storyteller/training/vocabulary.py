@@ -4,11 +4,11 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from paged_infer.storyteller.drill import drill
-from paged_infer.storyteller.grammar import END, tell
+from paged_infer.storyteller.stories.grammar import END, tell
+from paged_infer.storyteller.training.drill import drill
 
 VOCABULARY = 2048  # an upper bound: merging ends at 1,799, when every word is one token
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+CHAT_TEMPLATE = Path(__file__).parents[1] / "chat_template.jinja"
 
 
 def train_tokenizer(num_stories: int = 20_000) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Trains the storyteller: `python -m paged_infer.storyteller.train`, whose defaults made the bundled weights."""
+"""Train the storyteller: `python -m paged_infer.storyteller.training.train`. Its defaults made the bundled weights."""
 
 import json
 import random
@@ -13,11 +13,11 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from paged_infer.storyteller import PATH
-from paged_infer.storyteller.batches import CONTEXT, Batch, Mix, Rows, stream
-from paged_infer.storyteller.export import export, plot
-from paged_infer.storyteller.grammar import FIRST_EVALUATION_SEED
-from paged_infer.storyteller.muon import Muon
-from paged_infer.storyteller.vocabulary import train_tokenizer
+from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
+from paged_infer.storyteller.training.batches import CONTEXT, Batch, Mix, Rows, stream
+from paged_infer.storyteller.training.export import export, plot
+from paged_infer.storyteller.training.muon import Muon
+from paged_infer.storyteller.training.vocabulary import train_tokenizer
 
 SHAPE = {
     "hidden_size": 192,

@@ -9,8 +9,8 @@ from threading import Thread
 import torch
 from tokenizers import Tokenizer
 
-from paged_infer.storyteller.drill import drill
-from paged_infer.storyteller.grammar import END, FIRST_EVALUATION_SEED, tell
+from paged_infer.storyteller.stories.grammar import END, FIRST_EVALUATION_SEED, tell
+from paged_infer.storyteller.training.drill import drill
 
 CONTEXT = 1024
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from paged_infer.storyteller.grammar import END
-from paged_infer.storyteller.vocabulary import save_tokenizer
+from paged_infer.storyteller.stories.grammar import END
+from paged_infer.storyteller.training.vocabulary import save_tokenizer
 
 
 def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:

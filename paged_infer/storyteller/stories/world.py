@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from paged_infer.storyteller import lexicon
-from paged_infer.storyteller.chooser import Chooser
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.chooser import Chooser
 
 
 @dataclass(frozen=True)

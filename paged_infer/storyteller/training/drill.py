@@ -3,10 +3,10 @@ can be learned than to look back and copy; the stories then use what was learned
 
 from dataclasses import dataclass
 
-from paged_infer.storyteller import lexicon
-from paged_infer.storyteller.chooser import Chooser
-from paged_infer.storyteller.grammar import ask
-from paged_infer.storyteller.world import Count, Question, World
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.chooser import Chooser
+from paged_infer.storyteller.stories.grammar import ask
+from paged_infer.storyteller.stories.world import Count, Question, World
 
 TITLE = "A memory game."
 

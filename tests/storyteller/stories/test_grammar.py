@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from paged_infer.storyteller import Question, lexicon, tell
-from paged_infer.storyteller.chooser import Chooser
-from paged_infer.storyteller.drill import drill
-from paged_infer.storyteller.grammar import FIRST_EVALUATION_SEED, ask, write
-from paged_infer.storyteller.scenes import SCENES
-from paged_infer.storyteller.world import World
+from paged_infer.storyteller import Question, tell
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.chooser import Chooser
+from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED, ask, write
+from paged_infer.storyteller.stories.scenes import SCENES
+from paged_infer.storyteller.stories.world import World
+from paged_infer.storyteller.training.drill import drill
 
 SEEDS = range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + 400)
 PLACE = r"((?:in|on|under|behind|by|near|at|between|beside) [a-z ]+?)"

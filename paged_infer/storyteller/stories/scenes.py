@@ -7,8 +7,8 @@ whatever the sentence around it. Each scene has a condition (may it happen now?)
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from paged_infer.storyteller import lexicon
-from paged_infer.storyteller.world import Count, Person, Thing, World
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.world import Count, Person, Thing, World
 
 # Moments in which nothing is learned but something is felt.
 INTERLUDES: tuple[str, ...] = (

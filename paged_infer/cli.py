@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from paged_infer.bench import cli as bench_cli
-from paged_infer.bench import speed_cli
+from paged_infer.bench.speed import cli as speed_cli
 from paged_infer.cli_options import (
     Device,
     Dtype,
@@ -55,7 +55,7 @@ def compare(
     """
     try:
         llm = engine.open(model)
-        from paged_infer.bench.rungs import our_rungs, transformers_rungs
+        from paged_infer.bench.speed.baselines import our_rungs, transformers_rungs
         from paged_infer.bench.workloads import story_beginnings
 
         workload = story_beginnings(llm, num_prompts, max_tokens, seed)

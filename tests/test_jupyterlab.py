@@ -42,12 +42,12 @@ NOTEBOOKS = {
         Playground(draw, height=(0.0, 4.0, 1.0), colour=["teal", "orange"])""",
     "explorer": """
         from paged_infer.viz.explorer import explore
-        from paged_infer.viz.gallery import crowded_trace
+        from paged_infer.bench.gallery import crowded_trace
 
         explore(crowded_trace())""",
     "pool": """
         from paged_infer.viz.explorer import explore_pool
-        from paged_infer.viz.gallery import crowded_trace
+        from paged_infer.bench.gallery import crowded_trace
 
         explore_pool(crowded_trace())""",
 }

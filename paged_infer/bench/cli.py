@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from paged_infer.bench import control_cli, serve_cli, speculation_cli, speed_cli, step_cli
-from paged_infer.bench.kernels_cli import kernels
+from paged_infer.bench.http import cli as serve_cli
+from paged_infer.bench.kernels.cli import kernels
+from paged_infer.bench.scheduling import cli as control_cli
+from paged_infer.bench.speed import cli as speed_cli
+from paged_infer.bench.speed import speculation_cli, step_cli
 
 app = typer.Typer(help="Measurements beside what a user would pick instead.", no_args_is_help=True)
 

@@ -63,8 +63,8 @@ def gpu_steps(out: Path) -> list[Step]:
         str(ROOT / "tests/kernels/test_gpu_kernels.py"), str(ROOT / "tests/bench/test_roofline.py"),
         str(ROOT / "tests/engine/test_gpu_engine.py"),
     )  # fmt: skip
-    kernels = (*MODULE, "paged_infer.bench.kernels_cli", "--figures", str(out))
-    speed = (*MODULE, "paged_infer.bench.speed_cli")
+    kernels = (*MODULE, "paged_infer.bench.kernels.cli", "--figures", str(out))
+    speed = (*MODULE, "paged_infer.bench.speed.cli")
     shape = ("--model", "qwen3-0.6b", "--load-format", "dummy")
     to_out = ("--figures", str(out))
     compile_only = (*kernels, "--compile-only", "--quick")

@@ -14,7 +14,7 @@ from paged_infer.bench.shapes import SHAPES, folder_of
 from paged_infer.cli_options import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
 
 if TYPE_CHECKING:
-    from paged_infer.bench.rungs import Contender
+    from paged_infer.bench.speed.baselines import Contender
     from paged_infer.llm import LLM
 
 BenchModel = Annotated[
@@ -85,7 +85,7 @@ class Common:
         self, longest: int, names: list[str] | None, usual: tuple[str, ...]
     ) -> Iterator[tuple[LLM, dict[str, Contender]]]:
         """The engine and its peers; on a GPU they share its memory evenly. ``names`` None are the usual ones."""
-        from paged_infer.bench.peers import ENGINES, check_peers, open_peers
+        from paged_infer.bench.peers.peers import ENGINES, check_peers, open_peers
 
         chosen = [name for name in (names or usual) if name != "none"]
         check_peers(chosen)

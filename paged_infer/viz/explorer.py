@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from paged_infer.control.trace import Trace
-from paged_infer.viz.lives import sequence_lives
 from paged_infer.viz.playground import Playground
 from paged_infer.viz.pool_map import WIDTH_IN, draw_pool_map, pool_map_figure, pool_map_height_in
+from paged_infer.viz.sequence_lives import sequence_lives
 from paged_infer.viz.style import Picture, new_picture
 from paged_infer.viz.timeline import draw_timeline, timeline_figure, timeline_height_in
 

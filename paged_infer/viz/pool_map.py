@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 from paged_infer.control.blocks.snapshot import Cell
 from paged_infer.control.blocks.snapshot import pool_cells as held_or_findable
 from paged_infer.control.trace import Replay, Trace
-from paged_infer.viz.lives import OWNER_COLOURS, owner_colour, sequence_names
+from paged_infer.viz.sequence_lives import OWNER_COLOURS, owner_colour, sequence_names
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture
 
 WIDTH_IN = 7.4

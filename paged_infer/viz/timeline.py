@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from paged_infer.control.trace import Trace
-from paged_infer.viz.lives import Life, Span, owner_colour, sequence_lives
+from paged_infer.viz.sequence_lives import Life, Span, owner_colour, sequence_lives
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture
 
 WIDTH_IN = 7.4

@@ -20,9 +20,10 @@ import torch
 from holding import LIMIT_S, until
 from typer.testing import CliRunner
 
-from paged_infer.bench import gpu, notebook_script, speed_cli
+from paged_infer.bench import gpu, notebook_script
 from paged_infer.bench.gpu import Step, StepResult, gpu_steps, pack, run_steps, slug, write_summary
-from paged_infer.bench.ladder import LadderReport
+from paged_infer.bench.speed import cli as speed_cli
+from paged_infer.bench.speed.ladder import LadderReport
 from paged_infer.bench.tables import plain_table
 
 ROOT = gpu.ROOT

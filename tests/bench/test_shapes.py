@@ -9,9 +9,9 @@ import torch
 from checkpoints import save_random_checkpoint
 
 from paged_infer import LLM
-from paged_infer.bench.rungs import our_rungs
+from paged_infer.bench.peers.transformers_peers import transformers_model, transformers_peers
 from paged_infer.bench.shapes import SHAPES, folder_of
-from paged_infer.bench.transformers_peers import transformers_model, transformers_peers
+from paged_infer.bench.speed.baselines import our_rungs
 from paged_infer.bench.workloads import random_lengths
 from paged_infer.model.config import ModelConfig
 

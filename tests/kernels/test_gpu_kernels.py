@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paged_infer.bench.kernel_checks import CHECKS, COMPILED
-from paged_infer.bench.kernel_problems import attention_float64, paged_attention_float64, paged_problem
+from paged_infer.bench.kernels.checks import CHECKS, COMPILED
+from paged_infer.bench.kernels.problems import attention_float64, paged_attention_float64, paged_problem
 from paged_infer.kernels.attention.flash_attention import flash_attention, flash_attention_reference
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference

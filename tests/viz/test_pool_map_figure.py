@@ -7,8 +7,8 @@ from matplotlib.colors import to_rgba
 from watched import boxes, colours, crowd, family, uneven, watch
 
 from paged_infer.control.trace import Trace
-from paged_infer.viz.lives import owner_colour
 from paged_infer.viz.pool_map import GAP, Cell, Grid, pool_cells, pool_map_figure
+from paged_infer.viz.sequence_lives import owner_colour
 
 RUNS = {
     "family": (family, {}),

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgba
 from watched import boxes, colours, crowd, family, texts, uneven, watch
 
 from paged_infer.control.trace import Trace
-from paged_infer.viz.lives import OWNER_COLOURS, owner_colour, sequence_lives, sequence_names
+from paged_infer.viz.sequence_lives import OWNER_COLOURS, owner_colour, sequence_lives, sequence_names
 from paged_infer.viz.style import DPI
 from paged_infer.viz.timeline import LOOKS, draw_timeline, timeline_figure
 

@@ -24,8 +24,8 @@ from serving import NO_TLS, Served, serving
 
 from paged_infer.server.routes import live_events as watch
 from paged_infer.server.service import Settings
-from paged_infer.viz.lives import OWNER_COLOURS
 from paged_infer.viz.pool_map import CACHED_COLOUR
+from paged_infer.viz.sequence_lives import OWNER_COLOURS
 from paged_infer.viz.style import FAINT, INK
 
 LONG = {"prompt": "The river was wide and cold. " * 8, "max_tokens": 60, "ignore_eos": True}

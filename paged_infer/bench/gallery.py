@@ -1,0 +1,57 @@
+"""``python -m paged_infer.bench.gallery [FOLDER]``: pictures of small runs of the storyteller, for figures/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from paged_infer import LLM, SamplingParams
+from paged_infer.bench.workloads import story_beginnings
+from paged_infer.control.trace import Trace
+from paged_infer.viz.pool_map import pool_map_figure
+from paged_infer.viz.timeline import timeline_figure
+
+OUTPUT_LENGTHS = (24, 38, 30, 12, 26, 18, 34, 22)
+
+
+def crowded_trace() -> Trace:
+    """Eight stories in a pool that is too small for them: chunked prompts, a queue, preemption by swapping."""
+    llm = LLM(
+        trace=True, num_blocks=20, block_size=8, max_num_seqs=6, max_num_batched_tokens=48, preemption_mode="swap"
+    )
+    prompts = story_beginnings(llm, num_requests=len(OUTPUT_LENGTHS), max_tokens=1, seed=0).prompts
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in OUTPUT_LENGTHS]
+    llm.generate([prompt[:40] for prompt in prompts], params, use_tqdm=False)
+    return _trace_of(llm)
+
+
+def shared_trace() -> Trace:
+    """Six stories that begin alike, two of them with two samples, arriving one after the other."""
+    llm = LLM(trace=True, num_blocks=40, block_size=8, max_num_seqs=8, max_num_batched_tokens=64)
+    prompts = story_beginnings(llm, num_requests=6, max_tokens=1, seed=0).prompts
+    for index, (prompt, length) in enumerate(zip(prompts, (5, 9, 14, 3, 20, 7), strict=True)):
+        n = 2 if index in (1, 4) else 1
+        params = SamplingParams(n=n, temperature=0.8, seed=index, max_tokens=20, ignore_eos=True)
+        llm.engine.add_request(str(index), prompts[0][:33] + prompt[:length], params)
+        llm.engine.step()
+    while llm.engine.has_unfinished_requests:
+        llm.engine.step()
+    return _trace_of(llm)
+
+
+def save_gallery(folder: Path = Path("figures")) -> list[Path]:
+    """Write timeline.png and pool_map.png, which are alike on all machines; returns their paths."""
+    pictures = {"timeline": timeline_figure(crowded_trace()), "pool_map": pool_map_figure(shared_trace(), 12)}
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in pictures]
+
+
+def _trace_of(llm: LLM) -> Trace:
+    if llm.trace is None:
+        raise ValueError("this engine keeps no trace: LLM(trace=True) does")
+    return llm.trace
+
+
+if __name__ == "__main__":
+    print(*save_gallery(*map(Path, sys.argv[1:2])), sep="\n")

@@ -1,0 +1,257 @@
+"""``paged-infer bench kernels``: right first, then how fast. Also ``python -m paged_infer.bench.kernels.cli``.
+
+That second way needs typer and not rich, for a machine that only measures (``paged_infer.bench.gpu``).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from paged_infer.bench.tables import print_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from paged_infer.bench.kernels.report import KernelReport, Measurement
+
+
+def kernels(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compile_only: Annotated[bool, typer.Option(help="Compile every variant for chips that need not be here.")] = False,
+    arch: Annotated[
+        list[int] | None, typer.Option(help="With --compile-only: chip, 90 for sm90; default 80, 90 and 100.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="With --compile-only: each kernel once or twice, a tenth of all variants.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds; races that have not begun by then are left out.", min=0)
+    ] = 900,
+    figures: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("figures"),
+) -> None:
+    """The Triton kernels: held to float64, then timed beside torch, flex_attention, varlen_attn and flashinfer.
+
+    On a CPU they are interpreted: checked on small shapes, and not timed. Exits with status 1 if a kernel is wrong or
+    did not run, or (--compile-only) if a variant spills registers or exceeds its chip's shared memory.
+    """
+    if compile_only:
+        _compile_only(quick, arch, figures / "kernels-compiled.json")
+        return
+    if quick or arch:
+        _refuse("--quick and --arch go with --compile-only")
+    _bench(_choose(device), time_limit, figures)
+
+
+def _choose(name: str) -> torch.device:
+    """The device to run on, if kernels run there."""
+    import torch
+
+    from paged_infer.kernels.triton_runtime import HAS_TRITON, can_run_on
+
+    has_gpu = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda"):
+        _refuse(f"device={name!r}: must be auto, cpu or cuda")
+    if name == "cuda" and not has_gpu:
+        _refuse("device='cuda': there is no CUDA device here")
+    if not HAS_TRITON:
+        _refuse("triton is not installed: there are no kernels to run")
+    device = torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+    if not can_run_on(device):
+        needed = 1 if device.type == "cpu" else 0
+        _refuse(f"triton cannot run on {device} in this process: start it with TRITON_INTERPRET={needed}")
+    return device
+
+
+def _refuse(message: str) -> NoReturn:
+    """One line on standard error, and exit status 2."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+# -- Compiled for chips that are not here ----------------------------------------------------------------------------
+
+
+def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
+    from tqdm import tqdm
+
+    from paged_infer.bench.kernels.compile_table import CHIPS, compile_table, save_table
+    from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
+    from paged_infer.kernels.triton_runtime import HAS_TRITON
+
+    if not HAS_TRITON:
+        _refuse("triton is not installed: it is what compiles the kernels")
+    chips = list(dict.fromkeys(arch or CHIPS))
+    if unknown := [chip for chip in chips if chip not in SHARED_LIMIT]:
+        _refuse(f"arch={unknown[0]}: known chips are {', '.join(map(str, SHARED_LIMIT))}")
+    start_s = time.perf_counter()
+    with tqdm(desc="compiling", disable=not sys.stderr.isatty()) as bar:
+
+        def on_rows(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            rows = compile_table(quick, chips, on_rows)
+        except RuntimeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+    save_table(rows, path)
+    header = ("variant", "kernel", "registers", "spilled", "shared", "warps", "stages")
+    for chip in dict.fromkeys(row.arch for row in rows):
+        of_chip = [row for row in rows if row.arch == chip]
+        limit = max(row.shared_limit for row in of_chip)
+        print_table(
+            f"sm{chip}: registers and spilled bytes of a thread, shared bytes of a block (limit {limit:,})",
+            header,
+            [
+                (
+                    row.variant,
+                    row.kernel,
+                    *(str(x) for x in (row.registers, row.spill_bytes)),
+                    f"{row.shared_bytes:,}",
+                    *(str(x) for x in (row.num_warps, row.num_stages)),
+                )
+                for row in of_chip
+            ],
+            marks=["bold red" if row.problem else "" for row in of_chip],
+        )
+    unclean = [row for row in rows if row.problem]
+    for row in unclean:
+        print(f"sm{row.arch} {row.variant} ({row.kernel}): {row.problem}")
+    print(f"{len(rows)} kernels in {time.perf_counter() - start_s:.0f} s, {len(unclean)} not clean; table: {path}")
+    if unclean:
+        raise typer.Exit(1)
+
+
+# -- Run here --------------------------------------------------------------------------------------------------------
+
+
+def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
+    from paged_infer.bench.kernels.checks import run_checks
+    from paged_infer.bench.kernels.report import KernelReport
+    from paged_infer.bench.machine import describe_machine, machine_line
+    from paged_infer.kernels.triton_runtime import triton
+
+    deadline_s = time.perf_counter() + time_limit
+    on_gpu = device.type == "cuda"
+    report = KernelReport(device.type, describe_machine() | {"triton": triton.__version__})
+    how = "compiled" if on_gpu else "interpreted: small shapes, not timed"
+    print(f"on {device.type}: {machine_line(report.machine)}, triton {triton.__version__}")
+    print(f"kernels are {how}", flush=True)
+
+    path = figures / ("bench-kernels.json" if on_gpu else "bench-kernels-cpu.json")
+    report.checks.extend(run_checks(device))
+    report.save(path)
+    _show_checks(report)
+    wrong = [check for check in report.checks if not check.passed]
+    if wrong:
+        said = ", ".join(f"{c.kernel} ({c.case}: {c.error:.2g}, allowed {c.tolerance:.2g})" for c in wrong)
+        typer.echo(f"error: not what float64 says, so nothing is timed: {said}", err=True)
+        raise typer.Exit(1)
+    if on_gpu:
+        _race(report, device, deadline_s, f"the time limit of {time_limit:g} s", path)
+    else:
+        from paged_infer.bench.kernels.attention_traffic import save_attention_traffic
+        from paged_infer.bench.kernels.fused import count_store_calls
+
+        report.launches.extend(count_store_calls(device))
+        report.save(path)
+        _show_launches(report)
+        print(f"what attention moves, counted: {save_attention_traffic(figures)}")
+    print(f"numbers: {path}", flush=True)
+
+
+def _race(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
+    """Time everything; the report is saved after each race, so that nothing is lost if one ends the process."""
+    from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
+    from paged_infer.bench.kernels.fused import count_store_calls, fused_races
+    from paged_infer.bench.kernels.races import attention_races, run_races
+    from paged_infer.bench.roofline import measure
+
+    report.roofline = measure(device)
+    attention = attention_races(device)
+    fused = fused_races(device)
+    report.launches.extend(count_store_calls(device))
+    _show_launches(report)
+    for measurement in run_races([*attention, *fused], deadline_s, limit):
+        report.measurements.append(measurement)
+        report.save(path)
+        print(f"{time.strftime('%H:%M:%S')} {measurement.title}", flush=True)
+    _show_races(report)
+    for name, draw in (("prefill", prefill_figure), ("decode", decode_figure)):
+        try:
+            draw(report).save(path.with_name(f"bench-kernels-{name}.png"))
+        except ValueError as error:
+            print(f"no picture of {name}: {error}")
+    if report.failures():
+        typer.echo("error: did not run: " + "; ".join(report.failures()), err=True)
+        raise typer.Exit(1)
+
+
+def _show_checks(report: KernelReport) -> None:
+    dtypes = ("float32", "float16", "bfloat16")
+    rows = []
+    for kernel in dict.fromkeys(check.kernel for check in report.checks):
+        mine = [check for check in report.checks if check.kernel == kernel]
+        worst = [max((c.error for c in mine if c.case.startswith(t)), default=None) for t in dtypes]
+        said = "yes" if all(check.passed for check in mine) else "NO"
+        rows.append((kernel, *("-" if x is None else f"{x:.1e}" for x in worst), str(len(mine)), said))
+    title = "against float64: the largest |out - exact| / (1 + |exact|)"
+    marks = ["bold red" if row[-1] == "NO" else "" for row in rows]
+    print_table(title, ("kernel", *dtypes, "cases", "right"), rows, marks)
+
+
+def _show_launches(report: KernelReport) -> None:
+    from paged_infer.bench.kernels.fused import LAYERS, TOKENS
+
+    rows = [
+        (c.name, *("-" if n is None else f"{n:,}" for n in (c.aten_operations, c.launches))) for c in report.launches
+    ]
+    title = f"storing one decode step, {TOKENS[0]} rows, {LAYERS} layers (-: not counted on this device)"
+    print_table(title, ("stored by", "ATen operations", "launches"), rows)
+
+
+def _show_races(report: KernelReport) -> None:
+    for group, by, along, what in (
+        ("prefill", "head_dim", "length", "TFLOP/s, 4 * heads * head_dim * tokens * length / 2"),
+        ("decode", "batch", "context", "GB/s of keys and values read, and their share of a copy's"),
+    ):
+        for value in dict.fromkeys(race.sizes[by] for race in report.group(group)):
+            races = report.group(group, **{by: value})
+            names = dict.fromkeys(entry.name for race in races for entry in race.entries)
+            rows = [(name, *(_speed(report, race, name) for race in races)) for name in names]
+            header = ("", *(f"{race.sizes[along]:,}" for race in races))
+            print_table(f"{group}, {by} {value}, by {along}: {what}", header, rows)
+    rows = [
+        (race.title, entry.name, _number(entry.seconds, 1e-6), _number(race.rate(entry.name), 1e9), entry.note)
+        for race in report.group("fused")
+        for entry in race.entries
+        if entry.seconds is not None
+    ]
+    print_table("fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows)
+    for name, why in report.absences():
+        print(f"{name}: {why}")
+    wanted = [(reach.what, f"{reach.wanted:.2f}", _number(reach.measured, 1, 2)) for reach in report.reaches()]
+    print_table("targets", ("", "wanted", "measured, at worst"), wanted)
+
+
+def _speed(report: KernelReport, race: Measurement, name: str) -> str:
+    rate, share = race.rate(name), report.share_of_copy(race, name)
+    if race.group == "prefill" or rate is None or share is None:
+        return _number(rate, 1e12)
+    return f"{rate / 1e9:,.0f} {share:.0%}"
+
+
+def _number(value: float | None, unit: float, digits: int = 1) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(kernels)
+    app()

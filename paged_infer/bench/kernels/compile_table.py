@@ -1,0 +1,152 @@
+"""Every kernel compiled for chips that are not here: registers, spilled bytes and shared memory, as a table.
+
+    variant  "flash bfloat16 128 causal"  x  chip sm80, sm90, sm100   ->   what the compiler made of it
+
+``compile_table`` starts a child process with TRITON_INTERPRET=0 (in this one Triton may be an interpreter already),
+which shares the work out to one process a core. Triton keeps what it compiled in its cache folder, so a second run
+only reads. No GPU is needed, and none is used.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from paged_infer.bench.kernels.variants import Variant, full_variants, quick_variants
+from paged_infer.kernels.ahead_of_time import SHARED_LIMIT, compiling_for
+from paged_infer.kernels.triton_runtime import HAS_TRITON
+
+CHIPS = (80, 90, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRow:
+    """One kernel on one chip. ``error`` is what the compiler said if it gave up; then nothing else is known."""
+
+    variant: str
+    kernel: str
+    arch: int
+    registers: int = 0  # a thread
+    spill_bytes: int = 0  # a thread
+    shared_bytes: int = 0  # a block
+    shared_limit: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    uses_tf32: bool = False
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with it, or nothing."""
+        said = [self.error] if self.error else []
+        if self.spill_bytes:
+            said.append(f"spills {self.spill_bytes} bytes a thread")
+        if self.shared_bytes > self.shared_limit:
+            said.append(f"{self.shared_bytes:,} bytes of shared memory, the chip has {self.shared_limit:,}")
+        if self.uses_tf32:
+            said.append("multiplies in tf32")
+        return ", ".join(said)
+
+
+def compile_table(
+    quick: bool = False, chips: Sequence[int] = CHIPS, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> list[CompiledRow]:
+    """Compile all variants (or ``quick``, a few of each kernel) for ``chips``, in a child process.
+
+    Args:
+        chips: keys of ``SHARED_LIMIT``: 90 is sm90.
+        on_rows: called with the number of compiled (variant, chip) pairs, and of all.
+
+    Raises:
+        RuntimeError: triton is missing, or the child ended before its work.
+    """
+    if not HAS_TRITON:
+        raise RuntimeError("triton is not installed: it is what compiles the kernels")
+    root = Path(__file__).resolve().parents[3]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import child; child({quick}, {tuple(chips)})"],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    rows: dict[int, list[CompiledRow]] = {}
+    total = len(_tasks(quick, chips))
+    assert child.stdout is not None
+    with child:
+        for line in child.stdout:
+            number, found = json.loads(line)
+            rows[number] = [CompiledRow(**row) for row in found]
+            on_rows(len(rows), total)
+    if child.returncode or len(rows) < total:
+        raise RuntimeError(f"compiled {len(rows)} of {total}, then the compiling process ended: its message is above")
+    return [row for number in sorted(rows) for row in rows[number]]
+
+
+def save_table(rows: list[CompiledRow], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f" {json.dumps(asdict(row))}" for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def load_table(path: Path) -> list[CompiledRow]:
+    return [CompiledRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+# -- In the child, where triton compiles -----------------------------------------------------------------------------
+
+
+def child(quick: bool, chips: Sequence[int]) -> None:
+    """Print one line of JSON for each task as it ends: its number, and its rows."""
+    tasks = _tasks(quick, chips)
+    # A server that has imported torch and triton once, and forks: a worker is there at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as workers:
+        running = {workers.submit(compile_variant, *task): number for number, task in enumerate(tasks)}
+        for done in as_completed(running):
+            print(json.dumps([running[done], [asdict(row) for row in done.result()]]), flush=True)
+
+
+def compile_variant(variant: Variant, arch: int) -> list[CompiledRow]:
+    """What a call of ``variant`` launches on sm``arch``: one row, or two where it launches two kernels."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        with compiling_for(arch) as compiled:
+            variant.call()
+    except Exception as error:  # whatever the compiler raises: the table says it, and goes on
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return [CompiledRow(variant.label, variant.family, arch, error=said)]
+    seconds = (time.perf_counter() - start) / max(1, len(compiled))
+    return [
+        CompiledRow(
+            variant=variant.label,
+            kernel=one.kernel.removeprefix("_").removesuffix("_kernel"),
+            arch=arch,
+            registers=one.registers,
+            spill_bytes=one.spill_bytes,
+            shared_bytes=one.shared_bytes,
+            shared_limit=SHARED_LIMIT[arch],
+            num_warps=one.num_warps,
+            num_stages=one.num_stages,
+            uses_tf32="tf32" in one.ptx,
+            seconds=round(seconds, 2),
+        )
+        for one in compiled
+    ]
+
+
+def _tasks(quick: bool, chips: Sequence[int]) -> list[tuple[Variant, int]]:
+    return [(variant, arch) for variant in (quick_variants() if quick else full_variants()) for arch in chips]

@@ -1,0 +1,174 @@
+"""Our kernels beside their peers on this GPU: every race interleaved, graph-timed from a cold L2 cache, medians.
+
+A prefill counts 4 * heads * head_dim * tokens * length / 2 operations (two products, half of them above the diagonal).
+A decode counts the bytes of the keys and values that it must read, and nothing else: 2 * batch * context * kv_heads *
+head_dim * 2. Heads are Llama-3-8B's: 32 query heads, 8 key heads. Blocks of 16 tokens lie shuffled in their pool.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from paged_infer.bench.kernels.peers import DECODE, PREFILL, Peer, Ready, Unavailable
+from paged_infer.bench.kernels.problems import paged_problem
+from paged_infer.bench.kernels.report import Entry, Measurement
+from paged_infer.bench.timing import time_cuda_graph
+
+HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 16
+PREFILL_TOKENS = 16_384  # in every prefill: many short prompts, or one long one
+LENGTHS = (1024, 2048, 4096, 8192, 16_384)
+BATCHES = (32, 1, 8, 128)
+CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+
+ROUNDS, REPEATS = 3, 7  # every kernel of a race has its turn in each round; 21 samples in all
+LARGEST_DISTANCE = 0.02  # of a peer's output from ours, as |a - b| / |b|: bfloat16 gives 0.003
+LARGEST_SHARE = 0.3  # of the device's free memory that a problem may take: a peer may want a copy of it
+
+Entrant = Callable[[], Ready]
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """A measurement that is still to be made. ``num_bytes`` is what its tensors need on the device."""
+
+    group: str
+    title: str
+    sizes: dict[str, int]
+    work: float
+    num_bytes: int
+    entrants: Callable[[], Mapping[str, Entrant]]  # makes the tensors
+    names: tuple[str, ...]
+
+    def skipped(self, why: str) -> Measurement:
+        entries = [Entry(name, None, why) for name in self.names]
+        return Measurement(self.group, self.title, self.sizes, self.work, entries, was_run=False)
+
+    def run(self) -> Measurement:
+        free, _ = torch.cuda.mem_get_info()
+        if self.num_bytes > LARGEST_SHARE * free:
+            return self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
+        entries = run_race(self.entrants())
+        return Measurement(self.group, self.title, self.sizes, self.work, entries)
+
+
+def run_races(races: list[Race], deadline_s: float, limit: str) -> Iterator[Measurement]:
+    """Each race, one after the other, while ``time.perf_counter()`` is below ``deadline_s``; the rest are skipped."""
+    for race in races:
+        if time.perf_counter() > deadline_s:
+            yield race.skipped(f"left out: {limit} had passed")
+        else:
+            yield race.run()
+            torch.cuda.empty_cache()
+
+
+def attention_races(device: torch.device) -> list[Race]:
+    """Prefills and decodes, those that have a target first."""
+    return [
+        *(_prefill_race(device, length, 128) for length in LENGTHS),
+        *(_decode_race(device, batch, context) for batch in BATCHES for context in CONTEXTS),
+        *(_prefill_race(device, length, 64) for length in LENGTHS),
+    ]
+
+
+def _prefill_race(device: torch.device, length: int, head_dim: int) -> Race:
+    batch = PREFILL_TOKENS // length
+    return Race(
+        group="prefill",
+        title=f"prefill, head_dim {head_dim}, {batch} x {length:,} tokens",
+        sizes={"head_dim": head_dim, "length": length, "batch": batch},
+        work=4 * HEADS * head_dim * PREFILL_TOKENS * length / 2,
+        num_bytes=4 * PREFILL_TOKENS * (HEADS + KV_HEADS) * head_dim * 2,
+        entrants=partial(_attention_entrants, device, [(0, length)] * batch, head_dim, PREFILL),
+        names=tuple(PREFILL),
+    )
+
+
+def _decode_race(device: torch.device, batch: int, context: int) -> Race:
+    kv_bytes = 2 * batch * context * KV_HEADS * 128 * 2
+    return Race(
+        group="decode",
+        title=f"decode, batch {batch}, context {context:,}",
+        sizes={"batch": batch, "context": context},
+        work=kv_bytes,
+        num_bytes=kv_bytes,
+        entrants=partial(_attention_entrants, device, [(context - 1, 1)] * batch, 128, DECODE),
+        names=tuple(DECODE),
+    )
+
+
+def _attention_entrants(
+    device: torch.device, sequences: list[tuple[int, int]], head_dim: int, peers: Mapping[str, Peer]
+) -> Mapping[str, Entrant]:
+    problem = paged_problem(
+        sequences,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=head_dim,
+        block_size=BLOCK_SIZE,
+        device=device,
+        poison=False,  # peers compute masked keys and throw them away, and NaN is not thrown away
+    )
+    return {name: partial(peer, problem) for name, peer in peers.items()}
+
+
+def run_race(entrants: Mapping[str, Entrant]) -> list[Entry]:
+    """Set up, compare and time: the first entrant's output is what all others are held to.
+
+    Whoever cannot run, fails, or gives other numbers is an entry without a time, and with the reason.
+    """
+    ready: dict[str, Ready] = {}
+    why_not: dict[str, str] = {}
+    expected: Tensor | None = None
+    for name, prepare in entrants.items():
+        try:
+            entrant = prepare()
+            out = _packed(entrant.call())
+            if expected is None:
+                expected = out
+            elif not (distance := _distance(out, expected)) <= LARGEST_DISTANCE:
+                raise Unavailable(f"gives other numbers than {next(iter(entrants))}: {distance:.2g} apart")
+            ready[name] = entrant
+        except Exception as error:  # a peer may raise anything: the report says what
+            why_not[name] = _reason(error)
+    del expected
+    samples_s: dict[str, list[float]] = {name: [] for name in ready}
+    notes: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        for name, entrant in ready.items():
+            if name in why_not:
+                continue
+            try:
+                timing = time_cuda_graph(entrant.call, repeats=REPEATS)
+            except Exception as error:
+                why_not[name] = _reason(error)
+                continue
+            samples_s[name] += timing.samples_s
+            notes[name] = ", ".join(filter(None, (timing.method, entrant.note)))
+    return [
+        Entry(name, None, why_not[name]) if name in why_not else Entry(name, median(samples_s[name]), notes[name])
+        for name in entrants
+    ]
+
+
+def _packed(out: Tensor) -> Tensor:
+    """[B, H, N, D] as [T, H, D]; [T, H, D] as it is."""
+    return out.transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out
+
+
+def _distance(out: Tensor, expected: Tensor) -> float:
+    if out.shape != expected.shape:
+        raise Unavailable(f"gives {list(out.shape)}, not {list(expected.shape)}")
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+def _reason(error: Exception) -> str:
+    """One line; an Unavailable says it already."""
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    return said if isinstance(error, Unavailable) else f"{type(error).__name__}: {said}"

@@ -1,0 +1,245 @@
+"""Other engines on the same weights: vLLM, nano-vLLM and mini-SGLang, where they are installed.
+
+Each lives in a process of its own, so that what it does to torch, to CUDA and to its memory stays there, and waits for
+workloads between its turns. They are driven through what their own offline benchmarks use: ``LLM(...).generate``.
+
+    ours      --- workload --->  |  peer's process: LLM(folder)
+    (pipe)    <--- Run ---------  |  generate(...), clocked around the call
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from paged_infer.bench.metrics import Run, TokenTimes
+from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.workloads import Workload
+
+MODULES = {"vllm": "vllm", "nano-vllm": "nanovllm", "mini-sglang": "minisgl"}
+START_LIMIT_S = 600.0  # a first start compiles kernels and captures graphs
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOptions:
+    """What all engines are told alike. ``memory_share``: of the whole device's memory."""
+
+    folder: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    memory_share: float
+
+
+def check_importable(names: list[str]) -> None:
+    """Raises ValueError for a peer that is not installed; one line that names its module."""
+    for name in names:
+        if importlib.util.find_spec(MODULES[name]) is None:
+            raise ValueError(f"peer {name} cannot run: no module {MODULES[name]!r} is installed here")
+
+
+@contextmanager
+def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, Contender]]:
+    """Start each in its process, one after the other; all are ended with the block.
+
+    Raises:
+        ValueError: a peer is not installed, or did not start; the message has its own words.
+    """
+    check_importable(names)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ExitStack() as stack:
+        contenders = {}
+        for name in names:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(name, options, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            stack.callback(_end, process, ours)
+            _answer(name, ours, START_LIMIT_S)
+            contenders[name] = _contender(name, ours)
+        yield contenders
+
+
+def _contender(name: str, connection: Connection) -> Contender:
+    def run(workload: Workload) -> Run:
+        connection.send(workload)
+        return _answer(name, connection, None)
+
+    return run
+
+
+def _answer(name: str, connection: Connection, limit_s: float | None) -> Any:
+    if limit_s is not None and not connection.poll(limit_s):
+        raise ValueError(f"peer {name} did not start within {limit_s:.0f} s")
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise ValueError(f"peer {name} ended without a word; its process wrote why above") from None
+    if isinstance(answer, Exception):
+        raise ValueError(f"peer {name} failed: {answer}")
+    return answer
+
+
+def _end(process: Any, connection: Connection) -> None:
+    connection.close()  # the peer's recv ends, and with it its process
+    process.join(30)
+    if process.is_alive():
+        process.terminate()
+        process.join(10)
+
+
+def _serve(name: str, options: PeerOptions, connection: Connection) -> None:
+    """The peer's process: build the engine, then answer workloads until the other side hangs up."""
+    try:
+        generate = {"vllm": _vllm, "nano-vllm": _nano_vllm, "mini-sglang": _mini_sglang}[name](options)
+        connection.send("ready")
+    except Exception as error:  # a peer may raise anything; a user needs one line
+        connection.send(RuntimeError(_first_line(error)))
+        return
+    while True:
+        try:
+            workload: Workload = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(generate(workload))
+        except Exception as error:
+            connection.send(RuntimeError(_first_line(error)))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def _vllm(options: PeerOptions) -> Contender:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        options.folder,
+        dtype=options.dtype,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        gpu_memory_utilization=options.memory_share,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,  # else no request has times
+    )
+
+    def run(workload: Workload) -> Run:
+        params = [
+            SamplingParams(
+                temperature=one.temperature, max_tokens=one.max_tokens, ignore_eos=one.ignore_eos, detokenize=False
+            )
+            for one in workload.params
+        ]
+        prompts = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        times = [_vllm_times(output) for output in outputs]
+        return Run([list(output.outputs[0].token_ids) for output in outputs], times, seconds)
+
+    return run
+
+
+def _vllm_times(output: Any) -> TokenTimes:
+    """vLLM says how long a request waited for its first token, and when on its own clock the first and last came."""
+    num_prompt, num_output = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
+    stats = output.metrics
+    waited_s = getattr(stats, "first_token_latency", None)
+    if not waited_s:
+        return TokenTimes(0.0, num_prompt, [], num_output)
+    decoded_s = stats.last_token_ts - stats.first_token_ts
+    return TokenTimes(0.0, num_prompt, [waited_s, waited_s + decoded_s], num_output)
+
+
+def _nano_vllm(options: PeerOptions) -> Contender:
+    import torch
+    from nanovllm import LLM, SamplingParams
+
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
+    taken = 1 - free / total  # it counts what others hold as part of its own share
+    llm = LLM(
+        options.folder,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        gpu_memory_utilization=min(0.95, taken + options.memory_share),
+    )
+
+    def run(workload: Workload) -> Run:
+        # It draws every token and refuses a temperature of 0; the smallest that it takes is greedy but for ties.
+        params = [
+            SamplingParams(temperature=max(1e-5, one.temperature), max_tokens=one.max_tokens, ignore_eos=one.ignore_eos)
+            for one in workload.params
+        ]
+        start = time.perf_counter()
+        outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+        return _untimed(workload, outputs, time.perf_counter() - start)
+
+    return run
+
+
+def _mini_sglang(options: PeerOptions) -> Contender:
+    import torch
+    from minisgl.core import SamplingParams
+    from minisgl.llm import LLM
+
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
+    llm = LLM(
+        options.folder,
+        dtype=getattr(torch, options.dtype),
+        max_seq_len_override=options.max_model_len,
+        max_running_req=options.max_num_seqs,
+        cuda_graph_max_bs=options.max_num_seqs,
+        memory_ratio=min(0.9, options.memory_share * total / free),  # of what is free
+    )
+
+    def run(workload: Workload) -> Run:
+        params = [
+            SamplingParams(temperature=one.temperature, max_tokens=one.max_tokens, ignore_eos=one.ignore_eos)
+            for one in workload.params
+        ]
+        start = time.perf_counter()
+        outputs = llm.generate(workload.prompts, params)
+        return _untimed(workload, outputs, time.perf_counter() - start)
+
+    return run
+
+
+def _untimed(workload: Workload, outputs: list[dict[str, Any]], seconds: float) -> Run:
+    """Of a peer that tells only what it said."""
+    token_ids = [list(output["token_ids"]) for output in outputs]
+    times = [
+        TokenTimes(0.0, len(prompt), [], len(ids)) for prompt, ids in zip(workload.prompts, token_ids, strict=True)
+    ]
+    return Run(token_ids, times, seconds)
+
+
+def save_for_peers(llm: Any, parent: Path) -> str:
+    """A folder with the weights of ``llm``: its own, or its random ones as a checkpoint, with a tokenizer of one word.
+
+    Peers that take token ids still want to load a tokenizer.
+    """
+    if llm.engine.config.load_format != "dummy":
+        return str(llm.folder)
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from paged_infer.model.loading.load import checkpoint_views
+
+    folder = parent / llm.folder.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes((llm.folder / "config.json").read_bytes())
+    tensors = {name: view.contiguous().cpu() for name, view in checkpoint_views(llm.engine.decoder).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    words = Tokenizer(models.WordLevel({"<|end|>": 0}, unk_token="<|end|>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>").save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,62 @@
+"""Who is measured beside the engine, by the names that a command takes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from paged_infer.bench.peers.other_engines import MODULES, PeerOptions, check_importable, engine_peers, save_for_peers
+from paged_infer.bench.speed.baselines import Contender
+from paged_infer.llm import LLM
+
+# Short names, and the names in tables and pictures.
+TRANSFORMERS = {
+    "generate": "transformers",
+    "static": "transformers static",
+    "generate_batch": "transformers generate_batch",
+}
+ENGINES = tuple(MODULES)
+NAMES = (*TRANSFORMERS, *ENGINES)
+
+
+def check_peers(names: list[str]) -> None:
+    """Raises ValueError for a name that is not known, or an engine that is not installed."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"peer {', '.join(unknown)} is not known; known: {', '.join(NAMES)}, none")
+    check_importable([name for name in names if name in ENGINES])
+
+
+@contextmanager
+def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict[str, Contender]]:
+    """The peers, on the weights of ``llm``, in the order of ``names``.
+
+    Args:
+        memory_share: of a GPU's memory, for each of the other engines.
+
+    Raises:
+        ValueError: as ``check_peers``, or an engine did not start.
+    """
+    check_peers(names)
+    contenders: dict[str, Contender] = {}
+    with ExitStack() as stack:
+        if any(name in TRANSFORMERS for name in names):
+            from paged_infer.bench.peers.transformers_peers import transformers_peers
+
+            ours = transformers_peers(llm)
+            contenders |= {TRANSFORMERS[name]: ours[TRANSFORMERS[name]] for name in names if name in TRANSFORMERS}
+        engines = [name for name in names if name in ENGINES]
+        if engines:
+            parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            engine = llm.engine
+            options = PeerOptions(
+                save_for_peers(llm, parent),
+                str(engine.decoder.dtype).removeprefix("torch."),
+                engine.memory.max_model_len,
+                engine.config.max_num_seqs,
+                memory_share,
+            )
+            contenders |= stack.enter_context(engine_peers(engines, options))
+        yield contenders

@@ -1,0 +1,97 @@
+"""The policies picture: how long one waits for a first token, and for each after it."""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from paged_infer.bench.scheduling.policies import GAP_QUANTILES, PoliciesReport, PolicyReport
+from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+
+POLICY_COLOURS = {
+    "static": RUNG_COLOURS["static"],
+    "dynamic": RUNG_COLOURS["cached"],
+    "prefill_first": RUNG_COLOURS["transformers"],
+    "chunked": RUNG_COLOURS["paged"],
+}
+LAST = 3e-4  # where the longest gap of all is drawn
+DELAYED = ("-", "--", ":", "-.")  # the same policy with another delay
+
+
+def policies_figure(report: PoliciesReport) -> Picture:
+    """Longest waits (left), the gaps between tokens by rank (middle), and the wait for the first token (right)."""
+    figure = new_picture(9.0, 3.5)
+    stalls, gaps, firsts = figure.subplots(1, 3, width_ratios=(1.2, 1.0, 1.0))
+    styles = _styles(report.policies)
+    _stall_panel(stalls, report.policies, styles)
+    for policy in report.policies:
+        colour, line = styles[policy.name]
+        shares = [_nines(share) for share in GAP_QUANTILES]
+        gaps.plot(shares, [1e3 * s for s in policy.gap_quantiles_s], line, color=colour, linewidth=1.7)
+        ranks = [(index + 1) / len(policy.ttft_s) for index in range(len(policy.ttft_s))]
+        firsts.plot(policy.ttft_s, ranks, line, color=colour, linewidth=1.7, label=policy.name)
+    log_heights(gaps)
+    marks = (0.5, 0.9, 0.99, 0.999)
+    gaps.set_xticks([_nines(mark) for mark in (*marks, 1.0)], [*(f"{100 * mark:g} %" for mark in marks), "all"])
+    gaps.set_xlim(_nines(0.5), _nines(1.0) + 0.1)
+    gaps.set_title("gap between tokens, ms, by rank", fontsize=9, color=INK, loc="left")
+    firsts.set_title("first token within so many seconds", fontsize=9, color=INK, loc="left")
+    firsts.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    firsts.set_ylim(0, 1.02)
+    firsts.set_xlim(left=0)
+    for axes in (stalls, gaps, firsts):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.set_axisbelow(True)
+    for axes in (gaps, firsts):
+        axes.grid(color=FAINT, linewidth=0.8)
+    handles, names = firsts.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    figure.suptitle(f"{report.served_by}: {report.load}", fontsize=9, color=INK)
+    return figure
+
+
+def log_heights(axes: Axes) -> None:
+    """A logarithmic y axis whose marks are plain numbers: 10, 30, 100, 300."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _nines(share: float) -> float:
+    """A place for a share on an axis where each nine more is one step."""
+    return -math.log10(max(1 - share, LAST))
+
+
+def _styles(policies: list[PolicyReport]) -> dict[str, tuple[str, str]]:
+    styles: dict[str, tuple[str, str]] = {}
+    seen: dict[str, int] = {}
+    for policy in policies:
+        kind = policy.name.split(",")[0]
+        styles[policy.name] = POLICY_COLOURS.get(kind, INK), DELAYED[seen.get(kind, 0) % len(DELAYED)]
+        seen[kind] = seen.get(kind, 0) + 1
+    return styles
+
+
+def _stall_panel(axes: Axes, policies: list[PolicyReport], styles: dict[str, tuple[str, str]]) -> None:
+    names = [policy.name.replace(", ", ",\n") for policy in policies]
+    places = range(len(policies))
+    colours = [styles[policy.name][0] for policy in policies]
+    stalls_ms = [1e3 * policy.longest_stall_s for policy in policies]
+    starts_ms = [1e3 * policy.longest_start_s for policy in policies]
+    stalls = axes.barh([place - 0.2 for place in places], stalls_ms, 0.36, color=colours)
+    starts = axes.barh(
+        [place + 0.2 for place in places], starts_ms, 0.36, color="white", edgecolor=colours, hatch="////"
+    )
+    for bars, waits_ms in ((stalls, stalls_ms), (starts, starts_ms)):
+        axes.bar_label(bars, [f"{wait:,.0f} ms" for wait in waits_ms], padding=3, fontsize=8, color=INK)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.4 * max(*stalls_ms, *starts_ms))
+    axes.set_xticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title("longest wait (hatched: for the 2nd token)", fontsize=9, color=INK, loc="left")

@@ -1,0 +1,73 @@
+"""The engine on a workload, stepped directly and watched: all at once, from so many clients, or as requests come."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import replace
+
+from paged_infer.bench.lengths import RequestLengths
+from paged_infer.bench.load import Arrival, EngineServer, serve
+from paged_infer.bench.metrics import Run
+from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
+from paged_infer.bench.workloads import Workload
+from paged_infer.control.request import Sequence
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.kv_usage import KVUsage
+from paged_infer.llm import LLM
+
+_RUNS = itertools.count()
+
+
+class WorkloadServer(EngineServer):
+    """Submits a workload's own requests, in their order."""
+
+    def __init__(self, engine: LLMEngine, workload: Workload) -> None:
+        super().__init__(engine)
+        self.sequences: list[Sequence] = []
+        self._requests = zip(workload.prompts, workload.params, strict=True)
+        self._salt = f"run {next(_RUNS)}"  # what an earlier run left in the prefix cache is no merit
+
+    def submit(self, lengths: RequestLengths) -> Sequence:
+        prompt, params = next(self._requests)
+        self.sequences.append(self.send(prompt, params, self._salt))
+        return self.sequences[-1]
+
+
+def run_engine(
+    engine: LLMEngine, workload: Workload, arrive_s: ReadOnlyList[float] | None = None, num_clients: int | None = None
+) -> Run:
+    """Serve ``workload``: all at once, or each request at its second of ``arrive_s``, or from so many clients.
+
+    The run's seconds are from the first arrival to the last token.
+    """
+    engine.usage = KVUsage()
+    before = replace(engine.scheduler.stats)
+    server = WorkloadServer(engine, workload)
+    moments = arrive_s or [0.0] * len(workload.prompts)
+    arrivals = [
+        Arrival(at_s, RequestLengths(len(prompt), params.max_tokens or 0))
+        for at_s, prompt, params in zip(moments, workload.prompts, workload.params, strict=True)
+    ]
+    with watch_steps(engine) as span_s:
+        times = serve(server, arrivals, num_clients)
+    stats = engine.scheduler.stats
+    num_drafted = stats.num_draft_tokens - before.num_draft_tokens
+    num_accepted = stats.num_accepted_tokens - before.num_accepted_tokens
+    return Run(
+        token_ids=[list(sequence.output_token_ids) for sequence in server.sequences],
+        times=times,
+        seconds=max(one.token_s[-1] for one in times) - min(one.arrived_s for one in times),
+        usage=engine.usage,
+        kv_bytes_per_token=engine.memory.kv_bytes_per_token,
+        span_s=span_s,
+        overhead_share=cpu_overhead_share(span_s) if engine.device.type == "cpu" else None,
+        acceptance_rate=num_accepted / num_drafted if num_drafted else None,
+        num_steps=stats.steps - before.steps,
+    )
+
+
+def watched_engine(llm: LLM) -> Contender:
+    """The engine as a contender: every request there from the start."""
+    return lambda workload: run_engine(llm.engine, workload)

@@ -1,0 +1,63 @@
+"""Does guessing pay? The same texts without drafts, with those of a lookup, and with those of a small model.
+
+Whatever the drafts, in float32 every run gives the same tokens as the run without drafts, sampled ones included (see
+``control.speculation``), so the runs are compared token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from paged_infer.bench.metrics import Run
+from paged_infer.bench.speed.engine_runs import watched_engine
+from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, gave_all, interleave
+from paged_infer.bench.workloads import Workload
+from paged_infer.llm import LLM
+
+PLAIN = "no drafts"
+COMMAND = "speculation"
+
+
+def open_texts(workload: Workload, max_tokens: int, temperature: float) -> Workload:
+    """``workload``'s prompts, each to be followed by exactly ``max_tokens``, drawn by seeds of their own."""
+    params = [
+        replace(one, temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=index)
+        for index, one in enumerate(workload.params)
+    ]
+    name = f"beginnings of texts, {max_tokens} tokens to follow each, temperature {temperature:g}"
+    return Workload(name, workload.prompts, params, workload.seed)
+
+
+def measure_speculation(
+    bench: Bench, engines: Mapping[str, LLM], workload: Workload, batches: list[int]
+) -> SpeedReport:
+    """The first so many requests of ``workload`` at once, for each of ``batches``, on each engine; interleaved.
+
+    Args:
+        engines: by the names of their methods; ``PLAIN`` is among them, and what the others are held to.
+    """
+    contenders = {name: watched_engine(llm) for name, llm in engines.items()}
+    entries = []
+    for size in batches:
+        crowd = replace(workload, prompts=workload.prompts[:size], params=workload.params[:size])
+        for contender in contenders.values():
+            contender(crowd.sample(size, 8))  # warm
+        runs = interleave(contenders, crowd, bench.repeats, bench.on_run)
+        entries += [
+            Entry.of(
+                f"{name}, {size} at once",
+                its_runs,
+                bench.floor(crowd) if name == PLAIN else None,  # drafts are there to pass below it
+                same_counts=gave_all(its_runs, crowd),
+                same_tokens=_is_said_by(runs[PLAIN][0], its_runs),
+                load=float(size),
+                series=name,
+            )
+            for name, its_runs in runs.items()
+        ]
+    return bench.report(COMMAND, workload, None, entries)
+
+
+def _is_said_by(expected: Run, runs: list[Run]) -> bool:
+    return all(run.token_ids == expected.token_ids for run in runs)

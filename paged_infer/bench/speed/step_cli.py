@@ -1,0 +1,45 @@
+"""``paged-infer bench step``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from paged_infer.bench.options import Common
+from paged_infer.bench.speed.cli import errors
+from paged_infer.cli_options import with_blocks
+
+
+@with_blocks
+def step(
+    common: Common,
+    num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 32,
+    shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16,
+    longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128,
+    beside: Annotated[str, typer.Option(help="Another attention backend to hold it against.")] = "sdpa",
+) -> None:
+    """Where a step's time goes on a CPU, piece by piece, beside another backend's, interleaved."""
+    from paged_infer.bench.machine import machine_line
+    from paged_infer.bench.speed.step_parts import measure_step
+    from paged_infer.bench.speed.tables import print_step
+    from paged_infer.bench.workloads import random_lengths
+    from paged_infer.kernels.attention_backends import fastest_backend
+
+    if common.attention_backend == "auto":
+        import torch
+
+        common = dataclasses.replace(common, attention_backend=fastest_backend(torch.device("cpu")))
+    other = dataclasses.replace(common, device="cpu", attention_backend=beside)
+    with (
+        errors(),
+        other.open(2 * longest) as before,
+        dataclasses.replace(common, device="cpu").open(2 * longest) as llm,
+    ):
+        workload = random_lengths(llm, num_requests, shortest, longest, common.seed)
+        report = measure_step((before, llm), workload, common.repeats)
+    print_step(report)
+    print(f"on {machine_line(report.machine)}")
+    report.save(common.figures / "bench-step.json")
+    print(f"numbers: {common.figures / 'bench-step.json'}")

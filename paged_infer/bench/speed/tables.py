@@ -1,0 +1,182 @@
+"""Speed reports on the terminal."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from paged_infer.bench.machine import machine_line
+from paged_infer.bench.metrics import Metrics, Percentiles
+from paged_infer.bench.speed.ladder import LadderReport
+from paged_infer.bench.speed.measure import ENGINE, Entry, SpeedReport
+from paged_infer.bench.speed.step_parts import PARTS, StepReport
+from paged_infer.bench.tables import print_table
+
+HEADER = ("seconds", "output tok/s", "total tok/s", "MBU", "MFU", "of floor", "overhead", "KV MiB", "holds tokens")
+TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency", "event loop late")
+UNKNOWN = "-"
+
+
+def print_speed(report: SpeedReport) -> None:
+    """The metrics of every entry, then what they are held against, and where the engine's time went."""
+    random_weights = ", random weights" * (report.load_format == "dummy")
+    title = (
+        f"{report.model} ({report.dtype}{random_weights}): {report.workload}\n"
+        f"seed {report.seed}, {report.num_prompt_tokens:,} tokens in, {report.num_output_tokens:,} out; "
+        f"medians of {report.repeats} interleaved runs"
+    )
+    rows, times, marks = [], [], []
+    for entry in report.entries:
+        if entry.first is not None:
+            name = f"{entry.name}, first run"
+            rows.append((name, *_cells(entry.first), "", ""))
+            times.append((name, *_times(entry.first)))
+            marks.append("dim")
+        same = UNKNOWN if entry.same_tokens is None else _yes(entry.same_tokens)
+        rows.append((entry.name, *_cells(entry.metrics), _yes(entry.same_counts), same))
+        times.append((entry.name, *_times(entry.metrics)))
+        marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
+    first = "load" if report.command in ("load", "serve", "speculation") else "contender"
+    tells_loop = any(entry.metrics.loop_delay_s is not None for entry in report.entries)
+    times_header = (first, *TIMES_HEADER)[: None if tells_loop else -1]
+    times = [row[: len(times_header)] for row in times]
+    print_table(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
+    print_table("milliseconds: p50 / p90 / p99", times_header, times, marks)
+    if report.command == "speculation":
+        _print_drafts(report)
+    for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
+        print(line)
+    print(f"on {machine_line(report.machine)}")
+
+
+def _cells(metrics: Metrics) -> tuple[str, ...]:
+    kv = UNKNOWN if metrics.peak_kv_bytes is None else f"{metrics.peak_kv_bytes / 2**20:,.1f}"
+    return (
+        f"{metrics.seconds:.2f}",
+        f"{metrics.output_tokens_per_s:,.0f}",
+        f"{metrics.total_tokens_per_s:,.0f}",
+        *(_share(one) for one in (metrics.mbu, metrics.mfu, metrics.floor_share, metrics.overhead_share)),
+        kv,
+        _share(metrics.kv_fill),
+    )
+
+
+def _times(metrics: Metrics) -> tuple[str, ...]:
+    times = (metrics.ttft_s, metrics.tpot_s, metrics.itl_s, metrics.latency_s, metrics.loop_delay_s)
+    return tuple(_ms(one) for one in times)
+
+
+def _ms(times: Percentiles | None) -> str:
+    """One number where there is but one request."""
+    if times is None:
+        return UNKNOWN
+    values = [times.p50] if times.p50 == times.p99 else [times.p50, times.p90, times.p99]
+    return " / ".join(f"{1e3 * s:,.{0 if s >= 0.1 else 1}f}" for s in values)
+
+
+def _share(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1%}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def _ratios(report: SpeedReport) -> list[str]:
+    if report.command == "load":
+        return []
+    if report.command == "serve":
+        return _serve_ratios(report)
+    if report.command == "speculation":  # each method beside the first, which is none, on as many requests
+        plain = {entry.load: entry for entry in report.entries if entry.series == report.entries[0].series}
+        return [ratio_line(e, plain[e.load]) for e in report.entries if e is not plain[e.load]]
+    if report.command == "optimisations":  # each rung beside the one before, and the last beside the first
+        first, *_, last = report.entries
+        pairs = [(after, before) for before, after in pairwise(report.entries)]
+        return [ratio_line(after, before) for after, before in [*pairs, (last, first)]]
+    ours = report[ENGINE]
+    return [ratio_line(ours, other) for other in report.entries if other is not ours]
+
+
+def _print_drafts(report: SpeedReport) -> None:
+    """What drafts are there for: fewer steps, each with more tokens."""
+    rows = []
+    for entry in report.entries:
+        steps, rate, requests = entry.metrics.num_steps, entry.metrics.acceptance_rate, entry.load or 1.0
+        tokens = entry.metrics.output_tokens_per_s * entry.metrics.seconds
+        known = [UNKNOWN] * 2 if not steps else [f"{steps:,.0f}", f"{tokens / requests / steps:.2f}"]
+        rows.append((entry.name, _share(rate), *known))
+    print_table(
+        "what drafts bought", ("load", "accepted", "steps", "tokens a step and request"), rows, [""] * len(rows)
+    )
+
+
+def _serve_ratios(report: SpeedReport) -> list[str]:
+    """The most clients of each closed loop, beside the same requests without HTTP."""
+    closed = [one for one in report.entries if "client" in one.name]
+    most = [one for one in closed if one.load == max(other.load or 0.0 for other in closed)]
+    offline = [one for one in report.entries if one.load is None]
+    return [ratio_line(one, other) for other in offline for one in most]
+
+
+def ratio_line(ours: Entry, other: Entry) -> str:
+    """Of the medians, and of each pair of runs that stood side by side."""
+    each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)]  # one may run once
+    ratio = other.metrics.seconds / ours.metrics.seconds
+    return f"{ours.name} / {other.name} = {ratio:.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+def _floor_lines(report: SpeedReport) -> list[str]:
+    roof = report.roofline
+    if roof is None:
+        return []
+    lines = [
+        f"roofline: copy {roof.copy_bytes_per_s / 1e9:,.1f} GB/s, read {roof.read_bytes_per_s / 1e9:,.1f} GB/s, "
+        f"matmul {roof.matmul_flops_per_s / 1e9:,.0f} GFLOP/s ({roof.matmul_dtype})"
+    ]
+    if report.floor is not None:
+        floor = report.floor
+        lines.append(
+            f"floor: {floor.seconds:.3f} s = prompts {floor.prefill_s:.3f} + decoding {floor.decode_s:.3f}; "
+            f"decoding's memory traffic alone {floor.memory_s:.3f} (MBU), all operations {floor.compute_s:.3f} (MFU)"
+        )
+    return lines
+
+
+def _span_lines(report: SpeedReport) -> list[str]:
+    spent = [entry for entry in report.entries if entry.span_s]
+    if not spent:
+        return []
+    entry = max(spent, key=lambda one: one.metrics.output_tokens_per_s)
+    total = sum(entry.span_s.values())
+    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in entry.span_s.items())
+    return [f"the engine's steps ({entry.name}), host time: {shares}"]
+
+
+def print_ladder(report: LadderReport) -> None:
+    header = ("rung", "seconds", "tokens/s", "first token, ms", "peak KV, MiB", "holds tokens", "same tokens")
+    rows = [
+        (
+            rung.name,
+            f"{rung.seconds:.2f}",
+            f"{rung.tokens_per_s:,.0f}",
+            f"{rung.ttft_s * 1e3:,.0f}",
+            UNKNOWN if rung.peak_kv_bytes is None else f"{rung.peak_kv_bytes / 2**20:,.2f}",
+            _share(rung.kv_fill),
+            _yes(rung.same_tokens),
+        )
+        for rung in report.rungs
+    ]
+    marks = ["" if rung.same_tokens else "bold red" for rung in report.rungs]
+    title = f"{report.model}: {report.workload}, seed {report.seed}, {report.num_tokens:,} tokens out"
+    print_table(title, header, rows, marks)
+
+
+def print_step(report: StepReport) -> None:
+    """Milliseconds a step and the share of each part, a column a backend."""
+    title = f"{report.model}: {report.workload}; milliseconds a step, medians of {report.repeats} interleaved runs"
+    rows = []
+    for place, part in enumerate(PARTS):
+        cells = [f"{one.part_ms[place]:.3f} ({one.part_ms[place] / one.step_ms:.0%})" for one in report.backends]
+        rows.append((part, *cells))
+    rows.append(("the step", *(f"{one.step_ms:.3f}" for one in report.backends)))
+    print_table(title, ("part", *(one.backend for one in report.backends)), rows, [""] * len(PARTS) + ["bold"])

@@ -27,8 +27,8 @@ from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
 from paged_infer.sampling.logprobs import token_logprobs
-from paged_infer.sampling.sampler import UNDRAWABLE, Sampler
-from paged_infer.text.output_processor import Completion, named_logprobs, request_output
+from paged_infer.sampling.sampler import CANNOT_SAMPLE, Sampler
+from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
 
 Prompts = Prompt | ReadOnlyList[Prompt]
 Params = SamplingParams | ReadOnlyList[SamplingParams] | None
@@ -97,7 +97,7 @@ class _Batch:
         self.requests = llm.prepare(prompts, params)
         self.sequences = [sequence for request in self.requests for sequence in request.sequences]
         self._request_of = {s.sequence_id: request for request in self.requests for s in request.sequences}
-        self._completion_of = {s.sequence_id: Completion(s, llm.tokenizer, streamed=False) for s in self.sequences}
+        self._completion_of = {s.sequence_id: OutputProcessor(s, llm.tokenizer, streamed=False) for s in self.sequences}
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._failed: set[str] = set()  # requests whose prompt has no logprobs
 
@@ -148,7 +148,7 @@ class _Batch:
         for sequence, token_id, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
             request = self._request_of[sequence.sequence_id]
             if token_id < 0 or request.request_id in self._failed:
-                sequence.error = UNDRAWABLE
+                sequence.error = CANNOT_SAMPLE
                 sequence.finish("error")
                 request.finished_time_s = now if request.is_finished else None
                 continue

@@ -1,6 +1,7 @@
 """LLMEngine: requests in, outputs out, one step at a time.
 
-add_request -> [Scheduler.schedule -> ModelRunner.launch -> Scheduler.advance, settle -> Completion.advance] -> outputs
+add_request -> [Scheduler.schedule -> ModelRunner.launch -> Scheduler.advance, settle -> OutputProcessor.advance]
+            -> outputs
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from paged_infer.execution.model_runner import RunningStep, StepResult
 from paged_infer.kernels.fused.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.text.output_processor import Completion, named_logprobs, request_output
+from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
 from paged_infer.values import TokenArray, as_token_ids
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class _Live:
     """A request in the engine, and what its reader will get."""
 
     request: Request
-    completions: list[Completion]
+    completions: list[OutputProcessor]
     streamed: bool
     prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None)
 
@@ -139,7 +140,7 @@ class LLMEngine:
         if request.request_id in self._live:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
         try:
-            completions = [Completion(s, self.tokenizer, streamed) for s in request.sequences]
+            completions = [OutputProcessor(s, self.tokenizer, streamed) for s in request.sequences]
         except Exception as error:  # a tokenizer can raise anything
             raise ValueError(f"the prompt {_no_text(error)}") from error
         live = _Live(request, completions, streamed)

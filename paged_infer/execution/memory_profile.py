@@ -164,7 +164,7 @@ def draw_at_greatest_cost(config: EngineConfig, decoder: Decoder, ops: Ops) -> T
     hidden = torch.zeros(config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0)
     rows = [SampleRow(params, seed, 0, 1, 1, output_token_ids=[0]) for seed in range(config.max_num_seqs)]
-    return Sampler(ops.sample, ops.argmax).draw(decoder.logits(hidden), rows).tokens
+    return Sampler(ops.sample, ops.argmax).sample(decoder.logits(hidden), rows).tokens
 
 
 def run_largest_decode(config: EngineConfig, decoder: Decoder, cache: PagedCache, longest: int) -> None:

@@ -25,9 +25,9 @@ from paged_infer.kernels.transfer import to_device
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow
-from paged_infer.sampling.beam_candidates import best_tokens
+from paged_infer.sampling.beam_candidates import beam_candidates
 from paged_infer.sampling.logprobs import logprobs_of, token_logprobs
-from paged_infer.sampling.sampler import UNDRAWABLE, Drawn, Sampler, on_its_way
+from paged_infer.sampling.sampler import CANNOT_SAMPLE, AsyncTokens, Sampler, copy_to_host
 
 if TYPE_CHECKING:
     from paged_infer.execution.draft_model import DraftModel
@@ -58,8 +58,8 @@ class RunningStep:
     _known: StepResult
     _logits: Tensor | None  # [R, vocab], one row a draw
     _draws: list[tuple[int, SampleRow]]
-    _drawn: Drawn | None
-    _checked: tuple[list[ScheduledSequence], Drawn] | None = (
+    _drawn: AsyncTokens | None
+    _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = (
         None  # (sequences, a flag for each of their tokens: whether its hidden state is finite)
     )
 
@@ -71,7 +71,7 @@ class RunningStep:
             flags = iter(is_finite.token_ids())
             for sequence in sequences:
                 if not all(list(islice(flags, sequence.num_tokens))):
-                    self._known.failed[sequence.sequence_id] = UNDRAWABLE
+                    self._known.failed[sequence.sequence_id] = CANNOT_SAMPLE
         if self._drawn is not None and self._logits is not None:
             token_ids = self._drawn.token_ids()
             logprobs = logprobs_of(self._logits, [row for _, row in self._draws], token_ids)
@@ -85,7 +85,7 @@ class RunningStep:
                     last += num_accepted(drafts[sequence_id], token_ids[first:end])
                     self._known.accepted[sequence_id] = token_ids[first:last]
                 if token_ids[last] < 0:
-                    self._known.failed[sequence_id] = UNDRAWABLE
+                    self._known.failed[sequence_id] = CANNOT_SAMPLE
                 self._known.token_ids[sequence_id] = token_ids[last]
                 reports = [of_row for of_row in logprobs[first : last + 1] if of_row is not None]
                 if reports:
@@ -140,7 +140,7 @@ class ModelRunner:
             # Not every row's logits are computed, and a block may be shared before its owner is sampled. A masked NaN
             # key reaches even earlier tokens: 0 * NaN is NaN.
             is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()  # [T]
-            running._checked = sequences, on_its_way(is_finite, is_finite)
+            running._checked = sequences, copy_to_host(is_finite, is_finite)
         return running
 
     def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, StepMeta]:
@@ -191,9 +191,9 @@ class ModelRunner:
         logits, tokens = graphs.run(step.sequences, self._last_tokens, self._last_rows)
         rows = [row for _, row in draws]
         if graphs.draws and self.sampler.is_kernel_enough(rows, logits.shape[1]):
-            drawn = on_its_way(tokens, tokens)
+            drawn = copy_to_host(tokens, tokens)
         else:
-            drawn = self.sampler.draw(logits, rows)
+            drawn = self.sampler.sample(logits, rows)
         self._last_tokens = drawn.tokens
         self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
         return RunningStep(step, StepResult(), logits, draws, drawn)
@@ -220,7 +220,7 @@ class ModelRunner:
         if not draws:
             return RunningStep(step, result, None, [], None)
         logits = self._logits(drawing, hidden, meta, behind)
-        drawn = self.sampler.draw(logits, [row for _, row in draws])
+        drawn = self.sampler.sample(logits, [row for _, row in draws])
         self._last_tokens = drawn.tokens
         return RunningStep(step, result, logits, draws, drawn)
 
@@ -236,10 +236,10 @@ class ModelRunner:
     def _rank(self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult) -> None:
         asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopRow)}
         if asking:
-            found = best_tokens(self._logits([*asking], hidden, meta), [*asking.values()])
+            found = beam_candidates(self._logits([*asking], hidden, meta), [*asking.values()])
             for row, candidates in zip(asking, found, strict=True):
                 if candidates is None:
-                    result.failed[sequences[row].sequence_id] = UNDRAWABLE
+                    result.failed[sequences[row].sequence_id] = CANNOT_SAMPLE
                 else:
                     result.candidates[sequences[row].sequence_id] = candidates
 
@@ -265,4 +265,4 @@ class ModelRunner:
             if is_sound:
                 result.prompt_logprobs[sequence.sequence_id] = sequence.num_computed_tokens + 1, entries
             else:
-                result.failed[sequence.sequence_id] = UNDRAWABLE
+                result.failed[sequence.sequence_id] = CANNOT_SAMPLE

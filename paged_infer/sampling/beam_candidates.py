@@ -11,7 +11,7 @@ from torch import Tensor
 from paged_infer.params import Candidates, TopRow
 
 
-def best_tokens(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates | None]:
+def beam_candidates(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates | None]:
     """For each row its ``num_top`` most probable tokens, best first; None for a row with NaN, +inf or only -inf.
 
     Logprobs are of the raw distribution in float32: a banned token is left out, and the others gain nothing by it.

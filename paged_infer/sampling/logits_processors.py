@@ -21,7 +21,7 @@ from paged_infer.params import SampleRow
 SMALLEST, LARGEST = 1e-20, 1e20
 
 
-def edit_logits(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def apply_logits_processors(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Apply logit_bias, then the min_tokens mask, then penalties.
 
     Args:
@@ -55,11 +55,11 @@ def edit_logits(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     if masked:
         flat[torch.tensor(masked, device=flat.device)] = -math.inf
     if penalised:
-        penalise(flat, rows, penalised, vocab_size)
+        apply_penalties(flat, rows, penalised, vocab_size)
     return edited
 
 
-def penalise(flat: Tensor, rows: Sequence[SampleRow], penalised: list[int], vocab_size: int) -> None:
+def apply_penalties(flat: Tensor, rows: Sequence[SampleRow], penalised: list[int], vocab_size: int) -> None:
     """Apply the three penalties in place, to the tokens that were seen.
 
     Repetition (Keskar et al. 2019, "CTRL", 4.1, with negative logits multiplied so that they too fall) looks

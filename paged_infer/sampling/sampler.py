@@ -33,14 +33,14 @@ from paged_infer.kernels.fused.noise import noise, row_keys
 from paged_infer.kernels.transfer import to_device
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import SampleRow, SamplingParams
-from paged_infer.sampling.logits_processors import edit_logits
+from paged_infer.sampling.logits_processors import apply_logits_processors
 from paged_infer.sampling.logprobs import largest, logprobs_of
 
 # A temperature is held within these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
 # logits of any use, one beyond gives the same distribution as the limit.
 SMALLEST, LARGEST = 1e-20, 1e20
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-UNDRAWABLE = "its logits cannot be sampled: they hold NaN or +inf, or only -inf"
+CANNOT_SAMPLE = "its logits cannot be sampled: they hold NaN or +inf, or only -inf"
 
 
 _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
@@ -65,7 +65,7 @@ class SampledTokens:
 
 
 @dataclass(slots=True)
-class Drawn:
+class AsyncTokens:
     """Tokens that are perhaps still being drawn: on the device, and on their way to the host."""
 
     tokens: Tensor  # [R] int64, on the device, for the next step to go on with
@@ -73,7 +73,7 @@ class Drawn:
     ready: torch.cuda.Event | None  # None: it is there
 
     def token_ids(self) -> list[int]:
-        """Wait for the tokens and return them; -1 for a row that cannot be sampled (``UNDRAWABLE``)."""
+        """Wait for the tokens and return them; -1 for a row that cannot be sampled (``CANNOT_SAMPLE``)."""
         if self.ready is not None:
             self.ready.synchronize()
         token_ids: list[int] = self.host.tolist()
@@ -104,15 +104,15 @@ class Sampler:
         """
         if not rows:
             return SampledTokens([], [])
-        token_ids = self.draw(logits, rows).token_ids()
+        token_ids = self.sample(logits, rows).token_ids()
         return SampledTokens(token_ids, logprobs_of(logits, rows, token_ids))
 
-    def draw(self, logits: Tensor, rows: Sequence[SampleRow]) -> Drawn:
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> AsyncTokens:
         """Draw a token from each of at least one row, without waiting for a GPU to have done so; see ``__call__``."""
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
-        edited = edit_logits(logits, rows)
+        edited = apply_logits_processors(logits, rows)
         ways: dict[tuple[_Draw, int], list[int]] = {}
         for i, row in enumerate(rows):
             ways.setdefault(self._way_to_draw(row.params, vocab_size), []).append(i)
@@ -120,17 +120,17 @@ class Sampler:
         if len(ways) == 1:
             ((draw, num_candidates),) = ways
             tokens, scores = _in_slices(draw, edited, rows, num_candidates)
-            return on_its_way(tokens, torch.where(scores.isfinite(), tokens, -1))
+            return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
         for (draw, num_candidates), members in ways.items():
             index = to_device(torch.tensor(members), logits.device)
             asking = [rows[i] for i in members]
             tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
-        return on_its_way(tokens, torch.where(scores.isfinite(), tokens, -1))
+        return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
 
     def is_kernel_enough(self, rows: Sequence[SampleRow], vocab_size: int) -> bool:
-        """Whether the kernel alone, on the logits as they are, draws what ``draw`` would draw for all of these rows."""
+        """Whether the kernel alone, on the unchanged logits, draws what ``sample`` would draw for all of these rows."""
         kinds = {id(row.params): row.params for row in rows}  # requests often share theirs
         for params in kinds.values():
             is_simple = self._way_to_draw(params, vocab_size)[0] == self._draw_by_kernel
@@ -169,15 +169,15 @@ class Sampler:
         return self._kernel(logits, on_device[0].view(torch.float32)[:num], *on_device[1:, :num])
 
 
-def on_its_way(tokens: Tensor, valid: Tensor) -> Drawn:
+def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:
     """Tokens [R], and the same with -1 where a row cannot be drawn from: the latter's way to the host begins."""
     host = torch.empty(len(valid), dtype=valid.dtype, pin_memory=valid.is_cuda)
     host.copy_(valid, non_blocking=True)
     if not valid.is_cuda:
-        return Drawn(tokens, host, None)
+        return AsyncTokens(tokens, host, None)
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(valid.device))
-    return Drawn(tokens, host, ready)
+    return AsyncTokens(tokens, host, ready)
 
 
 # ---------------------------------------------------------------------------------------- keep and race

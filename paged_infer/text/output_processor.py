@@ -11,7 +11,7 @@ from paged_infer.text.stop_strings import StopFinder
 from paged_infer.text.tokenizer import StreamingDecoder, Tokenizer
 
 
-class Completion:
+class OutputProcessor:
     """The growing output of one sequence.
 
     Its text is what the tokens add to the text of the prompt, see ``continuation``. It is decoded incrementally only
@@ -56,13 +56,13 @@ class Completion:
         num_kept = num_new
         if self._decoder is not None:
             num_before = self._sequence.num_output_tokens - num_new
-            num_kept = next((n for n in range(1, num_new + 1) if self._say(num_before + n)), num_new)
+            num_kept = next((n for n in range(1, num_new + 1) if self._decode_until(num_before + n)), num_new)
             self._sequence.drop_last(num_new - num_kept)
         if self._logprobs is not None:
             self._logprobs += [named_logprobs(of_token, self._tokenizer) for of_token in logprobs[:num_kept]]
         return self._stop_string
 
-    def _say(self, num_tokens: int) -> bool:
+    def _decode_until(self, num_tokens: int) -> bool:
         """Decode up to that many output tokens. Whether a stop string ends the text there."""
         assert self._decoder is not None
         settled = len(self._text)
@@ -148,7 +148,7 @@ def named_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> Toke
 
 
 def request_output(
-    request: Request, completions: list[Completion], prompt_logprobs: list[TokenLogprobs | None] | None
+    request: Request, completions: list[OutputProcessor], prompt_logprobs: list[TokenLogprobs | None] | None
 ) -> RequestOutput:
     """The request as it stands, for whoever asked for it."""
     metrics = RequestMetrics(

@@ -1,4 +1,4 @@
-"""Completion: stop strings cut where they begin, and a stream never shows what it takes back."""
+"""OutputProcessor: stop strings cut where they begin, and a stream never shows what it takes back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paged_infer.control.request import Request, Sequence, SequenceState
 from paged_infer.outputs import CompletionOutput, Logprob
 from paged_infer.params import SamplingParams
-from paged_infer.text.output_processor import Completion
+from paged_infer.text.output_processor import OutputProcessor
 from paged_infer.text.tokenizer import Tokenizer
 
 
@@ -44,7 +44,7 @@ def speak(
 ) -> tuple[list[CompletionOutput], Sequence]:
     """Feed tokens until the sequence ends, as the engine does; its output after each of them."""
     sequence = make_sequence(prompt, **params)
-    completion, outputs = Completion(sequence, tokenizer, streamed), []
+    completion, outputs = OutputProcessor(sequence, tokenizer, streamed), []
     for token_id in token_ids:
         ended = sequence.append(token_id)
         if ended is not None:
@@ -169,7 +169,7 @@ def test_half_a_character_is_shown_when_the_output_ends_there(tokenizer) -> None
 
 def test_an_abort_shows_what_was_held_back(tokenizer) -> None:
     sequence = make_sequence(stop=["STOP"])
-    completion = Completion(sequence, tokenizer, True)
+    completion = OutputProcessor(sequence, tokenizer, True)
     for token in [*letters(tokenizer, "a STO"), *tokenizer.encode("é")[:1]]:
         sequence.append(token)
         completion.advance()
@@ -203,7 +203,7 @@ def test_a_stream_only_grows_and_ends_as_the_whole_does(tokenizer, text, stops, 
 
 def test_cumulative_logprob_is_the_sum_over_the_chosen_tokens() -> None:
     sequence = make_sequence(logprobs=1)
-    completion = Completion(sequence, None, False)
+    completion = OutputProcessor(sequence, None, False)
     for token, logprob in ((7, -0.5), (8, -2.0)):
         sequence.append(token)
         completion.advance([{token: Logprob(logprob, 3), 9: Logprob(-0.1, 1)}])

@@ -136,7 +136,7 @@ def watch_parts(llm: LLM) -> Iterator[dict[str, float]]:
                 put(module, "ops", timed_ops(ops))
         put(cache, "ops", timed_ops(cache.ops))
         put(cache, "backend", timed("attention", cache.backend))
-        put(runner.sampler, "draw", timed("sampling", runner.sampler.draw))
+        put(runner.sampler, "sample", timed("sampling", runner.sampler.sample))
         put(runner, "_pack", timed("packing", runner._pack))
         for name in ("schedule", "advance", "settle"):
             put(scheduler, name, timed("scheduling", getattr(scheduler, name)))

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
-from paged_infer.cache.spec import StepMeta
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step_entries import sample_row
 from paged_infer.engine.engine import Prompt
 from paged_infer.engine.kv_usage import KVUsage
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams

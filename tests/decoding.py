@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.none import NoCache
-from paged_infer.cache.spec import StepMeta
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.model.decoder import Decoder
 
 IDS = [5, 900, 17, 17, 2, 333, 64, 1002, 40, 8, 77, 3, 250, 251, 252, 6, 9, 12]

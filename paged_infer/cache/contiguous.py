@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
+from paged_infer.kernels.attention.metadata import StepMeta
 
 
 class ContiguousCache:

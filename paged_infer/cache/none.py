@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import LayerSpec, StepMeta
+from paged_infer.cache.spec import LayerSpec
 from paged_infer.kernels.attention.flash_attention import flash_attention_reference
+from paged_infer.kernels.attention.metadata import StepMeta
 
 
 class NoCache:

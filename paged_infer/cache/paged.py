@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockMoves
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops

@@ -1,13 +1,15 @@
-"""What every cache and every decoder agree on: the shape of what is kept, and the description of one step."""
+"""What every cache and every decoder agree on: the shape of what is kept, and how it is stored and read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from paged_infer.kernels.attention.metadata import StepMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +30,6 @@ class LayerSpec:
 def kv_bytes_per_token(spec: Sequence[LayerSpec]) -> int:
     """2 * layers * kv_heads * head_dim * bytes, for the usual case of equal layers."""
     return sum(layer.bytes_per_token for layer in spec)
-
-
-@dataclass(slots=True)
-class StepMeta:
-    """Where the T tokens of a step belong: B sequences packed without padding, those with one token first.
-
-        sequence 0   sequence 1        sequence 2
-        [ t ]        [ t ]             [ t t t t t ]          T = 7, B = 3, num_decodes = 2
-        query_start_loc = [0, 1, 2, 7]     seq_lens = [9, 4, 5]
-
-    ``seq_lens`` counts a sequence's tokens up to and including this step's, so its queries are the last ones of them.
-    """
-
-    positions: Tensor  # [T] int64, place of each token in its own sequence
-    slot_mapping: Tensor  # [T] int64, where its key and value go; -1 nowhere
-    query_start_loc: Tensor  # [B + 1] int32
-    seq_lens: Tensor  # [B] int32
-    block_tables: Tensor  # [B, max_blocks] int32, physical block of each logical block
-    num_decodes: int  # the first rows, one query each
-    max_query_len: int
-    max_seq_len: int
-    plan: dict[Any, Any] = field(default_factory=dict)  # what a backend worked out once for all layers of this step
 
 
 class Cache(Protocol):

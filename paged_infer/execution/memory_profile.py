@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.cache.spec import StepMeta
 from paged_infer.config import EngineConfig
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder

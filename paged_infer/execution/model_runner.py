@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.cache.spec import StepMeta
 from paged_infer.control.request import PENDING
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.execution.cuda_graphs import DecodeGraphs
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.transfer import to_device
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs

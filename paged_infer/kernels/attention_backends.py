@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import StepMeta
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
 from paged_infer.kernels.cpu.build import why_not

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paged_infer.cache.spec import Cache, LayerSpec, SlottedCache, StepMeta
+from paged_infer.cache.spec import Cache, LayerSpec, SlottedCache
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm

@@ -12,8 +12,9 @@ from paged_infer import SamplingParams
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
-from paged_infer.cache.spec import LayerSpec, StepMeta, kv_bytes_per_token
+from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockMoves
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
 H, H_KV, D = 6, 2, 8

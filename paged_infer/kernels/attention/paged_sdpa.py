@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_infer.cache.spec import StepMeta
 from paged_infer.kernels.attention.mask import causal_mask
+from paged_infer.kernels.attention.metadata import StepMeta
 
 
 def paged_attention_batched(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import StepMeta
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.attention.paged_sdpa import attend_chunks, paged_attention_batched
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits

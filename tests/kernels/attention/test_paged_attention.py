@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.cache.spec import StepMeta
+from paged_infer.kernels.attention.metadata import StepMeta
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 

@@ -22,7 +22,7 @@ from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step_entries import sample_row
 from paged_infer.engine.engine import Prompt
 from paged_infer.engine.kv_usage import KVUsage
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
@@ -175,11 +175,11 @@ class _Batch:
         named = [named_logprobs(entry, self.engine.tokenizer) for entry in entries if entry is not None]
         self._prompt_logprobs[request.request_id] = [None, *named]
 
-    def _step(self, positions: ReadOnlyList[int], end: int, batch: int) -> StepMeta:
+    def _step(self, positions: ReadOnlyList[int], end: int, batch: int) -> AttentionMetadata:
         """A step of ``batch`` rows of equal length that ends before column ``end``; nothing is paged here."""
         none = torch.empty(0, dtype=torch.int64)
         columns = len(positions) // batch
-        return StepMeta(
+        return AttentionMetadata(
             positions=self._tensor(positions),
             slot_mapping=none,
             query_start_loc=torch.arange(0, len(positions) + 1, columns, dtype=torch.int32),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.none import NoCache
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.model.decoder import Decoder
 
 IDS = [5, 900, 17, 17, 2, 333, 64, 1002, 40, 8, 77, 3, 250, 251, 252, 6, 9, 12]
@@ -15,7 +15,7 @@ IDS = [5, 900, 17, 17, 2, 333, 64, 1002, 40, 8, 77, 3, 250, 251, 252, 6, 9, 12]
 def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
     length = len(token_ids)
     unused = torch.empty(0, dtype=torch.int64)
-    step = StepMeta(
+    step = AttentionMetadata(
         positions=torch.arange(length),
         slot_mapping=unused,
         query_start_loc=torch.tensor([0, length], dtype=torch.int32),

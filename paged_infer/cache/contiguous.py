@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 
 class ContiguousCache:
@@ -44,7 +44,7 @@ class ContiguousCache:
         """What the reservation costs, filled or not."""
         return len(self.pad_lens) * self.max_len * kv_bytes_per_token(self.spec)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
         """q [T, H, D], k and v [T, H_kv, D] with T = rows * columns of this step, row by row -> [T, H, D]."""
         batch, end = len(self.pad_lens), step.max_seq_len
         columns = q.shape[0] // batch
@@ -61,7 +61,7 @@ class ContiguousCache:
         )
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 
-    def _mask(self, start: int, end: int, window: int | None, step: StepMeta) -> Tensor:
+    def _mask(self, start: int, end: int, window: int | None, step: AttentionMetadata) -> Tensor:
         """Which columns each query sees: [B, 1, end - start, end], the same for all layers with this window."""
         if ("mask", window) not in step.plan:
             key = torch.arange(end, device=self.pad_lens.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec
 from paged_infer.kernels.attention.flash_attention import flash_attention_reference
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 
 class NoCache:
@@ -19,7 +19,7 @@ class NoCache:
     def __init__(self, spec: Sequence[LayerSpec]) -> None:
         self.spec = spec
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
         """q [T, H, D], k and v [T, H_kv, D] -> [T, H, D]."""
         out = torch.empty_like(q)
         bounds = step.query_start_loc.tolist()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockMoves
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
@@ -95,15 +95,15 @@ class PagedCache:
     def bytes_per_block(self) -> int:
         return self.block_size * kv_bytes_per_token(self.spec)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
         """Store k and v at their slots, then attend through the block tables: [T, H, D]."""
         self.ops.store_kv(k, v, self.keys[layer], self.values[layer], step.slot_mapping)
         return self.attend_stored(layer, q, step)
 
-    def slots(self, layer: int, step: StepMeta) -> dict[str, Tensor]:
+    def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor]:
         """What ``attend`` would store to."""
         return {"k_cache": self.keys[layer], "v_cache": self.values[layer], "slot_mapping": step.slot_mapping}
 
-    def attend_stored(self, layer: int, q: Tensor, step: StepMeta) -> Tensor:
+    def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata) -> Tensor:
         """Attend through the block tables to what has been stored: [T, H, D]."""
         return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window)

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def kv_bytes_per_token(spec: Sequence[LayerSpec]) -> int:
 class Cache(Protocol):
     """Remembers keys and values, and lets queries read them."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepMeta) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
         """Keep k [T, H_kv, k_dim] and v [T, H_kv, v_dim]; return causal attention of q [T, H, k_dim]: [T, H, v_dim]."""
         ...
 
@@ -44,13 +44,13 @@ class Cache(Protocol):
 class SlottedCache(Cache, Protocol):
     """A cache whose storing can be left to the kernel that makes the keys, which saves a launch a layer."""
 
-    def slots(self, layer: int, step: StepMeta) -> dict[str, Tensor]:
+    def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor]:
         """Where to store, as ``k_cache``, ``v_cache`` and ``slot_mapping`` of ``kernels.qk_norm_rope``.
 
         Who stores there calls ``attend_stored`` next, in place of ``attend``.
         """
         ...
 
-    def attend_stored(self, layer: int, q: Tensor, step: StepMeta) -> Tensor:
+    def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata) -> Tensor:
         """``attend`` without its first half."""
         ...

@@ -26,7 +26,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.execution.input_buffers import StepBuffers
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend, triton_backend
 from paged_infer.model.decoder import Decoder
 from paged_infer.params import SampleRow
@@ -203,7 +203,7 @@ class DecodeGraphs:
             # A failed row left -1. Its request ends, so any valid token will do here.
             pending = buffers.drawn.index_select(0, sources.clamp_min(0)).clamp_min(0)
             token_ids = torch.where(sources >= 0, pending, columns["token_ids"])
-            meta = StepMeta(
+            meta = AttentionMetadata(
                 positions=columns["positions"],
                 slot_mapping=columns["slot_mapping"],
                 query_start_loc=query_start_loc,

@@ -21,7 +21,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
@@ -142,11 +142,11 @@ def run_largest_step(config: EngineConfig, decoder: Decoder, cache: PagedCache, 
     """``max_num_batched_tokens`` tokens of as few prompts as hold them: hidden [T, hidden]. Nothing is stored."""
     num_tokens, device = config.max_num_batched_tokens, decoder.device
     full, rest = divmod(num_tokens, longest)
-    lengths = [rest] * (rest > 0) + [longest] * full  # a prompt of one token comes first, as StepMeta has it
+    lengths = [rest] * (rest > 0) + [longest] * full  # a prompt of one token comes first, as AttentionMetadata has it
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.arange(num_tokens) - torch.repeat_interleave(bounds[:-1], torch.tensor(lengths))
     max_blocks = -(-max(lengths) // cache.block_size)
-    step = StepMeta(
+    step = AttentionMetadata(
         positions=positions.to(device),
         slot_mapping=torch.full((num_tokens,), -1, device=device),
         query_start_loc=bounds.to(device, torch.int32),

@@ -20,7 +20,7 @@ from paged_infer.control.request import PENDING
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.execution.cuda_graphs import DecodeGraphs
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.transfer import to_device
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
@@ -128,7 +128,7 @@ class ModelRunner:
         self.cache.move_blocks(step.moves)
         if self.graphs is not None and self.graphs.fits(step):
             return self._replay(step, self.graphs)
-        # Single tokens first, as StepMeta has it, and among them rows of like length together.
+        # Single tokens first, as AttentionMetadata has it, and among them rows of like length together.
         sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
         token_ids, meta = self._pack(sequences)
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
@@ -143,7 +143,7 @@ class ModelRunner:
             running._checked = sequences, copy_to_host(is_finite, is_finite)
         return running
 
-    def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, StepMeta]:
+    def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata]:
         block_size = self.cache.block_size
         query_lens = np.fromiter((s.num_tokens for s in sequences), np.int64, len(sequences))
         starts = np.fromiter((s.num_computed_tokens for s in sequences), np.int64, len(sequences))
@@ -160,7 +160,7 @@ class ModelRunner:
         slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
         token_ids = np.fromiter((t for s in sequences for t in s.token_ids), np.int64, len(rows))
 
-        meta = StepMeta(
+        meta = AttentionMetadata(
             positions=self._to_device(positions),
             slot_mapping=self._to_device(slots),
             query_start_loc=self._to_device(query_start_loc),
@@ -203,7 +203,7 @@ class ModelRunner:
         step: ScheduledStep,
         sequences: list[ScheduledSequence],
         hidden: Tensor,
-        meta: StepMeta,
+        meta: AttentionMetadata,
         result: StepResult,
     ) -> RunningStep:
         drawing: list[int] = []  # the sequence of each token that is drawn; forks draw from the same logits
@@ -224,7 +224,9 @@ class ModelRunner:
         self._last_tokens = drawn.tokens
         return RunningStep(step, result, logits, draws, drawn)
 
-    def _logits(self, rows: list[int], hidden: Tensor, meta: StepMeta, behind: list[int] | None = None) -> Tensor:
+    def _logits(
+        self, rows: list[int], hidden: Tensor, meta: AttentionMetadata, behind: list[int] | None = None
+    ) -> Tensor:
         """Those after the last token of each of these sequences, or after the one so many before it: [R, V]."""
         if rows != list(range(hidden.shape[0])):
             places = meta.query_start_loc[1:][rows].long() - 1
@@ -233,7 +235,9 @@ class ModelRunner:
             hidden = hidden[places]
         return self.decoder.logits(hidden)
 
-    def _rank(self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult) -> None:
+    def _rank(
+        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: AttentionMetadata, result: StepResult
+    ) -> None:
         asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopRow)}
         if asking:
             found = beam_candidates(self._logits([*asking], hidden, meta), [*asking.values()])
@@ -244,7 +248,7 @@ class ModelRunner:
                     result.candidates[sequences[row].sequence_id] = candidates
 
     def _report_prompts(
-        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: StepMeta, result: StepResult
+        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: AttentionMetadata, result: StepResult
     ) -> None:
         if all(sequence.num_prompt_logprobs is None for sequence in sequences):
             return

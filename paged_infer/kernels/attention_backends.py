@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
 from paged_infer.kernels.cpu.build import why_not
@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionBackend(Protocol):
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
+    ) -> Tensor:
         """q [T, H, D]; caches [num_blocks, block_size, H_kv, D] that already hold this step's tokens -> [T, H, D]."""
         ...
 
@@ -53,7 +55,9 @@ def register_attention_backend(name: str) -> Callable[[AttentionBackend], Attent
 
 
 @register_attention_backend("torch")
-def torch_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+def torch_backend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
+) -> Tensor:
     """The reference: one sequence after the other, readable, on any device."""
     return paged_attention_reference(
         q,
@@ -67,7 +71,9 @@ def torch_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *
 
 
 @register_attention_backend("triton")
-def triton_backend(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+def triton_backend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
+) -> Tensor:
     """Our kernels: compiled on CUDA; on CPU interpreted, which is for tests and readers."""
     return paged_attention(
         q,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.cache.spec import Cache, LayerSpec, SlottedCache
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         norm_shape = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: StepMeta) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: AttentionMetadata) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], num_qk + self.num_kv_heads, self.head_dim)  # [T, H + 2 H_kv, D]
         qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
@@ -74,7 +74,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rope: Rope | None, cache: Cache, step: StepMeta
+        self, x: Tensor, residual: Tensor | None, rope: Rope | None, cache: Cache, step: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
         """What is to join the residual stream, and the stream, [T, hidden] both -> the same two after this layer."""
         x, residual = self.attention_norm(x, residual)
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         return self.embedding.weight.device
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, cache: Cache, step: StepMeta) -> Tensor:
+    def forward(self, token_ids: Tensor, cache: Cache, step: AttentionMetadata) -> Tensor:
         """token_ids [T], positions in ``step`` [T] -> hidden states after the last norm, [T, hidden]."""
         x = F.embedding(token_ids, self.embedding.weight)
         if self.position_embedding is not None:

@@ -14,7 +14,7 @@ from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockMoves
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
 H, H_KV, D = 6, 2, 8
@@ -25,11 +25,11 @@ def spec(window: int | None, layers: int = 2) -> list[LayerSpec]:
     return [LayerSpec(H_KV, D, D, window, torch.float32)] * layers
 
 
-def step_meta(query_lens, seq_lens, *, slots=(), tables=((0,),), num_decodes=0) -> StepMeta:
+def step_meta(query_lens, seq_lens, *, slots=(), tables=((0,),), num_decodes=0) -> AttentionMetadata:
     starts = [0]
     for n in query_lens:
         starts.append(starts[-1] + n)
-    return StepMeta(
+    return AttentionMetadata(
         positions=torch.empty(0, dtype=torch.int64),
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
         query_start_loc=torch.tensor(starts, dtype=torch.int32),

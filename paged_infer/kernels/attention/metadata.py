@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
-class StepMeta:
+class AttentionMetadata:
     """Where the T tokens of a step belong: B sequences packed without padding, those with one token first.
 
         sequence 0   sequence 1        sequence 2

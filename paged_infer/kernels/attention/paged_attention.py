@@ -1,7 +1,7 @@
 """Attention that reads keys and values through block tables (PagedAttention, Kwon 2023, section 4.1).
 
     packed queries [T, H, D]      row 0   row 1   row 2                    rows with one query first
-                                  [ q ]   [ q ]   [ q q q q q ]            (StepMeta says so; num_decodes = 2)
+                                  [ q ]   [ q ]   [ q q q q q ]            (AttentionMetadata.num_decodes = 2)
                                     \\       /           |
     two kernels                   paged_decode     paged_prefill
 

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.kernels.attention.mask import causal_mask
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 
 def paged_attention_batched(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
 ) -> Tensor:
     """q [T, H, D]; caches [num_blocks + 1, block_size, H_kv, D], the last block zero -> [T, H, D]."""
     key = ("decodes", window)
@@ -39,7 +39,9 @@ def paged_attention_batched(
     return out
 
 
-def attend_chunks(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, window: int | None) -> None:
+def attend_chunks(
+    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, window: int | None
+) -> None:
     """The rows behind the decodes alone: fills their part of ``out`` [T, H, D]."""
     key = ("chunks", window)
     if key not in step.plan:
@@ -55,7 +57,7 @@ class _DecodePlan:
     mask: Tensor  # [B * H_kv, 1, L] 0 where a token is seen, -inf elsewhere
 
 
-def _decode_plans(k_cache: Tensor, step: StepMeta, window: int | None) -> list[_DecodePlan]:
+def _decode_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) -> list[_DecodePlan]:
     num_blocks, block_size, num_kv_heads, dim = k_cache.shape
     device = k_cache.device
     heads = torch.arange(num_kv_heads, device=device)[:, None]
@@ -119,7 +121,7 @@ class _ChunkPlan:
     mask: Tensor | None  # [N, context]; None: plain causal
 
 
-def _chunk_plans(k_cache: Tensor, step: StepMeta, window: int | None) -> list[_ChunkPlan]:
+def _chunk_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) -> list[_ChunkPlan]:
     block_size = k_cache.shape[1]
     bounds, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
     plans: list[_ChunkPlan] = []

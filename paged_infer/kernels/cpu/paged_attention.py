@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_sdpa import attend_chunks, paged_attention_batched
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
@@ -21,7 +21,9 @@ _MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of kernels.c
 _FEW = 8  # tokens of a sequence in a step; more are a chunk
 
 
-def paged_attention_c(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMeta, *, window: int | None) -> Tensor:
+def paged_attention_c(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
+) -> Tensor:
     """q [T, H, D]; caches [num_blocks, block_size, H_kv, D], contiguous -> [T, H, D]."""
     num_heads, dim = q.shape[1:]
     _, block_size, num_kv_heads, _ = k_cache.shape
@@ -59,7 +61,7 @@ def paged_attention_c(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepMet
     return out
 
 
-def _rows(step: StepMeta) -> tuple[int, Tensor, Tensor]:
+def _rows(step: AttentionMetadata) -> tuple[int, Tensor, Tensor]:
     """How many queries attend one by one, from the first, and of each the block table, int32, and the keys it sees."""
     if step.max_query_len > _FEW or step.max_query_len == 1:
         return step.num_decodes, step.block_tables, step.seq_lens

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import StepMeta
+from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
@@ -57,9 +57,9 @@ class Batch:
     def place(self, row: int, token: int) -> tuple[int, int]:
         return int(self.tables[row, token // self.block_size]), token % self.block_size
 
-    def step(self) -> StepMeta:
+    def step(self) -> AttentionMetadata:
         unused = torch.empty(0, dtype=torch.int64)
-        return StepMeta(
+        return AttentionMetadata(
             positions=unused,
             slot_mapping=unused,
             query_start_loc=self.query_start_loc,

@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from paged_infer.async_llm import QueueFullError
 from paged_infer.outputs import CompletionOutput, RequestOutput
+from paged_infer.server.openai.event_stream import EventStream, unless_gone
 from paged_infer.server.openai.json_stream import Growth, chat_logprobs, named_by_id
 from paged_infer.server.openai.protocol import ChatCompletionRequest
 from paged_infer.server.routes.completions import ANSWER, ERRORS
 from paged_infer.server.routes.responses import Shape
-from paged_infer.server.service import EventStream, service_of, unless_gone
+from paged_infer.server.service import service_of
 
 router = APIRouter()
 

@@ -10,10 +10,11 @@ from starlette.responses import Response
 
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import documented
+from paged_infer.server.openai.event_stream import EventStream, unless_gone
 from paged_infer.server.openai.json_stream import Growth, tokens_by_id
 from paged_infer.server.openai.protocol import CompletionRequest
 from paged_infer.server.routes.responses import Shape
-from paged_infer.server.service import EventStream, service_of, unless_gone
+from paged_infer.server.service import service_of
 from paged_infer.text.continuation import prompt_text
 
 router = APIRouter()

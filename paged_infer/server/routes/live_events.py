@@ -24,8 +24,9 @@ from paged_infer.async_llm import EngineDeadError
 from paged_infer.control.blocks.snapshot import Cell, pool_cells
 from paged_infer.control.request import Sequence
 from paged_infer.engine.engine import LLMEngine
+from paged_infer.server.openai.event_stream import EventStream
 from paged_infer.server.openai.json_stream import event
-from paged_infer.server.service import EventStream, Service, closing_error, service_of
+from paged_infer.server.service import Service, closing_error, service_of
 
 EVERY_S = 0.1
 MOST_OF_ENGINE = 0.05  # share of the engine's time that looking at it may take: a large pool is looked at less often

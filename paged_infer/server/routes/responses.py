@@ -16,9 +16,10 @@ from starlette.responses import Response
 from paged_infer.async_llm import EngineDeadError, RequestStream
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import APIError
+from paged_infer.server.openai.event_stream import merged
 from paged_infer.server.openai.json_stream import DONE, HEAVY, Growth, described_rows, encoded, event, usage, weight
 from paged_infer.server.openai.protocol import StreamedFields
-from paged_infer.server.service import Service, merged, new_id
+from paged_infer.server.service import Service, new_id
 
 
 @dataclass(slots=True)

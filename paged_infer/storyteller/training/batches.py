@@ -28,7 +28,7 @@ class Mix:
     most_facts: int = 5
     headless: float = 0.0
     answer_weight: float = 1.0
-    drill_weight: float = 1.0  # of the tokens of memory games outside answers, which nobody could guess
+    drill_weight: float = 1.0  # of the tokens of memory games outside answers, which cannot be guessed
 
 
 @dataclass(frozen=True)

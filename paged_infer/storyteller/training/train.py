@@ -2,12 +2,13 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -16,7 +17,6 @@ from paged_infer.storyteller import PATH
 from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
 from paged_infer.storyteller.training.batches import CONTEXT, Batch, Mix, Rows, stream
 from paged_infer.storyteller.training.export import export, plot
-from paged_infer.storyteller.training.muon import Muon
 from paged_infer.storyteller.training.vocabulary import train_tokenizer
 
 SHAPE = {
@@ -26,7 +26,14 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 640,
 }
-Loss = Callable[[Qwen3ForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]]
+Loss = Callable[[Qwen3ForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]]  # (to minimize, to log)
+
+# The options that both training commands have.
+Out = Annotated[Path, typer.Option(help="Folder for the model.")]
+Seed = Annotated[int, typer.Option(help="Of the weights and of the data.")]
+Steps = Annotated[int, typer.Option(help="All optimizer steps.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens a step.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
 
 
 def new_model(vocab_size: int, seed: int, shape: dict[str, int] = SHAPE) -> Qwen3ForCausalLM:
@@ -69,13 +76,19 @@ def begin_by_matching(model: Qwen3ForCausalLM) -> None:
 
 
 def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding and the norms; rates are those of a factor of 1."""
+    """Muon (Jordan, 2024) for the matrices of the layers, AdamW for the embedding and the norms, at their full rates.
+
+    Muon's updates are scaled to a root mean square of 0.2 * lr, about AdamW's (Liu et al., 2025, "Muon is scalable").
+    """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [Muon(matrices, lr=5e-3), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
-def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted mean, plain mean) of the nats per predicted token."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits  # [B, S - 1, vocabulary]
@@ -110,30 +123,37 @@ class Probe:
         return right / asked
 
 
-def run(
+def fit(
     model: Qwen3ForCausalLM,
-    batches: Iterator[Batch],
-    rate: Callable[[int], float],
-    probe: Probe,
-    every: Callable[[int, list[dict[str, float]]], None],
-    log_every: int = 50,
-    loss_of: Loss = loss_of,
+    tokenizer: Tokenizer,
+    phases: list[tuple[int, Mix]],
+    out: Path,
+    seed: int,
+    batch_tokens: int,
+    decay_steps: float,
+    log_every: int,
+    loss_of: Loss = weighted_loss,
 ) -> list[dict[str, float]]:
-    """Train on all `batches`; rate(step) scales the learning rates. Returns what was logged every `log_every` steps."""
+    """Train `model` for the steps of all `phases` and write it to `out`, also every 500 steps meanwhile.
+
+    The learning rates rise over 50 steps and fall linearly to 0 over the last `decay_steps`. Returns the loss and
+    the recall of unseen facts, measured every `log_every` steps.
+    """
+    steps = sum(count for count, _ in phases)
+    rows = Rows(tokenizer, seed)
+    probe = Probe(rows)
     tools = optimizers(model)
     rates = [tool.param_groups[0]["lr"] for tool in tools]
     log: list[dict[str, float]] = []
     losses: list[float] = []
     tokens = 0
-    for step, batch in enumerate(batches, start=1):
-        factor = rate(step)
-        if factor <= 0.0:
-            break
+    bar = tqdm(stream(rows, phases, batch_tokens), total=steps, unit="step")
+    for step, batch in enumerate(bar, start=1):
         loss, plain = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for tool, lr in zip(tools, rates, strict=True):
-            tool.param_groups[0]["lr"] = lr * factor
+        for tool, rate in zip(tools, rates, strict=True):
+            tool.param_groups[0]["lr"] = rate * min(1.0, step / 50, (steps - step + 1) / decay_steps)
             tool.step()
             tool.zero_grad()
         losses.append(plain.item())
@@ -142,43 +162,28 @@ def run(
             recall = probe.recall(model)
             log.append({"step": step, "tokens": tokens, "loss": sum(losses) / len(losses), "recall": recall})
             losses = []
-            every(step, log)
+            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", recall=f"{recall:.0%}")
+        if step % 500 == 0:
+            export(model, tokenizer, out)
+    export(model, tokenizer, out)
     return log
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the model.")] = PATH,
+    out: Out = PATH,
     figures: Annotated[Path, typer.Option(help="Folder for the loss curve.")] = Path("figures"),
-    seed: Annotated[int, typer.Option(help="Of the weights and of the data.")] = 0,
-    steps: Annotated[int, typer.Option(help="All optimizer steps.")] = 2400,
+    seed: Seed = 0,
+    steps: Steps = 2400,
     decay_steps: Annotated[int, typer.Option(help="Of them at last, while the rates fall to 0.")] = 900,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 1600,
+    batch_tokens: BatchTokens = 1600,
     log_every: Annotated[int, typer.Option(help="Steps between two measurements of recall.")] = 50,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Train the storyteller and write it in Hugging Face format, with a picture of its loss."""
     torch.set_num_threads(threads)
     tokenizer = train_tokenizer()
     model = new_model(tokenizer.get_vocab_size(), seed)
-    rows = Rows(tokenizer, seed)
-    bar = tqdm(total=steps, unit="step")
-
-    def every(step: int, log: list[dict[str, float]]) -> None:
-        bar.update(step - bar.n)
-        bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", recall=f"{log[-1]['recall']:.0%}")
-        if step % 500 == 0:
-            export(model, tokenizer, out)
-
-    log = run(
-        model,
-        stream(rows, phases(steps), batch_tokens),
-        lambda step: min(1.0, step / 50, (steps - step + 1) / decay_steps),
-        Probe(rows),
-        every,
-        log_every,
-    )
-    bar.close()
-    export(model, tokenizer, out)
+    log = fit(model, tokenizer, phases(steps), out, seed, batch_tokens, decay_steps, log_every)
     figures.mkdir(parents=True, exist_ok=True)
     (figures / "storyteller_loss.json").write_text(json.dumps({"seed": seed, "steps": steps, "log": log}) + "\n")
     plot(log, figures / "storyteller_loss.png")

@@ -1,15 +1,13 @@
 """Claims about training: rows are whole documents, a seed fixes them, and one command leaves a model behind."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paged_infer.storyteller.training import train, vocabulary
+from paged_infer.storyteller.training import distil, train, vocabulary
 from paged_infer.storyteller.training.batches import CONTEXT, Mix, Rows, stream
-from paged_infer.storyteller.training.muon import Muon, orthogonalize
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +52,41 @@ def test_a_seed_fixes_the_batches_and_padding_weighs_nothing(tokenizer):
             assert (row[length:] == 0).all() and row[length - 1] == 0 and (weights[: length - 1] > 0).all()
 
 
-def test_muon_updates_are_nearly_orthogonal():
-    torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 24, 60)))
+@pytest.fixture
+def small_model(tokenizer):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return train.new_model(tokenizer.get_vocab_size(), 0, shape | {"intermediate_size": 64})
+
+
+def test_each_matrix_of_the_layers_gets_an_orthogonal_update_and_adamw_has_the_rest(small_model):
+    muon, adamw = train.optimizers(small_model)
+    sizes = [sum(p.numel() for group in tool.param_groups for p in group["params"]) for tool in (muon, adamw)]
+    assert sum(sizes) == small_model.num_parameters() and sizes[1] > small_model.lm_head.weight.numel()
+    weight = small_model.model.layers[0].mlp.up_proj.weight  # [64, 32]
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    muon.step()
+    update = (weight.detach() - (1 - 5e-3 * 0.01) * before) / 5e-3
+    values = torch.linalg.svdvals(update) / (0.2 * 64**0.5)
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_muon_descends():
-    torch.manual_seed(0)
-    target, weight = torch.randn(12, 30), torch.nn.Parameter(torch.zeros(12, 30))
-    tool, losses = Muon([weight], lr=0.05), []
-    for _ in range(60):
-        loss = (weight - target).square().mean()
-        losses.append(loss.item())
-        tool.zero_grad()
-        loss.backward()
-        tool.step()
-    assert losses[-1] < 0.3 * losses[0]
-    assert all(later < earlier for earlier, later in pairwise(losses[:10]))
+def test_training_descends(tokenizer, small_model, tmp_path):
+    log = train.fit(small_model, tokenizer, [(40, Mix(drills=0.5))], tmp_path / "model", 0, 500, 10, log_every=10)
+    losses = [entry["loss"] for entry in log]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+
+
+def test_a_draft_learns_the_distribution_of_its_teacher(tokenizer, small_model):
+    batch = next(stream(Rows(tokenizer, seed=0), [(1, Mix(drills=0.5))], tokens=300))
+    same, _ = distil.distance_from(small_model)(small_model, batch)
+    other, _ = distil.distance_from(small_model)(train.new_model(tokenizer.get_vocab_size(), 1), batch)
+    assert abs(same) < 1e-6 < 0.1 < other
+
+
+def test_the_draft_is_written_by_one_command_too(tmp_path):
+    distil.main(out=tmp_path / "draft", steps=1, batch_tokens=300, threads=torch.get_num_threads())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
 
 
 def test_one_command_trains_writes_and_draws(tokenizer, tmp_path, monkeypatch):

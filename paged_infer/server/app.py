@@ -12,11 +12,10 @@ from starlette.middleware.cors import CORSMiddleware
 import paged_infer
 from paged_infer.async_llm import AsyncLLM
 from paged_infer.server.metrics import Metrics
-from paged_infer.server.middleware import Door
+from paged_infer.server.middleware import ChecksMiddleware
 from paged_infer.server.openai import errors
-from paged_infer.server.routes import chat, completions, jobs, page, status
-from paged_infer.server.routes import live_events as watch
-from paged_infer.server.routes.live_events import Watch
+from paged_infer.server.routes import chat, completions, jobs, live_events, page, status
+from paged_infer.server.routes.live_events import LiveEvents
 from paged_infer.server.service import Service, Settings
 
 LOOP_DELAY_EVERY_S = 0.02
@@ -25,7 +24,7 @@ ROUTERS = (  # a new route: a module with one more
     chat.router,
     jobs.router,
     status.router,
-    watch.router,
+    live_events.router,
     page.router,
 )
 
@@ -44,11 +43,11 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     app.state.jobs = jobs.Jobs(service)
     app.state.metrics = Metrics(engine, service.model_names[0])
-    app.state.watch = Watch(service)
+    app.state.live_events = LiveEvents(service)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_middleware(Door, service=service)
+    app.add_middleware(ChecksMiddleware, service=service)
     if service.settings.allowed_origins:  # outermost: a preflight request carries no key
         app.add_middleware(
             CORSMiddleware,
@@ -62,7 +61,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    task = asyncio.create_task(watch_loop(app.state.metrics.loop_delay.observe))
+    task = asyncio.create_task(observe_loop_delay(app.state.metrics.loop_delay.observe))
     try:
         yield
     finally:
@@ -70,7 +69,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.service.answering.shutdown(wait=False)
 
 
-async def watch_loop(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:
+async def observe_loop_delay(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:
     """Tell ``observe`` how many seconds late the event loop came to each of the moments ``every_s`` apart.
 
     A loop that stood still missed several of them, and each counts: so long whoever had come then would have waited.

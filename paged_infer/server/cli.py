@@ -123,9 +123,9 @@ def serve(
             max_num_logprobs=max_num_logprobs,
             result_ttl_s=result_ttl,
         )
-        door = run.listen(host, port)
+        listener = run.listen(host, port)
         if not allowed_hosts:
-            settings = dataclasses.replace(settings, allowed_hosts=hosts.names_of(host, door.getsockname()[0]))
+            settings = dataclasses.replace(settings, allowed_hosts=hosts.names_of(host, listener.getsockname()[0]))
         engine = AsyncLLM(
             model,
             max_num_waiting=max_num_waiting,
@@ -153,7 +153,7 @@ def serve(
         )
     except ValueError as error:
         fail(error)
-    is_clean = run.serve(engine, settings, door, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
+    is_clean = run.serve(engine, settings, listener, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
     if engine.is_abandoned:  # its thread may never return, and the interpreter's exit could block on it
         logging.shutdown()
         sys.stdout.flush()

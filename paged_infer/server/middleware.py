@@ -15,7 +15,7 @@ from paged_infer.server.service import CLOSING, Service, closing_error
 OPEN_PATHS = ("/", "/health", "/metrics", "/openapi.json")  # need no key: they hold nothing that anybody has asked
 
 
-class Door:
+class ChecksMiddleware:
     """Plain ASGI, so that a stream passes through untouched."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -75,8 +75,8 @@ class Door:
         """The next piece of a body. A server that closes waits for it no longer."""
         service = self._service
         try:
-            async with asyncio.timeout_at(due_s) as patience:
-                service.receiving.add(patience)
+            async with asyncio.timeout_at(due_s) as timeout:
+                service.receiving.add(timeout)
                 return await receive()
         except TimeoutError:
             if service.is_closing or service.engine.error is not None:
@@ -84,7 +84,7 @@ class Door:
             message = f"the body did not come within receive_timeout_s={service.settings.receive_timeout_s:g}"
             raise HTTPException(408, message, headers={"Connection": "close"}) from None
         finally:
-            service.receiving.discard(patience)
+            service.receiving.discard(timeout)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> APIError | None:
         settings = self._service.settings

@@ -147,21 +147,21 @@ class Listener(socket.socket):
 
 
 def listen(host: str, port: int) -> Listener:
-    """The door, before a model is loaded behind it: who knocks meanwhile waits.
+    """Bind the socket before the model loads, so early connections queue.
 
     Raises:
         ValueError: the address cannot be had, in use by somebody else, say.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        door = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = str(error.strerror).split(" (")[0]
         raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
     # Connections inherit it. asyncio sets it only on sockets that were made with proto=IPPROTO_TCP, which this one was
     # not; without it the first event of a stream waits 40 ms for the client to acknowledge the headers.
-    door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Listener(door.family, door.type, door.proto, fileno=door.detach())
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Listener(listener.family, listener.type, listener.proto, fileno=listener.detach())
 
 
 def raise_file_limit() -> None:
@@ -175,12 +175,12 @@ def raise_file_limit() -> None:
 def serve(
     engine: AsyncLLM,
     settings: Settings,
-    door: socket.socket,
+    listener: socket.socket,
     *,
     shutdown_timeout_s: float = 30.0,
     log_level: str = "info",
 ) -> bool:
-    """Serve on ``door`` until a signal. Returns False if the engine failed or a second signal cut requests short."""
+    """Serve on ``listener`` until a signal. Returns False if the engine failed or a second signal aborted requests."""
     config = uvicorn.Config(
         create_app(engine, settings),
         log_level=log_level,
@@ -196,7 +196,7 @@ def serve(
     # a system call waits that long for the other; shorter turns served 12 % more tokens at 32 requests at once.
     sys.setswitchinterval(SWITCH_S)
     try:
-        server.run([door])
+        server.run([listener])
     finally:
         sys.setswitchinterval(usual_s)
         gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends

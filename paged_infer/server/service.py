@@ -28,7 +28,7 @@ from paged_infer.server.openai.protocol import bad_value
 logger = logging.getLogger("uvicorn.error")
 
 RETRY_AFTER_S = 1
-IN_ONE_GO = 32  # prompts that are queued before the event loop sees to others
+PROMPTS_PER_TURN = 32  # prompts that are queued before the event loop sees to others
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 # A name or an IPv6 address; the port is ignored.
 _HOST = re.compile(
@@ -115,8 +115,8 @@ class Service:
 
     def stop_receiving(self) -> None:
         """Bodies that are still on their way are not waited for any more. In the event loop."""
-        for patience in self.receiving:
-            patience.reschedule(0)
+        for timeout in self.receiving:
+            timeout.reschedule(0)
 
     async def open(
         self,
@@ -140,13 +140,13 @@ class Service:
         opened: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):
-                if index % IN_ONE_GO == IN_ONE_GO - 1:
+                if index % PROMPTS_PER_TURN == PROMPTS_PER_TURN - 1:
                     await asyncio.sleep(0)  # a crowd of prompts lets others in
                 one = f"{label}-{index}"
                 opened.append(await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt))
         except BaseException as error:
             close_all(opened)
-            raise self.explained(error, prompt_field) from error
+            raise self.to_api_error(error, prompt_field) from error
         return opened
 
     def _check_num_logprobs(self, prompts: ReadOnlyList[Prompt], params: Params) -> None:
@@ -164,13 +164,13 @@ class Service:
             message = f"logprobs: there could be {most * params.n} of them: more than max_num_logprobs={limit}"
             raise APIError(400, message, param="logprobs")
 
-    async def aside(self, is_heavy: bool, function: Callable[[], T]) -> T:
+    async def run_in_thread(self, is_heavy: bool, function: Callable[[], T]) -> T:
         """``function()``; a heavy one in another thread, one after the other, so that nobody else waits for it."""
         if not is_heavy:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self.answering, function)
 
-    def explained(self, error: BaseException, prompt_field: str = "prompt") -> BaseException:
+    def to_api_error(self, error: BaseException, prompt_field: str = "prompt") -> BaseException:
         """What to tell the client about what the engine has raised."""
         if isinstance(error, ContextLengthError):
             return bad_value(error, prompt_field, "context_length_exceeded")
@@ -192,12 +192,12 @@ class Service:
             raise (closing_error() if self.is_closing else APIError(500, "the request was aborted", code="aborted"))
         return output
 
-    async def finals(self, streams: ReadOnlyList[RequestStream]) -> list[RequestOutput]:
+    async def final_outputs(self, streams: ReadOnlyList[RequestStream]) -> list[RequestOutput]:
         """The end of each."""
         try:
             return [self.checked([output async for output in stream][-1]) for stream in streams]
         except (EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
-            raise self.explained(error) from error
+            raise self.to_api_error(error) from error
         finally:
             close_all(streams)
 

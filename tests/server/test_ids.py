@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 from serving import CHAT, Served, serving
 
-from paged_infer.server.routes import live_events as watch
+from paged_infer.server.routes import live_events
 from paged_infer.server.service import new_id
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
 
 
-def while_held(served: Served, work: Callable[[], Any]) -> tuple[Any, watch.Snapshot]:
+def while_held(served: Served, work: Callable[[], Any]) -> tuple[Any, live_events.Snapshot]:
     """What ``work`` returns, and the engine's state after all that it has queued and before the first step of it."""
     thread, go_on = served.engine._thread, threading.Event()
     thread.call(lambda engine: go_on.wait(60))
     try:
         done = work()
-        taken = thread.call(watch.take)
+        taken = thread.call(live_events.snapshot)
     finally:
         go_on.set()
     return done, taken.result(60)
 
 
-def labels(snapshot: watch.Snapshot) -> list[str]:
+def labels(snapshot: live_events.Snapshot) -> list[str]:
     return [one["request"] for queue in snapshot.queues.values() for one in queue]
 
 
@@ -36,7 +36,7 @@ def test_an_event_names_no_job_by_anything_that_opens_it() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         job, snapshot = while_held(served, lambda: served.post("/generate", **LONG).json())
         (label,) = labels(snapshot)
-        assert job["id"] not in json.dumps(watch.change(None, snapshot))
+        assert job["id"] not in json.dumps(live_events.diff(None, snapshot))
         for guess in (label, label.rsplit("-", 1)[0], f"{label}-0"):
             assert served.http.get(f"/result/{guess}").status_code == 404
             assert served.http.delete(f"/result/{guess}").status_code == 404
@@ -50,10 +50,10 @@ def test_an_event_names_no_job_by_anything_that_opens_it() -> None:
 )
 def test_the_client_of_a_stream_finds_itself_among_the_events_by_how_its_id_begins(path: str, body: Any) -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
-        seen: list[watch.Snapshot] = []
+        seen: list[live_events.Snapshot] = []
         engine = served.engine._llm.engine
         step = engine.step
-        engine.step = lambda *args: (seen.append(watch.take(engine)), step(*args))[1]  # type: ignore
+        engine.step = lambda *args: (seen.append(live_events.snapshot(engine)), step(*args))[1]  # type: ignore
         body = {**body, "max_tokens": 3, "stream": True}
         text = served.post(path, **body).text
         (its_id,) = {json.loads(line[6:])["id"] for line in text.split("\n\n") if line[6:7] == "{"}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ModelWrapValidatorHandler, ValidationError, model_validator
 
-MAX_TOLD = 8  # unknown fields
+MAX_UNKNOWN_REPORTED = 8  # unknown fields
 T = TypeVar("T")
 
 
@@ -22,7 +22,7 @@ ListOf = Annotated[list[T], _FirstOnly()]
 """Of which the first wrong element is told: to tell of each of 300,000 takes seconds, in which nobody is served."""
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     refused_by_name: ClassVar[Container[str]] = ()  # no fields, but known
@@ -45,7 +45,7 @@ class Strict(BaseModel):
         if not isinstance(body, dict):
             return body
         unknown = [n for n in body if n not in cls.model_fields and n not in cls.refused_by_name]
-        dropped = set(unknown[MAX_TOLD:])
+        dropped = set(unknown[MAX_UNKNOWN_REPORTED:])
         return {name: value for name, value in body.items() if name not in dropped} if dropped else body
 
 

@@ -54,7 +54,7 @@ async def merged(streams: ReadOnlyList[RequestStream]) -> AsyncIterator[tuple[in
             task.cancel()
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of ``work``, which is cancelled when the client goes away before: then None."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(request.receive))
     try:

@@ -77,7 +77,7 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
     }
 
 
-class Growth:
+class DeltaTracker:
     """What is new in one answer since it was looked at last."""
 
     __slots__ = ("_has_begun", "_num_characters", "_num_ids", "_num_tokens", "_offset", "_utf8", "was_sent")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from paged_infer.server.openai.base_model import ListOf, Strict
+from paged_infer.server.openai.base_model import ListOf, StrictModel
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.fields import TEXT, TOOLS, Refused, is_harmless
 from paged_infer.text.chat_template import NO_TEXT
@@ -24,12 +24,12 @@ UNSUPPORTED = {
 null: a client sends an answer back as it came, and ours has ``"refusal": null`` in it."""
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Strict):
+class ChatMessage(StrictModel):
     refused_by_name: ClassVar[Container[str]] = UNSUPPORTED
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

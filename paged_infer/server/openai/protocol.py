@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.server.openai.base_model import ListOf, Strict
+from paged_infer.server.openai.base_model import ListOf, StrictModel
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.fields import REFUSED, REFUSED_IN_CHAT, Refused, is_harmless
 from paged_infer.server.openai.messages import ChatMessage
@@ -44,7 +44,7 @@ def within(minimum: float | None = None, maximum: float | None = None, **more: A
     return Field(None, json_schema_extra={name: limit for name, limit in limits.items() if limit is not None})
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool | None = Field(None, description="A last chunk has the token counts.")
     continuous_usage_stats: bool | None = Field(
         None, description="With `include_usage`: each chunk has the token counts of its prompt so far."
@@ -54,7 +54,7 @@ class StreamOptions(Strict):
     )
 
 
-class SamplingFields(Strict):
+class SamplingFields(StrictModel):
     """How the tokens are chosen and when the answer ends; see ``paged_infer.SamplingParams``."""
 
     refused_by_name: ClassVar[Mapping[str, Refused]] = REFUSED

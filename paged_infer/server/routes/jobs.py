@@ -78,10 +78,10 @@ class Jobs:
 
     async def _finish(self, job: _Job) -> None:
         try:
-            (job.output,) = await self._service.finals([job.stream])
+            (job.output,) = await self._service.final_outputs([job.stream])
         except Exception as error:
-            told = self._service.explained(error)
-            job.error = told if isinstance(told, APIError) else APIError(500, f"{type(error).__name__}: {error}")
+            known = self._service.to_api_error(error)
+            job.error = known if isinstance(known, APIError) else APIError(500, f"{type(error).__name__}: {error}")
         finally:
             job.stream.close()
             if job.id in self._jobs:  # nobody has dropped it

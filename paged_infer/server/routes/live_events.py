@@ -1,6 +1,6 @@
 """/events: what the pool and the queues look like, as server-sent events: whole at first, then what has changed.
 
-    engine's thread    take() between two steps, ten times a second at most, and only while somebody watches
+    engine's thread    snapshot() between two steps, ten times a second at most, and only while somebody watches
           |
        Snapshot        the newest one, for all who watch
           |
@@ -48,7 +48,7 @@ class Snapshot:
     cells: dict[int, Cell]  # blocks that hold something
 
 
-def take(engine: LLMEngine) -> Snapshot:
+def snapshot(engine: LLMEngine) -> Snapshot:
     """On the engine's thread, or while nobody steps it."""
     scheduler, manager = engine.scheduler, engine.manager
     holders = [*scheduler.running, *scheduler.held]
@@ -73,7 +73,7 @@ def _listed(queue: Iterable[Sequence]) -> list[dict[str, Any]]:
     ]
 
 
-def change(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
+def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
     """What leads from ``old`` to ``new``. A cell is [block, owners, tokens, findable], or [block] if it is blank."""
     known = {} if old is None else old.cells
     held = [list(cell) for block, cell in new.cells.items() if known.get(block) != cell]
@@ -87,46 +87,46 @@ def change(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
     }
 
 
-class Watch:
-    """The newest snapshot, taken anew when it is too old; at ``app.state.watch``."""
+class LiveEvents:
+    """The newest snapshot, taken anew when it is too old; at ``app.state.live_events``."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._door = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._newest: Snapshot | None = None
         self._next_s = 0.0  # time.monotonic()
 
     async def newest(self) -> Snapshot:
-        async with self._door:
+        async with self._lock:
             if self._newest is not None and time.monotonic() < self._next_s:
                 return self._newest
-            took_s, taken = await self._service.engine.run(_timed_take)
+            took_s, taken = await self._service.engine.run(_timed_snapshot)
             self._newest, self._next_s = taken, time.monotonic() + max(EVERY_S, took_s / MOST_OF_ENGINE)
             return taken
 
     async def events(self) -> AsyncIterator[bytes]:
         """Until the server closes, or the engine fails."""
-        told: Snapshot | None = None
-        told_s = time.monotonic()
+        sent: Snapshot | None = None
+        sent_s = time.monotonic()
         while not self._service.is_closing and self._service.engine.error is None:
             try:
                 now = await self.newest()
             except EngineDeadError:
                 break
-            if now != told:
-                yield event(change(told, now))
-                told, told_s = now, time.monotonic()
-            elif time.monotonic() - told_s > QUIET_S:
+            if now != sent:
+                yield event(diff(sent, now))
+                sent, sent_s = now, time.monotonic()
+            elif time.monotonic() - sent_s > QUIET_S:
                 yield b": nothing has changed\n\n"
-                told_s = time.monotonic()
+                sent_s = time.monotonic()
             await asyncio.sleep(EVERY_S)
         yield CLOSING
 
 
-def _timed_take(engine: LLMEngine) -> tuple[float, Snapshot]:
+def _timed_snapshot(engine: LLMEngine) -> tuple[float, Snapshot]:
     began_s = time.perf_counter()
-    snapshot = take(engine)
-    return time.perf_counter() - began_s, snapshot
+    taken = snapshot(engine)
+    return time.perf_counter() - began_s, taken
 
 
 @router.get("/events", include_in_schema=False)
@@ -134,5 +134,5 @@ async def events(request: Request) -> Response:
     """Server-sent events for the page at /."""
     if service_of(request).is_closing:
         raise closing_error()
-    watch: Watch = request.app.state.watch
-    return EventStream(watch.events())
+    live_events: LiveEvents = request.app.state.live_events
+    return EventStream(live_events.events())

@@ -17,21 +17,30 @@ from paged_infer.async_llm import EngineDeadError, RequestStream
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import merged
-from paged_infer.server.openai.json_stream import DONE, HEAVY, Growth, described_rows, encoded, event, usage, weight
+from paged_infer.server.openai.json_stream import (
+    DONE,
+    HEAVY,
+    DeltaTracker,
+    described_rows,
+    encoded,
+    event,
+    usage,
+    weight,
+)
 from paged_infer.server.openai.protocol import StreamedFields
 from paged_infer.server.service import Service, new_id
 
 
 @dataclass(slots=True)
-class _Told:
+class _Sent:
     """What a stream's reader knows, by index of the answer."""
 
-    growths: dict[int, Growth] = field(default_factory=dict)
+    trackers: dict[int, DeltaTracker] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
 
 
 @dataclass
-class Shape(ABC):
+class ResponseBuilder(ABC):
     """The form in which one request is answered. Answers are numbered through all prompts, ``n`` to each."""
 
     service: Service
@@ -40,7 +49,7 @@ class Shape(ABC):
     body: StreamedFields
 
     kind: ClassVar[str]  # of the whole object
-    piece_kind: ClassVar[str]  # and of one in a stream
+    chunk_kind: ClassVar[str]  # and of one in a stream
 
     def __post_init__(self) -> None:
         self.id, self.label = new_id(self.prefix)
@@ -58,12 +67,12 @@ class Shape(ABC):
         return None
 
     @abstractmethod
-    def choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+    def choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         """One whole answer."""
 
     @abstractmethod
-    def piece(
-        self, growth: Growth, output: RequestOutput, one: CompletionOutput, is_first: bool
+    def chunk(
+        self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, is_first: bool
     ) -> dict[str, Any] | None:
         """What is new in one answer; None if there is nothing to tell."""
 
@@ -80,18 +89,18 @@ class Shape(ABC):
         """Extra top-level fields of the answer, or of its first chunk."""
         return {}
 
-    def about_choice(self, growth: Growth, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+    def about_choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         """The requested fields of a choice besides its text."""
-        return {"token_ids": growth.token_ids(one)} if self.body.return_token_ids else {}
+        return {"token_ids": tracker.token_ids(one)} if self.body.return_token_ids else {}
 
     def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
     async def answer(self, streams: ReadOnlyList[RequestStream]) -> Response:
         """The whole answer, when it is there."""
-        outputs = await self.service.finals(streams)
+        outputs = await self.service.final_outputs(streams)
         is_heavy = sum(map(weight, outputs)) > HEAVY
-        content = await self.service.aside(is_heavy, partial(self._whole, outputs, is_heavy))
+        content = await self.service.run_in_thread(is_heavy, partial(self._whole, outputs, is_heavy))
         return Response(content, media_type="application/json")
 
     def _whole(self, outputs: list[RequestOutput], in_pieces: bool) -> str:
@@ -107,15 +116,15 @@ class Shape(ABC):
         return json.dumps({**self._object(self.kind, list(choices)), "usage": usage})
 
     def _whole_choice(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
-        growth = Growth()
-        return self.choice(growth, output, one) | self.about_choice(growth, output, one)
+        tracker = DeltaTracker()
+        return self.choice(tracker, output, one) | self.about_choice(tracker, output, one)
 
     async def events(self, streams: ReadOnlyList[RequestStream]) -> AsyncIterator[bytes]:
         """A piece whenever an answer has grown. What goes wrong now is an event, too: the status is out already."""
         include_usage = self.body.wants("include_usage")
         is_continuous = include_usage and self.body.wants("continuous_usage_stats")
         no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        told = _Told()
+        sent = _Sent()
         newest: dict[int, RequestOutput] = {}
         try:
             async for place, output in merged(streams):
@@ -126,37 +135,39 @@ class Shape(ABC):
                 if is_continuous:
                     no_usage = {"usage": self._usage([output])}
                 is_heavy = weight(output) - known > HEAVY
-                news = partial(self._news, place, output, told, no_usage, is_heavy)
-                if events := await self.service.aside(is_heavy, news):
+                make_events = partial(self._new_events, place, output, sent, no_usage, is_heavy)
+                if events := await self.service.run_in_thread(is_heavy, make_events):
                     yield events
             if include_usage:
-                yield event({**self._object(self.piece_kind, []), "usage": self._usage(list(newest.values()))})
+                yield event({**self._object(self.chunk_kind, []), "usage": self._usage(list(newest.values()))})
         except (APIError, EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
-            explained = self.service.explained(error)
-            assert isinstance(explained, APIError)
-            yield event(explained.body())
+            api_error = self.service.to_api_error(error)
+            assert isinstance(api_error, APIError)
+            yield event(api_error.body())
         yield DONE
 
-    def _news(self, place: int, output: RequestOutput, told: _Told, no_usage: dict[str, Any], in_pieces: bool) -> bytes:
-        """Events of what is new since it was ``told``."""
+    def _new_events(
+        self, place: int, output: RequestOutput, sent: _Sent, no_usage: dict[str, Any], in_pieces: bool
+    ) -> bytes:
+        """Events of what is new since it was ``sent``."""
         events, obfuscate = [], self.body.wants("include_obfuscation")
         for one in output.outputs:
             index = place * len(output.outputs) + one.index
-            if index in told.ended:
+            if index in sent.ended:
                 continue
-            if index not in told.growths and (opening := self.opening()) is not None:
-                piece = self._object(self.piece_kind, [{"index": index, **opening, "finish_reason": None}])
-                events.append(event({**piece, **no_usage}))
-            is_first = index not in told.growths
-            growth = told.growths.setdefault(index, Growth())
-            choice = self.piece(growth, output, one, is_first)
+            if index not in sent.trackers and (opening := self.opening()) is not None:
+                chunk = self._object(self.chunk_kind, [{"index": index, **opening, "finish_reason": None}])
+                events.append(event({**chunk, **no_usage}))
+            is_first = index not in sent.trackers
+            tracker = sent.trackers.setdefault(index, DeltaTracker())
+            choice = self.chunk(tracker, output, one, is_first)
             if choice is not None:
-                choice |= self.about_choice(growth, output, one)
+                choice |= self.about_choice(tracker, output, one)
                 choices: Any = [self._ended(choice, one, index)]
-                piece = self._object(self.piece_kind, iter(choices) if in_pieces else choices)
-                events.append(event({**piece, **no_usage}, in_pieces=in_pieces, obfuscate=obfuscate))
+                chunk = self._object(self.chunk_kind, iter(choices) if in_pieces else choices)
+                events.append(event({**chunk, **no_usage}, in_pieces=in_pieces, obfuscate=obfuscate))
             if one.finish_reason is not None:
-                told.ended.add(index)
+                sent.ended.add(index)
         return b"".join(events)
 
     def _object(self, kind: str, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.speed.measure import Bench, SpeedReport
 from paged_infer.bench.workloads import Workload, random_ids, random_lengths
 from paged_infer.cli import app
-from paged_infer.server.app import create_app, watch_loop
+from paged_infer.server.app import create_app, observe_loop_delay
 from paged_infer.server.run import listen
 
 ROOF = Roofline(1e9, 1e9, 1e10, "float32", "cpu")
@@ -221,7 +221,7 @@ def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed(monkeyp
     loop = SimpleNamespace(time=lambda: clock.now_s)
     monkeypatch.setattr("paged_infer.server.app.asyncio", SimpleNamespace(sleep=sleep, get_running_loop=lambda: loop))
     with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(watch_loop(seen.append, every_s=0.01))
+        asyncio.run(observe_loop_delay(seen.append, every_s=0.01))
     missed = [0.105 - 0.01 * number for number in range(1, 11)]
     assert seen == pytest.approx([*missed, 0.0, 0.0], abs=1e-9)
 

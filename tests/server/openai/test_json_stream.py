@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from serving import Served
 
 from paged_infer.server.openai.json_stream import SLICE, encoded
-from paged_infer.server.routes import responses as shape
-from paged_infer.server.routes.completions import _CompletionShape
+from paged_infer.server.routes import responses
+from paged_infer.server.routes.completions import _CompletionBuilder
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 CONTENT = st.recursive(
@@ -69,16 +69,16 @@ def test_a_heavy_answer_is_made_in_another_thread_and_is_the_same(
     served, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     threads: list[str] = []
-    usual = _CompletionShape._choice
+    usual = _CompletionBuilder._choice
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
         return usual(self, *arguments, **options)
 
-    monkeypatch.setattr(_CompletionShape, "_choice", watched)
+    monkeypatch.setattr(_CompletionBuilder, "_choice", watched)
     aside = told(served, stream)
     assert all(name.startswith("answers") for name in threads[:2])  # the first pieces of a stream: the prompt's
-    monkeypatch.setattr(shape, "HEAVY", math.inf)
+    monkeypatch.setattr(responses, "HEAVY", math.inf)
     threads.clear()
     assert told(served, stream) == aside
     assert not any(name.startswith("answers") for name in threads)

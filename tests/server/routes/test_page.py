@@ -22,7 +22,7 @@ import pytest
 from holding import LIMIT_S, until
 from serving import NO_TLS, Served, serving
 
-from paged_infer.server.routes import live_events as watch
+from paged_infer.server.routes import live_events
 from paged_infer.server.service import Settings
 from paged_infer.viz.pool_map import CACHED_COLOUR
 from paged_infer.viz.sequence_lives import OWNER_COLOURS
@@ -108,7 +108,7 @@ def test_whoever_comes_later_is_told_the_whole_at_once() -> None:
 
 
 class Clock:
-    """``time`` and ``asyncio`` as watch.py uses them, where time passes only in sleep and in looking at the engine."""
+    """``time`` and ``asyncio`` as live_events.py uses them; time passes only in sleep and in snapshots."""
 
     Lock = asyncio.Lock
 
@@ -127,25 +127,25 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    monkeypatch.setattr(watch, "asyncio", clock)
+    monkeypatch.setattr(live_events, "time", clock)
+    monkeypatch.setattr(live_events, "asyncio", clock)
     return clock
 
 
-def watch_of(clock: Clock, take_s: float, snapshots: list[int]) -> tuple[watch.Watch, list[float]]:
+def watch_of(clock: Clock, take_s: float, snapshots: list[int]) -> tuple[live_events.LiveEvents, list[float]]:
     """A watch of an engine whose ``stats`` are ``snapshots`` one after the other, and when it was looked at."""
     looks: list[float] = []
 
     async def run(timed_take: Any) -> Any:
         looks.append(clock.now_s)
         clock.now_s += take_s
-        return take_s, watch.Snapshot({"value": snapshots[len(looks) - 1]}, 16, {}, {})
+        return take_s, live_events.Snapshot({"value": snapshots[len(looks) - 1]}, 16, {}, {})
 
     engine = SimpleNamespace(error=None, run=run)
-    return watch.Watch(SimpleNamespace(is_closing=False, engine=engine)), looks  # type: ignore[arg-type]
+    return live_events.LiveEvents(SimpleNamespace(is_closing=False, engine=engine)), looks  # type: ignore[arg-type]
 
 
-def values(watched: watch.Watch, num: int) -> list[int]:
+def values(watched: live_events.LiveEvents, num: int) -> list[int]:
     async def read() -> list[int]:
         events = watched.events()
         pieces = [(await anext(events)).decode().removeprefix("data: ") for _ in range(num)]
@@ -157,18 +157,18 @@ def values(watched: watch.Watch, num: int) -> list[int]:
 def test_what_does_not_change_is_not_told_again_and_a_busy_engine_ten_times_a_second_at_most(clock) -> None:
     watched, looks = watch_of(clock, 0.001, [1, 1, 1, 1, 2, 3, 4])
     assert values(watched, 4) == [1, 2, 3, 4] and len(looks) == 7
-    assert all(later - earlier >= watch.EVERY_S for earlier, later in pairwise(looks))
+    assert all(later - earlier >= live_events.EVERY_S for earlier, later in pairwise(looks))
     assert values(watched, 1) == [4] and len(looks) == 7, "a second watcher of the same moment needs no look of its own"
 
 
 def test_a_pool_that_takes_long_to_look_at_is_looked_at_less_often(clock) -> None:
     watched, looks = watch_of(clock, 0.03, [1, 2, 3])
     assert values(watched, 3) == [1, 2, 3]
-    assert all(later - earlier >= 0.03 / watch.MOST_OF_ENGINE > 0.5 for earlier, later in pairwise(looks))
+    assert all(later - earlier >= 0.03 / live_events.MOST_OF_ENGINE > 0.5 for earlier, later in pairwise(looks))
 
 
 def test_long_queues_are_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "MOST_LISTED", 3)
+    monkeypatch.setattr(live_events, "MOST_LISTED", 3)
     with serving(max_num_seqs=2, num_blocks=64) as served:
         watcher = Watcher(served.url)
         with served.held() as steps:
@@ -187,9 +187,9 @@ def test_snapshots_of_one_moment_are_equal() -> None:
     with serving(num_blocks=64) as served:
         served.complete(**LONG)
 
-        one, other = served.on_engine(watch.take), served.on_engine(watch.take)
+        one, other = served.on_engine(live_events.snapshot), served.on_engine(live_events.snapshot)
         assert one == other and one is not other and one.cells
-        change = watch.change(one, other)
+        change = live_events.diff(one, other)
         assert change["cells"] == [] and not change["is_whole"]
 
 

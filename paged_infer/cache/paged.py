@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
-from paged_infer.control.step import BlockMoves
+from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
@@ -58,11 +58,11 @@ class PagedCache:
             for blocks in (*self.keys, *self.values)
         ]
 
-    def move_blocks(self, moves: BlockMoves) -> None:
-        """Carry out a step's moves of whole blocks, in every layer."""
-        self.swap_out(moves.swap_outs)
-        self.swap_in(moves.swap_ins)
-        self.copy_blocks(moves.copies)
+    def move_blocks(self, transfers: BlockTransfers) -> None:
+        """Carry out a step's block transfers, in every layer."""
+        self.swap_out(transfers.swap_outs)
+        self.swap_in(transfers.swap_ins)
+        self.copy_blocks(transfers.copies)
 
     def copy_blocks(self, pairs: Pairs) -> None:
         """Copy each (source, destination). All sources are read before any destination is written."""

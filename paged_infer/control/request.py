@@ -14,7 +14,7 @@ What several sequences of a request know in common is computed once, by the firs
 Beams then start together. Samples start as ``max_num_seqs`` and the pool allow; a later one takes the prompt from the
 prefix cache, or computes it again.
 A token that has been drawn and not yet been read (it may still be on its way from a GPU) has its place among the tokens
-as ``PENDING``: the next step can be planned with it, but not a hash, nor a text.
+as ``PLACEHOLDER``: the next step can be planned with it, but not a hash, nor a text.
 
 The beams of a search need each other at every token. They run together and are preempted together (a ``gang``), so that
 no group can hold blocks while it waits for one of its own, who waits for those blocks.
@@ -30,7 +30,7 @@ from paged_infer.control.beam_search import Answer, BeamSearch
 from paged_infer.control.blocks.hashing import extend_chain, root_hash
 from paged_infer.params import BeamSearchParams, SamplingParams
 
-PENDING = -1  # a token whose value is not known yet
+PLACEHOLDER = -1  # a token whose value is not known yet
 
 
 class SequenceState(enum.Enum):
@@ -177,7 +177,7 @@ class Sequence:
 
     def expect(self) -> None:
         """One more token has been drawn, and will be known later."""
-        self.token_ids.append(PENDING)
+        self.token_ids.append(PLACEHOLDER)
         self.num_pending += 1
 
     def learn(self, token_id: int) -> tuple[str, int | None] | None:

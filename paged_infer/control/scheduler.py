@@ -27,7 +27,7 @@ from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.speculation import Proposer
-from paged_infer.control.step import BlockMoves, ScheduledStep
+from paged_infer.control.step import BlockTransfers, ScheduledStep
 from paged_infer.control.step_entries import describe
 from paged_infer.control.step_plan import Turn, insert_by_age
 from paged_infer.control.trace import Trace
@@ -156,7 +156,7 @@ class Scheduler:
             Chunked().plan(turn)  # whom a policy forgets, say in swap space, would else be there for ever
         turn.speculate()
         self.stats.preemptions += len(turn.preempted)
-        self.manager.moves = BlockMoves()
+        self.manager.transfers = BlockTransfers()
         journal, self.manager.journal = self.manager.journal, []
         if self.trace is not None:
             turn.traced = self.trace.record(self, turn, journal)
@@ -167,7 +167,7 @@ class Scheduler:
             )
             for s, n in turn.scheduled
         ]
-        return ScheduledStep(turn.index, sequences, turn.moves, turn.resume_at_s)
+        return ScheduledStep(turn.index, sequences, turn.transfers, turn.resume_at_s)
 
     def update(
         self,
@@ -241,9 +241,9 @@ class Scheduler:
             turn.traced.ended_s = now
         self.stats.prefix_hit_tokens += turn.num_hit_tokens
         self.stats.prefix_query_tokens += turn.num_looked_up_tokens
-        self.stats.blocks_copied += len(turn.moves.copies)
-        self.stats.blocks_swapped_out += len(turn.moves.swap_outs)
-        self.stats.blocks_swapped_in += len(turn.moves.swap_ins)
+        self.stats.blocks_copied += len(turn.transfers.copies)
+        self.stats.blocks_swapped_out += len(turn.transfers.swap_outs)
+        self.stats.blocks_swapped_in += len(turn.transfers.swap_ins)
         if failed:
             self._fail_some(step, turn, failed)
         grown: list[Sequence] = []
@@ -286,14 +286,14 @@ class Scheduler:
                 sequence.forget_pending()
             self._under_way.clear()
         elif turn is not None:
-            copies = {destination for _, destination in turn.moves.copies}
+            copies = {destination for _, destination in turn.transfers.copies}
             copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
             lost = {*turn.fresh, *copied, *turn.preempted}
             turn.drop_drafts()
         else:
             return
         self.manager.withdraw()
-        self.manager.moves = BlockMoves()  # the plan itself may have failed
+        self.manager.transfers = BlockTransfers()  # the plan itself may have failed
         for sequence in {one for loser in lost for one in loser.gang}:
             self._begin_again(sequence)
         self.release_held()

@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from paged_infer.control.request import PENDING
+from paged_infer.control.request import PLACEHOLDER
 from paged_infer.params import SampleRow
 from paged_infer.values import as_integer
 
@@ -108,7 +108,7 @@ class Proposer(Protocol):
     """Who drafts. Plain Python, asked while a step is planned."""
 
     def propose(self, token_ids: ReadOnlyList[int], most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow ``token_ids``; ``PENDING`` where the runner's draft model will say."""
+        """Up to ``most`` tokens that may follow ``token_ids``; ``PLACEHOLDER`` where a draft model fills them in."""
 
 
 class NgramProposer:
@@ -139,7 +139,7 @@ class DraftPlaces:
         self._most = config.num_speculative_tokens
 
     def propose(self, token_ids: ReadOnlyList[int], most: int) -> list[int]:
-        return [PENDING] * min(most, self._most)
+        return [PLACEHOLDER] * min(most, self._most)
 
 
 def make_proposer(config: SpeculativeConfig | None) -> Proposer | None:

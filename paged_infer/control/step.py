@@ -17,8 +17,8 @@ class ScheduledSequence:
     """Some more tokens of one sequence.
 
     Attributes:
-        token_ids: the tokens to compute now. The last may be ``PENDING``: what this sequence drew in the step before.
-            Drafts are behind the known ones; those that are ``PENDING`` are the draft model's to fill in.
+        token_ids: the tokens to compute now. The last may be a ``PLACEHOLDER`` for what the step before samples. Drafts
+            come after the known tokens; the draft model fills in those that are a ``PLACEHOLDER``.
         num_computed_tokens: how many before them are in the cache already; the first token's position.
         block_table: physical blocks, enough for all of these tokens.
         sample: how to draw the next token, or a beam's question for the best ones; None while known tokens remain
@@ -54,7 +54,7 @@ class ScheduledSequence:
 
 
 @dataclass(slots=True)
-class BlockMoves:
+class BlockTransfers:
     """Whole blocks to move before a step computes: first all that go out, then all that come in, then the copies.
 
     Attributes:
@@ -77,7 +77,7 @@ class ScheduledStep:
 
     index: int
     sequences: list[ScheduledSequence]
-    moves: BlockMoves = field(default_factory=BlockMoves)
+    transfers: BlockTransfers = field(default_factory=BlockTransfers)
     resume_at_s: float | None = None
 
     @property
@@ -85,7 +85,7 @@ class ScheduledStep:
         return sum(sequence.num_tokens for sequence in self.sequences)
 
     @property
-    def can_be_followed(self) -> bool:
+    def allows_async_scheduling(self) -> bool:
         """Whether the next step can be planned, and begun, before this one's tokens have been read.
 
         Not where the next draw depends on what was said (penalties), where beams choose, where logprobs are read, or

@@ -47,7 +47,7 @@ class Turn:
         self.forks: dict[int, list[Sequence]] = {}  # by the id of the sequence that computes their beginning
         self.drafts: dict[int, list[int]] = {}  # by sequence id; see control.speculation
         self.preempted: list[Sequence] = []
-        self.moves = scheduler.manager.moves  # what the verbs ask for, whether or not the plan comes to its end
+        self.transfers = scheduler.manager.transfers  # what the verbs ask for, whether or not the plan comes to its end
         self.fresh: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.drawing: list[Sequence] = []  # who gets a token from it

@@ -131,7 +131,7 @@ class Trace:
 
     def record(self, scheduler: Scheduler, turn: Turn, events: list[Event]) -> TraceStep:
         """Keep a step that has just been scheduled, with what has changed since the one before."""
-        pool, moves = scheduler.manager.pool, turn.moves
+        pool, transfers = scheduler.manager.pool, turn.transfers
         self.block_size = scheduler.manager.block_size
         step = TraceStep(
             index=turn.index,
@@ -152,9 +152,9 @@ class Trace:
             num_shared_blocks=pool.num_shared,
             num_looked_up_tokens=turn.num_looked_up_tokens,
             num_hit_tokens=turn.num_hit_tokens,
-            num_copies=len(moves.copies),
-            num_swapped_out=len(moves.swap_outs),
-            num_swapped_in=len(moves.swap_ins),
+            num_copies=len(transfers.copies),
+            num_swapped_out=len(transfers.swap_outs),
+            num_swapped_in=len(transfers.swap_ins),
             num_evictions=pool.num_evictions,
             events=tuple(events),
         )

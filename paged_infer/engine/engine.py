@@ -208,7 +208,7 @@ class LLMEngine:
             return None, None
         with interruptible():
             running = self.runner.launch(step)
-        result = None if self._looks_ahead and step.can_be_followed else self._result(running)
+        result = None if self._looks_ahead and step.allows_async_scheduling else self._result(running)
         self._record_usage(step)
         self.scheduler.advance(step)
         return running, result

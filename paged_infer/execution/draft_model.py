@@ -23,7 +23,7 @@ from dataclasses import replace
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
 from paged_infer.control.speculation import rows_after
-from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockTransfers, ScheduledSequence, ScheduledStep
 from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
@@ -70,9 +70,9 @@ class DraftModel:
         """
         drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
-        now, moves = [_known(sequence) for sequence in step.sequences], step.moves
+        now, transfers = [_known(sequence) for sequence in step.sequences], step.transfers
         while now:
-            result = self.runner.execute(ScheduledStep(step.index, now, moves))
+            result = self.runner.execute(ScheduledStep(step.index, now, transfers))
             if result.failed and not self._has_warned:
                 logger.warning("the draft model's logits hold NaN or +inf: token 0 is proposed there instead")
                 self._has_warned = True
@@ -80,7 +80,7 @@ class DraftModel:
             for sequence_id, token_id in drawn.items():
                 drafts[sequence_id].append(max(0, token_id))
             now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
-            moves = BlockMoves()
+            transfers = BlockTransfers()
         filled = [
             replace(s, token_ids=[*s.token_ids[: s.num_known_tokens], *drafts[s.sequence_id]]) if s.num_drafts else s
             for s in step.sequences

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_infer.control.request import PENDING
+from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.step import ScheduledSequence
 from paged_infer.kernels.fused.sample import LARGEST
 from paged_infer.params import SampleRow
@@ -119,7 +119,7 @@ class _HostCopy:
         values = {
             "token_ids": token_ids,
             "sources": [
-                last_rows[s.sequence_id] if t == PENDING else -1 for s, t in zip(sequences, token_ids, strict=True)
+                last_rows[s.sequence_id] if t == PLACEHOLDER else -1 for s, t in zip(sequences, token_ids, strict=True)
             ],
             "positions": [s.num_computed_tokens for s in sequences],
             "seeds": [row.seed for row in samples],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.control.request import PENDING
+from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.execution.cuda_graphs import DecodeGraphs
@@ -125,7 +125,7 @@ class ModelRunner:
         """
         if self.drafter is not None:
             step = self.drafter.fill_in(step)
-        self.cache.move_blocks(step.moves)
+        self.cache.move_blocks(step.transfers)
         if self.graphs is not None and self.graphs.fits(step):
             return self._replay(step, self.graphs)
         # Single tokens first, as AttentionMetadata has it, and among them rows of like length together.
@@ -174,7 +174,7 @@ class ModelRunner:
 
     def _fill_in(self, token_ids: Tensor, sequences: list[ScheduledSequence], query_start_loc: np.ndarray) -> Tensor:
         """Put what the step before drew in the place of tokens that are pending: [T]."""
-        pending = [row for row, sequence in enumerate(sequences) if sequence.token_ids[-1] == PENDING]
+        pending = [row for row, sequence in enumerate(sequences) if sequence.token_ids[-1] == PLACEHOLDER]
         if pending and self._last_tokens is not None:
             rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
             ends = self._to_device(query_start_loc[1:][pending].astype(np.int64) - 1)

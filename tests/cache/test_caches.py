@@ -13,7 +13,7 @@ from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
-from paged_infer.control.step import BlockMoves
+from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
@@ -134,9 +134,9 @@ def test_swapped_blocks_come_back_as_they_were_before_anything_is_copied() -> No
     cache = PagedCache(spec(None), 6, 4, ATTENTION_BACKENDS["torch"], num_swap_blocks=2)
     for number, blocks in enumerate((*cache.keys, *cache.values)):
         blocks.copy_(torch.arange(7)[:, None, None, None] + 10 * number)
-    cache.move_blocks(BlockMoves(swap_outs=[(4, 0), (1, 1)]))
-    cache.move_blocks(BlockMoves(swap_outs=[(2, 1)], swap_ins=[(0, 2)], copies=[(2, 3)]))
-    cache.move_blocks(BlockMoves(swap_ins=[(1, 5)]))
+    cache.move_blocks(BlockTransfers(swap_outs=[(4, 0), (1, 1)]))
+    cache.move_blocks(BlockTransfers(swap_outs=[(2, 1)], swap_ins=[(0, 2)], copies=[(2, 3)]))
+    cache.move_blocks(BlockTransfers(swap_ins=[(1, 5)]))
     for number, blocks in enumerate((*cache.keys, *cache.values)):
         assert (blocks[:, 0, 0, 0] - 10 * number).tolist() == [0, 1, 4, 4, 4, 2, 6]
 

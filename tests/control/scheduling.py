@@ -9,7 +9,7 @@ from functools import partial
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step import BlockMoves, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockTransfers, ScheduledSequence, ScheduledStep
 from paged_infer.params import BeamSearchParams, Candidates, SamplingParams
 
 EOS = 1
@@ -104,7 +104,7 @@ class FakeMemory:
 
     def execute(self, step: ScheduledStep, sequences: Mapping[int, Sequence], fails_after: int | None = None):
         """Store and read. ``fails_after``: only so many of the step's acts happen, and nothing is read."""
-        acts = [partial(self._move, step.moves)]
+        acts = [partial(self._transfer, step.transfers)]
         acts += [partial(self._store, item, sequences[item.sequence_id]) for item in step.sequences]
         for act in acts[:fails_after]:
             act()
@@ -116,12 +116,12 @@ class FakeMemory:
         content = hash(sequence.cache_root)
         return [content := hash((content, token)) for token in sequence.token_ids[:end]]
 
-    def _move(self, moves: BlockMoves) -> None:
-        for block, place in moves.swap_outs:
+    def _transfer(self, transfers: BlockTransfers) -> None:
+        for block, place in transfers.swap_outs:
             self.swapped[place] = [self.slots.get((block, i)) for i in range(self.block_size)]
-        arriving = [(self.swapped[place], block) for place, block in moves.swap_ins]
+        arriving = [(self.swapped[place], block) for place, block in transfers.swap_ins]
         self._fill(arriving)
-        self._fill([([self.slots.get((a, i)) for i in range(self.block_size)], b) for a, b in moves.copies])
+        self._fill([([self.slots.get((a, i)) for i in range(self.block_size)], b) for a, b in transfers.copies])
 
     def _fill(self, arriving: list[tuple[list[int | None], int]]) -> None:
         for contents, block in arriving:

@@ -127,7 +127,7 @@ def test_a_beam_that_goes_on_in_two_ways_takes_the_place_of_one_that_goes_on_in_
     assert [s.output_token_ids for s in request.sequences] == [[7], [8]]
     assert table(0) == table(1) and pool.num_used == 2  # forked where the prompt ends
     step = branching(scheduler, {1: [11, 12, 13, 14]})
-    assert len(step.moves.copies) == 1  # the block of p4, p5 was held twice, and the first to write got a copy
+    assert len(step.transfers.copies) == 1  # the block of p4, p5 was held twice, and the first to write got a copy
     assert [s.output_token_ids for s in request.sequences] == [[8, 12], [8, 11]]
     assert table(0) == table(1) and pool.num_used == 2  # what the first held alone is free again
     scheduler.finish(request.sequences[0], "abort")
@@ -163,6 +163,6 @@ def test_a_failed_step_after_which_nobody_runs_lets_go_of_the_rows_that_are_done
     scheduler.add([done, *request.sequences])
     carry_out(scheduler, scheduler.schedule(), [request])
     assert scheduler.held == [done]
-    assert scheduler.schedule().moves.copies  # which may not have happened: both beams have to begin again
+    assert scheduler.schedule().transfers.copies  # which may not have happened: both beams have to begin again
     scheduler.roll_back()
     assert not scheduler.held and scheduler.manager.pool.num_used == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler
 
 from paged_infer.control.blocks.pool import BlockPool
-from paged_infer.control.request import PENDING, Request, Sequence
+from paged_infer.control.request import PLACEHOLDER, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import NgramProposer, SpeculativeConfig, num_accepted, rows_after
 from paged_infer.control.step import ScheduledStep
@@ -182,7 +182,7 @@ def test_a_step_computes_the_last_token_and_its_drafts_and_takes_those_that_hold
     step = scheduler.schedule()
     (item,) = step.sequences
     assert (item.token_ids, item.num_known_tokens, item.drafts) == ([5, 6, 7, 8], 1, [6, 7, 8])
-    assert not step.can_be_followed
+    assert not step.allows_async_scheduling
     grown = scheduler.update(step, {0: 9}, accepted={0: [6, 7]})
     assert grown == [sequence] * 3 and sequence.output_token_ids == [5, 6, 7, 9]
     assert sequence.num_computed_tokens == 3 + 3
@@ -352,5 +352,5 @@ def test_a_draft_models_places_are_planned_and_left_open() -> None:
     from paged_infer.control.speculation import make_proposer
 
     proposer = make_proposer(SpeculativeConfig(method="draft_model", model="x", num_speculative_tokens=3))
-    assert proposer is not None and proposer.propose([1, 2], 9) == [PENDING] * 3
-    assert proposer.propose([1, 2], 2) == [PENDING] * 2 and make_proposer(None) is None
+    assert proposer is not None and proposer.propose([1, 2], 9) == [PLACEHOLDER] * 3
+    assert proposer.propose([1, 2], 2) == [PLACEHOLDER] * 2 and make_proposer(None) is None

@@ -245,7 +245,7 @@ def test_a_plan_that_fails_leaves_no_block_to_be_moved_later() -> None:
     scheduler.finish(second, "abort")
     while scheduler.has_work:
         step = scheduler.schedule()
-        assert not step.moves.copies  # there is nobody left to share with
+        assert not step.transfers.copies  # there is nobody left to share with
         memory.execute(step, by_id)
         carry_out(scheduler, step)
         scheduler.check_integrity()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler
 
 from paged_infer.control.blocks.pool import BlockPool
-from paged_infer.control.request import PENDING, Request, Sequence
+from paged_infer.control.request import PLACEHOLDER, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 from paged_infer.control.trace import Replay, Trace
@@ -32,7 +32,7 @@ class Device:
         return self.last
 
     def _real_tokens(self, sequence: Sequence) -> list[int]:
-        return [self.last.get(sequence.sequence_id, 0) if t == PENDING else t for t in sequence.token_ids]
+        return [self.last.get(sequence.sequence_id, 0) if t == PLACEHOLDER else t for t in sequence.token_ids]
 
     def _draw(self, tokens: list[int], sequence_id: int) -> int:
         rng = random.Random(f"{tokens} {self.sequences[sequence_id].sample_index}")
@@ -132,7 +132,7 @@ def test_a_sequence_that_will_end_by_length_is_not_planned_again() -> None:
     assert short.is_spent and not long.is_spent
     second = scheduler.schedule()
     assert [item.sequence_id for item in second.sequences] == [long.sequence_id]
-    assert second.sequences[0].token_ids == [PENDING]
+    assert second.sequences[0].token_ids == [PLACEHOLDER]
 
 
 def test_a_token_drawn_after_an_unforeseen_end_is_dropped_and_its_blocks_are_free() -> None:

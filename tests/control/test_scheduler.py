@@ -178,9 +178,9 @@ def test_samples_of_one_request_compute_its_prompt_once() -> None:
     step = run(scheduler)
     assert counts(step) == {0: 1, 1: 1, 2: 1}
     third = step.sequences[2].block_table[2]
-    assert [source for source, _ in step.moves.copies] == [third, third]  # the last to write has it for itself
+    assert [source for source, _ in step.transfers.copies] == [third, third]  # the last to write has it for itself
     assert scheduler.manager.pool.num_used == 2 + 3 and scheduler.stats.blocks_copied == 2
-    assert run(scheduler).moves.copies == []
+    assert run(scheduler).transfers.copies == []
 
 
 def test_samples_that_fork_where_a_block_ends_copy_nothing() -> None:
@@ -432,7 +432,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def failing_step(self, data: st.DataObject) -> None:
         step = self.checked_schedule()  # and no update
-        self.out_of_line |= bool(step.moves.copies)
+        self.out_of_line |= bool(step.transfers.copies)
         self.memory.execute(step, self.by_id, data.draw(st.integers(0, 5), label="fails_after"))
 
     @precondition(lambda self: self.alive)

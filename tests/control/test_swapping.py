@@ -23,7 +23,7 @@ def test_a_swapped_sequence_computes_nothing_again() -> None:
     scheduler, (old, young) = swapping_pair(num_swap_blocks=4)
     step = scheduler.schedule()
     assert (young.state, young.num_computed_tokens) == (SequenceState.SWAPPED, 8)
-    assert [block for block, _ in step.moves.swap_outs] and scheduler.manager.table(young.sequence_id) == ()
+    assert [block for block, _ in step.transfers.swap_outs] and scheduler.manager.table(young.sequence_id) == ()
     carry_out(scheduler, step)
     computed = {old.sequence_id: 8 + 1, young.sequence_id: 8}
     while scheduler.has_work:
@@ -39,7 +39,7 @@ def test_what_is_still_resident_is_not_moved_back() -> None:
         run(scheduler)
     while young.state is SequenceState.SWAPPED:
         step = run(scheduler)
-    assert len(step.moves.swap_ins) == 1  # of two: the old one took its last block and left the first
+    assert len(step.transfers.swap_ins) == 1  # of two: the old one took its last block and left the first
     assert scheduler.stats.blocks_swapped_in == 1
 
 
@@ -86,8 +86,8 @@ def test_a_failed_step_that_swapped_is_computed_again(moment: str) -> None:
     failed = False
     while scheduler.has_work:
         step = scheduler.schedule()
-        moves = step.moves.swap_outs if moment == "out" else step.moves.swap_ins
-        if moves and not failed:
+        transfers = step.transfers.swap_outs if moment == "out" else step.transfers.swap_ins
+        if transfers and not failed:
             failed = True
             memory.execute(step, by_id, fails_after=0)
             continue

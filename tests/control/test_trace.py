@@ -136,7 +136,7 @@ def test_a_chunk_of_one_token_is_no_decode_while_more_are_known() -> None:
     scheduler, source = traced(9, 4, 4, 1, enable_prefix_caching=False), Source()
     scheduler.add(source.request(3, n=2, max_tokens=4).sequences)
     run(scheduler, 3)
-    assert scheduler.schedule().moves.copies  # and fails: who was to be copied begins again, with what it has said
+    assert scheduler.schedule().transfers.copies  # and fails: who was to be copied begins again, with what it has said
     again = [run(scheduler) for _ in range(6)]
     chunks = [[s.sequence_id for s in step.sequences if s.sample is None] for step in again]
     assert sum(map(len, chunks)) == 3  # the fourth token that it knows draws

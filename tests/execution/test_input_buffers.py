@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paged_infer import SamplingParams
-from paged_infer.control.request import PENDING
+from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.step import ScheduledSequence
 from paged_infer.execution.input_buffers import StepBuffers
 from paged_infer.params import SampleRow
@@ -30,10 +30,10 @@ def rows_of(buffers: StepBuffers, num_rows: int) -> dict[str, list[float]]:
 
 def test_each_row_says_what_its_sequence_says() -> None:
     buffers = make_buffers()
-    sequences = [a_decode(7, 42, 9, (3, 1, 8), seed=-(2**63), sample_index=2), a_decode(8, PENDING, 4, (6, 2))]
+    sequences = [a_decode(7, 42, 9, (3, 1, 8), seed=-(2**63), sample_index=2), a_decode(8, PLACEHOLDER, 4, (6, 2))]
     buffers.fill(sequences, 2, BLOCK_SIZE, {7: 0, 8: 3})
     assert rows_of(buffers, 2) == {
-        "token_ids": [42, PENDING],
+        "token_ids": [42, PLACEHOLDER],
         "sources": [-1, 3],
         "positions": [9, 4],
         "slot_mapping": [8 * 4 + 1, 2 * 4],

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.blocks.swap_space import SwapSpace
-from paged_infer.control.step import BlockMoves
+from paged_infer.control.step import BlockTransfers
 
 Table = tuple[int, ...]
 
@@ -73,7 +73,7 @@ class BlockManager:
         self.block_size = block_size
         self.swap = SwapSpace(num_swap_blocks)
         self.watermark_blocks = int(watermark * num_blocks)
-        self.moves = BlockMoves()  # what the next step has to do before it computes
+        self.transfers = BlockTransfers()  # what the next step has to do before it computes
         self.journal: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
         self._tables: dict[int, Table] = {}
         # Blocks published for steps that have not succeeded yet, and as what: meanwhile one may have been freed and
@@ -124,7 +124,7 @@ class BlockManager:
             return False
         taken = tuple(self.pool.take() for _ in range(shared + missing))
         if shared:
-            self.moves.copies.append((table[index], taken[0]))
+            self.transfers.copies.append((table[index], taken[0]))
             self.pool.release(table[index])
             rest = table[index + 1 :]
             self._hold(sequence_id, table[:index], taken[:1] + rest + taken[1:], hits=rest)
@@ -238,7 +238,7 @@ class BlockManager:
         if places is None:
             return False
         place_of = dict(zip(blocks, places, strict=True))
-        self.moves.swap_outs += place_of.items()
+        self.transfers.swap_outs += place_of.items()
         for sequence_id, table in tables.items():
             self.swap.put(sequence_id, tuple(place_of[block] for block in table))
             self.free(sequence_id)
@@ -261,7 +261,7 @@ class BlockManager:
             for place in places:
                 if place not in block_of:
                     block_of[place] = self.pool.take()
-                    self.moves.swap_ins.append((place, block_of[place]))
+                    self.transfers.swap_ins.append((place, block_of[place]))
             self._hold(one.sequence_id, (), tuple(block_of[place] for place in places), hits=hits)
             self.swap.drop(one.sequence_id)
             self.publish(one.sequence_id, one.chain, 0, len(one.chain))

@@ -154,9 +154,9 @@ def test_a_block_held_twice_is_copied_before_it_is_written() -> None:
     manager.fork(1, 2, 6)
     assert manager.table(2) == (full, part) and manager.pool.num_used == 2
     assert manager.reserve(1, 6, 7)
-    ((source, copy),) = manager.moves.copies
+    ((source, copy),) = manager.transfers.copies
     assert (source, manager.table(1), manager.table(2)) == (part, (full, copy), (full, part))
-    assert manager.reserve(2, 6, 7) and len(manager.moves.copies) == 1  # nobody else holds it any more
+    assert manager.reserve(2, 6, 7) and len(manager.transfers.copies) == 1  # nobody else holds it any more
     manager.check_integrity({1: 7, 2: 7})
 
 
@@ -165,7 +165,7 @@ def test_a_copy_that_finds_no_block_takes_nothing() -> None:
     manager.reserve(1, 0, 6)
     manager.fork(1, 2, 6)
     assert not manager.reserve(1, 6, 9)  # a copy, and one more
-    assert manager.table(1) == manager.table(2) and not manager.moves.copies
+    assert manager.table(1) == manager.table(2) and not manager.transfers.copies
     manager.check_integrity({1: 6, 2: 6})
 
 
@@ -173,7 +173,7 @@ def test_a_block_that_is_only_read_is_not_copied() -> None:
     manager = BlockManager(4, 4)
     manager.reserve(1, 0, 8)
     manager.fork(1, 2, 8)
-    assert manager.reserve(1, 8, 9) and manager.reserve(2, 8, 9) and not manager.moves.copies
+    assert manager.reserve(1, 8, 9) and manager.reserve(2, 8, 9) and not manager.transfers.copies
     assert manager.pool.num_used == 4
 
 

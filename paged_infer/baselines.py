@@ -104,7 +104,7 @@ class _Batch:
     @torch.inference_mode()
     def run_naive(self, sequence: Sequence) -> None:
         cache = NoCache(self.decoder.kv_spec())
-        sequence.move_to(SequenceState.RUNNING)
+        sequence.transition_to(SequenceState.RUNNING)
         while not sequence.is_finished:
             length = sequence.num_tokens
             hidden = self.decoder(self._tensor(sequence.token_ids), cache, self._step(range(length), length, 1))
@@ -119,7 +119,7 @@ class _Batch:
         max_len = max(self.engine.memory.max_model_len, longest)
         cache = ContiguousCache(self.decoder.kv_spec(), max_len, pad_lens, self.decoder.device)
         for sequence in sequences:
-            sequence.move_to(SequenceState.RUNNING)
+            sequence.transition_to(SequenceState.RUNNING)
 
         columns = range(width)  # the first step brings the prompts, the others one token a row
         token_ids = [t for s, pad in zip(sequences, pad_lens, strict=True) for t in [0] * pad + s.token_ids]
@@ -152,7 +152,7 @@ class _Batch:
                 sequence.finish("error")
                 request.finished_time_s = now if request.is_finished else None
                 continue
-            ended = sequence.append(token_id)
+            ended = sequence.append_output_token(token_id)
             if ended is not None:
                 sequence.finish(*ended)
             stop = self._completion_of[sequence.sequence_id].advance(() if logprobs is None else [logprobs])

@@ -87,7 +87,7 @@ class TestAttempts:
         class Stub:
             limit = 4
 
-            def plan(self, turn):
+            def plan(self, step):
                 """What to do."""
 
         assert not any(is_attempted(answer) for answer in (None, ..., dots, words, returns_dots, Stub))
@@ -103,8 +103,8 @@ class TestAttempts:
             x + 1
 
         class Some:
-            def plan(self, turn):
-                turn.run()
+            def plan(self, step):
+                step.schedule_running()
 
         assert all(is_attempted(answer) for answer in (0, "", [], False, same, five, forgot_return, Some))
 

@@ -42,10 +42,10 @@ class Alternate(Policy):
     def __init__(self):
         self.had_prompts = False
 
-    def plan(self, turn):
-        if not (self.had_prompts and turn.running):
-            turn.admit()
-        self.had_prompts = bool(turn.scheduled)
-        if not turn.scheduled:
-            turn.run()
-            turn.resume()
+    def plan(self, step):
+        if not (self.had_prompts and step.running):
+            step.admit_waiting()
+        self.had_prompts = bool(step.scheduled)
+        if not step.scheduled:
+            step.schedule_running()
+            step.resume_swapped()

@@ -78,7 +78,7 @@ class BeamSearch:
         width = len(self.beams)
         alive: list[Branch] = []
         for place, branch in enumerate(branches[: num_candidates(width, parents[0].end_token_ids)]):
-            ending = branch.parent.ending(branch.token_id)
+            ending = branch.parent.check_stop(branch.token_id)
             if ending is None:
                 alive.append(branch)
             elif place < width:
@@ -139,5 +139,5 @@ def go_on(search: BeamSearch, scheduler: Scheduler) -> ReadOnlyList[Sequence]:
 def fork(parent: Sequence, child: Sequence, manager: BlockManager) -> None:
     """Let ``child`` go on as its sibling ``parent`` would, both running: what it knew and held is dropped."""
     manager.fork(parent.sequence_id, child.sequence_id, parent.num_computed_tokens)
-    child.begin_at(parent, parent.num_computed_tokens, manager.block_size)
+    child.fork_from(parent, parent.num_computed_tokens, manager.block_size)
     child.token_ids = list(parent.token_ids)

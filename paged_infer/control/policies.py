@@ -6,9 +6,9 @@
     prefill_first  [ C D ] [ E ] [ a b c d e ]                                 A and B stand still meanwhile
     chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 nobody does
 
-A policy is one method, ``plan(turn)``, that calls the verbs of a ``Turn`` in the order it likes: ``run``, ``resume``,
-``admit``. The verbs keep the laws whatever the order; fairness is the policy's own affair. A step that it leaves empty
-without saying until when is planned as by ``Chunked``, so that nobody it forgets is left behind for ever.
+A policy is one method, ``plan(step)``, that calls the methods of a ``StepPlan`` in any order: ``schedule_running``,
+``resume_swapped``, ``admit_waiting``. They keep the laws whatever the order; fairness is up to the policy. If it leaves
+a step empty without setting ``resume_at_s``, ``Chunked`` plans the step, so that no sequence is left waiting for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paged_infer.control.step_plan import Turn
+    from paged_infer.control.step_plan import StepPlan
 
 
 class Policy(ABC):
@@ -25,24 +25,24 @@ class Policy(ABC):
 
     Attributes:
         chunks_prompts: whether a prompt may be spread over several steps.
-        leaves_together: whether a sequence that has ended keeps its place and its blocks until nobody runs.
+        drains_together: whether a sequence that has ended keeps its place and its blocks until nobody runs.
     """
 
     chunks_prompts = True
-    leaves_together = False
+    drains_together = False
 
     @abstractmethod
-    def plan(self, turn: Turn) -> None:
+    def plan(self, step: StepPlan) -> None:
         """Fill the step."""
 
 
 class Chunked(Policy):
     """Running > swapped > waiting, and prompts cut to what is left of the budget (Sarathi-Serve; vLLM V1)."""
 
-    def plan(self, turn: Turn) -> None:
-        turn.run()
-        turn.resume()
-        turn.admit()
+    def plan(self, step: StepPlan) -> None:
+        step.schedule_running()
+        step.resume_swapped()
+        step.admit_waiting()
 
 
 class PrefillFirst(Policy):
@@ -65,44 +65,44 @@ class PrefillFirst(Policy):
         self._began_s: float | None = None  # the step of prompts that was planned last, if nothing was since
         self._resume_at_s = 0.0
 
-    def plan(self, turn: Turn) -> None:
+    def plan(self, step: StepPlan) -> None:
         if self._began_s is not None:
-            self._resume_at_s = turn.now + self.delay_factor * (turn.now - self._began_s)
+            self._resume_at_s = step.now + self.delay_factor * (step.now - self._began_s)
             self._began_s = None
             delayed = self.delay_factor > 0
         else:
-            delayed = turn.now <= self._resume_at_s and self.delay_factor > 0
-        if not delayed or not turn.running:
-            turn.admit()
-        if turn.scheduled:
-            self._began_s = turn.now
+            delayed = step.now <= self._resume_at_s and self.delay_factor > 0
+        if not delayed or not step.running:
+            step.admit_waiting()
+        if step.scheduled:
+            self._began_s = step.now
             return
-        turn.run()
-        turn.resume()
+        step.schedule_running()
+        step.resume_swapped()
 
 
 class Static(Policy):
     """A batch of whoever waits; the next one begins when all of it has ended. Rows that are done compute nothing."""
 
     chunks_prompts = False
-    leaves_together = True
+    drains_together = True
 
     def __init__(self) -> None:
         self._filling = True  # the budget has cut the batch's prompts short: more of them in the next step
 
-    def plan(self, turn: Turn) -> None:
-        if self._filling or not turn.running:
-            self._fill(turn)
-        if not turn.scheduled:
+    def plan(self, step: StepPlan) -> None:
+        if self._filling or not step.running:
+            self._fill(step)
+        if not step.scheduled:
             self._filling = False
-            turn.run()
-        if not turn.scheduled and not turn.running:  # the last row had no room beside those that are done
-            self._fill(turn)
+            step.schedule_running()
+        if not step.scheduled and not step.running:  # the last row had no room beside those that are done
+            self._fill(step)
 
-    def _fill(self, turn: Turn) -> None:
-        turn.resume()
-        turn.admit()
-        self._filling = bool(turn.waiting)
+    def _fill(self, step: StepPlan) -> None:
+        step.resume_swapped()
+        step.admit_waiting()
+        self._filling = bool(step.waiting)
 
 
 class Dynamic(Static):
@@ -117,15 +117,15 @@ class Dynamic(Static):
         self.window_s = window_s
         self.max_batch_size = max_batch_size
 
-    def _fill(self, turn: Turn) -> None:
+    def _fill(self, step: StepPlan) -> None:
         if self.max_batch_size is not None:
-            turn.max_num_seqs = min(turn.max_num_seqs, self.max_batch_size)
-        if not turn.running and not turn.swapped and 0 < len(turn.waiting) < turn.max_num_seqs:
-            closes_at_s = turn.waiting[0].arrival_time_s + self.window_s
-            if turn.now < closes_at_s:
-                turn.resume_at_s = closes_at_s
+            step.max_num_seqs = min(step.max_num_seqs, self.max_batch_size)
+        if not step.running and not step.swapped and 0 < len(step.waiting) < step.max_num_seqs:
+            closes_at_s = step.waiting[0].arrival_time_s + self.window_s
+            if step.now < closes_at_s:
+                step.resume_at_s = closes_at_s
                 return
-        super()._fill(turn)
+        super()._fill(step)
 
 
 POLICIES = {"chunked": Chunked, "prefill_first": PrefillFirst, "dynamic": Dynamic, "static": Static}

@@ -16,8 +16,8 @@ prefix cache, or computes it again.
 A token that has been drawn and not yet been read (it may still be on its way from a GPU) has its place among the tokens
 as ``PLACEHOLDER``: the next step can be planned with it, but not a hash, nor a text.
 
-The beams of a search need each other at every token. They run together and are preempted together (a ``gang``), so that
-no group can hold blocks while it waits for one of its own, who waits for those blocks.
+The beams of a search need each other at every token. They run together and are preempted together, as a *sequence
+group* (Kwon et al. 2023, section 4.5). Otherwise one beam could hold the blocks that another of the group waits for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SequenceState(enum.Enum):
     FINISHED = "finished"
 
 
-_MOVES = {
+_TRANSITIONS = {
     SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
     SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.SWAPPED, SequenceState.FINISHED},
     SequenceState.SWAPPED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.FINISHED},
@@ -70,7 +70,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
-    num_pending: int = 0  # the last so many of its tokens are not known yet
+    num_placeholders: int = 0  # the last so many of its tokens are not known yet
     may_draft: bool = True  # not where it could not go on with drafts, which may be why
     last_step: int = 0  # index of the newest step that it was scheduled in
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
@@ -88,7 +88,7 @@ class Sequence:
 
     @property
     def num_known_tokens(self) -> int:
-        return len(self.token_ids) - self.num_pending
+        return len(self.token_ids) - self.num_placeholders
 
     @property
     def num_output_tokens(self) -> int:
@@ -107,9 +107,9 @@ class Sequence:
         return self.state is SequenceState.FINISHED
 
     @property
-    def is_spent(self) -> bool:
+    def is_length_capped(self) -> bool:
         """Whether it ends with the token that is pending, whatever that is."""
-        return self.num_pending > 0 and len(self.token_ids) >= self.max_total_tokens
+        return self.num_placeholders > 0 and len(self.token_ids) >= self.max_total_tokens
 
     @property
     def to_fork(self) -> list[Sequence]:
@@ -130,7 +130,7 @@ class Sequence:
         return next(s for s in self.siblings if s.num_common_tokens and not s.is_finished)
 
     @property
-    def gang(self) -> ReadOnlyList[Sequence]:
+    def sequence_group(self) -> ReadOnlyList[Sequence]:
         """Who comes in and is preempted with this one: itself, or the beams of its search once they have parted."""
         return (self,) if self.search is None or self.num_common_tokens else self.siblings
 
@@ -145,57 +145,57 @@ class Sequence:
         extend_chain(self.block_hashes, self.cache_root, self.token_ids, block_size, self.num_known_tokens)
         return self.block_hashes
 
-    def move_to(self, state: SequenceState) -> None:
-        if state not in _MOVES[self.state]:
+    def transition_to(self, state: SequenceState) -> None:
+        if state not in _TRANSITIONS[self.state]:
             raise RuntimeError(f"sequence {self.sequence_id} cannot go from {self.state.value} to {state.value}")
         self.state = state
 
     def restart(self) -> None:
         """Back to waiting; its blocks are gone, so everything known is to be computed again."""
-        self.move_to(SequenceState.WAITING)
+        self.transition_to(SequenceState.WAITING)
         self.num_computed_tokens = 0
         if self.search is not None and not self.num_common_tokens:
             self.num_common_tokens = num_common_tokens(self.siblings)
 
-    def begin_at(self, parent: Sequence, num_tokens: int, block_size: int) -> None:
+    def fork_from(self, parent: Sequence, num_tokens: int, block_size: int) -> None:
         """Its first ``num_tokens`` tokens are those of ``parent``, who has them computed."""
         self.num_computed_tokens = num_tokens
         self.block_hashes = parent.block_hashes[: num_tokens // block_size]  # further on, the two may differ
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        self.forget_pending()
-        self.move_to(SequenceState.FINISHED)
+        self.drop_placeholders()
+        self.transition_to(SequenceState.FINISHED)
         self.finish_reason, self.stop_reason = reason, stop_reason
 
-    def append(self, token_id: int) -> tuple[str, int | None] | None:
+    def append_output_token(self, token_id: int) -> tuple[str, int | None] | None:
         """Take one more token. Returns (finish reason, stop token) if it was the last, None if more are to come.
 
         The reason is only reported: to finish is for whoever owns the sequence's blocks.
         """
-        self.expect()
-        return self.learn(token_id)
+        self.append_placeholder()
+        return self.resolve_placeholder(token_id)
 
-    def expect(self) -> None:
+    def append_placeholder(self) -> None:
         """One more token has been drawn, and will be known later."""
         self.token_ids.append(PLACEHOLDER)
-        self.num_pending += 1
+        self.num_placeholders += 1
 
-    def learn(self, token_id: int) -> tuple[str, int | None] | None:
+    def resolve_placeholder(self, token_id: int) -> tuple[str, int | None] | None:
         """The first of those that are pending is ``token_id``; returns what ``append`` does."""
-        ended = self.ending(token_id)
-        self.token_ids[-self.num_pending] = token_id
-        self.num_pending -= 1
+        ended = self.check_stop(token_id)
+        self.token_ids[-self.num_placeholders] = token_id
+        self.num_placeholders -= 1
         return ended
 
-    def take(self, token_ids: ReadOnlyList[int]) -> tuple[int, tuple[str, int | None] | None]:
+    def append_output_tokens(self, token_ids: ReadOnlyList[int]) -> tuple[int, tuple[str, int | None] | None]:
         """The first that is pending, and any that follow it, up to one that ends the sequence.
 
         Returns how many it took, and what ``append`` does.
         """
-        ended = self.learn(token_ids[0])
+        ended = self.resolve_placeholder(token_ids[0])
         num_taken = 1
         while ended is None and num_taken < len(token_ids):
-            ended = self.append(token_ids[num_taken])
+            ended = self.append_output_token(token_ids[num_taken])
             num_taken += 1
         return num_taken, ended
 
@@ -203,14 +203,14 @@ class Sequence:
         """Its last tokens are not wanted: what it said before them ends it."""
         del self.token_ids[len(self.token_ids) - num_tokens :]
 
-    def forget_pending(self) -> None:
+    def drop_placeholders(self) -> None:
         """Whatever is on its way is not wanted any more."""
         del self.token_ids[self.num_known_tokens :]
-        self.num_pending = 0
+        self.num_placeholders = 0
 
-    def ending(self, token_id: int) -> tuple[str, int | None] | None:
+    def check_stop(self, token_id: int) -> tuple[str, int | None] | None:
         """How ``token_id`` would end it as the next token that is known; None if more were to come."""
-        num_tokens = len(self.token_ids) - self.num_pending + 1
+        num_tokens = len(self.token_ids) - self.num_placeholders + 1
         if num_tokens - self.num_prompt_tokens >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None

@@ -6,9 +6,9 @@
                          v   |        swapped out and back, before anybody who waits comes in
                         swapped
 
-All queues are in order of arrival. Who runs in a step, and with how many tokens, is for the policy to say, in the verbs
-of a ``Turn``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always
-gets through: every request that fits the pool finishes. The beams of one search give theirs back together.
+All queues are in order of arrival. The policy decides which sequences run in a step, and with how many tokens, by the
+methods of a ``StepPlan``. When the pool is exhausted the youngest running sequence gives back all its blocks, so the
+oldest always gets through: every request that fits the pool finishes. Beams of one search give theirs back together.
 
 The samples of one request hold a limited share of ``max_num_seqs`` (``sample_share``). Whenever some of them are
 admitted, the rest move to the end of the waiting queue, so a request with many samples does not starve others.
@@ -29,7 +29,7 @@ from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.speculation import Proposer
 from paged_infer.control.step import BlockTransfers, ScheduledStep
 from paged_infer.control.step_entries import describe
-from paged_infer.control.step_plan import Turn, insert_by_age
+from paged_infer.control.step_plan import StepPlan, insert_by_age
 from paged_infer.control.trace import Trace
 from paged_infer.params import Candidates
 
@@ -100,16 +100,16 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()  # by arrival
         self.running: list[Sequence] = []  # by arrival
-        self.held: list[Sequence] = []  # ended, and keeping their blocks until nobody runs
+        self.draining: list[Sequence] = []  # ended, and keeping their blocks until nobody runs
         self.stats = SchedulerStats()
         self._num_queued = 0
-        self._turn: Turn | None = None  # the step that was scheduled last, until it is under way
-        self._under_way: deque[Turn] = deque()  # whose tokens are not known yet
+        self._turn: StepPlan | None = None  # the step that was scheduled last, until it is under way
+        self._under_way: deque[StepPlan] = deque()  # whose tokens are not known yet
 
     @property
     def has_work(self) -> bool:
         """Whether there is anybody to plan for: not those who only wait for their last token to be read."""
-        return bool(self.waiting or self.swapped) or any(not one.is_spent for one in self.running)
+        return bool(self.waiting or self.swapped) or any(not one.is_length_capped for one in self.running)
 
     @property
     def is_under_way(self) -> bool:
@@ -121,7 +121,7 @@ class Scheduler:
         for one in sequences:
             self._append(one)
             event = ("arrive", one.sequence_id, one.request_id, one.num_prompt_tokens)
-            self.manager.journal.append(event)
+            self.manager.events.append(event)
 
     def requeue(self, sequences: ReadOnlyList[Sequence]) -> None:
         """Move these waiting sequences to the end of the waiting queue, as if they had just arrived."""
@@ -150,24 +150,24 @@ class Scheduler:
         if self._turn is not None:
             self.roll_back()
         self.stats.steps += 1
-        turn = self._turn = Turn(self, self.stats.steps, now)
-        self.policy.plan(turn)
-        if not turn.scheduled and turn.resume_at_s is None and not self._under_way:
-            Chunked().plan(turn)  # whom a policy forgets, say in swap space, would else be there for ever
-        turn.speculate()
-        self.stats.preemptions += len(turn.preempted)
+        plan = self._turn = StepPlan(self, self.stats.steps, now)
+        self.policy.plan(plan)
+        if not plan.scheduled and plan.resume_at_s is None and not self._under_way:
+            Chunked().plan(plan)  # whom a policy forgets, say in swap space, would else be there for ever
+        plan.speculate()
+        self.stats.preemptions += len(plan.preempted)
         self.manager.transfers = BlockTransfers()
-        journal, self.manager.journal = self.manager.journal, []
+        events, self.manager.events = self.manager.events, []
         if self.trace is not None:
-            turn.traced = self.trace.record(self, turn, journal)
-        forks, drafts = turn.forks, turn.drafts
+            plan.traced = self.trace.record(self, plan, events)
+        forks, drafts = plan.forks, plan.drafts
         sequences = [
             describe(
                 s, n, self.manager.table(s.sequence_id), forks.get(s.sequence_id, ()), drafts.get(s.sequence_id, ())
             )
-            for s, n in turn.scheduled
+            for s, n in plan.scheduled
         ]
-        return ScheduledStep(turn.index, sequences, turn.transfers, turn.resume_at_s)
+        return ScheduledStep(plan.index, sequences, plan.transfers, plan.resume_at_s)
 
     def update(
         self,
@@ -196,27 +196,27 @@ class Scheduler:
 
     def advance(self, step: ScheduledStep) -> None:
         """The step is under way: its tokens count as computed, and those that it draws as pending."""
-        turn, self._turn = self._turn, None
-        if turn is None or turn.index != step.index:
+        plan, self._turn = self._turn, None
+        if plan is None or plan.index != step.index:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
-        turn.num_published = self.manager.num_unproven - sum(out.num_published for out in self._under_way)
-        for sequence, num_tokens in turn.scheduled:
+        plan.num_published = self.manager.num_uncommitted - sum(out.num_published for out in self._under_way)
+        for sequence, num_tokens in plan.scheduled:
             if sequence.state is not SequenceState.FINISHED:  # by an abort, while the step was out
-                sequence.num_computed_tokens += num_tokens - len(turn.drafts.get(sequence.sequence_id, ()))
+                sequence.num_computed_tokens += num_tokens - len(plan.drafts.get(sequence.sequence_id, ()))
                 if sequence.num_computed_tokens == len(sequence.token_ids):
                     if sequence.search is None:
-                        sequence.expect()
-                        turn.drawing.append(sequence)
+                        sequence.append_placeholder()
+                        plan.drawing.append(sequence)
                     else:
-                        turn.ranking.append(sequence)
-            if sequence.sequence_id in turn.forks:
+                        plan.ranking.append(sequence)
+            if sequence.sequence_id in plan.forks:
                 sequence.num_common_tokens = 0
-            for child in turn.forks.get(sequence.sequence_id, ()):
+            for child in plan.forks.get(sequence.sequence_id, ()):
                 child.num_common_tokens = 0
                 if child.search is None and not child.is_finished:
-                    child.expect()
-                    turn.drawing.append(child)
-        self._under_way.append(turn)
+                    child.append_placeholder()
+                    plan.drawing.append(child)
+        self._under_way.append(plan)
 
     def settle(
         self,
@@ -235,30 +235,30 @@ class Scheduler:
         """
         if not self._under_way or self._under_way[0].index != step.index:
             raise RuntimeError(f"step {step.index} is not the one that has been under way longest")
-        turn = self._under_way.popleft()
-        self.manager.confirm(turn.num_published)
-        if turn.traced is not None:
-            turn.traced.ended_s = now
-        self.stats.prefix_hit_tokens += turn.num_hit_tokens
-        self.stats.prefix_query_tokens += turn.num_looked_up_tokens
-        self.stats.blocks_copied += len(turn.transfers.copies)
-        self.stats.blocks_swapped_out += len(turn.transfers.swap_outs)
-        self.stats.blocks_swapped_in += len(turn.transfers.swap_ins)
+        plan = self._under_way.popleft()
+        self.manager.commit(plan.num_published)
+        if plan.traced is not None:
+            plan.traced.ended_s = now
+        self.stats.prefix_hit_tokens += plan.num_hit_tokens
+        self.stats.prefix_query_tokens += plan.num_looked_up_tokens
+        self.stats.blocks_copied += len(plan.transfers.copies)
+        self.stats.blocks_swapped_out += len(plan.transfers.swap_outs)
+        self.stats.blocks_swapped_in += len(plan.transfers.swap_ins)
         if failed:
-            self._fail_some(step, turn, failed)
+            self._fail_some(step, plan, failed)
         grown: list[Sequence] = []
-        for one in turn.drawing:
-            if one.is_finished or one in turn.void:  # ended by an abort, an error or a token; or restarted
+        for one in plan.drawing:
+            if one.is_finished or one in plan.void:  # ended by an abort, an error or a token; or restarted
                 continue
-            num_new, ended = one.take([*accepted.get(one.sequence_id, ()), token_ids[one.sequence_id]])
+            num_new, ended = one.append_output_tokens([*accepted.get(one.sequence_id, ()), token_ids[one.sequence_id]])
             grown += [one] * num_new
-            if one.sequence_id in turn.drafts:
-                turn.accept(one, num_new - 1)
+            if one.sequence_id in plan.drafts:
+                plan.accept(one, num_new - 1)
             if ended is not None:
                 self.finish(one, *ended)
-            elif one.num_pending:
+            elif one.num_placeholders:
                 self._publish(one)
-        ranking = (one for one in turn.ranking if not one.is_finished and one not in turn.void)
+        ranking = (one for one in plan.ranking if not one.is_finished and one not in plan.void)
         asking = [(one, one.search) for one in ranking if one.search is not None]
         for beam, search in asking:
             search.offer(beam, candidates[beam.sequence_id])
@@ -279,24 +279,24 @@ class Scheduler:
 
     def roll_back(self) -> None:
         """What is out has failed, and nobody knows how far it came: forget all that was built on it."""
-        turn, self._turn = self._turn, None
+        plan, self._turn = self._turn, None
         if self._under_way:
             lost = {*self.running, *self.swapped}
             for sequence in (one for out in self._under_way for one in out.drawing):
-                sequence.forget_pending()
+                sequence.drop_placeholders()
             self._under_way.clear()
-        elif turn is not None:
-            copies = {destination for _, destination in turn.transfers.copies}
-            copied = [s for s, _ in turn.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
-            lost = {*turn.fresh, *copied, *turn.preempted}
-            turn.drop_drafts()
+        elif plan is not None:
+            copies = {destination for _, destination in plan.transfers.copies}
+            copied = [s for s, _ in plan.scheduled if not copies.isdisjoint(self.manager.table(s.sequence_id))]
+            lost = {*plan.admitted, *copied, *plan.preempted}
+            plan.drop_drafts()
         else:
             return
-        self.manager.withdraw()
+        self.manager.roll_back()
         self.manager.transfers = BlockTransfers()  # the plan itself may have failed
-        for sequence in {one for loser in lost for one in loser.gang}:
+        for sequence in {one for loser in lost for one in loser.sequence_group}:
             self._begin_again(sequence)
-        self.release_held()
+        self.release_draining()
 
     def _begin_again(self, sequence: Sequence) -> None:
         """Free its blocks and queue it for recomputation."""
@@ -308,7 +308,7 @@ class Scheduler:
         """Queue one that holds nothing any more: it has to compute all that it knows again."""
         sequence.restart()
         insert_by_age(self.waiting, sequence)
-        self.manager.journal.append(("wait", sequence.sequence_id))
+        self.manager.events.append(("wait", sequence.sequence_id))
 
     def _leave(self, sequence: Sequence) -> None:
         """Take the sequence out of whatever queue it stands in, and give back what it holds."""
@@ -321,12 +321,12 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def release_held(self) -> None:
+    def release_draining(self) -> None:
         """Where a batch leaves together and nobody of it runs any more: give back the blocks of its finished rows."""
         if not self.running:
-            for sequence in self.held:
+            for sequence in self.draining:
                 self.manager.free(sequence.sequence_id)
-            self.held.clear()
+            self.draining.clear()
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
@@ -337,21 +337,21 @@ class Scheduler:
         """
         is_cut_short = reason in ("abort", "error")
         if sequence.is_finished:
-            if is_cut_short and sequence in self.held:
-                self.held.remove(sequence)
+            if is_cut_short and sequence in self.draining:
+                self.draining.remove(sequence)
                 self.manager.free(sequence.sequence_id)
             return
         is_running = sequence.state is SequenceState.RUNNING
-        if self.policy.leaves_together and is_running and not is_cut_short:
+        if self.policy.drains_together and is_running and not is_cut_short:
             self.running.remove(sequence)
-            self.held.append(sequence)
+            self.draining.append(sequence)
         else:
             self._leave(sequence)
         sequence.finish(reason, stop_reason)
-        self.manager.journal.append(("end", sequence.sequence_id, reason))
-        self.release_held()
+        self.manager.events.append(("end", sequence.sequence_id, reason))
+        self.release_draining()
 
-    def _fail_some(self, step: ScheduledStep, turn: Turn, failed: Mapping[int, str]) -> None:
+    def _fail_some(self, step: ScheduledStep, plan: StepPlan, failed: Mapping[int, str]) -> None:
         """End the requests of failed sequences. One whose NaN may come from elsewhere is recomputed instead.
 
         A block can be shared before its contents are checked: in the step that computes it, and in a step that is
@@ -360,33 +360,33 @@ class Scheduler:
         the tokens before it.
         """
         computed = {s.sequence_id: s for s in step.sequences}
-        computing = [(one, computed[one.sequence_id]) for one, _ in turn.scheduled]
-        computing += [(child, computed[i]) for i, children in turn.forks.items() for child in children]
+        computing = [(one, computed[one.sequence_id]) for one, _ in plan.scheduled]
+        computing += [(child, computed[i]) for i, children in plan.forks.items() for child in children]
         for one, work in computing:
             if one.sequence_id not in failed:
                 continue
-            is_its_own = turn.suspect.isdisjoint(work.block_table) and not work.num_drafts
-            turn.suspect.update(work.block_table)
+            is_its_own = plan.suspect.isdisjoint(work.block_table) and not work.num_drafts
+            plan.suspect.update(work.block_table)
             if one.is_finished:
                 self.manager.forget(one.block_hashes[work.num_computed_tokens // self.manager.block_size :])
-            elif one in turn.void:
+            elif one in plan.void:
                 continue
             elif is_its_own:
                 self.fail(one, failed[one.sequence_id])
             else:
                 one.may_draft = one.may_draft and not work.num_drafts
-                self._doubt(one, (turn, *self._under_way))
+                self._doubt(one, (plan, *self._under_way))
         for out in self._under_way:  # planned when all these blocks could be found
-            out.suspect |= turn.suspect
+            out.suspect |= plan.suspect
 
-    def _doubt(self, sequence: Sequence, turns: Iterable[Turn]) -> None:
+    def _doubt(self, sequence: Sequence, turns: Iterable[StepPlan]) -> None:
         """Recompute a sequence whose stored keys may be another's NaN. What ``turns`` compute of it does not count."""
-        for one in sequence.gang:
+        for one in sequence.sequence_group:
             self.manager.forget(one.block_hashes)
-            one.forget_pending()
+            one.drop_placeholders()
             self._begin_again(one)
-            for turn in turns:
-                turn.void.add(one)
+            for plan in turns:
+                plan.void.add(one)
 
     def fail(self, sequence: Sequence, error: str, *, although_ended: bool = False) -> None:
         """End the request of a failed sequence: all of its unfinished samples or beams.
@@ -417,4 +417,4 @@ class Scheduler:
             raise RuntimeError(f"{len(self._holders())} sequences run; max_num_seqs={self.max_num_seqs}")
 
     def _holders(self) -> list[Sequence]:
-        return self.running + self.held
+        return self.running + self.draining

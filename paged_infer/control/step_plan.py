@@ -1,6 +1,6 @@
 """One step while it is being filled: the verbs that a schedule is made of.
 
-    run()      who runs goes on: takes blocks, if need be those of the youngest who has not had its turn yet
+    run()      who runs goes on: takes blocks, if need be those of the youngest who has not had its plan yet
     resume()   who is swapped comes back     }  never at the cost of anybody who runs,
     admit()    who waits comes in            }  and not in a step that had to preempt
     speculate()  who decodes also computes drafts, from what budget and blocks nobody else has asked for
@@ -14,7 +14,7 @@ Samples of one request are admitted together, as many as there is room for, and 
 
 Beams are admitted all together, with places reserved for them, and again after each preemption: the first computes the
 tokens that all have in common, and the others fork from there.
-From then on they are a gang, and leave together. A beam that has computed all it knows waits for the others, idle.
+From then on they are a sequence group and are preempted together. A beam with no token left to compute waits, idle.
 
 Until the step has succeeded, nothing that was built on it is certain. ``fresh`` lists who would have to begin again.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from paged_infer.control.trace import TraceStep
 
 
-class Turn:
+class StepPlan:
     """The step of one index: what is left of its budget, and who computes how many tokens."""
 
     def __init__(self, scheduler: Scheduler, index: int, now: float) -> None:
@@ -48,7 +48,7 @@ class Turn:
         self.drafts: dict[int, list[int]] = {}  # by sequence id; see control.speculation
         self.preempted: list[Sequence] = []
         self.transfers = scheduler.manager.transfers  # what the verbs ask for, whether or not the plan comes to its end
-        self.fresh: list[Sequence] = []
+        self.admitted: list[Sequence] = []
         self._closed = False  # to newcomers, because somebody was preempted for others
         self.drawing: list[Sequence] = []  # who gets a token from it
         self.ranking: list[Sequence] = []  # beams that get candidates
@@ -64,14 +64,16 @@ class Turn:
         self.waiting = scheduler.waiting
         self.swapped = scheduler.swapped
 
-    def run(self) -> None:
+    def schedule_running(self) -> None:
         """Give every running sequence its tokens, the oldest first; a long prompt leaves one for each who follows.
 
         Where the budget has fewer tokens than sequences run, they take turns: those served longest ago first.
         """
         # Not beams that wait, idle, nor those that only wait for their last token to be read.
         order = [
-            s for s in self.running if s.num_computed_tokens != len(s.token_ids) and not (s.num_pending and s.is_spent)
+            s
+            for s in self.running
+            if s.num_computed_tokens != len(s.token_ids) and not (s.num_placeholders and s.is_length_capped)
         ]
         if len(order) > self.budget:
             order.sort(key=lambda sequence: sequence.last_step)
@@ -84,22 +86,22 @@ class Turn:
             if self._make_room(sequence, num_tokens):
                 self._schedule(sequence, num_tokens)
 
-    def resume(self) -> None:
+    def resume_swapped(self) -> None:
         """Bring the oldest of the swapped back while there is budget, a place, and room for all its known tokens."""
         while self.swapped and self.budget and not self._closed:
-            gang = list(self.swapped[0].gang)
-            if not self._has_place(gang) or not self._fits(gang[0].num_uncomputed_tokens):
+            group = list(self.swapped[0].sequence_group)
+            if not self._has_place(group) or not self._fits(group[0].num_uncomputed_tokens):
                 break
-            if not self._manager.swap_in(*map(self._returning, gang)):
+            if not self._manager.swap_in(*map(self._returning, group)):
                 break
-            for sequence in gang:
+            for sequence in group:
                 self.swapped.remove(sequence)
                 self._enter(sequence)
-            for sequence in gang:  # those for whom the budget is too short go on in the next step, like all who run
+            for sequence in group:  # those beyond the budget go on in the next step, like all that run
                 if self.budget and sequence.num_uncomputed_tokens:
                     self._start(sequence)
 
-    def admit(self) -> None:
+    def admit_waiting(self) -> None:
         """Let the head of the queue in while there is budget, a place, and room for all its known tokens.
 
         Nothing is admitted while any sequence is swapped out. A request whose samples hold their full share of the
@@ -130,7 +132,7 @@ class Turn:
         for place, (sequence, num_tokens) in enumerate(self.scheduled):
             end, sequence_id = sequence.num_tokens, sequence.sequence_id
             most = min(self.budget, sequence.max_total_tokens - 1 - end)
-            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_pending and sequence.may_draft
+            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_placeholders and sequence.may_draft
             if most < 1 or not is_ready or sequence.search is not None or sequence_id in self.forks:
                 continue
             drafts = proposer.propose(sequence.token_ids, most)
@@ -152,7 +154,7 @@ class Turn:
         if start // block_size < end // block_size and self._scheduler.enable_prefix_caching:
             chain = sequence.hash_chain(block_size)
             self._manager.publish(sequence.sequence_id, chain, start // block_size, end // block_size)
-            self._manager.confirm()  # they are there: their step is over, and no other is out
+            self._manager.commit()  # they are there: their step is over, and no other is out
         self._manager.trim(sequence.sequence_id, end)
         if self.traced is not None:
             self.traced.rejected[sequence.sequence_id] = num_drafts - num_accepted
@@ -202,21 +204,21 @@ class Turn:
             passed.add(sequence.request_id)
         return None
 
-    def _has_place(self, gang: ReadOnlyList[Sequence]) -> bool:
-        """Whether there are places for the gang and for the beams that will be forked from it."""
-        wanted = len(gang) + (len(gang[0].to_fork) if gang[0].search is not None else 0)
-        return wanted <= self._num_places() or not (self.running or self._scheduler.held)
+    def _has_place(self, group: ReadOnlyList[Sequence]) -> bool:
+        """Whether there are places for the group and for the beams that will be forked from it."""
+        wanted = len(group) + (len(group[0].to_fork) if group[0].search is not None else 0)
+        return wanted <= self._num_places() or not (self.running or self._scheduler.draining)
 
     def _num_places(self) -> int:
         """Places that are neither taken nor reserved for beams that will be forked."""
         promised = sum(len(one.to_fork) for one in self.running if one.search is not None)
-        return self.max_num_seqs - len(self.running) - len(self._scheduler.held) - promised
+        return self.max_num_seqs - len(self.running) - len(self._scheduler.draining) - promised
 
     def _num_left_of_share(self, sequence: Sequence) -> int:
         """How many more samples of the sequence's request may be admitted by its share of the places."""
         if sequence.search is not None or len(sequence.siblings) < 2:
             return self.max_num_seqs
-        held = sum(one.request_id == sequence.request_id for one in self._scheduler.held)
+        held = sum(one.request_id == sequence.request_id for one in self._scheduler.draining)
         running = sum(one.state is SequenceState.RUNNING for one in sequence.siblings)
         return sample_share(self.max_num_seqs) - running - held
 
@@ -252,12 +254,12 @@ class Turn:
             sequence.num_cached_tokens = num_hit
 
     def _enter(self, sequence: Sequence) -> None:
-        sequence.move_to(SequenceState.RUNNING)
+        sequence.transition_to(SequenceState.RUNNING)
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self.now
         insort(self.running, sequence, key=lambda running: running.queue_number)
-        self.fresh.append(sequence)
-        self._manager.journal.append(("run", sequence.sequence_id))
+        self.admitted.append(sequence)
+        self._manager.events.append(("run", sequence.sequence_id))
 
     def _start(self, sequence: Sequence) -> None:
         """Schedule one that has just come in, and that there is room for."""
@@ -295,38 +297,38 @@ class Turn:
             self.waiting.remove(child)
             self._enter(child)
             self._manager.fork(sequence.sequence_id, child.sequence_id, sequence.num_common_tokens)
-            child.begin_at(sequence, sequence.num_common_tokens, self._manager.block_size)
+            child.fork_from(sequence, sequence.num_common_tokens, self._manager.block_size)
             child.last_step = self.index
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for ``num_tokens`` more, at the cost of the youngest; False where that is no way to get them."""
         start = sequence.num_computed_tokens
         while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
-            victims = list(self.running[-1].gang)
+            victims = list(self.running[-1].sequence_group)
             if any(victim.last_step == self.index for victim in victims):
-                return False  # they have had their turn already; the sequence's own comes first in the next step
+                return False  # they have had their plan already; the sequence's own comes first in the next step
             self._preempt(victims)
             if sequence in victims:
                 return False
         return True
 
-    def _preempt(self, gang: ReadOnlyList[Sequence]) -> None:
-        """Take all of the gang's blocks: to swap space, or if that is full or not wanted, for good."""
-        for sequence in gang:
+    def _preempt(self, group: ReadOnlyList[Sequence]) -> None:
+        """Take all of the group's blocks: to swap space, or if that is full or not wanted, for good."""
+        for sequence in group:
             self.running.remove(sequence)
             sequence.num_preemptions += 1
-        self.preempted += gang
-        stored = [(sequence.sequence_id, sequence.num_computed_tokens) for sequence in gang]
+        self.preempted += group
+        stored = [(sequence.sequence_id, sequence.num_computed_tokens) for sequence in group]
         if self._scheduler.swaps and stored[0][1] and self._manager.swap_out(*stored):
-            for sequence in gang:
-                sequence.move_to(SequenceState.SWAPPED)
+            for sequence in group:
+                sequence.transition_to(SequenceState.SWAPPED)
                 insert_by_age(self.swapped, sequence)
-                self._manager.journal.append(("swap", sequence.sequence_id))
+                self._manager.events.append(("swap", sequence.sequence_id))
         else:
-            for sequence in gang:
+            for sequence in group:
                 self._manager.free(sequence.sequence_id)
                 self._scheduler.restart(sequence)
-        self._scheduler.release_held()
+        self._scheduler.release_draining()
         self._closed = bool(self.running)
 
 

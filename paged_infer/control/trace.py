@@ -24,7 +24,7 @@ from paged_infer.control.blocks.pool import BlockPool
 
 if TYPE_CHECKING:
     from paged_infer.control.scheduler import Scheduler
-    from paged_infer.control.step_plan import Turn
+    from paged_infer.control.step_plan import StepPlan
 
 Event = tuple[Any, ...]
 _US = 1e6  # Perfetto counts microseconds
@@ -92,7 +92,7 @@ class Replay:
         elif kind == "publish":
             self.pool.publish(subject, b"%d" % subject)  # what it holds is not known here, only that it can be found
         elif kind == "withdraw":
-            self.pool.withdraw(subject)
+            self.pool.drop_hash(subject)
         elif kind == "end":
             self.states.pop(subject, None)
             if subject not in self.tables:  # else its batch leaves together, and it keeps what it has
@@ -129,29 +129,29 @@ class Trace:
         self.block_size = 0  # tokens; the manager's, known once a step is recorded
         self.steps: list[TraceStep] = []
 
-    def record(self, scheduler: Scheduler, turn: Turn, events: list[Event]) -> TraceStep:
+    def record(self, scheduler: Scheduler, plan: StepPlan, events: list[Event]) -> TraceStep:
         """Keep a step that has just been scheduled, with what has changed since the one before."""
-        pool, transfers = scheduler.manager.pool, turn.transfers
+        pool, transfers = scheduler.manager.pool, plan.transfers
         self.block_size = scheduler.manager.block_size
         step = TraceStep(
-            index=turn.index,
-            began_s=turn.now,
-            sequence_ids=array("q", [sequence.sequence_id for sequence, _ in turn.scheduled]),
-            token_counts=array("q", [num_tokens for _, num_tokens in turn.scheduled]),
+            index=plan.index,
+            began_s=plan.now,
+            sequence_ids=array("q", [sequence.sequence_id for sequence, _ in plan.scheduled]),
+            token_counts=array("q", [num_tokens for _, num_tokens in plan.scheduled]),
             prefills=tuple(
                 s.sequence_id
-                for s, _ in turn.scheduled
+                for s, _ in plan.scheduled
                 if len(s.token_ids) - s.num_computed_tokens > 1 or len(s.token_ids) == s.num_prompt_tokens
             ),
-            preempted=tuple(sequence.sequence_id for sequence in turn.preempted),
+            preempted=tuple(sequence.sequence_id for sequence in plan.preempted),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_swapped=len(scheduler.swapped),
             num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_findable,
+            num_cached_blocks=pool.num_hashed,
             num_shared_blocks=pool.num_shared,
-            num_looked_up_tokens=turn.num_looked_up_tokens,
-            num_hit_tokens=turn.num_hit_tokens,
+            num_looked_up_tokens=plan.num_looked_up_tokens,
+            num_hit_tokens=plan.num_hit_tokens,
             num_copies=len(transfers.copies),
             num_swapped_out=len(transfers.swap_outs),
             num_swapped_in=len(transfers.swap_ins),

@@ -165,7 +165,7 @@ def _draw_signs(axes: Axes, cells: Sequence[Cell], grid: Grid) -> None:
     size = min(0.09, 0.3 * height)  # inches
     corners = []
     for cell in cells:
-        if cell.owners and cell.is_findable:
+        if cell.owners and cell.is_hashed:
             x1, y0 = _box(cell, grid)[1]
             corners.append([(x1 - size / width, y0), (x1, y0), (x1, y0 + size / height)])
     _add(axes, "findable", corners, facecolors=INK, linewidths=0)

@@ -162,7 +162,7 @@ def test_a_failed_step_after_which_nobody_runs_lets_go_of_the_rows_that_are_done
     done, request = source.sequence(1, max_tokens=1), source.request(2, beams=2)
     scheduler.add([done, *request.sequences])
     carry_out(scheduler, scheduler.schedule(), [request])
-    assert scheduler.held == [done]
+    assert scheduler.draining == [done]
     assert scheduler.schedule().transfers.copies  # which may not have happened: both beams have to begin again
     scheduler.roll_back()
-    assert not scheduler.held and scheduler.manager.pool.num_used == 0
+    assert not scheduler.draining and scheduler.manager.pool.num_used == 0

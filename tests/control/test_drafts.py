@@ -246,12 +246,12 @@ def test_blocks_that_accepted_drafts_fill_are_findable_and_those_of_rejected_one
     scheduler = make_scheduler(block_size=4, proposer=Fixed(6, 7, 8, 9, 10))
     decode(scheduler, max_tokens=20)
     step = scheduler.schedule()  # 5 completes the first block; the drafts would complete the second
-    assert scheduler.manager.pool.num_findable == 1
+    assert scheduler.manager.pool.num_hashed == 1
     scheduler.update(step, {0: 11}, accepted={0: [6, 7, 8]})
-    assert scheduler.manager.pool.num_findable == 1
+    assert scheduler.manager.pool.num_hashed == 1
     step = scheduler.schedule()  # 11 completes the second
     scheduler.update(step, {0: 12}, accepted={0: [6, 7, 8, 9]})
-    assert scheduler.manager.pool.num_findable == 3 and scheduler.manager.num_unproven == 0
+    assert scheduler.manager.pool.num_hashed == 3 and scheduler.manager.num_uncommitted == 0
 
 
 def test_beams_do_not_speculate() -> None:

@@ -21,7 +21,7 @@ from paged_infer.control.policies import (
 )
 from paged_infer.control.request import Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step_plan import Turn
+from paged_infer.control.step_plan import StepPlan
 
 
 def longest_silence(scheduler: Scheduler, num_steps: int = 30) -> int:
@@ -69,10 +69,10 @@ def test_a_static_batch_leaves_together() -> None:
     (late,) = add(scheduler, source, 5)
     step = run(scheduler)
     assert set(counts(step)) == {short.sequence_id, long.sequence_id} and short.is_finished
-    assert scheduler.manager.table(short.sequence_id) and scheduler.held == [short]
+    assert scheduler.manager.table(short.sequence_id) and scheduler.draining == [short]
     while not long.is_finished:
         assert counts(run(scheduler)) == {long.sequence_id: 1}  # the row that is done computes nothing
-    assert scheduler.held == [] and scheduler.manager.pool.num_used == 0
+    assert scheduler.draining == [] and scheduler.manager.pool.num_used == 0
     assert counts(run(scheduler)) == {late.sequence_id: 5}
 
 
@@ -150,18 +150,18 @@ def test_everybody_is_served_under_every_policy(policy, lengths, num_blocks, num
 
 
 class ShortestFirst(Policy):
-    def plan(self, turn: Turn) -> None:
-        turn.run()
-        turn.resume()
-        sort_by_length(turn.waiting)
-        turn.admit()
+    def plan(self, step: StepPlan) -> None:
+        step.schedule_running()
+        step.resume_swapped()
+        sort_by_length(step.waiting)
+        step.admit_waiting()
 
 
 class NewcomersFirst(Policy):
-    def plan(self, turn: Turn) -> None:
-        sort_by_length(turn.waiting)
-        turn.admit()
-        turn.run()
+    def plan(self, step: StepPlan) -> None:
+        sort_by_length(step.waiting)
+        step.admit_waiting()
+        step.schedule_running()
 
 
 def sort_by_length(queue: deque[Sequence]) -> None:
@@ -182,22 +182,22 @@ def test_places_promised_to_samples_are_kept_whatever_the_order() -> None:
 class Forgetful(Policy):
     """Never brings anybody back from swap space."""
 
-    def plan(self, turn: Turn) -> None:
-        turn.run()
-        turn.admit()
+    def plan(self, step: StepPlan) -> None:
+        step.schedule_running()
+        step.admit_waiting()
 
 
 class LastComeFirst(Policy):
-    def plan(self, turn: Turn) -> None:
-        turn.run()
-        turn.resume()
-        turn.waiting.reverse()
-        turn.admit()
-        turn.waiting.reverse()
+    def plan(self, step: StepPlan) -> None:
+        step.schedule_running()
+        step.resume_swapped()
+        step.waiting.reverse()
+        step.admit_waiting()
+        step.waiting.reverse()
 
 
 class Idle(Policy):
-    def plan(self, turn: Turn) -> None:
+    def plan(self, step: StepPlan) -> None:
         pass
 
 
@@ -222,8 +222,8 @@ class Failing(Chunked):
 
     num_failures = 0
 
-    def plan(self, turn: Turn) -> None:
-        super().plan(turn)
+    def plan(self, step: StepPlan) -> None:
+        super().plan(step)
         if self.num_failures:
             self.num_failures -= 1
             raise ZeroDivisionError

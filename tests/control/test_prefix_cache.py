@@ -104,7 +104,7 @@ def test_a_hash_published_by_an_aborted_request_of_a_failed_step_is_withdrawn_to
     scheduler.schedule()
     scheduler.finish(lost, "abort")
     scheduler.check_integrity()
-    assert scheduler.manager.pool.num_findable == 2
+    assert scheduler.manager.pool.num_hashed == 2
     scheduler.add([source.sequence(9, story=1)])
     assert run(scheduler).num_tokens == 9
 
@@ -143,4 +143,4 @@ def test_caching_can_be_turned_off(caching: bool) -> None:
     scheduler, source = make_scheduler(enable_prefix_caching=caching), Source()
     for _ in range(2):
         serve(scheduler, source.sequence(9, story=1))
-    assert (scheduler.stats.prefix_hit_tokens > 0) == (scheduler.manager.pool.num_findable > 0) == caching
+    assert (scheduler.stats.prefix_hit_tokens > 0) == (scheduler.manager.pool.num_hashed > 0) == caching

@@ -32,18 +32,18 @@ def test_only_the_drawn_moves_are_legal(start: SequenceState, end: SequenceState
     sequence = make_sequence()
     sequence.state = start
     if (start, end) in LEGAL:
-        sequence.move_to(end)
+        sequence.transition_to(end)
         assert sequence.state is end
     else:
         with pytest.raises(RuntimeError, match=f"cannot go from {start.value} to {end.value}"):
-            sequence.move_to(end)
+            sequence.transition_to(end)
 
 
 def test_a_restarted_sequence_keeps_its_tokens_and_forgets_what_it_computed() -> None:
     sequence = make_sequence()
-    sequence.move_to(RUNNING)
+    sequence.transition_to(RUNNING)
     sequence.num_computed_tokens = 4
-    sequence.append(7)
+    sequence.append_output_token(7)
     sequence.restart()
     assert (sequence.state, sequence.num_computed_tokens) == (WAITING, 0)
     assert sequence.output_token_ids == [7] and sequence.num_uncomputed_tokens == 5
@@ -51,36 +51,36 @@ def test_a_restarted_sequence_keeps_its_tokens_and_forgets_what_it_computed() ->
 
 def test_any_of_several_end_tokens_ends_it() -> None:
     for token in (1, 2):
-        assert make_sequence(eos=(1, 2)).append(token) == ("stop", None)
-    assert make_sequence(eos=(1, 2)).append(3) is None
+        assert make_sequence(eos=(1, 2)).append_output_token(token) == ("stop", None)
+    assert make_sequence(eos=(1, 2)).append_output_token(3) is None
 
 
 def test_ignore_eos_ignores_the_end_token_but_no_stop_token() -> None:
-    assert make_sequence(ignore_eos=True).append(1) is None
-    assert make_sequence(ignore_eos=True, stop_token_ids=[1]).append(1) == ("stop", 1)
+    assert make_sequence(ignore_eos=True).append_output_token(1) is None
+    assert make_sequence(ignore_eos=True, stop_token_ids=[1]).append_output_token(1) == ("stop", 1)
 
 
 def test_no_end_is_honoured_before_min_tokens() -> None:
     sequence = make_sequence(min_tokens=3, stop_token_ids=[9])
-    assert [sequence.append(t) for t in (1, 9, 9)] == [None, None, ("stop", 9)]
+    assert [sequence.append_output_token(t) for t in (1, 9, 9)] == [None, None, ("stop", 9)]
 
 
 def test_the_last_allowed_token_ends_it_by_length_unless_it_is_an_end_token() -> None:
     sequence = make_sequence(max_tokens=2)
-    assert [sequence.append(t) for t in (5, 5)] == [None, ("length", None)]
+    assert [sequence.append_output_token(t) for t in (5, 5)] == [None, ("length", None)]
     sequence = make_sequence(max_tokens=2)
-    assert [sequence.append(t) for t in (5, 1)] == [None, ("stop", None)]
+    assert [sequence.append_output_token(t) for t in (5, 1)] == [None, ("stop", None)]
 
 
 @pytest.mark.parametrize("max_tokens", [50, None])
 def test_max_model_len_clamps_the_output(max_tokens: int | None) -> None:
     sequence = make_sequence(num_prompt=4, max_model_len=6, max_tokens=max_tokens)
-    assert [sequence.append(t) for t in (5, 5)] == [None, ("length", None)]
+    assert [sequence.append_output_token(t) for t in (5, 5)] == [None, ("length", None)]
 
 
 def test_each_sample_grows_its_own_copy_of_the_prompt() -> None:
     request = make_request(n=3)
-    request.sequences[0].append(5)
+    request.sequences[0].append_output_token(5)
     assert [s.num_tokens for s in request.sequences] == [5, 4, 4]
     assert len(request.prompt_token_ids) == 4
     assert [(s.sequence_id, s.sample_index, s.seed) for s in request.sequences] == [(0, 0, 5), (1, 1, 5), (2, 2, 5)]

@@ -129,7 +129,7 @@ def test_a_sequence_that_will_end_by_length_is_not_planned_again() -> None:
     scheduler.add([short, long])
     first = scheduler.schedule()
     scheduler.advance(first)
-    assert short.is_spent and not long.is_spent
+    assert short.is_length_capped and not long.is_length_capped
     second = scheduler.schedule()
     assert [item.sequence_id for item in second.sequences] == [long.sequence_id]
     assert second.sequences[0].token_ids == [PLACEHOLDER]
@@ -157,8 +157,8 @@ def test_a_block_is_findable_only_when_all_its_tokens_are_known() -> None:
     scheduler.advance(first)
     second = scheduler.schedule()  # computes the token that fills the block
     scheduler.advance(second)
-    assert scheduler.manager.pool.num_findable == 0
+    assert scheduler.manager.pool.num_hashed == 0
     scheduler.settle(first, {sequence.sequence_id: 5})
-    assert scheduler.manager.pool.num_findable == 1
+    assert scheduler.manager.pool.num_hashed == 1
     scheduler.roll_back()  # the second step is lost: nobody may find what it has perhaps not written
-    assert scheduler.manager.pool.num_findable == 0 and sequence.output_token_ids == [5]
+    assert scheduler.manager.pool.num_hashed == 0 and sequence.output_token_ids == [5]

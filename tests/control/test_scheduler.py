@@ -493,7 +493,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.scheduler.swapped
         # Who runs goes on, unless the pool is exhausted; where the budget is too small, those served longest ago do.
         # A beam that has computed all it knows waits for the others; one without room, for the gang's next turn.
-        behind = {s.sequence_id for s in self.alive if scheduled.isdisjoint(b.sequence_id for b in s.gang)}
+        behind = {s.sequence_id for s in self.alive if scheduled.isdisjoint(b.sequence_id for b in s.sequence_group)}
         idle = {s.sequence_id for s in self.alive if not s.num_uncomputed_tokens}
         skipped = (running.keys() & behind) - idle - {s.sequence_id for s in preempted}
         if skipped and not preempted:

@@ -159,7 +159,7 @@ def test_a_trace_is_kept_only_where_it_is_asked_for(traces: bool) -> None:
     add(scheduler, Source(), 5)
     run(scheduler, 2)
     assert (scheduler.trace is not None) == traces
-    assert len(scheduler.manager.journal) <= 2  # nothing piles up where nobody reads it
+    assert len(scheduler.manager.events) <= 2  # nothing piles up where nobody reads it
 
 
 def test_keeping_a_trace_costs_little() -> None:

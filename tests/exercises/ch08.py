@@ -110,31 +110,31 @@ def serves_the_dead(held, needed, free):
 
 @wrong("Alternate", "both compute prompts")
 class PromptsFirstAlways(PrefillFirst):
-    def plan(self, turn):
-        super().plan(turn)
+    def plan(self, step):
+        super().plan(step)
 
 
 @wrong("Alternate", r"computes 1 prompt\(s\) and 2 decode\(s\)")
 class Mixes(Policy):
     chunks_prompts = False
 
-    def plan(self, turn):
-        turn.run()
-        turn.admit()
+    def plan(self, step):
+        step.schedule_running()
+        step.admit_waiting()
 
 
 @wrong("Alternate", "compute no prompt, although somebody waits")
 class WaitsForTheBatch(Policy):
     chunks_prompts = False
 
-    def plan(self, turn):
-        if turn.running:
-            turn.run()
+    def plan(self, step):
+        if step.running:
+            step.schedule_running()
         else:
-            turn.admit()
+            step.admit_waiting()
 
 
 @wrong("Alternate", "keep chunks_prompts = False")
 class Cuts(Policy):
-    def plan(self, turn):
-        turn.admit()
+    def plan(self, step):
+        step.admit_waiting()

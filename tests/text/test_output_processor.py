@@ -35,7 +35,7 @@ def make_sequence(prompt: list[int] | None = None, **params) -> Sequence:
     params = SamplingParams(**{"max_tokens": None, **params})
     request = Request("r", None, prompt or [0], params, arrival_time_s=0.0)
     request.add_sequences(0, 0, 10_000, (0,))
-    request.sequences[0].move_to(SequenceState.RUNNING)
+    request.sequences[0].transition_to(SequenceState.RUNNING)
     return request.sequences[0]
 
 

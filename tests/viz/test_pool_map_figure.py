@@ -36,7 +36,7 @@ def test_cells_are_what_an_onlooker_saw(run):
         cells = pool_cells(trace, place)
         assert [cell.block for cell in cells] == list(range(trace.num_blocks))
         assert [len(cell.owners) for cell in cells] == step.counts
-        assert {cell.block for cell in cells if cell.is_findable} == step.findable
+        assert {cell.block for cell in cells if cell.is_hashed} == step.findable
         for cell in cells:
             assert cell.owners == tuple(i for i, table in step.tables.items() if cell.block in table)
             stored = [
@@ -60,7 +60,7 @@ def test_every_cell_is_drawn_once_as_what_it_is(run):
         shared = [place_of(box, columns) for box in boxes(axes, "shared")]
         assert sorted(shared) == [cell.block for cell in cells if len(cell.owners) > 1]
         corners = [place_of(box, columns) for box in boxes(axes, "findable")]
-        assert sorted(corners) == [c.block for c in cells if c.owners and c.is_findable]
+        assert sorted(corners) == [c.block for c in cells if c.owners and c.is_hashed]
 
 
 def test_bands_have_their_owners_colours_and_are_as_long_as_the_block_is_full(run):

@@ -73,7 +73,7 @@ def look(scheduler: Scheduler, sequences: ReadOnlyList[Sequence], scheduled: dic
     queues = {"waiting": scheduler.waiting, "running": scheduler.running, "swapped": scheduler.swapped}
     pool = scheduler.manager.pool
     return Seen(
-        {s.sequence_id: name for name, queue in {**queues, "held": scheduler.held}.items() for s in queue},
+        {s.sequence_id: name for name, queue in {**queues, "held": scheduler.draining}.items() for s in queue},
         {s.sequence_id: s.num_computed_tokens for s in sequences},
         {s.sequence_id: s.num_tokens for s in sequences},
         scheduled,

@@ -109,9 +109,9 @@ class House:
         num_rest = self.num_blocks - num_resident
         manager.reserve(-2, 0, num_rest * BLOCK_SIZE)
         manager.publish(-2, [b"%d" % block for block in range(num_rest)], 0, num_rest)
-        manager.confirm()
+        manager.commit()
         manager.free(-2)
-        manager.journal.clear()
+        manager.events.clear()
 
     def _arrive(self, num_output: int) -> None:
         lengths = RequestLengths(self._rng.randint(17, 47), num_output)

@@ -74,11 +74,11 @@ class BlockManager:
         self.swap = SwapSpace(num_swap_blocks)
         self.watermark_blocks = int(watermark * num_blocks)
         self.transfers = BlockTransfers()  # what the next step has to do before it computes
-        self.journal: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
+        self.events: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
         self._tables: dict[int, Table] = {}
         # Blocks published for steps that have not succeeded yet, and as what: meanwhile one may have been freed and
         # evicted.
-        self._unproven: list[tuple[int, bytes]] = []
+        self._uncommitted: list[tuple[int, bytes]] = []
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold ``num_tokens`` tokens."""
@@ -135,7 +135,7 @@ class BlockManager:
     def _hold(self, sequence_id: int, kept: Table, blocks: Table, hits: Table = ()) -> None:
         """Set the table to ``kept`` and ``blocks``; ``hits`` are those of them that were not taken from the free."""
         self._tables[sequence_id] = kept + blocks
-        self.journal.append(("hold", sequence_id, len(kept), blocks, hits))
+        self.events.append(("hold", sequence_id, len(kept), blocks, hits))
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
         """Let a sequence hold the first ``num_tokens`` tokens of another, and nothing of what it held before."""
@@ -147,7 +147,7 @@ class BlockManager:
         for block in reversed(held[kept:]):
             self.pool.release(block)
         self._hold(child_id, held[:kept], wanted[kept:], hits=wanted[kept:])
-        self.journal.append(("fork", child_id, parent_id, num_tokens))
+        self.events.append(("fork", child_id, parent_id, num_tokens))
 
     def trim(self, sequence_id: int, num_tokens: int) -> None:
         """Give back the blocks behind those of the sequence's first ``num_tokens`` tokens, the last first."""
@@ -165,7 +165,7 @@ class BlockManager:
         """Give back all of the sequence's blocks, the last first: a suffix is of no use once its prefix is evicted."""
         for block in reversed(self._tables.pop(sequence_id, ())):
             self.pool.release(block)
-        self.journal.append(("free", sequence_id))
+        self.events.append(("free", sequence_id))
 
     # -- prefix caching ---------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class BlockManager:
             self.pool.share(block)
         if prefix:
             self._hold(sequence_id, (), prefix, hits=prefix)
-            self.journal.append(("adopt", sequence_id, len(prefix) * self.block_size))
+            self.events.append(("adopt", sequence_id, len(prefix) * self.block_size))
 
     def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
         """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.
@@ -195,21 +195,21 @@ class BlockManager:
         table = self._tables[sequence_id]
         for index in range(first, end):
             if self.pool.publish(table[index], chain[index]):
-                self._unproven.append((table[index], chain[index]))
-                self.journal.append(("publish", table[index]))
+                self._uncommitted.append((table[index], chain[index]))
+                self.events.append(("publish", table[index]))
 
-    def confirm(self, num_published: int | None = None) -> None:
+    def commit(self, num_published: int | None = None) -> None:
         """The step that is out longest has succeeded: what was published for it, all or the first so many, is there."""
-        del self._unproven[:num_published]
+        del self._uncommitted[:num_published]
         self.swap.reuse_emptied()
 
-    def withdraw(self) -> None:
+    def roll_back(self) -> None:
         """What is out has failed: nothing that was published for it may be found. Who adopted it must begin again."""
-        for block, block_hash in self._unproven:
+        for block, block_hash in self._uncommitted:
             if self.pool.find(block_hash) == block:
-                self.pool.withdraw(block)
-                self.journal.append(("withdraw", block))
-        self._unproven.clear()
+                self.pool.drop_hash(block)
+                self.events.append(("withdraw", block))
+        self._uncommitted.clear()
         self.swap.reuse_emptied()
 
     def forget(self, hashes: Iterable[bytes]) -> None:
@@ -217,22 +217,22 @@ class BlockManager:
         for block_hash in hashes:
             block = self.pool.find(block_hash)
             if block is not None:
-                self.pool.withdraw(block)
-                self.journal.append(("withdraw", block))
+                self.pool.drop_hash(block)
+                self.events.append(("withdraw", block))
 
     @property
-    def num_unproven(self) -> int:
+    def num_uncommitted(self) -> int:
         """Blocks published for steps that have not succeeded yet."""
-        return len(self._unproven)
+        return len(self._uncommitted)
 
     # -- swapping ---------------------------------------------------------------------------------------------------
 
-    def swap_out(self, *gang: tuple[int, int]) -> bool:
+    def swap_out(self, *group: tuple[int, int]) -> bool:
         """Move the first tokens of each (sequence id, number of tokens) to swap space and free its table.
 
         All of them or none. A block that several share is moved once.
         """
-        tables = {i: self._tables[i][: self.blocks_for(num_tokens)] for i, num_tokens in gang}
+        tables = {i: self._tables[i][: self.blocks_for(num_tokens)] for i, num_tokens in group}
         blocks = list(dict.fromkeys(chain.from_iterable(tables.values())))
         places = self.swap.take(len(blocks))
         if places is None:
@@ -244,15 +244,15 @@ class BlockManager:
             self.free(sequence_id)
         return True
 
-    def swap_in(self, *gang: Returning) -> bool:
+    def swap_in(self, *group: Returning) -> bool:
         """Bring sequences back where all that they know has room. All of them, or False.
 
         Blocks whose like is still in the pool are not moved.
         """
-        if not self._has_room(self._blocks_to_return(gang)):
+        if not self._has_room(self._blocks_to_return(group)):
             return False
         block_of: dict[int, int] = {}  # by place
-        for one in gang:
+        for one in group:
             places = self.swap.places(one.sequence_id)
             block_of = {**self._residents(places, one.chain), **block_of}
             hits = tuple(block_of[place] for place in places if place in block_of)
@@ -272,13 +272,13 @@ class BlockManager:
         found = ((place, self.pool.find(h)) for place, h in zip(places, hashes, strict=False))
         return {place: block for place, block in found if block is not None}
 
-    def _blocks_to_return(self, gang: ReadOnlyList[Returning]) -> int:
+    def _blocks_to_return(self, group: ReadOnlyList[Returning]) -> int:
         """How many free blocks it takes to bring these back, with copies of the shared ones that they will write to."""
-        tables = [self.swap.places(one.sequence_id) for one in gang]
+        tables = [self.swap.places(one.sequence_id) for one in group]
         resident: dict[int, int] = {}
         growth = 0
         written: Counter[int] = Counter()
-        for one, places in zip(gang, tables, strict=True):
+        for one, places in zip(group, tables, strict=True):
             resident |= self._residents(places, one.chain)
             growth += self.blocks_for(one.num_tokens) - len(places)
             written.update(places[one.num_stored // self.block_size :])
@@ -306,11 +306,11 @@ class BlockManager:
         strangers = self._tables.keys() - num_stored.keys()
         if strangers:
             raise RuntimeError(f"sequences {sorted(strangers)[:8]} hold blocks and do not run")
-        unproven = {block for block, _ in self._unproven}
+        uncommitted = {block for block, _ in self._uncommitted}
         for sequence_id, num_tokens in num_stored.items():
             if self.missing_blocks(sequence_id, num_tokens):
                 raise RuntimeError(f"sequence {sequence_id} has stored {num_tokens} tokens in too few blocks")
             unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
             for block in unfilled:
-                if self.pool.hash_of(block) is not None and block not in unproven:
-                    raise RuntimeError(f"block {block} of sequence {sequence_id} is findable and not yet full")
+                if self.pool.hash_of(block) is not None and block not in uncommitted:
+                    raise RuntimeError(f"block {block} of sequence {sequence_id} is has a hash and is not yet full")

@@ -49,12 +49,12 @@ class BlockPool:
         return self.num_blocks - self.num_free
 
     @property
-    def findable(self) -> Collection[int]:
+    def hashed_blocks(self) -> Collection[int]:
         """Blocks that have a hash, free or held."""
         return self._hash_of.keys()
 
     @property
-    def num_findable(self) -> int:
+    def num_hashed(self) -> int:
         """Blocks that have a hash, free or held."""
         return len(self._hash_of)
 
@@ -121,7 +121,7 @@ class BlockPool:
         self._hash_of[block] = block_hash
         return True
 
-    def withdraw(self, block: int) -> None:
+    def drop_hash(self, block: int) -> None:
         """Remove the hash of ``block``: its contents were never stored, or must not be reused."""
         del self._block_of[self._hash_of.pop(block)]
         if self._counts[block] == 0:

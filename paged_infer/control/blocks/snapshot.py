@@ -15,12 +15,12 @@ class Cell(NamedTuple):
     block: int
     owners: tuple[int, ...]  # sequence ids; as many as its reference count
     num_tokens: int
-    is_findable: bool  # by its hash
+    is_hashed: bool  # by its hash
 
     @property
     def state(self) -> str:
         """ "held", "cached" (free, but findable until it is taken) or "free"."""
-        return "held" if self.owners else "cached" if self.is_findable else "free"
+        return "held" if self.owners else "cached" if self.is_hashed else "free"
 
 
 def pool_cells(
@@ -43,5 +43,5 @@ def pool_cells(
         block: Cell(block, held_by, filled[block], pool.hash_of(block) is not None) for block, held_by in owners.items()
     }
     if cached:
-        cells |= {b: Cell(b, (), block_size, True) for b in pool.findable if b not in cells}
+        cells |= {b: Cell(b, (), block_size, True) for b in pool.hashed_blocks if b not in cells}
     return cells

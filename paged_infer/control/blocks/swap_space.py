@@ -4,7 +4,7 @@ pool    block 2 [ t0..t15 ]   block 7 [ t16..t22 ]         swap out: (2 -> 0), (
            |                     |
 swap    place 0 [ t0..t15 ]   place 1 [ t16..t22 ]         swap in: (1 -> 4), and block 2 is found by its hash
 
-A block that several beams of a gang share is moved once, and stands in the tables of all of them.
+A block that several beams of a sequence group share is moved once, and stands in the tables of all of them.
 """
 
 from __future__ import annotations

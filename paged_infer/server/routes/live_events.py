@@ -51,7 +51,7 @@ class Snapshot:
 def snapshot(engine: LLMEngine) -> Snapshot:
     """On the engine's thread, or while nobody steps it."""
     scheduler, manager = engine.scheduler, engine.manager
-    holders = [*scheduler.running, *scheduler.held]
+    holders = [*scheduler.running, *scheduler.draining]
     tables = ((s.sequence_id, manager.table(s.sequence_id), s.num_computed_tokens) for s in holders)
     is_marked = manager.pool.num_blocks <= MOST_MARKED
     return Snapshot(

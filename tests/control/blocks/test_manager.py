@@ -97,7 +97,7 @@ def test_a_suffix_is_evicted_before_its_prefix() -> None:
     chain = [b"a", b"b", b"c"]
     manager.reserve(1, 0, 6)
     manager.publish(1, chain, 0, 3)
-    manager.confirm()
+    manager.commit()
     manager.free(1)
     for known in (2, 1, 0):
         manager.reserve(2, 0, 2 * (3 - known))
@@ -131,9 +131,9 @@ def test_what_was_published_for_a_failed_step_is_withdrawn_and_what_was_confirme
     manager = BlockManager(4, 2)
     manager.reserve(1, 0, 4)
     manager.publish(1, [b"a", b"b"], 0, 1)
-    manager.confirm()
+    manager.commit()
     manager.publish(1, [b"a", b"b"], 1, 2)
-    manager.withdraw()
+    manager.roll_back()
     assert len(manager.find_prefix([b"a", b"b"])) == 1
 
 
@@ -142,8 +142,8 @@ def test_integrity_notices_a_findable_block_that_is_not_full() -> None:
     manager.reserve(1, 0, 4)
     manager.publish(1, [b"a", b"b"], 0, 2)
     manager.check_integrity({1: 0})  # its step is still out
-    manager.confirm()
-    with pytest.raises(RuntimeError, match="findable and not yet full"):
+    manager.commit()
+    with pytest.raises(RuntimeError, match="has a hash and is not yet full"):
         manager.check_integrity({1: 3})
 
 

@@ -117,15 +117,15 @@ def test_of_two_equal_blocks_the_first_is_found() -> None:
     assert pool.publish(first, b"a") and not pool.publish(second, b"a") and not pool.publish(first, b"b")
     assert pool.find(b"a") == first and pool.find(b"b") is None
     pool.release(second)
-    assert pool.num_findable == 1
+    assert pool.num_hashed == 1
 
 
 def test_what_is_withdrawn_is_not_found_held_or_free() -> None:
     pool = BlockPool(2)
     a, b = published(pool, b"a", b"b")
     pool.release(a)
-    pool.withdraw(a)
-    pool.withdraw(b)
+    pool.drop_hash(a)
+    pool.drop_hash(b)
     assert pool.find(b"a") is pool.find(b"b") is None
     pool.check_integrity([(b,)])
     assert pool.take() == a and pool.num_evictions == 0
@@ -211,7 +211,7 @@ class PoolMachine(RuleBasedStateMachine):
     def withdraw(self, index: int) -> None:
         block = list(self.hashes)[index % len(self.hashes)]
         del self.hashes[block]
-        self.pool.withdraw(block)
+        self.pool.drop_hash(block)
         if block in self.free:  # as if it had been freed just now
             self.free.remove(block)
             self.free.append(block)
@@ -219,7 +219,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_agree(self) -> None:
         self.pool.check_integrity([tuple(self.tables)])
-        assert self.pool.num_free == len(self.free) and self.pool.num_findable == len(self.hashes)
+        assert self.pool.num_free == len(self.free) and self.pool.num_hashed == len(self.hashes)
         assert self.pool.num_evictions == self.evictions
         assert all(self.pool.hash_of(b) == self.hashes.get(b) for b in range(self.pool.num_blocks))
 

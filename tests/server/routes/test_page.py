@@ -94,8 +94,8 @@ def test_events_add_up_to_what_the_engine_says_of_itself() -> None:
         shared = [cell for change in watcher.events for cell in change["map"].values() if len(cell[0]) > 1]
         assert shared, "four that run have one beginning"
         assert watcher.events[-1]["stats"] == served.engine.stats()
-        findable = {block for block, (_, _, is_findable) in watcher.events[-1]["map"].items() if is_findable}
-        assert findable == set(served.on_engine(lambda engine: engine.manager.pool.findable)) != set()
+        findable = {block for block, (_, _, is_hashed) in watcher.events[-1]["map"].items() if is_hashed}
+        assert findable == set(served.on_engine(lambda engine: engine.manager.pool.hashed_blocks)) != set()
 
 
 def test_whoever_comes_later_is_told_the_whole_at_once() -> None:

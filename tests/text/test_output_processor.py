@@ -46,7 +46,7 @@ def speak(
     sequence = make_sequence(prompt, **params)
     completion, outputs = OutputProcessor(sequence, tokenizer, streamed), []
     for token_id in token_ids:
-        ended = sequence.append(token_id)
+        ended = sequence.append_output_token(token_id)
         if ended is not None:
             sequence.finish(*ended)
         stop = completion.advance()
@@ -171,7 +171,7 @@ def test_an_abort_shows_what_was_held_back(tokenizer) -> None:
     sequence = make_sequence(stop=["STOP"])
     completion = OutputProcessor(sequence, tokenizer, True)
     for token in [*letters(tokenizer, "a STO"), *tokenizer.encode("é")[:1]]:
-        sequence.append(token)
+        sequence.append_output_token(token)
         completion.advance()
     assert completion.output().text == "a "
     sequence.finish("abort")
@@ -205,7 +205,7 @@ def test_cumulative_logprob_is_the_sum_over_the_chosen_tokens() -> None:
     sequence = make_sequence(logprobs=1)
     completion = OutputProcessor(sequence, None, False)
     for token, logprob in ((7, -0.5), (8, -2.0)):
-        sequence.append(token)
+        sequence.append_output_token(token)
         completion.advance([{token: Logprob(logprob, 3), 9: Logprob(-0.1, 1)}])
     output = completion.output()
     assert output.cumulative_logprob == -2.5 and [list(row) for row in output.logprobs] == [[7, 9], [8, 9]]

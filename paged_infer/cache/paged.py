@@ -18,9 +18,9 @@ from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
+from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
-from paged_infer.kernels.transfer import to_device
 
 Pairs = Sequence[tuple[int, int]]
 

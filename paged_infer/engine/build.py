@@ -24,9 +24,9 @@ from paged_infer.execution.memory_plan import MemoryPlan, plan_memory
 from paged_infer.execution.memory_profile import CudaMeter, Ledger
 from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.attention_backends import attention_backend
-from paged_infer.kernels.device import device_of, dtype_of
+from paged_infer.kernels.device import device_of
 from paged_infer.model.decoder import Decoder
-from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.loading.load import load_decoder, saved_dtype
 from paged_infer.sampling.sampler import Sampler
 from paged_infer.text.tokenizer import Tokenizer
 
@@ -87,3 +87,10 @@ def open_parts(folder: Path, config: EngineConfig) -> EngineParts:
     )
     runner = ModelRunner(decoder, cache, sampler, graphs, drafter)
     return EngineParts(device, decoder, tokenizer, memory, runner, scheduler)
+
+
+def dtype_of(name: str, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else saved_dtype(folder)
+    return getattr(torch, name)

@@ -21,7 +21,7 @@ from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import ScheduledSequence, ScheduledStep
 from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.kernels.attention.metadata import AttentionMetadata
-from paged_infer.kernels.transfer import to_device
+from paged_infer.kernels.device import to_device
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import Candidates, SampleRow, TopRow

@@ -1,16 +1,17 @@
-"""Where an engine computes, and in which type: what "auto" stands for."""
+"""The device that an engine computes on, and the copy of a tensor to it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-
-from paged_infer.model.loading.load import saved_dtype
+from torch import Tensor
 
 
 def device_of(name: str) -> torch.device:
-    """Raises ValueError for one that cannot be used."""
+    """The device of that name; "auto" is CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,8 +22,12 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def dtype_of(name: str, folder: Path, device: torch.device) -> torch.dtype:
-    """``name``, or for "auto" float32 on a CPU and the checkpoint's own type elsewhere."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else saved_dtype(folder)
-    return getattr(torch, name)
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy ``x`` from the host to ``device`` without waiting for the work that is queued there.
+
+    A CUDA copy from pageable memory can block the host until earlier steps have finished. A copy from pinned memory is
+    queued after them, and torch does not reuse that memory before the copy has completed.
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from paged_infer.kernels.cpu.linear import Pack, pack_c, pack_onednn
 from paged_infer.kernels.cpu.ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
-from paged_infer.kernels.fused.argmax import argmax_reference
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
-from paged_infer.kernels.fused.sample import sample
+from paged_infer.kernels.fused.sample import argmax_reference, sample
 from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 

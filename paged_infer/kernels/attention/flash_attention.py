@@ -28,7 +28,6 @@ from paged_infer.kernels.attention.attention_tile import (
     seen_by_tile,
 )
 from paged_infer.kernels.attention.checks import check_dense_attention
-from paged_infer.kernels.attention.mask import causal_mask
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
 
@@ -124,6 +123,14 @@ def flash_attention_reference(
     weights = scores.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0.0)
     out = (weights @ v_).to(q.dtype)
     return (out, lse.float()) if return_lse else out
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a query sees a key: [N, M]. Queries are the last N of M tokens; a window counts the token itself."""
+    key = torch.arange(num_keys, device=device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 def _row_major(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_infer.kernels.attention.mask import causal_mask
+from paged_infer.kernels.attention.flash_attention import causal_mask
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 

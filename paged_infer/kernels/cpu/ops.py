@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from paged_infer.kernels.cpu.build import DTYPES, library, logger, why_not
-from paged_infer.kernels.fused.argmax import argmax_reference
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm_reference
+from paged_infer.kernels.fused.sample import argmax_reference
 from paged_infer.kernels.fused.silu_mul import silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv_reference
 
@@ -149,7 +149,11 @@ def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapp
 
 
 def argmax_c(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``kernels.argmax.argmax``: [R, V], V > 0 -> values [R], int64 places [R]."""
+    """``argmax_reference``: [R, V], V > 0 -> values [R], int64 token ids [R].
+
+    torch carries an index with every maximum, and takes 4 ms for 32 rows of 151,936 logits. C finds the maximum 64
+    logits at a time and then its index, in 0.6 ms (one thread).
+    """
     if not suits(logits):
         return argmax_reference(logits)
     num_rows, width = logits.shape

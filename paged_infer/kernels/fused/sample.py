@@ -95,6 +95,15 @@ def sample_reference(
     return tokens.where(scores.isfinite(), -1), scores
 
 
+def argmax_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The greedy draw by itself: the largest logit of each row and its token id, of equals the lowest id.
+
+    [R, V] -> values [R], int64 token ids [R]. NaN counts as the largest: its row cannot be sampled.
+    """
+    values, token_ids = logits.max(dim=1)
+    return values, token_ids
+
+
 @triton.jit
 def _race_kernel(
     logits, temperatures, seeds, sample_indices, positions, largest, best, winners,

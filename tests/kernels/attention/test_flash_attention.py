@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.kernels.attention.flash_attention import flash_attention, flash_attention_reference
+from paged_infer.kernels.attention.flash_attention import causal_mask, flash_attention, flash_attention_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # bfloat16: two units in the last place
 
@@ -175,3 +175,17 @@ def test_what_does_not_fit_is_refused_with_the_shapes(q, k, v, options, message)
     for attend in (flash_attention, flash_attention_reference):
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, **options)
+
+
+def test_the_causal_diagonal_ends_in_the_last_key() -> None:
+    assert causal_mask(2, 4, None, torch.device("cpu")).tolist() == [
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+
+
+def test_a_window_counts_the_token_itself() -> None:
+    assert causal_mask(2, 4, 2, torch.device("cpu")).tolist() == [
+        [False, True, True, False],
+        [False, False, True, True],
+    ]

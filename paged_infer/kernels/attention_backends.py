@@ -25,7 +25,7 @@ from torch import Tensor
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
-from paged_infer.kernels.cpu.build import why_not
+from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.cpu.paged_attention import paged_attention_c
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS, Ops
 from paged_infer.kernels.triton_runtime import can_run_on
@@ -104,7 +104,7 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
         name = _fastest_or_warn(device)
     if name == "triton" and not can_run_on(device):
         raise ValueError(f"attention_backend='triton' cannot run on {device} here: {_NO_TRITON}")
-    if name == "c" and (reason := why_not() if device.type == "cpu" else "it is for CPUs") is not None:
+    if name == "c" and (reason := unavailable_reason() if device.type == "cpu" else "it is for CPUs") is not None:
         raise ValueError(f"attention_backend='c' cannot run on {device} here: {reason}")
     backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)
     if backend is None:
@@ -117,13 +117,13 @@ def fastest_backend(device: torch.device) -> str:
     """What "auto" stands for."""
     if device.type == "cuda" and can_run_on(device):
         return "triton"
-    return "c" if device.type == "cpu" and why_not() is None else "sdpa"
+    return "c" if device.type == "cpu" and unavailable_reason() is None else "sdpa"
 
 
 def _fastest_or_warn(device: torch.device) -> str:
     fastest = fastest_backend(device)
     if fastest == "sdpa" and device.type in ("cpu", "cuda"):
-        reason = why_not() if device.type == "cpu" else _NO_TRITON
+        reason = unavailable_reason() if device.type == "cpu" else _NO_TRITON
         logger.warning("%s uses plain torch (attention_backend='sdpa'), which is slower: %s", device, reason)
     return fastest
 

@@ -60,7 +60,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
         return
     device = args[0].device
     if device.type == "cpu" and not INTERPRETED:
-        raise RuntimeError(_why_not_interpreted())
+        raise RuntimeError(_no_interpreter_reason())
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **named)
@@ -68,7 +68,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
         kernel[grid](*args, **named)
 
 
-def _why_not_interpreted() -> str:
+def _no_interpreter_reason() -> str:
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
         return "triton kernels on CPU tensors need its interpreter: start Python with TRITON_INTERPRET=1"
     return "triton was imported before paged_infer.kernels: import paged_infer first, or set TRITON_INTERPRET=1"

@@ -37,9 +37,9 @@ def test_a_backend_that_cannot_be_imported_is_refused_with_the_reason(name: str,
 
 
 def test_auto_is_the_fastest_that_the_device_has(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "why_not", lambda: None)
+    monkeypatch.setattr(registry, "unavailable_reason", lambda: None)
     assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["c"], C_OPS)
-    monkeypatch.setattr(registry, "why_not", lambda: "no C compiler")
+    monkeypatch.setattr(registry, "unavailable_reason", lambda: "no C compiler")
     assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["sdpa"], TORCH_OPS)
     assert attention_backend("auto", CUDA)[1] is TORCH_OPS  # an interpreting process cannot compile
     monkeypatch.setattr(registry, "can_run_on", lambda device: True)
@@ -55,7 +55,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
 def test_c_is_refused_where_it_cannot_run(monkeypatch) -> None:
     with pytest.raises(ValueError, match="attention_backend='c' cannot run on cuda here: it is for CPUs"):
         attention_backend("c", CUDA)
-    monkeypatch.setattr(registry, "why_not", lambda: "cc failed: no room")
+    monkeypatch.setattr(registry, "unavailable_reason", lambda: "cc failed: no room")
     with pytest.raises(ValueError, match="'c' cannot run on cpu here: cc failed: no room"):
         attention_backend("c", CPU)
 

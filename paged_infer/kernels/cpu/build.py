@@ -81,7 +81,7 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
 
 
 @functools.cache
-def why_not(dtype: torch.dtype = torch.float32) -> str | None:
+def unavailable_reason(dtype: torch.dtype = torch.float32) -> str | None:
     """Why the kernels cannot be used here; None where they can."""
     try:
         library(dtype)

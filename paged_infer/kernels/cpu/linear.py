@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_infer.kernels.cpu.build import library, why_not
+from paged_infer.kernels.cpu.build import library, unavailable_reason
 
 Product = Callable[[Tensor], Tensor]  # x [T, in] -> [T, out]
 # (weight [out, in], bias [out] or None) -> the product; None where F.linear does as well, or nothing else does
@@ -76,7 +76,7 @@ class PanelProduct:
 def pack_c(weight: Tensor, bias: Tensor | None) -> Product | None:
     """Float32 by ``linear.c``; bfloat16 by oneDNN, which multiplies it twice as fast where the processor does."""
     with torch.inference_mode(False), torch.no_grad():
-        if weight.is_cpu and weight.dtype is torch.float32 and why_not() is None:
+        if weight.is_cpu and weight.dtype is torch.float32 and unavailable_reason() is None:
             return PanelProduct.of(weight.detach(), None if bias is None else bias.detach())
     return pack_onednn(weight, bias)
 

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.cpu.build import DTYPES, library, logger, why_not
+from paged_infer.kernels.cpu.build import DTYPES, library, logger, unavailable_reason
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm_reference
 from paged_infer.kernels.fused.sample import argmax_reference
@@ -24,7 +24,7 @@ def _is_built(dtype: torch.dtype) -> bool:
     """Whether there are kernels for ``dtype``. The first call may compile them."""
     if dtype not in DTYPES:
         return False
-    if (reason := why_not(dtype)) is not None:
+    if (reason := unavailable_reason(dtype)) is not None:
         logger.warning("%s runs on torch, which is slower than the C kernels: %s", dtype, reason)
     return reason is None
 

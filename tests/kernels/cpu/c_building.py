@@ -23,7 +23,7 @@ cp {built} "$2"
 
 def forget() -> None:
     """As in a new process."""
-    for function in (c_runtime.library, c_runtime.why_not, c_runtime._warn_once, c_ops._is_built):
+    for function in (c_runtime.library, c_runtime.unavailable_reason, c_runtime._warn_once, c_ops._is_built):
         function.cache_clear()
 
 
@@ -43,7 +43,7 @@ def copying(tmp_path_factory: pytest.TempPathFactory) -> str:
     os.environ["XDG_CACHE_HOME"] = str(home)
     try:
         forget()
-        assert c_runtime.why_not() is None
+        assert c_runtime.unavailable_reason() is None
     finally:
         forget()
         os.environ.pop("XDG_CACHE_HOME")

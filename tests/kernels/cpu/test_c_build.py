@@ -15,7 +15,7 @@ from paged_infer import LLM, SamplingParams
 from paged_infer.kernels import attention_backends as registry
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.kernels.cpu import build as c_runtime
-from paged_infer.kernels.cpu.build import CannotBuild, library, why_not
+from paged_infer.kernels.cpu.build import CannotBuild, library, unavailable_reason
 
 __all__ = ["cache_folder", "copying", "temp"]  # fixtures
 CPU = torch.device("cpu")
@@ -27,11 +27,11 @@ def warnings(caplog) -> list[str]:
 
 
 def test_it_is_built_once_and_then_loaded(cache_folder: Path, temp: Path, copying, caplog) -> None:
-    assert why_not() is None
+    assert unavailable_reason() is None
     (built,) = cache_folder.iterdir()
     inode = built.stat().st_ino
     forget()
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert [*cache_folder.iterdir()] == [built] and built.stat().st_ino == inode
     assert not [*temp.iterdir()] and not warnings(caplog)
 
@@ -41,7 +41,7 @@ def test_without_a_compiler_it_says_so(monkeypatch) -> None:
     monkeypatch.setattr(c_runtime.shutil, "which", lambda name: None)
     with pytest.raises(CannotBuild, match="no C compiler"):
         library()
-    assert "no C compiler" in (why_not() or "")
+    assert "no C compiler" in (unavailable_reason() or "")
 
 
 def test_a_compiler_that_fails_is_quoted_in_one_line_and_leaves_nothing(
@@ -49,18 +49,18 @@ def test_a_compiler_that_fails_is_quoted_in_one_line_and_leaves_nothing(
 ) -> None:
     complaint = r"printf 'note: see below\nerror: out of vectors\nterminated\n' >&2; exit 1"
     compiler_script(tmp_path, complaint, monkeypatch)
-    assert why_not() == f"{tmp_path}/my-cc failed: error: out of vectors"
+    assert unavailable_reason() == f"{tmp_path}/my-cc failed: error: out of vectors"
     assert not [*cache_folder.iterdir(), *temp.iterdir()]
 
 
 def test_a_compiler_that_fails_without_a_word_is_named(tmp_path: Path, monkeypatch) -> None:
     compiler_script(tmp_path, "exit 3", monkeypatch)
-    assert why_not() == f"{tmp_path}/my-cc failed: it gave no reason"
+    assert unavailable_reason() == f"{tmp_path}/my-cc failed: it gave no reason"
 
 
 def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CC", str(tmp_path / "no-such-cc"))
-    assert "no-such-cc" in (why_not() or "")
+    assert "no-such-cc" in (unavailable_reason() or "")
 
 
 def test_a_compiler_without_openmp_is_asked_again_without_in_every_process(
@@ -70,7 +70,7 @@ def test_a_compiler_without_openmp_is_asked_again_without_in_every_process(
     compiler_script(tmp_path, 'case "$*" in *fopenmp*) echo no OpenMP >&2; exit 1;; esac; ' + copying, monkeypatch)
     for _ in range(2):
         forget()
-        assert why_not() is None and len([*cache_folder.iterdir()]) == 1
+        assert unavailable_reason() is None and len([*cache_folder.iterdir()]) == 1
     assert len(warnings(caplog)) == 2  # one each
     assert "run on one thread" in warnings(caplog)[0] and "no OpenMP" in warnings(caplog)[0]
 
@@ -81,7 +81,7 @@ def test_another_compiler_does_not_get_the_others_result(
     for version in ("1.0", "2.0", "1.0"):
         compiler_script(tmp_path, f'[ "$1" = --version ] && echo {version} && exit 0; ' + copying, monkeypatch)
         forget()
-        assert why_not() is None
+        assert unavailable_reason() is None
     assert len([*cache_folder.iterdir()]) == 2
 
 
@@ -110,7 +110,7 @@ def test_two_processes_that_compile_at_the_same_time_both_work(
     answers = [process.communicate(timeout=300)[0] for process in both]
     assert answers[0] == answers[1] != b"" and [process.returncode for process in both] == [0, 0]
     assert {path.suffix for path in cache_folder.iterdir()} == {".so"}
-    assert why_not() is None
+    assert unavailable_reason() is None
 
 
 # -- what is slower than it could be --------------------------------------------------------------------------------

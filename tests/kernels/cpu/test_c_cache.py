@@ -13,7 +13,7 @@ import pytest
 from c_building import cache_folder, compiler_script, copying, forget, temp
 
 from paged_infer.kernels.cpu import cache as c_cache
-from paged_infer.kernels.cpu.build import library, why_not
+from paged_infer.kernels.cpu.build import library, unavailable_reason
 from paged_infer.kernels.cpu.cache import CacheRefused, KernelCache
 
 __all__ = ["cache_folder", "copying", "temp"]  # fixtures
@@ -28,7 +28,7 @@ def folder(cache_folder: Path, tmp_path: Path, copying: str, monkeypatch) -> Pat
 @pytest.fixture
 def built(folder: Path) -> Path:
     """The library, as another process has left it: this one has not mapped the file."""
-    assert why_not() is None
+    assert unavailable_reason() is None
     forget()
     (path,) = folder.iterdir()
     whole = path.read_bytes()
@@ -44,7 +44,7 @@ def warning(caplog) -> str:
 
 
 def test_folder_and_file_are_the_users_alone(folder: Path) -> None:
-    assert why_not() is None
+    assert unavailable_reason() is None
     (built,) = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(built.stat().st_mode) == 0o600
@@ -63,7 +63,7 @@ def test_folder_and_file_are_the_users_alone(folder: Path) -> None:
 def test_a_damaged_file_is_built_again(built: Path, folder: Path, damage, caplog) -> None:
     whole = built.read_bytes()
     built.write_bytes(damage(whole))
-    assert why_not() is None and not caplog.records
+    assert unavailable_reason() is None and not caplog.records
     assert [*folder.iterdir()] == [built] and built.read_bytes() == whole
 
 
@@ -79,7 +79,7 @@ def test_a_truncated_file_is_built_again_and_ends_no_process(built: Path, folder
 def test_a_damaged_file_of_another_name_is_removed(built: Path, folder: Path) -> None:
     """With a compiler whose result differs each time."""
     damaged = built.rename(built.with_name(built.name[:-10] + "0000000.so"))
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert not damaged.exists() and [*folder.iterdir()] == [built]
 
 
@@ -89,7 +89,7 @@ def test_a_link_to_a_file_of_another_name_is_not_loaded(built: Path, folder: Pat
     planted.write_bytes(b"not what was built")
     built.unlink()
     make(planted, built)
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert not built.is_symlink() and built.stat().st_nlink == 1 and built.stat().st_size > 10_000
     assert planted.read_bytes() == b"not what was built"
 
@@ -97,14 +97,14 @@ def test_a_link_to_a_file_of_another_name_is_not_loaded(built: Path, folder: Pat
 def test_a_link_to_a_whole_library_is_not_loaded_either(built: Path, tmp_path: Path) -> None:
     elsewhere = built.rename(tmp_path / "elsewhere.so")
     built.symlink_to(elsewhere)
-    assert why_not() is None and not built.is_symlink()
+    assert unavailable_reason() is None and not built.is_symlink()
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_file_that_others_may_write_to_is_built_again(built: Path, mode: int) -> None:
     inode = built.stat().st_ino
     built.chmod(mode)
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert stat.S_IMODE(built.stat().st_mode) == 0o600 and built.stat().st_ino != inode
 
 
@@ -114,7 +114,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(
 ) -> None:
     inode = built.stat().st_ino
     folder.chmod(mode)
-    assert why_not() is None  # compiled for this process
+    assert unavailable_reason() is None  # compiled for this process
     assert built.stat().st_ino == inode and [*folder.iterdir()] == [built] and not [*temp.iterdir()]
     line = warning(caplog)
     assert str(folder) in line and f"mode {mode:o}" in line and "anew in each process" in line
@@ -128,7 +128,7 @@ def test_a_folder_of_another_user_is_not_used(built: Path, folder: Path, monkeyp
         KernelCache.opened(),
     ):
         pass
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert f"belongs to user {owner}" in warning(caplog)
 
 
@@ -137,14 +137,14 @@ def test_a_file_of_another_user_in_a_folder_of_ours_is_built_again(built: Path) 
         pytest.skip("needs root to give a file away")
     inode = built.stat().st_ino
     os.chown(built, 12345, 12345)
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert built.stat().st_uid == 0 and built.stat().st_ino != inode
 
 
 def test_a_folder_that_is_a_link_is_not_used(folder: Path, tmp_path: Path, caplog) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "elsewhere")
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert not [*(tmp_path / "elsewhere").iterdir()] and "symbolic link" in warning(caplog)
 
 
@@ -172,7 +172,7 @@ def test_without_a_cache_folder_nothing_is_left_behind(
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in a container with any user id
-    assert why_not() is None and library().panel_width() > 0
+    assert unavailable_reason() is None and library().panel_width() > 0
     assert not [*temp.iterdir()]
     assert "anew in each process" in warning(caplog)
 
@@ -184,7 +184,7 @@ def test_a_cache_that_cannot_be_written_or_run_from_costs_only_the_memory_of_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(c_cache.os, "rename", full)
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert "No space left on device" in warning(caplog)
     assert not [*folder.iterdir(), *temp.iterdir()]
 
@@ -194,7 +194,7 @@ def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert why_not() is None
+    assert unavailable_reason() is None
     assert not (tmp_path / "cache").exists() and [*(tmp_path / "home/.cache/paged_infer").iterdir()]
 
 
@@ -206,14 +206,14 @@ def test_what_nobody_has_loaded_for_long_is_removed_when_something_is_built(fold
         os.utime(folder / name, (0, 0))
     recent = folder / f"kernels-{'f' * 16}-{'0' * 32}.so"
     recent.write_text("of another machine")
-    assert why_not() is None
+    assert unavailable_reason() is None
     left = {path.name for path in folder.iterdir()}
     assert not left & {*names} and {"notes.txt", recent.name} < left and len(left) == 3
 
 
 def test_what_is_loaded_is_kept(built: Path, folder: Path) -> None:
     os.utime(built, (0, 0))
-    assert why_not() is None  # loaded, by a process that builds nothing
+    assert unavailable_reason() is None  # loaded, by a process that builds nothing
     with KernelCache.opened() as cache:
         cache.store("0" * 16, built.read_bytes())
     assert built.exists() and len([*folder.iterdir()]) == 2

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_infer.kernels.cpu.build import why_not
+from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS
 
-if why_not() is not None:
-    pytest.skip(f"the C kernels cannot be built: {why_not()}", allow_module_level=True)
+if unavailable_reason() is not None:
+    pytest.skip(f"the C kernels cannot be built: {unavailable_reason()}", allow_module_level=True)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ONE_ROUNDING = {"atol": 1e-6, "rtol": 2**-8}  # of a float32 to bfloat16

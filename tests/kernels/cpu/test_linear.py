@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_infer.kernels.cpu.build import why_not
+from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.cpu.linear import PanelProduct, pack_c, pack_onednn
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS
 from paged_infer.model.linear import Linear
 
-needs_c = pytest.mark.skipif(why_not() is not None, reason=f"the C kernels cannot be built: {why_not()}")
+needs_c = pytest.mark.skipif(unavailable_reason() is not None, reason=f"no C kernels: {unavailable_reason()}")
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
 
@@ -145,7 +145,7 @@ def test_float16_is_not_packed(pack) -> None:
 
 
 def test_without_a_compiler_c_leaves_it_to_onednn(monkeypatch) -> None:
-    monkeypatch.setattr("paged_infer.kernels.cpu.linear.why_not", lambda: "no compiler")
+    monkeypatch.setattr("paged_infer.kernels.cpu.linear.unavailable_reason", lambda: "no compiler")
     linear = Linear(400, 400)
     linear.prepack(pack_c)
     assert not isinstance(linear._product, PanelProduct)

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random checkpoints, their transformers twins, and engines over them."""
+"""Shared fixtures: tiny random checkpoints, their transformers models, and engines over them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def twin(checkpoint: Checkpoint) -> Callable[[str], Any]:
+def transformers_model(checkpoint: Checkpoint) -> Callable[[str], Any]:
     """A family's name -> the same checkpoint in transformers, in float32."""
     loaded: dict[str, Any] = {}
 

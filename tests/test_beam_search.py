@@ -36,13 +36,13 @@ def answers(output: RequestOutput) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def expected(twin: Callable[[str], Any]) -> Callable[..., Answers]:
+def expected(transformers_model: Callable[[str], Any]) -> Callable[..., Answers]:
     """What transformers' beam search answers to one prompt, best first, with its scores."""
 
     @cache
     def search(name: str, prompt: tuple[int, ...], params: BeamSearchParams, ends: tuple[int, ...]) -> Answers:
         ends = (() if params.ignore_eos else ends) + tuple(params.stop_token_ids)
-        found = twin(name).generate(
+        found = transformers_model(name).generate(
             torch.tensor([prompt]),
             num_beams=params.beam_width,
             num_return_sequences=params.beam_width,

@@ -64,13 +64,13 @@ def tokens(outputs: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(twin: Callable[[str], Any]) -> Callable[..., list[list[int]]]:
+def expected(transformers_model: Callable[[str], Any]) -> Callable[..., list[list[int]]]:
     """What transformers' greedy ``generate`` says to each prompt alone."""
 
     @cache
     def generate(name: str, prompt: tuple[int, ...]) -> list[int]:
         ids = torch.tensor([prompt])
-        said = twin(name).generate(ids, max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
+        said = transformers_model(name).generate(ids, max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
         return said[0, len(prompt) :].tolist()
 
     return lambda name, prompts=None: [generate(name, tuple(p)) for p in prompts or prompts_of()]
@@ -173,14 +173,14 @@ def test_shared_beginnings_do_not_change_a_greedy_token(family, options, caching
     assert (llm.stats()["blocks_swapped_out"] > 0) == (options.get("preemption_mode") == "swap")
 
 
-def test_end_tokens_of_the_checkpoint_end_every_rung_as_they_end_transformers(make_llm, twin) -> None:
+def test_end_tokens_of_the_checkpoint_end_every_rung_as_they_end_transformers(make_llm, transformers_model) -> None:
     llm = make_llm("llama3")
     decoder_config, unended = llm.engine.decoder.config, llm.generate(prompts_of(), GREEDY, use_tqdm=False)
     ends = [tokens(unended)[0][4], tokens(unended)[1][2]]  # two that are sure to be said, one of them twice
     object.__setattr__(decoder_config, "eos_token_ids", tuple(ends))
     want = []
     for prompt in prompts_of():
-        said = twin("llama3").generate(
+        said = transformers_model("llama3").generate(
             torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=ends, pad_token_id=0
         )
         want.append(said[0, len(prompt) :].tolist())

@@ -414,7 +414,7 @@ def check_logprobs(rows: list[TokenLogprobs], chosen: list[int], raw: torch.Tens
     [{}, {"max_num_batched_tokens": 7, "block_size": 3}, {"num_blocks": 15, "block_size": 4}],
     ids=["whole", "chunked", "preempted"],
 )
-def test_logprobs_are_those_of_transformers_forward(options, make_llm, twin) -> None:
+def test_logprobs_are_those_of_transformers_forward(options, make_llm, transformers_model) -> None:
     llm = make_llm("llama2", **options)
     prompts = [[5 + 7 * i for i in range(n)] for n in (23, 1, 12, 18)]
     params = SamplingParams(
@@ -424,7 +424,7 @@ def test_logprobs_are_those_of_transformers_forward(options, make_llm, twin) -> 
     for prompt, output in zip(prompts, outputs, strict=True):
         sample = output.outputs[0]
         with torch.inference_mode():
-            raw = twin("llama2")(torch.tensor([prompt + sample.token_ids])).logits[0].log_softmax(-1)
+            raw = transformers_model("llama2")(torch.tensor([prompt + sample.token_ids])).logits[0].log_softmax(-1)
         check_logprobs(sample.logprobs, sample.token_ids, raw[len(prompt) - 1 : -1], 3)
         assert output.prompt_logprobs[0] is None
         check_logprobs(output.prompt_logprobs[1:], prompt[1:], raw[: len(prompt) - 1], 2)
@@ -433,11 +433,11 @@ def test_logprobs_are_those_of_transformers_forward(options, make_llm, twin) -> 
     assert (llm.stats()["preemptions"] > 0) == (options.get("num_blocks") == 15)
 
 
-def test_a_long_prompts_logprobs_are_made_in_slices(make_llm, twin) -> None:
+def test_a_long_prompts_logprobs_are_made_in_slices(make_llm, transformers_model) -> None:
     prompt = [3 + (37 * i) % 1000 for i in range(300)]  # more rows than one slice of logits holds
     (output,) = generate(make_llm(), prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
     with torch.inference_mode():
-        raw = twin("qwen3")(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        raw = transformers_model("qwen3")(torch.tensor([prompt])).logits[0].log_softmax(-1)
     check_logprobs(output.prompt_logprobs[1:], prompt[1:], raw[:-1], 0)
 
 

@@ -284,9 +284,9 @@ def test_a_logit_beyond_float16_is_the_most_probable_one_as_in_transformers(make
     llm = make_llm(folder, dtype="float16")
     one_token = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
     (output,) = llm.generate([[5, 6, 7]], one_token, use_tqdm=False)
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
-    theirs = twin.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1, do_sample=False)[0, -1]
-    assert twin(torch.tensor([[5, 6, 7]])).logits[0, -1, 9] == math.inf
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    theirs = reference.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1, do_sample=False)[0, -1]
+    assert reference(torch.tensor([[5, 6, 7]])).logits[0, -1, 9] == math.inf
     assert ids(output) == [[9]] == [[int(theirs)]]
     assert output.outputs[0].logprobs[0][9].logprob == 0.0
     sampled, neighbour = llm.generate([[5, 6, 7], [8, 8]], SamplingParams(seed=1, max_tokens=1), use_tqdm=False)

@@ -1,4 +1,4 @@
-"""Every kernel, compiled for the GPU at hand, at a model's shapes: against float64, and against its twin in torch.
+"""Every kernel, compiled for the GPU at hand, at a model's shapes: against float64, and against its reference in torch.
 
 The interpreter's tests beside this file vary the shapes. What only a GPU can show is here: real tiles, real dtypes,
 CUDA graphs, pools of more than 2^31 elements. It needs nothing but torch, triton and pytest (no hypothesis, no
@@ -60,20 +60,22 @@ def test_flash_attention_has_tiles_for_every_head_dim(head_dim: int, dtype: torc
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 700), (700, 129), (129, 129)])
-def test_flash_attention_and_its_twin_agree_on_unlike_lengths_and_on_the_log_sum_exp(queries: int, keys: int) -> None:
+def test_flash_attention_and_its_reference_agree_on_unlike_lengths_and_on_the_log_sum_exp(
+    queries: int, keys: int
+) -> None:
     q, k, v = random(1, 8, queries, 128), random(1, 2, keys, 128, seed=1), random(1, 2, keys, 128, seed=2)
     for window in (None, 50):
         out, lse = flash_attention(q, k, v, window=window, return_lse=True)
-        twin, twin_lse = flash_attention_reference(q, k, v, window=window, return_lse=True)
-        assert_near(out, twin)
-        torch.testing.assert_close(lse, twin_lse, atol=1e-3, rtol=1e-3)
+        reference, reference_lse = flash_attention_reference(q, k, v, window=window, return_lse=True)
+        assert_near(out, reference)
+        torch.testing.assert_close(lse, reference_lse, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("block_size", "num_heads", "num_kv_heads", "head_dim", "window"),
     [(1, 8, 8, 64, None), (3, 32, 4, 128, None), (16, 8, 2, 80, 100), (16, 16, 8, 256, None)],
 )
-def test_a_mixed_batch_amid_nan_equals_float64_and_the_twin(
+def test_a_mixed_batch_amid_nan_equals_float64_and_the_reference(
     block_size: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
 ) -> None:
     problem = paged_problem(
@@ -86,12 +88,12 @@ def test_a_mixed_batch_amid_nan_equals_float64_and_the_twin(
     )
     out, lse = paged_attention(**problem.arguments, window=window, return_lse=True)
     names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
-    twin, twin_lse = paged_attention_reference(
+    reference, reference_lse = paged_attention_reference(
         **{name: getattr(problem, name) for name in names}, window=window, return_lse=True
     )
     assert_near(out, paged_attention_float64(problem, window))
-    assert_near(out, twin)
-    torch.testing.assert_close(lse, twin_lse, atol=1e-3, rtol=1e-3)
+    assert_near(out, reference)
+    torch.testing.assert_close(lse, reference_lse, atol=1e-3, rtol=1e-3)
 
 
 def test_a_graph_of_a_decode_step_follows_its_lengths_and_pads_its_rows() -> None:
@@ -165,24 +167,24 @@ def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed_to_its_end() ->
         assert_near(out, attention_float64(q[:queries], k, v))
 
 
-# -- The pieces around it, against their twins ------------------------------------------------------------------------
+# -- The pieces around it, against their references -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("width", [192, 1024, 4096, 16_384])
-def test_norm_and_activation_equal_their_twins(width: int, dtype: torch.dtype) -> None:
+def test_norm_and_activation_equal_their_references(width: int, dtype: torch.dtype) -> None:
     both, weight = random(300, 2 * width, dtype=dtype), random(width, dtype=dtype, seed=1)
     x, residual = both.chunk(2, 1)  # rows apart, as in a fused matrix
-    for ours, twin in zip(
+    for ours, reference in zip(
         add_rms_norm(x, residual, weight, 1e-5), add_rms_norm_reference(x, residual, weight, 1e-5), strict=True
     ):
-        assert_near(ours, twin)
+        assert_near(ours, reference)
     assert_near(silu_mul(both), silu_mul_reference(both))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("has_norm", [True, False])
-def test_qk_norm_rope_equals_its_twin_and_stores_what_it_returns(head_dim: int, has_norm: bool) -> None:
+def test_qk_norm_rope_equals_its_reference_and_stores_what_it_returns(head_dim: int, has_norm: bool) -> None:
     tokens, heads, kv_heads = 257, 16, 8
     qkv = random(tokens, heads + 2 * kv_heads, head_dim)
     cos, sin = (random(tokens, 1, head_dim, seed=seed).clamp(-1, 1) for seed in (1, 2))
@@ -202,22 +204,22 @@ def test_qk_norm_rope_equals_its_twin_and_stores_what_it_returns(head_dim: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-def test_stores_and_copies_equal_their_twins_to_the_bit(dtype: torch.dtype) -> None:
+def test_stores_and_copies_equal_their_references_to_the_bit(dtype: torch.dtype) -> None:
     k, v = random(500, 4, 80, dtype=dtype), random(500, 4, 80, dtype=dtype, seed=1)
     slots = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:500].to(DEVICE)
     slots[::7] = -1
     pairs = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20].to(DEVICE).view(2, 10)
-    ours, twins = ([random(50, 16, 4, 80, dtype=dtype, seed=seed) for seed in (2, 3)] for _ in "ab")
+    ours, references = ([random(50, 16, 4, 80, dtype=dtype, seed=seed) for seed in (2, 3)] for _ in "ab")
     store_kv(k, v, *ours, slots)
-    store_kv_reference(k, v, *twins, slots)
+    store_kv_reference(k, v, *references, slots)
     copy_blocks(ours, pairs[0], pairs[1])
-    copy_blocks_reference(twins, pairs[0], pairs[1])
-    for a, b in zip(ours, twins, strict=True):
+    copy_blocks_reference(references, pairs[0], pairs[1])
+    for a, b in zip(ours, references, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("vocab_size", [1003, 32_000, 151_936])
-def test_drawn_tokens_are_those_of_the_twin(vocab_size: int) -> None:
+def test_drawn_tokens_are_those_of_the_reference(vocab_size: int) -> None:
     """To a few units in the last place of exp and log: in 256 draws one may fall to the runner-up."""
     rows = 256
     logits = 3 * random(rows, vocab_size, dtype=torch.float32)
@@ -225,7 +227,7 @@ def test_drawn_tokens_are_those_of_the_twin(vocab_size: int) -> None:
     seeds, samples = (torch.arange(rows, device=DEVICE) * 104_729 - 10**12, torch.arange(rows, device=DEVICE) % 3)
     positions = torch.arange(rows, device=DEVICE) + 2**20
     tokens, scores = sample(logits, temperatures, seeds, samples, positions)
-    twin_tokens, twin_scores = sample_reference(logits, temperatures, seeds, samples, positions)
-    assert int((tokens != twin_tokens).sum()) <= 1
+    reference_tokens, reference_scores = sample_reference(logits, temperatures, seeds, samples, positions)
+    assert int((tokens != reference_tokens).sum()) <= 1
     assert tokens[0] == logits[0].argmax()
-    torch.testing.assert_close(scores, twin_scores, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(scores, reference_scores, atol=1e-4, rtol=1e-5)

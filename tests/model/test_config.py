@@ -29,9 +29,9 @@ def read(**changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_num_parameters_is_the_count_of_transformers(family, checkpoint, twin) -> None:
+def test_num_parameters_is_the_count_of_transformers(family, checkpoint, transformers_model) -> None:
     config = ModelConfig.from_pretrained(checkpoint(family))
-    assert config.num_parameters == sum(p.numel() for p in twin(family).parameters())
+    assert config.num_parameters == sum(p.numel() for p in transformers_model(family).parameters())
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:

@@ -82,7 +82,7 @@ PROBLEMS = st.builds(
 
 @given(PROBLEMS)
 @settings(max_examples=25)
-def test_kernel_and_twin_equal_the_definition_and_read_nothing_beside(problem: Problem) -> None:
+def test_kernel_and_reference_equal_the_definition_and_read_nothing_beside(problem: Problem) -> None:
     expected, expected_lse = problem.expected()
     tolerance = TOLERANCE[problem.dtype]
     for attend in (flash_attention, flash_attention_reference):

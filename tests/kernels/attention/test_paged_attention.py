@@ -153,9 +153,9 @@ def test_without_hints_it_finds_out_itself_and_with_hints_it_says_the_same() -> 
     batch = Batch([(130, 1), (3, 1), (0, 1), (5, 20), (40, 37)], 16, 4, 2, 8, None, seed=3)
     given = (batch.q, batch.keys, batch.values)
     out, lse = paged_attention(*given, **indices(batch), return_lse=True)
-    twin, twin_lse = paged_attention_reference(*given, **indices(batch), return_lse=True)
-    torch.testing.assert_close(out, twin, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse, twin_lse, atol=1e-5, rtol=1e-5)
+    reference, reference_lse = paged_attention_reference(*given, **indices(batch), return_lse=True)
+    torch.testing.assert_close(out, reference, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, reference_lse, atol=1e-5, rtol=1e-5)
     hints = {"num_decodes": 3, "max_query_len": 64, "max_seq_len": 4096}  # looser than needed, as in a CUDA graph
     assert torch.equal(paged_attention(*given, **indices(batch), **hints), out)
     fewer = {"num_decodes": 1, "max_query_len": 37, "max_seq_len": 131}  # single queries among the chunks

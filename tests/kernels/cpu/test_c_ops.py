@@ -1,4 +1,4 @@
-"""Each C function equals its torch twin, rows apart and odd widths included; what it cannot do, the twin does."""
+"""Each C function equals its reference, rows apart and odd widths included; what it cannot do, the reference does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTHS = st.sampled_from([1, 2, 3, 24, 64, 192, 769])
 
 @given(st.integers(0, 40), WIDTHS, st.booleans(), st.sampled_from([1e-3, 1.0, 50.0]), st.integers(0, 99))
 @settings(max_examples=60)
-def test_the_norm_equals_its_twin(num_tokens, width, has_residual, scale, seed) -> None:
+def test_the_norm_equals_its_reference(num_tokens, width, has_residual, scale, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     wide = torch.randn(num_tokens, 3 * width, generator=rng) * scale
     before = wide.clone()
@@ -35,7 +35,7 @@ def test_the_norm_equals_its_twin(num_tokens, width, has_residual, scale, seed) 
 
 @given(st.integers(0, 40), WIDTHS, st.sampled_from([1e-3, 1.0, 50.0, 1e18]), st.integers(0, 99))
 @settings(max_examples=60)
-def test_silu_mul_equals_its_twin_however_large_the_gate(num_tokens, width, scale, seed) -> None:
+def test_silu_mul_equals_its_reference_however_large_the_gate(num_tokens, width, scale, seed) -> None:
     wide = torch.randn(num_tokens, 4 * width, generator=torch.Generator().manual_seed(seed)) * scale
     gate_up = wide[:, width : 3 * width]
     torch.testing.assert_close(C_OPS.silu_mul(gate_up), TORCH_OPS.silu_mul(gate_up), **CLOSE)
@@ -49,7 +49,7 @@ def test_silu_mul_equals_its_twin_however_large_the_gate(num_tokens, width, scal
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_rotated_heads_equal_the_twins(num_tokens, heads, dim, has_norm, seed) -> None:
+def test_rotated_heads_equal_the_references(num_tokens, heads, dim, has_norm, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     num_all = num_heads + 2 * num_kv_heads
@@ -141,7 +141,7 @@ def test_a_row_with_nan_says_so_wherever_it_is(nan) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
+def test_what_c_does_not_read_goes_to_the_reference(dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.ones(8).to(dtype)
     assert torch.equal(C_OPS.silu_mul(x), TORCH_OPS.silu_mul(x))
     assert torch.equal(C_OPS.add_rms_norm(x, x, weight, 1e-6)[0], TORCH_OPS.add_rms_norm(x, x, weight, 1e-6)[0])
@@ -149,7 +149,7 @@ def test_what_c_does_not_read_goes_to_the_twin(dtype) -> None:
     assert torch.equal(C_OPS.silu_mul(columns), TORCH_OPS.silu_mul(columns))
 
 
-# -- bfloat16: as the twin in float32 on the same values, rounded once ------------------------------------------
+# -- bfloat16: as the reference in float32 on the same values, rounded once ------------------------------------------
 
 
 def nearest(x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +203,7 @@ def test_bfloat16_rounds_ties_to_even_and_keeps_nan_and_infinity() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_a_mixture_of_dtypes_goes_to_the_twin() -> None:
+def test_a_mixture_of_dtypes_goes_to_the_reference() -> None:
     x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.bfloat16)
     ours, theirs = (ops.add_rms_norm(x, None, weight, 1e-6)[0] for ops in (C_OPS, TORCH_OPS))
     assert ours.dtype is theirs.dtype and torch.equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""qk_norm_rope equals its twin, a float64 loop over heads, and the decoder's own steps."""
+"""qk_norm_rope equals its reference, a float64 loop over heads, and the decoder's own steps."""
 
 from __future__ import annotations
 
@@ -85,18 +85,18 @@ CASES = st.builds(
 
 @given(CASES)
 @settings(max_examples=60)
-def test_the_kernel_equals_its_twin_and_float64_and_stores_what_it_returns(case: Case) -> None:
+def test_the_kernel_equals_its_reference_and_float64_and_stores_what_it_returns(case: Case) -> None:
     tolerance = {"atol": TOLERANCE[case.dtype], "rtol": TOLERANCE[case.dtype]}
-    before, caches, twin_caches = case.qkv.clone(), case.caches(), case.caches()
+    before, caches, reference_caches = case.qkv.clone(), case.caches(), case.caches()
     qk = qk_norm_rope(case.qkv, case.cos, case.signed_sin, **case.options, **caches)
-    twin = qk_norm_rope_reference(case.qkv, case.cos, case.signed_sin, **case.options, **twin_caches)
+    reference = qk_norm_rope_reference(case.qkv, case.cos, case.signed_sin, **case.options, **reference_caches)
     assert qk.dtype == case.dtype and qk.is_contiguous() and torch.equal(case.qkv, before)
-    torch.testing.assert_close(qk, twin, **tolerance)
+    torch.testing.assert_close(qk, reference, **tolerance)
     torch.testing.assert_close(qk.double(), case.in_float64(), **tolerance)
     if not case.stores:
         return
     num_qk = case.num_heads + case.num_kv_heads
-    for own, stored in ((caches, qk), (twin_caches, twin)):
+    for own, stored in ((caches, qk), (reference_caches, reference)):
         for name, rows in (("k_cache", stored[:, case.num_heads :]), ("v_cache", case.qkv[:, num_qk:])):
             for slot, here in enumerate(own[name].flatten(0, 1)):
                 if slot in case.slots:

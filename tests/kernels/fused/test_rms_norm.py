@@ -1,4 +1,4 @@
-"""add_rms_norm equals its twin, a float64 norm, and the model's own layer."""
+"""add_rms_norm equals its reference, a float64 norm, and the model's own layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_float64(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_the_kernel_equals_its_twin_and_float64(num_tokens, width, has_residual, dtype, scale, seed) -> None:
+def test_the_kernel_equals_its_reference_and_float64(num_tokens, width, has_residual, dtype, scale, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     wide = (torch.randn(num_tokens, 3 * width, generator=rng) * scale).to(dtype)
     x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None  # rows are apart

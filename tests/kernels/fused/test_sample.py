@@ -77,7 +77,7 @@ def test_the_exponential_keeps_its_precision_from_end_to_end() -> None:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=35)
-def test_the_tokens_are_those_of_the_sampler_and_of_the_twin(vocab_size, rows, dtype, index_dtype, seed) -> None:
+def test_the_tokens_are_those_of_the_sampler_and_of_the_reference(vocab_size, rows, dtype, index_dtype, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(len(rows), vocab_size + 3, generator=rng)).to(dtype)[:, :vocab_size]
     temperatures, seeds, samples, positions = draws(*((t, s, i, p % 2**31) for t, (s, i, p) in rows))
@@ -86,9 +86,9 @@ def test_the_tokens_are_those_of_the_sampler_and_of_the_twin(vocab_size, rows, d
         logits, [SampleRow(SamplingParams(temperature=t), s, i, p % 2**31, 0) for t, (s, i, p) in rows]
     )
     assert tokens.tolist() == expected.token_ids and tokens.dtype == torch.int64
-    twin_tokens, twin_scores = sample_reference(logits, temperatures, seeds, samples, positions)
-    assert torch.equal(tokens, twin_tokens)
-    torch.testing.assert_close(scores, twin_scores, rtol=1e-5, atol=1e-5)
+    reference_tokens, reference_scores = sample_reference(logits, temperatures, seeds, samples, positions)
+    assert torch.equal(tokens, reference_tokens)
+    torch.testing.assert_close(scores, reference_scores, rtol=1e-5, atol=1e-5)
 
 
 def test_a_score_is_the_scaled_logit_counted_from_the_largest_less_the_log_of_the_noise() -> None:

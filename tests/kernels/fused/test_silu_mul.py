@@ -1,4 +1,4 @@
-"""silu_mul equals its twin and float64."""
+"""silu_mul equals its reference and float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2 * 2**-7
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_the_kernel_equals_its_twin_and_float64(num_tokens, width, dtype, scale, seed) -> None:
+def test_the_kernel_equals_its_reference_and_float64(num_tokens, width, dtype, scale, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     wide = (torch.randn(num_tokens, 3 * width, generator=rng) * scale).to(dtype)
     gate_up = wide[:, width:]  # rows are apart

@@ -36,18 +36,18 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family, checkpoint, twin) -> None:
+def test_logits_are_those_of_transformers(family, checkpoint, transformers_model) -> None:
     decoder = load_decoder(checkpoint(family), torch.float32)
     with torch.inference_mode():
-        expected = twin(family)(torch.tensor([IDS])).logits[0]
+        expected = transformers_model(family)(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(logits(decoder, IDS), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_half_precision_checkpoint_loads_in_any_dtype(family, dtype, twin, tmp_path) -> None:
-    model = AutoModelForCausalLM.from_config(twin(family).config).to(dtype)
-    model.load_state_dict(twin(family).state_dict())
+def test_a_half_precision_checkpoint_loads_in_any_dtype(family, dtype, transformers_model, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_config(transformers_model(family).config).to(dtype)
+    model.load_state_dict(transformers_model(family).state_dict())
     model.save_pretrained(tmp_path)
     same, wide = load_decoder(tmp_path, dtype), load_decoder(tmp_path, torch.float32)
     assert {p.dtype for p in same.parameters()} == {dtype}
@@ -199,7 +199,9 @@ def both(tensors: dict[str, Tensor]) -> None:
     [(f, c) for f in ("qwen3", "llama3", "gpt2") for c in (strip_prefix, repeat_prefix, keep_only_the_head, both)]
     + [("mistral", strip_prefix), ("mistral", repeat_prefix)],
 )
-def test_other_names_of_the_same_tensors_load_as_in_transformers(family, change, checkpoint, twin, tmp_path) -> None:
+def test_other_names_of_the_same_tensors_load_as_in_transformers(
+    family, change, checkpoint, transformers_model, tmp_path
+) -> None:
     folder = copy_of(checkpoint(family), tmp_path)
     rewrite(folder, change)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -217,8 +219,10 @@ def test_other_names_of_the_same_tensors_load_as_in_transformers(family, change,
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_base_model_saved_by_itself_generates_what_transformers_does(family, twin, make_llm, tmp_path) -> None:
-    twin(family).base_model.save_pretrained(tmp_path)
+def test_a_base_model_saved_by_itself_generates_what_transformers_does(
+    family, transformers_model, make_llm, tmp_path
+) -> None:
+    transformers_model(family).base_model.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     expected = model.generate(torch.tensor([IDS]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -243,7 +247,7 @@ def test_a_saved_dtype_that_nothing_computes_in_is_refused(checkpoint, tmp_path)
         saved_dtype(folder)
 
 
-def test_a_tied_head_that_is_stored_too_is_accepted(checkpoint, twin, tmp_path) -> None:
+def test_a_tied_head_that_is_stored_too_is_accepted(checkpoint, transformers_model, tmp_path) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     decoder = load_decoder(folder, torch.float32)

@@ -55,12 +55,12 @@ def compare(
     """
     try:
         llm = engine.open(model)
-        from paged_infer.bench.speed.baselines import our_rungs, transformers_rungs
+        from paged_infer.bench.speed.baselines import our_baselines, transformers_baselines
         from paged_infer.bench.workloads import story_beginnings
 
         workload = story_beginnings(llm, num_prompts, max_tokens, seed)
         report = speed_cli.run_with_progress(
-            {**our_rungs(llm), **transformers_rungs(llm)}, workload, llm.name, repeats=1
+            {**our_baselines(llm), **transformers_baselines(llm)}, workload, llm.name, repeats=1
         )
     except ValueError as error:
         fail(error)

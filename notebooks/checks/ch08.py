@@ -6,7 +6,7 @@ import random
 
 from checks import checker, expect
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import Crowd, carry_out
+from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Policy
 from paged_infer.control.scheduler import Scheduler
@@ -110,7 +110,7 @@ def Alternate(answer):
     expect(isinstance(answer, type) and issubclass(answer, Policy), "Alternate is to be a class, a Policy")
     expect(not answer.chunks_prompts, "prompts are to be computed whole: keep chunks_prompts = False")
     arrivals = {0: [(4, 9), (5, 3)], 2: [(8, 4)], 3: [(6, 4)], 4: [(7, 2)], 12: [(40, 3), (41, 2)], 30: [(9, 5)]}
-    manager, trace, crowd = BlockManager(100, 4), Trace(100), Crowd(200)
+    manager, trace, crowd = BlockManager(100, 4), Trace(100), RequestFactory(200)
     scheduler = Scheduler(manager, 4, 64, policy=answer(), trace=trace)
     could_wait = []  # of each step, whether somebody waited although there was a seat
     for place in range(200):

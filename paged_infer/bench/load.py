@@ -1,7 +1,7 @@
 """Requests that come one after the other, served by an engine or by a simulated one; when each token came.
 
-trace  ---->  serve  ---->  EngineServer     a model and the clock on the wall
-               ^   \\---->  SimulatedServer  the real Scheduler, and a clock that a formula moves
+trace  ---->  serve  ---->  EngineSystem     a model and the clock on the wall
+               ^   \\---->  SimulatedSystem  the real Scheduler, and a clock that a formula moves
                |
           TokenTimes of each request
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.metrics import TokenTimes
-from paged_infer.bench.model_free import Crowd, carry_out
+from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.control.request import Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.params import SamplingParams
@@ -65,7 +65,7 @@ class StepCost:
         return self.per_step_s + self.per_token_s * num_tokens
 
 
-class Server(Protocol):
+class SteppedSystem(Protocol):
     """Whoever serves: a clock, a door, and a step that says which sequences got a token."""
 
     @property
@@ -81,14 +81,14 @@ class Server(Protocol):
     def wait_until(self, moment_s: float) -> None: ...
 
 
-class SimulatedServer:
+class SimulatedSystem:
     """The control plane as it is, and steps that take what ``cost`` says: the same on every machine."""
 
     def __init__(self, scheduler: Scheduler, cost: StepCost, max_model_len: int) -> None:
         self.now_s = 0.0
         self._scheduler = scheduler
         self._cost = cost
-        self._crowd = Crowd(max_model_len)
+        self._crowd = RequestFactory(max_model_len)
 
     @property
     def has_work(self) -> bool:
@@ -113,7 +113,7 @@ class SimulatedServer:
         self.now_s = max(self.now_s, moment_s)
 
 
-class EngineServer:
+class EngineSystem:
     """A model, greedy on random prompts that share nothing, and the clock on the wall."""
 
     def __init__(self, engine: LLMEngine, seed: int = 0) -> None:
@@ -155,7 +155,7 @@ class EngineServer:
         time.sleep(max(0.0, moment_s - self.now_s))
 
 
-def serve(server: Server, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None) -> list[TokenTimes]:
+def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None) -> list[TokenTimes]:
     """Submit each request when its time has come (or the step during which it came is over), and run until all end.
 
     Args:

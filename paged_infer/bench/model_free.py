@@ -13,7 +13,7 @@ from paged_infer.params import SamplingParams
 FIRST_PROMPT = 1_000_000_000  # ids of prompts begin here, those of drawn tokens at 0
 
 
-class Crowd:
+class RequestFactory:
     """Makes requests, and says what their sequences draw."""
 
     def __init__(self, max_model_len: int) -> None:

@@ -14,7 +14,7 @@ from paged_infer.bench.shapes import SHAPES, folder_of
 from paged_infer.cli_options import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
 
 if TYPE_CHECKING:
-    from paged_infer.bench.speed.baselines import Contender
+    from paged_infer.bench.speed.baselines import System
     from paged_infer.llm import LLM
 
 BenchModel = Annotated[
@@ -33,7 +33,7 @@ Peers = Annotated[
         "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
     ),
 ]
-NAIVE_RUNGS = ("naive", "cached")  # those that serve one request at a time
+NAIVE_BASELINES = ("naive", "cached")  # those that serve one request at a time
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
 MaxNumSeqs = Annotated[int, typer.Option(help="Most sequences at once.", min=1)]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Most tokens in a step.", min=1)]
@@ -83,7 +83,7 @@ class Common:
     @contextmanager
     def open_with_peers(
         self, longest: int, names: list[str] | None, usual: tuple[str, ...]
-    ) -> Iterator[tuple[LLM, dict[str, Contender]]]:
+    ) -> Iterator[tuple[LLM, dict[str, System]]]:
         """The engine and its peers; on a GPU they share its memory evenly. ``names`` None are the usual ones."""
         from paged_infer.bench.peers.peers import ENGINES, check_peers, open_peers
 

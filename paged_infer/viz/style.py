@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.legend_handler import HandlerTuple
 
-RUNG_COLOURS = {
+BASELINE_COLOURS = {
     "naive": "#b0b7c3",
     "cached": "#e0a458",
     "static": "#c1666b",

@@ -11,7 +11,7 @@ from checkpoints import save_random_checkpoint
 from paged_infer import LLM
 from paged_infer.bench.peers.transformers_peers import transformers_model, transformers_peers
 from paged_infer.bench.shapes import SHAPES, folder_of
-from paged_infer.bench.speed.baselines import our_rungs
+from paged_infer.bench.speed.baselines import our_baselines
 from paged_infer.bench.workloads import random_lengths
 from paged_infer.model.config import ModelConfig
 
@@ -57,7 +57,7 @@ def test_transformers_computes_on_the_very_tensors_of_the_engine(dummy):
 
 def test_every_rung_and_peer_agrees_on_random_weights(dummy):
     workload = random_lengths(dummy, num_requests=3, shortest=3, longest=9, seed=0)
-    contenders = {**our_rungs(dummy), **transformers_peers(dummy)}
+    contenders = {**our_baselines(dummy), **transformers_peers(dummy)}
     said = {name: contender(workload).token_ids for name, contender in contenders.items()}
     assert len(said) == 7
     assert all(token_ids == said["transformers"] for token_ids in said.values())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paged_infer.bench.options import NAIVE_RUNGS, Repeats
+from paged_infer.bench.options import NAIVE_BASELINES, Repeats
 from paged_infer.bench.speed import cli as speed_cli
 from paged_infer.cli_options import EngineOptions, Figures, ModelOption, Seed, open_llm, with_blocks
 
@@ -65,7 +65,7 @@ def serve(
         str | None, typer.Option(envvar="PAGED_INFER_API_KEY", help="What the server at --base-url asks for.")
     ] = None,
     naive: Annotated[
-        str, typer.Option(help=f"Beside it, one request at a time: {', '.join(NAIVE_RUNGS)}, or none.")
+        str, typer.Option(help=f"Beside it, one request at a time: {', '.join(NAIVE_BASELINES)}, or none.")
     ] = "cached",
     torch_threads: Annotated[int, typer.Option(help="Of each of our own processes.", min=1)] = 1,
     figures: Figures = Path("figures"),
@@ -77,8 +77,8 @@ def serve(
     anybody gives another number of tokens or, in float32, another text than LLM.generate.
     """
     with speed_cli.errors(), _ended_by_sigterm():
-        if naive not in (*NAIVE_RUNGS, "none"):
-            raise ValueError(f"naive={naive!r}: must be {', '.join(NAIVE_RUNGS)} or none")
+        if naive not in (*NAIVE_BASELINES, "none"):
+            raise ValueError(f"naive={naive!r}: must be {', '.join(NAIVE_BASELINES)} or none")
         if base_url is None:
             opened = _ours(load, engine, model, naive, torch_threads)
         elif model is not None or engine != EngineOptions():
@@ -109,7 +109,7 @@ def _ours(load: Load, engine: EngineOptions, model: str | None, naive: str, torc
     """Two servers of one model, and the same model here."""
     import torch
 
-    from paged_infer.bench.http.http_bench import HttpBench, Target, client_process
+    from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
     from paged_infer.bench.http.servers import as_arguments, running
     from paged_infer.bench.workloads import random_lengths
 
@@ -124,9 +124,9 @@ def _ours(load: Load, engine: EngineOptions, model: str | None, naive: str, torc
         client = stack.enter_context(client_process())
         options = [*([] if model is None else [model]), *as_arguments(asdict(engine))]
 
-        def target(module: str, *arguments: str) -> Target:
+        def target(module: str, *arguments: str) -> HttpSystem:
             url = stack.enter_context(running(module, *arguments, *options, torch_threads=torch_threads))
-            return Target(client, url, llm.name)
+            return HttpSystem(client, url, llm.name)
 
         most = str(max(load.closed))
         server = target("paged_infer.cli", "serve", "--log-level", "warning", "--max-num-seqs", most)
@@ -139,11 +139,11 @@ def _ours(load: Load, engine: EngineOptions, model: str | None, naive: str, torc
 @contextmanager
 def _theirs(load: Load, url: str, api_key: str | None) -> Iterator[HttpBench]:
     """A server of which nothing is known but what it answers."""
-    from paged_infer.bench.http.http_bench import HttpBench, Target, client_process
+    from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
     from paged_infer.bench.http.servers import served_model
     from paged_infer.bench.workloads import random_ids
 
     workload = random_ids(ANY_VOCABULARY, load.num_requests, load.shortest, load.longest, load.seed)
     name = served_model(url, api_key)
     with client_process() as client, speed_cli.progress(load.num_runs(0)) as advance:
-        yield HttpBench(Target(client, url, name, api_key), workload, load.repeats, advance)
+        yield HttpBench(HttpSystem(client, url, name, api_key), workload, load.repeats, advance)

@@ -21,7 +21,7 @@ from paged_infer.bench.http.client import Job, Replies, ask
 from paged_infer.bench.load import poisson_moments
 from paged_infer.bench.machine import describe_machine
 from paged_infer.bench.metrics import Percentiles, Run, TokenTimes
-from paged_infer.bench.speed.baselines import Contender, our_rungs
+from paged_infer.bench.speed.baselines import System, our_baselines
 from paged_infer.bench.speed.measure import CHECKED_TOKENS, Bench, Entry, SpeedReport, gave_all, interleave, lengths
 from paged_infer.bench.workloads import Workload
 
@@ -38,7 +38,7 @@ def client_process() -> Iterator[Executor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class HttpSystem:
     """A server that listens at ``url``, and the process that asks it."""
 
     client: Executor
@@ -102,12 +102,12 @@ def bounds(counts: Mapping[float, int]) -> Percentiles | None:
 class HttpBench:
     """Closed loops, then open ones. ``expected``: the texts that everybody has to give; None where nobody knows."""
 
-    target: Target
+    target: HttpSystem
     workload: Workload
     repeats: int
     on_run: Callable[[str], None]
     bench: Bench | None = None  # the same model in this process; None with a server that ran before
-    naive: tuple[str, Target] | None = None  # its name, and where it is
+    naive: tuple[str, HttpSystem] | None = None  # its name, and where it is
     expected: list[str] | None = None
 
     def report(self, clients: list[int], rates: list[float] | None, rate_shares: list[float]) -> SpeedReport:
@@ -141,9 +141,9 @@ class HttpBench:
         warm = self.workload.sample(max(clients), CHECKED_TOKENS)
         for target in [self.target, *([self.naive[1]] if self.naive else [])]:
             target.run(warm, stream=False, num_clients=max(clients))
-        offline: dict[str, Contender] = {}
+        offline: dict[str, System] = {}
         if self.bench is not None:
-            offline[OFFLINE] = our_rungs(self.bench.llm)["paged"]
+            offline[OFFLINE] = our_baselines(self.bench.llm)["paged"]
             outputs = self.bench.llm.generate(self.workload.prompts, self.workload.params, use_tqdm=False)
             if self.bench.llm.tokenizer is not None:
                 self.expected = [output.outputs[0].text for output in outputs]
@@ -165,14 +165,14 @@ class HttpBench:
 
     def _arrivals(self, rates: list[float]) -> list[Entry]:
         per_s = {f"{rate:.3g} a second, streaming": rate for rate in rates}
-        opened: dict[str, Contender] = {}
+        opened: dict[str, System] = {}
         for name, rate in per_s.items():
             moments = poisson_moments(len(self.workload.prompts), rate, self.workload.seed)
             opened[name] = partial(self.target.run, stream=True, arrive_s=moments)
         runs = interleave(opened, self.workload, self.repeats, self.on_run)
         return [self._entry(name, runs[name], rate, ARRIVALS) for name, rate in per_s.items()]
 
-    def _closed(self, target: Target, clients: list[int], suffix: str, *, stream: bool) -> dict[str, Contender]:
+    def _closed(self, target: HttpSystem, clients: list[int], suffix: str, *, stream: bool) -> dict[str, System]:
         return {
             f"{n} client{'s' * (n > 1)}{suffix}": partial(target.run, stream=stream, num_clients=n) for n in clients
         }

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from paged_infer import baselines
-from paged_infer.bench.options import NAIVE_RUNGS
+from paged_infer.bench.options import NAIVE_BASELINES
 from paged_infer.cli_options import EngineOptions, Model, fail, with_blocks
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
@@ -35,14 +35,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def serve(
     engine: EngineOptions,
     model: Model = None,
-    rung: Annotated[str, typer.Option(help=f"{' or '.join(NAIVE_RUNGS)}.")] = "cached",
+    rung: Annotated[str, typer.Option(help=f"{' or '.join(NAIVE_BASELINES)}.")] = "cached",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve /v1/completions with a rung of the ladder, one request at a time."""
     try:
-        if rung not in NAIVE_RUNGS:
-            raise ValueError(f"rung={rung!r}: must be {' or '.join(NAIVE_RUNGS)}")
+        if rung not in NAIVE_BASELINES:
+            raise ValueError(f"rung={rung!r}: must be {' or '.join(NAIVE_BASELINES)}")
         door = listen(host, port)
         application = create_app(engine.open(model), rung)
     except ValueError as error:

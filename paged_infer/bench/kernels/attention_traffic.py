@@ -12,10 +12,10 @@ import torch
 from matplotlib.axes import Axes
 
 from paged_infer.kernels.attention.online_softmax import naive_attention, tile_sizes, tiled_attention
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
-STANDARD_COLOUR = RUNG_COLOURS["static"]
-TILE_COLOURS = ("#7db3d8", RUNG_COLOURS["paged"], "#173f5f")  # the darker, the more fast memory
+STANDARD_COLOUR = BASELINE_COLOURS["static"]
+TILE_COLOURS = ("#7db3d8", BASELINE_COLOURS["paged"], "#173f5f")  # the darker, the more fast memory
 # Shared memory of one streaming multiprocessor of an H100 (228 KiB, NVIDIA's CUDA programming guide) in 16-bit numbers.
 H100_FAST_ELEMENTS = 228 * 1024 // 2
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from paged_infer.bench.kernels.report import KernelReport, Measurement
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
-OURS = {"flash_attention": "#173f5f", "paged_attention": RUNG_COLOURS["paged"]}
+OURS = {"flash_attention": "#173f5f", "paged_attention": BASELINE_COLOURS["paged"]}
 PEERS = {
     "SDPA flash": "#c1666b",
     "SDPA cuDNN": "#e0a458",

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paged_infer.bench.kernels.peers import Ready
-from paged_infer.bench.kernels.races import Entrant, Race
+from paged_infer.bench.kernels.races import Comparison, Setup
 from paged_infer.bench.kernels.report import LaunchCount
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -42,7 +42,7 @@ def store_indexed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
 STORES: dict[str, Store] = {"store_kv": store_kv, STORE_INDEXED: store_indexed, STORE_TWIN: store_kv_reference}
 
 
-def fused_races(device: torch.device) -> list[Race]:
+def fused_races(device: torch.device) -> list[Comparison]:
     return [
         race
         for tokens in TOKENS
@@ -56,19 +56,19 @@ def fused_races(device: torch.device) -> list[Race]:
     ]  # fmt: skip
 
 
-def _twins(name: str, tokens: int, elements: int, entrants: Callable[[int], Mapping[str, Entrant]]) -> Race:
+def _twins(name: str, tokens: int, elements: int, entrants: Callable[[int], Mapping[str, Setup]]) -> Comparison:
     return _race(name, tokens, elements, (name, "torch"), entrants)
 
 
 def _race(
-    name: str, tokens: int, elements: int, names: tuple[str, ...], entrants: Callable[[int], Mapping[str, Entrant]]
-) -> Race:
+    name: str, tokens: int, elements: int, names: tuple[str, ...], entrants: Callable[[int], Mapping[str, Setup]]
+) -> Comparison:
     num_bytes = 2 * elements * tokens  # read and written once, in bfloat16
     title = f"{name}, {tokens:,} tokens" + (f", {LAYERS} layers" if name == "store_kv" else "")
-    return Race("fused", title, {"tokens": tokens}, num_bytes, num_bytes, partial(entrants, tokens), names)
+    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, partial(entrants, tokens), names)
 
 
-def _stores(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
+def _stores(device: torch.device, tokens: int) -> Mapping[str, Setup]:
     return {name: partial(_store_step, device, tokens, store) for name, store in STORES.items()}
 
 
@@ -88,17 +88,17 @@ def _store_step(device: torch.device, tokens: int, store: Store) -> Ready:
     return Ready(call)
 
 
-def _norms(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
+def _norms(device: torch.device, tokens: int) -> Mapping[str, Setup]:
     x, residual = (_random(device, tokens, HIDDEN, seed=seed) for seed in (1, 2))
     weight = _random(device, HIDDEN)
     return _pair(add_rms_norm, add_rms_norm_reference, x, residual, weight, 1e-6)
 
 
-def _activations(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
+def _activations(device: torch.device, tokens: int) -> Mapping[str, Setup]:
     return _pair(silu_mul, silu_mul_reference, _random(device, tokens, 2 * INTERMEDIATE))
 
 
-def _ropes(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
+def _ropes(device: torch.device, tokens: int) -> Mapping[str, Setup]:
     angles = _random(device, tokens, 1, HEAD_DIM // 2).float().repeat(1, 1, 2)
     caches = [_random(device, tokens, 1, KV_HEADS, HEAD_DIM) for _ in "kv"]
     return _pair(
@@ -116,7 +116,7 @@ def _ropes(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
     )
 
 
-def _samples(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
+def _samples(device: torch.device, tokens: int) -> Mapping[str, Setup]:
     rows = torch.arange(tokens, device=device)
     logits, temperatures = _random(device, tokens, VOCAB), torch.ones(tokens, device=device)
 
@@ -126,7 +126,7 @@ def _samples(device: torch.device, tokens: int) -> Mapping[str, Entrant]:
     return {"sample": partial(scores, sample), "torch": partial(scores, sample_reference)}
 
 
-def _pair(ours: Callable[..., Any], twin: Callable[..., Any], *args: Any, **options: Any) -> Mapping[str, Entrant]:
+def _pair(ours: Callable[..., Any], twin: Callable[..., Any], *args: Any, **options: Any) -> Mapping[str, Setup]:
     def ready(function: Callable[..., Any]) -> Ready:
         def call() -> Tensor:
             out = function(*args, **options)

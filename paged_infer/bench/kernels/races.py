@@ -31,11 +31,11 @@ ROUNDS, REPEATS = 3, 7  # every kernel of a race has its turn in each round; 21 
 LARGEST_DISTANCE = 0.02  # of a peer's output from ours, as |a - b| / |b|: bfloat16 gives 0.003
 LARGEST_SHARE = 0.3  # of the device's free memory that a problem may take: a peer may want a copy of it
 
-Entrant = Callable[[], Ready]
+Setup = Callable[[], Ready]
 
 
 @dataclass(frozen=True, slots=True)
-class Race:
+class Comparison:
     """A measurement that is still to be made. ``num_bytes`` is what its tensors need on the device."""
 
     group: str
@@ -43,7 +43,7 @@ class Race:
     sizes: dict[str, int]
     work: float
     num_bytes: int
-    entrants: Callable[[], Mapping[str, Entrant]]  # makes the tensors
+    entrants: Callable[[], Mapping[str, Setup]]  # makes the tensors
     names: tuple[str, ...]
 
     def skipped(self, why: str) -> Measurement:
@@ -58,7 +58,7 @@ class Race:
         return Measurement(self.group, self.title, self.sizes, self.work, entries)
 
 
-def run_races(races: list[Race], deadline_s: float, limit: str) -> Iterator[Measurement]:
+def run_races(races: list[Comparison], deadline_s: float, limit: str) -> Iterator[Measurement]:
     """Each race, one after the other, while ``time.perf_counter()`` is below ``deadline_s``; the rest are skipped."""
     for race in races:
         if time.perf_counter() > deadline_s:
@@ -68,7 +68,7 @@ def run_races(races: list[Race], deadline_s: float, limit: str) -> Iterator[Meas
             torch.cuda.empty_cache()
 
 
-def attention_races(device: torch.device) -> list[Race]:
+def attention_races(device: torch.device) -> list[Comparison]:
     """Prefills and decodes, those that have a target first."""
     return [
         *(_prefill_race(device, length, 128) for length in LENGTHS),
@@ -77,9 +77,9 @@ def attention_races(device: torch.device) -> list[Race]:
     ]
 
 
-def _prefill_race(device: torch.device, length: int, head_dim: int) -> Race:
+def _prefill_race(device: torch.device, length: int, head_dim: int) -> Comparison:
     batch = PREFILL_TOKENS // length
-    return Race(
+    return Comparison(
         group="prefill",
         title=f"prefill, head_dim {head_dim}, {batch} x {length:,} tokens",
         sizes={"head_dim": head_dim, "length": length, "batch": batch},
@@ -90,9 +90,9 @@ def _prefill_race(device: torch.device, length: int, head_dim: int) -> Race:
     )
 
 
-def _decode_race(device: torch.device, batch: int, context: int) -> Race:
+def _decode_race(device: torch.device, batch: int, context: int) -> Comparison:
     kv_bytes = 2 * batch * context * KV_HEADS * 128 * 2
-    return Race(
+    return Comparison(
         group="decode",
         title=f"decode, batch {batch}, context {context:,}",
         sizes={"batch": batch, "context": context},
@@ -105,7 +105,7 @@ def _decode_race(device: torch.device, batch: int, context: int) -> Race:
 
 def _attention_entrants(
     device: torch.device, sequences: list[tuple[int, int]], head_dim: int, peers: Mapping[str, Peer]
-) -> Mapping[str, Entrant]:
+) -> Mapping[str, Setup]:
     problem = paged_problem(
         sequences,
         num_heads=HEADS,
@@ -118,7 +118,7 @@ def _attention_entrants(
     return {name: partial(peer, problem) for name, peer in peers.items()}
 
 
-def run_race(entrants: Mapping[str, Entrant]) -> list[Entry]:
+def run_race(entrants: Mapping[str, Setup]) -> list[Entry]:
     """Set up, compare and time: the first entrant's output is what all others are held to.
 
     Whoever cannot run, fails, or gives other numbers is an entry without a time, and with the reason.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_infer.bench.metrics import Run, TokenTimes
-from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.baselines import System
 from paged_infer.bench.workloads import Workload
 
 MODULES = {"vllm": "vllm", "nano-vllm": "nanovllm", "mini-sglang": "minisgl"}
@@ -46,7 +46,7 @@ def check_importable(names: list[str]) -> None:
 
 
 @contextmanager
-def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, Contender]]:
+def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, System]]:
     """Start each in its process, one after the other; all are ended with the block.
 
     Raises:
@@ -67,7 +67,7 @@ def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, C
         yield contenders
 
 
-def _contender(name: str, connection: Connection) -> Contender:
+def _contender(name: str, connection: Connection) -> System:
     def run(workload: Workload) -> Run:
         connection.send(workload)
         return _answer(name, connection, None)
@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
-def _vllm(options: PeerOptions) -> Contender:
+def _vllm(options: PeerOptions) -> System:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -160,7 +160,7 @@ def _vllm_times(output: Any) -> TokenTimes:
     return TokenTimes(0.0, num_prompt, [waited_s, waited_s + decoded_s], num_output)
 
 
-def _nano_vllm(options: PeerOptions) -> Contender:
+def _nano_vllm(options: PeerOptions) -> System:
     import torch
     from nanovllm import LLM, SamplingParams
 
@@ -186,7 +186,7 @@ def _nano_vllm(options: PeerOptions) -> Contender:
     return run
 
 
-def _mini_sglang(options: PeerOptions) -> Contender:
+def _mini_sglang(options: PeerOptions) -> System:
     import torch
     from minisgl.core import SamplingParams
     from minisgl.llm import LLM

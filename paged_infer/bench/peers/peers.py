@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from paged_infer.bench.peers.other_engines import MODULES, PeerOptions, check_importable, engine_peers, save_for_peers
-from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.baselines import System
 from paged_infer.llm import LLM
 
 # Short names, and the names in tables and pictures.
@@ -30,7 +30,7 @@ def check_peers(names: list[str]) -> None:
 
 
 @contextmanager
-def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict[str, Contender]]:
+def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict[str, System]]:
     """The peers, on the weights of ``llm``, in the order of ``names``.
 
     Args:
@@ -40,7 +40,7 @@ def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict
         ValueError: as ``check_peers``, or an engine did not start.
     """
     check_peers(names)
-    contenders: dict[str, Contender] = {}
+    contenders: dict[str, System] = {}
     with ExitStack() as stack:
         if any(name in TRANSFORMERS for name in names):
             from paged_infer.bench.peers.transformers_peers import transformers_peers

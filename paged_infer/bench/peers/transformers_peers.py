@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from paged_infer.bench.metrics import Run, TokenTimes
-from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.baselines import System
 from paged_infer.bench.workloads import Workload
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.engine.kv_usage import KVUsage
@@ -21,7 +21,7 @@ BATCH_TOKENS = 512  # of a step of generate_batch on a CPU, where it cannot infe
 NEVER = -1  # an end token that no model draws
 
 
-def transformers_peers(llm: LLM) -> dict[str, Contender]:
+def transformers_peers(llm: LLM) -> dict[str, System]:
     """One request after the other, all in one left-padded batch, and continuous batching (``generate_batch``)."""
     model = transformers_model(llm)
     per_token = kv_bytes_per_token(llm.engine.decoder.kv_spec())

@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.load import Server
-from paged_infer.bench.scheduling.policies import Contender
+from paged_infer.bench.load import SteppedSystem
+from paged_infer.bench.scheduling.policies import PolicyOptions
 
 TOKENS_BEFORE = 24  # of each running request, before the prompt arrives
 TOKENS_AFTER = 24  # of the long request, so that the picture shows how it goes on
@@ -61,21 +61,21 @@ class ArrivalReport:
         return cls(**fields)
 
 
-def contenders(num_prompt_tokens: int, chunks: ReadOnlyList[int]) -> list[Contender]:
+def contenders(num_prompt_tokens: int, chunks: ReadOnlyList[int]) -> list[PolicyOptions]:
     """Prefill-first, which computes the prompt at one go, and chunked with several sizes of a step."""
-    chunked = [Contender(f"chunked, {size} tokens a step", "chunked", size) for size in chunks]
+    chunked = [PolicyOptions(f"chunked, {size} tokens a step", "chunked", size) for size in chunks]
     whole_tokens = longest_sequence(chunked, 0, num_prompt_tokens)
-    return [Contender("whole prompt (prefill_first)", "prefill_first", whole_tokens), *chunked]
+    return [PolicyOptions("whole prompt (prefill_first)", "prefill_first", whole_tokens), *chunked]
 
 
-def longest_sequence(chosen: Iterable[Contender], num_running: int, num_prompt_tokens: int) -> int:
+def longest_sequence(chosen: Iterable[PolicyOptions], num_running: int, num_prompt_tokens: int) -> int:
     """Tokens of the prompt and what follows it, or of a running request that goes on during all its chunks."""
     spare = min((one.max_num_batched_tokens - num_running for one in chosen), default=num_prompt_tokens)
     num_steps = TOKENS_BEFORE + TOKENS_AFTER + num_prompt_tokens // max(1, spare)
     return max(num_prompt_tokens, RUNNING_PROMPT + num_steps) + 2 * TOKENS_AFTER
 
 
-def check_chunks(chosen: Iterable[Contender], num_running: int) -> None:
+def check_chunks(chosen: Iterable[PolicyOptions], num_running: int) -> None:
     """Raises ValueError where the running requests would take a step's every token."""
     smallest = min(one.max_num_batched_tokens for one in chosen)
     if smallest < 2 * num_running:
@@ -85,7 +85,7 @@ def check_chunks(chosen: Iterable[Contender], num_running: int) -> None:
 
 
 def watch_arrival(
-    contender: Contender, server: Server, num_running: int, num_prompt_tokens: int, max_tokens: int
+    contender: PolicyOptions, server: SteppedSystem, num_running: int, num_prompt_tokens: int, max_tokens: int
 ) -> ArrivalRun:
     """Let ``num_running`` short requests decode, submit the long one, and go on until it has decoded for a while.
 
@@ -122,7 +122,7 @@ def watch_arrival(
 
 
 def compare_arrivals(
-    servers: Mapping[Contender, Server],
+    servers: Mapping[PolicyOptions, SteppedSystem],
     num_running: int,
     num_prompt_tokens: int,
     served_by: str,

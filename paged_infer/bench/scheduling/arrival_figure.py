@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 
 from paged_infer.bench.scheduling.arrival import ArrivalReport, ArrivalRun
 from paged_infer.bench.scheduling.policies_figure import log_heights
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
-CHUNKED_COLOURS = (RUNG_COLOURS["paged"], "#7db3d8", "#173f5f")
+CHUNKED_COLOURS = (BASELINE_COLOURS["paged"], "#7db3d8", "#173f5f")
 
 
 def arrival_figure(report: ArrivalReport) -> Picture:
@@ -18,7 +18,7 @@ def arrival_figure(report: ArrivalReport) -> Picture:
     chunked = iter(CHUNKED_COLOURS * len(report.runs))
     for run in report.runs:
         whole = run.max_num_batched_tokens >= report.num_prompt_tokens
-        _draw(axes, run, RUNG_COLOURS["static"] if whole else next(chunked))
+        _draw(axes, run, BASELINE_COLOURS["static"] if whole else next(chunked))
     log_heights(axes)
     axes.set_xlabel("seconds since the prompt arrived (a dot: its first token)", fontsize=8.5, color=INK)
     axes.set_title("longest wait of a running request for its next token, ms", fontsize=9, color=INK, loc="left")

@@ -15,13 +15,13 @@ from paged_infer.bench.scheduling.memory_waste import (
     MemoryReport,
     SharingReport,
 )
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
 PART_COLOURS = {
-    "tokens": RUNG_COLOURS["paged"],
-    "reserved": RUNG_COLOURS["cached"],
-    "internal": RUNG_COLOURS["static"],
-    "external": RUNG_COLOURS["naive"],
+    "tokens": BASELINE_COLOURS["paged"],
+    "reserved": BASELINE_COLOURS["cached"],
+    "internal": BASELINE_COLOURS["static"],
+    "external": BASELINE_COLOURS["naive"],
 }
 PART_NAMES = {
     "tokens": "holds tokens",
@@ -29,7 +29,7 @@ PART_NAMES = {
     "internal": "asked for, never used",
     "external": "nobody's: holes, rounding",
 }
-DATASET_COLOURS = {"ShareGPT-like": RUNG_COLOURS["paged"], "Alpaca-like": RUNG_COLOURS["static"]}
+DATASET_COLOURS = {"ShareGPT-like": BASELINE_COLOURS["paged"], "Alpaca-like": BASELINE_COLOURS["static"]}
 OURS, PAPER = 0.44, 0.2  # heights of the bars
 FAINTER = 0.55
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from paged_infer.bench.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, Dataset, RequestLengths
-from paged_infer.bench.model_free import Crowd, carry_out
+from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.bench.scheduling.reservations import RESERVATIONS, MemoryUse, reserve_contiguously
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
@@ -108,7 +108,7 @@ class PagedRun:
         self.use = MemoryUse()
         self.table_blocks = 0  # of all tables, summed over the measured steps: what there would be without sharing
         self.held_blocks = 0
-        crowd = Crowd(MAX_MODEL_LEN)
+        crowd = RequestFactory(MAX_MODEL_LEN)
         for request in requests:
             self.scheduler.add(crowd.request(request))
         num_ended, num_to_end = 0, sum(request.num_samples for request in requests) / 2

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from paged_infer.bench.load import Arrival, EngineServer, Server, SimulatedServer, StepCost, poisson_arrivals, serve
+from paged_infer.bench.load import (
+    Arrival,
+    EngineSystem,
+    SimulatedSystem,
+    StepCost,
+    SteppedSystem,
+    poisson_arrivals,
+    serve,
+)
 from paged_infer.bench.metrics import TokenTimes, quantile
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
@@ -19,7 +27,7 @@ GAP_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998,
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class PolicyOptions:
     """A policy and its options, named as in the table."""
 
     name: str
@@ -95,30 +103,30 @@ class PoliciesReport:
         return cls(**fields)
 
 
-def contenders(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) -> list[Contender]:
+def contenders(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) -> list[PolicyOptions]:
     """Every policy there is; those that do not chunk need a step that holds a whole prompt."""
     return [
-        Contender("static", "static", whole_tokens),
-        Contender("dynamic", "dynamic", whole_tokens),
-        *(Contender(f"prefill_first, delay {delay:g}", "prefill_first", whole_tokens, delay) for delay in delays),
-        Contender("chunked", "chunked", chunk_tokens),
+        PolicyOptions("static", "static", whole_tokens),
+        PolicyOptions("dynamic", "dynamic", whole_tokens),
+        *(PolicyOptions(f"prefill_first, delay {delay:g}", "prefill_first", whole_tokens, delay) for delay in delays),
+        PolicyOptions("chunked", "chunked", chunk_tokens),
     ]
 
 
 def simulated(
-    contender: Contender, cost: StepCost, max_num_seqs: int, max_model_len: int, num_blocks: int | None = None
-) -> SimulatedServer:
+    contender: PolicyOptions, cost: StepCost, max_num_seqs: int, max_model_len: int, num_blocks: int | None = None
+) -> SimulatedSystem:
     """A pool that holds ``max_num_seqs`` sequences of ``max_model_len`` tokens unless told otherwise."""
     policy = make_policy(contender.policy, contender.delay_factor)
     check_budget(policy, contender.max_num_batched_tokens, max_model_len)
     manager = BlockManager(num_blocks or max_num_seqs * -(-max_model_len // 16), 16)
     scheduler = Scheduler(manager, max_num_seqs, contender.max_num_batched_tokens, policy=policy)
-    return SimulatedServer(scheduler, cost, max_model_len)
+    return SimulatedSystem(scheduler, cost, max_model_len)
 
 
 def served_by_model(
-    contender: Contender, max_num_seqs: int, model: str | Path | None = None, **options: Any
-) -> EngineServer:
+    contender: PolicyOptions, max_num_seqs: int, model: str | Path | None = None, **options: Any
+) -> EngineSystem:
     """A fresh engine, run warm on a few requests."""
     from paged_infer.cli_options import open_llm
 
@@ -130,13 +138,13 @@ def served_by_model(
         max_num_seqs=max_num_seqs,
         **options,
     )
-    server = EngineServer(llm.engine)
+    server = EngineSystem(llm.engine)
     longest = min(contender.max_num_batched_tokens, llm.engine.memory.max_model_len) // 2
     serve(server, poisson_arrivals(4, 1000.0, (longest, longest), (4, 4), seed=-1))
     return server
 
 
-def report_policy(contender: Contender, times: ReadOnlyList[TokenTimes]) -> PolicyReport:
+def report_policy(contender: PolicyOptions, times: ReadOnlyList[TokenTimes]) -> PolicyReport:
     gaps = sorted(gap for one in times for gap in one.gaps_s[1:])
     if not gaps:
         raise ValueError("no request has a third token: nothing to say about gaps")
@@ -159,7 +167,11 @@ def report_policy(contender: Contender, times: ReadOnlyList[TokenTimes]) -> Poli
 
 
 def compare_policies(
-    load: Load, max_num_seqs: int, servers: Mapping[Contender, Server], served_by: str, machine: dict[str, Any]
+    load: Load,
+    max_num_seqs: int,
+    servers: Mapping[PolicyOptions, SteppedSystem],
+    served_by: str,
+    machine: dict[str, Any],
 ) -> PoliciesReport:
     """Serve the load with each, one after the other."""
     arrivals = load.arrivals()

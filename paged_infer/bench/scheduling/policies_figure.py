@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from paged_infer.bench.scheduling.policies import GAP_QUANTILES, PoliciesReport, PolicyReport
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
 POLICY_COLOURS = {
-    "static": RUNG_COLOURS["static"],
-    "dynamic": RUNG_COLOURS["cached"],
-    "prefill_first": RUNG_COLOURS["transformers"],
-    "chunked": RUNG_COLOURS["paged"],
+    "static": BASELINE_COLOURS["static"],
+    "dynamic": BASELINE_COLOURS["cached"],
+    "prefill_first": BASELINE_COLOURS["transformers"],
+    "chunked": BASELINE_COLOURS["paged"],
 }
 LAST = 3e-4  # where the longest gap of all is drawn
 DELAYED = ("-", "--", ":", "-.")  # the same policy with another delay

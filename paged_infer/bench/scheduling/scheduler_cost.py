@@ -20,7 +20,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import Crowd
+from paged_infer.bench.model_free import RequestFactory
 from paged_infer.control.blocks.hashing import extend_chain, root_hash
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
@@ -85,13 +85,13 @@ class ControlReport:
         return max(pool.trace_ms for pool in self.pools) / self.step_ms
 
 
-class House:
+class FullScheduler:
     """A scheduler whose ``num_seqs`` places are taken in every step."""
 
     def __init__(self, num_blocks: int, num_seqs: int, seed: int, *, traced: bool) -> None:
         self.num_seqs = num_seqs
         self._rng = random.Random(seed)
-        self._crowd = Crowd(MAX_MODEL_LEN)
+        self._crowd = RequestFactory(MAX_MODEL_LEN)
         self._beginnings = [[10 + topic] * 2 * BLOCK_SIZE for topic in range(8)]
         self.num_blocks = num_blocks
         num_running = int(BLOCKS_A_SEQUENCE * num_seqs)
@@ -144,7 +144,10 @@ class House:
 
 def measure_pools(num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, seed: int) -> list[PoolReport]:
     """Each pool plain and traced, all of them one step after the other, so that they meet the same load."""
-    houses = [(House(n, num_seqs, seed, traced=False), House(n, num_seqs, seed, traced=True)) for n in num_blocks]
+    houses = [
+        (FullScheduler(n, num_seqs, seed, traced=False), FullScheduler(n, num_seqs, seed, traced=True))
+        for n in num_blocks
+    ]
     for pair in houses:
         for house in pair:
             house.open()
@@ -161,7 +164,9 @@ def measure_pools(num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, 
     ]
 
 
-def _report(house: House, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]) -> PoolReport:
+def _report(
+    house: FullScheduler, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]
+) -> PoolReport:
     num_steps = len(plain_s)
     evictions, hits, preemptions = (now - then for now, then in zip(house.report_counts(), before, strict=True))
     return PoolReport(
@@ -191,7 +196,7 @@ def measure_lookups(prompts: ReadOnlyList[int] = PROMPTS, repeats: int = 15) -> 
         first, more = [], []
         for _ in range(repeats):
             lengths = RequestLengths(num_tokens, 2 * BLOCK_SIZE)
-            (sequence,) = Crowd(MAX_MODEL_LEN).request(lengths, prefix=tokens)
+            (sequence,) = RequestFactory(MAX_MODEL_LEN).request(lengths, prefix=tokens)
             sequence.token_ids[-1] = tokens[num_tokens - 1]
             began = time.perf_counter()
             found = manager.find_prefix(sequence.hash_chain(BLOCK_SIZE))

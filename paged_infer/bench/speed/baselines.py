@@ -14,13 +14,13 @@ from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 
-Contender = Callable[[Workload], Run]
+System = Callable[[Workload], Run]
 
 
-def our_rungs(llm: LLM) -> dict[str, Contender]:
+def our_baselines(llm: LLM) -> dict[str, System]:
     """naive, cached, static and paged on the weights of ``llm``."""
 
-    def baseline(generate: Callable[..., list[RequestOutput]]) -> Contender:
+    def baseline(generate: Callable[..., list[RequestOutput]]) -> System:
         def run(workload: Workload) -> Run:
             usage = KVUsage()
             start = time.perf_counter()
@@ -46,7 +46,7 @@ def our_rungs(llm: LLM) -> dict[str, Contender]:
     }
 
 
-def transformers_rungs(llm: LLM) -> dict[str, Contender]:
+def transformers_baselines(llm: LLM) -> dict[str, System]:
     """transformers' ``generate`` on the same weights: requests one after the other, and in one left-padded batch."""
     from paged_infer.bench.peers.transformers_peers import transformers_peers
 

@@ -16,7 +16,7 @@ from paged_infer.bench.options import Common, Peers
 from paged_infer.cli_options import fail, with_blocks
 
 if TYPE_CHECKING:
-    from paged_infer.bench.speed.baselines import Contender
+    from paged_infer.bench.speed.baselines import System
     from paged_infer.bench.speed.ladder import LadderReport
     from paged_infer.bench.speed.measure import Bench, SpeedReport
     from paged_infer.bench.workloads import Workload
@@ -166,13 +166,13 @@ def ladder(
     transformers' one request at a time is the reference; it is slow, and runs once. Exits with status 1 if tokens
     differ in float32, where they must not.
     """
-    from paged_infer.bench.speed.baselines import our_rungs
+    from paged_infer.bench.speed.baselines import our_baselines
     from paged_infer.bench.workloads import random_lengths
 
     names = peer or ["static", "generate_batch"]
     with errors(), common.open_with_peers(2 * longest, ["generate", *names], ()) as (llm, peers):
         workload = random_lengths(llm, num_requests, shortest, longest, common.seed)
-        rungs = {**our_rungs(llm), **peers}
+        rungs = {**our_baselines(llm), **peers}
         if not slow_rungs:
             del rungs["naive"], rungs["cached"]
         report = run_with_progress(rungs, workload, llm.name, common.repeats)
@@ -186,7 +186,7 @@ def ladder(
         raise typer.Exit(1)
 
 
-def run_with_progress(rungs: dict[str, Contender], workload: Workload, model: str, repeats: int) -> LadderReport:
+def run_with_progress(rungs: dict[str, System], workload: Workload, model: str, repeats: int) -> LadderReport:
     """``run_ladder`` with a bar that names the rung that ran last."""
     from paged_infer.bench.speed.ladder import run_ladder
 
@@ -226,7 +226,7 @@ def _on_gpu(common: Common) -> bool:
     return common.device != "cpu" and torch.cuda.is_available()
 
 
-def _engine(llm: LLM) -> dict[str, Contender]:
+def _engine(llm: LLM) -> dict[str, System]:
     from paged_infer.bench.speed.engine_runs import watched_engine
     from paged_infer.bench.speed.measure import ENGINE
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import replace
 
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.load import Arrival, EngineServer, serve
+from paged_infer.bench.load import Arrival, EngineSystem, serve
 from paged_infer.bench.metrics import Run
-from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.baselines import System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
 from paged_infer.control.request import Sequence
@@ -20,7 +20,7 @@ from paged_infer.llm import LLM
 _RUNS = itertools.count()
 
 
-class WorkloadServer(EngineServer):
+class WorkloadSystem(EngineSystem):
     """Submits a workload's own requests, in their order."""
 
     def __init__(self, engine: LLMEngine, workload: Workload) -> None:
@@ -44,7 +44,7 @@ def run_engine(
     """
     engine.usage = KVUsage()
     before = replace(engine.scheduler.stats)
-    server = WorkloadServer(engine, workload)
+    server = WorkloadSystem(engine, workload)
     moments = arrive_s or [0.0] * len(workload.prompts)
     arrivals = [
         Arrival(at_s, RequestLengths(len(prompt), params.max_tokens or 0))
@@ -68,6 +68,6 @@ def run_engine(
     )
 
 
-def watched_engine(llm: LLM) -> Contender:
+def watched_engine(llm: LLM) -> System:
     """The engine as a contender: every request there from the start."""
     return lambda workload: run_engine(llm.engine, workload)

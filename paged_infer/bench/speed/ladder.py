@@ -11,7 +11,7 @@ from typing import Any
 
 from paged_infer.bench.machine import describe_machine
 from paged_infer.bench.metrics import Run
-from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.baselines import System
 from paged_infer.bench.workloads import Workload
 
 REFERENCE = "transformers"
@@ -79,7 +79,7 @@ class LadderReport:
 
 
 def run_ladder(
-    rungs: Mapping[str, Contender],
+    rungs: Mapping[str, System],
     workload: Workload,
     model: str,
     repeats: int = 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from paged_infer.bench.speed.ladder import LadderReport, RungReport
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
 MIB = 2**20
 
@@ -53,4 +53,4 @@ def _memory_label(rung: RungReport, peak_mib: float) -> str:
 
 
 def _colour(name: str) -> str:
-    return RUNG_COLOURS.get(name, INK)
+    return BASELINE_COLOURS.get(name, INK)

@@ -14,7 +14,7 @@ from paged_infer.bench.load import poisson_moments
 from paged_infer.bench.machine import describe_machine
 from paged_infer.bench.metrics import Metrics, Run
 from paged_infer.bench.roofline import Roofline
-from paged_infer.bench.speed.baselines import Contender
+from paged_infer.bench.speed.baselines import System
 from paged_infer.bench.speed.engine_runs import run_engine
 from paged_infer.bench.speed.step_spans import cuda_busy_s
 from paged_infer.bench.workloads import Workload
@@ -102,7 +102,7 @@ class Bench:
     on_run: Callable[[str], None] = lambda name: None
     machine: dict[str, Any] = field(default_factory=describe_machine)
 
-    def throughput(self, contenders: Mapping[str, Contender], workload: Workload) -> SpeedReport:
+    def throughput(self, contenders: Mapping[str, System], workload: Workload) -> SpeedReport:
         """All requests at once. Each contender's tokens are looked at first, which warms it up too."""
         same = self._check(contenders, workload)
         runs = interleave(contenders, workload, self.repeats, self.on_run)
@@ -114,7 +114,7 @@ class Bench:
         ]
         return self.report("throughput", workload, floor, entries)
 
-    def latency(self, contenders: Mapping[str, Contender], workload: Workload) -> SpeedReport:
+    def latency(self, contenders: Mapping[str, System], workload: Workload) -> SpeedReport:
         """One request, again and again: the very first run of each contender, then the settled ones."""
         firsts = {name: contender(workload) for name, contender in contenders.items()}
         runs = interleave(contenders, workload, self.repeats, self.on_run)
@@ -145,7 +145,7 @@ class Bench:
         """
         engine = self.llm.engine
         run_engine(engine, workload.sample(max(clients), CHECKED_TOKENS))  # warm
-        closed: dict[str, Contender] = {
+        closed: dict[str, System] = {
             f"{n} client{'s' * (n > 1)}": partial(run_engine, engine, num_clients=n) for n in clients
         }
         runs = interleave(closed, workload, self.repeats, self.on_run)
@@ -157,15 +157,13 @@ class Bench:
         served_per_s = len(workload.prompts) / entries[-1].metrics.seconds
         per_s = {f"{r:.3g} a second": r for r in rates or [share * served_per_s for share in rate_shares]}
         moments = {name: poisson_moments(len(workload.prompts), r, workload.seed) for name, r in per_s.items()}
-        opened: dict[str, Contender] = {
-            name: partial(run_engine, engine, arrive_s=when) for name, when in moments.items()
-        }
+        opened: dict[str, System] = {name: partial(run_engine, engine, arrive_s=when) for name, when in moments.items()}
         for name, its_runs in interleave(opened, workload, self.repeats, self.on_run).items():
             right = gave_all(its_runs, workload)
             entries.append(Entry.of(name, its_runs, None, same_counts=right, load=per_s[name]))
         return self.report("load", workload, None, entries)
 
-    def _check(self, contenders: Mapping[str, Contender], workload: Workload) -> dict[str, bool | None]:
+    def _check(self, contenders: Mapping[str, System], workload: Workload) -> dict[str, bool | None]:
         sample = workload.sample(CHECKED_REQUESTS, CHECKED_TOKENS)
         said = {name: contender(sample).token_ids for name, contender in contenders.items()}
         if len(said) == 1:
@@ -208,7 +206,7 @@ class Bench:
 
 
 def interleave(
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, System],
     workload: Workload,
     repeats: int,
     on_run: Callable[[str], None] = lambda name: None,

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from paged_infer.bench.metrics import Percentiles
 from paged_infer.bench.scheduling.policies_figure import log_heights
 from paged_infer.bench.speed.measure import Entry, SpeedReport
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
-WHOLE, STREAMED, OPEN = RUNG_COLOURS["paged"], "#6fa8d6", RUNG_COLOURS["nano-vllm"]
+WHOLE, STREAMED, OPEN = BASELINE_COLOURS["paged"], "#6fa8d6", BASELINE_COLOURS["nano-vllm"]
 
 
 def serving_figure(report: SpeedReport) -> Picture:
@@ -63,7 +63,7 @@ def _series(report: SpeedReport, kind: str) -> dict[str, list[Entry]]:
 
 def _colour(name: str, index: int) -> str:
     """The server's first two lines in its own colour; another's in that of its rung."""
-    return RUNG_COLOURS.get(name.split()[0], (WHOLE, STREAMED)[min(index, 1)])
+    return BASELINE_COLOURS.get(name.split()[0], (WHOLE, STREAMED)[min(index, 1)])
 
 
 def _waits(

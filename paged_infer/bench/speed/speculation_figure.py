@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from paged_infer.bench.speed.measure import SpeedReport
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
-COLOURS = (RUNG_COLOURS["paged"], RUNG_COLOURS["cached"], RUNG_COLOURS["static"], RUNG_COLOURS["naive"])
+COLOURS = (BASELINE_COLOURS["paged"], BASELINE_COLOURS["cached"], BASELINE_COLOURS["static"], BASELINE_COLOURS["naive"])
 
 
 def speculation_figure(report: SpeedReport) -> Picture:

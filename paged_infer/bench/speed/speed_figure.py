@@ -9,9 +9,9 @@ from paged_infer.bench.scheduling.policies_figure import log_heights
 from paged_infer.bench.speed.measure import Entry, SpeedReport
 from paged_infer.bench.speed.serving_figure import serving_figure
 from paged_infer.bench.speed.speculation_figure import speculation_figure
-from paged_infer.viz.style import FAINT, INK, RUNG_COLOURS, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 
-CLOSED, OPEN = RUNG_COLOURS["paged"], RUNG_COLOURS["cached"]
+CLOSED, OPEN = BASELINE_COLOURS["paged"], BASELINE_COLOURS["cached"]
 
 
 def speed_figure(report: SpeedReport) -> Picture:
@@ -28,8 +28,8 @@ def _contenders_figure(report: SpeedReport) -> Picture:
     figure = new_picture(7.6, 0.46 * len(report.entries) + 1.3)
     speed, waiting = figure.subplots(1, 2, sharey=True)
     names = [entry.name for entry in report.entries]
-    usual = RUNG_COLOURS["paged"] if report.command == "optimisations" else INK  # all of them are the engine
-    colours = [RUNG_COLOURS.get(name, usual) for name in names]
+    usual = BASELINE_COLOURS["paged"] if report.command == "optimisations" else INK  # all of them are the engine
+    colours = [BASELINE_COLOURS.get(name, usual) for name in names]
     rates = [entry.metrics.output_tokens_per_s for entry in report.entries]
     bars = speed.barh(names, rates, color=colours)
     labels = [_rate_label(entry) for entry in report.entries]

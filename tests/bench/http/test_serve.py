@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from paged_infer import LLM, AsyncLLM
 from paged_infer.bench.http import client as http_load
 from paged_infer.bench.http.client import Job, ask
-from paged_infer.bench.http.http_bench import OFFLINE, HttpBench, Target, bounds
+from paged_infer.bench.http.http_bench import OFFLINE, HttpBench, HttpSystem, bounds
 from paged_infer.bench.http.naive_server import create_app as naive_app
 from paged_infer.bench.metrics import Metrics, Percentiles
 from paged_infer.bench.roofline import Roofline
@@ -72,9 +72,9 @@ def naive(llm: LLM) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def target(served: str) -> Iterator[Target]:
+def target(served: str) -> Iterator[HttpSystem]:
     with ThreadPoolExecutor(1) as client:  # a process of its own is for the command
-        yield Target(client, served, "storyteller")
+        yield HttpSystem(client, served, "storyteller")
 
 
 @pytest.fixture
@@ -86,9 +86,11 @@ def body(prompt: str = "Once", **others: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, **others}
 
 
-def test_everybody_gives_the_texts_of_llm_generate(llm: LLM, target: Target, naive: str, workload: Workload) -> None:
+def test_everybody_gives_the_texts_of_llm_generate(
+    llm: LLM, target: HttpSystem, naive: str, workload: Workload
+) -> None:
     order: list[str] = []
-    slow = Target(target.client, naive, "storyteller")
+    slow = HttpSystem(target.client, naive, "storyteller")
     bench = HttpBench(target, workload, 2, order.append, Bench(llm, ROOF, 2), ("cached rung", slow))
     report = bench.report([1, 2], None, [0.5])
     names = [entry.name for entry in report.entries]
@@ -101,24 +103,24 @@ def test_everybody_gives_the_texts_of_llm_generate(llm: LLM, target: Target, nai
 
 
 def test_another_text_and_a_missing_token_are_found_out(
-    llm: LLM, target: Target, workload: Workload, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, target: HttpSystem, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Target.run
+    real = HttpSystem.run
 
-    def corrupted(self: Target, *arguments: Any, **options: Any) -> Any:
+    def corrupted(self: HttpSystem, *arguments: Any, **options: Any) -> Any:
         run = real(self, *arguments, **options)
         run.texts[0] += "!"
         run.times[-1].num_output -= 1
         return run
 
-    monkeypatch.setattr(Target, "run", corrupted)
+    monkeypatch.setattr(HttpSystem, "run", corrupted)
     bench = HttpBench(target, workload, 1, lambda name: None, Bench(llm, ROOF, 1))
     report = bench.report([2], [100.0], [])
     wrong = report["2 clients"]
     assert wrong.same_tokens is False and wrong.same_counts is False and not report.is_right
 
 
-def test_only_a_streamed_answer_tells_when_it_began(target: Target, workload: Workload) -> None:
+def test_only_a_streamed_answer_tells_when_it_began(target: HttpSystem, workload: Workload) -> None:
     streamed = Metrics.of(target.run(workload, stream=True, num_clients=2), None)
     whole = Metrics.of(target.run(workload, stream=False, num_clients=2), None)
     assert streamed.ttft_s is not None and streamed.tpot_s is not None and streamed.latency_s is not None
@@ -149,7 +151,7 @@ def test_a_streamed_answer_begins_with_its_first_piece_and_ends_with_its_last(mo
     assert asyncio.run(complete()) == http_load.Reply(0.5, 1.0, 3.0, 3, "Once upon a time")
 
 
-def test_a_closed_loop_never_has_more_requests_than_clients(target: Target, workload: Workload) -> None:
+def test_a_closed_loop_never_has_more_requests_than_clients(target: HttpSystem, workload: Workload) -> None:
     times = target.run(workload, stream=False, num_clients=2).times
     moments = sorted({one.arrived_s for one in times})
     for moment in moments:
@@ -157,13 +159,13 @@ def test_a_closed_loop_never_has_more_requests_than_clients(target: Target, work
     assert len(moments) > 2
 
 
-def test_an_open_loop_counts_from_when_a_request_was_due(target: Target, workload: Workload) -> None:
+def test_an_open_loop_counts_from_when_a_request_was_due(target: HttpSystem, workload: Workload) -> None:
     due = [0.0, 0.001, 0.05, 0.1]
     times = target.run(workload, stream=True, arrive_s=due).times
     assert [one.arrived_s for one in times] == pytest.approx(due)
 
 
-def test_no_run_reads_the_prefixes_of_an_earlier_one(target: Target, llm: LLM) -> None:
+def test_no_run_reads_the_prefixes_of_an_earlier_one(target: HttpSystem, llm: LLM) -> None:
     long = random_lengths(llm, num_requests=1, shortest=40, longest=40, seed=3)
     replies = [target.client.submit(ask, Job(target.url, None, target._bodies(long, True))) for _ in range(2)]
     assert replies[0].result().replies[0].text == replies[1].result().replies[0].text
@@ -197,7 +199,7 @@ def test_the_naive_server_refuses_by_name_what_it_cannot_do(naive: str, field: s
         ask(Job(naive, None, [body(**{field: value})]))
 
 
-def test_the_servers_own_count_of_its_loops_delays_is_read(target: Target, workload: Workload) -> None:
+def test_the_servers_own_count_of_its_loops_delays_is_read(target: HttpSystem, workload: Workload) -> None:
     delays = target.run(workload, stream=True, arrive_s=[0.0, 0.05, 0.1, 0.15]).loop_delay_s
     assert delays is not None and 0 < delays.p50 <= delays.p90 <= delays.p99
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from paged_infer.bench.scheduling.scheduler_cost import FULL, House, measure_lookups, measure_pools
+from paged_infer.bench.scheduling.scheduler_cost import FULL, FullScheduler, measure_lookups, measure_pools
 from paged_infer.cli import app
 from paged_infer.control.blocks import hashing as block_hash
 
@@ -34,7 +34,7 @@ def test_pools_are_as_full_as_they_are_said_to_be(pools):
 
 def test_every_block_taken_of_a_full_pool_evicts_one():
     """Until the first sequences end, all that is free is cached."""
-    house = House(2000, 16, 0, traced=False)
+    house = FullScheduler(2000, 16, 0, traced=False)
     num_free = house.scheduler.manager.pool.num_free
     house.step()
     num_taken = num_free - house.scheduler.manager.pool.num_free
@@ -42,7 +42,7 @@ def test_every_block_taken_of_a_full_pool_evicts_one():
 
 
 def test_all_places_are_taken_in_every_step_and_the_books_are_in_order():
-    house = House(2000, 16, 0, traced=True)
+    house = FullScheduler(2000, 16, 0, traced=True)
     house.open()
     for _ in range(50):
         house.step()

@@ -7,11 +7,11 @@ from typer.testing import CliRunner
 
 from paged_infer import LLM
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.load import Arrival, EngineServer, StepCost, poisson_arrivals, serve
+from paged_infer.bench.load import Arrival, EngineSystem, StepCost, poisson_arrivals, serve
 from paged_infer.bench.metrics import quantile
 from paged_infer.bench.scheduling.arrival import ArrivalReport
 from paged_infer.bench.scheduling.measure import COST, run_arrival, run_policies
-from paged_infer.bench.scheduling.policies import Contender, PoliciesReport, simulated
+from paged_infer.bench.scheduling.policies import PoliciesReport, PolicyOptions, simulated
 from paged_infer.cli import app
 
 
@@ -63,14 +63,14 @@ def test_the_same_seed_gives_the_same_report_and_its_json_too(report, tmp_path):
 def test_every_policy_serves_every_token_of_every_request():
     arrivals = poisson_arrivals(30, 20.0, (1, 60), (1, 20), seed=4)
     for policy in ("static", "dynamic", "prefill_first", "chunked"):
-        times = serve(simulated(Contender(policy, policy, 128), COST, 8, 128), arrivals)
+        times = serve(simulated(PolicyOptions(policy, policy, 128), COST, 8, 128), arrivals)
         assert [len(one.token_s) for one in times] == [one.lengths.num_output for one in arrivals]
         assert all(one.token_s == sorted(one.token_s) and one.ttft_s > 0 for one in times)
 
 
 def test_the_clock_moves_by_what_steps_cost_and_waits_for_who_comes():
     arrivals = [Arrival(0.0, RequestLengths(10, 3)), Arrival(5.0, RequestLengths(4, 1))]
-    first, second = serve(simulated(Contender("chunked", "chunked", 64), StepCost(1.0, 0.01), 4, 64), arrivals)
+    first, second = serve(simulated(PolicyOptions("chunked", "chunked", 64), StepCost(1.0, 0.01), 4, 64), arrivals)
     assert first.token_s == pytest.approx([1.10, 2.11, 3.12])
     assert second.token_s == pytest.approx([6.04])
 
@@ -78,7 +78,7 @@ def test_the_clock_moves_by_what_steps_cost_and_waits_for_who_comes():
 def test_an_engine_is_served_the_same_trace(make_llm):
     llm: LLM = make_llm(max_num_batched_tokens=64, max_model_len=64)
     arrivals = poisson_arrivals(6, 500.0, (3, 20), (2, 6), seed=1)
-    times = serve(EngineServer(llm.engine), arrivals)
+    times = serve(EngineSystem(llm.engine), arrivals)
     assert [len(one.token_s) for one in times] == [one.lengths.num_output for one in arrivals]
     llm.check_integrity()
 

@@ -9,7 +9,7 @@ from checkpoints import save_random_checkpoint
 from typer.testing import CliRunner
 
 from paged_infer import LLM
-from paged_infer.bench.speed.baselines import our_rungs, transformers_rungs
+from paged_infer.bench.speed.baselines import our_baselines, transformers_baselines
 from paged_infer.bench.speed.ladder import LadderReport, run_ladder
 from paged_infer.bench.workloads import random_lengths, story_beginnings
 from paged_infer.cli import app
@@ -22,7 +22,7 @@ def llm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rungs(llm):
-    return {**our_rungs(llm), **transformers_rungs(llm)}
+    return {**our_baselines(llm), **transformers_baselines(llm)}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from paged_infer.bench.speed.ladder import LadderReport, RungReport
 from paged_infer.bench.speed.ladder_figure import ladder_figure
-from paged_infer.viz.style import RUNG_COLOURS
+from paged_infer.viz.style import BASELINE_COLOURS
 
 
 def report(same_tokens: bool = True) -> LadderReport:
@@ -30,7 +30,7 @@ def test_bars_are_as_long_as_the_numbers():
 
 def test_each_rung_has_its_own_colour():
     speed, _ = ladder_figure(report()).axes
-    assert len(set(RUNG_COLOURS.values())) == len(RUNG_COLOURS)
+    assert len(set(BASELINE_COLOURS.values())) == len(BASELINE_COLOURS)
     assert len({patch.get_facecolor() for patch in speed.patches}) == 3
 
 

@@ -55,7 +55,8 @@ def compare(
     """
     try:
         llm = engine.open(model)
-        from paged_infer.bench.speed.baselines import our_baselines, transformers_baselines
+        from paged_infer.bench.peers.transformers_peers import transformers_baselines
+        from paged_infer.bench.speed.baselines import our_baselines
         from paged_infer.bench.workloads import story_beginnings
 
         workload = story_beginnings(llm, num_prompts, max_tokens, seed)

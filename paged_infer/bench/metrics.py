@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from paged_infer.bench.floor import Floor
+from paged_infer.bench.workloads import Workload
 from paged_infer.engine.kv_usage import KVUsage
 
 
@@ -109,6 +110,7 @@ class Run:
         return self.usage.fill if self.usage is not None and self.usage.slot_steps else None
 
 
+System = Callable[[Workload], Run]  # the system under test (MLPerf's term): serves a workload, and is clocked
 # Metrics that are something over the run's seconds, the same something in every repeat.
 PER_SECOND = ("output_tokens_per_s", "total_tokens_per_s", "mbu", "mfu", "floor_share")
 

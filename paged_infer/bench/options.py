@@ -14,7 +14,7 @@ from paged_infer.bench.shapes import SHAPES, folder_of
 from paged_infer.cli_options import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
 
 if TYPE_CHECKING:
-    from paged_infer.bench.speed.baselines import System
+    from paged_infer.bench.metrics import System
     from paged_infer.llm import LLM
 
 BenchModel = Annotated[

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.legend_handler import HandlerTuple
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 BASELINE_COLOURS = {
     "naive": "#b0b7c3",
@@ -43,6 +45,14 @@ class Picture(Figure):
 def new_picture(width_in: float = 7.0, height_in: float = 3.0) -> Picture:
     """An empty picture of that size in inches, at 100 dots an inch."""
     return Picture(figsize=(width_in, height_in), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def log_heights(axes: Axes) -> None:
+    """A logarithmic y axis whose marks are plain numbers: 10, 30, 100, 300."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def add_key(figure: FigureBase, title: str, entries: Sequence[tuple[Any, str]]) -> None:

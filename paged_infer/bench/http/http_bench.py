@@ -20,8 +20,8 @@ from typing import Any
 from paged_infer.bench.http.client import Job, Replies, ask
 from paged_infer.bench.load import poisson_moments
 from paged_infer.bench.machine import describe_machine
-from paged_infer.bench.metrics import Percentiles, Run, TokenTimes
-from paged_infer.bench.speed.baselines import System, our_baselines
+from paged_infer.bench.metrics import Percentiles, Run, System, TokenTimes
+from paged_infer.bench.speed.baselines import our_baselines
 from paged_infer.bench.speed.measure import CHECKED_TOKENS, Bench, Entry, SpeedReport, gave_all, interleave, lengths
 from paged_infer.bench.workloads import Workload
 

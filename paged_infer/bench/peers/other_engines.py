@@ -19,8 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from paged_infer.bench.metrics import Run, TokenTimes
-from paged_infer.bench.speed.baselines import System
+from paged_infer.bench.metrics import Run, System, TokenTimes
 from paged_infer.bench.workloads import Workload
 
 MODULES = {"vllm": "vllm", "nano-vllm": "nanovllm", "mini-sglang": "minisgl"}

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from paged_infer.bench.metrics import System
 from paged_infer.bench.peers.other_engines import MODULES, PeerOptions, check_importable, engine_peers, save_for_peers
-from paged_infer.bench.speed.baselines import System
 from paged_infer.llm import LLM
 
 # Short names, and the names in tables and pictures.

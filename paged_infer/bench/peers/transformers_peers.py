@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from paged_infer.bench.metrics import Run, TokenTimes
-from paged_infer.bench.speed.baselines import System
+from paged_infer.bench.metrics import Run, System, TokenTimes
 from paged_infer.bench.workloads import Workload
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.engine.kv_usage import KVUsage
@@ -36,6 +35,12 @@ def transformers_peers(llm: LLM) -> dict[str, System]:
         return _generate_batch(model, workload, per_token)
 
     return {"transformers": one_by_one, "transformers static": static, "transformers generate_batch": continuous}
+
+
+def transformers_baselines(llm: LLM) -> dict[str, System]:
+    """The two of ``generate``: requests one after the other, and in one left-padded batch."""
+    peers = transformers_peers(llm)
+    return {name: peers[name] for name in ("transformers", "transformers static")}
 
 
 def transformers_model(llm: LLM) -> Any:

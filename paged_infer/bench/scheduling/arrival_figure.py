@@ -5,8 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from paged_infer.bench.scheduling.arrival import ArrivalReport, ArrivalRun
-from paged_infer.bench.scheduling.policies_figure import log_heights
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
 
 CHUNKED_COLOURS = (BASELINE_COLOURS["paged"], "#7db3d8", "#173f5f")
 

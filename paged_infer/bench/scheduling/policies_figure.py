@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from paged_infer.bench.scheduling.policies import GAP_QUANTILES, PoliciesReport, PolicyReport
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
 
 POLICY_COLOURS = {
     "static": BASELINE_COLOURS["static"],
@@ -51,14 +50,6 @@ def policies_figure(report: PoliciesReport) -> Picture:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     figure.suptitle(f"{report.served_by}: {report.load}", fontsize=9, color=INK)
     return figure
-
-
-def log_heights(axes: Axes) -> None:
-    """A logarithmic y axis whose marks are plain numbers: 10, 30, 100, 300."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _nines(share: float) -> float:

@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable
 
 from paged_infer import baselines
-from paged_infer.bench.metrics import Run, TokenTimes
+from paged_infer.bench.metrics import Run, System, TokenTimes
 from paged_infer.bench.workloads import Workload
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
-
-System = Callable[[Workload], Run]
 
 
 def our_baselines(llm: LLM) -> dict[str, System]:
@@ -44,14 +42,6 @@ def our_baselines(llm: LLM) -> dict[str, System]:
         "static": baseline(baselines.generate_static),
         "paged": paged,
     }
-
-
-def transformers_baselines(llm: LLM) -> dict[str, System]:
-    """transformers' ``generate`` on the same weights: requests one after the other, and in one left-padded batch."""
-    from paged_infer.bench.peers.transformers_peers import transformers_peers
-
-    peers = transformers_peers(llm)
-    return {name: peers[name] for name in ("transformers", "transformers static")}
 
 
 def _run(llm: LLM, outputs: list[RequestOutput], seconds: float, usage: KVUsage) -> Run:

@@ -16,7 +16,7 @@ from paged_infer.bench.options import Common, Peers
 from paged_infer.cli_options import fail, with_blocks
 
 if TYPE_CHECKING:
-    from paged_infer.bench.speed.baselines import System
+    from paged_infer.bench.metrics import System
     from paged_infer.bench.speed.ladder import LadderReport
     from paged_infer.bench.speed.measure import Bench, SpeedReport
     from paged_infer.bench.workloads import Workload

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import Arrival, EngineSystem, serve
-from paged_infer.bench.metrics import Run
-from paged_infer.bench.speed.baselines import System
+from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
 from paged_infer.control.request import Sequence

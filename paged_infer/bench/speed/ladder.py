@@ -10,8 +10,7 @@ from statistics import median
 from typing import Any
 
 from paged_infer.bench.machine import describe_machine
-from paged_infer.bench.metrics import Run
-from paged_infer.bench.speed.baselines import System
+from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.workloads import Workload
 
 REFERENCE = "transformers"

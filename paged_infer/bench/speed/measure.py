@@ -12,9 +12,8 @@ from typing import Any
 from paged_infer.bench.floor import Floor, ModelCost
 from paged_infer.bench.load import poisson_moments
 from paged_infer.bench.machine import describe_machine
-from paged_infer.bench.metrics import Metrics, Run
+from paged_infer.bench.metrics import Metrics, Run, System
 from paged_infer.bench.roofline import Roofline
-from paged_infer.bench.speed.baselines import System
 from paged_infer.bench.speed.engine_runs import run_engine
 from paged_infer.bench.speed.step_spans import cuda_busy_s
 from paged_infer.bench.workloads import Workload

@@ -5,9 +5,8 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from paged_infer.bench.metrics import Percentiles
-from paged_infer.bench.scheduling.policies_figure import log_heights
 from paged_infer.bench.speed.measure import Entry, SpeedReport
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
 
 WHOLE, STREAMED, OPEN = BASELINE_COLOURS["paged"], "#6fa8d6", BASELINE_COLOURS["nano-vllm"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from paged_infer.bench.metrics import Percentiles
-from paged_infer.bench.scheduling.policies_figure import log_heights
 from paged_infer.bench.speed.measure import Entry, SpeedReport
 from paged_infer.bench.speed.serving_figure import serving_figure
 from paged_infer.bench.speed.speculation_figure import speculation_figure
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
 
 CLOSED, OPEN = BASELINE_COLOURS["paged"], BASELINE_COLOURS["cached"]
 

@@ -9,7 +9,8 @@ from checkpoints import save_random_checkpoint
 from typer.testing import CliRunner
 
 from paged_infer import LLM
-from paged_infer.bench.speed.baselines import our_baselines, transformers_baselines
+from paged_infer.bench.peers.transformers_peers import transformers_baselines
+from paged_infer.bench.speed.baselines import our_baselines
 from paged_infer.bench.speed.ladder import LadderReport, run_ladder
 from paged_infer.bench.workloads import random_lengths, story_beginnings
 from paged_infer.cli import app

@@ -5,12 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from paged_infer.text.tokenizer import Tokenizer
+from paged_infer.text.tokenizer import REPLACEMENT, Tokenizer
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not UTF-8
 CONTEXT = 3  # first characters of a decoded window, which may differ from those in the whole text
 CONTEXT_TOKENS = 8  # last tokens of a prompt to decode with its output; more if shorter than CONTEXT
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence as ReadOnlyList
 from paged_infer.control.request import Request, Sequence
 from paged_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from paged_infer.text.continuation import continuation
+from paged_infer.text.detokenizer import StreamingDecoder
 from paged_infer.text.stop_strings import StopFinder
-from paged_infer.text.tokenizer import StreamingDecoder, Tokenizer
+from paged_infer.text.tokenizer import Tokenizer
 
 
 class OutputProcessor:

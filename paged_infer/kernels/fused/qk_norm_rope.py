@@ -86,7 +86,7 @@ def qk_norm_rope_reference(
     v_cache: Tensor | None = None,
     slot_mapping: Tensor | None = None,
 ) -> Tensor:
-    """``qk_norm_rope`` in torch: the steps of ``model.decoder.Attention``, one after the other."""
+    """``qk_norm_rope`` in torch: the steps of ``model.attention.Attention``, one after the other."""
     num_qk = num_heads + num_kv_heads
     x, v = qkv[:, :num_qk], qkv[:, num_qk:]
     if norm_weight is not None:

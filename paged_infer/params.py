@@ -8,9 +8,6 @@ from typing import Any, Literal
 
 from paged_infer.values import as_integer, as_number, as_tuple, plain
 
-Candidates = Sequence[tuple[int, float]]
-"""The most probable next tokens of one sequence, best first: (token id, logprob)."""
-
 
 class _Checks:
     """Checks of parameters: errors name the parameter, its value and the limit; values are kept as plain Python."""
@@ -227,36 +224,3 @@ def _token_id(name: str, value: object) -> int:
     if token_id is None or token_id < 0:
         raise ValueError(f"{name}: token id {value!r} must be an integer >= 0")
     return token_id
-
-
-@dataclass(slots=True)
-class SampleRow:
-    """How to draw the next token of one sequence: everything the sampler needs beside the logits, picklable.
-
-    Never changed once made; see ``control.step`` for why it is not declared frozen.
-
-    Attributes:
-        seed: the request's own, resolved; any int64.
-        sample_index: which of the request's ``n`` samples.
-        position: index that the new token will have in the sequence, prompt included.
-        num_output_tokens: how many tokens this sample has generated so far.
-        end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
-        prompt_token_ids: filled only where ``params.has_penalties``; so is ``output_token_ids``.
-    """
-
-    params: SamplingParams
-    seed: int
-    sample_index: int
-    position: int
-    num_output_tokens: int
-    end_token_ids: tuple[int, ...] = ()
-    prompt_token_ids: Sequence[int] = ()
-    output_token_ids: Sequence[int] = ()
-
-
-@dataclass(slots=True)
-class TopRow:
-    """Asks for the ``num_top`` most probable next tokens of a beam, but none of ``banned_token_ids``."""
-
-    num_top: int
-    banned_token_ids: tuple[int, ...] = ()

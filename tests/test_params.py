@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from paged_infer.params import BeamSearchParams, SampleRow, SamplingParams
+from paged_infer.control.step import SampleRow
+from paged_infer.params import BeamSearchParams, SamplingParams
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence as ReadOnlyList
 from typing import TYPE_CHECKING, NamedTuple
 
-from paged_infer.params import BeamSearchParams, Candidates
+from paged_infer.control.step import Candidates
+from paged_infer.params import BeamSearchParams
 
 if TYPE_CHECKING:
     from paged_infer.control.blocks.manager import BlockManager

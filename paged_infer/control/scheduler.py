@@ -27,11 +27,10 @@ from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.speculation import Proposer
-from paged_infer.control.step import BlockTransfers, ScheduledStep
+from paged_infer.control.step import BlockTransfers, Candidates, ScheduledStep
 from paged_infer.control.step_entries import describe
 from paged_infer.control.step_plan import StepPlan, insert_by_age
 from paged_infer.control.trace import Trace
-from paged_infer.params import Candidates
 
 PREEMPTION_MODES = ("recompute", "swap")
 

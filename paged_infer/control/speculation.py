@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from paged_infer.control.request import PLACEHOLDER
-from paged_infer.params import SampleRow
+from paged_infer.control.step import SampleRow
 from paged_infer.values import as_integer
 
 METHODS = ("ngram", "draft_model")

@@ -6,10 +6,46 @@ one is created for every running sequence in every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
-from paged_infer.params import SampleRow, TopRow
+from paged_infer.params import SamplingParams
+
+Candidates = ReadOnlyList[tuple[int, float]]
+"""The most probable next tokens of one sequence, best first: (token id, logprob)."""
+
+
+@dataclass(slots=True)
+class SampleRow:
+    """How to draw the next token of one sequence: everything the sampler needs beside the logits, picklable.
+
+    Never changed once made; see ``control.step`` for why it is not declared frozen.
+
+    Attributes:
+        seed: the request's own, resolved; any int64.
+        sample_index: which of the request's ``n`` samples.
+        position: index that the new token will have in the sequence, prompt included.
+        num_output_tokens: how many tokens this sample has generated so far.
+        end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
+        prompt_token_ids: filled only where ``params.has_penalties``; so is ``output_token_ids``.
+    """
+
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    position: int
+    num_output_tokens: int
+    end_token_ids: tuple[int, ...] = ()
+    prompt_token_ids: ReadOnlyList[int] = ()
+    output_token_ids: ReadOnlyList[int] = ()
+
+
+@dataclass(slots=True)
+class TopRow:
+    """Asks for the ``num_top`` most probable next tokens of a beam, but none of ``banned_token_ids``."""
+
+    num_top: int
+    banned_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -30,13 +66,13 @@ class ScheduledSequence:
     """
 
     sequence_id: int
-    token_ids: Sequence[int]
+    token_ids: ReadOnlyList[int]
     num_computed_tokens: int
-    block_table: Sequence[int]
+    block_table: ReadOnlyList[int]
     sample: SampleRow | TopRow | None
-    forks: Sequence[tuple[int, SampleRow]] = ()
+    forks: ReadOnlyList[tuple[int, SampleRow]] = ()
     num_prompt_logprobs: int | None = None
-    next_prompt_token_ids: Sequence[int] = ()
+    next_prompt_token_ids: ReadOnlyList[int] = ()
     num_drafts: int = 0
 
     @property
@@ -49,7 +85,7 @@ class ScheduledSequence:
         return len(self.token_ids) - self.num_drafts
 
     @property
-    def drafts(self) -> Sequence[int]:
+    def drafts(self) -> ReadOnlyList[int]:
         return self.token_ids[self.num_known_tokens :]
 
 

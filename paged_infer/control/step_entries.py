@@ -7,8 +7,7 @@ from collections.abc import Sequence as ReadOnlyList
 from paged_infer.control.beam_search import num_candidates
 from paged_infer.control.blocks.manager import Table
 from paged_infer.control.request import Sequence
-from paged_infer.control.step import ScheduledSequence
-from paged_infer.params import SampleRow, TopRow
+from paged_infer.control.step import SampleRow, ScheduledSequence, TopRow
 
 
 def describe(

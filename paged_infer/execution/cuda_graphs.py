@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.control.step import SampleRow, ScheduledSequence, ScheduledStep
 from paged_infer.execution.input_buffers import StepBuffers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend, triton_backend
 from paged_infer.model.decoder import Decoder
-from paged_infer.params import SampleRow
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], None]], Replay]

@@ -23,13 +23,12 @@ from dataclasses import replace
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
 from paged_infer.control.speculation import rows_after
-from paged_infer.control.step import BlockTransfers, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockTransfers, SampleRow, ScheduledSequence, ScheduledStep
 from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.loading.hub import resolve_model
 from paged_infer.model.loading.load import load_decoder
-from paged_infer.params import SampleRow
 from paged_infer.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)

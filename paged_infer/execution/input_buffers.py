@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from paged_infer.control.request import PLACEHOLDER
-from paged_infer.control.step import ScheduledSequence
+from paged_infer.control.step import SampleRow, ScheduledSequence
 from paged_infer.kernels.fused.sample import LARGEST
-from paged_infer.params import SampleRow
 
 # One number a row each. ``sources``: which row of the step before drew the token that is pending here; -1: it is known.
 COLUMNS = {

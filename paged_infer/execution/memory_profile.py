@@ -20,12 +20,13 @@ from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
+from paged_infer.control.step import SampleRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
-from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.params import SamplingParams
 from paged_infer.sampling.sampler import Sampler
 
 DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # an allowance, not a measurement; what was taken is known after the capture

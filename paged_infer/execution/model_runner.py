@@ -18,13 +18,12 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.speculation import num_accepted, rows_after
-from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.control.step import Candidates, SampleRow, ScheduledSequence, ScheduledStep, TopRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.device import to_device
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import TokenLogprobs
-from paged_infer.params import Candidates, SampleRow, TopRow
 from paged_infer.sampling.beam_candidates import beam_candidates
 from paged_infer.sampling.logprobs import logprobs_of, token_logprobs
 from paged_infer.sampling.sampler import CANNOT_SAMPLE, AsyncTokens, Sampler, copy_to_host

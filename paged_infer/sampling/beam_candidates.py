@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_infer.params import Candidates, TopRow
+from paged_infer.control.step import Candidates, TopRow
 
 
 def beam_candidates(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates | None]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paged_infer.params import SampleRow
+from paged_infer.control.step import SampleRow
 
 # A repetition penalty is held within these, so that float32 neither rounds it to 0 nor to inf.
 SMALLEST, LARGEST = 1e-20, 1e20

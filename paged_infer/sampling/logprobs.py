@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paged_infer.control.step import SampleRow
 from paged_infer.outputs import Logprob, TokenLogprobs
-from paged_infer.params import SampleRow
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paged_infer.control.step import SampleRow
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.noise import noise, row_keys
 from paged_infer.kernels.fused.sample import argmax_reference
 from paged_infer.outputs import TokenLogprobs
-from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.params import SamplingParams
 from paged_infer.sampling.logits_processors import apply_logits_processors
 from paged_infer.sampling.logprobs import largest, logprobs_of
 

@@ -9,8 +9,8 @@ from functools import partial
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step import BlockTransfers, ScheduledSequence, ScheduledStep
-from paged_infer.params import BeamSearchParams, Candidates, SamplingParams
+from paged_infer.control.step import BlockTransfers, Candidates, ScheduledSequence, ScheduledStep
+from paged_infer.params import BeamSearchParams, SamplingParams
 
 EOS = 1
 

@@ -14,9 +14,9 @@ from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.request import PLACEHOLDER, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import NgramProposer, SpeculativeConfig, num_accepted, rows_after
-from paged_infer.control.step import ScheduledStep
+from paged_infer.control.step import SampleRow, ScheduledStep
 from paged_infer.control.trace import Replay, Trace
-from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.params import SamplingParams
 
 
 def draw(token_ids: list[int], sequence: Sequence) -> int:

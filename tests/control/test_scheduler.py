@@ -16,9 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run
 
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step import ScheduledStep
+from paged_infer.control.step import SampleRow, ScheduledStep
 from paged_infer.control.step_plan import sample_share
-from paged_infer.params import SampleRow
 
 
 def test_a_long_prompt_streams_in_while_decodes_go_on() -> None:

@@ -10,13 +10,13 @@ from captured import Recorder, call_again, unchecked, with_graphs  # noqa: F401
 
 from paged_infer import SamplingParams
 from paged_infer.cache.paged import PagedCache
+from paged_infer.control.step import SampleRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
 from paged_infer.kernels.attention_backends import triton_backend
 from paged_infer.kernels.op_sets import TRITON_OPS
 from paged_infer.kernels.triton_runtime import launches_go_to
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.decoder import Decoder
-from paged_infer.params import SampleRow
 from paged_infer.sampling.sampler import Sampler
 
 PROMPTS = [[5, 6, 7], [9] * 6, [11, 12], list(range(20, 41)), [3], [8, 8, 8, 8]]

@@ -6,9 +6,8 @@ import torch
 
 from paged_infer import SamplingParams
 from paged_infer.control.request import PLACEHOLDER
-from paged_infer.control.step import ScheduledSequence
+from paged_infer.control.step import SampleRow, ScheduledSequence
 from paged_infer.execution.input_buffers import StepBuffers
-from paged_infer.params import SampleRow
 
 BLOCK_SIZE = 4
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from paged_infer.control.step import SampleRow
 from paged_infer.kernels.fused.noise import noise, row_keys
-from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.params import SamplingParams
 from paged_infer.sampling.sampler import Sampler
 
 INF = math.inf

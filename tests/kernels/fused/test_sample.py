@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from paged_infer.control.step import SampleRow
 from paged_infer.kernels.fused.noise import MASK_31, mix, row_keys
 from paged_infer.kernels.fused.sample import TILE, _exponential, _mix, _row_keys, sample, sample_reference
 from paged_infer.kernels.triton_runtime import launch, tl, triton
-from paged_infer.params import SampleRow, SamplingParams
+from paged_infer.params import SamplingParams
 from paged_infer.sampling.sampler import Sampler
 
 Draw = tuple[Tensor, Tensor, Tensor, Tensor]  # temperatures, seeds, sample indices, positions

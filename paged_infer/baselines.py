@@ -19,7 +19,7 @@ from torch import Tensor
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step_entries import sample_row
+from paged_infer.control.step_entries import sampling_row
 from paged_infer.engine.engine import Prompt
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.kernels.attention.metadata import AttentionMetadata
@@ -143,7 +143,7 @@ class _Batch:
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
         """One more token for each of the sequences, from logits [len(sequences), vocab]."""
-        sampled = self.sampler(logits, [sample_row(s) for s in sequences])
+        sampled = self.sampler(logits, [sampling_row(s) for s in sequences])
         now = time.perf_counter()
         for sequence, token_id, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
             request = self._request_of[sequence.sequence_id]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.params import BeamSearchParams, SamplingParams
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
@@ -255,7 +255,7 @@ def test_params_and_rows_survive_pickling_and_replacing() -> None:
     params = SamplingParams(stop="x", logit_bias={1: 2.0}, stop_token_ids=[7], seed=-2)
     assert pickle.loads(pickle.dumps(params)) == params
     assert dataclasses.replace(params, seed=4).stop == ("x",)
-    row = SampleRow(params=params, seed=-1, sample_index=0, position=3, num_output_tokens=1, end_token_ids=(2,))
+    row = SamplingRow(params=params, seed=-1, sample_index=0, position=3, num_output_tokens=1, end_token_ids=(2,))
     assert pickle.loads(pickle.dumps(row)) == row
 
 

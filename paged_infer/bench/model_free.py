@@ -37,4 +37,4 @@ class RequestFactory:
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, now: float = 0.0) -> list[Sequence]:
     """Update the scheduler as a model would. No two sequences draw alike, so nothing they draw can be shared."""
-    return scheduler.update(step, {sequence_id: sequence_id for sequence_id in step.drawing}, now)
+    return scheduler.update(step, {sequence_id: sequence_id for sequence_id in step.sampling}, now)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from paged_infer.control.request import PLACEHOLDER
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.values import as_integer
 
 METHODS = ("ngram", "draft_model")
@@ -148,7 +148,7 @@ def make_proposer(config: SpeculativeConfig | None) -> Proposer | None:
     return NgramProposer(config) if config.method == "ngram" else DraftPlaces(config)
 
 
-def rows_after(row: SampleRow, drafts: ReadOnlyList[int]) -> list[SampleRow]:
+def rows_after(row: SamplingRow, drafts: ReadOnlyList[int]) -> list[SamplingRow]:
     """How to draw after a sequence's last token, which is ``row``, and after each draft, as if it had been said."""
     history = row.params.has_penalties
     return [

@@ -16,7 +16,7 @@ Candidates = ReadOnlyList[tuple[int, float]]
 
 
 @dataclass(slots=True)
-class SampleRow:
+class SamplingRow:
     """How to draw the next token of one sequence: everything the sampler needs beside the logits, picklable.
 
     Never changed once made; see ``control.step`` for why it is not declared frozen.
@@ -41,7 +41,7 @@ class SampleRow:
 
 
 @dataclass(slots=True)
-class TopRow:
+class TopKRow:
     """Asks for the ``num_top`` most probable next tokens of a beam, but none of ``banned_token_ids``."""
 
     num_top: int
@@ -69,8 +69,8 @@ class ScheduledSequence:
     token_ids: ReadOnlyList[int]
     num_computed_tokens: int
     block_table: ReadOnlyList[int]
-    sample: SampleRow | TopRow | None
-    forks: ReadOnlyList[tuple[int, SampleRow]] = ()
+    sample: SamplingRow | TopKRow | None
+    forks: ReadOnlyList[tuple[int, SamplingRow]] = ()
     num_prompt_logprobs: int | None = None
     next_prompt_token_ids: ReadOnlyList[int] = ()
     num_drafts: int = 0
@@ -129,23 +129,23 @@ class ScheduledStep:
         """
         for sequence in self.sequences:
             row = sequence.sample
-            if isinstance(row, TopRow) or sequence.num_prompt_logprobs is not None or sequence.num_drafts:
+            if isinstance(row, TopKRow) or sequence.num_prompt_logprobs is not None or sequence.num_drafts:
                 return False
             if row is not None and (row.params.has_penalties or row.params.logprobs is not None):
                 return False
         return True
 
     @property
-    def drawing(self) -> list[int]:
+    def sampling(self) -> list[int]:
         """Ids of the sequences that draw a token."""
-        drawing = []
+        sampling = []
         for sequence in self.sequences:
-            if isinstance(sequence.sample, SampleRow):
-                drawing.append(sequence.sequence_id)
-                drawing += [sequence_id for sequence_id, _ in sequence.forks]
-        return drawing
+            if isinstance(sequence.sample, SamplingRow):
+                sampling.append(sequence.sequence_id)
+                sampling += [sequence_id for sequence_id, _ in sequence.forks]
+        return sampling
 
     @property
-    def ranking(self) -> list[int]:
+    def beam_rows(self) -> list[int]:
         """Ids of the beams that ask for the best next tokens."""
-        return [s.sequence_id for s in self.sequences if isinstance(s.sample, TopRow)]
+        return [s.sequence_id for s in self.sequences if isinstance(s.sample, TopKRow)]

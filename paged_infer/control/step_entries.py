@@ -7,7 +7,7 @@ from collections.abc import Sequence as ReadOnlyList
 from paged_infer.control.beam_search import num_candidates
 from paged_infer.control.blocks.manager import Table
 from paged_infer.control.request import Sequence
-from paged_infer.control.step import SampleRow, ScheduledSequence, TopRow
+from paged_infer.control.step import SamplingRow, ScheduledSequence, TopKRow
 
 
 def describe(
@@ -26,27 +26,27 @@ def describe(
         [*sequence.token_ids[start:end], *drafts] if drafts else sequence.token_ids[start:end],
         start,
         table,
-        (top_row if sequence.search else sample_row)(sequence) if end == len(sequence.token_ids) else None,
-        [(c.sequence_id, sample_row(c)) for c in children] if children and not sequence.search else (),
+        (top_k_row if sequence.search else sampling_row)(sequence) if end == len(sequence.token_ids) else None,
+        [(c.sequence_id, sampling_row(c)) for c in children] if children and not sequence.search else (),
         num_prompt_logprobs,
         next_prompt_token_ids,
         len(drafts),
     )
 
 
-def top_row(sequence: Sequence) -> TopRow:
+def top_k_row(sequence: Sequence) -> TopKRow:
     """What to ask of the logits after a beam's last token."""
     ends = sequence.end_token_ids
     must_go_on = sequence.num_output_tokens < sequence.params.min_tokens
-    return TopRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())
+    return TopKRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())
 
 
-def sample_row(sequence: Sequence) -> SampleRow:
+def sampling_row(sequence: Sequence) -> SamplingRow:
     """How to draw the sequence's next token; the history is in it only where a penalty needs it."""
     params = sequence.params
     num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
     history = params.has_penalties
-    return SampleRow(
+    return SamplingRow(
         params,
         sequence.seed,
         sequence.sample_index,

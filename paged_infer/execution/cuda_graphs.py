@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.control.step import SampleRow, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import SamplingRow, ScheduledSequence, ScheduledStep
 from paged_infer.execution.input_buffers import StepBuffers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend, triton_backend
@@ -160,7 +160,10 @@ class DecodeGraphs:
     def fits(self, step: ScheduledStep) -> bool:
         """Whether ``step`` is nothing but decodes, each of which draws one token."""
         return len(step.sequences) <= self.buffers.max_rows and all(
-            len(s.token_ids) == 1 and isinstance(s.sample, SampleRow) and not s.forks and s.num_prompt_logprobs is None
+            len(s.token_ids) == 1
+            and isinstance(s.sample, SamplingRow)
+            and not s.forks
+            and s.num_prompt_logprobs is None
             for s in step.sequences
         )
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
 from paged_infer.control.speculation import rows_after
-from paged_infer.control.step import BlockTransfers, SampleRow, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockTransfers, SamplingRow, ScheduledSequence, ScheduledStep
 from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.decoder import Decoder
@@ -100,7 +100,7 @@ def _known(sequence: ScheduledSequence) -> ScheduledSequence:
 
 def _behind(sequence: ScheduledSequence, drafts: list[int]) -> ScheduledSequence:
     """The last of the drafts, after which the next is drawn, if more are wanted."""
-    assert isinstance(sequence.sample, SampleRow)
+    assert isinstance(sequence.sample, SamplingRow)
     is_last = len(drafts) == sequence.num_drafts
     return ScheduledSequence(
         sequence.sequence_id,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.control.request import PLACEHOLDER
-from paged_infer.control.step import SampleRow, ScheduledSequence
+from paged_infer.control.step import SamplingRow, ScheduledSequence
 from paged_infer.kernels.fused.sample import LARGEST
 
 # One number a row each. ``sources``: which row of the step before drew the token that is pending here; -1: it is known.
@@ -73,7 +73,7 @@ class StepBuffers:
         """Send what a step of these sequences needs; rows up to ``num_rows`` fill up the batch.
 
         Args:
-            sequences: one token each, and a ``SampleRow``.
+            sequences: one token each, and a ``SamplingRow``.
             last_rows: by sequence id, the row of ``drawn`` that holds its token where that is pending.
         """
         host = self._hosts[0]
@@ -113,7 +113,7 @@ class _HostCopy:
     ) -> None:
         num = len(sequences)
         columns, tables = self._columns, self._tables
-        samples = [s.sample for s in sequences if isinstance(s.sample, SampleRow)]
+        samples = [s.sample for s in sequences if isinstance(s.sample, SamplingRow)]
         token_ids = [s.token_ids[0] for s in sequences]
         values = {
             "token_ids": token_ids,

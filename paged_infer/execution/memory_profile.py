@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
@@ -164,7 +164,7 @@ def draw_at_greatest_cost(config: EngineConfig, decoder: Decoder, ops: Ops) -> T
     """``max_num_seqs`` rows with a penalty and a nucleus in a flat distribution, which is sorted whole: tokens [R]."""
     hidden = torch.zeros(config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0)
-    rows = [SampleRow(params, seed, 0, 1, 1, output_token_ids=[0]) for seed in range(config.max_num_seqs)]
+    rows = [SamplingRow(params, seed, 0, 1, 1, output_token_ids=[0]) for seed in range(config.max_num_seqs)]
     return Sampler(ops.sample, ops.argmax).sample(decoder.logits(hidden), rows).tokens
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.speculation import num_accepted, rows_after
-from paged_infer.control.step import Candidates, SampleRow, ScheduledSequence, ScheduledStep, TopRow
+from paged_infer.control.step import Candidates, SamplingRow, ScheduledSequence, ScheduledStep, TopKRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.device import to_device
@@ -56,7 +56,7 @@ class RunningStep:
     step: ScheduledStep
     _known: StepResult
     _logits: Tensor | None  # [R, vocab], one row a draw
-    _draws: list[tuple[int, SampleRow]]
+    _draws: list[tuple[int, SamplingRow]]
     _drawn: AsyncTokens | None
     _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = (
         None  # (sequences, a flag for each of their tokens: whether its hidden state is finite)
@@ -186,7 +186,7 @@ class ModelRunner:
 
     def _replay(self, step: ScheduledStep, graphs: DecodeGraphs) -> RunningStep:
         """A step of decodes alone, as one launch. What the kernel in it cannot draw is drawn from its logits."""
-        draws = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SampleRow)]
+        draws = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SamplingRow)]
         logits, tokens = graphs.run(step.sequences, self._last_tokens, self._last_rows)
         rows = [row for _, row in draws]
         if graphs.draws and self.sampler.is_kernel_enough(rows, logits.shape[1]):
@@ -207,9 +207,9 @@ class ModelRunner:
     ) -> RunningStep:
         drawing: list[int] = []  # the sequence of each token that is drawn; forks draw from the same logits
         behind: list[int] = []  # how many of its tokens come after the one that is drawn from: drafts
-        draws: list[tuple[int, SampleRow]] = []
+        draws: list[tuple[int, SamplingRow]] = []
         for row, sequence in enumerate(sequences):
-            if isinstance(sequence.sample, SampleRow):
+            if isinstance(sequence.sample, SamplingRow):
                 rows = rows_after(sequence.sample, sequence.drafts) if sequence.num_drafts else (sequence.sample,)
                 draws += [(sequence.sequence_id, own) for own in rows]
                 draws += sequence.forks
@@ -237,7 +237,7 @@ class ModelRunner:
     def _rank(
         self, sequences: list[ScheduledSequence], hidden: Tensor, meta: AttentionMetadata, result: StepResult
     ) -> None:
-        asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopRow)}
+        asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopKRow)}
         if asking:
             found = beam_candidates(self._logits([*asking], hidden, meta), [*asking.values()])
             for row, candidates in zip(asking, found, strict=True):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_infer.control.step import Candidates, TopRow
+from paged_infer.control.step import Candidates, TopKRow
 
 
-def beam_candidates(logits: Tensor, rows: Sequence[TopRow]) -> list[Candidates | None]:
+def beam_candidates(logits: Tensor, rows: Sequence[TopKRow]) -> list[Candidates | None]:
     """For each row its ``num_top`` most probable tokens, best first; None for a row with NaN, +inf or only -inf.
 
     Logprobs are of the raw distribution in float32: a banned token is left out, and the others gain nothing by it.

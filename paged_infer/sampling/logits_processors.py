@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 
 # A repetition penalty is held within these, so that float32 neither rounds it to 0 nor to inf.
 SMALLEST, LARGEST = 1e-20, 1e20
 
 
-def apply_logits_processors(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def apply_logits_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Apply logit_bias, then the min_tokens mask, then penalties.
 
     Args:
@@ -59,7 +59,7 @@ def apply_logits_processors(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor
     return edited
 
 
-def apply_penalties(flat: Tensor, rows: Sequence[SampleRow], penalised: list[int], vocab_size: int) -> None:
+def apply_penalties(flat: Tensor, rows: Sequence[SamplingRow], penalised: list[int], vocab_size: int) -> None:
     """Apply the three penalties in place, to the tokens that were seen.
 
     Repetition (Keskar et al. 2019, "CTRL", 4.1, with negative logits multiplied so that they too fall) looks

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.outputs import Logprob, TokenLogprobs
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def logprobs_of(logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int]) -> list[TokenLogprobs | None]:
+def logprobs_of(logits: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]) -> list[TokenLogprobs | None]:
     """Logprobs of the sampled tokens, for the rows that ask for them; None for the others, and for rows without any.
 
     The token id of a failed row is -1; its entry, if not None, has no meaning.

@@ -6,7 +6,7 @@
                   --keep--> temperature, min_p, top_k, top_p         (drops tokens, moves no noise)
                   --race--> argmax(p / E)                            (greedy rows: argmax of the logits)
 
-Rows are independent: a row's token is a function of its own logits and its own ``SampleRow``, whatever stands
+Rows are independent: a row's token is a function of its own logits and its own ``SamplingRow``, whatever stands
 beside it. Rows of one kind are drawn together, each kind in the cheapest way that is exact:
 
 - greedy rows take one argmax;
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.noise import noise, row_keys
 from paged_infer.kernels.fused.sample import argmax_reference
@@ -48,7 +48,7 @@ _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 # (logits [r, V], their r rows, num_candidates) -> the winners. A winner's score is not finite where the row cannot be
 # drawn from: NaN wins every maximum, and softmax gives NaN for a row with +inf or only -inf. A greedy row may hold
 # +inf: the first +inf is the most probable token, as in transformers.
-_Draw = Callable[[Tensor, Sequence[SampleRow], int], _Drawn]
+_Draw = Callable[[Tensor, Sequence[SamplingRow], int], _Drawn]
 # (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
 Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # see ``kernels.argmax``
@@ -93,7 +93,7 @@ class Sampler:
         self._kernel = kernel
         self._argmax = argmax
 
-    def __call__(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampledTokens:
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
         """Draw a token from each row of ``logits``.
 
         Args:
@@ -108,7 +108,7 @@ class Sampler:
         token_ids = self.sample(logits, rows).token_ids()
         return SampledTokens(token_ids, logprobs_of(logits, rows, token_ids))
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> AsyncTokens:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> AsyncTokens:
         """Draw a token from each of at least one row, without waiting for a GPU to have done so; see ``__call__``."""
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
@@ -130,7 +130,7 @@ class Sampler:
             tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
         return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
 
-    def is_kernel_enough(self, rows: Sequence[SampleRow], vocab_size: int) -> bool:
+    def is_kernel_enough(self, rows: Sequence[SamplingRow], vocab_size: int) -> bool:
         """Whether the kernel alone, on the unchanged logits, draws what ``sample`` would draw for all of these rows."""
         kinds = {id(row.params): row.params for row in rows}  # requests often share theirs
         for params in kinds.values():
@@ -151,12 +151,12 @@ class Sampler:
             return _draw_top_k, (1 << params.top_k.bit_length()) + 32  # powers of two: few ways; 32 more for ties
         return (_draw_top_p, max(128, vocab_size // 128)) if is_cut else (_draw_from_all, vocab_size)
 
-    def _draw_greedy(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    def _draw_greedy(self, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
         """The most probable token; of equals, the lower id."""
         scores, tokens = self._argmax(logits)
         return tokens, scores.float().clamp_max(_FLOAT32_MAX)
 
-    def _draw_by_kernel(self, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+    def _draw_by_kernel(self, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
         assert self._kernel is not None
         num = len(rows)
         # One array, so one copy to the device; an even number of columns, so that all of them begin at 16 bytes, as the
@@ -184,7 +184,7 @@ def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:
 # ---------------------------------------------------------------------------------------- keep and race
 
 
-def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
     """Draw a few rows at a time: as many candidates as a CPU's caches hold, or as spare a GPU's memory."""
     max_elements = torch.get_num_threads() << 16 if logits.device.type == "cpu" else 1 << 26
     step = max(1, max_elements // num_candidates)
@@ -195,13 +195,13 @@ def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SampleRow], num_candi
     return torch.cat([tokens for tokens, _ in drawn]), torch.cat([scores for _, scores in drawn])
 
 
-def _draw_from_all(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+def _draw_from_all(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
     """Neither top_k nor top_p: every token races."""
     probs = _probs(logits, rows)  # [r, V]
     return _race(probs, torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device), rows)
 
 
-def _draw_top_k(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+def _draw_top_k(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
     """top_k, and top_p of what it leaves. Tokens as probable as the k-th all stay, as in vLLM."""
     values, ids = largest(logits, num_candidates)  # [r, K] each
     kth = values.gather(1, _column([row.params.top_k - 1 for row in rows], torch.int64, logits.device))
@@ -214,7 +214,7 @@ def _draw_top_k(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) 
     return _draw_again(_draw_top_k, cut_off, drawn, logits, rows, num_candidates)
 
 
-def _draw_top_p(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) -> _Drawn:
+def _draw_top_p(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
     """top_p alone: the nucleus is the first of the candidates, as long as it ends among them."""
     probs = _probs(logits, rows)  # [r, V]
     candidates, ids = largest(probs, num_candidates)  # [r, K] each
@@ -228,7 +228,7 @@ def _draw_top_p(logits: Tensor, rows: Sequence[SampleRow], num_candidates: int) 
 
 
 def _draw_again(
-    draw: _Draw, cut_off: Tensor, drawn: _Drawn, logits: Tensor, rows: Sequence[SampleRow], num_candidates: int
+    draw: _Draw, cut_off: Tensor, drawn: _Drawn, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int
 ) -> _Drawn:
     """Draw anew, from eight times as many candidates, the rows that had too few: bool ``cut_off`` of r."""
     index = cut_off.flatten().nonzero().flatten()
@@ -239,7 +239,7 @@ def _draw_again(
     return drawn
 
 
-def _probs(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _probs(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Probabilities at each row's temperature, 0 where min_p drops the token: [r, K] -> float32 [r, K].
 
     The largest logit is subtracted before the division, so finite logits do not overflow at any temperature.
@@ -254,7 +254,7 @@ def _probs(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     return probs
 
 
-def _nucleus(candidates: Tensor, rows: Sequence[SampleRow], probs: Tensor) -> Tensor:
+def _nucleus(candidates: Tensor, rows: Sequence[SamplingRow], probs: Tensor) -> Tensor:
     """top_p (Holtzman et al. 2020, "The curious case of neural text degeneration"): 0 for what lies outside.
 
     A token stays while those before it hold less than top_p, so the one that crosses the boundary stays. Sums
@@ -274,7 +274,7 @@ def _nucleus(candidates: Tensor, rows: Sequence[SampleRow], probs: Tensor) -> Te
     return candidates.masked_fill(before >= limit, 0.0)
 
 
-def _race(probs: Tensor, ids: Tensor, rows: Sequence[SampleRow]) -> _Drawn:
+def _race(probs: Tensor, ids: Tensor, rows: Sequence[SamplingRow]) -> _Drawn:
     """Draw one token a row, in proportion to ``probs`` [r, K] of the tokens ``ids`` [K] or [r, K]."""
     keys = row_keys([r.seed for r in rows], [r.sample_index for r in rows], [r.position for r in rows])
     scores, winners = (probs / noise(keys.to(probs.device), ids.to(torch.int32))).max(dim=1)

@@ -66,7 +66,7 @@ def counts(step: ScheduledStep) -> dict[int, int]:
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, token: int = 7) -> list[Sequence]:
-    return scheduler.update(step, dict.fromkeys(step.drawing, token))
+    return scheduler.update(step, dict.fromkeys(step.sampling, token))
 
 
 def run(scheduler: Scheduler, num_steps: int = 1) -> ScheduledStep:
@@ -81,7 +81,7 @@ def next_tokens(step: ScheduledStep, sequences: Mapping[int, Sequence]) -> dict[
     """What beams may go on with: a function of all that they hold, like logits; now and then they may end."""
     found = {}
     for item in step.sequences:
-        if item.sequence_id in step.ranking:
+        if item.sequence_id in step.beam_rows:
             rng = random.Random(str(sequences[item.sequence_id].token_ids))
             words = [(EOS, -rng.random() * 3)] if rng.random() < 0.3 else []
             words += [(word, -rng.random() * 3) for word in range(2, 2 + item.sample.num_top)]

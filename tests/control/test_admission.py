@@ -110,7 +110,7 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
     scheduler.add(request.sequences)
     while scheduler.has_work:
         step = scheduler.schedule()
-        scheduler.update(step, dict.fromkeys(step.drawing, 5))
+        scheduler.update(step, dict.fromkeys(step.sampling, 5))
     assert [s.finish_reason for s in request.sequences] == ["length"] * n
     assert {s.num_tokens for s in request.sequences} == {longest}
     assert scheduler.stats.preemptions == 0

@@ -15,7 +15,7 @@ from paged_infer.control.trace import Replay, Trace
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, requests: list[Request]) -> None:
-    drawn = dict.fromkeys(step.drawing, 5)
+    drawn = dict.fromkeys(step.sampling, 5)
     sequences = {s.sequence_id: s for request in requests for s in request.sequences}
     scheduler.update(step, drawn, 0.0, next_tokens(step, sequences))
 
@@ -110,7 +110,7 @@ def branching(scheduler: Scheduler, tokens: dict[int, list[int]]) -> ScheduledSt
         beam: [
             (t, -0.1 * place - (0 if beam in tokens else 90)) for place, t in enumerate(tokens.get(beam, [2, 3, 4, 5]))
         ]
-        for beam in step.ranking
+        for beam in step.beam_rows
     }
     scheduler.update(step, {}, 0.0, found)
     scheduler.check_integrity()
@@ -123,7 +123,7 @@ def test_a_beam_that_goes_on_in_two_ways_takes_the_place_of_one_that_goes_on_in_
     scheduler.add(request.sequences)
     pool, table = scheduler.manager.pool, scheduler.manager.table
     step = branching(scheduler, {0: [7, 8, 9, 10]})
-    assert step.drawing == [] and step.ranking == [0]  # the first speaks for both
+    assert step.sampling == [] and step.beam_rows == [0]  # the first speaks for both
     assert [s.output_token_ids for s in request.sequences] == [[7], [8]]
     assert table(0) == table(1) and pool.num_used == 2  # forked where the prompt ends
     step = branching(scheduler, {1: [11, 12, 13, 14]})
@@ -146,8 +146,8 @@ def test_beams_leave_together_and_compute_their_common_beginning_once_when_they_
         step = scheduler.schedule()
         counted.append({s.sequence_id: s.num_tokens for s in step.sequences})
         ways = {1: [7, 8, 9, 10], 2: [11, 12, 13, 14]}
-        found = {beam: [(t, -0.1 * place) for place, t in enumerate(ways[beam])] for beam in step.ranking}
-        scheduler.update(step, dict.fromkeys(step.drawing, 5), 0.0, found)
+        found = {beam: [(t, -0.1 * place) for place, t in enumerate(ways[beam])] for beam in step.beam_rows}
+        scheduler.update(step, dict.fromkeys(step.sampling, 5), 0.0, found)
         scheduler.check_integrity()
         gangs_stand_together([request])
     assert [s.num_preemptions for s in (*old.sequences, *request.sequences)] == [0, 1, 1]

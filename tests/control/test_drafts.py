@@ -14,7 +14,7 @@ from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.request import PLACEHOLDER, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import NgramProposer, SpeculativeConfig, num_accepted, rows_after
-from paged_infer.control.step import SampleRow, ScheduledStep
+from paged_infer.control.step import SamplingRow, ScheduledStep
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.params import SamplingParams
 
@@ -52,7 +52,7 @@ class Device:
         views = {i: _Guessing(s, guessed.get(i, [])) for i, s in self.sequences.items()}
         self.memory.execute(step, views, fails_after)
         drawn, accepted = {}, {}
-        for sequence_id in step.drawing:
+        for sequence_id in step.sampling:
             sequence, drafts = self.sequences[sequence_id], guessed.get(sequence_id, [])
             known = sequence.token_ids
             draws = [draw([*known, *drafts[:n]], sequence) for n in range(len(drafts) + 1)]
@@ -261,7 +261,7 @@ def test_beams_do_not_speculate() -> None:
     for _ in range(2):
         step = scheduler.schedule()
         assert all(item.num_drafts == 0 for item in step.sequences)
-        candidates = {i: [(w, -float(w)) for w in range(2, 8)] for i in step.ranking}
+        candidates = {i: [(w, -float(w)) for w in range(2, 8)] for i in step.beam_rows}
         scheduler.update(step, {}, candidates=candidates)
 
 
@@ -291,7 +291,7 @@ def test_tokens_are_found_whole() -> None:
 
 
 def test_a_draft_is_drawn_after_as_if_it_had_been_said() -> None:
-    row = SampleRow(SamplingParams(presence_penalty=1.0), 3, 1, 10, 4, (1,), (8, 9), [5, 6, 7, 5])
+    row = SamplingRow(SamplingParams(presence_penalty=1.0), 3, 1, 10, 4, (1,), (8, 9), [5, 6, 7, 5])
     rows = rows_after(row, [2, 3])
     assert rows[0] is row and [r.position for r in rows] == [10, 11, 12]
     assert [r.num_output_tokens for r in rows] == [4, 5, 6]

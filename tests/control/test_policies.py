@@ -140,7 +140,7 @@ def test_everybody_is_served_under_every_policy(policy, lengths, num_blocks, num
         scheduler.check_integrity()
         memory.execute(step, dict(enumerate(sequences)), 1 if number in fails else None)
         if number not in fails:
-            drawn = {i: EOS if number + i in ends else 5 for i in step.drawing}
+            drawn = {i: EOS if number + i in ends else 5 for i in step.sampling}
             scheduler.update(step, drawn)
         scheduler.check_integrity()
         if not scheduler.has_work:
@@ -211,8 +211,8 @@ def test_no_policy_leaves_somebody_behind_for_ever(policy, family) -> None:
     scheduler.add(sequences[2:])
     for _ in range(100):
         step = scheduler.schedule()
-        ways = {beam: [(2 + beam + way, -way) for way in range(4)] for beam in step.ranking}
-        scheduler.update(step, dict.fromkeys(step.drawing, 5), 0.0, ways)
+        ways = {beam: [(2 + beam + way, -way) for way in range(4)] for beam in step.beam_rows}
+        scheduler.update(step, dict.fromkeys(step.sampling, 5), 0.0, ways)
         scheduler.check_integrity()
     assert all(sequence.is_finished for sequence in sequences)
 
@@ -255,7 +255,7 @@ def test_a_plan_that_fails_leaves_no_block_to_be_moved_later() -> None:
 def test_a_policy_of_ones_own_is_ten_lines() -> None:
     scheduler, source = make_scheduler(max_num_seqs=1, policy=ShortestFirst()), Source()
     sequences = add(scheduler, source, 9, 3, 6, max_tokens=1)
-    order = [s.num_prompt_tokens for _ in range(3) for s in [sequences[run(scheduler).drawing[0]]]]
+    order = [s.num_prompt_tokens for _ in range(3) for s in [sequences[run(scheduler).sampling[0]]]]
     assert order == [3, 6, 9]
 
 

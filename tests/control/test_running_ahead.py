@@ -28,7 +28,7 @@ class Device:
         tokens = {i: self._real_tokens(self.sequences[i]) for i in self.sequences}
         views = {i: SimpleNamespace(token_ids=tokens[i], cache_root=self.sequences[i].cache_root) for i in tokens}
         self.memory.execute(step, views)
-        self.last = {i: self._draw(tokens[i], i) for i in step.drawing}
+        self.last = {i: self._draw(tokens[i], i) for i in step.sampling}
         return self.last
 
     def _real_tokens(self, sequence: Sequence) -> list[int]:

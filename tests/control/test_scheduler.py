@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run
 
 from paged_infer.control.request import Sequence, SequenceState
-from paged_infer.control.step import SampleRow, ScheduledStep
+from paged_infer.control.step import SamplingRow, ScheduledStep
 from paged_infer.control.step_plan import sample_share
 
 
@@ -172,7 +172,7 @@ def test_samples_of_one_request_compute_its_prompt_once() -> None:
     scheduler, source = make_scheduler(block_size=4, budget=5, enable_prefix_caching=False), Source()
     scheduler.add(source.request(9, n=3, max_tokens=4).sequences)
     assert [counts(step := run(scheduler)) for _ in range(2)] == [{0: 5}, {0: 4}]
-    assert step.drawing == [0, 1, 2]  # all from the logits of the last prompt token
+    assert step.sampling == [0, 1, 2]  # all from the logits of the last prompt token
     assert scheduler.manager.pool.num_used == scheduler.manager.pool.num_shared == 3
     step = run(scheduler)
     assert counts(step) == {0: 1, 1: 1, 2: 1}
@@ -448,7 +448,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         aborted, ways = self.family(data), next_tokens(step, self.by_id)
         for sequence in aborted:
             self.scheduler.finish(sequence, "abort")
-        grown = self.scheduler.update(step, dict.fromkeys(step.drawing, 5), 0.0, ways)
+        grown = self.scheduler.update(step, dict.fromkeys(step.sampling, 5), 0.0, ways)
         assert not {*aborted} & {*grown}
 
     def family(self, data: st.DataObject) -> list[Sequence]:
@@ -459,7 +459,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def one_step(self, ends: dict[int, int]) -> None:
         step = self.checked_schedule()
         self.memory.execute(step, self.by_id)
-        drawn = {sequence_id: ends.get(place, 5) for place, sequence_id in enumerate(step.drawing)}
+        drawn = {sequence_id: ends.get(place, 5) for place, sequence_id in enumerate(step.sampling)}
         before = {i: self.arrived[i].num_tokens for i in drawn}
         grown = self.scheduler.update(step, drawn, 0.0, next_tokens(step, self.by_id))
         self.gangs_stand_together()
@@ -506,7 +506,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert list(item.token_ids) == sequence.token_ids[item.num_computed_tokens : end]
             assert len(item.block_table) >= self.scheduler.manager.blocks_for(end)
             assert (item.sample is None) == (end < sequence.num_tokens)
-            if isinstance(item.sample, SampleRow):
+            if isinstance(item.sample, SamplingRow):
                 assert item.sample.position == sequence.num_tokens
         self.scheduler.check_integrity()
         return step

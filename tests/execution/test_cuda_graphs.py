@@ -10,7 +10,7 @@ from captured import Recorder, call_again, unchecked, with_graphs  # noqa: F401
 
 from paged_infer import SamplingParams
 from paged_infer.cache.paged import PagedCache
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
 from paged_infer.kernels.attention_backends import triton_backend
 from paged_infer.kernels.op_sets import TRITON_OPS
@@ -239,8 +239,8 @@ def test_the_kernel_is_enough_only_where_it_draws_what_the_sampler_would() -> No
     assert not Sampler().is_kernel_enough([a_row(SEEDED)], 100)
 
 
-def a_row(params: SamplingParams, num_output_tokens: int = 5) -> SampleRow:
-    return SampleRow(params, 0, 0, 9, num_output_tokens)
+def a_row(params: SamplingParams, num_output_tokens: int = 5) -> SamplingRow:
+    return SamplingRow(params, 0, 0, 9, num_output_tokens)
 
 
 # -- The option

@@ -6,14 +6,14 @@ import torch
 
 from paged_infer import SamplingParams
 from paged_infer.control.request import PLACEHOLDER
-from paged_infer.control.step import SampleRow, ScheduledSequence
+from paged_infer.control.step import SamplingRow, ScheduledSequence
 from paged_infer.execution.input_buffers import StepBuffers
 
 BLOCK_SIZE = 4
 
 
 def a_decode(sequence_id: int, token: int, computed: int, table: tuple[int, ...], **of_sample):
-    row = SampleRow(SamplingParams(temperature=0.5), 100 + sequence_id, 0, computed + 1, 1)
+    row = SamplingRow(SamplingParams(temperature=0.5), 100 + sequence_id, 0, computed + 1, 1)
     for name, value in of_sample.items():
         setattr(row, name, value)
     return ScheduledSequence(sequence_id, (token,), computed, table, row)

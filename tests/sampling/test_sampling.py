@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.kernels.fused.noise import noise, row_keys
 from paged_infer.params import SamplingParams
 from paged_infer.sampling.sampler import Sampler
@@ -19,20 +19,20 @@ from paged_infer.sampling.sampler import Sampler
 INF = math.inf
 
 
-def a_row(*, seed: int = 0, position: int = 0, sample_index: int = 0, **options: Any) -> SampleRow:
+def a_row(*, seed: int = 0, position: int = 0, sample_index: int = 0, **options: Any) -> SamplingRow:
     row_options = {
         name: options.pop(name)
         for name in ("num_output_tokens", "end_token_ids", "prompt_token_ids", "output_token_ids")
         if name in options
     }
     row_options.setdefault("num_output_tokens", len(row_options.get("output_token_ids", ())))
-    return SampleRow(SamplingParams(**options), seed, sample_index, position, **row_options)
+    return SamplingRow(SamplingParams(**options), seed, sample_index, position, **row_options)
 
 
-def rows_at(positions: range, **options: Any) -> list[SampleRow]:
+def rows_at(positions: range, **options: Any) -> list[SamplingRow]:
     row = a_row(**options)
     rest = (row.num_output_tokens, row.end_token_ids, row.prompt_token_ids, row.output_token_ids)
-    return [SampleRow(row.params, row.seed, row.sample_index, position, *rest) for position in positions]
+    return [SamplingRow(row.params, row.seed, row.sample_index, position, *rest) for position in positions]
 
 
 def draw_many(logits: list[float], count: int, **options: Any) -> list[int]:
@@ -52,7 +52,7 @@ def chi_square_limit(degrees: int) -> float:
     return float(degrees * (1.0 - spread + 4.0 * math.sqrt(spread)) ** 3)
 
 
-def plain_sampler(logits: list[float], row: SampleRow) -> int:
+def plain_sampler(logits: list[float], row: SamplingRow) -> int:
     """What SamplingParams promises, one token at a time, in double precision."""
     params, vocab_size, logits = row.params, len(logits), list(logits)
     for token, bias in params.logit_bias.items():
@@ -88,7 +88,7 @@ TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=12)
 
 
 @st.composite
-def sample_rows(draw: st.DrawFn) -> SampleRow:
+def sample_rows(draw: st.DrawFn) -> SamplingRow:
     def maybe(values: st.SearchStrategy[Any], otherwise: Any) -> Any:
         return draw(st.one_of(st.just(otherwise), values))
 
@@ -126,7 +126,7 @@ def some_logits(num_rows: int, seed: int, spread: float = 3.0) -> Tensor:
     spread=st.sampled_from([0.2, 1.0, 4.0]),
 )
 def test_any_mix_of_parameters_draws_what_the_plain_sampler_draws(
-    rows: list[SampleRow], seed: int, spread: float
+    rows: list[SamplingRow], seed: int, spread: float
 ) -> None:
     logits = some_logits(len(rows), seed, spread)
     before = logits.clone()
@@ -138,7 +138,7 @@ def test_any_mix_of_parameters_draws_what_the_plain_sampler_draws(
 @settings(deadline=None, max_examples=25)
 @given(rows=st.lists(sample_rows(), min_size=1, max_size=8), seed=st.integers(0, 10**6), data=st.data())
 def test_a_rows_token_does_not_depend_on_its_neighbours_nor_on_their_order(
-    rows: list[SampleRow], seed: int, data: st.DataObject
+    rows: list[SamplingRow], seed: int, data: st.DataObject
 ) -> None:
     logits = some_logits(len(rows), seed, spread=1.0)
     together = Sampler()(logits, rows).token_ids
@@ -296,7 +296,7 @@ def test_tokens_of_neighbouring_rows_are_independent(counter: str) -> None:
     probs = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
     count, params = 20_000, SamplingParams()
     counters = [{"seed": 0, "sample_index": 0, "position": 0} | {counter: i} for i in range(count)]
-    rows = [SampleRow(params=params, num_output_tokens=0, **counts) for counts in counters]
+    rows = [SamplingRow(params=params, num_output_tokens=0, **counts) for counts in counters]
     tokens = torch.tensor(Sampler()(probs.log().float().expand(count, -1), rows).token_ids)
     observed = torch.bincount(tokens[:-1] * 4 + tokens[1:], minlength=16).double()
     expected = torch.outer(probs, probs).flatten() * (count - 1)
@@ -350,7 +350,7 @@ def test_a_row_that_cannot_be_drawn_from_is_minus_one_and_changes_no_other(
 def test_no_temperature_and_penalty_together_overflow(cut, temperature, repetition_penalty) -> None:
     """Each is within its limits; their product is beyond float32's."""
     params = {**cut, "temperature": temperature, "repetition_penalty": repetition_penalty}
-    row = SampleRow(SamplingParams(**params), 0, 0, 3, 1, (), (1, 2), (3,))
+    row = SamplingRow(SamplingParams(**params), 0, 0, 3, 1, (), (1, 2), (3,))
     for logits in ([3.0, 2.0, -2.0, 1.0], [-3.0, -2.0, 2.0, -1.0], [3e4, -3e4, 3e38, -3e38]):
         (token_id,) = Sampler()(torch.tensor([logits]), [row]).token_ids
         penalised = [x if i == 0 else x / p if x > 0 else x * p for i, x in enumerate(logits) for p in [
@@ -363,7 +363,7 @@ def test_no_temperature_and_penalty_together_overflow(cut, temperature, repetiti
 
 def test_a_masked_token_stays_masked_whatever_the_penalty() -> None:
     params = SamplingParams(temperature=0, min_tokens=3, repetition_penalty=1e-20)
-    row = SampleRow(params, 0, 0, 3, 1, (0, 1, 2), (0, 1), (2,))
+    row = SamplingRow(params, 0, 0, 3, 1, (0, 1, 2), (0, 1), (2,))
     assert Sampler()(torch.zeros(1, 3), [row]).token_ids == [-1]
 
 

@@ -64,7 +64,7 @@ def watch(
         step = scheduler.schedule(float(number))
         seen.append(look(scheduler, everybody, {s.sequence_id: s.num_tokens for s in step.sequences}))
         if number not in fails:
-            scheduler.update(step, {i: 100_000 + 1000 * i + number for i in step.drawing}, number + 0.25)
+            scheduler.update(step, {i: 100_000 + 1000 * i + number for i in step.sampling}, number + 0.25)
         number += 1
     return trace, seen
 

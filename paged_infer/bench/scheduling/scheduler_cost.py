@@ -132,7 +132,7 @@ class FullScheduler:
         began = time.perf_counter()
         step = self.scheduler.schedule(began)
         scheduled = time.perf_counter()
-        drawn = {sequence_id: sequence_id for sequence_id in step.drawing}
+        drawn = {sequence_id: sequence_id for sequence_id in step.sampling}
         resumed = time.perf_counter()
         self.scheduler.update(step, drawn, resumed)
         return scheduled - began + time.perf_counter() - resumed

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paged_infer.control.step import SampleRow
+from paged_infer.control.step import SamplingRow
 from paged_infer.kernels.fused.noise import MASK_31, mix, row_keys
 from paged_infer.kernels.fused.sample import TILE, _exponential, _mix, _row_keys, sample, sample_reference
 from paged_infer.kernels.triton_runtime import launch, tl, triton
@@ -84,7 +84,7 @@ def test_the_tokens_are_those_of_the_sampler_and_of_the_reference(vocab_size, ro
     temperatures, seeds, samples, positions = draws(*((t, s, i, p % 2**31) for t, (s, i, p) in rows))
     tokens, scores = sample(logits, temperatures, seeds, samples.to(index_dtype), positions.to(index_dtype))
     expected = Sampler()(
-        logits, [SampleRow(SamplingParams(temperature=t), s, i, p % 2**31, 0) for t, (s, i, p) in rows]
+        logits, [SamplingRow(SamplingParams(temperature=t), s, i, p % 2**31, 0) for t, (s, i, p) in rows]
     )
     assert tokens.tolist() == expected.token_ids and tokens.dtype == torch.int64
     reference_tokens, reference_scores = sample_reference(logits, temperatures, seeds, samples, positions)

@@ -2,7 +2,7 @@
 
 The executed .ipynb is the one source: edit its cells, run this, commit. Of a widget the picture beside it is kept and
 nothing else: its state is large, and without a kernel Jupyter shows an error in its place. The kernel is named python3,
-which every Jupyter has. The picture of the cell that is tagged "cover" is what README shows of a chapter, so it goes
+which every Jupyter has. The picture of the cell that is tagged "cover" is what README.md shows of a chapter, so it goes
 to figures/, too.
 """
 

@@ -14,8 +14,8 @@ import nbformat
 import pytest
 from holding import LIMIT_S
 
-README = Path(__file__).parent.parent / "README.md"
-FOLDER = README.parent / "notebooks"
+FOLDER = Path(__file__).parent.parent / "notebooks"
+README = FOLDER / "README.md"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # the tour is no chapter
 spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
@@ -67,10 +67,17 @@ class TestStoredOutputs:
 
     def test_readme_shows_the_picture_that_it_stores(self, path):
         """With words for those who do not see it."""
-        shown = re.findall(rf"!\[([^]]*)\]\(figures/chapters/{path.stem}\.png\)", README.read_text("utf-8"))
+        shown = re.findall(rf"!\[([^]]*)\]\(\.\./figures/chapters/{path.stem}\.png\)", README.read_text("utf-8"))
         assert len(shown) == 1 and len(shown[0].split()) >= 3
-        stored = (README.parent / "figures" / "chapters" / f"{path.stem}.png").read_bytes()
+        stored = (FOLDER.parent / "figures" / "chapters" / f"{path.stem}.png").read_bytes()
         assert stored == execute.cover(nbformat.read(path, as_version=4))
+
+    def test_the_front_page_and_the_course_ask_its_question(self, path):
+        """With the same words and the same minutes."""
+        front = (FOLDER.parent / "README.md").read_text("utf-8")
+        (question, minutes) = re.findall(rf"\(notebooks/{path.name}\) \| (.+) \| (\d+) \|", front)[0]
+        (line,) = re.findall(rf"^.*\({path.name}\).*$", README.read_text("utf-8"), flags=re.MULTILINE)
+        assert f"| {question} |" in line and line.endswith(f"| {minutes} |")
 
     def test_nothing_is_stored_that_a_reader_does_not_see(self, path):
         notebook = json.loads(path.read_text(encoding="utf-8"))

@@ -82,9 +82,9 @@ def test_the_supported_cuda_machine_fits_the_declared_ranges(name: str) -> None:
     assert declared()[name].specifier.contains(cuda_machine[name])
 
 
-def test_every_make_target_that_ci_and_the_readme_name_exists() -> None:
+def test_every_make_target_that_ci_and_the_readmes_name_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     command = re.compile(r"^(?:\$ )?make ([a-z]+)(?= *(?:#|<|$))|`make ([a-z]+)`", flags=re.MULTILINE)
-    texts = [(ROOT / path).read_text() for path in (".ci/run", "README.md")]
+    texts = [(ROOT / path).read_text() for path in (".ci/run", "README.md", "notebooks/README.md", "figures/README.md")]
     asked_for = {name for text in texts for match in command.findall(text) for name in match if name}
     assert {"test", "check", "demo"} <= asked_for <= targets

@@ -3,52 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.scheduler import PREEMPTION_MODES
 from paged_infer.control.speculation import SpeculativeConfig
-from paged_infer.values import as_integer, as_number, plain
+from paged_infer.values import Checked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 
 
+class EngineOptions(TypedDict, total=False):
+    """The fields of ``EngineConfig`` as keyword arguments, for type checkers."""
+
+    dtype: str
+    load_format: str
+    device: str
+    attention_backend: str
+    block_size: int
+    num_blocks: int | None
+    gpu_memory_utilization: float
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool
+    preemption_mode: str
+    swap_space: float | None
+    scheduling_policy: str | Policy
+    scheduler_delay_factor: float
+    async_scheduling: bool | None
+    enforce_eager: bool | None
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | None
+    trace: bool
+    seed: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How an engine runs. Sizes in tokens unless the name says otherwise.
+class EngineConfig(Checked):
+    """How an engine runs. The command line takes its options and their help from here.
 
     Args:
-        dtype: of weights, activations and cache. "auto" is float32 on CPU and the checkpoint's own dtype on a GPU.
-        load_format: "auto" reads the checkpoint's safetensors; "dummy" reads its config.json alone and makes random
-            weights on the device, from ``seed``: for speed, where only the shape matters.
-        device: "auto" is "cuda" where there is one, else "cpu".
-        attention_backend: how the paged cache is read; see ``kernels.registry``. "auto" takes the fastest there is.
+        dtype: "auto", "float32", "bfloat16" or "float16", of weights, activations and KV cache. "auto" is float32 on a
+            CPU and the checkpoint's own dtype on a GPU.
+        load_format: "auto" reads the checkpoint's safetensors. "dummy" reads its config.json alone and makes random
+            weights on the device, from ``seed``: for measuring speed, where only the shape matters.
+        device: "cpu", "cuda", or "auto", which is "cuda" if there is one.
+        attention_backend: how the paged cache is read: "triton", "c", "sdpa", "torch", your own "module:function", or
+            "auto" for the fastest there is; see ``kernels.attention_backends``.
         block_size: tokens in a block of the paged cache.
-        num_blocks: blocks in the pool. None: on CPU what ``max_num_seqs`` requests of ``max_model_len`` need, at most
-            1 GiB; on a GPU what ``gpu_memory_utilization`` leaves after the weights and one step's activations.
+        num_blocks: blocks in the pool. None: on a CPU what ``max_num_seqs`` requests of ``max_model_len`` tokens need,
+            at most 1 GiB; on a GPU what ``gpu_memory_utilization`` leaves after the weights and one step's activations.
         gpu_memory_utilization: share of the GPU's memory that this process may use.
-        max_model_len: longest sequence, prompt and output together. None: the smaller of the model's limit and pool.
-        max_num_seqs: most sequences running at once.
+        max_model_len: longest sequence in tokens, prompt and output together. None: the smaller of the model's limit
+            and the pool.
+        max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in chunks.
-        enable_prefix_caching: let requests that begin alike share the blocks of their beginning, computed once.
-        preemption_mode: what becomes of a request that has to give back its blocks: "recompute" computes them again,
-            "swap" moves them to the CPU's memory and back.
-        swap_space: GiB of that memory, at most the pool's size; None: 1, with ``preemption_mode="swap"``.
-        scheduling_policy: who gets the next step: "chunked", "prefill_first", "dynamic", "static", or a ``Policy``.
-        scheduler_delay_factor: with "prefill_first", how long prompts wait after a step of prompts, so that decodes go
-            on: so many times as long as that step took.
-        async_scheduling: plan and begin a step while the one before is still being computed, and read that one's tokens
-            afterwards. None: on a GPU, where the host's work would else be waited for.
-        enforce_eager: launch every kernel of a decode step by itself instead of replaying CUDA graphs. None: graphs on
-            a GPU with ``attention_backend="triton"``; False: graphs, or an error where there can be none.
-        speculative_config: guess tokens and compute them together, with the same text (in float32):
+        enable_prefix_caching: let requests with a common beginning share its blocks, computed once.
+        preemption_mode: how a preempted request continues: "recompute" computes its blocks again, "swap" moves them to
+            CPU memory and back.
+        swap_space: GiB of CPU memory for swapping, at most the pool's size. None: 1, with ``preemption_mode="swap"``.
+        scheduling_policy: which requests a step computes: "chunked", "prefill_first", "dynamic", "static", or, in
+            Python, a ``Policy``; see ``control.policies``.
+        scheduler_delay_factor: with "prefill_first", prompts wait for this many times the duration of the last step of
+            prompts, so that decodes continue.
+        async_scheduling: schedule and launch a step while the previous one is still being computed, and read that one's
+            tokens afterwards. None: on a GPU, which would otherwise wait for the host.
+        enforce_eager: launch every kernel of a decode step separately instead of replaying CUDA graphs. None: graphs on
+            a GPU with ``attention_backend="triton"``. False: graphs, or an error where they cannot be used.
+        speculative_config: draft tokens and verify them in one step; the text stays the same (in float32).
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
-            ``{"method": "draft_model", "model": folder, "num_speculative_tokens": 4}``; see ``control.speculation``.
-        trace: keep a record of every step in ``LLM.trace``.
-        seed: from it come the seeds of requests that bring none.
+            ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.
+        trace: keep a record of every step, in ``LLM.trace``; it grows.
+        seed: requests without a seed get theirs from this one.
+
+    Raises:
+        ValueError: a value out of its range or not of its type; the message names the option, the value and the limit.
     """
 
     dtype: str = "auto"
@@ -73,75 +106,60 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not known; known: {', '.join(DTYPES)}")
-        if self.load_format not in LOAD_FORMATS:
-            known = ", ".join(LOAD_FORMATS)
-            raise ValueError(f"load_format={self.load_format!r} is not known; known: {known}")
+        self._keep("dtype", str(self.dtype).removeprefix("torch."))
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("load_format", LOAD_FORMATS)
+        self._check_choice("preemption_mode", PREEMPTION_MODES)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
-            self._check_at_least_one(name)
+            self._check_integer(name, 1)
         for name in ("num_blocks", "max_model_len"):
-            if getattr(self, name) is not None:
-                self._check_at_least_one(name)
-        if self.preemption_mode not in PREEMPTION_MODES:
-            known = ", ".join(PREEMPTION_MODES)
-            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; known: {known}")
-        self._check_swap_space()
-        delay_factor = self._number("scheduler_delay_factor", "a finite number >= 0")
-        make_policy(self.scheduling_policy, delay_factor)
-        if not 0 < self._number("gpu_memory_utilization", "> 0 and <= 1") <= 1:
-            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be > 0 and <= 1")
+            self._check_integer(name, 1, optional=True)
         for name in ("enable_prefix_caching", "trace"):
-            if not isinstance(self._plain(name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+            self._check_flag(name)
         for name in ("async_scheduling", "enforce_eager"):
-            if not isinstance(self._plain(name), bool | None):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be True, False or None")
-        if self.speculation is not None and self.async_scheduling:
-            raise ValueError("async_scheduling=True with speculative_config: drafts follow what has been read")
-        seed = as_integer(self.seed)
-        if seed is None or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed={self.seed!r}: must be an integer of 64 bits")
-        object.__setattr__(self, "seed", seed)
+            self._check_flag(name, optional=True)
+        self._check_number("gpu_memory_utilization", 0, 1, open_low=True)
+        self._check_number("swap_space", 0, optional=True)
+        if self.swap_space and self.preemption_mode != "swap":
+            raise ValueError(f"swap_space={self.swap_space} with preemption_mode='recompute': nothing is swapped")
+        self._check_number("scheduler_delay_factor", 0)
+        make_policy(self.scheduling_policy, self.scheduler_delay_factor)
+        if self.speculative_config is not None:
+            self._keep("speculative_config", SpeculativeConfig.from_options(self.speculative_config))
+            if self.async_scheduling:
+                raise ValueError("async_scheduling=True with speculative_config: drafts need the tokens before them")
+        self._check_integer("seed", -(2**63), 2**63 - 1)
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
-        """``speculative_config``, checked."""
-        options = self.speculative_config
-        return None if options is None else SpeculativeConfig.from_options(options)
+        """``speculative_config``, which is kept as an object."""
+        assert not isinstance(self.speculative_config, Mapping)
+        return self.speculative_config
 
-    def _check_swap_space(self) -> None:
-        if self.swap_space is None:
-            object.__setattr__(self, "swap_space", 1.0 if self.preemption_mode == "swap" else 0.0)
-        elif self._number("swap_space", "a number of GiB >= 0") < 0:
-            raise ValueError(f"swap_space={self.swap_space!r}: must be a number of GiB >= 0")
-        elif self.swap_space and self.preemption_mode != "swap":
-            raise ValueError(f"swap_space={self.swap_space} with preemption_mode='recompute': nothing is swapped")
-
-    def _plain(self, name: str) -> Any:
-        """The option converted to a plain Python value, which replaces it."""
-        object.__setattr__(self, name, plain(getattr(self, name)))
-        return getattr(self, name)
-
-    def _number(self, name: str, limit: str) -> float:
-        number = as_number(getattr(self, name))
-        if number is None:
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be {limit}")
-        object.__setattr__(self, name, number)
-        return number
-
-    def _check_at_least_one(self, name: str) -> None:
-        value = as_integer(getattr(self, name))
-        if value is None or value < 1:
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer >= 1")
-        object.__setattr__(self, name, value)
+    @property
+    def options(self) -> EngineOptions:
+        """What differs from the defaults, as ``LLM`` takes it."""
+        values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return cast(EngineOptions, {field.name: value for field, value in values if value != field.default})
 
     @classmethod
-    def from_options(cls, **options: Any) -> EngineConfig:
-        """Raises TypeError for an unknown name; the message lists the known ones."""
+    def from_options(cls, **options: Unpack[EngineOptions]) -> EngineConfig:
+        """Raises TypeError for an unknown option; the message lists the known ones."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def lists_options(function: F) -> F:
+    """Replace ``**options`` by the fields of ``EngineConfig`` in the signature that ``help()`` and completion show."""
+    signature = inspect.signature(function)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [one.replace(kind=kind) for one in inspect.signature(EngineConfig).parameters.values()]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return function

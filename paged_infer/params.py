@@ -6,38 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from paged_infer.values import as_integer, as_number, as_tuple, plain
+from paged_infer.values import Checked, as_integer, as_number, as_tuple, plain
 
 
-class _Checks:
-    """Checks of parameters: errors name the parameter, its value and the limit; values are kept as plain Python."""
+class _Checks(Checked):
+    """Checks of sequences of values."""
 
     __slots__ = ()
-
-    def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
-        value = as_integer(getattr(self, name))
-        if value is None or value < low or (high is not None and value > high):
-            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer {limit}")
-        self._keep(name, value)
-
-    def _check_number(self, name: str, low: float, high: float | None, open_low: bool = False) -> None:
-        value = as_number(getattr(self, name))
-        too_low = value is None or (value <= low if open_low else value < low)
-        if value is None or too_low or (high is not None and value > high):
-            above = f"> {low:g}" if open_low else f">= {low:g}"
-            limit = above if high is None else f"{above} and <= {high:g}"
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number {limit}")
-        self._keep(name, value)
-
-    def _check_flag(self, name: str) -> None:
-        value = plain(getattr(self, name))
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}: must be True or False")
-        self._keep(name, value)
 
     def _check_tuple(self, name: str) -> tuple[Any, ...]:
         value = getattr(self, name)

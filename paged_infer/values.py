@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 class TokenArray(Protocol):
@@ -74,3 +74,53 @@ def as_token_ids(prompt: ReadOnlyList[int] | TokenArray) -> list[int]:
         )
     ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     return [t if type(t) is int or (integer := as_integer(t)) is None else integer for t in ids]
+
+
+class Checked:
+    """Checks of the fields of a frozen dataclass. An error names the field, its value and the limit.
+
+    A value that passes is kept as plain Python. ``optional`` lets None pass.
+    """
+
+    __slots__ = ()
+    _prefix: ClassVar[str] = ""  # of a field's name in an error
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse(self, name: str, reason: str) -> ValueError:
+        return ValueError(f"{self._prefix}{name}={getattr(self, name)!r}: {reason}")
+
+    def _check_integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+        if optional and getattr(self, name) is None:
+            return
+        value = as_integer(getattr(self, name))
+        if value is None or value < low or (high is not None and value > high):
+            limit = f">= {low}" if high is None else f"within [{low}, {high}]"
+            raise self._refuse(name, f"must be an integer {limit}")
+        self._keep(name, value)
+
+    def _check_number(
+        self, name: str, low: float, high: float | None = None, *, open_low: bool = False, optional: bool = False
+    ) -> None:
+        if optional and getattr(self, name) is None:
+            return
+        value = as_number(getattr(self, name))
+        too_low = value is None or (value <= low if open_low else value < low)
+        if value is None or too_low or (high is not None and value > high):
+            above = f"> {low:g}" if open_low else f">= {low:g}"
+            limit = above if high is None else f"{above} and <= {high:g}"
+            raise self._refuse(name, f"must be a finite number {limit}")
+        self._keep(name, value)
+
+    def _check_flag(self, name: str, *, optional: bool = False) -> None:
+        value = plain(getattr(self, name))
+        if not isinstance(value, bool) and not (optional and value is None):
+            raise self._refuse(name, "must be True, False or None" if optional else "must be True or False")
+        self._keep(name, value)
+
+    def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
+        value = plain(getattr(self, name))
+        if value not in known:
+            raise ValueError(f"{self._prefix}{name}={value!r} is not known; known: {', '.join(known)}")
+        self._keep(name, value)

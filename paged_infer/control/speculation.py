@@ -24,17 +24,17 @@ from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.step import SamplingRow
-from paged_infer.values import as_integer
+from paged_infer.values import Checked
 
 METHODS = ("ngram", "draft_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculativeConfig:
+class SpeculativeConfig(Checked):
     """How to speculate. Names and meanings are vLLM's, and so are the defaults of the lookup.
 
     Args:
@@ -47,6 +47,8 @@ class SpeculativeConfig:
     Raises:
         ValueError: a value out of its range, missing, or of no use to the method; the message names it.
     """
+
+    _prefix: ClassVar[str] = "speculative_config: "
 
     method: str
     num_speculative_tokens: int
@@ -71,37 +73,27 @@ class SpeculativeConfig:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise self._error("method", f"is not known; known: {', '.join(METHODS)}")
-        self._check_at_least_one("num_speculative_tokens")
+        self._check_choice("method", METHODS)
+        self._check_integer("num_speculative_tokens", 1)
         if self.method == "ngram":
             self._check_ngram()
             return
         if not isinstance(self.model, (str, Path)) or not str(self.model):
-            raise self._error("model", "draft_model needs a folder or hub id")
+            raise self._refuse("model", "draft_model needs a folder or hub id")
         for name in ("prompt_lookup_max", "prompt_lookup_min"):
             if getattr(self, name) is not None:
-                raise self._error(name, "only ngram looks anything up")
+                raise self._refuse(name, "only ngram looks anything up")
 
     def _check_ngram(self) -> None:
         if self.model is not None:
-            raise self._error("model", "ngram has no draft model")
+            raise self._refuse("model", "ngram has no draft model")
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
-        object.__setattr__(self, "prompt_lookup_min", low if low is not None else 5 if high is None else high)
-        object.__setattr__(self, "prompt_lookup_max", high if high is not None else self.prompt_lookup_min)
-        self._check_at_least_one("prompt_lookup_min")
-        self._check_at_least_one("prompt_lookup_max")
+        self._keep("prompt_lookup_min", low if low is not None else 5 if high is None else high)
+        self._keep("prompt_lookup_max", high if high is not None else self.prompt_lookup_min)
+        self._check_integer("prompt_lookup_min", 1)
+        self._check_integer("prompt_lookup_max", 1)
         if self.prompt_lookup_min > self.prompt_lookup_max:  # type: ignore[operator]
-            raise self._error("prompt_lookup_min", f"exceeds prompt_lookup_max={self.prompt_lookup_max}")
-
-    def _check_at_least_one(self, name: str) -> None:
-        value = as_integer(getattr(self, name))
-        if value is None or value < 1:
-            raise self._error(name, "must be an integer >= 1")
-        object.__setattr__(self, name, value)
-
-    def _error(self, name: str, what: str) -> ValueError:
-        return ValueError(f"speculative_config: {name}={getattr(self, name)!r}: {what}")
+            raise self._refuse("prompt_lookup_min", f"exceeds prompt_lookup_max={self.prompt_lookup_max}")
 
 
 class Proposer(Protocol):

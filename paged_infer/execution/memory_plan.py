@@ -80,7 +80,7 @@ def _num_swap_blocks(config: EngineConfig, num_blocks: int, bytes_per_block: int
     """What ``swap_space`` holds, and never more than the pool does."""
     if config.preemption_mode != "swap":
         return 0
-    fitting = int((config.swap_space or 0) * 2**30) // bytes_per_block
+    fitting = int((1 if config.swap_space is None else config.swap_space) * 2**30) // bytes_per_block
     if not fitting:
         raise ValueError(
             f"swap_space={config.swap_space} GiB holds no block of {bytes_per_block} bytes, "

@@ -15,8 +15,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
+from paged_infer.config import EngineOptions, lists_options
 from paged_infer.control.trace import Trace
 from paged_infer.engine.engine import LLMEngine, Params, Prompt
 from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError, StepReport
@@ -50,13 +51,14 @@ class AsyncLLM:
         ValueError: a model or an option that cannot be used; the message names the value and the limit.
     """
 
+    @lists_options
     def __init__(
         self,
         model: str | Path | None = None,
         *,
         max_num_waiting: int = 1024,
         step_timeout: float | None = 600.0,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
         limit = as_integer(max_num_waiting)
         if limit is None or limit < 1:

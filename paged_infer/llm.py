@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from paged_infer import storyteller
-from paged_infer.config import EngineConfig
+from paged_infer.config import EngineConfig, EngineOptions, lists_options
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import uninterrupted
@@ -41,7 +41,8 @@ class LLM:
         ValueError: a model or an option that cannot be used; the message names the value and the limit.
     """
 
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+    @lists_options
+    def __init__(self, model: str | Path | None = None, **options: Unpack[EngineOptions]) -> None:
         config = EngineConfig.from_options(**options)
         model = storyteller.PATH if model is None else model
         self.folder = resolve_model(model)

@@ -12,20 +12,21 @@ import typer
 from paged_infer.bench import cli as bench_cli
 from paged_infer.bench.speed import cli as speed_cli
 from paged_infer.cli_options import (
-    Device,
-    Dtype,
-    EngineOptions,
+    Engine,
+    EngineOfText,
     Model,
     ModelOption,
     Seed,
+    Without,
     console,
     fail,
     failure_of,
     open_llm,
     show_error,
     show_stream,
-    with_blocks,
+    with_option_groups,
 )
+from paged_infer.config import EngineConfig
 from paged_infer.params import SamplingParams
 from paged_infer.server.cli import serve
 
@@ -40,9 +41,9 @@ app.command()(serve)
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def compare(
-    engine: EngineOptions,
+    engine: Engine,
     model: Model = None,
     num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.", min=1)] = 16,
     max_tokens: Annotated[int, typer.Option(help="Most tokens that any of them may generate.", min=1)] = 128,
@@ -54,7 +55,7 @@ def compare(
     Exits with status 1 if any rung gives other tokens.
     """
     try:
-        llm = engine.open(model)
+        llm = open_llm(model, **engine.options)
         from paged_infer.bench.peers.transformers_peers import transformers_baselines
         from paged_infer.bench.speed.baselines import our_baselines
         from paged_infer.bench.workloads import story_beginnings
@@ -71,10 +72,10 @@ def compare(
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more texts to continue.")],
-    engine: EngineOptions,
+    engine: EngineOfText,
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
@@ -91,7 +92,7 @@ def generate(
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop or (), seed=seed
         )
-        llm = engine.open(model)
+        llm = open_llm(model, **engine.options)
         if len(prompts) == 1:
             growing = llm.stream(prompts[0], params)
             typer.echo(prompts[0], nl=False)
@@ -110,20 +111,20 @@ def generate(
 
 
 @app.command()
+@with_option_groups
 def chat(
+    engine: EngineOfText,
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
 ) -> None:
     """Talk with a model that has a chat template. The storyteller tells stories, and answers questions about them.
 
     A line that says /new begins a new conversation; Ctrl-D ends.
     """
     try:
-        llm = open_llm(model, dtype=dtype, device=device)
+        llm = open_llm(model, **engine.options)
         stop = ["\nQ:"] if llm.is_storyteller else []  # left to itself it goes on to question itself
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
         llm.chat_prompt([{"role": "user", "content": "hello"}])  # no template: say so before the first question
@@ -161,9 +162,9 @@ def _lines() -> Iterator[str]:
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def info(
-    engine: EngineOptions,
+    engine: Annotated[EngineConfig, Without(trace="no step is run that it could record")],
     model: Model = None,
     stories: Annotated[
         int, typer.Option(help="Unseen stories to measure the storyteller's recall and perplexity on.", min=0)
@@ -171,7 +172,7 @@ def info(
 ) -> None:
     """The device, the model, what a token costs in KV memory, and how many blocks fit."""
     try:
-        llm = engine.open(model)
+        llm = open_llm(model, **engine.options)
     except ValueError as error:
         fail(error)
     from paged_infer import storyteller

@@ -1,17 +1,26 @@
-"""What the commands share: their options, how a model is opened, how an error and a stream are shown."""
+"""What the commands share: their options, how a model is opened, how an error and a stream are shown.
+
+A command takes its options in groups: a parameter that is a dataclass stands for its fields, each an option. Those of
+an engine are the fields of ``EngineConfig``, with its types, defaults and docstring, so that no command lists them.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import json
+import re
+import textwrap
 import typing
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Unpack
 
 import typer
+
+from paged_infer.config import EngineConfig, EngineOptions
+from paged_infer.control.speculation import SpeculativeConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +28,10 @@ if TYPE_CHECKING:
     from paged_infer.llm import LLM
     from paged_infer.outputs import RequestOutput
 
+    console: Console
 
-def __getattr__(name: str) -> Console:
+
+def __getattr__(name: str) -> Any:
     """``console``, made when first asked for: what a machine that only measures imports needs no rich."""
     if name != "console":
         raise AttributeError(name)
@@ -32,54 +43,21 @@ def __getattr__(name: str) -> Console:
 
 Model = Annotated[str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")]
-LoadFormat = Annotated[str, typer.Option(help="auto reads the weights; dummy makes random ones of the model's shape.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Backend = Annotated[
-    str,
-    typer.Option(
-        "--attention-backend",
-        help="How the paged cache is read: auto, triton, c, sdpa, torch, or your module:function.",
-    ),
-]
-BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the paged cache.")]
-NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: what `info` shows.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output together.")]
-Speculation = Annotated[
-    str | None,
-    typer.Option(
-        "--speculative-config",
-        help='JSON: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2} '
-        'or {"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}.',
-    ),
-]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
 Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled text; for a text, -1 is none.")]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How a command opens its engine."""
+class Without:
+    """``Annotated[EngineConfig, Without(name="reason")]``: fields of a group that are no options of a command."""
 
-    dtype: Dtype = "auto"
-    device: Device = "auto"
-    attention_backend: Backend = "auto"
-    block_size: BlockSize = 16
-    num_blocks: NumBlocks = None
-    max_model_len: MaxModelLen = None
-    speculative_config: Speculation = None
-
-    def open(self, model: str | None) -> LLM:
-        options = asdict(self) | {"speculative_config": read_speculation(self.speculative_config)}
-        return open_llm(model, **options)
+    def __init__(self, **reasons: str) -> None:
+        self.reasons = reasons
 
 
-def read_speculation(text: str | None) -> Any:
-    """``--speculative-config`` as ``EngineConfig`` takes it. Raises ValueError for what is no JSON."""
-    try:
-        return None if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--speculative-config {text!r} is no JSON: {error}") from None
+Engine = Annotated[EngineConfig, Without(seed="the command's own --seed is the workload's")]
+EngineOfText = Annotated[
+    EngineConfig, Without(seed="the command's own --seed is the text's", trace="the record would end with the command")
+]
 
 
 def read_list(option: str, values: Iterable[str] | None) -> tuple[str, ...]:
@@ -96,35 +74,76 @@ def read_list(option: str, values: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
+@functools.cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A dataclass that stands for its fields among the parameters of a command."""
+
+    kind: type
+    omitted: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, hint: Any, omitted: Mapping[str, str]) -> _Group | None:
+        """None if the type hint is no dataclass. What is omitted from a group is omitted from the groups in it."""
+        kind, *marks = (hint.__origin__, *hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint,)
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            return None
+        reasons = [mark.reasons for mark in marks if isinstance(mark, Without)]
+        return cls(kind, functools.reduce(lambda before, more: {**before, **more}, reasons, omitted))
+
+    def members(self) -> Iterator[tuple[Field[Any], Any]]:
+        """Its fields that are not omitted, each with a type hint or the group that it is."""
+        hints = _type_hints(self.kind)
+        for one in fields(self.kind):
+            if one.name not in self.omitted:
+                yield one, _Group.of(hints[one.name], self.omitted) or hints[one.name]
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        for one, hint in self.members():
+            if isinstance(hint, _Group):
+                yield from hint.parameters()
+            else:
+                kind = _engine_option(one, hint) if self.kind is EngineConfig else hint
+                yield inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kind)
+
+    def take(self, options: dict[str, Any]) -> Any:
+        """An object of the dataclass, from the options of its fields, which are removed. Raises its ValueErrors."""
+        values = {}
+        for one, hint in self.members():
+            values[one.name] = hint.take(options) if isinstance(hint, _Group) else options.pop(one.name)
+            if self.kind is EngineConfig and one.name in JSON_OPTIONS:
+                values[one.name] = _read_json(one.name, values[one.name])
+        return self.kind(**values)
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameters that are dataclasses stand for their fields, each an option of its own.
 
-    >>> @with_blocks
-    ... def command(size: int, engine: EngineOptions) -> None: ...
+    >>> @with_option_groups
+    ... def command(size: int, engine: EngineConfig) -> None: ...
     >>> list(inspect.signature(command).parameters)[:3]
-    ['size', 'dtype', 'device']
+    ['size', 'dtype', 'load_format']
     """
     hints = typing.get_type_hints(command, include_extras=True)
-    parameters, blocks = [], dict[str, type]()
+    parameters, groups = list[inspect.Parameter](), dict[str, _Group]()
     for name, parameter in inspect.signature(command).parameters.items():
-        hint = hints[name]
-        if is_dataclass(hint) and isinstance(hint, type):
-            blocks[name] = hint
-            kinds = typing.get_type_hints(hint, include_extras=True)
-            parameters += [
-                inspect.Parameter(
-                    one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name]
-                )
-                for one in fields(hint)
-            ]
+        group = _Group.of(hints[name], {})
+        if group is not None:
+            groups[name] = group
+            parameters += group.parameters()
         else:
-            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def flat(**options: Any) -> None:
-        made = {
-            name: block(**{one.name: options.pop(one.name) for one in fields(block)}) for name, block in blocks.items()
-        }
+        try:
+            made = {name: group.take(options) for name, group in groups.items()}
+        except ValueError as error:
+            fail(error)
         command(**options, **made)
 
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -133,7 +152,64 @@ def with_blocks(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def open_llm(model: str | None, **options: Any) -> LLM:
+JSON_OPTIONS = ("speculative_config",)
+
+
+def _engine_option(one: Field[Any], hint: Any) -> Any:
+    """The type and help of an option of ``EngineConfig``; what is no plain value is passed as text."""
+    kinds = typing.get_args(hint) or (hint,)
+    plain = [kind for kind in kinds if kind in (bool, int, float, str, type(None))]
+    kind = functools.reduce(lambda left, right: left | right, plain if len(plain) == len(kinds) else {*plain, str})
+    panel = "Engine switches" if bool in kinds else "Engine"  # apart, because --flag and --no-flag need wide columns
+    return Annotated[kind, typer.Option(help=_engine_help().get(one.name), rich_help_panel=panel)]
+
+
+@functools.cache
+def _engine_help() -> dict[str, str]:
+    """The options that the docstring of ``EngineConfig`` lists, each with its text."""
+    listed = (inspect.getdoc(EngineConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    texts = dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), flags=re.MULTILINE))
+    return {name: _for_command_line(name, text) for name, text in texts.items()}
+
+
+def _for_command_line(name: str, text: str) -> str:
+    """
+    >>> _for_command_line("a_flag", "launch ``x``. None: on\\n    a GPU. False: never.")
+    'Launch x. Default: on a GPU. --no-a-flag: never.'
+    """
+    text = " ".join(text.replace("``", "").split())
+    text = text.replace("None:", "Default:").replace("False:", f"--no-{name.replace('_', '-')}:")
+    return text[:1].upper() + text[1:]
+
+
+def _read_json(name: str, text: str | None) -> Any:
+    """Raises ValueError for what is not valid JSON."""
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name.replace('_', '-')} {text!r} is not valid JSON: {error}") from None
+
+
+def as_arguments(config: EngineConfig) -> list[str]:
+    """The options that ``config`` was read from.
+
+    >>> as_arguments(EngineConfig(block_size=8, enable_prefix_caching=False))
+    ['--block-size', '8', '--no-enable-prefix-caching']
+    """
+    words = []
+    for name, value in config.options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, SpeculativeConfig):
+            given = {key: one for key, one in asdict(value).items() if one is not None}
+            words += [f"--{option}", json.dumps(given, default=str)]
+        else:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def open_llm(model: str | None, **options: Unpack[EngineOptions]) -> LLM:
     """Load a model for a command, without the progress bars and notices of the libraries below."""
     from paged_infer.llm import LLM
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from paged_infer import LLM, SamplingParams
 from paged_infer.cli import app
-from paged_infer.cli_options import EngineOptions, with_blocks
+from paged_infer.cli_options import open_llm, with_option_groups
+from paged_infer.config import EngineConfig
 
 
 def run(*arguments: str, stdin: str = ""):
@@ -41,7 +42,7 @@ def test_generate_says_the_same_with_speculation():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"), [("{", "is no JSON"), ('{"method": "ngram"}', "num_speculative_tokens missing")]
+    ("config", "said"), [("{", "is not valid JSON"), ('{"method": "ngram"}', "num_speculative_tokens missing")]
 )
 def test_a_speculative_config_that_cannot_be_used_is_one_line(config, said):
     result = run("generate", "Once", "--speculative-config", config)
@@ -144,12 +145,12 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
     assert "Traceback" not in result.output
 
 
-def test_a_block_of_options_is_an_option_for_each_of_its_fields(text_llm):
-    """``generate`` takes all that ``EngineOptions`` has, with its defaults, and an engine gets what was said."""
+def test_a_group_of_options_is_an_option_for_each_of_its_fields(text_llm):
+    """A command takes all that ``EngineConfig`` has, with its defaults, and an engine gets what was said."""
     made = {}
 
-    @with_blocks
-    def command(engine: EngineOptions, size: int = 1) -> None:
+    @with_option_groups
+    def command(engine: EngineConfig, size: int = 1) -> None:
         made["size"], made["engine"] = size, engine
 
     small = typer.Typer()
@@ -157,6 +158,6 @@ def test_a_block_of_options_is_an_option_for_each_of_its_fields(text_llm):
     result = CliRunner().invoke(small, ["--size", "3", "--block-size", "5", "--attention-backend", "torch"])
     assert result.exit_code == 0, result.output
     assert made["size"] == 3
-    assert made["engine"] == EngineOptions(block_size=5, attention_backend="torch")
-    llm = made["engine"].open(str(text_llm.folder))
+    assert made["engine"] == EngineConfig(block_size=5, attention_backend="torch")
+    llm = open_llm(str(text_llm.folder), **made["engine"].options)
     assert llm.engine.memory.block_size == 5

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
 from paged_infer.bench.shapes import SHAPES, folder_of
-from paged_infer.cli_options import Backend, BlockSize, Device, Dtype, Figures, LoadFormat, Seed, open_llm
+from paged_infer.cli_options import Engine, Figures, Seed, open_llm
+from paged_infer.config import EngineConfig, EngineOptions
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
@@ -35,12 +36,6 @@ Peers = Annotated[
 ]
 NAIVE_BASELINES = ("naive", "cached")  # those that serve one request at a time
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
-MaxNumSeqs = Annotated[int, typer.Option(help="Most sequences at once.", min=1)]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Most tokens in a step.", min=1)]
-MaxModelLen = Annotated[
-    int | None,
-    typer.Option(help="Longest sequence; default: the model's limit, and with dummy weights what is needed."),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +43,19 @@ class Common:
     """Which model, how it is opened, and how often what is run."""
 
     model: BenchModel = None
-    load_format: LoadFormat = "auto"
-    dtype: Dtype = "auto"
-    device: Device = "auto"
-    attention_backend: Backend = "auto"
-    block_size: BlockSize = 16
-    max_model_len: MaxModelLen = None
-    max_num_seqs: MaxNumSeqs = 256
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048
+    engine: Engine = field(default_factory=EngineConfig)
     repeats: Repeats = 3
     seed: Seed = 0
     figures: Figures = Path("figures")
 
     @contextmanager
-    def open(self, longest: int, **options: Any) -> Iterator[LLM]:
+    def open(self, longest: int, **options: Unpack[EngineOptions]) -> Iterator[LLM]:
         """The engine, for sequences of up to ``longest`` tokens. Raises ValueError as ``LLM`` does."""
-        max_model_len = self.max_model_len
-        if self.load_format == "dummy":
-            max_model_len = max_model_len or longest
-        with folder_of(self.model, self.load_format) as folder:
-            yield open_llm(
-                folder,
-                load_format=self.load_format,
-                dtype=self.dtype,
-                device=self.device,
-                attention_backend=self.attention_backend,
-                block_size=self.block_size,
-                max_model_len=max_model_len,
-                max_num_seqs=self.max_num_seqs,
-                max_num_batched_tokens=self.max_num_batched_tokens,
-                **options,
-            )
+        options = {**self.engine.options, **options}
+        if self.engine.load_format == "dummy":
+            options.setdefault("max_model_len", longest)
+        with folder_of(self.model, self.engine.load_format) as folder:
+            yield open_llm(folder, **options)
 
     @contextmanager
     def open_with_peers(
@@ -91,6 +68,6 @@ class Common:
         check_peers(chosen)
         num_engines = len([name for name in chosen if name in ENGINES])
         # transformers takes its memory as it goes: it is left as much as an engine
-        share = round(0.9 / (1 + num_engines + (len(chosen) > num_engines)), 3)
+        share = round(self.engine.gpu_memory_utilization / (1 + num_engines + (len(chosen) > num_engines)), 3)
         with self.open(longest, gpu_memory_utilization=share) as llm, open_peers(chosen, llm, share) as peers:
             yield llm, peers

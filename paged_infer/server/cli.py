@@ -11,23 +11,13 @@ from typing import Annotated
 
 import typer
 
-from paged_infer.cli_options import (
-    Backend,
-    BlockSize,
-    Device,
-    Dtype,
-    MaxModelLen,
-    Model,
-    NumBlocks,
-    Speculation,
-    fail,
-    quiet_libraries,
-    read_list,
-    read_speculation,
-)
+from paged_infer.cli_options import Model, fail, quiet_libraries, read_list, with_option_groups
+from paged_infer.config import EngineConfig
 
 
+@with_option_groups
 def serve(
+    engine: EngineConfig,
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
@@ -72,30 +62,6 @@ def serve(
         float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
     ] = 30.0,
     log_level: Annotated[str, typer.Option(help="uvicorn's: critical, error, warning, info, debug.")] = "info",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights of the model's shape.")] = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    attention_backend: Backend = "auto",
-    block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
-    max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens computed in one step.")] = 2048,
-    enable_prefix_caching: Annotated[bool, typer.Option(help="Share the blocks of equal beginnings.")] = True,
-    scheduling_policy: Annotated[str, typer.Option(help="chunked, prefill_first, dynamic or static.")] = "chunked",
-    scheduler_delay_factor: Annotated[float, typer.Option(help="With prefill_first: how long prompts wait.")] = 0.0,
-    preemption_mode: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
-    swap_space: Annotated[float | None, typer.Option(help="GiB of CPU memory, with swap.")] = None,
-    async_scheduling: Annotated[
-        bool | None, typer.Option(help="Begin a step while the one before runs. Default: on a GPU.")
-    ] = None,
-    enforce_eager: Annotated[
-        bool | None, typer.Option(help="No CUDA graphs. Default: graphs on a GPU, with triton.")
-    ] = None,
-    speculative_config: Speculation = None,
-    trace: Annotated[bool, typer.Option(help="Keep a record of every step; it grows.")] = False,
-    seed: Annotated[int, typer.Option(help="From it come the seeds of requests that bring none.")] = 0,
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, and /generate, /health, /metrics."""
     try:
@@ -126,35 +92,11 @@ def serve(
         listener = run.listen(host, port)
         if not allowed_hosts:
             settings = dataclasses.replace(settings, allowed_hosts=hosts.names_of(host, listener.getsockname()[0]))
-        engine = AsyncLLM(
-            model,
-            max_num_waiting=max_num_waiting,
-            step_timeout=step_timeout or None,
-            load_format=load_format,
-            dtype=dtype,
-            device=device,
-            attention_backend=attention_backend,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            scheduling_policy=scheduling_policy,
-            scheduler_delay_factor=scheduler_delay_factor,
-            preemption_mode=preemption_mode,
-            swap_space=swap_space,
-            async_scheduling=async_scheduling,
-            enforce_eager=enforce_eager,
-            speculative_config=read_speculation(speculative_config),
-            trace=trace,
-            seed=seed,
-        )
+        llm = AsyncLLM(model, max_num_waiting=max_num_waiting, step_timeout=step_timeout or None, **engine.options)
     except ValueError as error:
         fail(error)
-    is_clean = run.serve(engine, settings, listener, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
-    if engine.is_abandoned:  # its thread may never return, and the interpreter's exit could block on it
+    is_clean = run.serve(llm, settings, listener, shutdown_timeout_s=shutdown_timeout, log_level=log_level)
+    if llm.is_abandoned:  # its thread may never return, and the interpreter's exit could block on it
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,8 @@ import typer
 
 from paged_infer.bench.options import NAIVE_BASELINES, Repeats
 from paged_infer.bench.speed import cli as speed_cli
-from paged_infer.cli_options import EngineOptions, Figures, ModelOption, Seed, open_llm, with_blocks
+from paged_infer.cli_options import Figures, ModelOption, Seed, Without, as_arguments, open_llm, with_option_groups
+from paged_infer.config import EngineConfig
 
 if TYPE_CHECKING:
     from paged_infer.bench.http.http_bench import HttpBench
@@ -53,10 +54,13 @@ class Load:
         return self.repeats * (2 * len(self.closed) + num_open) + num_others
 
 
-@with_blocks
+@with_option_groups
 def serve(
     load: Load,
-    engine: EngineOptions,
+    engine: Annotated[
+        EngineConfig,
+        Without(max_num_seqs="as many as the most clients", seed="the command's own --seed is the workload's"),
+    ],
     model: ModelOption = None,
     base_url: Annotated[
         str | None, typer.Option(help="A server that runs already, as http://HOST:PORT, instead of one of our own.")
@@ -81,7 +85,7 @@ def serve(
             raise ValueError(f"naive={naive!r}: must be {', '.join(NAIVE_BASELINES)} or none")
         if base_url is None:
             opened = _ours(load, engine, model, naive, torch_threads)
-        elif model is not None or engine != EngineOptions():
+        elif model is not None or engine != EngineConfig():
             raise ValueError(f"base_url={base_url!r}: its model and engine are its own; leave out their options")
         else:
             opened = _theirs(load, base_url.rstrip("/").removesuffix("/v1"), api_key)
@@ -105,24 +109,24 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ours(load: Load, engine: EngineOptions, model: str | None, naive: str, torch_threads: int) -> Iterator[HttpBench]:
+def _ours(load: Load, engine: EngineConfig, model: str | None, naive: str, torch_threads: int) -> Iterator[HttpBench]:
     """Two servers of one model, and the same model here."""
     import torch
 
     from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
-    from paged_infer.bench.http.servers import as_arguments, running
+    from paged_infer.bench.http.servers import running
     from paged_infer.bench.workloads import random_lengths
 
     usual_threads = torch.get_num_threads()
     torch.set_num_threads(torch_threads)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, usual_threads)
-        llm = open_llm(model, **asdict(engine), max_num_seqs=max(load.closed))
+        llm = open_llm(model, **replace(engine, max_num_seqs=max(load.closed)).options)
         workload = random_lengths(llm, load.num_requests, load.shortest, load.longest, load.seed)
         num_others = load.repeats + len(load.closed) * (naive != "none")
         bench = stack.enter_context(speed_cli.bench_of(llm, load.repeats, load.num_runs(num_others)))
         client = stack.enter_context(client_process())
-        options = [*([] if model is None else [model]), *as_arguments(asdict(engine))]
+        options = [*([] if model is None else [model]), *as_arguments(engine)]
 
         def target(module: str, *arguments: str) -> HttpSystem:
             url = stack.enter_context(running(module, *arguments, *options, torch_threads=torch_threads))

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from paged_infer import baselines
 from paged_infer.bench.options import NAIVE_BASELINES
-from paged_infer.cli_options import EngineOptions, Model, fail, with_blocks
+from paged_infer.cli_options import Engine, Model, fail, open_llm, with_option_groups
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
 from paged_infer.server.openai import errors
@@ -31,9 +31,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def serve(
-    engine: EngineOptions,
+    engine: Engine,
     model: Model = None,
     rung: Annotated[str, typer.Option(help=f"{' or '.join(NAIVE_BASELINES)}.")] = "cached",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -44,7 +44,7 @@ def serve(
         if rung not in NAIVE_BASELINES:
             raise ValueError(f"rung={rung!r}: must be {' or '.join(NAIVE_BASELINES)}")
         door = listen(host, port)
-        application = create_app(engine.open(model), rung)
+        application = create_app(open_llm(model, **engine.options), rung)
     except ValueError as error:
         fail(error)
     uvicorn.Server(uvicorn.Config(application, log_level="warning")).run([door])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -66,16 +66,3 @@ def served_model(url: str, api_key: str | None) -> str:
     if response.status_code != 200:
         raise ValueError(f"base_url={url!r}: /v1/models answered {response.status_code}: {response.text[:200]}")
     return str(response.json()["data"][0]["id"])
-
-
-def as_arguments(options: dict[str, object]) -> Sequence[str]:
-    """
-    >>> as_arguments({"block_size": 16, "num_blocks": None})
-    ['--block-size', '16']
-    """
-    return [
-        word
-        for name, value in options.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from paged_infer.cli_options import BlockSize, Figures, ModelOption, Seed, console, fail, open_llm
+from paged_infer.cli_options import Figures, ModelOption, Seed, Without, console, fail, open_llm, with_option_groups
+from paged_infer.config import EngineConfig
 
 if TYPE_CHECKING:
     from paged_infer.bench.scheduling.arrival import ArrivalReport
@@ -46,20 +48,27 @@ def memory(
 
 
 @app.command()
+@with_option_groups
 def sharing(
+    engine: Annotated[
+        EngineConfig,
+        Without(
+            enable_prefix_caching="off: only what one request's samples or beams share counts",
+            seed="the command's own --seed is the workload's",
+        ),
+    ],
     model: ModelOption = None,
     width: Annotated[
         list[int] | None, typer.Option(help="Samples or beams of a request; may be repeated.", min=2)
     ] = None,
     num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each sample or beam.", min=1)] = 64,
-    block_size: BlockSize = 16,
     seed: Seed = 0,
     figures: Annotated[Path, typer.Option(help="Folder for bench-sharing.json.")] = Path("figures"),
 ) -> None:
     """KV blocks that parallel samples and beams of one request save by sharing them, with a model."""
     try:
-        llm = open_llm(model, block_size=block_size, enable_prefix_caching=False)
+        llm = open_llm(model, **replace(engine, enable_prefix_caching=False).options)
         from paged_infer.bench.machine import describe_machine
         from paged_infer.bench.scheduling.sharing import PAPER, SharingReport, measure_sharing
         from paged_infer.bench.workloads import story_beginnings
@@ -69,7 +78,7 @@ def sharing(
             savings = measure_sharing(llm, prompts, width or [2, 4, 6], max_tokens)
     except ValueError as error:
         fail(error)
-    mean = sum(map(len, prompts)) / len(prompts)
+    mean, block_size = sum(map(len, prompts)) / len(prompts), engine.block_size
     report = SharingReport(llm.name, block_size, num_requests, mean, max_tokens, describe_machine(), savings)
     title = (
         f"{llm.name}: {num_requests} prompts of {mean:.0f} tokens on average, {max_tokens} tokens out, "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paged_infer.bench.options import Common, Peers
-from paged_infer.cli_options import fail, with_blocks
+from paged_infer.cli_options import Without, fail, with_option_groups
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
@@ -38,7 +38,7 @@ Scale = Annotated[
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def latency(
     common: Common,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 128,
@@ -57,7 +57,7 @@ def latency(
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def throughput(
     common: Common,
     num_requests: Annotated[
@@ -88,9 +88,17 @@ def throughput(
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def optimisations(
-    common: Common,
+    common: Annotated[
+        Common,
+        Without(
+            attention_backend="each engine has its own",
+            enforce_eager="each engine has its own",
+            async_scheduling="each engine has its own",
+            speculative_config="an engine with drafts cannot run ahead",
+        ),
+    ],
     num_requests: Annotated[
         int | None, typer.Option(help=f"Default: 256 on a GPU, {CPU_REQUESTS // 2} on a CPU.", min=1)
     ] = None,
@@ -122,7 +130,7 @@ def optimisations(
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def load(
     common: Common,
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 64,
@@ -152,7 +160,7 @@ def load(
 
 
 @app.command()
-@with_blocks
+@with_option_groups
 def ladder(
     common: Common,
     num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 32,
@@ -223,7 +231,7 @@ def show(report: SpeedReport, figures: Path) -> None:
 def _on_gpu(common: Common) -> bool:
     import torch
 
-    return common.device != "cpu" and torch.cuda.is_available()
+    return common.engine.device != "cpu" and torch.cuda.is_available()
 
 
 def _engine(llm: LLM) -> dict[str, System]:

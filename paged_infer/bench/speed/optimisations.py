@@ -42,13 +42,11 @@ def rungs(device: torch.device) -> dict[str, dict[str, Any]]:
 def open_rungs(common: Common, device: torch.device, longest: int) -> Iterator[dict[str, LLM]]:
     """An engine a rung, on the same weights; on a GPU they share its memory evenly."""
     chosen = rungs(device)
-    share = round(0.9 / len(chosen), 3)
+    share = round(common.engine.gpu_memory_utilization / len(chosen), 3)
     with ExitStack() as stack:
         engines = {}
         for name, options in chosen.items():
-            backend = options.pop("attention_backend")
-            opened = replace(common, attention_backend=backend).open(longest, gpu_memory_utilization=share, **options)
-            engines[name] = stack.enter_context(opened)
+            engines[name] = stack.enter_context(common.open(longest, gpu_memory_utilization=share, **options))
         yield engines
 
 

@@ -10,16 +10,22 @@ import typer
 
 from paged_infer.bench.options import Common
 from paged_infer.bench.speed.cli import bench_of, errors, show
-from paged_infer.cli_options import with_blocks
+from paged_infer.cli_options import Without, with_option_groups
 
 BATCHES = [1, 4, 16]
 LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
 LONGEST_PROMPT = 96  # of ``story_beginnings``
 
 
-@with_blocks
+@with_option_groups
 def speculation(
-    common: Common,
+    common: Annotated[
+        Common,
+        Without(
+            speculative_config="each engine has its own",
+            async_scheduling="drafts need the tokens of the step before, and the engine without drafts runs like them",
+        ),
+    ],
     num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens drafted at a time.", min=1)] = 4,
     draft_model: Annotated[
         Path | None, typer.Option(help="A folder. Default: the storyteller's own; for another model, none.")
@@ -47,7 +53,7 @@ def speculation(
             name: stack.enter_context(
                 common.open(
                     LONGEST_PROMPT + max_tokens,
-                    gpu_memory_utilization=round(0.9 / len(methods), 3),
+                    gpu_memory_utilization=round(common.engine.gpu_memory_utilization / len(methods), 3),
                     async_scheduling=False,  # a step's drafts need the tokens of the step before
                     speculative_config=config and {**config, "num_speculative_tokens": num_speculative_tokens},
                 )

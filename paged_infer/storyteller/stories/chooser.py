@@ -1,4 +1,4 @@
-"""A die that keeps accounts: every draw adds its log-probability to a running sum."""
+"""Random choices that keep count of their probability: every draw adds its log-probability to a running sum."""
 
 import math
 import random

@@ -14,7 +14,7 @@ from paged_infer.storyteller.stories.themes import LAST_WORDS, THEMES
 from paged_infer.storyteller.stories.world import Person, Question, Thing, World
 
 END = "<|endoftext|>"  # stands before a document and after it; never inside
-# Training tells stories with smaller seeds; evaluation begins here.
+# Training uses smaller seeds; evaluation begins here.
 FIRST_EVALUATION_SEED = 1_000_000_000
 
 # Kind of story -> (how often, least scenes in its middle, most, chance that one more follows after the least).

@@ -10,7 +10,7 @@ BOYS = ("Tom", "Ben", "Sam", "Leo", "Max", "Finn", "Jack", "Oscar", "Theo", "Hug
 TRAITS = ("kind", "curious", "brave", "quiet", "cheerful", "clever", "gentle", "shy", "patient", "merry")
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "purple", "golden", "silver", "grey")
-# A noun has one colour in all stories, so that the colour says which it is.
+# A noun has one colour in all stories, so that the colour identifies it.
 CONTAINERS = (
     "in the blue box", "in the green basket", "in the yellow drawer", "in the red chest", "in the white jar",
     "in the black bag", "in the silver bucket", "in the purple trunk", "in the pink cupboard", "in the brown barrel",
@@ -25,7 +25,7 @@ FINDING_PLACES = (
     "at the edge of the pond", "between two rocks", "under the oak tree", "on a fallen log", "beside the road",
 )  # fmt: skip
 
-# What a thing is like, in two ways; said once, when it enters the story.
+# What a thing is like, in two ways; mentioned once, when it enters the story.
 THINGS: dict[str, tuple[str, str]] = {
     "key": ("It was small and heavy, and it fitted no lock in the house.", "It was as cold as a little fish."),
     "kite": ("Its tail was longer than a garden path.", "It pulled at the string as if it were alive."),

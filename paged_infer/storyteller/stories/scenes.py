@@ -1,6 +1,6 @@
-"""The scenes in the middle of a story: each tells something small that happens, and changes the world with it.
+"""The scenes in the middle of a story: each is a small event, which changes the world.
 
-A fact is always said in the same words, "the key in the blue box", "the kite to Tom", "Now Mia had seven plums",
+A fact always has the same words, "the key in the blue box", "the kite to Tom", "Now Mia had seven plums",
 whatever the sentence around it. Each scene has a condition (may it happen now?) and a teller.
 """
 
@@ -37,7 +37,7 @@ class Scene:
 
 
 def find(world: World, finder: Person) -> tuple[str, Thing]:
-    """Somebody finds a new thing and puts it away: three facts (colour, finding place, place)."""
+    """A person finds a new thing and puts it away: three facts (colour, finding place, place)."""
     thing = world.new_thing()
     thing.finder, thing.found_at = finder, world.chooser.pick(lexicon.FINDING_PLACES)
     found = f"{finder} found a {thing.noun} {thing.found_at}. The {thing.noun} was {thing.colour}."
@@ -45,7 +45,7 @@ def find(world: World, finder: Person) -> tuple[str, Thing]:
 
 
 def put_away(world: World, who: Person, thing: Thing) -> str:
-    """Somebody puts a thing in some place."""
+    """A person puts a thing in some place."""
     thing.put(world.new_place())
     return world.say(
         (

@@ -1,4 +1,4 @@
-"""What is true in a story: who is in it, which things there are, and where each of them is right now."""
+"""What is true in a story: which people are in it, which things there are, and where each of them is right now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Person:
 
 @dataclass
 class Thing:
-    """One object. It either stands somewhere (`place`) or is with somebody (`holder`), never both."""
+    """One object. It either stands somewhere (`place`) or a person has it (`holder`), never both."""
 
     noun: str
     colour: str | None = None
@@ -80,7 +80,7 @@ class Count:
 
 @dataclass
 class World:
-    """The state of one story while it is told, and the chooser that every decision goes through."""
+    """The state of one story while it is written, and the chooser that every decision goes through."""
 
     chooser: Chooser
     cast: list[Person] = field(default_factory=list)
@@ -97,7 +97,7 @@ class World:
     def play(self, templates: Sequence[str], **roles: object) -> str:
         """Like `say`, but people for `{a}` and `{b}` that `roles` lacks are drawn if the template names them.
 
-        Drawing somebody who is not named would give one text two derivations, and a wrong log-probability.
+        Drawing a person that is not named would give one text two derivations, and a wrong log-probability.
         """
         template = self.chooser.pick(templates)
         for role in ("a", "b"):
@@ -106,7 +106,7 @@ class World:
         return template.format(**roles)
 
     def new_person(self) -> Person:
-        """Somebody whose name no one in the story has yet; joins the cast."""
+        """A person with a name that is new in the story; joins the cast."""
         taken = {person.name for person in self.cast}
         girl = self.chooser.chance(0.5)
         name = self.chooser.pick([n for n in (lexicon.GIRLS if girl else lexicon.BOYS) if n not in taken])
@@ -115,7 +115,7 @@ class World:
         return person
 
     def new_thing(self, coloured: bool = True) -> Thing:
-        """A thing that is not in the story yet, in some colour or without one that is told."""
+        """A thing that is not in the story yet, in some colour or without a named one."""
         taken = {thing.noun for thing in self.things}
         noun = self.chooser.pick([n for n in lexicon.THINGS if n not in taken])
         thing = Thing(noun, self.chooser.pick(lexicon.COLOURS) if coloured else None)

@@ -17,7 +17,7 @@ from paged_infer.storyteller.training.vocabulary import save_tokenizer
 def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write config, weights (rounded to bfloat16) and tokenizer to `folder`, file by file in one move each.
 
-    config.json still says float32, so that engines compute in it: the bundled weights are small, not the arithmetic.
+    config.json still names float32, so that engines compute in it: the bundled weights are small, not the arithmetic.
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = tokenizer.token_to_id(END)

@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ReadOnlyList
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class Chooser:
         """Sum of the log-probabilities of all draws so far, in nats."""
         return math.fsum(self.logs)
 
-    def pick(self, options: Sequence[T]) -> T:
+    def pick(self, options: ReadOnlyList[T]) -> T:
         """One of `options`, each equally likely."""
         if not options:
             raise ValueError("pick: there is nothing to choose from")

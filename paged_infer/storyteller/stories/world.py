@@ -1,6 +1,6 @@
 """What is true in a story: which people are in it, which things there are, and where each of them is right now."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
 from paged_infer.storyteller.stories import lexicon
@@ -90,11 +90,11 @@ class World:
     told: list[str] = field(default_factory=list)  # interludes that have happened, each at most once
     daytime: int = -1  # index into lexicon.DAYTIMES; -1 is the early morning
 
-    def say(self, templates: Sequence[str], **roles: object) -> str:
+    def say(self, templates: ReadOnlyList[str], **roles: object) -> str:
         """One of `templates`, each equally likely, with its `{roles}` filled in."""
         return self.chooser.pick(templates).format(**roles)
 
-    def play(self, templates: Sequence[str], **roles: object) -> str:
+    def play(self, templates: ReadOnlyList[str], **roles: object) -> str:
         """Like `say`, but people for `{a}` and `{b}` that `roles` lacks are drawn if the template names them.
 
         Drawing a person that is not named would give one text two derivations, and a wrong log-probability.

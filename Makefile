@@ -36,7 +36,7 @@ notebooks: $(READY)
 
 # On a CUDA machine, with the Python that is there: no .venv, no network. Results come to figures/gpu-<device>/.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m paged_infer.bench.gpu
+	PYTHONPATH=. $(PYTHON) .ci/gpu.py
 
 # The package itself is installed in place, without its dependencies: requirements.txt has named them.
 $(READY): pyproject.toml requirements.txt

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from paged_infer.bench.machine import describe_machine, machine_line
 from paged_infer.config import EngineConfig
+from paged_infer.execution.machine import describe_machine, machine_line
 from paged_infer.execution.memory_profile import MemoryProfile
 from paged_infer.llm import LLM
 

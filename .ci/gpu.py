@@ -2,9 +2,9 @@
 
     tests, compiled  ->  bench kernels, ladder, throughput, optimisations  ->  compile-only table  ->  notebooks
 
-It runs from the source tree (``python -m paged_infer.bench.gpu``), and needs no network and nothing but torch, triton,
+It runs from the source tree (``PYTHONPATH=. python .ci/gpu.py``), and needs no network and nothing but torch, triton,
 transformers, matplotlib, pytest, typer and tqdm. Every step is a process of its own with a limit of its own, and one
-that fails stops no other. Results and logs come to lie in figures/gpu-<device>/, and once more in one tar file.
+that fails does not stop the others. Results and logs go to figures/gpu-<device>/, and all of it to one tar file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import typer
 
 from paged_infer.bench.tables import plain_table
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TOTAL_LIMIT_S = 525
 MODULE = (sys.executable, "-m")
 
@@ -56,7 +56,7 @@ class StepResult:
 
 
 def gpu_steps(out: Path) -> list[Step]:
-    """What is to be run; numbers and pictures go to ``out``."""
+    """What to run; numbers and pictures go to ``out``."""
     tests = (
         *MODULE, "pytest", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
         "-m", "gpu", "-q", "-rfE", "--durations=5", "-W", "ignore::pytest.PytestUnknownMarkWarning",
@@ -68,7 +68,7 @@ def gpu_steps(out: Path) -> list[Step]:
     shape = ("--model", "qwen3-0.6b", "--load-format", "dummy")
     to_out = ("--figures", str(out))
     compile_only = (*kernels, "--compile-only", "--quick")
-    notebook = (*MODULE, "paged_infer.bench.notebook_script", "--figures", str(out))
+    notebook = (sys.executable, str(ROOT / ".ci/notebook_script.py"), "--figures", str(out))
     return [
         Step("kernel-tests", tests, 180),
         Step("bench-kernels", (*kernels, "--time-limit", "160"), 210),
@@ -124,12 +124,12 @@ def _run_step(step: Step, limit_s: float, out: Path) -> StepResult:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End what is left of a step: the group of processes that was started for it, politely first."""
+    """End what is left of a step: the group of processes that was started for it; SIGTERM first."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, sign)
         except ProcessLookupError:
-            break  # nobody is left
+            break  # none is left
         try:
             child.wait(5)
         except subprocess.TimeoutExpired:

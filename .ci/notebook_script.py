@@ -1,8 +1,8 @@
-"""A notebook's code cells as a script, for a machine without Jupyter (``python -m`` this module, and the notebook).
+"""A notebook's code cells as a script, for a machine without Jupyter: ``python .ci/notebook_script.py NOTEBOOK``.
 
 Cells run in order in one namespace, in the notebook's folder. Lines that only IPython understands (%magic, !shell) are
 left out. What a cell displays, or ends with, is printed; a picture is saved as a PNG if ``--figures`` names a folder. A
-cell that needs widgets is passed over where ipywidgets is missing, and one tagged raises-exception has to raise.
+cell that needs widgets is skipped where ipywidgets is missing, and one tagged raises-exception has to raise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of a trace with a slider for the step. Where no widget can run, the picture of one step stands there."""
+"""Pictures of a trace with a slider for the step; where no widget can run, the picture of one step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ PLAY_INTERVAL_MS = 400
 
 
 class StepExplorer(Playground):
-    """A slider with a play button, and the picture that ``draw`` makes of the step that it stands at.
+    """A slider with a play button, and the picture that ``draw`` makes of the step.
 
-    In a notebook it is a widget, with the picture of the step it stands at stored beside it. Setting ``step`` moves
-    the slider.
+    In a notebook it is a widget, with the picture of its step stored next to it. Setting ``step`` moves the slider.
 
     Raises:
         ImportError: ipywidgets is missing.

@@ -27,7 +27,7 @@ class Playground:
 
     Raises:
         ImportError: ipywidgets is missing.
-        ValueError: no control, or one whose start lies outside its range; ``move`` raises it for such a value.
+        ValueError: no control, or a start outside its range; ``move`` raises it for such a value.
     """
 
     def __init__(self, draw: Callable[..., Picture], **controls: tuple[float, ...] | list[Any]) -> None:
@@ -48,7 +48,7 @@ class Playground:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Where the sliders stand."""
+        """The sliders' values."""
         return {name: slider.value for name, slider in self.sliders.items()}
 
     @property
@@ -93,7 +93,7 @@ class Playground:
 
 
 def _start(name: str, control: tuple[float, ...] | list[Any]) -> Any:
-    """Where a control begins, once it is known to be one."""
+    """The start of a control, after a check that it is one."""
     if isinstance(control, list) and control:
         return control[0]
     if isinstance(control, tuple) and len(control) in (3, 4):
@@ -115,7 +115,7 @@ def _step(low: float, high: float, step: list[float]) -> float:
 
 
 def ipywidgets() -> ModuleType:
-    """The module, or one error that says what to install."""
+    """The module, or one error that names what to install."""
     try:
         import ipywidgets as module
     except ImportError:

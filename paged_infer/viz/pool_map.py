@@ -1,4 +1,4 @@
-"""The pool map: every block of the pool at one step, who holds it, and how much of it is filled."""
+"""The pool map: every block of the pool at one step, its owners, and how much of it is filled."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _box(
 
 
 def _draw_slots(axes: Axes, cells: Sequence[Cell], grid: Grid, block_size: int) -> None:
-    """A band for each owner: full colour as far as there are tokens, and a tint over the slots behind them."""
+    """A band for each owner: full colour as far as there are tokens, and a tint over the slots after them."""
     parts: dict[str, tuple[list[Any], list[str]]] = {"tokens": ([], []), "empty": ([], [])}
     for cell in cells:
         owners = cell.owners[:MOST_BANDS]
@@ -179,7 +179,7 @@ def _add(axes: Axes, name: str, boxes: Sequence[Any], **style: Any) -> None:
 
 
 def _write_owners(axes: Axes, cells: Sequence[Cell], grid: Grid, names: Mapping[int, str], block_size: int) -> None:
-    """Who holds it, or how often it is held, as large as fits; in large cells also how many slots are filled."""
+    """Its owner, or the number of its owners, as large as fits; in large cells also the number of filled slots."""
     width, height = (inches * 72 for inches in grid.cell_in)  # points
     for cell in cells:
         num_owners = len(cell.owners)

@@ -1,4 +1,4 @@
-"""What a trace says about each sequence: its name and colour in every picture, and what it did in each step."""
+"""Each sequence of a trace: its name and colour in every picture, and what it did in each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from paged_infer.control.trace import Replay, Trace, TraceStep
 
-# Paul Tol's "light" scheme and a mauve: told apart by colour-blind eyes, and pale enough for dark text on top.
+# Paul Tol's "light" scheme and a mauve: distinguishable with colour blindness, and pale enough for dark text on top.
 OWNER_COLOURS = ("#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#99ddff", "#eedd88", "#44bb99", "#b07aa1")
 LONGEST_NAME = 10
 
@@ -18,7 +18,7 @@ def owner_colour(sequence_id: int) -> str:
 
 
 def sequence_names(trace: Trace) -> dict[int, str]:
-    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... behind it."""
+    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... after it."""
     arrivals = [event for step in trace.steps for event in step.events if event[0] == "arrive"]
     num_samples = Counter(request_id for _, _, request_id, _ in arrivals)
     seen: Counter[str] = Counter()

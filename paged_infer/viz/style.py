@@ -1,11 +1,11 @@
-"""One visual language for every figure: a colour for each rung, light background, readable at half size."""
+"""One visual language for every figure: a colour for each baseline, light background, readable at half size."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
@@ -29,7 +29,7 @@ DPI = 100
 
 
 class Picture(Figure):
-    """A figure that belongs to no window: alike in scripts, servers and notebooks, where it shows itself as a PNG."""
+    """A figure without a window: the same in scripts, servers and notebooks, where it is shown as a PNG."""
 
     def save(self, path: Path) -> None:
         """Write a PNG, making its folder if need be."""
@@ -47,6 +47,17 @@ def new_picture(width_in: float = 7.0, height_in: float = 3.0) -> Picture:
     return Picture(figsize=(width_in, height_in), dpi=DPI, layout="constrained", facecolor="white")
 
 
+def tidy_axes(
+    axes: Axes, hide: str = "top right", grid: Literal["both", "x", "y"] | None = "both", **ticks: Any
+) -> None:
+    """Hide spines, and put a faint grid behind the data. ``ticks``: as ``tick_params`` takes them."""
+    axes.spines[hide.split()].set_visible(False)
+    axes.tick_params(**ticks)
+    if grid:
+        axes.grid(axis=grid, color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
 def log_heights(axes: Axes) -> None:
     """A logarithmic y axis whose marks are plain numbers: 10, 30, 100, 300."""
     axes.set_yscale("log")
@@ -56,7 +67,7 @@ def log_heights(axes: Axes) -> None:
 
 
 def add_key(figure: FigureBase, title: str, entries: Sequence[tuple[Any, str]]) -> None:
-    """The title, and below it what the signs mean, in as few lines as fit: (what looks like it, words).
+    """The title, and below it the legend, in as few lines as fit: (artist, words).
 
     Several artists in a tuple are drawn side by side.
     """

@@ -27,7 +27,7 @@ PREFILLS = ("prefill", "recompute")
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a state is drawn. Who computes has a full bar, who has no block a thin one: colour is not all there is."""
+    """How a state is drawn: a full bar while computing, a thin one without blocks; colour is not the only sign."""
 
     words: str
     face: str
@@ -49,11 +49,11 @@ LOOKS = {
 
 
 def timeline_figure(trace: Trace, *, by: str = "step", cursor: int | None = None) -> Picture:
-    """Who was prefilling (with how many tokens), decoding, waiting or swapped out, and the tokens of every step.
+    """Which sequences prefill (and how many tokens), decode, wait or are swapped out, and the tokens of every step.
 
-    A number in a prefill, or where its decoding begins, says how many tokens were computed, and "+n" how many more were
-    found in the prefix cache or had been stored by the sample that it was forked from. Steps are places in
-    ``trace.steps``, from 0.
+    A number in a prefill, or where its decoding begins, counts the tokens that were computed, and "+n" those that were
+    found in the prefix cache or stored by the sample that it was forked from. Steps are places in ``trace.steps``,
+    from 0.
 
     Args:
         by: "step" makes all steps equally wide, "time" as wide as they took.
@@ -241,7 +241,7 @@ def _edges(trace: Trace, by: str) -> tuple[list[float], str]:
 
 
 def _key(lives: Sequence[Life]) -> list[tuple[Any, str]]:
-    """A handle and words for everything that is in the picture, and for nothing else."""
+    """A handle and words for everything that is in the picture."""
     used = {span.state for life in lives for span in life.spans}
     key: list[tuple[Any, str]] = []
     for state, look in LOOKS.items():

@@ -6,12 +6,11 @@ Waterman & Patterson 2009). Decoding lies on the bandwidth side, long prompts on
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
+from paged_infer.bench.report import JsonReport
 from paged_infer.bench.timing import time_on
 
 # Bytes of one buffer, and n of an n x n matmul. A buffer must be many times the last cache (an H100's L2 is 50 MiB, a
@@ -21,7 +20,7 @@ CPU_BUFFER_BYTES, CPU_MATMUL_SIZE, CPU_REPEATS = 2**28, 1024, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Roofline:
+class Roofline(JsonReport):
     """Rates of one device. Bytes per second and floating-point operations per second; a multiply-add is two."""
 
     copy_bytes_per_s: float  # one buffer into another: bytes read + bytes written
@@ -51,14 +50,6 @@ class Roofline:
     def prefill_floor_s(self, flops: float) -> float:
         """Seconds that computing ``flops`` takes at least; a prompt needs 2 * params * tokens + its attention."""
         return flops / self.matmul_flops_per_s
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Roofline:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def measure(device: torch.device | str, *, dtype: torch.dtype | None = None) -> Roofline:

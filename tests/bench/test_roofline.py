@@ -81,7 +81,7 @@ def test_the_bandwidth_of_a_floor_is_the_better_of_copying_and_reading():
 
 def test_a_roofline_survives_its_json(small_cpu, tmp_path):
     small_cpu.save(tmp_path / "deep" / "roofline.json")
-    assert Roofline.load(tmp_path / "deep" / "roofline.json") == small_cpu
+    assert Roofline.read(tmp_path / "deep" / "roofline.json") == small_cpu
     assert json.loads(json.dumps(asdict(small_cpu))) == asdict(small_cpu)
 
 

@@ -1,18 +1,18 @@
-"""What attention moves through HBM, counted by the code of ``kernels.online_softmax`` and not by a formula."""
+"""The elements that attention moves through HBM, counted by the code of ``kernels.attention.online_softmax``."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 
+from paged_infer.bench.report import JsonReport
 from paged_infer.kernels.attention.online_softmax import naive_attention, tile_sizes, tiled_attention
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture, tidy_axes
 
 STANDARD_COLOUR = BASELINE_COLOURS["static"]
 TILE_COLOURS = ("#7db3d8", BASELINE_COLOURS["paged"], "#173f5f")  # the darker, the more fast memory
@@ -38,25 +38,13 @@ class TrafficCount:
 
 
 @dataclass(frozen=True, slots=True)
-class TrafficReport:
+class TrafficReport(JsonReport):
     """Counts for one head, not causal; ``by_length`` varies N, ``by_memory`` the fast memory at one N."""
 
     head_dim: int
     by_length: list[TrafficCount]
     by_memory: list[TrafficCount]
     largest_difference: float  # between any two outputs of the same inputs: all runs are the same attention
-
-    def save(self, path: Path) -> None:
-        """As JSON, so that the picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> TrafficReport:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        for panel in ("by_length", "by_memory"):
-            fields[panel] = [TrafficCount(**count) for count in fields[panel]]
-        return cls(**fields)
 
 
 def count_traffic(
@@ -67,7 +55,7 @@ def count_traffic(
     fixed_length: int = 2048,
     fast_sweep: Sequence[int] = FAST_SWEEP,
 ) -> TrafficReport:
-    """Run standard and tiled attention on random inputs and keep their counts; about five seconds as it stands."""
+    """Run standard and tiled attention on random inputs and keep their counts; about five seconds."""
     differences = [0.0]
 
     def run(num_tokens: int, sizes: Sequence[int]) -> list[TrafficCount]:
@@ -91,17 +79,14 @@ def count_traffic(
 
 
 def attention_traffic_figure(report: TrafficReport) -> Picture:
-    """Elements moved against N (left) and against the fast memory's size (right); pale bands: what theory says."""
+    """Elements moved against N (left) and against the fast memory's size (right); pale bands: theory."""
     figure = new_picture(7.8, 3.2)
     by_length, by_memory = figure.subplots(1, 2, sharey=True)
     _length_panel(by_length, report)
     _memory_panel(by_memory, report)
     for axes in (by_length, by_memory):
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        tidy_axes(axes, "top right left", which="both", length=0, labelsize=8.5, labelcolor=INK)
         axes.spines["bottom"].set_color(INK)
-        axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=INK)
-        axes.grid(color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.minorticks_off()
     figure.suptitle(
         f"elements that attention moves to and from HBM: counted (dots) over theory (bands), d = {report.head_dim}",
@@ -128,7 +113,7 @@ def _length_panel(axes: Axes, report: TrafficReport) -> None:
         axes.loglog(lengths, [_theory(n, report.head_dim, fast_elements) for n in lengths], "-", **_faint(colour))
         axes.loglog(lengths, moved, "o-", color=colour, markersize=4, linewidth=1.6)
         name = "standard" if fast_elements is None else f"tiles, {_binary(fast_elements)}"
-        _say(axes, name, (lengths[-1], moved[-1]), (7, -1 if fast_elements is None else -5), colour)
+        _annotate(axes, name, (lengths[-1], moved[-1]), (7, -1 if fast_elements is None else -5), colour)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 2.9)  # room for the names
     axes.set_title("against tokens N (tiles: by fast memory M)", fontsize=9, color=INK, loc="left")
@@ -147,10 +132,10 @@ def _memory_panel(axes: Axes, report: TrafficReport) -> None:
     axes.axhline(standard.num_moved, color=STANDARD_COLOUR, linewidth=1.6)
     axes.axhline(4 * N * d, color=INK, linewidth=0.8, linestyle=":")
     axes.axvline(H100_FAST_ELEMENTS, ymax=0.86, color=INK, linewidth=0.8, linestyle=":")
-    _say(axes, "standard, Θ(N² + N d)", (sizes[-1], standard.num_moved), (0, 5), STANDARD_COLOUR, "right")
-    _say(axes, "tiles, Θ(N²d²/M)", (sizes[0], moved[len(moved) // 3]), (0, -6), TILE_COLOURS[1])
-    _say(axes, "inputs and output once, 4 N d", (sizes[0], 4 * N * d), (0, 5), INK)
-    _say(axes, "one SM of an H100,\n16-bit numbers", (H100_FAST_ELEMENTS, N * d / 4), (5, 0), INK)
+    _annotate(axes, "standard, Θ(N² + N d)", (sizes[-1], standard.num_moved), (0, 5), STANDARD_COLOUR, "right")
+    _annotate(axes, "tiles, Θ(N²d²/M)", (sizes[0], moved[len(moved) // 3]), (0, -6), TILE_COLOURS[1])
+    _annotate(axes, "inputs and output once, 4 N d", (sizes[0], 4 * N * d), (0, 5), INK)
+    _annotate(axes, "one SM of an H100,\n16-bit numbers", (H100_FAST_ELEMENTS, N * d / 4), (5, 0), INK)
     axes.set_xticks(sizes[::2], [_binary(size) for size in sizes[::2]])
     axes.set_title(f"against fast memory M, in elements (N = {N:,})", fontsize=9, color=INK, loc="left")
 
@@ -169,7 +154,7 @@ def _faint(colour: str) -> dict[str, Any]:
     return {"color": colour, "linewidth": 5.0, "alpha": 0.2, "solid_capstyle": "butt"}
 
 
-def _say(
+def _annotate(
     axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], colour: str, align: str = "left"
 ) -> None:
     axes.annotate(text, at, offset, textcoords="offset points", color=colour, fontsize=8.5, horizontalalignment=align)

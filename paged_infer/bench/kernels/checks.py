@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from paged_infer.kernels.attention.flash_attention import flash_attention
 from paged_infer.kernels.attention.paged_attention import paged_attention
 from paged_infer.kernels.fused.copy_blocks import copy_blocks
 from paged_infer.kernels.fused.noise import mix, row_keys
-from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope
-from paged_infer.kernels.fused.rms_norm import add_rms_norm
+from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
 from paged_infer.kernels.fused.sample import sample
-from paged_infer.kernels.fused.silu_mul import silu_mul
+from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv
 
 # How far from float64 an output may be, as |out - exact| / (1 + |exact|). Where a kernel rounds between its steps, as
@@ -130,7 +131,7 @@ def _stores(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
         yield CheckResult("store_kv", _name(dtype), _num_unlike(caches, expected), 0)
 
         pairs = torch.arange(2, 8).view(2, 3).to(device)  # blocks 2, 3, 4 to 5, 6, 7
-        for cache in expected[:2]:
+        for cache in expected:
             cache[pairs[1]] = cache[pairs[0]]
         copy_blocks(caches, pairs[0], pairs[1])
         yield CheckResult("copy_blocks", _name(dtype), _num_unlike(caches, expected), 0)
@@ -141,15 +142,14 @@ def _norms(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
     for dtype, tolerance in sizes.tolerances.items():
         x, residual = (_random(rng, dtype, sizes.tokens, sizes.hidden) for _ in range(2))
         weight = _random(rng, dtype, sizes.hidden)
-        normed, total = add_rms_norm(x, residual, weight, 1e-6)
-        added = x.double() + residual.double()
-        scale = torch.rsqrt(total.double().square().mean(-1, keepdim=True) + 1e-6)
-        error = max(_error(total, added), _error(normed, total.double() * scale * weight.double()))
+        outs = add_rms_norm(x, residual, weight, 1e-6)
+        exact = add_rms_norm_reference(x.double(), residual.double(), weight.double(), 1e-6)
+        error = max(_error(one, its) for one, its in zip(outs, exact, strict=True))
         yield CheckResult("add_rms_norm", _name(dtype), error, tolerance)
 
-        product = silu_mul(torch.cat((x, residual), 1))
-        exact = x.double() * x.double().sigmoid() * residual.double()
-        yield CheckResult("silu_mul", _name(dtype), _error(product, exact), tolerance)
+        gate_up = torch.cat((x, residual), 1)
+        error = _error(silu_mul(gate_up), silu_mul_reference(gate_up.double()))
+        yield CheckResult("silu_mul", _name(dtype), error, tolerance)
 
 
 def _rope(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
@@ -163,19 +163,19 @@ def _rope(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
         qkv = _random(rng, dtype, tokens, heads + 2 * kv_heads, dim)
         weight = _random(rng, dtype, heads + kv_heads, dim)
         cos, sin = angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
-        caches = [torch.zeros(tokens, 1, kv_heads, dim, dtype=dtype, device=device) for _ in range(2)]
-        slots = torch.arange(tokens).flip(0).to(device)
-        qk = qk_norm_rope(
-            qkv, cos, sin, num_heads=heads, num_kv_heads=kv_heads, norm_weight=weight,
-            k_cache=caches[0], v_cache=caches[1], slot_mapping=slots,
-        )  # fmt: skip
-        x = qkv[:, : heads + kv_heads].double()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
-        turned = x.roll(dim // 2, dims=-1)
-        error = _error(qk, x * cos.double() + turned * sin.double(), x.abs() + turned.abs())
+        k_cache, v_cache = (torch.zeros(tokens, 1, kv_heads, dim, dtype=dtype, device=device) for _ in "kv")
+        counts: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads}
+        stored: dict[str, Any] = {
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "slot_mapping": torch.arange(tokens).flip(0).to(device),
+        }
+        qk = qk_norm_rope(qkv, cos, sin, **counts, norm_weight=weight, **stored)
+        exact = qk_norm_rope_reference(qkv.double(), cos.double(), sin.double(), **counts, norm_weight=weight.double())
+        # a rotation keeps the length of a pair: two large terms may cancel to a small one
+        error = _error(qk, exact, exact.abs() + exact.roll(dim // 2, dims=-1).abs())
         yield CheckResult("qk_norm_rope", _name(dtype), error, tolerance)
-        stored = [cache[:, 0].flip(0) for cache in caches]
-        unlike = _num_unlike(stored, [qk[:, heads:], qkv[:, heads + kv_heads :]])
+        unlike = _num_unlike([x[:, 0].flip(0) for x in (k_cache, v_cache)], [qk[:, heads:], qkv[:, heads + kv_heads :]])
         yield CheckResult("qk_norm_rope", f"{_name(dtype)}, stored", unlike, 0)
 
 

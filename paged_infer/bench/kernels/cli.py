@@ -1,6 +1,6 @@
-"""``paged-infer bench kernels``: right first, then how fast. Also ``python -m paged_infer.bench.kernels.cli``.
+"""``paged-infer bench kernels``: checked first, then timed. Also ``python -m paged_infer.bench.kernels.cli``.
 
-That second way needs typer and not rich, for a machine that only measures (``paged_infer.bench.gpu``).
+The latter needs typer and not rich, for a machine that only measures (``make gpu``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def kernels(
     ] = 900,
     figures: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("figures"),
 ) -> None:
-    """The Triton kernels: held to float64, then timed beside torch, flex_attention, varlen_attn and flashinfer.
+    """The Triton kernels: checked against float64, then timed with torch, flex_attention, varlen_attn and flashinfer.
 
     On a CPU they are interpreted: checked on small shapes, and not timed. Exits with status 1 if a kernel is wrong or
     did not run, or (--compile-only) if a variant spills registers or exceeds its chip's shared memory.
@@ -105,21 +105,15 @@ def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
     for chip in dict.fromkeys(row.arch for row in rows):
         of_chip = [row for row in rows if row.arch == chip]
         limit = max(row.shared_limit for row in of_chip)
-        print_table(
-            f"sm{chip}: registers and spilled bytes of a thread, shared bytes of a block (limit {limit:,})",
-            header,
-            [
-                (
-                    row.variant,
-                    row.kernel,
-                    *(str(x) for x in (row.registers, row.spill_bytes)),
-                    f"{row.shared_bytes:,}",
-                    *(str(x) for x in (row.num_warps, row.num_stages)),
-                )
-                for row in of_chip
-            ],
-            marks=["bold red" if row.problem else "" for row in of_chip],
-        )
+        title = f"sm{chip}: registers and spilled bytes of a thread, shared bytes of a block (limit {limit:,})"
+        cells = [
+            (
+                *(row.variant, row.kernel, str(row.registers), str(row.spill_bytes)),
+                *(f"{row.shared_bytes:,}", str(row.num_warps), str(row.num_stages)),
+            )
+            for row in of_chip
+        ]
+        print_table(title, header, cells, ["bold red" if row.problem else "" for row in of_chip])
     unclean = [row for row in rows if row.problem]
     for row in unclean:
         print(f"sm{row.arch} {row.variant} ({row.kernel}): {row.problem}")
@@ -134,7 +128,7 @@ def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
 def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
     from paged_infer.bench.kernels.checks import run_checks
     from paged_infer.bench.kernels.report import KernelReport
-    from paged_infer.bench.machine import describe_machine, machine_line
+    from paged_infer.execution.machine import describe_machine, machine_line
     from paged_infer.kernels.triton_runtime import triton
 
     deadline_s = time.perf_counter() + time_limit
@@ -150,8 +144,8 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
     _show_checks(report)
     wrong = [check for check in report.checks if not check.passed]
     if wrong:
-        said = ", ".join(f"{c.kernel} ({c.case}: {c.error:.2g}, allowed {c.tolerance:.2g})" for c in wrong)
-        typer.echo(f"error: not what float64 says, so nothing is timed: {said}", err=True)
+        errors = ", ".join(f"{c.kernel} ({c.case}: {c.error:.2g}, allowed {c.tolerance:.2g})" for c in wrong)
+        typer.echo(f"error: differs from float64, so nothing is timed: {errors}", err=True)
         raise typer.Exit(1)
     if on_gpu:
         _race(report, device, deadline_s, f"the time limit of {time_limit:g} s", path)
@@ -199,8 +193,8 @@ def _show_checks(report: KernelReport) -> None:
     for kernel in dict.fromkeys(check.kernel for check in report.checks):
         mine = [check for check in report.checks if check.kernel == kernel]
         worst = [max((c.error for c in mine if c.case.startswith(t)), default=None) for t in dtypes]
-        said = "yes" if all(check.passed for check in mine) else "NO"
-        rows.append((kernel, *("-" if x is None else f"{x:.1e}" for x in worst), str(len(mine)), said))
+        right = "yes" if all(check.passed for check in mine) else "NO"
+        rows.append((kernel, *("-" if x is None else f"{x:.1e}" for x in worst), str(len(mine)), right))
     title = "against float64: the largest |out - exact| / (1 + |exact|)"
     marks = ["bold red" if row[-1] == "NO" else "" for row in rows]
     print_table(title, ("kernel", *dtypes, "cases", "right"), rows, marks)

@@ -1,10 +1,10 @@
 """Every kernel compiled for chips that are not here: registers, spilled bytes and shared memory, as a table.
 
-    variant  "flash bfloat16 128 causal"  x  chip sm80, sm90, sm100   ->   what the compiler made of it
+    variant  "flash bfloat16 128 causal"  x  chip sm80, sm90, sm100   ->   registers, spills, shared memory
 
 ``compile_table`` starts a child process with TRITON_INTERPRET=0 (in this one Triton may be an interpreter already),
-which shares the work out to one process a core. Triton keeps what it compiled in its cache folder, so a second run
-only reads. No GPU is needed, and none is used.
+which uses one process a core. Triton keeps what it compiled in its cache folder, so a second run only reads. No GPU is
+needed, and none is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHIPS = (80, 90, 100)
 
 @dataclass(frozen=True, slots=True)
 class CompiledRow:
-    """One kernel on one chip. ``error`` is what the compiler said if it gave up; then nothing else is known."""
+    """One kernel on one chip. ``error`` is the compiler's message if it failed; then the rest is empty."""
 
     variant: str
     kernel: str
@@ -48,15 +48,15 @@ class CompiledRow:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it, or nothing."""
-        said = [self.error] if self.error else []
+        """What is wrong with it, or an empty string."""
+        problems = [self.error] if self.error else []
         if self.spill_bytes:
-            said.append(f"spills {self.spill_bytes} bytes a thread")
+            problems.append(f"spills {self.spill_bytes} bytes a thread")
         if self.shared_bytes > self.shared_limit:
-            said.append(f"{self.shared_bytes:,} bytes of shared memory, the chip has {self.shared_limit:,}")
+            problems.append(f"{self.shared_bytes:,} bytes of shared memory, the chip has {self.shared_limit:,}")
         if self.uses_tf32:
-            said.append("multiplies in tf32")
-        return ", ".join(said)
+            problems.append("multiplies in tf32")
+        return ", ".join(problems)
 
 
 def compile_table(
@@ -126,9 +126,9 @@ def compile_variant(variant: Variant, arch: int) -> list[CompiledRow]:
     try:
         with compiling_for(arch) as compiled:
             variant.call()
-    except Exception as error:  # whatever the compiler raises: the table says it, and goes on
-        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return [CompiledRow(variant.label, variant.family, arch, error=said)]
+    except Exception as error:  # whatever the compiler raises is a row of the table
+        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return [CompiledRow(variant.label, variant.family, arch, error=message)]
     seconds = (time.perf_counter() - start) / max(1, len(compiled))
     return [
         CompiledRow(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from paged_infer.bench.kernels.report import KernelReport, Measurement
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture, tidy_axes
 
 OURS = {"flash_attention": "#173f5f", "paged_attention": BASELINE_COLOURS["paged"]}
 PEERS = {
@@ -104,11 +104,8 @@ def _limit(axes: Axes, height: float, name: str) -> None:
 def _finish(figure: Picture, report: KernelReport, title: str, below: str) -> None:
     for axes in figure.axes:
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        tidy_axes(axes, "top right left", "y", which="both", length=0, labelsize=8, labelcolor=INK)
         axes.spines["bottom"].set_color(INK)
-        axes.tick_params(which="both", length=0, labelsize=8, labelcolor=INK)
-        axes.grid(axis="y", color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.set_xlabel(below, fontsize=8, color=INK)
     named = {}
     for axes in figure.axes:

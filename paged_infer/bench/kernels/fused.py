@@ -28,7 +28,7 @@ from paged_infer.kernels.triton_runtime import launches_go_to
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 32, 8, 128, 4096, 14_336, 128_256
 TOKENS = (32, 2048)  # a batch of decodes, and a budget full of prompts
-STORE_TWIN, STORE_INDEXED = "torch, leaving out slot -1", "torch, two index_copy_"
+STORE_REFERENCE, STORE_INDEXED = "torch, leaving out slot -1", "torch, two index_copy_"
 
 Store = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
@@ -39,28 +39,28 @@ def store_indexed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
 
-STORES: dict[str, Store] = {"store_kv": store_kv, STORE_INDEXED: store_indexed, STORE_TWIN: store_kv_reference}
+STORES: dict[str, Store] = {"store_kv": store_kv, STORE_INDEXED: store_indexed, STORE_REFERENCE: store_kv_reference}
 
 
 def fused_races(device: torch.device) -> list[Comparison]:
     return [
-        race
+        comparison
         for tokens in TOKENS
-        for race in (
-            _race("store_kv", tokens, LAYERS * 4 * KV_HEADS * HEAD_DIM, tuple(STORES), partial(_stores, device)),
-            _twins("add_rms_norm", tokens, 4 * HIDDEN, partial(_norms, device)),
-            _twins("silu_mul", tokens, 3 * INTERMEDIATE, partial(_activations, device)),
-            _twins("qk_norm_rope", tokens, 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM, partial(_ropes, device)),
-            *([_twins("sample", tokens, VOCAB, partial(_samples, device))] if tokens == TOKENS[0] else []),
+        for comparison in (
+            _comparison("store_kv", tokens, LAYERS * 4 * KV_HEADS * HEAD_DIM, tuple(STORES), partial(_stores, device)),
+            _with_torch("add_rms_norm", tokens, 4 * HIDDEN, partial(_norms, device)),
+            _with_torch("silu_mul", tokens, 3 * INTERMEDIATE, partial(_activations, device)),
+            _with_torch("qk_norm_rope", tokens, 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM, partial(_ropes, device)),
+            *([_with_torch("sample", tokens, VOCAB, partial(_samples, device))] if tokens == TOKENS[0] else []),
         )
     ]  # fmt: skip
 
 
-def _twins(name: str, tokens: int, elements: int, entrants: Callable[[int], Mapping[str, Setup]]) -> Comparison:
-    return _race(name, tokens, elements, (name, "torch"), entrants)
+def _with_torch(name: str, tokens: int, elements: int, entrants: Callable[[int], Mapping[str, Setup]]) -> Comparison:
+    return _comparison(name, tokens, elements, (name, "torch"), entrants)
 
 
-def _race(
+def _comparison(
     name: str, tokens: int, elements: int, names: tuple[str, ...], entrants: Callable[[int], Mapping[str, Setup]]
 ) -> Comparison:
     num_bytes = 2 * elements * tokens  # read and written once, in bfloat16
@@ -126,7 +126,7 @@ def _samples(device: torch.device, tokens: int) -> Mapping[str, Setup]:
     return {"sample": partial(scores, sample), "torch": partial(scores, sample_reference)}
 
 
-def _pair(ours: Callable[..., Any], twin: Callable[..., Any], *args: Any, **options: Any) -> Mapping[str, Setup]:
+def _pair(ours: Callable[..., Any], reference: Callable[..., Any], *args: Any, **options: Any) -> Mapping[str, Setup]:
     def ready(function: Callable[..., Any]) -> Ready:
         def call() -> Tensor:
             out = function(*args, **options)
@@ -134,7 +134,7 @@ def _pair(ours: Callable[..., Any], twin: Callable[..., Any], *args: Any, **opti
 
         return Ready(call)
 
-    return {ours.__name__: partial(ready, ours), "torch": partial(ready, twin)}
+    return {ours.__name__: partial(ready, ours), "torch": partial(ready, reference)}
 
 
 def _random(device: torch.device, *shape: int, seed: int = 0) -> Tensor:

@@ -1,8 +1,8 @@
-"""Who our attention kernels are timed beside: each peer is one function from a problem to a call, or to a reason.
+"""The attention kernels that ours are compared to: a peer is a function from a problem to a call.
 
-    peer(problem) -> Ready(call, note)      raising Unavailable, or anything: why it is not in the race
+    peer(problem) -> Ready(call, note)      raises Unavailable, or anything, with the reason why it cannot run
 
-What can be laid out beforehand (dense copies, flashinfer's plans, repeated keys) is not timed: a peer shows its best.
+What can be prepared beforehand (dense copies, flashinfer's plans, repeated keys) is not timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORKSPACE_BYTES = 256 * 2**20
 
 
 class Unavailable(Exception):
-    """Why a peer cannot take part."""
+    """Why a peer cannot run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def varlen_paged(problem: PagedProblem) -> Ready:
 
 
 def _varlen() -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function, and how the torch at hand wants to be told causal and grouped heads."""
+    """The function, and the options of the installed torch for causal attention and grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
@@ -147,7 +147,7 @@ def _varlen() -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 def gather_and_sdpa(problem: PagedProblem) -> Ready:
-    """What torch can do with a paged cache on its own: copy the blocks together, then attend. The copy is timed."""
+    """torch on its own with a paged cache: gather the blocks, then attend. The copy is timed."""
     queries, tables = problem.q[:, :, None], problem.block_tables.long()
     length = problem.hints["max_seq_len"]
 

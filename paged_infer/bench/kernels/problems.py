@@ -1,4 +1,4 @@
-"""What attention kernels are checked and timed on: sequences whose keys lie in blocks shuffled over a pool of NaN."""
+"""Inputs on which attention kernels are checked and timed: keys in blocks, shuffled over a pool of NaN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PagedProblem:
-    """Arguments of ``paged_attention``, and the same keys and values laid out densely for who cannot read blocks."""
+    """Arguments of ``paged_attention``, and the same keys and values densely, for kernels without block tables."""
 
     q: Tensor  # [T, H, D]
     k_cache: Tensor  # [num_blocks, block_size, H_kv, D]; NaN wherever no token lies
@@ -27,7 +27,7 @@ class PagedProblem:
 
     @property
     def hints(self) -> dict[str, int]:
-        """What a runner knows on the host, so that nothing is read back from the device."""
+        """What a runner computes on the host, so that nothing is read back from the device."""
         query_lens = [queries for _, queries in self.sequences]
         return {
             "num_decodes": sum(queries == 1 for queries in query_lens),
@@ -56,7 +56,7 @@ class PagedProblem:
 
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [sum of lengths, H_kv, D], one sequence behind the other."""
+        """Keys and values [sum of lengths, H_kv, D], one sequence after the other."""
         rows = [self.keys_and_values(row) for row in range(len(self.sequences))]
         return torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])
 
@@ -85,12 +85,12 @@ def paged_problem(
     """Random queries, keys and values for rows of (tokens before, queries), decodes first.
 
     Args:
-        poison: put NaN in every slot that holds no token. A bench, whose sequences fill all blocks, goes without.
+        poison: put NaN in every slot that holds no token. Benches leave it out.
     """
     ordered = sorted(sequences, key=lambda sequence: sequence[1] > 1)
     lengths = [before + queries for before, queries in ordered]
     needed = [-(-length // block_size) for length in lengths]
-    num_blocks = sum(needed) + poison  # with one block that belongs to nobody: surplus table entries point at it
+    num_blocks = sum(needed) + poison  # with one free block, to which surplus table entries point
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our kernels beside their peers on this GPU: every race interleaved, graph-timed from a cold L2 cache, medians.
+"""Our kernels and their peers on this GPU: interleaved, graph-timed from a cold L2 cache, medians.
 
 A prefill counts 4 * heads * head_dim * tokens * length / 2 operations (two products, half of them above the diagonal).
 A decode counts the bytes of the keys and values that it must read, and nothing else: 2 * batch * context * kv_heads *
@@ -36,7 +36,7 @@ Setup = Callable[[], Ready]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A measurement that is still to be made. ``num_bytes`` is what its tensors need on the device."""
+    """A measurement that has not run yet. ``num_bytes``: what its tensors take on the device."""
 
     group: str
     title: str
@@ -119,9 +119,9 @@ def _attention_entrants(
 
 
 def run_race(entrants: Mapping[str, Setup]) -> list[Entry]:
-    """Set up, compare and time: the first entrant's output is what all others are held to.
+    """Set up, compare and time; all outputs are compared to the first.
 
-    Whoever cannot run, fails, or gives other numbers is an entry without a time, and with the reason.
+    A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason.
     """
     ready: dict[str, Ready] = {}
     why_not: dict[str, str] = {}
@@ -135,7 +135,7 @@ def run_race(entrants: Mapping[str, Setup]) -> list[Entry]:
             elif not (distance := _distance(out, expected)) <= LARGEST_DISTANCE:
                 raise Unavailable(f"gives other numbers than {next(iter(entrants))}: {distance:.2g} apart")
             ready[name] = entrant
-        except Exception as error:  # a peer may raise anything: the report says what
+        except Exception as error:  # a peer may raise anything: it is in the report
             why_not[name] = _reason(error)
     del expected
     samples_s: dict[str, list[float]] = {name: [] for name in ready}
@@ -169,6 +169,6 @@ def _distance(out: Tensor, expected: Tensor) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """One line; an Unavailable says it already."""
-    said = (str(error).strip().splitlines() or [""])[0][:200]
-    return said if isinstance(error, Unavailable) else f"{type(error).__name__}: {said}"
+    """One line; an Unavailable is its own reason."""
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return first if isinstance(error, Unavailable) else f"{type(error).__name__}: {first}"

@@ -1,14 +1,13 @@
-"""What ``bench kernels`` found: who ran how fast on what, who did not and why, and what was wanted."""
+"""The results of ``bench kernels``: which kernel ran how fast, which did not run and why, and the targets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from paged_infer.bench.kernels.checks import CheckResult
+from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 
 OURS = (
@@ -18,7 +17,7 @@ OURS = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One kernel in one race. Without ``seconds`` it did not run, and ``note`` says why."""
+    """One kernel in one comparison. Without ``seconds`` it did not run, and ``note`` has the reason."""
 
     name: str
     seconds: float | None
@@ -27,7 +26,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A race: the same work, by several kernels in turn. ``work`` is floating-point operations, or bytes moved."""
+    """A comparison: the same work, by several kernels in turn. ``work``: floating-point operations, or bytes moved."""
 
     group: str  # "prefill", "decode" or "fused"
     title: str
@@ -69,7 +68,7 @@ class Reach:
 
 
 @dataclass(slots=True)
-class KernelReport:
+class KernelReport(JsonReport):
     """Grows while the bench runs."""
 
     device: str  # "cuda", or "cpu": there kernels are interpreted, and not timed
@@ -79,33 +78,16 @@ class KernelReport:
     launches: list[LaunchCount] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
 
-    def save(self, path: Path) -> None:
-        """As JSON, so that every picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fields = asdict(self) | {"reaches": [asdict(reach) for reach in self.reaches()]}
-        path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> KernelReport:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(
-            device=fields["device"],
-            machine=fields["machine"],
-            checks=[CheckResult(**check) for check in fields["checks"]],
-            roofline=None if fields["roofline"] is None else Roofline(**fields["roofline"]),
-            launches=[LaunchCount(**count) for count in fields["launches"]],
-            measurements=[
-                Measurement(**{**one, "entries": [Entry(**entry) for entry in one["entries"]]})
-                for one in fields["measurements"]
-            ],
-        )
+    def as_json(self) -> dict[str, Any]:
+        """With what follows from the measurements, for a reader without this code."""
+        return asdict(self) | {"reaches": [asdict(reach) for reach in self.reaches()]}
 
     def group(self, name: str, **sizes: int) -> list[Measurement]:
         """Measurements of a group, of those sizes."""
         return [m for m in self.measurements if m.group == name and sizes.items() <= m.sizes.items()]
 
     def absences(self) -> list[tuple[str, str]]:
-        """Who did not run, and why, each reason once with the races that it holds for."""
+        """Which kernels did not run, and why, each reason once."""
         races: dict[tuple[str, str], list[str]] = {}
         for measurement in self.measurements:
             for entry in measurement.entries:
@@ -117,7 +99,7 @@ class KernelReport:
         ]
 
     def failures(self) -> list[str]:
-        """Races that were run, and that one of our own kernels did not finish."""
+        """Our own kernels that failed in a comparison that was run."""
         return [
             f"{measurement.title}: {entry.name}: {entry.note}"
             for measurement in self.measurements
@@ -135,30 +117,16 @@ class KernelReport:
         """The targets of the kernels, and what was measured."""
         long = [m for m in self.group("prefill", head_dim=128) if m.sizes["length"] >= 4096]
         usual, alone = (self.group("decode", batch=b, context=n) for b, n in ((32, 4096), (1, 32_768)))
-        flash, paged = "flash_attention", "paged_attention"
-        return [
-            Reach(
-                "prefill 4k..16k: flash_attention / SDPA flash", 1.2, _least(m.ratio(flash, "SDPA flash") for m in long)
-            ),
-            Reach(
-                "prefill 4k..16k: flash_attention / SDPA cuDNN",
-                0.75,
-                _least(m.ratio(flash, "SDPA cuDNN") for m in long),
-            ),
-            Reach("prefill 4k..16k: paged / dense flash_attention", 0.8, _least(m.ratio(paged, flash) for m in long)),
-            Reach(
-                "decode, batch 32, context 4k: share of copy", 0.85, _least(self.share_of_copy(m, paged) for m in usual)
-            ),
-            Reach(
-                "decode, batch 1, context 32k: share of copy", 0.7, _least(self.share_of_copy(m, paged) for m in alone)
-            ),
-            Reach(
-                "decode: paged_attention / flashinfer",
-                1.0,
-                _least(m.ratio(paged, "flashinfer") for m in self.group("decode")),
-            ),
+        flash, paged, prefill = "flash_attention", "paged_attention", "prefill 4k..16k:"
+        targets: list[tuple[str, float, Iterable[float | None]]] = [
+            (f"{prefill} flash_attention / SDPA flash", 1.2, (m.ratio(flash, "SDPA flash") for m in long)),
+            (f"{prefill} flash_attention / SDPA cuDNN", 0.75, (m.ratio(flash, "SDPA cuDNN") for m in long)),
+            (f"{prefill} paged / dense flash_attention", 0.8, (m.ratio(paged, flash) for m in long)),
+            ("decode, batch 32, context 4k: share of copy", 0.85, (self.share_of_copy(m, paged) for m in usual)),
+            ("decode, batch 1, context 32k: share of copy", 0.7, (self.share_of_copy(m, paged) for m in alone)),
+            ("decode: paged_attention / flashinfer", 1.0, (m.ratio(paged, "flashinfer") for m in self.group("decode"))),
         ]
-
-
-def _least(values: Iterable[float | None]) -> float | None:
-    return min((value for value in values if value is not None), default=None)
+        return [
+            Reach(what, wanted, min((x for x in found if x is not None), default=None))
+            for what, wanted, found in targets
+        ]

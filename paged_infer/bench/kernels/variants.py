@@ -1,4 +1,4 @@
-"""The ways to call each kernel that a compiler should see: every tile that a wrapper can choose, every branch.
+"""The ways to call each kernel that should be compiled: every tile that a wrapper can choose, every branch.
 
 A call is made on "meta" tensors, which have shapes and no numbers: it costs nothing where launches are only compiled.
 """
@@ -36,8 +36,8 @@ class Variant:
 
     @property
     def label(self) -> str:
-        said = [name if value is True else f"{name} {value}" for name, value in self.options.items()]
-        return " ".join([self.family, self.dtype, str(self.width), *said])
+        options = [name if value is True else f"{name} {value}" for name, value in self.options.items()]
+        return " ".join([self.family, self.dtype, str(self.width), *options])
 
     def call(self) -> None:
         """Call the kernel's wrapper, as an engine would."""

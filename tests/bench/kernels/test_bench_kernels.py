@@ -90,7 +90,7 @@ def test_on_a_cpu_the_command_checks_and_counts_and_times_nothing(on_cpu):
     assert sorted(path.name for path in folder.iterdir()) == [
         "attention_traffic.json", "attention_traffic.png", "bench-kernels-cpu.json",
     ]  # fmt: skip
-    report = KernelReport.load(folder / "bench-kernels-cpu.json")
+    report = KernelReport.read(folder / "bench-kernels-cpu.json")
     assert (report.device, report.roofline, report.measurements) == ("cpu", None, [])
     assert all(check.passed for check in report.checks)
     assert {check.kernel for check in report.checks} == {*OURS, "copy_blocks"}
@@ -98,7 +98,7 @@ def test_on_a_cpu_the_command_checks_and_counts_and_times_nothing(on_cpu):
     assert report.launches == [
         LaunchCount("store_kv", None, 32),
         LaunchCount(kernel_fused.STORE_INDEXED, 64, None),
-        LaunchCount(kernel_fused.STORE_TWIN, 160, None),
+        LaunchCount(kernel_fused.STORE_REFERENCE, 160, None),
     ]
     assert all(reach.measured is None for reach in report.reaches())
 
@@ -110,9 +110,9 @@ def test_a_wrong_kernel_stops_the_bench_before_anything_is_timed(tmp_path, monke
     monkeypatch.setattr(kernel_checks, "CHECKS", (kernel_checks._stores, kernel_checks._norms))
     result = CliRunner().invoke(app, ["bench", "kernels", "--device", "cpu", "--figures", str(tmp_path)])
     assert result.exit_code == 1
-    assert "error: not what float64 says, so nothing is timed: silu_mul (float32: 0.00" in result.output
+    assert "error: differs from float64, so nothing is timed: silu_mul (float32: 0.00" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["bench-kernels-cpu.json"]
-    checks = KernelReport.load(tmp_path / "bench-kernels-cpu.json").checks
+    checks = KernelReport.read(tmp_path / "bench-kernels-cpu.json").checks
     assert {check.kernel for check in checks if not check.passed} == {"silu_mul"}
 
 
@@ -264,7 +264,7 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     report = KernelReport("cuda", {"device": "a made-up GPU"})
     path = tmp_path / "bench-kernels.json"
     kernels_cli._race(report, CPU, math.inf, "no limit", path)
-    assert KernelReport.load(path) == report
+    assert KernelReport.read(path) == report
     assert {m.group for m in report.measurements} == {"prefill", "decode", "fused"}
     assert len(report.measurements) == 2 * 2 + 1 + 2 * 4 + 1
     for measurement in report.measurements:

@@ -33,7 +33,7 @@ def test_ratios_shares_and_reaches_follow_from_the_seconds(tmp_path):
     measured = [reach.measured for reach in report.reaches()]
     assert measured == [pytest.approx(1.3), None, None, pytest.approx(0.8), None, None]
     report.save(tmp_path / "deep" / "report.json")
-    assert KernelReport.load(tmp_path / "deep" / "report.json") == report
+    assert KernelReport.read(tmp_path / "deep" / "report.json") == report
     stored = json.loads((tmp_path / "deep" / "report.json").read_text())
     assert stored["reaches"][0]["measured"] == pytest.approx(1.3)
 

@@ -1,26 +1,28 @@
-"""A long prompt arrives while others decode: how long is each of them without a token?
+"""A long prompt arrives while other requests decode: how long does each of them wait for its next token?
 
-whole prompt    d d d d [ P P P P P P P P ] d d d      nobody decodes while it is computed
-in chunks       d d d d [P d][P d][P d][P d] d d d     each step takes longer, and everybody gets a token
+whole prompt    d d d d [ P P P P P P P P ] d d d      no request decodes while it is computed
+in chunks       d d d d [P d][P d][P d][P d] d d d     each step takes longer, and every request gets a token
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import SteppedSystem
-from paged_infer.bench.scheduling.policies import PolicyOptions
+from paged_infer.bench.report import JsonReport
+from paged_infer.bench.scheduling.policies import COST, SIMULATED, PolicyOptions, served_by_model, simulated
+from paged_infer.bench.shapes import folder_of
+from paged_infer.execution.machine import describe_machine
 
 TOKENS_BEFORE = 24  # of each running request, before the prompt arrives
-TOKENS_AFTER = 24  # of the long request, so that the picture shows how it goes on
+TOKENS_AFTER = 24  # of the long request: the picture shows some time after its first token
 RUNNING_PROMPT = 16
 
 
@@ -40,80 +42,51 @@ class ArrivalRun:
 
 
 @dataclass(frozen=True, slots=True)
-class ArrivalReport:
+class ArrivalReport(JsonReport):
     num_running: int
     num_prompt_tokens: int
     served_by: str
     machine: dict[str, Any]  # empty where the clock was simulated
     runs: list[ArrivalRun]
 
-    def save(self, path: Path) -> None:
-        """As JSON, so that the picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
-    @classmethod
-    def load(cls, path: Path) -> ArrivalReport:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        for run in fields["runs"]:
-            run["moments"] = [(moment_s, gap_s) for moment_s, gap_s in run["moments"]]
-        fields["runs"] = [ArrivalRun(**run) for run in fields["runs"]]
-        return cls(**fields)
-
-
-def contenders(num_prompt_tokens: int, chunks: ReadOnlyList[int]) -> list[PolicyOptions]:
-    """Prefill-first, which computes the prompt at one go, and chunked with several sizes of a step."""
-    chunked = [PolicyOptions(f"chunked, {size} tokens a step", "chunked", size) for size in chunks]
-    whole_tokens = longest_sequence(chunked, 0, num_prompt_tokens)
-    return [PolicyOptions("whole prompt (prefill_first)", "prefill_first", whole_tokens), *chunked]
-
-
-def longest_sequence(chosen: Iterable[PolicyOptions], num_running: int, num_prompt_tokens: int) -> int:
+def longest_sequence(policies: Iterable[PolicyOptions], num_running: int, num_prompt_tokens: int) -> int:
     """Tokens of the prompt and what follows it, or of a running request that goes on during all its chunks."""
-    spare = min((one.max_num_batched_tokens - num_running for one in chosen), default=num_prompt_tokens)
+    spare = min((one.max_num_batched_tokens - num_running for one in policies), default=num_prompt_tokens)
     num_steps = TOKENS_BEFORE + TOKENS_AFTER + num_prompt_tokens // max(1, spare)
     return max(num_prompt_tokens, RUNNING_PROMPT + num_steps) + 2 * TOKENS_AFTER
 
 
-def check_chunks(chosen: Iterable[PolicyOptions], num_running: int) -> None:
-    """Raises ValueError where the running requests would take a step's every token."""
-    smallest = min(one.max_num_batched_tokens for one in chosen)
-    if smallest < 2 * num_running:
-        raise ValueError(
-            f"a step of {smallest} tokens beside {num_running} running requests: at least {2 * num_running} are needed"
-        )
-
-
 def watch_arrival(
-    contender: PolicyOptions, server: SteppedSystem, num_running: int, num_prompt_tokens: int, max_tokens: int
+    policy: PolicyOptions, system: SteppedSystem, num_running: int, num_prompt_tokens: int, max_tokens: int
 ) -> ArrivalRun:
     """Let ``num_running`` short requests decode, submit the long one, and go on until it has decoded for a while.
 
     ``max_tokens``: of a running request; more than the steps that all this takes.
     """
-    running = {server.submit(RequestLengths(RUNNING_PROMPT, max_tokens)).sequence_id: [0.0] for _ in range(num_running)}
+    running = {system.submit(RequestLengths(RUNNING_PROMPT, max_tokens)).sequence_id: [0.0] for _ in range(num_running)}
     while min(len(token_s) for token_s in running.values()) <= TOKENS_BEFORE:
-        for sequence in server.step(float("inf")):
-            running[sequence.sequence_id].append(server.now_s)
-    arrived_s = server.now_s
+        for sequence in system.step(float("inf")):
+            running[sequence.sequence_id].append(system.now_s)
+    arrived_s = system.now_s
     usual = [after - before for token_s in running.values() for before, after in pairwise(token_s[2:])]
-    long = server.submit(RequestLengths(num_prompt_tokens, 2 * TOKENS_AFTER))
+    long = system.submit(RequestLengths(num_prompt_tokens, 2 * TOKENS_AFTER))
     first_s: float | None = None
     moments: list[tuple[float, float]] = []
     while long.num_output_tokens < TOKENS_AFTER:
-        grown = {sequence.sequence_id for sequence in server.step(float("inf"))}
+        grown = {sequence.sequence_id for sequence in system.step(float("inf"))}
         if first_s is None and long.sequence_id in grown:
-            first_s = server.now_s
+            first_s = system.now_s
         gaps = []
         for sequence_id in grown & running.keys():
-            gaps.append(server.now_s - running[sequence_id][-1])
-            running[sequence_id].append(server.now_s)
+            gaps.append(system.now_s - running[sequence_id][-1])
+            running[sequence_id].append(system.now_s)
         if gaps:
-            moments.append((server.now_s - arrived_s, max(gaps)))
+            moments.append((system.now_s - arrived_s, max(gaps)))
     assert first_s is not None
     return ArrivalRun(
-        contender.name,
-        contender.max_num_batched_tokens,
+        policy.name,
+        policy.max_num_batched_tokens,
         usual_gap_s=median(usual),
         longest_gap_s=max(gap for _, gap in moments),
         ttft_s=first_s - arrived_s,
@@ -121,15 +94,32 @@ def watch_arrival(
     )
 
 
-def compare_arrivals(
-    servers: Mapping[PolicyOptions, SteppedSystem],
-    num_running: int,
-    num_prompt_tokens: int,
-    served_by: str,
-    machine: dict[str, Any],
-) -> ArrivalReport:
-    """The same arrival with each, one after the other."""
-    check_chunks(servers, num_running)
-    max_tokens = longest_sequence(servers, num_running, num_prompt_tokens) - RUNNING_PROMPT
-    runs = [watch_arrival(c, s, num_running, num_prompt_tokens, max_tokens) for c, s in servers.items()]
+def run_arrival(simulate: bool, num_running: int, num_prompt_tokens: int, chunks: ReadOnlyList[int]) -> ArrivalReport:
+    """The same arrival with prefill_first, which computes the prompt whole, and with chunked, for each size of a step.
+
+    Raises:
+        ValueError: the running requests alone fill a chunk.
+    """
+    chunked = [PolicyOptions(f"chunked, {size} tokens a step", "chunked", size) for size in chunks]
+    whole_tokens = longest_sequence(chunked, 0, num_prompt_tokens)
+    policies = [PolicyOptions("whole prompt (prefill_first)", "prefill_first", whole_tokens), *chunked]
+    smallest = min(one.max_num_batched_tokens for one in policies)
+    if smallest < 2 * num_running:
+        raise ValueError(
+            f"a step of {smallest} tokens with {num_running} running requests: at least {2 * num_running} are needed"
+        )
+    longest = longest_sequence(policies, num_running, num_prompt_tokens)
+    with ExitStack() as stack:
+        if simulate:
+            served_by, machine = SIMULATED, {}
+            systems: list[SteppedSystem] = [simulated(one, COST, num_running + 1, longest) for one in policies]
+        else:
+            served_by, machine = "random 3M decoder", describe_machine()
+            model = stack.enter_context(folder_of("qwen3-3m", "dummy"))
+            options = {"load_format": "dummy", "max_model_len": longest}
+            systems = [served_by_model(one, num_running + 1, model, **options) for one in policies]
+        runs = [
+            watch_arrival(policy, system, num_running, num_prompt_tokens, longest - RUNNING_PROMPT)
+            for policy, system in zip(policies, systems, strict=True)
+        ]
     return ArrivalReport(num_running, num_prompt_tokens, served_by, machine, runs)

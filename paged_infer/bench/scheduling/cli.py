@@ -1,17 +1,17 @@
-"""``paged-infer bench memory | sharing | control | policies | arrival``: what the control plane does, measured."""
+"""``paged-infer bench memory | sharing | control | policies | arrival``: measurements of the control plane."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
-from paged_infer.cli_options import Figures, ModelOption, Seed, Without, console, fail, open_llm, with_option_groups
+from paged_infer.bench.report import save_report
+from paged_infer.bench.speed.cli import errors
+from paged_infer.bench.tables import print_table
+from paged_infer.cli_options import Figures, ModelOption, Seed, Without, console, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from paged_infer.bench.scheduling.memory_waste import MemoryReport
     from paged_infer.bench.scheduling.policies import PoliciesReport
     from paged_infer.bench.scheduling.scheduler_cost import ControlReport
+
+Simulate = Annotated[bool, typer.Option(help="No model: the clock moves by a formula.")]
 
 app = typer.Typer()
 
@@ -31,20 +33,50 @@ def memory(
     seed: Seed = 0,
     figures: Figures = Path("figures"),
 ) -> None:
-    """What KV memory holds: contiguous reservations beside paging (the PagedAttention paper's Figure 2). No model."""
+    """What KV memory holds: contiguous reservations and paging (the PagedAttention paper's Figure 2). No model."""
     from paged_infer.bench.scheduling.memory_figure import fragmentation_figure
     from paged_infer.bench.scheduling.memory_waste import measure_memory
 
-    try:
-        with console.status("filling memory"):
-            report = measure_memory(output_tokens, slots, block_size, seed)
-    except ValueError as error:
-        fail(error)
+    with errors(), console.status("filling memory"):
+        report = measure_memory(output_tokens, slots, block_size, seed)
     _show_memory(report)
-    picture = figures / "bench-memory.png"
-    report.save(picture.with_suffix(".json"))
-    fragmentation_figure(report).save(picture)
-    _say_where(picture)
+    save_report(report, figures / "bench-memory.json", fragmentation_figure)
+
+
+def _show_memory(report: MemoryReport) -> None:
+    from paged_infer.bench.scheduling.memory_waste import PAPER_RUNNING, PAPER_SAVED, PAPER_SHARES
+
+    header = ("memory", "tokens", "reserved", "internal", "external", "of what is\nin use", "running\nat once")
+    for dataset in report.datasets:
+        rows, marks = [], []
+        for one in dataset.strategies:
+            parts = (one.tokens, one.reserved, one.internal, one.external, one.fill)
+            rows.append((one.name, *map(_percent, parts), f"{one.mean_running:.1f}"))
+            marks.append("")
+            if dataset.name == "ShareGPT-like":
+                paper = [_percent(part) for part in PAPER_SHARES[one.name].values()]
+                if one.name == "paged":
+                    paper[1:] = ["", "", ""]
+                rows.append(("  the paper's", *paper, "", f"{PAPER_RUNNING[one.name]:.1f}"))
+                marks.append("dim")
+        title = (
+            f"{dataset.name}: {dataset.num_requests:,} requests, mean prompt {dataset.mean_prompt:.0f}, mean output "
+            f"{dataset.mean_output:.0f}, {report.num_slots:,} slots"
+        )
+        print_table(title, header, rows, marks)
+        print(f"paged: {dataset['paged'].preemptions:,} preemptions")
+    fills = [
+        (one.name.split("-")[0], *(f"{fill:.0%}" for fill in one.fill_by_block_size.values()))
+        for one in report.datasets
+    ]
+    sizes = map(str, report.datasets[0].fill_by_block_size)
+    print_table("paged, blocks in use that hold tokens", ("block size", *sizes), fills)
+    saved = []
+    for s in report.sharing:
+        paper_saved = PAPER_SAVED.get(s.dataset, {}).get(s.width)
+        cells = (f"{s.dataset}, {s.kind}", str(s.width), _percent(s.saved))
+        saved.append((*cells, "" if paper_saved is None else _percent(paper_saved)))
+    print_table("blocks saved by sharing", ("requests", "width", "saved", "the paper's"), saved)
 
 
 @app.command()
@@ -64,69 +96,26 @@ def sharing(
     num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each sample or beam.", min=1)] = 64,
     seed: Seed = 0,
-    figures: Annotated[Path, typer.Option(help="Folder for bench-sharing.json.")] = Path("figures"),
+    figures: Figures = Path("figures"),
 ) -> None:
     """KV blocks that parallel samples and beams of one request save by sharing them, with a model."""
-    try:
+    with errors(), console.status("sampling and searching"):
         llm = open_llm(model, **replace(engine, enable_prefix_caching=False).options)
-        from paged_infer.bench.machine import describe_machine
         from paged_infer.bench.scheduling.sharing import PAPER, SharingReport, measure_sharing
         from paged_infer.bench.workloads import story_beginnings
+        from paged_infer.execution.machine import describe_machine
 
         prompts = story_beginnings(llm, num_requests, max_tokens, seed).prompts
-        with console.status("sampling and searching"):
-            savings = measure_sharing(llm, prompts, width or [2, 4, 6], max_tokens)
-    except ValueError as error:
-        fail(error)
+        savings = measure_sharing(llm, prompts, width or [2, 4, 6], max_tokens)
     mean, block_size = sum(map(len, prompts)) / len(prompts), engine.block_size
-    report = SharingReport(llm.name, block_size, num_requests, mean, max_tokens, describe_machine(), savings)
     title = (
         f"{llm.name}: {num_requests} prompts of {mean:.0f} tokens on average, {max_tokens} tokens out, "
         f"blocks of {block_size}"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("a request has")
-    table.add_column("blocks saved", justify="right")
-    table.add_column("the paper's, Alpaca", justify="right")
-    for saving in savings:
-        low, high = PAPER[saving.kind]
-        table.add_row(f"{saving.width} {saving.kind}", f"{saving.saved:.1%}", f"{low} to {high} %")
-    console.print(table)
-    report.save(figures / "bench-sharing.json")
-    console.print(f"numbers: {figures / 'bench-sharing.json'}", highlight=False)
-
-
-def _show_memory(report: MemoryReport) -> None:
-    from paged_infer.bench.scheduling.memory_waste import PAPER_RUNNING, PAPER_SAVED, PAPER_SHARES
-
-    for dataset in report.datasets:
-        title = (
-            f"{dataset.name}: {dataset.num_requests:,} requests, mean prompt {dataset.mean_prompt:.0f}, mean output "
-            f"{dataset.mean_output:.0f}, {report.num_slots:,} slots"
-        )
-        columns = ("tokens", "reserved", "internal", "external", "of what is\nin use", "running\nat once")
-        table = _table(title, "memory", columns)
-        for strategy in dataset.strategies:
-            parts = [strategy.tokens, strategy.reserved, strategy.internal, strategy.external, strategy.fill]
-            table.add_row(strategy.name, *(f"{part:.1%}" for part in parts), f"{strategy.mean_running:.1f}")
-            if dataset.name == "ShareGPT-like":
-                paper = [f"{part:.1%}" for part in PAPER_SHARES[strategy.name].values()]
-                if strategy.name == "paged":
-                    paper[1:] = ["", "", ""]
-                table.add_row("  the paper's", *paper, "", f"{PAPER_RUNNING[strategy.name]:.1f}", style="dim")
-        console.print(table)
-        paged = dataset["paged"]
-        console.print(f"paged: {paged.preemptions:,} preemptions\n", highlight=False)
-    sizes = _table("paged, blocks in use that hold tokens", "block size", report.datasets[0].fill_by_block_size)
-    for dataset in report.datasets:
-        sizes.add_row(dataset.name.split("-")[0], *(f"{fill:.0%}" for fill in dataset.fill_by_block_size.values()))
-    console.print(sizes)
-    sharing = _table("blocks saved by sharing", "requests", ("width", "saved", "the paper's"))
-    for one in report.sharing:
-        paper_saved = PAPER_SAVED.get(one.dataset, {}).get(one.width)
-        said = "" if paper_saved is None else f"{paper_saved:.1%}"
-        sharing.add_row(f"{one.dataset}, {one.kind}", str(one.width), f"{one.saved:.1%}", said)
-    console.print(sharing)
+    rows = [(f"{s.width} {s.kind}", _percent(s.saved), "{} to {} %".format(*PAPER[s.kind])) for s in savings]
+    print_table(title, ("a request has", "blocks saved", "the paper's, Alpaca"), rows)
+    report = SharingReport(llm.name, block_size, num_requests, mean, max_tokens, describe_machine(), savings)
+    save_report(report, figures / "bench-sharing.json")
 
 
 @app.command()
@@ -139,58 +128,55 @@ def control(
         typer.Option(help="A model's step, for the trace's share; default: the storyteller's here.", min=0.001),
     ] = None,
     seed: Seed = 0,
-    figures: Annotated[Path, typer.Option(help="Folder for bench-control.json.")] = Path("figures"),
+    figures: Figures = Path("figures"),
 ) -> None:
     """What deciding a step costs, in pools of a thousand to a million blocks that are 95 % full and evicting."""
-    from paged_infer.bench.machine import describe_machine, machine_line
-    from paged_infer.bench.scheduling import scheduler_cost as control_load
+    from paged_infer.bench.scheduling import scheduler_cost as cost
+    from paged_infer.execution.machine import describe_machine
 
     machine = describe_machine()
-    try:
-        with console.status("scheduling"):
-            pools = control_load.measure_pools(pool or control_load.POOLS, num_seqs, num_steps, seed)
-            lookups = control_load.measure_lookups()
-            step_is = (
-                "as given" if step_ms else f"the storyteller's, {num_seqs} sequences decoding, on {machine['device']}"
-            )
-            step_ms = step_ms or control_load.storyteller_step_ms(num_seqs)
-    except ValueError as error:
-        fail(error)
-    report = control_load.ControlReport(num_seqs, num_steps, seed, step_ms, step_is, machine, pools, lookups)
+    with errors(), console.status("scheduling"):
+        pools = cost.measure_pools(pool or cost.POOLS, num_seqs, num_steps, seed)
+        lookups = cost.measure_lookups()
+        measured = f"the storyteller's, {num_seqs} sequences decoding, on {machine['device']}"
+        step_is = "as given" if step_ms else measured
+        step_ms = step_ms or cost.storyteller_step_ms(num_seqs)
+    report = cost.ControlReport(num_seqs, num_steps, seed, step_ms, step_is, machine, pools, lookups)
     _show_control(report)
-    console.print(f"on {machine_line(machine)}", highlight=False)
-    report.save(figures / "bench-control.json")
-    console.print(f"numbers: {figures / 'bench-control.json'}", highlight=False)
+    save_report(report, figures / "bench-control.json")
 
 
 def _show_control(report: ControlReport) -> None:
     title = f"schedule + update, {report.num_seqs} sequences running, ms a step ({report.num_steps} steps)"
-    columns = ("held", "evicted\na step", "hit tokens\na step", "median", "p95", "traced", "p95", "trace\nadds")
-    pools = _table(title, "blocks", columns)
-    for pool in report.pools:
-        times = (pool.plain_ms, pool.plain_p95_ms, pool.traced_ms, pool.traced_p95_ms, pool.trace_ms)
-        counts = (f"{pool.held:.0%}", f"{pool.evictions_per_step:.1f}", f"{pool.hit_tokens_per_step:.0f}")
-        pools.add_row(f"{pool.num_blocks:,}", *counts, *(f"{ms:.3f}" for ms in times))
-    console.print(pools)
-    console.print(
+    held = ("blocks", "held", "evicted\na step", "hit tokens\na step")
+    rows = []
+    for one in report.pools:
+        counts = (f"{one.num_blocks:,}", f"{one.held:.0%}", f"{one.evictions_per_step:.1f}")
+        times = (one.plain_ms, one.plain_p95_ms, one.traced_ms, one.traced_p95_ms, one.trace_ms)
+        rows.append((*counts, f"{one.hit_tokens_per_step:.0f}", *(f"{ms:.3f}" for ms in times)))
+    print_table(title, (*held, "median", "p95", "traced", "p95", "trace\nadds"), rows)
+    print(
         f"largest pool / smallest = {report.flatness:.2f};  trace = {report.trace_share:.2%} of a step of "
-        f"{report.step_ms:.1f} ms ({report.step_is})\n",
-        highlight=False,
+        f"{report.step_ms:.1f} ms ({report.step_is})"
     )
-    lookups = _table("prefix lookup", "prompt tokens", ("microseconds", "ns a token", "one block\nlater, us"))
-    for one in report.lookups:
-        per_token = 1e3 * one.first_us / one.num_tokens
-        lookups.add_row(f"{one.num_tokens:,}", f"{one.first_us:.0f}", f"{per_token:.0f}", f"{one.next_block_us:.1f}")
-    console.print(lookups)
+    rows = [
+        (
+            f"{one.num_tokens:,}",
+            f"{one.first_us:.0f}",
+            f"{1e3 * one.first_us / one.num_tokens:.0f}",
+            f"{one.next_block_us:.1f}",
+        )
+        for one in report.lookups
+    ]
+    print_table("prefix lookup", ("prompt tokens", "microseconds", "ns a token", "one block\nlater, us"), rows)
+    _print_machine(report.machine)
 
 
 @app.command()
 def policies(
-    simulate: Annotated[bool, typer.Option(help="No model: steps take what a formula says.")] = False,
+    simulate: Simulate = False,
     num_requests: Annotated[int, typer.Option(help="Requests in all.", min=2)] = 200,
-    rate: Annotated[
-        float | None, typer.Option(help="Arrivals a second; default: what suits whoever serves.", min=0.001)
-    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Arrivals a second; default: 10 or 12.", min=0.001)] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences at once.", min=1)] = 128,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step for chunked; default: a quarter of the others'.", min=1)
@@ -201,25 +187,31 @@ def policies(
     seed: Seed = 0,
     figures: Figures = Path("figures"),
 ) -> None:
-    """The same requests through every policy: throughput, first tokens, and who stands still."""
-    from paged_infer.bench.scheduling.measure import run_policies
+    """The same requests through every policy: throughput, first tokens, and the longest stalls."""
+    from paged_infer.bench.scheduling.policies import run_policies
     from paged_infer.bench.scheduling.policies_figure import policies_figure
 
-    try:
-        with console.status("serving"):
-            report = run_policies(simulate, num_requests, rate, max_num_seqs, chunk_tokens, delay or [0.0, 0.5], seed)
-    except ValueError as error:
-        fail(error)
+    with errors(), console.status("serving"):
+        report = run_policies(simulate, num_requests, rate, max_num_seqs, chunk_tokens, delay or [0.0, 0.5], seed)
     _show_policies(report)
-    picture = figures / ("bench-policies-simulated.png" if simulate else "bench-policies.png")
-    report.save(picture.with_suffix(".json"))
-    policies_figure(report).save(picture)
-    _say_where(picture)
+    save_report(report, figures / f"bench-policies{'-simulated' * simulate}.json", policies_figure)
+
+
+def _show_policies(report: PoliciesReport) -> None:
+    rows = []
+    for one in report.policies:
+        gaps = (one.gap_p50_s, one.gap_p99_s, one.longest_stall_s, one.longest_start_s)
+        first = (f"{one.tokens_per_s:,.0f}", f"{one.ttft_p50_s:.2f}", f"{one.ttft_p95_s:.2f}")
+        rows.append((one.name, *first, *(f"{1e3 * gap:,.0f}" for gap in gaps)))
+    columns = ("tokens\n/s", "TTFT\np50, s", "TTFT\np95, s", "gap, ms\np50", "gap\np99", "longest\nstall", "2nd\ntoken")
+    title = f"{report.served_by}: {report.load}, at most {report.max_num_seqs} at once"
+    print_table(title, ("policy", *columns), rows)
+    _print_machine(report.machine)
 
 
 @app.command()
 def arrival(
-    simulate: Annotated[bool, typer.Option(help="No model: steps take what a formula says.")] = False,
+    simulate: Simulate = False,
     num_running: Annotated[int, typer.Option(help="Requests that decode meanwhile.", min=1)] = 8,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt that arrives.", min=2)] = 4096,
     chunk_tokens: Annotated[
@@ -228,61 +220,31 @@ def arrival(
     figures: Figures = Path("figures"),
 ) -> None:
     """A long prompt arrives while others decode: whole (prefill_first) and in chunks."""
-    from paged_infer.bench.scheduling.arrival_figure import arrival_figure
-    from paged_infer.bench.scheduling.measure import run_arrival
+    from paged_infer.bench.scheduling.arrival import run_arrival
+    from paged_infer.bench.scheduling.policies_figure import arrival_figure
 
-    try:
-        with console.status("serving"):
-            report = run_arrival(simulate, num_running, prompt_tokens, chunk_tokens or [128, 512])
-    except ValueError as error:
-        fail(error)
+    with errors(), console.status("serving"):
+        report = run_arrival(simulate, num_running, prompt_tokens, chunk_tokens or [128, 512])
     _show_arrival(report)
-    picture = figures / ("bench-arrival-simulated.png" if simulate else "bench-arrival.png")
-    report.save(picture.with_suffix(".json"))
-    arrival_figure(report).save(picture)
-    _say_where(picture)
-
-
-def _show_policies(report: PoliciesReport) -> None:
-    columns = ("tokens\n/s", "TTFT\np50, s", "TTFT\np95, s", "gap, ms\np50", "gap\np99", "longest\nstall", "2nd\ntoken")
-    table = _table(f"{report.served_by}: {report.load}, at most {report.max_num_seqs} at once", "policy", columns)
-    for policy in report.policies:
-        gaps = (policy.gap_p50_s, policy.gap_p99_s, policy.longest_stall_s, policy.longest_start_s)
-        table.add_row(
-            policy.name,
-            f"{policy.tokens_per_s:,.0f}",
-            f"{policy.ttft_p50_s:.2f}",
-            f"{policy.ttft_p95_s:.2f}",
-            *(f"{1e3 * gap:,.0f}" for gap in gaps),
-        )
-    console.print(table)
-    _say_machine(report.machine)
+    save_report(report, figures / f"bench-arrival{'-simulated' * simulate}.json", arrival_figure)
 
 
 def _show_arrival(report: ArrivalReport) -> None:
     title = f"{report.served_by}: {report.num_prompt_tokens:,} tokens arrive while {report.num_running} requests decode"
-    table = _table(title, "policy", ("gap before\nms", "longest after\nms", "first token of\nthe prompt, s"))
-    for run in report.runs:
-        gaps = (f"{1e3 * run.usual_gap_s:.1f}", f"{1e3 * run.longest_gap_s:,.1f}")
-        table.add_row(run.name, *gaps, f"{run.ttft_s:.2f}")
-    console.print(table)
-    _say_machine(report.machine)
+    rows = [
+        (run.name, f"{1e3 * run.usual_gap_s:.1f}", f"{1e3 * run.longest_gap_s:,.1f}", f"{run.ttft_s:.2f}")
+        for run in report.runs
+    ]
+    print_table(title, ("policy", "gap before\nms", "longest after\nms", "first token of\nthe prompt, s"), rows)
+    _print_machine(report.machine)
 
 
-def _say_machine(machine: dict[str, Any]) -> None:
-    from paged_infer.bench.machine import machine_line
+def _print_machine(machine: dict[str, Any]) -> None:
+    from paged_infer.execution.machine import machine_line
 
     if machine:
-        console.print(f"on {machine_line(machine)}", highlight=False)
+        print(f"on {machine_line(machine)}")
 
 
-def _table(title: str, first: str, others: Iterable[object]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(str(name), justify="right", no_wrap=True)
-    return table
-
-
-def _say_where(picture: Path) -> None:
-    console.print(f"picture: {picture}   numbers: {picture.with_suffix('.json')}", highlight=False)
+def _percent(share: float) -> str:
+    return f"{share:.1%}"

@@ -1,4 +1,4 @@
-"""The memory picture: what becomes of KV memory under four ways to give it out, and what sharing saves."""
+"""The memory picture: what KV memory holds under four ways to allocate it, and what sharing saves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paged_infer.bench.scheduling.memory_waste import (
     MemoryReport,
     SharingReport,
 )
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture, tidy_axes
 
 PART_COLOURS = {
     "tokens": BASELINE_COLOURS["paged"],
@@ -27,7 +27,7 @@ PART_NAMES = {
     "tokens": "holds tokens",
     "reserved": "will hold its owner's",
     "internal": "asked for, never used",
-    "external": "nobody's: holes, rounding",
+    "external": "unowned: holes, rounding",
 }
 DATASET_COLOURS = {"ShareGPT-like": BASELINE_COLOURS["paged"], "Alpaca-like": BASELINE_COLOURS["static"]}
 OURS, PAPER = 0.44, 0.2  # heights of the bars
@@ -35,7 +35,7 @@ FAINTER = 0.55
 
 
 def fragmentation_figure(report: MemoryReport) -> Picture:
-    """Above: every slot's lot, a panel for each data set. Below: block sizes (left), and what samples share (right)."""
+    """Above: the use of all slots, for each data set. Below: block sizes (left), and what samples share (right)."""
     figure = new_picture(8.0, 5.6)
     panels = figure.subplots(2, 2, height_ratios=(1.25, 1.0))
     for axes, dataset in zip(panels[0], report.datasets, strict=True):
@@ -44,9 +44,7 @@ def fragmentation_figure(report: MemoryReport) -> Picture:
     _block_size_panel(panels[1][0], report.datasets, report.block_size)
     _sharing_panel(panels[1][1], report.sharing)
     for axes in panels.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8.5)
-        axes.set_axisbelow(True)
+        tidy_axes(axes, grid=None, labelsize=8.5)
     patches = [Patch(color=PART_COLOURS[part], label=name) for part, name in PART_NAMES.items()]
     figure.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False, fontsize=8.5)
     return figure

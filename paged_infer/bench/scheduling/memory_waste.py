@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean
 
 from paged_infer.bench.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, Dataset, RequestLengths
 from paged_infer.bench.model_free import RequestFactory, carry_out
+from paged_infer.bench.report import JsonReport
 from paged_infer.bench.scheduling.reservations import RESERVATIONS, MemoryUse, reserve_contiguously
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
@@ -34,7 +33,7 @@ PAPER_SAVED = {"Alpaca-like": {2: 0.0609, 4: 0.0853, 6: 0.0979}, "ShareGPT-like"
 
 @dataclass(frozen=True, slots=True)
 class StrategyReport:
-    """One way to give out memory. Shares of the whole memory add up to 1; ``fill`` is of what is in use."""
+    """One way to allocate memory. Shares of the whole memory add up to 1; ``fill`` is of what is in use."""
 
     name: str
     tokens: float
@@ -61,7 +60,7 @@ class DatasetReport:
 
 @dataclass(frozen=True, slots=True)
 class SharingReport:
-    """Blocks that did not have to exist, as a share of those that there would be if nobody shared."""
+    """Blocks saved, as a share of those that tables without sharing would hold."""
 
     dataset: str
     kind: str
@@ -70,7 +69,7 @@ class SharingReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryReport:
+class MemoryReport(JsonReport):
     num_slots: int
     block_size: int
     num_output_tokens: int  # about so many drawn by the requests of each data set
@@ -78,27 +77,11 @@ class MemoryReport:
     datasets: list[DatasetReport]
     sharing: list[SharingReport]
 
-    def save(self, path: Path) -> None:
-        """As JSON, so that the picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> MemoryReport:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        for dataset in fields["datasets"]:
-            dataset["strategies"] = [StrategyReport(**one) for one in dataset["strategies"]]
-            sweep = dataset["fill_by_block_size"]
-            dataset["fill_by_block_size"] = {int(size): fill for size, fill in sweep.items()}
-        fields["datasets"] = [DatasetReport(**dataset) for dataset in fields["datasets"]]
-        fields["sharing"] = [SharingReport(**one) for one in fields["sharing"]]
-        return cls(**fields)
-
 
 class PagedRun:
-    """Requests that all wait from the start, through the real Scheduler and BlockManager, memory being what limits.
+    """Requests that all wait from the start, through the real Scheduler and BlockManager; memory is the limit.
 
-    A step is measured as by ``reserve_contiguously``: while somebody waits, once half have ended.
+    A step is measured as by ``reserve_contiguously``: while a request waits, once half have ended.
     """
 
     def __init__(self, requests: ReadOnlyList[RequestLengths], num_slots: int, block_size: int) -> None:
@@ -106,11 +89,11 @@ class PagedRun:
         self.manager = BlockManager(num_slots // block_size, block_size)
         self.scheduler = Scheduler(self.manager, max_num_seqs=num_slots, max_num_batched_tokens=MAX_MODEL_LEN)
         self.use = MemoryUse()
-        self.table_blocks = 0  # of all tables, summed over the measured steps: what there would be without sharing
+        self.table_blocks = 0  # of all tables, summed over the measured steps: the blocks without sharing
         self.held_blocks = 0
-        crowd = RequestFactory(MAX_MODEL_LEN)
+        factory = RequestFactory(MAX_MODEL_LEN)
         for request in requests:
-            self.scheduler.add(crowd.request(request))
+            self.scheduler.add(factory.request(request))
         num_ended, num_to_end = 0, sum(request.num_samples for request in requests) / 2
         while self.scheduler.waiting:
             step = self.scheduler.schedule()
@@ -136,7 +119,7 @@ class PagedRun:
             num_stored, table = stored[sequence.sequence_id], manager.table(sequence.sequence_id)
             self.table_blocks += len(table)
             reserved += min(len(table) * manager.block_size, sequence.max_total_tokens - 1) - num_stored
-        reserved = min(reserved, held - tokens)  # forks of one prompt share the slots that each means to fill
+        reserved = min(reserved, held - tokens)  # forks of one prompt share the slots that each will fill
         self.held_blocks += manager.pool.num_used
         self.use.record(
             slots=self.num_slots,

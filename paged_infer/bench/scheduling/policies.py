@@ -1,11 +1,10 @@
-"""The same requests through every scheduling policy: who is fast, who makes whom wait, and who stands still."""
+"""The same requests through every scheduling policy: throughput, waiting times, and stalls."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,18 @@ from paged_infer.bench.load import (
     serve,
 )
 from paged_infer.bench.metrics import TokenTimes, quantile
+from paged_infer.bench.report import JsonReport
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.execution.machine import describe_machine
 
 GAP_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """A policy and its options, named as in the table."""
+    """A policy, its options, and its name in the table."""
 
     name: str
     policy: str
@@ -56,12 +57,18 @@ class Load:
         )
 
 
+COST = StepCost()
+SIMULATED = f"simulated steps of {1e3 * COST.per_step_s:g} ms + {1e3 * COST.per_token_s:g} ms a token"
+SIMULATED_LOAD = Load(200, 10.0, (128, 1024), (32, 256), 0)
+STORYTELLER_LOAD = Load(200, 12.0, (64, 512), (16, 128), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyReport:
     """One policy. Seconds; a gap is from one token of a request to its next, from its second token on.
 
-    ``longest_start_s`` is from a first token to the second: a static batch computes all its prompts before any of it
-    decodes, so whoever came in first has one token and waits. A stall comes later, in the middle of a text.
+    ``longest_start_s`` is from a first token to the second: a static batch computes all its prompts before it
+    decodes, so the first request of it has one token and waits. A stall comes later, in the middle of a text.
     """
 
     name: str
@@ -79,7 +86,7 @@ class PolicyReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PoliciesReport:
+class PoliciesReport(JsonReport):
     load: Load
     max_num_seqs: int
     served_by: str
@@ -89,22 +96,9 @@ class PoliciesReport:
     def __getitem__(self, name: str) -> PolicyReport:
         return next(policy for policy in self.policies if policy.name == name)
 
-    def save(self, path: Path) -> None:
-        """As JSON, so that the picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
-    @classmethod
-    def load_from(cls, path: Path) -> PoliciesReport:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        load = fields["load"]
-        fields["load"] = Load(**{**load, "prompts": tuple(load["prompts"]), "outputs": tuple(load["outputs"])})
-        fields["policies"] = [PolicyReport(**policy) for policy in fields["policies"]]
-        return cls(**fields)
-
-
-def contenders(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) -> list[PolicyOptions]:
-    """Every policy there is; those that do not chunk need a step that holds a whole prompt."""
+def all_policies(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) -> list[PolicyOptions]:
+    """Every policy; those that do not chunk need a step that holds a whole prompt."""
     return [
         PolicyOptions("static", "static", whole_tokens),
         PolicyOptions("dynamic", "dynamic", whole_tokens),
@@ -114,45 +108,45 @@ def contenders(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) ->
 
 
 def simulated(
-    contender: PolicyOptions, cost: StepCost, max_num_seqs: int, max_model_len: int, num_blocks: int | None = None
+    policy: PolicyOptions, cost: StepCost, max_num_seqs: int, max_model_len: int, num_blocks: int | None = None
 ) -> SimulatedSystem:
-    """A pool that holds ``max_num_seqs`` sequences of ``max_model_len`` tokens unless told otherwise."""
-    policy = make_policy(contender.policy, contender.delay_factor)
-    check_budget(policy, contender.max_num_batched_tokens, max_model_len)
+    """A pool that holds ``max_num_seqs`` sequences of ``max_model_len`` tokens, or ``num_blocks``."""
+    scheduling = make_policy(policy.policy, policy.delay_factor)
+    check_budget(scheduling, policy.max_num_batched_tokens, max_model_len)
     manager = BlockManager(num_blocks or max_num_seqs * -(-max_model_len // 16), 16)
-    scheduler = Scheduler(manager, max_num_seqs, contender.max_num_batched_tokens, policy=policy)
+    scheduler = Scheduler(manager, max_num_seqs, policy.max_num_batched_tokens, policy=scheduling)
     return SimulatedSystem(scheduler, cost, max_model_len)
 
 
 def served_by_model(
-    contender: PolicyOptions, max_num_seqs: int, model: str | Path | None = None, **options: Any
+    policy: PolicyOptions, max_num_seqs: int, model: str | Path | None = None, **options: Any
 ) -> EngineSystem:
-    """A fresh engine, run warm on a few requests."""
+    """A new engine, warmed up on a few requests."""
     from paged_infer.cli_options import open_llm
 
     llm = open_llm(
         None if model is None else str(model),
-        scheduling_policy=contender.policy,
-        scheduler_delay_factor=contender.delay_factor,
-        max_num_batched_tokens=contender.max_num_batched_tokens,
+        scheduling_policy=policy.policy,
+        scheduler_delay_factor=policy.delay_factor,
+        max_num_batched_tokens=policy.max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         **options,
     )
     server = EngineSystem(llm.engine)
-    longest = min(contender.max_num_batched_tokens, llm.engine.memory.max_model_len) // 2
+    longest = min(policy.max_num_batched_tokens, llm.engine.memory.max_model_len) // 2
     serve(server, poisson_arrivals(4, 1000.0, (longest, longest), (4, 4), seed=-1))
     return server
 
 
-def report_policy(contender: PolicyOptions, times: ReadOnlyList[TokenTimes]) -> PolicyReport:
+def report_policy(policy: PolicyOptions, times: ReadOnlyList[TokenTimes]) -> PolicyReport:
     gaps = sorted(gap for one in times for gap in one.gaps_s[1:])
     if not gaps:
-        raise ValueError("no request has a third token: nothing to say about gaps")
+        raise ValueError("no request has a third token, so there are no gaps to measure")
     ttfts = sorted(one.ttft_s for one in times)
     seconds = max(one.token_s[-1] for one in times) - min(one.arrived_s for one in times)
     return PolicyReport(
-        contender.name,
-        contender.max_num_batched_tokens,
+        policy.name,
+        policy.max_num_batched_tokens,
         tokens_per_s=sum(len(one.token_s) for one in times) / seconds,
         ttft_p50_s=quantile(ttfts, 0.5),
         ttft_p95_s=quantile(ttfts, 0.95),
@@ -166,14 +160,30 @@ def report_policy(contender: PolicyOptions, times: ReadOnlyList[TokenTimes]) -> 
     )
 
 
-def compare_policies(
-    load: Load,
+def run_policies(
+    simulate: bool,
+    num_requests: int,
+    per_s: float | None,
     max_num_seqs: int,
-    servers: Mapping[PolicyOptions, SteppedSystem],
-    served_by: str,
-    machine: dict[str, Any],
+    chunk_tokens: int | None,
+    delays: ReadOnlyList[float],
+    seed: int,
 ) -> PoliciesReport:
-    """Serve the load with each, one after the other."""
+    """Serve the same requests with every policy. ``per_s`` and ``chunk_tokens`` None: the defaults.
+
+    Raises:
+        ValueError: a delay factor below 0, or no request long enough to have gaps.
+    """
+    usual, whole_tokens = (SIMULATED_LOAD, 2048) if simulate else (STORYTELLER_LOAD, 1024)
+    load = replace(usual, num_requests=num_requests, per_s=per_s or usual.per_s, seed=seed)
+    policies = all_policies(whole_tokens, chunk_tokens or whole_tokens // 4, delays)
+    machine, served_by = ({}, SIMULATED) if simulate else (describe_machine(), "storyteller")
+    systems: list[SteppedSystem] = [
+        simulated(one, COST, max_num_seqs, whole_tokens)
+        if simulate
+        else served_by_model(one, max_num_seqs, max_model_len=whole_tokens)
+        for one in policies
+    ]
     arrivals = load.arrivals()
-    policies = [report_policy(contender, serve(server, arrivals)) for contender, server in servers.items()]
-    return PoliciesReport(load, max_num_seqs, served_by, machine, policies)
+    reports = [report_policy(one, serve(system, arrivals)) for one, system in zip(policies, systems, strict=True)]
+    return PoliciesReport(load, max_num_seqs, served_by, machine, reports)

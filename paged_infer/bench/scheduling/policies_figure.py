@@ -1,4 +1,4 @@
-"""The policies picture: how long one waits for a first token, and for each after it."""
+"""The pictures of policies and of an arrival: how long requests wait for their first token, and for each later one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 
 from matplotlib.axes import Axes
 
+from paged_infer.bench.scheduling.arrival import ArrivalReport, ArrivalRun
 from paged_infer.bench.scheduling.policies import GAP_QUANTILES, PoliciesReport, PolicyReport
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
 
 POLICY_COLOURS = {
     "static": BASELINE_COLOURS["static"],
@@ -15,6 +16,7 @@ POLICY_COLOURS = {
     "prefill_first": BASELINE_COLOURS["transformers"],
     "chunked": BASELINE_COLOURS["paged"],
 }
+CHUNKED_COLOURS = (BASELINE_COLOURS["paged"], "#7db3d8", "#173f5f")
 LAST = 3e-4  # where the longest gap of all is drawn
 DELAYED = ("-", "--", ":", "-.")  # the same policy with another delay
 
@@ -41,11 +43,7 @@ def policies_figure(report: PoliciesReport) -> Picture:
     firsts.set_ylim(0, 1.02)
     firsts.set_xlim(left=0)
     for axes in (stalls, gaps, firsts):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        axes.set_axisbelow(True)
-    for axes in (gaps, firsts):
-        axes.grid(color=FAINT, linewidth=0.8)
+        tidy_axes(axes, grid=None if axes is stalls else "both", labelsize=8)
     handles, names = firsts.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     figure.suptitle(f"{report.served_by}: {report.load}", fontsize=9, color=INK)
@@ -86,3 +84,34 @@ def _stall_panel(axes: Axes, policies: list[PolicyReport], styles: dict[str, tup
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title("longest wait (hatched: for the 2nd token)", fontsize=9, color=INK, loc="left")
+
+
+def arrival_figure(report: ArrivalReport) -> Picture:
+    """The gap that ends at each token of the running requests, over time; a mark where the long prompt is through."""
+    figure = new_picture(7.6, 3.4)
+    axes = figure.subplots()
+    chunked = iter(CHUNKED_COLOURS * len(report.runs))
+    for run in report.runs:
+        whole = run.max_num_batched_tokens >= report.num_prompt_tokens
+        _draw_arrival(axes, run, BASELINE_COLOURS["static"] if whole else next(chunked))
+    log_heights(axes)
+    axes.set_xlabel("seconds since the prompt arrived (a dot: its first token)", fontsize=8.5, color=INK)
+    axes.set_title("longest wait of a running request for its next token, ms", fontsize=9, color=INK, loc="left")
+    tidy_axes(axes, labelsize=8.5)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    title = f"{report.num_prompt_tokens:,} tokens arrive while {report.num_running} requests decode"
+    figure.suptitle(f"{title} ({report.served_by})", fontsize=9.5, color=INK)
+    return figure
+
+
+def _draw_arrival(axes: Axes, run: ArrivalRun, colour: str) -> None:
+    label = f"{run.name}\nat most {1e3 * run.longest_gap_s:,.0f} ms, first token {run.ttft_s:,.2f} s"
+    ends = [moment for moment, _ in run.moments]
+    gaps_ms = [1e3 * gap for _, gap in run.moments]
+    # A gap is drawn from the token before it to the token that ends it; before the first of them it is as usual.
+    usual_ms, began_s = 1e3 * run.usual_gap_s, ends[0] - run.moments[0][1]
+    places = [began_s - 0.06 * ends[-1], began_s, *ends]
+    axes.step(places, [usual_ms, usual_ms, *gaps_ms], where="pre", color=colour, linewidth=1.6, label=label)
+    at = next(place for place, moment in enumerate(ends) if moment >= run.ttft_s)
+    axes.plot([run.ttft_s], [gaps_ms[at]], "o", color=colour, markersize=6)

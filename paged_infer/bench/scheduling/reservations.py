@@ -1,11 +1,11 @@
-"""What paging is compared with: one contiguous chunk a request, reserved at its arrival (Orca, as the paper models it).
+"""What paging is compared to: one contiguous chunk a request, reserved at its arrival (Orca, as the paper models it).
 
     chunk of 64    [ t t t t t t t t t t | . . . . . . | x x x x x x x x | - - - - ]
                      tokens stored         reserved:     internal: asked   rounding to the
                                            will be yet   for, never used   buddy's power of two
 
-How much is asked for is the reservation: ``max`` the whole context, ``pow2`` the output rounded up to a power of two
-(which takes a prophet, but a modest one), ``oracle`` exactly what will be used (which takes a great one).
+The size of the reservation: ``max``, the whole context; ``pow2``, the output rounded up to a power of two, which
+assumes a rough prediction of its length; ``oracle``, exactly what will be used, which assumes an exact one.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ class BuddyMemory:
 
 @dataclass(slots=True)
 class MemoryUse:
-    """What became of every slot in every step that was measured: four shares of ``slots`` that add up to all of it.
+    """The use of every slot in every step that was measured: four shares of ``slots`` that add up to all of it.
 
     Counts are slots, summed over the steps.
     """
 
     slots: int = 0
     tokens: int = 0  # hold a token
-    reserved: int = 0  # will hold one of their owner's
-    internal: int = 0  # belong to somebody who will never use them
-    held: int = 0  # belong to somebody at all; in a buddy's chunk also the rounding
+    reserved: int = 0  # will hold a token of their request
+    internal: int = 0  # belong to a request that will never use them
+    held: int = 0  # belong to a request; with the rounding of a buddy's chunk
     sequences: int = 0
     steps: int = 0
     preemptions: int = 0
@@ -101,7 +101,7 @@ class MemoryUse:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the whole memory. ``external`` is what is left: rounding, holes too small, blocks kept in hand."""
+        """Of the whole memory. ``external`` is the rest: rounding, holes that are too small, the watermark."""
         external = self.slots - self.tokens - self.reserved - self.internal
         parts = {"tokens": self.tokens, "reserved": self.reserved, "internal": self.internal, "external": external}
         return {name: number / self.slots for name, number in parts.items()}
@@ -127,10 +127,10 @@ class _Running:
 def reserve_contiguously(
     requests: Iterable[RequestLengths], num_slots: int, ask: Callable[[RequestLengths], int]
 ) -> MemoryUse:
-    """Serve the queue first come, first served: who fits runs, one token a step, until its output is out.
+    """Serve the queue first come, first served: a request that fits runs, one token a step, to the end of its output.
 
-    Measured are the steps in which somebody waits, once half of the requests have ended: memory is what limits then,
-    and the requests that run are of all ages.
+    The steps in which a request waits are measured, once half of the requests have ended: then memory is the limit, and
+    the running requests are of all ages.
     """
     memory, use = BuddyMemory(num_slots), MemoryUse()
     waiting = deque(requests)

@@ -1,26 +1,25 @@
-"""What deciding costs: Scheduler.schedule and update for a full house, in pools from a thousand blocks to a million.
+"""The cost of Scheduler.schedule and update with all places taken, in pools of a thousand to a million blocks.
 
-Every pool meets the same traffic: sequences that decode, a few that end in every step, as many that come in, half of
-them with a beginning that others share. To leave each pool 95 % full, tables that never run hold what the traffic does
-not, and the rest holds findable blocks that nobody asks for, so that each block taken evicts one:
+Every pool gets the same traffic: sequences that decode, a few that end in every step, as many that arrive, half of
+them with a shared prefix. To keep each pool 95 % full, tables that never run hold the blocks that the traffic does not,
+and the rest are cached blocks that no request looks up, so that each block taken evicts one:
 
-    [ running ... | held by nobody who runs ... | cached, next to be evicted ]
+    [ running ... | held, never running ...     | cached, next to be evicted ]
       ------------------ 95 % ----------------    5 %
 """
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.model_free import RequestFactory
+from paged_infer.bench.report import JsonReport
 from paged_infer.control.blocks.hashing import extend_chain, root_hash
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
@@ -60,7 +59,7 @@ class LookupReport:
 
 
 @dataclass(frozen=True, slots=True)
-class ControlReport:
+class ControlReport(JsonReport):
     num_seqs: int
     num_steps: int
     seed: int
@@ -69,10 +68,6 @@ class ControlReport:
     machine: dict[str, Any]
     pools: list[PoolReport]
     lookups: list[LookupReport]
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @property
     def flatness(self) -> float:
@@ -91,7 +86,7 @@ class FullScheduler:
     def __init__(self, num_blocks: int, num_seqs: int, seed: int, *, traced: bool) -> None:
         self.num_seqs = num_seqs
         self._rng = random.Random(seed)
-        self._crowd = RequestFactory(MAX_MODEL_LEN)
+        self._factory = RequestFactory(MAX_MODEL_LEN)
         self._beginnings = [[10 + topic] * 2 * BLOCK_SIZE for topic in range(8)]
         self.num_blocks = num_blocks
         num_running = int(BLOCKS_A_SEQUENCE * num_seqs)
@@ -116,17 +111,17 @@ class FullScheduler:
     def _arrive(self, num_output: int) -> None:
         lengths = RequestLengths(self._rng.randint(17, 47), num_output)
         shares = self._rng.random() < 0.5
-        self.scheduler.add(self._crowd.request(lengths, prefix=self._rng.choice(self._beginnings) if shares else ()))
+        self.scheduler.add(self._factory.request(lengths, prefix=self._rng.choice(self._beginnings) if shares else ()))
 
     def open(self) -> None:
-        """Fill all places with sequences of every age, so that later about as many end in one step as in another."""
+        """Fill all places with sequences of every age, so that later about as many end in each step."""
         for _ in range(self.num_seqs):
             self._arrive(self._rng.randint(1, 48))
         while self.scheduler.waiting:
             self.step()
 
     def step(self) -> float:
-        """One step, with whoever is missing queued before the clock starts. Returns seconds."""
+        """One step; sequences that have ended are replaced before the clock starts. Returns seconds."""
         for _ in range(self.num_seqs - len(self.scheduler.running) - len(self.scheduler.waiting)):
             self._arrive(self._rng.randint(32, 64))
         began = time.perf_counter()
@@ -143,35 +138,35 @@ class FullScheduler:
 
 
 def measure_pools(num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, seed: int) -> list[PoolReport]:
-    """Each pool plain and traced, all of them one step after the other, so that they meet the same load."""
-    houses = [
+    """Each pool plain and traced, all of them one step after the other, so that they get the same load."""
+    schedulers = [
         (FullScheduler(n, num_seqs, seed, traced=False), FullScheduler(n, num_seqs, seed, traced=True))
         for n in num_blocks
     ]
-    for pair in houses:
-        for house in pair:
-            house.open()
-    before = [plain.report_counts() for plain, _ in houses]
-    seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in houses]
+    for pair in schedulers:
+        for one in pair:
+            one.open()
+    before = [plain.report_counts() for plain, _ in schedulers]
+    seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in schedulers]
     for number in range(num_steps):
-        for pair, (plain_s, traced_s) in zip(houses, seconds, strict=True):
+        for pair, (plain_s, traced_s) in zip(schedulers, seconds, strict=True):
             order = ((pair[0], plain_s), (pair[1], traced_s))
-            for house, times in order if number % 2 else order[::-1]:
-                times.append(house.step())
+            for one, times in order if number % 2 else order[::-1]:
+                times.append(one.step())
     return [
         _report(plain, counts, plain_s, traced_s)
-        for (plain, _), counts, (plain_s, traced_s) in zip(houses, before, seconds, strict=True)
+        for (plain, _), counts, (plain_s, traced_s) in zip(schedulers, before, seconds, strict=True)
     ]
 
 
 def _report(
-    house: FullScheduler, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]
+    full: FullScheduler, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]
 ) -> PoolReport:
     num_steps = len(plain_s)
-    evictions, hits, preemptions = (now - then for now, then in zip(house.report_counts(), before, strict=True))
+    evictions, hits, preemptions = (now - then for now, then in zip(full.report_counts(), before, strict=True))
     return PoolReport(
-        num_blocks=house.num_blocks,
-        held=house.scheduler.manager.pool.num_used / house.num_blocks,
+        num_blocks=full.num_blocks,
+        held=full.scheduler.manager.pool.num_used / full.num_blocks,
         evictions_per_step=evictions / num_steps,
         hit_tokens_per_step=hits / num_steps,
         preemptions=preemptions,
@@ -184,7 +179,7 @@ def _report(
 
 
 def measure_lookups(prompts: ReadOnlyList[int] = PROMPTS, repeats: int = 15) -> list[LookupReport]:
-    """Hashes and finds the blocks of prompts that are all cached, then one block more of each."""
+    """Hash and find the blocks of prompts that are all cached, then one more block of each."""
     manager = BlockManager(2 * max(prompts) // BLOCK_SIZE, BLOCK_SIZE)
     tokens = list(range(max(prompts) + BLOCK_SIZE))
     chain: list[bytes] = []

@@ -1,17 +1,16 @@
 """KV blocks saved by sharing, with a model: samples and beams of the same prompts (Kwon 2023, section 6.3).
 
 A block in k tables stands for k blocks without sharing. The saving is measured over all steps, with the prefix cache
-off, so that only what one request's samples or beams share counts.
+off, so that only sharing within a request counts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from paged_infer.bench.report import JsonReport
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.params import BeamSearchParams, SamplingParams
@@ -28,7 +27,7 @@ class Saving:
 
 
 @dataclass(frozen=True, slots=True)
-class SharingReport:
+class SharingReport(JsonReport):
     model: str
     block_size: int
     num_requests: int
@@ -36,10 +35,6 @@ class SharingReport:
     max_tokens: int
     machine: dict[str, Any]
     savings: list[Saving]
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def measure_sharing(llm: LLM, prompts: Sequence[Sequence[int]], widths: Sequence[int], max_tokens: int) -> list[Saving]:

@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_numbers():
 
 def test_a_report_survives_its_json(report, tmp_path):
     report.save(tmp_path / "memory.json")
-    assert MemoryReport.load(tmp_path / "memory.json") == report
+    assert MemoryReport.read(tmp_path / "memory.json") == report
 
 
 @pytest.mark.parametrize("dataset", [SHAREGPT, ALPACA])
@@ -161,4 +161,4 @@ def test_the_command_prints_the_papers_numbers_beside_ours(report, tmp_path, mon
     assert result.exit_code == 0, result.output
     assert "96.3%" in result.output and "20.4%" in result.output
     assert (tmp_path / "bench-memory.png").read_bytes().startswith(b"\x89PNG")
-    assert MemoryReport.load(tmp_path / "bench-memory.json") == report
+    assert MemoryReport.read(tmp_path / "bench-memory.json") == report

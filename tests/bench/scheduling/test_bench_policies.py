@@ -9,9 +9,8 @@ from paged_infer import LLM
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import Arrival, EngineSystem, StepCost, poisson_arrivals, serve
 from paged_infer.bench.metrics import quantile
-from paged_infer.bench.scheduling.arrival import ArrivalReport
-from paged_infer.bench.scheduling.measure import COST, run_arrival, run_policies
-from paged_infer.bench.scheduling.policies import PoliciesReport, PolicyOptions, simulated
+from paged_infer.bench.scheduling.arrival import ArrivalReport, run_arrival
+from paged_infer.bench.scheduling.policies import COST, PoliciesReport, PolicyOptions, run_policies, simulated
 from paged_infer.cli import app
 
 
@@ -57,7 +56,7 @@ def test_the_same_seed_gives_the_same_report_and_its_json_too(report, tmp_path):
     assert run_policies(True, 120, 10.0, 128, None, [0.0, 0.5], 0) == report
     assert run_policies(True, 120, 10.0, 128, None, [0.0, 0.5], 1).policies != report.policies
     report.save(tmp_path / "policies.json")
-    assert PoliciesReport.load_from(tmp_path / "policies.json") == report
+    assert PoliciesReport.read(tmp_path / "policies.json") == report
 
 
 def test_every_policy_serves_every_token_of_every_request():
@@ -99,7 +98,7 @@ def test_a_long_prompt_stops_decodes_whole_and_only_slows_them_in_chunks(arrival
 
 def test_an_arrival_survives_its_json(arrival, tmp_path):
     arrival.save(tmp_path / "arrival.json")
-    assert ArrivalReport.load(tmp_path / "arrival.json") == arrival
+    assert ArrivalReport.read(tmp_path / "arrival.json") == arrival
 
 
 @pytest.mark.parametrize("command", ["policies", "arrival"])

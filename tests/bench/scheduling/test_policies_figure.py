@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from paged_infer.bench.scheduling.arrival import ArrivalReport, ArrivalRun
-from paged_infer.bench.scheduling.arrival_figure import arrival_figure
 from paged_infer.bench.scheduling.policies import GAP_QUANTILES, Load, PoliciesReport, PolicyReport
-from paged_infer.bench.scheduling.policies_figure import policies_figure
+from paged_infer.bench.scheduling.policies_figure import arrival_figure, policies_figure
 
 
 def policy(name: str, stall_s: float, start_s: float) -> PolicyReport:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paged_infer.bench.options import NAIVE_BASELINES, Repeats
+from paged_infer.bench.options import Repeats
 from paged_infer.bench.speed import cli as speed_cli
 from paged_infer.cli_options import Figures, ModelOption, Seed, Without, as_arguments, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
@@ -20,27 +20,18 @@ if TYPE_CHECKING:
     from paged_infer.bench.http.http_bench import HttpBench
 
 CLIENTS = [4, 8, 16, 32]
-ANY_VOCABULARY = 1000  # ids below this are in every model's: what a server is asked whose model is not known
+ANY_VOCABULARY = 1000  # token ids below this are in every model's vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked for, and by how many."""
+    """The requests, and how many clients send them."""
 
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 128
-    shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16
-    longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128
     clients: Annotated[
         list[int] | None, typer.Option(help=f"Closed loop of so many; may be repeated. Default: {CLIENTS}.", min=1)
     ] = None
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Poisson arrivals a second; may be repeated. Default: 0.3, 0.6, 0.9 and 1.2 times what the most "
-            "clients were served at.",
-            min=0.001,
-        ),
-    ] = None
+    rate: speed_cli.Rates = None
     repeats: Repeats = 3
     seed: Seed = 0
 
@@ -57,6 +48,7 @@ class Load:
 @with_option_groups
 def serve(
     load: Load,
+    lengths: speed_cli.Lengths,
     engine: Annotated[
         EngineConfig,
         Without(max_num_seqs="as many as the most clients", seed="the command's own --seed is the workload's"),
@@ -66,29 +58,29 @@ def serve(
         str | None, typer.Option(help="A server that runs already, as http://HOST:PORT, instead of one of our own.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="PAGED_INFER_API_KEY", help="What the server at --base-url asks for.")
+        str | None, typer.Option(envvar="PAGED_INFER_API_KEY", help="The key of the server at --base-url.")
     ] = None,
     naive: Annotated[
-        str, typer.Option(help=f"Beside it, one request at a time: {', '.join(NAIVE_BASELINES)}, or none.")
+        str, typer.Option(help="cached: compare it to a server of one request at a time; or none.")
     ] = "cached",
     torch_threads: Annotated[int, typer.Option(help="Of each of our own processes.", min=1)] = 1,
     figures: Figures = Path("figures"),
 ) -> None:
-    """Load over HTTP: clients that wait for their answers, then arrivals that wait for nobody; random prompts, greedy.
+    """Load over HTTP: clients that wait for their answers, then Poisson arrivals; random prompts, greedy.
 
-    Server and client run in processes of their own. Beside them, in turn: LLM.generate on the same requests, as many
-    at once as the most clients are; and once, a server that takes one request at a time. Exits with status 1 if
-    anybody gives another number of tokens or, in float32, another text than LLM.generate.
+    Server and client run in processes of their own. They are compared to LLM.generate on the same requests, as many at
+    once as the most clients are, in turn; and once to a server of one request at a time. Exits with status 1 if a
+    system gives another number of tokens or, in float32, another text than LLM.generate.
     """
     with speed_cli.errors(), _ended_by_sigterm():
-        if naive not in (*NAIVE_BASELINES, "none"):
-            raise ValueError(f"naive={naive!r}: must be {', '.join(NAIVE_BASELINES)} or none")
+        if naive not in ("cached", "none"):
+            raise ValueError(f"naive={naive!r}: must be cached or none")
         if base_url is None:
-            opened = _ours(load, engine, model, naive, torch_threads)
+            opened = _ours(load, lengths, engine, model, naive == "cached", torch_threads)
         elif model is not None or engine != EngineConfig():
             raise ValueError(f"base_url={base_url!r}: its model and engine are its own; leave out their options")
         else:
-            opened = _theirs(load, base_url.rstrip("/").removesuffix("/v1"), api_key)
+            opened = _theirs(load, lengths, base_url.rstrip("/").removesuffix("/v1"), api_key)
         with opened as bench:
             report = bench.report(load.closed, load.rate, speed_cli.RATE_SHARES)
     speed_cli.show(report, figures)
@@ -109,45 +101,43 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ours(load: Load, engine: EngineConfig, model: str | None, naive: str, torch_threads: int) -> Iterator[HttpBench]:
-    """Two servers of one model, and the same model here."""
+def _ours(
+    load: Load, lengths: speed_cli.Lengths, engine: EngineConfig, model: str | None, naive: bool, torch_threads: int
+) -> Iterator[HttpBench]:
+    """Our own servers of one model, and the same model in this process."""
     import torch
 
     from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
     from paged_infer.bench.http.servers import running
-    from paged_infer.bench.workloads import random_lengths
 
     usual_threads = torch.get_num_threads()
     torch.set_num_threads(torch_threads)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, usual_threads)
         llm = open_llm(model, **replace(engine, max_num_seqs=max(load.closed)).options)
-        workload = random_lengths(llm, load.num_requests, load.shortest, load.longest, load.seed)
-        num_others = load.repeats + len(load.closed) * (naive != "none")
+        workload = lengths.draw(llm, load.num_requests, load.seed)
+        num_others = load.repeats + len(load.closed) * naive
         bench = stack.enter_context(speed_cli.bench_of(llm, load.repeats, load.num_runs(num_others)))
         client = stack.enter_context(client_process())
         options = [*([] if model is None else [model]), *as_arguments(engine)]
 
-        def target(module: str, *arguments: str) -> HttpSystem:
-            url = stack.enter_context(running(module, *arguments, *options, torch_threads=torch_threads))
+        def serving(max_num_seqs: int) -> HttpSystem:
+            arguments = ("serve", *options, "--log-level", "warning", "--max-num-seqs", str(max_num_seqs))
+            url = stack.enter_context(running("paged_infer.cli", *arguments, torch_threads=torch_threads))
             return HttpSystem(client, url, llm.name)
 
-        most = str(max(load.closed))
-        server = target("paged_infer.cli", "serve", "--log-level", "warning", "--max-num-seqs", most)
-        slow = None
-        if naive != "none":
-            slow = f"{naive} rung", target("paged_infer.bench.http.naive_server", "--rung", naive)
-        yield HttpBench(server, workload, load.repeats, bench.on_run, bench, slow)
+        server = serving(max(load.closed))
+        yield HttpBench(server, workload, load.repeats, bench.on_run, bench, serving(1) if naive else None)
 
 
 @contextmanager
-def _theirs(load: Load, url: str, api_key: str | None) -> Iterator[HttpBench]:
-    """A server of which nothing is known but what it answers."""
+def _theirs(load: Load, lengths: speed_cli.Lengths, url: str, api_key: str | None) -> Iterator[HttpBench]:
+    """A server that runs already: only its answers are known."""
     from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
     from paged_infer.bench.http.servers import served_model
     from paged_infer.bench.workloads import random_ids
 
-    workload = random_ids(ANY_VOCABULARY, load.num_requests, load.shortest, load.longest, load.seed)
+    workload = random_ids(ANY_VOCABULARY, load.num_requests, lengths.shortest, lengths.longest, load.seed)
     name = served_model(url, api_key)
     with client_process() as client, speed_cli.progress(load.num_runs(0)) as advance:
         yield HttpBench(HttpSystem(client, url, name, api_key), workload, load.repeats, advance)

@@ -1,6 +1,6 @@
-"""The client of ``bench serve``: requests to /v1/completions over HTTP, and when their answers came.
+"""The client of ``bench serve``: requests to /v1/completions over HTTP, and the times of their responses.
 
-It runs in a process of its own, which imports no torch: what it costs to ask is not taken from the server's share.
+It runs in a process of its own, without torch, so that it takes no time from the server's process.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import httpx
 
-TIMEOUT_S = 600.0  # of one answer: the last of a crowd before a slow server waits long
+TIMEOUT_S = 600.0  # of one response: the last of many requests waits long for a slow server
 LOOP_DELAY = "paged_infer:event_loop_delay_seconds"
 DATA, DONE = b"data: ", b"[DONE]"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to ask of a server. Each request is sent at its second of ``arrive_s``, or by one of so many clients."""
+    """Requests for a server. Each is sent at its time of ``arrive_s``, or by the next free one of ``num_clients``."""
 
     url: str
     api_key: str | None
@@ -32,9 +32,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Seconds of ``time.perf_counter``. An answer that came as a whole has its end for its first token, too."""
+    """Seconds of ``time.perf_counter``. For a response that came whole, ``first_s`` is ``end_s``."""
 
-    arrived_s: float  # of an open loop: when it was due, however late the client was
+    arrived_s: float  # in an open loop: when it was due, however late the client was
     first_s: float
     end_s: float
     num_output: int
@@ -43,8 +43,8 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """In the order of the bodies. ``loop_delays``: those of the server's event loop meanwhile, counted by the least
-    bound that they do not exceed, in seconds; empty where the server does not tell.
+    """In the order of the bodies. ``loop_delays``: how late the server's event loop was, a histogram {seconds: count}
+    by upper bounds; empty where the server does not report them.
     """
 
     replies: list[Reply]
@@ -52,7 +52,7 @@ class Replies:
 
 
 def ask(job: Job) -> Replies:
-    """Carry out ``job``. Raises ValueError, with the server's words, if an answer is an error or does not come."""
+    """Send the requests of ``job``. Raises ValueError, with the server's message, if one fails."""
     try:
         return asyncio.run(_ask(job))
     except ExceptionGroup as group:
@@ -77,7 +77,7 @@ async def _closed_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
     requests = iter(enumerate(job.bodies))
 
     async def client() -> None:
-        for index, body in requests:  # one iterator for all: the next request is whoever's turn it is
+        for index, body in requests:  # one iterator for all clients
             replies[index] = await _complete(http, body, time.perf_counter())
 
     async with asyncio.TaskGroup() as clients:
@@ -127,7 +127,7 @@ def _pieces(events: list[bytes]) -> Iterator[dict[str, Any]]:
         if event.strip().startswith(DATA) and content != DONE:
             piece = json.loads(content)
             if "error" in piece:
-                raise ValueError(f"the server broke off an answer: {piece['error']['message']}")
+                raise ValueError(f"the server ended a response early: {piece['error']['message']}")
             yield piece
 
 

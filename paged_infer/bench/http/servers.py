@@ -19,10 +19,10 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def running(module: str, *arguments: str, torch_threads: int) -> Iterator[str]:
-    """``python -m MODULE ARGUMENTS --port P`` until it answers /health; its address.
+    """``python -m MODULE ARGUMENTS --port P`` until /health responds; yields its address.
 
     Raises:
-        ValueError: it ended before it answered; the message has its last words.
+        ValueError: it ended before that; the message has the last line of its log.
     """
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
@@ -34,7 +34,7 @@ def running(module: str, *arguments: str, torch_threads: int) -> Iterator[str]:
         try:
             if not _answers(url, process):
                 log.seek(0)
-                words = log.read().decode(errors="replace").strip().splitlines() or ["without a word"]
+                words = log.read().decode(errors="replace").strip().splitlines() or ["no message"]
                 raise ValueError(f"{module} did not start: {words[-1]}")
             yield url
         finally:
@@ -57,7 +57,7 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
 
 
 def served_model(url: str, api_key: str | None) -> str:
-    """The first of the names that the server's model answers to. Raises ValueError where nobody serves."""
+    """The first name of the server's model. Raises ValueError where no server responds."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         response = httpx.get(f"{url}/v1/models", headers=headers, timeout=30)

@@ -21,7 +21,6 @@ from paged_infer import LLM, AsyncLLM
 from paged_infer.bench.http import client as http_load
 from paged_infer.bench.http.client import Job, ask
 from paged_infer.bench.http.http_bench import OFFLINE, HttpBench, HttpSystem, bounds
-from paged_infer.bench.http.naive_server import create_app as naive_app
 from paged_infer.bench.metrics import Metrics, Percentiles
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.speed.measure import Bench, SpeedReport
@@ -66,9 +65,12 @@ def served() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def naive(llm: LLM) -> Iterator[str]:
-    with Listening(naive_app(llm, "cached")) as url:
+def naive() -> Iterator[str]:
+    """A server of one request at a time."""
+    engine = AsyncLLM(device="cpu", num_blocks=64, max_num_seqs=1)
+    with Listening(create_app(engine)) as url:
         yield url
+    asyncio.run(engine.shutdown())
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +93,11 @@ def test_everybody_gives_the_texts_of_llm_generate(
 ) -> None:
     order: list[str] = []
     slow = HttpSystem(target.client, naive, "storyteller")
-    bench = HttpBench(target, workload, 2, order.append, Bench(llm, ROOF, 2), ("cached rung", slow))
+    bench = HttpBench(target, workload, 2, order.append, Bench(llm, ROOF, 2), slow)
     report = bench.report([1, 2], None, [0.5])
     names = [entry.name for entry in report.entries]
     closed = ["1 client", "2 clients", "1 client, streaming", "2 clients, streaming"]
-    assert names[:-1] == [OFFLINE, *closed, "1 client, cached rung", "2 clients, cached rung"]
+    assert names[:-1] == [OFFLINE, *closed, "1 client, one request at a time", "2 clients, one request at a time"]
     assert order[:10] == [OFFLINE, *closed] * 2, "contenders take turns"
     assert report.is_right and all(entry.same_tokens for entry in report.entries[1:])
     served_per_s = len(workload.prompts) / report["2 clients, streaming"].metrics.seconds
@@ -190,15 +192,6 @@ def test_the_naive_server_serves_one_at_a_time(naive: str) -> None:
     assert [reply.num_output for reply in replies] == [4, 4, 4] and len(set(ends)) == 3
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("stream", True), ("use_beam_search", True), ("echo", True), ("logprobs", 0), ("model", "another")],
-)
-def test_the_naive_server_refuses_by_name_what_it_cannot_do(naive: str, field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"answered 40[04].*{field}"):
-        ask(Job(naive, None, [body(**{field: value})]))
-
-
 def test_the_servers_own_count_of_its_loops_delays_is_read(target: HttpSystem, workload: Workload) -> None:
     delays = target.run(workload, stream=True, arrive_s=[0.0, 0.05, 0.1, 0.15]).loop_delay_s
     assert delays is not None and 0 < delays.p50 <= delays.p90 <= delays.p99
@@ -245,7 +238,7 @@ def test_the_command_starts_its_servers_and_leaves_numbers_and_a_picture(tmp_pat
     result = CliRunner().invoke(app, ["bench", "serve", *SMALL, *options])
     assert result.exit_code == 0, result.output
     assert "2 clients / LLM.generate = " in result.output and "event loop late" in result.output
-    report = SpeedReport.load(tmp_path / "bench-serve.json")
+    report = SpeedReport.read(tmp_path / "bench-serve.json")
     assert [entry.load for entry in report.entries] == [None, 2, 2, 2, 50]
     assert (tmp_path / "bench-serve.png").read_bytes().startswith(b"\x89PNG")
 

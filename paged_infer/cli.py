@@ -50,24 +50,25 @@ def compare(
     seed: Seed = 0,
     figures: Annotated[Path, typer.Option(help="Folder for ladder.png and ladder.json.")] = Path("figures"),
 ) -> None:
-    """The same prompts on all four rungs of the ladder and through transformers: same tokens, what cost?
+    """The same prompts through the ladder's four baselines and through transformers: same tokens, what cost?
 
-    Exits with status 1 if any rung gives other tokens.
+    Exits with status 1 if any of them gives other tokens.
     """
     try:
         llm = open_llm(model, **engine.options)
         from paged_infer.bench.peers.transformers_peers import transformers_baselines
         from paged_infer.bench.speed.baselines import our_baselines
+        from paged_infer.bench.speed.ladder import run_ladder
         from paged_infer.bench.workloads import story_beginnings
 
         workload = story_beginnings(llm, num_prompts, max_tokens, seed)
-        report = speed_cli.run_with_progress(
-            {**our_baselines(llm), **transformers_baselines(llm)}, workload, llm.name, repeats=1
-        )
+        systems = {**our_baselines(llm), **transformers_baselines(llm)}
+        with speed_cli.progress(len(systems)) as advance:
+            report = run_ladder(llm, systems, workload, on_run=advance)
     except ValueError as error:
         fail(error)
-    speed_cli.show_ladder(report, figures / "ladder.png")
-    if not all(rung.same_tokens for rung in report.rungs):
+    speed_cli.show(report, figures, "ladder")
+    if not all(entry.same_tokens for entry in report.entries):
         raise typer.Exit(1)
 
 

@@ -8,18 +8,17 @@ from paged_infer.bench.http import cli as serve_cli
 from paged_infer.bench.kernels.cli import kernels
 from paged_infer.bench.scheduling import cli as control_cli
 from paged_infer.bench.speed import cli as speed_cli
-from paged_infer.bench.speed import speculation_cli, step_cli
+from paged_infer.bench.speed import speculation_cli
 
-app = typer.Typer(help="Measurements beside what a user would pick instead.", no_args_is_help=True)
+app = typer.Typer(help="Measurements, compared to what one would use instead.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Measurements beside what a user would pick instead."""
+    """Measurements, compared to what one would use instead."""
 
 
 app.add_typer(speed_cli.app)  # without a name: its commands are commands of ours
-app.command()(step_cli.step)
 app.command()(speculation_cli.speculation)
 app.command()(serve_cli.serve)
 app.command()(kernels)

@@ -1,7 +1,7 @@
-"""Requests that come one after the other, served by an engine or by a simulated one; when each token came.
+"""Requests that arrive one after the other, served by an engine or by a simulated one, and the times of their tokens.
 
-trace  ---->  serve  ---->  EngineSystem     a model and the clock on the wall
-               ^   \\---->  SimulatedSystem  the real Scheduler, and a clock that a formula moves
+trace  ---->  serve  ---->  EngineSystem     a model, in real time
+               ^   \\---->  SimulatedSystem  the real Scheduler, and a clock that a formula advances
                |
           TokenTimes of each request
 """
@@ -36,7 +36,7 @@ class Arrival:
 def poisson_arrivals(
     num_requests: int, per_s: float, prompts: tuple[int, int], outputs: tuple[int, int], seed: int
 ) -> list[Arrival]:
-    """Requests at ``per_s`` a second in the mean, independent of each other; lengths uniform in the ranges given."""
+    """Poisson arrivals, ``per_s`` a second; lengths uniform in the ranges."""
     rng = random.Random(seed)
     arrivals, now = [], 0.0
     for _ in range(num_requests):
@@ -46,7 +46,7 @@ def poisson_arrivals(
 
 
 def poisson_moments(num_requests: int, per_s: float, seed: int) -> list[float]:
-    """When requests come that come at ``per_s`` a second in the mean, independent of each other."""
+    """Arrival times of a Poisson process of ``per_s`` requests a second."""
     rng = random.Random(seed)
     return list(accumulate(rng.expovariate(per_s) for _ in range(num_requests)))
 
@@ -66,7 +66,7 @@ class StepCost:
 
 
 class SteppedSystem(Protocol):
-    """Whoever serves: a clock, a door, and a step that says which sequences got a token."""
+    """A system that runs step by step, on a clock of its own; a step returns the sequences with a new token."""
 
     @property
     def now_s(self) -> float: ...
@@ -82,7 +82,7 @@ class SteppedSystem(Protocol):
 
 
 class SimulatedSystem:
-    """The control plane as it is, and steps that take what ``cost`` says: the same on every machine."""
+    """The real control plane, with steps that take as long as ``cost`` computes: the same on every machine."""
 
     def __init__(self, scheduler: Scheduler, cost: StepCost, max_model_len: int) -> None:
         self.now_s = 0.0
@@ -114,13 +114,13 @@ class SimulatedSystem:
 
 
 class EngineSystem:
-    """A model, greedy on random prompts that share nothing, and the clock on the wall."""
+    """A model in real time, greedy on random prompts that share no prefix."""
 
     def __init__(self, engine: LLMEngine, seed: int = 0) -> None:
         self.engine = engine
         self._rng = random.Random(seed)
         self._num_requests = 0
-        self._live: list[tuple[Sequence, int]] = []  # with how many tokens it had when it was looked at last
+        self._live: list[tuple[Sequence, int]] = []  # with the number of its tokens after the last step
         self._began_s = time.perf_counter()
 
     @property
@@ -145,7 +145,7 @@ class EngineSystem:
         return sequence
 
     def step(self, next_arrival_s: float) -> Iterable[Sequence]:
-        """A sequence stands there once for each token that it got."""
+        """Returns a sequence once for each token that it got."""
         self.engine.step()
         grown = [s for s, known in self._live for _ in range(s.num_output_tokens - known)]
         self._live = [(s, s.num_output_tokens) for s, _ in self._live if not s.is_finished]
@@ -156,13 +156,13 @@ class EngineSystem:
 
 
 def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None) -> list[TokenTimes]:
-    """Submit each request when its time has come (or the step during which it came is over), and run until all end.
+    """Submit each request when it is due (after the step that runs at that time), and run until all have ended.
 
     Args:
-        num_clients: None: an open loop, where requests come whether or not earlier ones are through. Else a closed one:
-            so many clients, each sending its next request when its last one has ended; that is when it arrives.
+        num_clients: None: an open loop, requests arrive whether or not earlier ones have ended. Else a closed loop:
+            each client sends its next request, which arrives then, when its last one has ended.
     """
-    begin_s = server.now_s  # an engine's clock has run while it was loaded
+    begin_s = server.now_s  # an engine's clock runs while it loads
     times = [TokenTimes(arrival.at_s + begin_s, arrival.lengths.num_prompt) for arrival in arrivals]
     of_sequence: dict[int, TokenTimes] = {}
     pending: set[int] = set()

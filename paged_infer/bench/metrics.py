@@ -1,4 +1,4 @@
-"""When each token of each request came, and what follows from that: the one set of metrics of every bench.
+"""When each token of each request came, and the metrics that follow from it, which all benches share.
 
     arrived      first token            last token
 ----|------------|-----|-----|-----|----|---------->  time
@@ -58,7 +58,7 @@ class TokenTimes:
     def gaps_s(self) -> list[float]:
         """From each token to the next; empty where not every token's time is known.
 
-        The first is the odd one: a batch may have to fill before it decodes.
+        The first may be longer: a batch may have to fill before it decodes.
         """
         if len(self.token_s) < self.num_tokens:
             return []
@@ -67,10 +67,10 @@ class TokenTimes:
 
 @dataclass(slots=True)
 class Run:
-    """One contender on one workload: what it said, when, and what its cache held meanwhile.
+    """One system on one workload: its tokens, their times, and what its cache held.
 
-    ``seconds`` is from the first request's arrival to the last one's end, on the wall. ``usage`` is None where a peer
-    does not tell. Whoever is asked over HTTP answers with ``texts``, and ``token_ids`` is empty.
+    ``seconds`` is from the first request's arrival to the last one's end, in real time. ``usage`` is None where a
+    peer does not report it. Over HTTP there are ``texts``, and ``token_ids`` is empty.
     """
 
     token_ids: list[list[int]]
@@ -78,13 +78,13 @@ class Run:
     seconds: float
     usage: KVUsage | None = None
     kv_bytes_per_token: int = 0
-    span_s: dict[str, float] = field(default_factory=dict)  # where an engine's steps spent it; see ``spans``
-    overhead_share: float | None = None  # of the steps' time, in which nothing computed
+    span_s: dict[str, float] = field(default_factory=dict)  # where an engine's steps spent it; see ``step_spans``
+    overhead_share: float | None = None  # of the steps' time, in which nothing was computed
     texts: list[str] = field(default_factory=list)
-    is_whole: bool = False  # an answer came as one, so that nobody can tell when its first token was there
+    is_whole: bool = False  # answers came whole: the time of the first token is not known
     loop_delay_s: Percentiles | None = None  # of a server's event loop
     acceptance_rate: float | None = None  # of drafted tokens; None where none was drafted
-    num_steps: int | None = None  # None: a peer does not tell
+    num_steps: int | None = None  # None: a peer does not report it
 
     @property
     def num_outputs(self) -> list[int]:
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def kv_fill(self) -> float | None:
-        """Share of KV bytes in use that hold tokens, over all steps; None where no KV is kept, or a peer is silent."""
+        """Share of KV bytes in use that hold tokens, over all steps; None where none is kept or reported."""
         return self.usage.fill if self.usage is not None and self.usage.slot_steps else None
 
 
@@ -133,25 +133,25 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a run comes to. Seconds; percentiles over requests, those of ``itl_s`` over all tokens but the first ones.
+    """The metrics of a run. Seconds; percentiles over requests, those of ``itl_s`` over all tokens but the first ones.
 
-    MBU and MFU (model bandwidth and FLOPs utilisation) are shares of the measured roofline, of what the workload needs
-    at the least; ``floor_share`` is the floor's seconds over these. None: not known, or not said by a peer.
+    MBU and MFU (model bandwidth and FLOPs utilisation) are the least that the workload needs, over the measured
+    roofline; ``floor_share`` is the floor's seconds over these. None: not known, or not reported by a peer.
     """
 
     seconds: float
     output_tokens_per_s: float
-    total_tokens_per_s: float  # prompts and outputs
-    ttft_s: Percentiles | None
-    tpot_s: Percentiles | None
-    itl_s: Percentiles | None
-    latency_s: Percentiles | None
-    mbu: float | None
-    mfu: float | None
-    floor_share: float | None
-    overhead_share: float | None
-    peak_kv_bytes: float | None
-    kv_fill: float | None
+    total_tokens_per_s: float | None = None  # prompts and outputs
+    ttft_s: Percentiles | None = None
+    tpot_s: Percentiles | None = None
+    itl_s: Percentiles | None = None
+    latency_s: Percentiles | None = None
+    mbu: float | None = None
+    mfu: float | None = None
+    floor_share: float | None = None
+    overhead_share: float | None = None
+    peak_kv_bytes: float | None = None
+    kv_fill: float | None = None
     loop_delay_s: Percentiles | None = None
     acceptance_rate: float | None = None
     num_steps: float | None = None
@@ -182,18 +182,11 @@ class Metrics:
 
     @classmethod
     def median_of(cls, several: ReadOnlyList[Metrics]) -> Metrics:
-        """Field by field, over the repeats of one contender; rates and shares are those of the median seconds."""
+        """Field by field, over the repeats of one system; rates and shares are those of the median seconds."""
         middle = cls(**{one.name: _median([getattr(m, one.name) for m in several]) for one in fields(cls)})
         known, scale = several[0], several[0].seconds / middle.seconds
         rates = {name: getattr(known, name) for name in PER_SECOND}
         return replace(middle, **{name: rate and rate * scale for name, rate in rates.items()})
-
-    @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Metrics:
-        values: dict[str, Any] = {
-            name: Percentiles(**value) if isinstance(value, dict) else value for name, value in stored.items()
-        }
-        return cls(**values)
 
 
 def _median(values: list[Any]) -> Any:

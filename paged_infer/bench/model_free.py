@@ -10,11 +10,11 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
 from paged_infer.params import SamplingParams
 
-FIRST_PROMPT = 1_000_000_000  # ids of prompts begin here, those of drawn tokens at 0
+FIRST_PROMPT = 1_000_000_000  # token ids of prompts begin here, those of sampled tokens at 0
 
 
 class RequestFactory:
-    """Makes requests, and says what their sequences draw."""
+    """Makes requests of given lengths."""
 
     def __init__(self, max_model_len: int) -> None:
         self.max_model_len = max_model_len
@@ -24,7 +24,7 @@ class RequestFactory:
     def request(
         self, lengths: RequestLengths, arrival_time_s: float = 0.0, prefix: ReadOnlyList[int] = ()
     ) -> list[Sequence]:
-        """The samples of a new request. After ``prefix`` its prompt is like no other."""
+        """The samples of a new request. After ``prefix``, its prompt differs from all others."""
         prompt = list(prefix[: lengths.num_prompt - 1])
         prompt += [FIRST_PROMPT + self.num_requests] * (lengths.num_prompt - len(prompt))
         params = SamplingParams(n=lengths.num_samples, max_tokens=lengths.num_output)
@@ -36,5 +36,5 @@ class RequestFactory:
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, now: float = 0.0) -> list[Sequence]:
-    """Update the scheduler as a model would. No two sequences draw alike, so nothing they draw can be shared."""
+    """Update the scheduler as a model would. Each sequence samples tokens of its own, so that no output is shared."""
     return scheduler.update(step, {sequence_id: sequence_id for sequence_id in step.sampling}, now)

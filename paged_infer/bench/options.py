@@ -34,7 +34,6 @@ Peers = Annotated[
         "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
     ),
 ]
-NAIVE_BASELINES = ("naive", "cached")  # those that serve one request at a time
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
 
 

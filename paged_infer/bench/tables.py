@@ -10,7 +10,7 @@ try:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-except ImportError:  # a machine that only measures: paged_infer.bench.gpu says which packages it has
+except ImportError:  # a machine that only measures: .ci/gpu.py lists the packages that it has
     HAS_RICH = False
 else:
     HAS_RICH = True
@@ -19,7 +19,7 @@ LOG_WIDTH = 160  # of what goes to a file: nothing is cut off
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> None:
-    """The first column is text, the others are aligned to the right; a row with a mark is printed in that colour."""
+    """The first column is text, the others are aligned to the right. ``marks``: a rich style for each row."""
     print()
     if not HAS_RICH:
         print(plain_table(title, header, rows), flush=True)
@@ -37,11 +37,11 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
-    >>> print(plain_table("ages", ["who", "years"], [["Mia", "7"], ["Tom", "11"]]))
+    >>> print(plain_table("ages", ["name", "years"], [["Mia", "7"], ["Tom", "11"]]))
     ages
-    who  years
-    Mia      7
-    Tom     11
+    name  years
+    Mia       7
+    Tom      11
     """
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

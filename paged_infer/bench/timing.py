@@ -48,9 +48,9 @@ def time_calls(fn: Call, *, repeats: int = 20, warm_up: int = 1) -> Timing:
 def time_cuda_graph(fn: Call, *, flush_l2: bool = True, repeats: int = 20, warm_up: int = 3) -> Timing:
     """GPU time of ``fn`` alone on the current device: captured in a CUDA graph, each replay between two events.
 
-    The host launches one graph instead of every kernel, and before each replay the GPU is given a longer job (clearing
-    its L2 cache), behind which replay and events queue up: no launch gap is timed. What cannot be captured is called
-    plainly, and ``method`` says why; host gaps inside ``fn`` then count.
+    The host launches one graph instead of every kernel, and before each replay the GPU gets a longer job (clearing its
+    L2 cache); replay and events queue up after it: no launch gap is timed. What cannot be captured is called
+    plainly, and ``method`` gives the reason; host gaps inside ``fn`` then count.
 
     Args:
         fn: launches work on the current stream; always on the same tensors, as a graph does.
@@ -80,7 +80,7 @@ def time_cuda_graph(fn: Call, *, flush_l2: bool = True, repeats: int = 20, warm_
 
 
 def _capture(fn: Call, warm_up: int) -> tuple[Call, str]:
-    """Something that does again what ``fn`` does, and how it does it."""
+    """A call that repeats what ``fn`` does, and how it does it."""
     stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(stream)
     with torch.cuda.stream(side):  # torch's rule: what is to be captured warms up on a stream of its own
@@ -94,7 +94,7 @@ def _capture(fn: Call, warm_up: int) -> tuple[Call, str]:
             fn()
     except Exception as error:
         _recover(stream)
-        first = error.__context__ or error  # ending the broken capture raises too, and says less
+        first = error.__context__ or error  # ending the broken capture raises another error, which explains less
         return fn, f"cuda events, no graph: {type(first).__name__}: {first}".splitlines()[0]
     return graph.replay, "cuda graph"
 

@@ -1,4 +1,4 @@
-"""What the benches run: prompts, and how much is to follow each."""
+"""What the benches run: prompts, and how many tokens to generate for each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPENINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that are drawn alike, each with its own number of tokens to generate."""
+    """Requests with the same way to sample, each with its own number of tokens to generate."""
 
     name: str
     prompts: list[list[int]]
@@ -32,7 +32,7 @@ class Workload:
     seed: int
 
     def sample(self, num_requests: int, max_tokens: int) -> Workload:
-        """Its first requests, greedy and cut short: what contenders say to them can be compared."""
+        """Its first requests, greedy and cut short: the systems' tokens for them can be compared."""
         params = [
             replace(one, temperature=0, max_tokens=min(max_tokens, one.max_tokens or max_tokens))
             for one in self.params[:num_requests]
@@ -45,7 +45,7 @@ def nano_vllm_requests(
 ) -> Workload:
     """The workload of nano-vLLM's bench.py: random ids, prompts and outputs uniform 100..1024, no end token.
 
-    At full size and seed 0 its lengths are the very ones drawn there (133,966 output tokens). ``scale`` multiplies the
+    At full size and seed 0 its lengths are those of bench.py (133,966 output tokens). ``scale`` multiplies the
     bounds of the lengths; ids beyond a smaller vocabulary are folded into it.
     """
     shortest, longest = max(1, round(100 * scale)), max(1, round(1024 * scale))
@@ -76,7 +76,7 @@ def random_lengths(llm: LLM, num_requests: int, shortest: int, longest: int, see
 
 
 def random_ids(vocab_size: int, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
-    """``random_lengths`` without a model at hand: ids below ``vocab_size``."""
+    """``random_lengths`` for a vocabulary: ids below ``vocab_size``."""
     if shortest > longest:
         raise ValueError(f"shortest={shortest}: must be at most longest={longest}")
     rng = random.Random(seed)
@@ -87,9 +87,9 @@ def random_ids(vocab_size: int, num_requests: int, shortest: int, longest: int, 
 
 
 def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) -> Workload:
-    """Text worth continuing, cut at varied lengths; each continuation ends by itself or at a limit of its own.
+    """Beginnings of texts, cut at varied lengths; each continuation ends by itself or at a limit of its own.
 
-    Limits are uniform in [max_tokens / 8, max_tokens]: callers do not all want the same.
+    Limits are uniform in [max_tokens / 8, max_tokens].
     The storyteller gets the beginnings of stories that it has not seen, another model English sentences (or random
     ids where it has no tokenizer).
     """

@@ -1,7 +1,7 @@
 """Other engines on the same weights: vLLM, nano-vLLM and mini-SGLang, where they are installed.
 
-Each lives in a process of its own, so that what it does to torch, to CUDA and to its memory stays there, and waits for
-workloads between its turns. They are driven through what their own offline benchmarks use: ``LLM(...).generate``.
+Each runs in a process of its own, so that what it does to torch, to CUDA and to memory stays there. They are driven
+through what their own offline benchmarks use: ``LLM(...).generate``.
 
     ours      --- workload --->  |  peer's process: LLM(folder)
     (pipe)    <--- Run ---------  |  generate(...), clocked around the call
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -28,7 +28,7 @@ START_LIMIT_S = 600.0  # a first start compiles kernels and captures graphs
 
 @dataclass(frozen=True, slots=True)
 class PeerOptions:
-    """What all engines are told alike. ``memory_share``: of the whole device's memory."""
+    """The options of every engine. ``memory_share``: of the whole device's memory."""
 
     folder: str
     dtype: str
@@ -49,12 +49,12 @@ def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, S
     """Start each in its process, one after the other; all are ended with the block.
 
     Raises:
-        ValueError: a peer is not installed, or did not start; the message has its own words.
+        ValueError: a peer is not installed, or did not start; the message has its error.
     """
     check_importable(names)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
-        contenders = {}
+        systems = {}
         for name in names:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(name, options, theirs), daemon=False)
@@ -62,11 +62,11 @@ def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, S
             theirs.close()
             stack.callback(_end, process, ours)
             _answer(name, ours, START_LIMIT_S)
-            contenders[name] = _contender(name, ours)
-        yield contenders
+            systems[name] = _system(name, ours)
+        yield systems
 
 
-def _contender(name: str, connection: Connection) -> System:
+def _system(name: str, connection: Connection) -> System:
     def run(workload: Workload) -> Run:
         connection.send(workload)
         return _answer(name, connection, None)
@@ -80,7 +80,7 @@ def _answer(name: str, connection: Connection, limit_s: float | None) -> Any:
     try:
         answer = connection.recv()
     except EOFError:
-        raise ValueError(f"peer {name} ended without a word; its process wrote why above") from None
+        raise ValueError(f"peer {name} ended without a message; its process may have written one above") from None
     if isinstance(answer, Exception):
         raise ValueError(f"peer {name} failed: {answer}")
     return answer
@@ -95,7 +95,7 @@ def _end(process: Any, connection: Connection) -> None:
 
 
 def _serve(name: str, options: PeerOptions, connection: Connection) -> None:
-    """The peer's process: build the engine, then answer workloads until the other side hangs up."""
+    """The peer's process: build the engine, then serve workloads until the pipe is closed."""
     try:
         generate = {"vllm": _vllm, "nano-vllm": _nano_vllm, "mini-sglang": _mini_sglang}[name](options)
         connection.send("ready")
@@ -132,57 +132,39 @@ def _vllm(options: PeerOptions) -> System:
     )
 
     def run(workload: Workload) -> Run:
-        params = [
-            SamplingParams(
-                temperature=one.temperature, max_tokens=one.max_tokens, ignore_eos=one.ignore_eos, detokenize=False
-            )
-            for one in workload.params
-        ]
+        params = _params(SamplingParams, workload, detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        times = [_vllm_times(output) for output in outputs]
-        return Run([list(output.outputs[0].token_ids) for output in outputs], times, seconds)
+        return Run([list(output.outputs[0].token_ids) for output in outputs], list(map(_vllm_times, outputs)), seconds)
 
     return run
 
 
 def _vllm_times(output: Any) -> TokenTimes:
-    """vLLM says how long a request waited for its first token, and when on its own clock the first and last came."""
+    """vLLM reports the wait for the first token, and on a clock of its own when the first and the last came."""
     num_prompt, num_output = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
     stats = output.metrics
     waited_s = getattr(stats, "first_token_latency", None)
     if not waited_s:
         return TokenTimes(0.0, num_prompt, [], num_output)
-    decoded_s = stats.last_token_ts - stats.first_token_ts
-    return TokenTimes(0.0, num_prompt, [waited_s, waited_s + decoded_s], num_output)
+    return TokenTimes(0.0, num_prompt, [waited_s, waited_s + stats.last_token_ts - stats.first_token_ts], num_output)
 
 
 def _nano_vllm(options: PeerOptions) -> System:
-    import torch
     from nanovllm import LLM, SamplingParams
 
-    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
-    taken = 1 - free / total  # it counts what others hold as part of its own share
+    free, total = _memory()
     llm = LLM(
         options.folder,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        gpu_memory_utilization=min(0.95, taken + options.memory_share),
+        # it counts memory that other processes hold as part of its own share
+        gpu_memory_utilization=min(0.95, 1 - free / total + options.memory_share),
     )
-
-    def run(workload: Workload) -> Run:
-        # It draws every token and refuses a temperature of 0; the smallest that it takes is greedy but for ties.
-        params = [
-            SamplingParams(temperature=max(1e-5, one.temperature), max_tokens=one.max_tokens, ignore_eos=one.ignore_eos)
-            for one in workload.params
-        ]
-        start = time.perf_counter()
-        outputs = llm.generate(workload.prompts, params, use_tqdm=False)
-        return _untimed(workload, outputs, time.perf_counter() - start)
-
-    return run
+    # It samples every token and refuses a temperature of 0; the smallest that it takes is greedy but for ties.
+    return _untimed(llm, lambda workload: _params(SamplingParams, workload, coldest=1e-5), use_tqdm=False)
 
 
 def _mini_sglang(options: PeerOptions) -> System:
@@ -190,7 +172,7 @@ def _mini_sglang(options: PeerOptions) -> System:
     from minisgl.core import SamplingParams
     from minisgl.llm import LLM
 
-    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
+    free, total = _memory()
     llm = LLM(
         options.folder,
         dtype=getattr(torch, options.dtype),
@@ -199,26 +181,37 @@ def _mini_sglang(options: PeerOptions) -> System:
         cuda_graph_max_bs=options.max_num_seqs,
         memory_ratio=min(0.9, options.memory_share * total / free),  # of what is free
     )
+    return _untimed(llm, lambda workload: _params(SamplingParams, workload))
+
+
+def _memory() -> tuple[int, int]:
+    """Free and total bytes of the device."""
+    import torch
+
+    return torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
+
+
+def _params(kind: Callable[..., Any], workload: Workload, coldest: float = 0.0, **options: Any) -> list[Any]:
+    """The workload's parameters as the peer's class of the same name."""
+    return [
+        kind(temperature=max(coldest, one.temperature), max_tokens=one.max_tokens, ignore_eos=one.ignore_eos, **options)
+        for one in workload.params
+    ]
+
+
+def _untimed(llm: Any, params: Callable[[Workload], list[Any]], **options: Any) -> System:
+    """A peer that reports its tokens and no times."""
 
     def run(workload: Workload) -> Run:
-        params = [
-            SamplingParams(temperature=one.temperature, max_tokens=one.max_tokens, ignore_eos=one.ignore_eos)
-            for one in workload.params
-        ]
+        its_params = params(workload)
         start = time.perf_counter()
-        outputs = llm.generate(workload.prompts, params)
-        return _untimed(workload, outputs, time.perf_counter() - start)
+        outputs = llm.generate(workload.prompts, its_params, **options)
+        seconds = time.perf_counter() - start
+        token_ids = [list(output["token_ids"]) for output in outputs]
+        pairs = zip(workload.prompts, token_ids, strict=True)
+        return Run(token_ids, [TokenTimes(0.0, len(prompt), [], len(ids)) for prompt, ids in pairs], seconds)
 
     return run
-
-
-def _untimed(workload: Workload, outputs: list[dict[str, Any]], seconds: float) -> Run:
-    """Of a peer that tells only what it said."""
-    token_ids = [list(output["token_ids"]) for output in outputs]
-    times = [
-        TokenTimes(0.0, len(prompt), [], len(ids)) for prompt, ids in zip(workload.prompts, token_ids, strict=True)
-    ]
-    return Run(token_ids, times, seconds)
 
 
 def save_for_peers(llm: Any, parent: Path) -> str:

@@ -1,4 +1,4 @@
-"""Who is measured beside the engine, by the names that a command takes."""
+"""What the engine is compared to, by the names that a command takes."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict
         ValueError: as ``check_peers``, or an engine did not start.
     """
     check_peers(names)
-    contenders: dict[str, System] = {}
+    systems: dict[str, System] = {}
     with ExitStack() as stack:
         if any(name in TRANSFORMERS for name in names):
             from paged_infer.bench.peers.transformers_peers import transformers_peers
 
             ours = transformers_peers(llm)
-            contenders |= {TRANSFORMERS[name]: ours[TRANSFORMERS[name]] for name in names if name in TRANSFORMERS}
+            systems |= {TRANSFORMERS[name]: ours[TRANSFORMERS[name]] for name in names if name in TRANSFORMERS}
         engines = [name for name in names if name in ENGINES]
         if engines:
             parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -58,5 +58,5 @@ def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict
                 engine.config.max_num_seqs,
                 memory_share,
             )
-            contenders |= stack.enter_context(engine_peers(engines, options))
-        yield contenders
+            systems |= stack.enter_context(engine_peers(engines, options))
+        yield systems

@@ -1,4 +1,4 @@
-"""What a user would pick instead, on the same weights: transformers' ``generate`` and ``generate_batch``."""
+"""transformers on the same weights: ``generate`` and ``generate_batch``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def transformers_model(llm: LLM) -> Any:
     """The same checkpoint in transformers, read by transformers; random weights are the engine's own, not a copy.
 
     Raises:
-        ValueError: random weights of a family whose buffers transformers does not make on a given device.
+        ValueError: random weights of a family with buffers that transformers does not create on a given device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -73,7 +73,7 @@ def transformers_model(llm: LLM) -> Any:
 
 @torch.inference_mode()
 def _generate(model: Any, workload: Workload, batch_size: int, kv_bytes_per_token: int) -> Run:
-    """A row that is done is filled up until its batch ends; what it should have given is cut out afterwards."""
+    """A finished row is padded until its batch ends; its own tokens are cut out afterwards."""
     usage, tokens, times = KVUsage(), list[list[int]](), list[TokenTimes]()
     start = time.perf_counter()
     for first in range(0, len(workload.prompts), batch_size):
@@ -89,7 +89,7 @@ def _generate(model: Any, workload: Workload, batch_size: int, kv_bytes_per_toke
             eos_token_id=ends,
             pad_token_id=0,
             stopping_criteria=[watch],
-            **_drawing(workload),
+            **_sampling(workload),
         )
         for prompt, row, limit in zip(prompts, generated[:, width:].tolist(), limits, strict=True):
             tokens.append(_until_end(row[:limit], ends))
@@ -98,7 +98,7 @@ def _generate(model: Any, workload: Workload, batch_size: int, kv_bytes_per_toke
 
 
 class _StepWatch:
-    """A stopping criterion that never stops: it sees every step, so it knows when, and what the cache holds."""
+    """A stopping criterion that never stops: it records the time of every step, and what the cache holds."""
 
     def __init__(self, prompts: list[list[int]], limits: list[int], usage: KVUsage) -> None:
         self._prompt_lens = [len(prompt) for prompt in prompts]
@@ -131,7 +131,7 @@ def _generate_batch(model: Any, workload: Workload, kv_bytes_per_token: int) -> 
     sizes = {} if on_gpu else {"num_blocks": pages + num_requests, "max_batch_tokens": BATCH_TOKENS}
     arguments = {
         "generation_config": GenerationConfig(
-            max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=0, **_drawing(workload)
+            max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=0, **_sampling(workload)
         ),
         "continuous_batching_config": ContinuousBatchingConfig(
             page_size=PAGE_SIZE, max_requests_per_batch=num_requests, **sizes
@@ -166,8 +166,8 @@ def _generate_batch(model: Any, workload: Workload, kv_bytes_per_token: int) -> 
     return Run(tokens, times, seconds)
 
 
-def _drawing(workload: Workload) -> dict[str, Any]:
-    """How a token is drawn, in transformers' words. A workload draws all its requests alike."""
+def _sampling(workload: Workload) -> dict[str, Any]:
+    """transformers' sampling options. All requests of a workload share them."""
     params = workload.params[0]
     if not params.temperature:
         return {"do_sample": False}
@@ -175,7 +175,7 @@ def _drawing(workload: Workload) -> dict[str, Any]:
 
 
 def _end_tokens(model: Any, params: SamplingParams) -> list[int]:
-    """Never empty: left without any, transformers takes the model's own."""
+    """Never empty: without any, transformers takes the model's own."""
     eos = model.generation_config.eos_token_id
     if params.ignore_eos or eos is None:
         return [NEVER]

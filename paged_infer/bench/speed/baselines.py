@@ -1,4 +1,4 @@
-"""The ladder's rungs, each as one call: a workload in, tokens, times and costs out."""
+"""The ladder's baselines, each as one call: a workload in; tokens, times and costs out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def our_baselines(llm: LLM) -> dict[str, System]:
 
     def paged(workload: Workload) -> Run:
         llm.engine.usage = KVUsage()
-        salt = f"run {next(runs)}"  # what an earlier run of the same prompts left in the prefix cache is no merit
+        salt = f"run {next(runs)}"  # no prefix of an earlier run is found in the cache
         start = time.perf_counter()
         outputs = llm.generate(workload.prompts, workload.params, use_tqdm=False, cache_salt=salt)
         return _run(llm, outputs, time.perf_counter() - start, llm.engine.usage)

@@ -1,4 +1,4 @@
-"""The engine on a workload, stepped directly and watched: all at once, from so many clients, or as requests come."""
+"""The engine on a workload, stepped directly and timed: all requests at once, closed loops, or arrivals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WorkloadSystem(EngineSystem):
         super().__init__(engine)
         self.sequences: list[Sequence] = []
         self._requests = zip(workload.prompts, workload.params, strict=True)
-        self._salt = f"run {next(_RUNS)}"  # what an earlier run left in the prefix cache is no merit
+        self._salt = f"run {next(_RUNS)}"  # no prefix of an earlier run is found in the cache
 
     def submit(self, lengths: RequestLengths) -> Sequence:
         prompt, params = next(self._requests)
@@ -68,5 +68,5 @@ def run_engine(
 
 
 def watched_engine(llm: LLM) -> System:
-    """The engine as a contender: every request there from the start."""
+    """The engine as a system: all requests at once."""
     return lambda workload: run_engine(llm.engine, workload)

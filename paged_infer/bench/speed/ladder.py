@@ -1,129 +1,101 @@
-"""The ladder, measured: every rung on the same requests, interleaved, held to the tokens that transformers gives."""
+"""The ladder: every baseline on the same requests, interleaved, held to the tokens that transformers gives."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from paged_infer.bench.machine import describe_machine
-from paged_infer.bench.metrics import Run, System
+from paged_infer.bench.metrics import Metrics, Percentiles, System
+from paged_infer.bench.speed.measure import REFERENCE, Bench, Entry, SpeedReport, interleave
 from paged_infer.bench.workloads import Workload
+from paged_infer.llm import LLM
 
-REFERENCE = "transformers"
-
-
-@dataclass(frozen=True, slots=True)
-class RungReport:
-    """Medians over the repeats of one rung."""
-
-    name: str
-    seconds: float
-    tokens_per_s: float
-    ttft_s: float  # median over the requests
-    peak_kv_bytes: int | None  # None where a peer does not tell
-    kv_fill: float | None
-    same_tokens: bool  # as transformers, one request at a time, in every repeat
-    runs_s: list[float] = field(default_factory=list)  # every repeat, in the order of running
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """Of medians, and the smallest and largest of a repeat's own."""
-
-    name: str
-    peer: str
-    of_medians: float
-    lowest: float
-    highest: float
-
-    def __str__(self) -> str:
-        return f"{self.name} / {self.peer} = {self.of_medians:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
-
-
-@dataclass(frozen=True, slots=True)
-class LadderReport:
-    model: str
-    workload: str
-    num_requests: int
-    num_tokens: int
-    seed: int
-    repeats: int
-    machine: dict[str, Any]
-    rungs: list[RungReport]
-
-    def save(self, path: Path) -> None:
-        """As JSON, so that every picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fields = {name: getattr(self, name) for name in self.__slots__ if name != "rungs"}
-        rungs = [{name: getattr(rung, name) for name in rung.__slots__} for rung in self.rungs]
-        path.write_text(json.dumps({**fields, "rungs": rungs}, indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> LadderReport:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**fields, "rungs": [RungReport(**rung) for rung in fields["rungs"]]})
-
-    def __getitem__(self, name: str) -> RungReport:
-        return next(rung for rung in self.rungs if rung.name == name)
-
-    def ratio(self, name: str, peer: str) -> Ratio:
-        """How many times as fast ``name`` is as ``peer``."""
-        pairs = zip(self[peer].runs_s, self[name].runs_s, strict=True)
-        each = [theirs / ours for theirs, ours in pairs]
-        return Ratio(name, peer, self[peer].seconds / self[name].seconds, min(each), max(each))
+COMMAND = "ladder"
 
 
 def run_ladder(
-    rungs: Mapping[str, System],
+    llm: LLM,
+    systems: Mapping[str, System],
     workload: Workload,
-    model: str,
     repeats: int = 1,
     warm_up: bool = True,
     on_run: Callable[[str], None] = lambda name: None,
-) -> LadderReport:
-    """Run every rung ``repeats`` times, interleaved, after one short run of each that is thrown away.
+) -> SpeedReport:
+    """Run every system ``repeats`` times, interleaved, after one short run of each that is thrown away.
 
     Args:
-        rungs: by name; "transformers" must be among them, its tokens are the ones that all others are held to. One
-            request at a time is slow, and its tokens are wanted once: so often it runs.
-        on_run: called with the rung's name after each measured run.
+        llm: the engine that the report describes.
+        systems: by name. "transformers" must be one of them: all others are held to its tokens. It serves one request
+            at a time, which is slow, and its tokens are needed once, so it runs once.
+        on_run: called with the system's name after each measured run.
     """
-    machine = describe_machine()
+    bench = Bench(llm, None, repeats, on_run)
     if warm_up:
-        short = Workload(workload.name, workload.prompts[:2], workload.params[:2], workload.seed)
-        for rung in rungs.values():
-            rung(short)
-    results: dict[str, list[Run]] = {name: [] for name in rungs}
-    for repeat in range(repeats):
-        for name, rung in rungs.items():
-            if name != REFERENCE or not repeat:
-                results[name].append(rung(workload))
-                on_run(name)
-    expected = results[REFERENCE][0].token_ids
-    return LadderReport(
-        model=model,
-        workload=workload.name,
-        num_requests=len(workload.prompts),
-        num_tokens=results[REFERENCE][0].num_tokens,
-        seed=workload.seed,
-        repeats=repeats,
-        machine=machine,
-        rungs=[_report(name, runs, expected) for name, runs in results.items()],
-    )
+        short = replace(workload, prompts=workload.prompts[:2], params=workload.params[:2])
+        for system in systems.values():
+            system(short)
+    runs = interleave(systems, workload, 1, on_run)
+    repeated = {name: system for name, system in systems.items() if name != REFERENCE}
+    for name, more in interleave(repeated, workload, repeats - 1, on_run).items():
+        runs[name] += more
+    (expected,) = runs[REFERENCE]
+    entries = [
+        Entry.of(
+            name,
+            its_runs,
+            None,
+            same_counts=all(run.num_outputs == expected.num_outputs for run in its_runs),
+            same_tokens=all(run.token_ids == expected.token_ids for run in its_runs),
+            load=float(len(workload.prompts)),
+        )
+        for name, its_runs in runs.items()
+    ]
+    return replace(bench.report(COMMAND, workload, None, entries, Ladder), num_output_tokens=expected.num_tokens)
 
 
-def _report(name: str, runs: list[Run], expected: list[list[int]]) -> RungReport:
-    return RungReport(
-        name=name,
-        seconds=median(run.seconds for run in runs),
-        tokens_per_s=median(run.tokens_per_s for run in runs),
-        ttft_s=median(one.ttft_s for run in runs for one in run.times),
-        peak_kv_bytes=runs[0].peak_kv_bytes,
-        kv_fill=runs[0].kv_fill,
-        same_tokens=all(run.token_ids == expected for run in runs),
-        runs_s=[run.seconds for run in runs],
-    )
+class Ladder(SpeedReport):
+    """The report in the layout of ladder.json and bench-ladder.json, which is older than that of the other reports."""
+
+    __slots__ = ()
+
+    def as_json(self) -> dict[str, Any]:
+        rungs = [
+            {
+                "name": entry.name,
+                "seconds": entry.metrics.seconds,
+                "tokens_per_s": entry.metrics.output_tokens_per_s,
+                "ttft_s": entry.metrics.ttft_s and entry.metrics.ttft_s.p50,
+                "peak_kv_bytes": None if entry.metrics.peak_kv_bytes is None else int(entry.metrics.peak_kv_bytes),
+                "kv_fill": entry.metrics.kv_fill,
+                "same_tokens": entry.same_tokens,
+                "runs_s": entry.runs_s,
+            }
+            for entry in self.entries
+        ]
+        return {
+            "model": self.model,
+            "workload": self.workload,
+            "num_requests": int(self.entries[0].load or 0),
+            "num_tokens": self.num_output_tokens,
+            "seed": self.seed,
+            "repeats": self.repeats,
+            "machine": self.machine,
+            "rungs": rungs,
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Ladder:
+        """What the file does not hold (dtype, prompt tokens, percentiles above the median) is empty."""
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        entries = []
+        for rung in stored.pop("rungs"):
+            ttft_s = None if rung["ttft_s"] is None else Percentiles(*3 * [rung["ttft_s"]])
+            memory = {name: rung[name] for name in ("peak_kv_bytes", "kv_fill")}
+            metrics = Metrics(rung["seconds"], rung["tokens_per_s"], ttft_s=ttft_s, **memory)
+            load = float(stored["num_requests"])
+            entries.append(Entry(rung["name"], metrics, rung["runs_s"], same_tokens=rung["same_tokens"], load=load))
+        del stored["num_requests"]
+        return cls(COMMAND, num_output_tokens=stored.pop("num_tokens"), entries=entries, **stored)

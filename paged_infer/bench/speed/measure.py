@@ -1,42 +1,41 @@
-"""Contenders on one workload, interleaved, held to the same tokens, measured by the same metrics."""
+"""Systems on one workload, interleaved, held to the same tokens, measured by the same metrics."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from paged_infer.bench.floor import Floor, ModelCost
 from paged_infer.bench.load import poisson_moments
-from paged_infer.bench.machine import describe_machine
 from paged_infer.bench.metrics import Metrics, Run, System
+from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.speed.engine_runs import run_engine
 from paged_infer.bench.speed.step_spans import cuda_busy_s
 from paged_infer.bench.workloads import Workload
+from paged_infer.execution.machine import describe_machine
 from paged_infer.llm import LLM
 
 ENGINE = "paged"
-REFERENCE = "transformers"  # what the others' tokens are held to, where it takes part
+REFERENCE = "transformers"  # the others are held to its tokens, where it takes part
 CHECKED_REQUESTS, CHECKED_TOKENS = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One contender, or one load: medians over its repeats.
+    """One system, or one load: medians over its repeats.
 
-    ``same_tokens``: greedy on a few requests, as the reference's. ``span_s``: where the engine's steps were, in the
-    run of median length. ``load``: clients or arrivals a second; ``series``: whom a picture draws as one line.
+    ``same_tokens``: greedy on a few requests, equal to the reference's. ``span_s``: where the engine's steps spent
+    their time, in the run of median length. ``load``: clients, or arrivals a second; ``series``: a line of a picture.
     """
 
     name: str
     metrics: Metrics
     runs_s: list[float]
     same_counts: bool = True
-    same_tokens: bool | None = None  # None: nobody to hold them against
+    same_tokens: bool | None = None  # None: nothing to compare them to
     first: Metrics | None = None  # of the very first run, where warming up is shown
     span_s: dict[str, float] = field(default_factory=dict)
     load: float | None = None
@@ -50,73 +49,57 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class SpeedReport:
+class SpeedReport(JsonReport):
     command: str
     model: str
-    dtype: str
-    load_format: str
-    workload: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-    seed: int
-    repeats: int
-    machine: dict[str, Any]
-    roofline: Roofline | None  # None: of a machine that was not asked
-    floor: Floor | None
-    entries: list[Entry]
+    dtype: str = ""
+    load_format: str = ""
+    workload: str = ""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    seed: int = 0
+    repeats: int = 1
+    machine: dict[str, Any] = field(default_factory=dict)
+    roofline: Roofline | None = None  # None: not measured
+    floor: Floor | None = None
+    entries: list[Entry] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Entry:
         return next(entry for entry in self.entries if entry.name == name)
 
     @property
     def is_right(self) -> bool:
-        """Everybody gave as many tokens as were asked for and, where rounding cannot decide, the same ones."""
+        """Every system gave as many tokens as requested and, in float32, the same ones."""
         exact = self.dtype == "float32"
         return all(e.same_counts and not (exact and e.same_tokens is False) for e in self.entries)
-
-    def save(self, path: Path) -> None:
-        """As JSON, so that every picture can be drawn again from its numbers."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> SpeedReport:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        stored["roofline"] = stored["roofline"] and Roofline(**stored["roofline"])
-        stored["floor"] = stored["floor"] and Floor(**stored["floor"])
-        for entry in stored["entries"]:
-            entry["metrics"] = Metrics.from_json(entry["metrics"])
-            entry["first"] = entry["first"] and Metrics.from_json(entry["first"])
-        stored["entries"] = [Entry(**entry) for entry in stored["entries"]]
-        return cls(**stored)
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every command measures on: the engine, the machine and its roofline, taken before anything runs."""
+    """What every command measures on: the engine, and the machine and its roofline as they were before anything ran."""
 
     llm: LLM
-    roofline: Roofline
+    roofline: Roofline | None
     repeats: int
     on_run: Callable[[str], None] = lambda name: None
     machine: dict[str, Any] = field(default_factory=describe_machine)
 
-    def throughput(self, contenders: Mapping[str, System], workload: Workload) -> SpeedReport:
-        """All requests at once. Each contender's tokens are looked at first, which warms it up too."""
-        same = self._check(contenders, workload)
-        runs = interleave(contenders, workload, self.repeats, self.on_run)
+    def throughput(self, systems: Mapping[str, System], workload: Workload) -> SpeedReport:
+        """All requests at once. Each system's tokens are compared first, which also warms it up."""
+        same = self._check(systems, workload)
+        runs = interleave(systems, workload, self.repeats, self.on_run)
         floor = self.floor(workload)
         self._record_overhead(runs.get(ENGINE, []), workload)
         entries = [
             Entry.of(name, runs[name], floor, same_counts=gave_all(runs[name], workload), same_tokens=same[name])
-            for name in contenders
+            for name in systems
         ]
         return self.report("throughput", workload, floor, entries)
 
-    def latency(self, contenders: Mapping[str, System], workload: Workload) -> SpeedReport:
-        """One request, again and again: the very first run of each contender, then the settled ones."""
-        firsts = {name: contender(workload) for name, contender in contenders.items()}
-        runs = interleave(contenders, workload, self.repeats, self.on_run)
+    def latency(self, systems: Mapping[str, System], workload: Workload) -> SpeedReport:
+        """One request, repeated: the first run of each system, then the settled ones."""
+        firsts = {name: system(workload) for name, system in systems.items()}
+        runs = interleave(systems, workload, self.repeats, self.on_run)
         self._record_overhead(runs.get(ENGINE, []), workload)
         floor = self.floor(workload)
         expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))].token_ids
@@ -130,7 +113,7 @@ class Bench:
                 same_tokens=all(r.token_ids == expected for r in [firsts[name], *runs[name]]) if compared else None,
                 first=Metrics.of(firsts[name], floor),
             )
-            for name in contenders
+            for name in systems
         ]
         return self.report("latency", workload, floor, entries)
 
@@ -140,38 +123,35 @@ class Bench:
         """The engine under load: closed loops of so many clients, then open ones with Poisson arrivals.
 
         Args:
-            rates: arrivals a second; None: ``rate_shares`` of what the most clients were served at.
+            rates: arrivals a second; None: ``rate_shares`` of the rate at which the most clients were served.
         """
         engine = self.llm.engine
-        run_engine(engine, workload.sample(max(clients), CHECKED_TOKENS))  # warm
-        closed: dict[str, System] = {
-            f"{n} client{'s' * (n > 1)}": partial(run_engine, engine, num_clients=n) for n in clients
-        }
-        runs = interleave(closed, workload, self.repeats, self.on_run)
+        run_engine(engine, workload.sample(max(clients), CHECKED_TOKENS))  # warm up
         entries = []
+        closed = closed_loops(partial(run_engine, engine), clients)
+        runs = interleave(closed, workload, self.repeats, self.on_run)
         for (name, its_runs), num_clients in zip(runs.items(), clients, strict=True):
             right = gave_all(its_runs, workload)
             floor = self.floor(workload, num_clients)
             entries.append(Entry.of(name, its_runs, floor, same_counts=right, load=float(num_clients)))
         served_per_s = len(workload.prompts) / entries[-1].metrics.seconds
-        per_s = {f"{r:.3g} a second": r for r in rates or [share * served_per_s for share in rate_shares]}
-        moments = {name: poisson_moments(len(workload.prompts), r, workload.seed) for name, r in per_s.items()}
-        opened: dict[str, System] = {name: partial(run_engine, engine, arrive_s=when) for name, when in moments.items()}
-        for name, its_runs in interleave(opened, workload, self.repeats, self.on_run).items():
-            right = gave_all(its_runs, workload)
-            entries.append(Entry.of(name, its_runs, None, same_counts=right, load=per_s[name]))
+        rates = rates or [share * served_per_s for share in rate_shares]
+        opened = open_loops(partial(run_engine, engine), workload, rates)
+        runs = interleave(opened, workload, self.repeats, self.on_run)
+        for (name, its_runs), rate in zip(runs.items(), rates, strict=True):
+            entries.append(Entry.of(name, its_runs, None, same_counts=gave_all(its_runs, workload), load=rate))
         return self.report("load", workload, None, entries)
 
-    def _check(self, contenders: Mapping[str, System], workload: Workload) -> dict[str, bool | None]:
+    def _check(self, systems: Mapping[str, System], workload: Workload) -> dict[str, bool | None]:
         sample = workload.sample(CHECKED_REQUESTS, CHECKED_TOKENS)
-        said = {name: contender(sample).token_ids for name, contender in contenders.items()}
-        if len(said) == 1:
-            return dict.fromkeys(said)
-        expected = said[REFERENCE if REFERENCE in said else next(iter(said))]
-        return {name: token_ids == expected for name, token_ids in said.items()}
+        tokens = {name: system(sample).token_ids for name, system in systems.items()}
+        if len(tokens) == 1:
+            return dict.fromkeys(tokens)
+        expected = tokens[REFERENCE if REFERENCE in tokens else next(iter(tokens))]
+        return {name: token_ids == expected for name, token_ids in tokens.items()}
 
     def _record_overhead(self, runs: list[Run], workload: Workload) -> None:
-        """On a CUDA device, by one more run that is recorded; on the CPU every run knows its own."""
+        """On a CUDA device, by one more run that is recorded; on the CPU every run has its own."""
         if not runs or self.llm.engine.device.type != "cuda":
             return
         busy_s = cuda_busy_s(lambda: run_engine(self.llm.engine, workload))
@@ -182,12 +162,20 @@ class Bench:
         prompts, outputs = lengths(workload)
         engine = self.llm.engine
         num_running = min(num_clients or len(prompts), len(prompts), engine.config.max_num_seqs)
+        assert self.roofline is not None
         return ModelCost.of(engine.decoder).floor(prompts, outputs, self.roofline, num_running)
 
-    def report(self, command: str, workload: Workload, floor: Floor | None, entries: list[Entry]) -> SpeedReport:
+    def report(
+        self,
+        command: str,
+        workload: Workload,
+        floor: Floor | None,
+        entries: list[Entry],
+        kind: type[SpeedReport] = SpeedReport,
+    ) -> SpeedReport:
         engine = self.llm.engine
         prompts, outputs = lengths(workload)
-        return SpeedReport(
+        return kind(
             command=command,
             model=self.llm.name,
             dtype=str(engine.decoder.dtype).removeprefix("torch."),
@@ -205,18 +193,26 @@ class Bench:
 
 
 def interleave(
-    contenders: Mapping[str, System],
-    workload: Workload,
-    repeats: int,
-    on_run: Callable[[str], None] = lambda name: None,
+    systems: Mapping[str, System], workload: Workload, repeats: int, on_run: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[Run]]:
-    """``repeats`` runs of each, in turn: what slows the machine down for a while slows them all."""
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    """``repeats`` runs of each, in turn: a busy phase of the machine affects all of them."""
+    runs: dict[str, list[Run]] = {name: [] for name in systems}
     for _ in range(repeats):
-        for name, contender in contenders.items():
-            runs[name].append(contender(workload))
+        for name, system in systems.items():
+            runs[name].append(system(workload))
             on_run(name)
     return runs
+
+
+def closed_loops(run: Callable[..., Run], clients: list[int], suffix: str = "") -> dict[str, System]:
+    """``run`` with so many clients, each of which sends its next request when its last one has ended."""
+    return {f"{n} client{'s' * (n > 1)}{suffix}": partial(run, num_clients=n) for n in clients}
+
+
+def open_loops(run: Callable[..., Run], workload: Workload, rates: list[float], suffix: str = "") -> dict[str, System]:
+    """``run`` with Poisson arrivals, so many a second, whether or not earlier requests have ended."""
+    moments = {rate: poisson_moments(len(workload.prompts), rate, workload.seed) for rate in rates}
+    return {f"{rate:.3g} a second{suffix}": partial(run, arrive_s=arrive_s) for rate, arrive_s in moments.items()}
 
 
 def lengths(workload: Workload) -> tuple[list[int], list[int]]:
@@ -225,6 +221,6 @@ def lengths(workload: Workload) -> tuple[list[int], list[int]]:
 
 
 def gave_all(runs: list[Run], workload: Workload) -> bool:
-    """Whether everybody gave each request exactly what it asked for."""
+    """Whether each request got exactly the number of tokens that it asked for."""
     asked = lengths(workload)[1]
     return all(run.num_outputs == asked for run in runs)

@@ -1,4 +1,4 @@
-"""What each optimisation bought: one engine for each rung of a ladder, every rung with one more of them.
+"""How much faster each optimisation is: one engine for each rung of a ladder, every rung with one more of them.
 
     GPU    every kernel launched by the host, one step at a time -> decode steps as CUDA graphs -> the next step begun
            while the one before runs

@@ -1,4 +1,4 @@
-"""The server's picture: throughput and waiting against how many ask at once, and against how often somebody asks."""
+"""The server's picture: throughput and waiting over the number of clients, and over the rate of arrivals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from paged_infer.bench.metrics import Percentiles
 from paged_infer.bench.speed.measure import Entry, SpeedReport
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
 
 WHOLE, STREAMED, OPEN = BASELINE_COLOURS["paged"], "#6fa8d6", BASELINE_COLOURS["nano-vllm"]
 
@@ -61,8 +61,8 @@ def _series(report: SpeedReport, kind: str) -> dict[str, list[Entry]]:
 
 
 def _colour(name: str, index: int) -> str:
-    """The server's first two lines in its own colour; another's in that of its rung."""
-    return BASELINE_COLOURS.get(name.split()[0], (WHOLE, STREAMED)[min(index, 1)])
+    """The server's two lines in its own colour; that of one request at a time in the cached baseline's."""
+    return (WHOLE, STREAMED, BASELINE_COLOURS["cached"])[min(index, 2)]
 
 
 def _waits(
@@ -80,7 +80,4 @@ def _waits(
 def _axes(axes: Axes, title: str, below: str) -> None:
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.set_xlabel(below, fontsize=8, color=INK)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7.5)
+    tidy_axes(axes, grid="y", labelsize=7.5)

@@ -1,4 +1,4 @@
-"""Does guessing pay? The same texts without drafts, with those of a lookup, and with those of a small model.
+"""Speculative decoding measured: the same texts without drafts, with prompt lookup, and with a draft model.
 
 Whatever the drafts, in float32 every run gives the same tokens as the run without drafts, sampled ones included (see
 ``control.speculation``), so the runs are compared token for token.
@@ -20,7 +20,7 @@ COMMAND = "speculation"
 
 
 def open_texts(workload: Workload, max_tokens: int, temperature: float) -> Workload:
-    """``workload``'s prompts, each to be followed by exactly ``max_tokens``, drawn by seeds of their own."""
+    """``workload``'s prompts, with exactly ``max_tokens`` to generate for each, by seeds of their own."""
     params = [
         replace(one, temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=index)
         for index, one in enumerate(workload.params)
@@ -35,22 +35,22 @@ def measure_speculation(
     """The first so many requests of ``workload`` at once, for each of ``batches``, on each engine; interleaved.
 
     Args:
-        engines: by the names of their methods; ``PLAIN`` is among them, and what the others are held to.
+        engines: by the names of their methods; ``PLAIN`` is one of them, and the others are held to its tokens.
     """
-    contenders = {name: watched_engine(llm) for name, llm in engines.items()}
+    systems = {name: watched_engine(llm) for name, llm in engines.items()}
     entries = []
     for size in batches:
-        crowd = replace(workload, prompts=workload.prompts[:size], params=workload.params[:size])
-        for contender in contenders.values():
-            contender(crowd.sample(size, 8))  # warm
-        runs = interleave(contenders, crowd, bench.repeats, bench.on_run)
+        requests = replace(workload, prompts=workload.prompts[:size], params=workload.params[:size])
+        for system in systems.values():
+            system(requests.sample(size, 8))  # warm
+        runs = interleave(systems, requests, bench.repeats, bench.on_run)
         entries += [
             Entry.of(
                 f"{name}, {size} at once",
                 its_runs,
-                bench.floor(crowd) if name == PLAIN else None,  # drafts are there to pass below it
-                same_counts=gave_all(its_runs, crowd),
-                same_tokens=_is_said_by(runs[PLAIN][0], its_runs),
+                bench.floor(requests) if name == PLAIN else None,  # drafting may go below it
+                same_counts=gave_all(its_runs, requests),
+                same_tokens=_same_tokens(runs[PLAIN][0], its_runs),
                 load=float(size),
                 series=name,
             )
@@ -59,5 +59,5 @@ def measure_speculation(
     return bench.report(COMMAND, workload, None, entries)
 
 
-def _is_said_by(expected: Run, runs: list[Run]) -> bool:
+def _same_tokens(expected: Run, runs: list[Run]) -> bool:
     return all(run.token_ids == expected.token_ids for run in runs)

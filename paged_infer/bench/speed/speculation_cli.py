@@ -34,8 +34,8 @@ def speculation(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.", min=2)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
 ) -> None:
-    """The same texts without drafts, with prompt lookup, and with a draft model: how often is a guess right, and does
-    it pay? For 1, 4 and 16 requests at once.
+    """The same texts without drafts, with prompt lookup, and with a draft model: the share of drafts that
+    are accepted, and the speed. For 1, 4 and 16 requests at once.
 
     Exits with status 1 if drafts change a token.
     """

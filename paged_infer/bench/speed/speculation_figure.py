@@ -1,9 +1,9 @@
-"""Speculation's picture: tokens a second by method and number of requests, and how often guesses are right."""
+"""Speculation's picture: tokens a second by method and number of requests, and the share of accepted drafts."""
 
 from __future__ import annotations
 
 from paged_infer.bench.speed.measure import SpeedReport
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture, tidy_axes
 
 COLOURS = (BASELINE_COLOURS["paged"], BASELINE_COLOURS["cached"], BASELINE_COLOURS["static"], BASELINE_COLOURS["naive"])
 
@@ -24,10 +24,7 @@ def speculation_figure(report: SpeedReport) -> Picture:
         axes.bar_label(bars, labels, padding=2, fontsize=8, color=INK)
     axes.set_xticks(range(len(loads)), [f"{load:g} at once" for load in loads])
     axes.set_title("output tokens/s (share of drafts accepted)", fontsize=9, color=INK, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy_axes(axes, grid="y", labelsize=8.5)
     axes.margins(y=0.15)
     figure.legend(loc="outside lower center", ncols=len(methods), frameon=False, fontsize=8.5)
     return figure

@@ -1,29 +1,32 @@
-"""Speed pictures: contenders beside the floor, and what a growing load does to throughput and waiting."""
+"""Speed pictures: systems compared to the floor, and throughput and waiting under a growing load."""
 
 from __future__ import annotations
 
 from matplotlib.axes import Axes
 
 from paged_infer.bench.metrics import Percentiles
+from paged_infer.bench.speed.ladder_figure import ladder_figure
 from paged_infer.bench.speed.measure import Entry, SpeedReport
 from paged_infer.bench.speed.serving_figure import serving_figure
 from paged_infer.bench.speed.speculation_figure import speculation_figure
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
 
 CLOSED, OPEN = BASELINE_COLOURS["paged"], BASELINE_COLOURS["cached"]
 
 
 def speed_figure(report: SpeedReport) -> Picture:
-    """Bars for each contender; of ``load``, ``serve`` and ``speculation``, all of it over the load."""
+    """Bars for each system; of ``load``, ``serve`` and ``speculation``, all of it over the load."""
+    if report.command == "ladder":
+        return ladder_figure(report)
     draw = {"load": _load_figure, "serve": serving_figure, "speculation": speculation_figure}.get(
-        report.command, _contenders_figure
+        report.command, _systems_figure
     )
     figure = draw(report)
     figure.suptitle(f"{report.model}, {report.dtype}: {report.workload}", fontsize=9.5, color=INK)
     return figure
 
 
-def _contenders_figure(report: SpeedReport) -> Picture:
+def _systems_figure(report: SpeedReport) -> Picture:
     figure = new_picture(7.6, 0.46 * len(report.entries) + 1.3)
     speed, waiting = figure.subplots(1, 2, sharey=True)
     names = [entry.name for entry in report.entries]
@@ -39,11 +42,8 @@ def _contenders_figure(report: SpeedReport) -> Picture:
     else:
         _first_tokens(waiting, report.entries, colours)
     for axes in (speed, waiting):
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0, labelsize=9)
+        tidy_axes(axes, "top right left", "x", axis="y", length=0, labelsize=9)
         axes.tick_params(axis="x", labelsize=8)
-        axes.grid(axis="x", color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.margins(x=0.6)
     speed.invert_yaxis()
     return figure
@@ -62,7 +62,7 @@ def _first_runs(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
     axes.barh(names, first, color="white", edgecolor=colours, hatch="////")
     axes.barh(names, settled, color=colours)
     for name, later, one in zip(names, settled, first, strict=True):
-        _say_beside(axes, max(later, one), name, f"{later:,.0f}, first run {one:,.0f}")
+        _annotate(axes, max(later, one), name, f"{later:,.0f}, first run {one:,.0f}")
     axes.set_title("latency, ms (hatched: first run)", fontsize=9, color=INK, loc="left")
 
 
@@ -71,15 +71,15 @@ def _first_tokens(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
     for entry, colour in zip(entries, colours, strict=True):
         ttft = entry.metrics.ttft_s
         (bar,) = axes.barh([entry.name], [1e3 * ttft.p50 if ttft else 0.0], color=colour)
-        words = "it does not say" if ttft is None else f"{1e3 * ttft.p50:,.0f}, p99 {1e3 * ttft.p99:,.0f}"
+        words = "not reported" if ttft is None else f"{1e3 * ttft.p50:,.0f}, p99 {1e3 * ttft.p99:,.0f}"
         if ttft is not None:
             middle = bar.get_y() + bar.get_height() / 2
             axes.plot([1e3 * ttft.p50, 1e3 * ttft.p99], [middle, middle], color=INK, linewidth=1.2)
-        _say_beside(axes, 1e3 * ttft.p99 if ttft else 0.0, entry.name, words)
+        _annotate(axes, 1e3 * ttft.p99 if ttft else 0.0, entry.name, words)
     axes.set_title("first token, ms (line: to p99)", fontsize=9, color=INK, loc="left")
 
 
-def _say_beside(axes: Axes, end: float, name: str, words: str) -> None:
+def _annotate(axes: Axes, end: float, name: str, words: str) -> None:
     axes.annotate(words, (end, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
 
 
@@ -103,10 +103,7 @@ def _load_figure(report: SpeedReport) -> Picture:
         axes.set_title(title, fontsize=9, color=INK, loc="left")
         axes.set_xticks(range(len(labels)), labels, fontsize=7.5)
         axes.set_xlabel("clients, then arrivals a second", fontsize=8, color=INK)
-        axes.grid(axis="y", color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=7.5)
+        tidy_axes(axes, grid="y", labelsize=7.5)
     for axes in (first, gaps):
         log_heights(axes)
     figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""Where an engine's steps spend their time, watched from outside: its methods are wrapped, and put back afterwards.
+"""Where an engine's steps spend their time, measured from outside: some of its methods are clocked for a while.
 
     step      |-----------------------------------------------------------------|
     schedule   |----|
@@ -8,40 +8,52 @@
     update                                                         |------|
     pack = launch - model - sample                      rest = step - schedule - launch - update
 
-On the CPU all but model and sample is time in which nothing is computed: the engine's overhead. On a GPU these are the
-host's times, and the device may be busy meanwhile; there the overhead is what the device's own record shows as idle.
+On the CPU everything but model and sample is overhead: nothing is computed in that time. On a GPU these are the host's
+times, and the device may be busy meanwhile; there the overhead is the time in which the device's own record is empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 from paged_infer.engine.engine import LLMEngine
 
 
+def clocked(seconds: dict[str, float], part: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, whose calls add their time to ``seconds[part]``; half a microsecond a call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start_s = perf_counter()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            seconds[part] += perf_counter() - start_s
+
+    return call
+
+
+@contextmanager
+def replaced(attributes: Iterable[tuple[object, str, object]]) -> Iterator[None]:
+    """Within the block, each (owner, name, value) is an attribute of its owner; then all are as they were before."""
+    with ExitStack() as stack:
+        for owner, name, value in attributes:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
 @contextmanager
 def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
-    """Within the block, the engine's steps are timed; at its end the dict has the seconds of each span.
+    """Time the engine's steps within the block; at its end the dict holds the seconds of each span.
 
     schedule, pack, model, sample, update and rest add up to all of the steps. Costs about 2 microseconds a step.
     """
     seconds = dict.fromkeys(("step", "schedule", "launch", "model", "sample", "update"), 0.0)
-
-    def timed(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start_s = perf_counter()
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                seconds[name] += perf_counter() - start_s
-
-        return call
-
     runner, scheduler = engine.runner, engine.scheduler
-    places: list[tuple[str, object, str]] = [
+    methods: list[tuple[str, object, str]] = [
         ("step", engine, "step"),
         ("schedule", scheduler, "schedule"),
         ("update", scheduler, "advance"),
@@ -49,26 +61,20 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
         ("launch", runner, "launch"),
         ("model", runner.decoder, "forward"),
         ("model", runner.decoder, "logits"),
-        ("sample", runner.sampler, "draw"),
+        ("sample", runner.sampler, "sample"),
     ]
     if runner.graphs is not None:
-        places.append(("model", runner.graphs, "replay"))
-    if runner.drafter is not None:  # what it computes is computing, too
+        methods.append(("model", runner.graphs, "replay"))
+    if runner.drafter is not None:  # a draft model's passes are computing, not overhead
         drafting = runner.drafter.runner
-        places += [("model", drafting.decoder, method) for method in ("forward", "logits")]
-        places.append(("sample", drafting.sampler, "draw"))
-    found: dict[str, float] = {}
-    before = [owner.__dict__.get(method) for _, owner, method in places]  # None: the method of its class
-    for name, owner, method in places:
-        owner.__dict__[method] = timed(name, getattr(owner, method))
+        methods += [("model", drafting.decoder, name) for name in ("forward", "logits")]
+        methods.append(("sample", drafting.sampler, "sample"))
+    span_s: dict[str, float] = {}
     try:
-        yield found
+        with replaced((owner, name, clocked(seconds, part, getattr(owner, name))) for part, owner, name in methods):
+            yield span_s
     finally:
-        for (_, owner, method), own in zip(places, before, strict=True):
-            del owner.__dict__[method]
-            if own is not None:
-                owner.__dict__[method] = own
-        found.update(
+        span_s.update(
             schedule=seconds["schedule"],
             pack=seconds["launch"] - seconds["model"] - seconds["sample"],
             model=seconds["model"],
@@ -79,7 +85,7 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
 
 
 def cpu_overhead_share(span_s: dict[str, float]) -> float:
-    """Of the steps' time, what was neither the model nor the sampler."""
+    """Share of the steps' time that was spent neither in the model nor in the sampler."""
     return 1 - (span_s["model"] + span_s["sample"]) / sum(span_s.values())
 
 
@@ -95,19 +101,16 @@ def cuda_busy_s(run: Callable[[], object]) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
-    results = recorded.profiler.kineto_results  # raw: a long run has a million events, and torch's own list takes long
-    return (
-        union_length(
-            (event.start_ns(), event.start_ns() + event.duration_ns())
-            for event in results.events()
-            if event.device_type() == DeviceType.CUDA
-        )
-        * 1e-9
+    results = recorded.profiler.kineto_results  # raw: torch's own list is slow with a million events
+    return 1e-9 * union_length(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in results.events()
+        if event.device_type() == DeviceType.CUDA
     )
 
 
 def union_length(intervals: Iterable[tuple[int, int]]) -> int:
-    """How much of a line intervals cover, whatever their overlaps.
+    """How much of a line the intervals cover, whatever their overlaps.
 
     >>> union_length([(0, 4), (2, 6), (9, 10)])
     7

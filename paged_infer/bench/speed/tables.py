@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from paged_infer.bench.machine import machine_line
 from paged_infer.bench.metrics import Metrics, Percentiles
-from paged_infer.bench.speed.ladder import LadderReport
 from paged_infer.bench.speed.measure import ENGINE, Entry, SpeedReport
 from paged_infer.bench.speed.step_parts import PARTS, StepReport
 from paged_infer.bench.tables import print_table
+from paged_infer.execution.machine import machine_line
 
 HEADER = ("seconds", "output tok/s", "total tok/s", "MBU", "MFU", "of floor", "overhead", "KV MiB", "holds tokens")
 TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency", "event loop late")
 UNKNOWN = "-"
+FIRST_COLUMN = {"load": "load", "serve": "load", "speculation": "load", "ladder": "baseline"}
 
 
 def print_speed(report: SpeedReport) -> None:
-    """The metrics of every entry, then what they are held against, and where the engine's time went."""
+    """The metrics of every entry, then ratios, the floor, and where the engine's time went."""
     random_weights = ", random weights" * (report.load_format == "dummy")
     title = (
         f"{report.model} ({report.dtype}{random_weights}): {report.workload}\n"
@@ -35,12 +35,9 @@ def print_speed(report: SpeedReport) -> None:
         rows.append((entry.name, *_cells(entry.metrics), _yes(entry.same_counts), same))
         times.append((entry.name, *_times(entry.metrics)))
         marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
-    first = "load" if report.command in ("load", "serve", "speculation") else "contender"
-    tells_loop = any(entry.metrics.loop_delay_s is not None for entry in report.entries)
-    times_header = (first, *TIMES_HEADER)[: None if tells_loop else -1]
-    times = [row[: len(times_header)] for row in times]
-    print_table(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
-    print_table("milliseconds: p50 / p90 / p99", times_header, times, marks)
+    first = FIRST_COLUMN.get(report.command, "system")
+    _print_known(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
+    _print_known("milliseconds: p50 / p90 / p99", (first, *TIMES_HEADER), times, marks)
     if report.command == "speculation":
         _print_drafts(report)
     for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
@@ -48,12 +45,18 @@ def print_speed(report: SpeedReport) -> None:
     print(f"on {machine_line(report.machine)}")
 
 
+def _print_known(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], marks: list[str]) -> None:
+    """The table without the columns in which nothing is known."""
+    shown = [n for n in range(len(header)) if n == 0 or any(row[n] not in (UNKNOWN, "") for row in rows)]
+    print_table(title, [header[n] for n in shown], [[row[n] for n in shown] for row in rows], marks)
+
+
 def _cells(metrics: Metrics) -> tuple[str, ...]:
     kv = UNKNOWN if metrics.peak_kv_bytes is None else f"{metrics.peak_kv_bytes / 2**20:,.1f}"
     return (
         f"{metrics.seconds:.2f}",
         f"{metrics.output_tokens_per_s:,.0f}",
-        f"{metrics.total_tokens_per_s:,.0f}",
+        UNKNOWN if metrics.total_tokens_per_s is None else f"{metrics.total_tokens_per_s:,.0f}",
         *(_share(one) for one in (metrics.mbu, metrics.mfu, metrics.floor_share, metrics.overhead_share)),
         kv,
         _share(metrics.kv_fill),
@@ -66,7 +69,7 @@ def _times(metrics: Metrics) -> tuple[str, ...]:
 
 
 def _ms(times: Percentiles | None) -> str:
-    """One number where there is but one request."""
+    """One number where there is one request."""
     if times is None:
         return UNKNOWN
     values = [times.p50] if times.p50 == times.p99 else [times.p50, times.p90, times.p99]
@@ -86,10 +89,10 @@ def _ratios(report: SpeedReport) -> list[str]:
         return []
     if report.command == "serve":
         return _serve_ratios(report)
-    if report.command == "speculation":  # each method beside the first, which is none, on as many requests
+    if report.command == "speculation":  # each method compared to none, on as many requests
         plain = {entry.load: entry for entry in report.entries if entry.series == report.entries[0].series}
         return [ratio_line(e, plain[e.load]) for e in report.entries if e is not plain[e.load]]
-    if report.command == "optimisations":  # each rung beside the one before, and the last beside the first
+    if report.command == "optimisations":  # each rung compared to the one before, and the last to the first
         first, *_, last = report.entries
         pairs = [(after, before) for before, after in pairwise(report.entries)]
         return [ratio_line(after, before) for after, before in [*pairs, (last, first)]]
@@ -98,20 +101,18 @@ def _ratios(report: SpeedReport) -> list[str]:
 
 
 def _print_drafts(report: SpeedReport) -> None:
-    """What drafts are there for: fewer steps, each with more tokens."""
+    """Drafts make fewer steps, each with more tokens."""
     rows = []
     for entry in report.entries:
         steps, rate, requests = entry.metrics.num_steps, entry.metrics.acceptance_rate, entry.load or 1.0
         tokens = entry.metrics.output_tokens_per_s * entry.metrics.seconds
         known = [UNKNOWN] * 2 if not steps else [f"{steps:,.0f}", f"{tokens / requests / steps:.2f}"]
         rows.append((entry.name, _share(rate), *known))
-    print_table(
-        "what drafts bought", ("load", "accepted", "steps", "tokens a step and request"), rows, [""] * len(rows)
-    )
+    print_table("with drafts", ("load", "accepted", "steps", "tokens a step and request"), rows, [""] * len(rows))
 
 
 def _serve_ratios(report: SpeedReport) -> list[str]:
-    """The most clients of each closed loop, beside the same requests without HTTP."""
+    """The most clients of each closed loop, compared to the same requests without HTTP."""
     closed = [one for one in report.entries if "client" in one.name]
     most = [one for one in closed if one.load == max(other.load or 0.0 for other in closed)]
     offline = [one for one in report.entries if one.load is None]
@@ -119,7 +120,7 @@ def _serve_ratios(report: SpeedReport) -> list[str]:
 
 
 def ratio_line(ours: Entry, other: Entry) -> str:
-    """Of the medians, and of each pair of runs that stood side by side."""
+    """Of the medians, and the least and most of each pair of consecutive runs."""
     each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)]  # one may run once
     ratio = other.metrics.seconds / ours.metrics.seconds
     return f"{ours.name} / {other.name} = {ratio:.2f} ({min(each):.2f} to {max(each):.2f})"
@@ -150,25 +151,6 @@ def _span_lines(report: SpeedReport) -> list[str]:
     total = sum(entry.span_s.values())
     shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in entry.span_s.items())
     return [f"the engine's steps ({entry.name}), host time: {shares}"]
-
-
-def print_ladder(report: LadderReport) -> None:
-    header = ("rung", "seconds", "tokens/s", "first token, ms", "peak KV, MiB", "holds tokens", "same tokens")
-    rows = [
-        (
-            rung.name,
-            f"{rung.seconds:.2f}",
-            f"{rung.tokens_per_s:,.0f}",
-            f"{rung.ttft_s * 1e3:,.0f}",
-            UNKNOWN if rung.peak_kv_bytes is None else f"{rung.peak_kv_bytes / 2**20:,.2f}",
-            _share(rung.kv_fill),
-            _yes(rung.same_tokens),
-        )
-        for rung in report.rungs
-    ]
-    marks = ["" if rung.same_tokens else "bold red" for rung in report.rungs]
-    title = f"{report.model}: {report.workload}, seed {report.seed}, {report.num_tokens:,} tokens out"
-    print_table(title, header, rows, marks)
 
 
 def print_step(report: StepReport) -> None:

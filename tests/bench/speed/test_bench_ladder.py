@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from paged_infer import LLM
 from paged_infer.bench.peers.transformers_peers import transformers_baselines
 from paged_infer.bench.speed.baselines import our_baselines
-from paged_infer.bench.speed.ladder import LadderReport, run_ladder
+from paged_infer.bench.speed.ladder import Ladder, run_ladder
 from paged_infer.bench.workloads import random_lengths, story_beginnings
 from paged_infer.cli import app
 
@@ -31,20 +31,20 @@ def workload(llm):
     return random_lengths(llm, num_requests=4, shortest=3, longest=11, seed=1)
 
 
-def test_every_rung_gives_the_tokens_of_transformers(rungs, workload):
-    report = run_ladder(rungs, workload, "qwen3", warm_up=False)
-    assert [rung.name for rung in report.rungs if not rung.same_tokens] == []
-    assert report.num_tokens == sum(params.max_tokens for params in workload.params)
+def test_every_rung_gives_the_tokens_of_transformers(llm, rungs, workload):
+    report = run_ladder(llm, rungs, workload, warm_up=False)
+    assert [rung.name for rung in report.entries if not rung.same_tokens] == []
+    assert report.num_output_tokens == sum(params.max_tokens for params in workload.params)
 
 
-def test_a_corrupted_rung_is_found_out(rungs, workload):
+def test_a_corrupted_rung_is_found_out(llm, rungs, workload):
     def corrupted(workload):
         result = rungs["paged"](workload)
         result.token_ids[-1][-1] ^= 1
         return result
 
-    report = run_ladder({**rungs, "paged": corrupted}, workload, "qwen3", warm_up=False)
-    assert [rung.name for rung in report.rungs if not rung.same_tokens] == ["paged"]
+    report = run_ladder(llm, {**rungs, "paged": corrupted}, workload, warm_up=False)
+    assert [rung.name for rung in report.entries if not rung.same_tokens] == ["paged"]
 
 
 def test_compare_says_no_and_fails_when_a_decoder_weight_is_wrong(llm, tmp_path, monkeypatch):
@@ -53,8 +53,8 @@ def test_compare_says_no_and_fails_when_a_decoder_weight_is_wrong(llm, tmp_path,
     monkeypatch.setattr("paged_infer.cli.open_llm", lambda model, **options: broken)
     result = CliRunner().invoke(app, ["compare", "--num-prompts", "2", "--max-tokens", "6", "--figures", str(tmp_path)])
     assert result.exit_code == 1
-    report = LadderReport.load(tmp_path / "ladder.json")
-    assert {rung.name: rung.same_tokens for rung in report.rungs} == {
+    report = Ladder.read(tmp_path / "ladder.json")
+    assert {rung.name: rung.same_tokens for rung in report.entries} == {
         "naive": False,
         "cached": False,
         "static": False,
@@ -70,27 +70,36 @@ def test_compare_writes_a_picture_and_its_numbers(llm, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert all(rung.same_tokens for rung in LadderReport.load(tmp_path / "ladder.json").rungs)
+    assert all(rung.same_tokens for rung in Ladder.read(tmp_path / "ladder.json").entries)
 
 
 def test_kv_memory_is_counted_where_it_is_held(llm, rungs, workload):
-    report = run_ladder(rungs, workload, "qwen3", warm_up=False)
+    report = run_ladder(llm, rungs, workload, warm_up=False)
     per_token = llm.engine.memory.kv_bytes_per_token
-    assert report["naive"].peak_kv_bytes == 0
-    assert report["naive"].kv_fill is None
-    assert report["cached"].peak_kv_bytes == llm.engine.memory.max_model_len * per_token
-    assert report["static"].peak_kv_bytes == 4 * report["cached"].peak_kv_bytes
+    assert report["naive"].metrics.peak_kv_bytes == 0
+    assert report["naive"].metrics.kv_fill is None
+    assert report["cached"].metrics.peak_kv_bytes == llm.engine.memory.max_model_len * per_token
+    assert report["static"].metrics.peak_kv_bytes == 4 * report["cached"].metrics.peak_kv_bytes
     # Alone, transformers' cache grows with the sequence: at the last step all but the newest token are in it.
     longest = max(len(p) + s.max_tokens for p, s in zip(workload.prompts, workload.params, strict=True))
-    assert report["transformers"].peak_kv_bytes == (longest - 1) * per_token
-    assert report["transformers"].kv_fill == 1
-    assert 0 < report["static"].kv_fill < report["paged"].kv_fill <= 1
+    assert report["transformers"].metrics.peak_kv_bytes == (longest - 1) * per_token
+    assert report["transformers"].metrics.kv_fill == 1
+    assert 0 < report["static"].metrics.kv_fill < report["paged"].metrics.kv_fill <= 1
 
 
-def test_a_report_survives_its_json(rungs, workload, tmp_path):
-    report = run_ladder({"transformers": rungs["transformers"]}, workload, "qwen3", warm_up=False)
+def test_a_report_survives_its_json(llm, rungs, workload, tmp_path):
+    report = run_ladder(llm, {name: rungs[name] for name in ("paged", "transformers")}, workload, warm_up=False)
     report.save(tmp_path / "report.json")
-    assert LadderReport.load(tmp_path / "report.json") == report
+    again = Ladder.read(tmp_path / "report.json")
+    assert (again.model, again.workload, again.machine) == (report.model, report.workload, report.machine)
+    assert again.num_output_tokens == report.num_output_tokens
+    for stored, entry in zip(again.entries, report.entries, strict=True):
+        names = ("seconds", "output_tokens_per_s", "peak_kv_bytes", "kv_fill")
+        assert [getattr(stored.metrics, n) for n in names] == [getattr(entry.metrics, n) for n in names]
+        assert stored.metrics.ttft_s.p50 == entry.metrics.ttft_s.p50
+        assert (stored.name, stored.runs_s, stored.same_tokens) == (entry.name, entry.runs_s, entry.same_tokens)
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "report.json").read_text()
 
 
 def test_a_workload_is_the_same_for_the_same_seed_and_within_its_limits(llm):
@@ -123,8 +132,8 @@ def test_bench_ladder_reports_the_ratio_to_transformers_static(llm, tmp_path):
     assert result.exit_code == 0, result.output
     assert "paged / transformers static =" in result.output
     assert "paged / transformers generate_batch =" in result.output
-    report = LadderReport.load(tmp_path / "bench-ladder.json")
-    assert [rung.name for rung in report.rungs] == [
+    report = Ladder.read(tmp_path / "bench-ladder.json")
+    assert [rung.name for rung in report.entries] == [
         "static",
         "paged",
         "transformers",
@@ -133,6 +142,6 @@ def test_bench_ladder_reports_the_ratio_to_transformers_static(llm, tmp_path):
     ]
 
 
-def test_the_reference_is_one_request_at_a_time(rungs, workload):
+def test_the_reference_is_one_request_at_a_time(llm, rungs, workload):
     alone = rungs["transformers"](replace(workload, prompts=workload.prompts[1:2], params=workload.params[1:2]))
     assert alone.token_ids[0] == rungs["transformers"](workload).token_ids[1]

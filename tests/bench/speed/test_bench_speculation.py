@@ -88,7 +88,7 @@ def test_what_the_draft_model_computes_is_not_overhead(engines, monkeypatch):
 
 def test_a_report_is_kept_with_its_numbers_and_drawn_again(report, tmp_path):
     report.save(tmp_path / "bench.json")
-    again = SpeedReport.load(tmp_path / "bench.json")
+    again = SpeedReport.read(tmp_path / "bench.json")
     assert again.entries == report.entries
     speed_figure(again).save(tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5_000

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from paged_infer.bench.speed.ladder import LadderReport, RungReport
+from paged_infer.bench.metrics import Metrics
 from paged_infer.bench.speed.ladder_figure import ladder_figure
+from paged_infer.bench.speed.measure import Entry, SpeedReport
 from paged_infer.viz.style import BASELINE_COLOURS
 
 
-def report(same_tokens: bool = True) -> LadderReport:
-    rungs = [
-        RungReport("naive", 2.0, 50.0, 0.1, 0, None, True),
-        RungReport("static", 1.0, 100.0, 0.1, 4 * 2**20, 0.25, True),
-        RungReport("paged", 0.5, 200.0, 0.1, 2 * 2**20, 0.9375, same_tokens),
+def report(same_tokens: bool = True) -> SpeedReport:
+    entries = [
+        Entry("naive", Metrics(2.0, 50.0, peak_kv_bytes=0), [2.0], same_tokens=True),
+        Entry("static", Metrics(1.0, 100.0, peak_kv_bytes=4 * 2**20, kv_fill=0.25), [1.0], same_tokens=True),
+        Entry("paged", Metrics(0.5, 200.0, peak_kv_bytes=2 * 2**20, kv_fill=0.9375), [0.5], same_tokens=same_tokens),
     ]
-    return LadderReport("a model", "2 requests", 2, 100, 0, 1, {}, rungs)
+    return SpeedReport("ladder", "a model", workload="2 requests", entries=entries)
 
 
 def bars(axes):

@@ -159,7 +159,7 @@ def test_no_run_reads_the_prefixes_of_an_earlier_one(llm):
 def test_a_report_survives_its_json(bench, llm, workload, tmp_path):
     report = bench.latency({"paged": watched_engine(llm)}, one_request(1003, 4, 3, seed=0))
     report.save(tmp_path / "report.json")
-    assert SpeedReport.load(tmp_path / "report.json") == report
+    assert SpeedReport.read(tmp_path / "report.json") == report
 
 
 SMALL = {
@@ -179,7 +179,7 @@ def test_each_command_prints_what_it_was_measured_on_and_leaves_numbers_and_a_pi
     assert result.exit_code == 0, result.output
     assert "roofline: copy 1.0 GB/s" in result.output
     assert "load before" in result.output and "seed 0" in result.output
-    report = SpeedReport.load(tmp_path / f"bench-{command}.json")
+    report = SpeedReport.read(tmp_path / f"bench-{command}.json")
     assert report.command == command and report.entries
     assert (tmp_path / f"bench-{command}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -211,7 +211,7 @@ def test_optimisations_are_a_ladder_of_engines_that_say_the_same(tmp_path):
     small = ["--num-requests", "2", "--scale", "0.01", "--repeats", "1", "--device", "cpu"]
     result = CliRunner().invoke(app, ["bench", "optimisations", *small, "--figures", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    report = SpeedReport.load(tmp_path / "bench-optimisations.json")
+    report = SpeedReport.read(tmp_path / "bench-optimisations.json")
     expected = rungs(torch.device("cpu"))
     assert [entry.name for entry in report.entries] == [*expected]
     assert all(entry.same_counts and entry.same_tokens for entry in report.entries)

@@ -49,7 +49,7 @@ def test_bars_are_the_rates_and_say_their_share_of_the_floors():
     assert widths(speed) == [100.0, 50.0, 200.0]
     assert words(speed) == ["100 (10%)", "50 (5%)", "200"]
     assert widths(first) == pytest.approx([10.0, 20.0, 0.0])
-    assert words(first)[-1] == "it does not say"
+    assert words(first)[-1] == "not reported"
 
 
 def test_latency_shows_first_and_settled_runs():

@@ -44,7 +44,7 @@ def test_spans_add_up_to_the_steps(llm, clock):
     clock.takes(runner, "launch", 4.0)
     clock.takes(runner.decoder, "forward", 8.0)
     clock.takes(runner.decoder, "logits", 16.0)
-    clock.takes(runner.sampler, "draw", 32.0)
+    clock.takes(runner.sampler, "sample", 32.0)
     clock.takes(engine.scheduler, "settle", 64.0)
     with watch_steps(engine) as span_s:
         llm.generate([[5, 6, 7], [8, 9]], PARAMS, use_tqdm=False)

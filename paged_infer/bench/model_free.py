@@ -36,5 +36,5 @@ class RequestFactory:
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, now: float = 0.0) -> list[Sequence]:
-    """Update the scheduler as a model would. Each sequence samples tokens of its own, so that no output is shared."""
+    """Update the scheduler as a model would. No two sequences draw alike, so nothing they draw can be shared."""
     return scheduler.update(step, {sequence_id: sequence_id for sequence_id in step.sampling}, now)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from paged_infer.bench import report
 from paged_infer.bench.load import (
     Arrival,
     EngineSystem,
@@ -18,7 +19,6 @@ from paged_infer.bench.load import (
     serve,
 )
 from paged_infer.bench.metrics import TokenTimes, quantile
-from paged_infer.bench.report import JsonReport
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import check_budget, make_policy
 from paged_infer.control.scheduler import Scheduler
@@ -86,7 +86,7 @@ class PolicyReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PoliciesReport(JsonReport):
+class PoliciesReport(report.JsonReport):
     load: Load
     max_num_seqs: int
     served_by: str

@@ -23,7 +23,7 @@ from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm
-from paged_infer.model.linear import Linear
+from paged_infer.model.linear import Linear, MethodOf, PackedMethod
 
 
 class DecoderLayer(nn.Module):
@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer. Build it with ``weights.load_decoder``, or directly for random weights.
+    """A decoder-only transformer. Build it with ``loading.load.load_decoder``, or directly for random weights.
 
     Args:
         ops: the elementwise pieces, in plain torch or as Triton kernels.
@@ -61,6 +61,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in range(config.num_layers))
         self.final_norm = make_norm(config, ops)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        packed = PackedMethod(ops.pack)
+        self.head.use(packed, self.dtype)
+        self.use(lambda name: packed)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -89,11 +92,20 @@ class Decoder(nn.Module):
         """hidden [R, hidden] -> [R, vocab], written to ``out`` if that is given."""
         return self.head(hidden) if out is None else torch.mm(hidden, self.head.weight.t(), out=out)
 
+    def use(self, method_of: MethodOf) -> None:
+        """Give each linear layer its method; their weights are then new and unset."""
+        for name, linear in self.linears():
+            linear.use(method_of(name), self.dtype)
+
+    def linears(self) -> list[tuple[str, Linear]]:
+        """The linear layers and their names, without the head, which is dense in every format."""
+        modules = self.layers.named_modules(prefix="layers")
+        return [(name, module) for name, module in modules if isinstance(module, Linear)]
+
     def prepack(self) -> None:
         """Lay the matrices out for the device's kernels, once the weights are final."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepack(self.ops.pack)
+        for _, linear in [*self.linears(), ("head", self.head)]:
+            linear.method.prepack(linear)
 
     def kv_spec(self) -> list[LayerSpec]:
         """What one token leaves in the cache, layer by layer."""

@@ -1,21 +1,128 @@
-"""Linear: x W^T + b, by whatever multiplies fastest with a W that does not change any more."""
+"""Linear: x W^T + b by a linear method, which decides how W is stored, loaded and multiplied (vLLM's LinearMethodBase).
+
+A format of weights (AWQ, FP8), or a tensor-parallel shard of another method, is one more method. Neither ``Linear`` nor
+the decoder nor the loader has a branch for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.kernels.cpu.linear import Pack, Product
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` that multiplies faster once ``prepack`` has been called; weights must not change after that."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of the checkpoint, which fills some rows of one of our parameters.
 
-    _product: Product | None = None
+    Attributes:
+        name, shape: the tensor's in the checkpoint.
+        row_dim: the dimension of the tensor that runs over our rows. GPT-2's Conv1D keeps [in, out], so 1.
+        is_float: whether it must be stored as floats.
+    """
 
-    def prepack(self, pack: Pack) -> None:
-        """Lay the weights out for the device's kernels; see ``kernels.linear``."""
-        self._product = pack(self.weight, self.bias)
+    name: str
+    shape: tuple[int, ...]
+    row_dim: int = 0
+    is_float: bool = True
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
-        return F.linear(x, self.weight, self.bias) if self._product is None else self._product(x)
+
+class LinearMethod(Protocol):
+    """How one format of weights is allocated, loaded and multiplied. It has no state: that is in the ``Linear``."""
+
+    def create(self, linear: Linear, dtype: torch.dtype) -> None:
+        """Allocate the parameters that hold W [out, in], of a model that computes in ``dtype``."""
+
+    def layout(self, pieces: tuple[Piece, ...]) -> dict[str, tuple[Piece, ...]]:
+        """Our parameter -> the tensors of the checkpoint that fill it, in order.
+
+        Args:
+            pieces: the matrices stacked in W (those of q, k and v; gate and up), as a dense checkpoint stores them.
+        """
+
+    def load(self, linear: Linear, parameter: str, rows: slice, piece: Piece, tensor: Tensor) -> None:
+        """Write the checkpoint's ``tensor``, described by ``piece``, to its rows of a parameter."""
+
+    def prepack(self, linear: Linear) -> None:
+        """All pieces are loaded: rearrange them for the device's kernels (vLLM: process_weights_after_loading)."""
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        """x [T, in] -> x W^T + b, [T, out]."""
+
+
+MethodOf = Callable[[str], LinearMethod]
+"""The name of one of the decoder's linear layers, such as ``layers.3.mlp.up`` -> its method."""
+
+
+class DenseMethod:
+    """One float matrix, ``weight``, and torch's product."""
+
+    def create(self, linear: Linear, dtype: torch.dtype) -> None:
+        linear.weight = nn.Parameter(torch.empty(linear.out_features, linear.in_features, dtype=dtype))
+
+    def layout(self, pieces: tuple[Piece, ...]) -> dict[str, tuple[Piece, ...]]:
+        return {"weight": pieces}
+
+    def load(self, linear: nn.Module, parameter: str, rows: slice, piece: Piece, tensor: Tensor) -> None:
+        linear.get_parameter(parameter).data[rows].copy_(tensor.t() if piece.row_dim else tensor)
+
+    def prepack(self, linear: Linear) -> None:
+        pass
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        return F.linear(x, linear.weight, linear.bias)
+
+
+class PackedMethod(DenseMethod):
+    """``DenseMethod`` with a second copy of W, laid out for the CPU's kernels (``kernels.cpu.linear``) by ``prepack``.
+
+    Where ``pack`` finds that W gains nothing by a copy, torch multiplies. Weights must not change after ``prepack``.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+
+    def prepack(self, linear: Linear) -> None:
+        linear.product = self.pack(linear.weight, linear.bias)
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        product = linear.product
+        return F.linear(x, linear.weight, linear.bias) if product is None else product(x)
+
+
+DENSE = DenseMethod()
+
+
+class Linear(nn.Module):
+    """x [T, in] -> [T, out]. Its parameters are ``bias`` [out], or None, and whatever its method creates.
+
+    They are allocated, not initialised.
+    """
+
+    weight: Tensor  # [out, in], of the dense methods
+    bias: nn.Parameter | None
+    method: LinearMethod
+    product: Product | None = None  # of ``PackedMethod``, once packed
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, method: LinearMethod = DENSE) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.use(method, torch.get_default_dtype())
+
+    def use(self, method: LinearMethod, dtype: torch.dtype) -> None:
+        """Take ``method``; its parameters, new and unset, replace those of the one before."""
+        bias = self.bias
+        self._parameters.clear()
+        self.method = method
+        method.create(self, dtype)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method.apply(self, x)

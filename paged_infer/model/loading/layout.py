@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from paged_infer.model.config import ModelConfig
+from paged_infer.model.linear import MethodOf, Piece
 
 HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of the checkpoint: its name there, its shape there, and whether its matrix is stored transposed."""
-
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool = False  # GPT-2's Conv1D keeps [in, out]
-
 
 Layout = dict[str, tuple[Piece, ...]]
 
 
-def checkpoint_layout(config: ModelConfig) -> Layout:
-    """Our parameter name -> the checkpoint tensors that fill its rows, in order."""
-    layout = _gpt2_layout(config) if config.family == "gpt2" else _llama_like_layout(config)
+def checkpoint_layout(config: ModelConfig, method_of: MethodOf) -> Layout:
+    """Our parameter name -> the checkpoint tensors that fill its rows, in order.
+
+    Args:
+        method_of: the method of each linear layer, which knows the parameters and tensors that its matrix consists of.
+    """
+    layout, matrices = _gpt2_layout(config) if config.family == "gpt2" else _llama_like_layout(config)
+    for linear, pieces in matrices.items():
+        for parameter, stored in method_of(linear).layout(pieces).items():
+            layout[f"{linear}.{parameter}"] = stored
     if not config.tie_word_embeddings:
         layout["head.weight"] = (Piece(HEAD, (config.vocab_size, config.hidden_size)),)
     return layout
 
 
-def _llama_like_layout(config: ModelConfig) -> Layout:
+def _llama_like_layout(config: ModelConfig) -> tuple[Layout, Layout]:
+    """Of the parameters outside the linear layers and of the biases; and of the matrices, by the layer's name."""
     hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
+    matrices: Layout = {}
     layout: Layout = {
         "embedding.weight": (Piece("model.embed_tokens.weight", (config.vocab_size, hidden)),),
         "final_norm.weight": (Piece("model.norm.weight", (hidden,)),),
@@ -42,14 +40,14 @@ def _llama_like_layout(config: ModelConfig) -> Layout:
         rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
         layout[f"{ours}.attention_norm.weight"] = (Piece(f"{theirs}.input_layernorm.weight", (hidden,)),)
         layout[f"{ours}.mlp_norm.weight"] = (Piece(f"{theirs}.post_attention_layernorm.weight", (hidden,)),)
-        layout[f"{ours}.attention.qkv.weight"] = tuple(
+        matrices[f"{ours}.attention.qkv"] = tuple(
             Piece(f"{attention}.{name}_proj.weight", (rows[name], hidden)) for name in "qkv"
         )
-        layout[f"{ours}.attention.output.weight"] = (Piece(f"{attention}.o_proj.weight", (hidden, q_rows)),)
-        layout[f"{ours}.mlp.up.weight"] = tuple(
+        matrices[f"{ours}.attention.output"] = (Piece(f"{attention}.o_proj.weight", (hidden, q_rows)),)
+        matrices[f"{ours}.mlp.up"] = tuple(
             Piece(f"{mlp}.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up")
         )
-        layout[f"{ours}.mlp.down.weight"] = (Piece(f"{mlp}.down_proj.weight", (hidden, wide)),)
+        matrices[f"{ours}.mlp.down"] = (Piece(f"{mlp}.down_proj.weight", (hidden, wide)),)
         if config.qkv_bias:
             layout[f"{ours}.attention.qkv.bias"] = tuple(
                 Piece(f"{attention}.{name}_proj.bias", (rows[name],)) for name in "qkv"
@@ -63,11 +61,12 @@ def _llama_like_layout(config: ModelConfig) -> Layout:
             layout[f"{ours}.attention.qk_norm_weight"] = tuple(
                 Piece(f"{attention}.{name}_norm.weight", (dim,)) for name in "qk"
             )
-    return layout
+    return layout, matrices
 
 
-def _gpt2_layout(config: ModelConfig) -> Layout:
+def _gpt2_layout(config: ModelConfig) -> tuple[Layout, Layout]:
     hidden, wide = config.hidden_size, config.intermediate_size
+    matrices: Layout = {}
     layout: Layout = {
         "embedding.weight": (Piece("transformer.wte.weight", (config.vocab_size, hidden)),),
         "position_embedding.weight": (Piece("transformer.wpe.weight", (config.max_position_embeddings, hidden)),),
@@ -85,8 +84,6 @@ def _gpt2_layout(config: ModelConfig) -> Layout:
             ("mlp.up", "mlp.c_fc", wide, hidden),
             ("mlp.down", "mlp.c_proj", hidden, wide),
         ):
-            layout[f"{ours}.{our_linear}.weight"] = (
-                Piece(f"{theirs}.{their_linear}.weight", (columns, rows), transposed=True),
-            )
+            matrices[f"{ours}.{our_linear}"] = (Piece(f"{theirs}.{their_linear}.weight", (columns, rows), row_dim=1),)
             layout[f"{ours}.{our_linear}.bias"] = (Piece(f"{theirs}.{their_linear}.bias", (rows,)),)
-    return layout
+    return layout, matrices

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Container, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.config_reader import read_json
 from paged_infer.model.decoder import Decoder
-from paged_infer.model.loading.layout import HEAD, Piece, checkpoint_layout
+from paged_infer.model.linear import DENSE, MethodOf, PackedMethod, Piece
+from paged_infer.model.loading.layout import HEAD, checkpoint_layout
 from paged_infer.model.loading.safetensors import StoredTensor, list_tensors, read_tensors
 
 MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
@@ -42,19 +44,23 @@ def load_decoder(
     ops: Ops = TORCH_OPS,
     *,
     dummy_seed: int | None = None,
+    method_of: MethodOf | None = None,
 ) -> Decoder:
     """Read ``folder`` (config.json, one or many .safetensors) into a Decoder on ``device`` that computes with ``ops``.
 
     Args:
         dummy_seed: read config.json alone, and make random weights from this seed.
+        method_of: how the weights of each linear layer are stored and multiplied; None: dense, packed by ``ops``.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that
             cannot be read, or too little memory on the device.
     """
     config = ModelConfig.from_pretrained(folder)
-    found = match(config, list_tensors(folder), str(folder)) if dummy_seed is None else {}
-    decoder = empty_decoder(config, dtype, device, ops)
+    packed = PackedMethod(ops.pack)
+    method_of = method_of or (lambda name: packed)
+    found = match(config, method_of, list_tensors(folder), str(folder)) if dummy_seed is None else {}
+    decoder = empty_decoder(config, dtype, device, ops, method_of)
     if dummy_seed is None:
         fill(decoder, found, str(folder))
     else:
@@ -63,7 +69,9 @@ def load_decoder(
     return decoder
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops = TORCH_OPS) -> Decoder:
+def empty_decoder(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops, method_of: MethodOf
+) -> Decoder:
     """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set.
 
     Raises:
@@ -76,6 +84,7 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device 
         )
     with torch.device("meta"):
         decoder = Decoder(config, ops).to(dtype)
+        decoder.use(method_of)
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embedding.weight
@@ -111,7 +120,7 @@ def saved_dtype(folder: Path) -> str:
     return name or "float32"
 
 
-def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[str, StoredTensor]:
+def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], source: str) -> dict[str, StoredTensor]:
     """Map the layout's names to the stored tensors, and check that all are present and have the right shape.
 
     Of a tied pair either or both may be stored. A head that is stored alone is listed under the embedding's name.
@@ -122,8 +131,9 @@ def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[
     """
     if config.num_layers > len(stored):  # before a layout of thousands of layers is built
         raise ValueError(f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors")
-    layout = checkpoint_layout(config)
+    layout = checkpoint_layout(config, method_of)
     shapes = {piece.name: piece.shape for pieces in layout.values() for piece in pieces}
+    floats = {piece.name for pieces in layout.values() for piece in pieces if piece.is_float} | {HEAD}
     embedding = layout["embedding.weight"][0].name
     needed = list(shapes)
     shapes.setdefault(HEAD, shapes[embedding])
@@ -139,7 +149,7 @@ def match(config: ModelConfig, stored: list[StoredTensor], source: str) -> dict[
             problems.append(f"tensor {tensor.name} is there twice")
         elif tensor.shape != shapes[name]:
             problems.append(f"{tensor.name} is {list(tensor.shape)}, not {list(shapes[name])}")
-        elif tensor.dtype not in _FLOATS:
+        elif name in floats and tensor.dtype not in _FLOATS:
             problems.append(f"{tensor.name} is stored as {tensor.dtype}; weights must be floats")
         found[name] = tensor
     if config.tie_word_embeddings and embedding not in found and HEAD in found:
@@ -165,11 +175,10 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
     targets = _targets(decoder)
     tied_head: Tensor | None = None
     for name, tensor in read_tensors(found):
-        if name not in targets:
+        if name in targets:
+            targets[name].load(tensor)
+        else:
             tied_head = tensor
-            continue
-        target, piece = targets[name]
-        target.copy_(tensor.t() if piece.transposed else tensor)
     if tied_head is not None and not _same(tied_head, decoder.embedding.weight):
         raise ValueError(
             f"{source}: 1 problem(s) with its weights:\n  "
@@ -193,11 +202,12 @@ def fill_at_random(decoder: Decoder, seed: int) -> None:
 def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under the checkpoint's names and in its shapes: views, so nothing is copied."""
     views = {}
-    for name, (rows, piece) in _targets(decoder).items():
-        if piece.transposed:
+    for name, target in _targets(decoder).items():
+        rows = target.module.get_parameter(target.parameter).data[target.rows]
+        if target.piece.row_dim:
             views[name] = rows.t()
         else:  # a norm's weight that all heads share stands in one row for each of them
-            views[name] = rows if rows.dim() == len(piece.shape) else rows[0]
+            views[name] = rows if rows.dim() == len(target.piece.shape) else rows[0]
     return views
 
 
@@ -218,19 +228,34 @@ def _canonical(name: str, config: ModelConfig, known: Container[str]) -> str:
     return prefix + name if prefix + name in known else name
 
 
-def _targets(decoder: Decoder) -> dict[str, tuple[Tensor, Piece]]:
-    """Checkpoint name -> the view of our parameter that it fills, and what it must look like."""
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where one tensor of the checkpoint goes: to some rows of a module's parameter."""
+
+    module: nn.Module
+    parameter: str
+    rows: slice
+    piece: Piece
+
+    def load(self, tensor: Tensor) -> None:
+        getattr(self.module, "method", DENSE).load(self.module, self.parameter, self.rows, self.piece, tensor)
+
+
+def _targets(decoder: Decoder) -> dict[str, _Target]:
+    """Checkpoint name -> what it fills."""
     parameters: dict[str, nn.Parameter] = dict(decoder.named_parameters())
-    targets: dict[str, tuple[Tensor, Piece]] = {}
-    for our_name, pieces in checkpoint_layout(decoder.config).items():
-        parameter, row = parameters.pop(our_name), 0
+    targets: dict[str, _Target] = {}
+    methods = {name: linear.method for name, linear in decoder.linears()}
+    for our_name, pieces in checkpoint_layout(decoder.config, methods.__getitem__).items():
+        row = 0
+        del parameters[our_name]
+        module_name, _, name = our_name.rpartition(".")
         for piece in pieces:
-            rows = piece.shape[-1] if piece.transposed else piece.shape[0]
-            if parameter.dim() == 2 and len(piece.shape) == 1:  # one norm weight, shared by a run of heads
+            rows = piece.shape[piece.row_dim]
+            if name == "qk_norm_weight":  # one weight in the checkpoint for all query heads, one for all key heads
                 rows = _heads_of(piece, decoder.config)
-            targets[piece.name] = parameter.data[row : row + rows], piece
+            targets[piece.name] = _Target(decoder.get_submodule(module_name), name, slice(row, row + rows), piece)
             row += rows
-        assert row == parameter.shape[0], f"layout of {our_name} covers {row} of {parameter.shape[0]} rows"
     assert not parameters, f"layout names no source for {sorted(parameters)}"
     return targets
 

@@ -11,12 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_infer.kernels.cpu.build import unavailable_reason
-from paged_infer.kernels.cpu.linear import PanelProduct, pack_c, pack_onednn
+from paged_infer.kernels.cpu.linear import Pack, PanelProduct, pack_c, pack_onednn
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS
-from paged_infer.model.linear import Linear
+from paged_infer.model.linear import DENSE, Linear, PackedMethod
 
 needs_c = pytest.mark.skipif(unavailable_reason() is not None, reason=f"no C kernels: {unavailable_reason()}")
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+
+
+def a_linear(
+    width: int, height: int, pack: Pack | None = None, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> Linear:
+    """Weights as ``nn.Linear`` initialises them."""
+    linear = Linear(width, height, bias, DENSE if pack is None else PackedMethod(pack))
+    linear.load_state_dict(torch.nn.Linear(width, height, bias).state_dict())
+    linear = linear.to(dtype)
+    linear.method.prepack(linear)
+    return linear
 
 
 @needs_c
@@ -114,7 +125,7 @@ def test_the_result_is_float32_whatever_dtype_the_process_makes_tensors_of(usual
 )
 def test_onednns_layout_equals_the_plain_product_where_it_is_worth_it(rows, width, height, packed, bias) -> None:
     torch.manual_seed(rows)
-    linear = Linear(width, height, bias=bias)
+    linear = a_linear(width, height, bias=bias)
     product = pack_onednn(linear.weight, linear.bias)
     assert (product is not None) == packed
     if product is not None:
@@ -127,11 +138,10 @@ def test_onednns_layout_equals_the_plain_product_where_it_is_worth_it(rows, widt
 @pytest.mark.parametrize("pack", [pack_c, pack_onednn])
 def test_bfloat16_is_packed_where_the_processor_multiplies_it_and_stays_what_it_was(pack) -> None:
     torch.manual_seed(0)
-    linear = Linear(400, 400).to(torch.bfloat16)
+    linear = a_linear(400, 400, pack, dtype=torch.bfloat16)
     x = torch.randn(33, 400, dtype=torch.bfloat16)
-    linear.prepack(pack)
     can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert (linear._product is not None) == can
+    assert (linear.product is not None) == can
     exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
     with torch.inference_mode():
         torch.testing.assert_close(linear(x).double(), exact, rtol=2**-7, atol=2**-7)
@@ -139,16 +149,14 @@ def test_bfloat16_is_packed_where_the_processor_multiplies_it_and_stays_what_it_
 
 @pytest.mark.parametrize("pack", [pack_c, pack_onednn])
 def test_float16_is_not_packed(pack) -> None:
-    linear = Linear(400, 400).to(torch.float16)
-    linear.prepack(pack)
-    assert linear._product is None
+    linear = a_linear(400, 400, pack, dtype=torch.float16)
+    assert linear.product is None
 
 
 def test_without_a_compiler_c_leaves_it_to_onednn(monkeypatch) -> None:
     monkeypatch.setattr("paged_infer.kernels.cpu.linear.unavailable_reason", lambda: "no compiler")
-    linear = Linear(400, 400)
-    linear.prepack(pack_c)
-    assert not isinstance(linear._product, PanelProduct)
+    linear = a_linear(400, 400, pack_c)
+    assert not isinstance(linear.product, PanelProduct)
     x = torch.randn(3, 400)
     with torch.inference_mode():
         torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias), rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as ReadOnlyList
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step import ScheduledStep
+from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.params import SamplingParams
 
 FIRST_PROMPT = 1_000_000_000  # token ids of prompts begin here, those of sampled tokens at 0
@@ -37,4 +37,5 @@ class RequestFactory:
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, now: float = 0.0) -> list[Sequence]:
     """Update the scheduler as a model would. No two sequences draw alike, so nothing they draw can be shared."""
-    return scheduler.update(step, {sequence_id: sequence_id for sequence_id in step.sampling}, now)
+    scheduler.advance(step)
+    return scheduler.settle(step, StepResult({sequence_id: sequence_id for sequence_id in step.sampling}), now)

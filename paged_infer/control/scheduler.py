@@ -1,4 +1,4 @@
-"""The queues, and one step after the other: schedule, and update with what was drawn.
+"""The queues, and one step after the other: schedule, and settle with what was drawn.
 
     add --> waiting --> running --> (finished)
                ^         |   ^
@@ -20,14 +20,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from paged_infer.control.beam_search import go_on
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.speculation import Proposer
-from paged_infer.control.step import BlockTransfers, Candidates, ScheduledStep
+from paged_infer.control.step import BlockTransfers, ScheduledStep, StepResult
 from paged_infer.control.step_entries import describe
 from paged_infer.control.step_plan import StepPlan, insert_by_age
 from paged_infer.control.trace import Trace
@@ -139,7 +138,7 @@ class Scheduler:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float = 0.0) -> ScheduledStep:
-        """Choose the next step's work and give it blocks. ``update`` must follow; a step without one has failed.
+        """Choose the next step's work and give it blocks. ``advance`` and ``settle`` must follow.
 
         To plan while the step before is still being computed, tell of it by ``advance`` first, and by ``settle`` when
         its tokens are known. Its sequences then go on with tokens that are pending.
@@ -168,31 +167,6 @@ class Scheduler:
         ]
         return ScheduledStep(plan.index, sequences, plan.transfers, plan.resume_at_s)
 
-    def update(
-        self,
-        step: ScheduledStep,
-        token_ids: Mapping[int, int],
-        now: float = 0.0,
-        candidates: Mapping[int, Candidates] = MappingProxyType({}),
-        accepted: Mapping[int, ReadOnlyList[int]] = MappingProxyType({}),
-        failed: Mapping[int, str] = MappingProxyType({}),
-    ) -> list[Sequence]:
-        """The step is done: ``advance`` and ``settle`` in one.
-
-        Args:
-            token_ids: what it drew, by sequence id.
-            now: for the trace.
-            candidates: for each beam that asked, its best next tokens.
-            accepted: for each sequence that had drafts, those that equal the draws; ``token_ids`` has the draw after.
-            failed: why a sequence failed, by sequence id: its request ends with "error", and other requests go on.
-
-        Returns:
-            The sequences that got a token, once for each token, in the step's order; all beams of a search get theirs
-            at once.
-        """
-        self.advance(step)
-        return self.settle(step, token_ids, now, candidates, accepted, failed)
-
     def advance(self, step: ScheduledStep) -> None:
         """The step is under way: its tokens count as computed, and those that it draws as pending."""
         plan, self._turn = self._turn, None
@@ -217,20 +191,19 @@ class Scheduler:
                     plan.drawing.append(child)
         self._under_way.append(plan)
 
-    def settle(
-        self,
-        step: ScheduledStep,
-        token_ids: Mapping[int, int],
-        now: float = 0.0,
-        candidates: Mapping[int, Candidates] = MappingProxyType({}),
-        accepted: Mapping[int, ReadOnlyList[int]] = MappingProxyType({}),
-        failed: Mapping[int, str] = MappingProxyType({}),
-    ) -> list[Sequence]:
-        """The oldest step under way has come back; see ``update``. Sequences that it ends give back their blocks.
+    def settle(self, step: ScheduledStep, result: StepResult, now: float = 0.0) -> list[Sequence]:
+        """Take the results of the oldest step in flight. Sequences that it ends give back their blocks.
 
-        Where the step behind goes on with one of them, it does so in vain, and what it draws for it is dropped. Blocks
-        freed here are only given to steps still to be scheduled, and a device carries out steps in order: what is
-        written in vain lies there before its new owner writes.
+        If the next step, already in flight, goes on with one of them, what it samples for that sequence is dropped.
+        Blocks freed here are only given to steps still to be scheduled, and a device carries out steps in order: what
+        that step stores for the dropped sequence is stored before a new owner writes.
+
+        Args:
+            now: for the trace, in seconds.
+
+        Returns:
+            The sequences that got a token, once for each token, in the step's order. All beams of a search get theirs
+            at once.
         """
         if not self._under_way or self._under_way[0].index != step.index:
             raise RuntimeError(f"step {step.index} is not the one that has been under way longest")
@@ -243,13 +216,14 @@ class Scheduler:
         self.stats.blocks_copied += len(plan.transfers.copies)
         self.stats.blocks_swapped_out += len(plan.transfers.swap_outs)
         self.stats.blocks_swapped_in += len(plan.transfers.swap_ins)
-        if failed:
-            self._fail_some(step, plan, failed)
+        if result.failed:
+            self._fail_some(step, plan, result.failed)
         grown: list[Sequence] = []
         for one in plan.drawing:
             if one.is_finished or one in plan.void:  # ended by an abort, an error or a token; or restarted
                 continue
-            num_new, ended = one.append_output_tokens([*accepted.get(one.sequence_id, ()), token_ids[one.sequence_id]])
+            tokens = [*result.accepted.get(one.sequence_id, ()), result.token_ids[one.sequence_id]]
+            num_new, ended = one.append_output_tokens(tokens)
             grown += [one] * num_new
             if one.sequence_id in plan.drafts:
                 plan.accept(one, num_new - 1)
@@ -260,7 +234,7 @@ class Scheduler:
         ranking = (one for one in plan.ranking if not one.is_finished and one not in plan.void)
         asking = [(one, one.search) for one in ranking if one.search is not None]
         for beam, search in asking:
-            search.offer(beam, candidates[beam.sequence_id])
+            search.offer(beam, result.candidates[beam.sequence_id])
         for search in dict.fromkeys(search for _, search in asking):
             if search.is_complete:
                 grown += go_on(search, self)

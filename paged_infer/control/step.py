@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
+from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import SamplingParams
 
 Candidates = ReadOnlyList[tuple[int, float]]
@@ -149,3 +150,26 @@ class ScheduledStep:
     def beam_rows(self) -> list[int]:
         """Ids of the beams that ask for the best next tokens."""
         return [s.sequence_id for s in self.sequences if isinstance(s.sample, TopKRow)]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step computed, by sequence id.
+
+    NaN or +inf in the logits of a sequence raises nothing: it is in ``failed``, and the others are unaffected.
+
+    Attributes:
+        token_ids: the token that was sampled, for each of ``ScheduledStep.sampling``; -1 for a failed sequence.
+        accepted: for each sequence that had drafts, those that equal the samples; ``token_ids`` has the sample after.
+        logprobs: of each new token, where they were asked for.
+        prompt_logprobs: with the index of the first token that they are for.
+        candidates: for each of ``ScheduledStep.beam_rows``, its best next tokens.
+        failed: why the sequence failed.
+    """
+
+    token_ids: dict[int, int] = field(default_factory=dict)
+    accepted: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)

@@ -18,11 +18,11 @@ from pathlib import Path
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.request import Request, Sequence
-from paged_infer.control.step import ScheduledStep
+from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.engine.build import open_parts
 from paged_infer.engine.defer_sigint import interruptible, uninterrupted
 from paged_infer.engine.kv_usage import KVUsage
-from paged_infer.execution.model_runner import RunningStep, StepResult
+from paged_infer.execution.model_runner import RunningStep
 from paged_infer.kernels.fused.noise import request_seed
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
@@ -220,7 +220,7 @@ class LLMEngine:
     def _settle(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Write a step's tokens into the books."""
         now = time.perf_counter()
-        grown = self.scheduler.settle(step, result.token_ids, now, result.candidates, result.accepted, result.failed)
+        grown = self.scheduler.settle(step, result, now)
         moved: dict[str, _Live] = {}
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(result)

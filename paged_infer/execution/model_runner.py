@@ -7,7 +7,7 @@ hidden rows        0    1         4   -> logits [3, vocab] -> one new token for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.request import PLACEHOLDER
 from paged_infer.control.speculation import num_accepted, rows_after
-from paged_infer.control.step import Candidates, SamplingRow, ScheduledSequence, ScheduledStep, TopKRow
+from paged_infer.control.step import SamplingRow, ScheduledSequence, ScheduledStep, StepResult, TopKRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.device import to_device
@@ -32,21 +32,6 @@ if TYPE_CHECKING:
     from paged_infer.execution.draft_model import DraftModel
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step drew, by sequence id; prompt logprobs with the index of their first token; candidates of beams.
-
-    Bad numbers of one sequence do not raise: it is listed in ``failed``, and the other sequences are unaffected.
-    """
-
-    token_ids: dict[int, int] = field(default_factory=dict)
-    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one for each new token
-    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
-    candidates: dict[int, Candidates] = field(default_factory=dict)
-    accepted: dict[int, list[int]] = field(default_factory=dict)  # drafts that hold; in ``token_ids`` is what follows
-    failed: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
 
 @dataclass(slots=True)

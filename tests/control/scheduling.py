@@ -9,7 +9,7 @@ from functools import partial
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step import BlockTransfers, Candidates, ScheduledSequence, ScheduledStep
+from paged_infer.control.step import BlockTransfers, Candidates, ScheduledSequence, ScheduledStep, StepResult
 from paged_infer.params import BeamSearchParams, SamplingParams
 
 EOS = 1
@@ -65,8 +65,14 @@ def counts(step: ScheduledStep) -> dict[int, int]:
     return {item.sequence_id: item.num_tokens for item in step.sequences}
 
 
+def update(scheduler: Scheduler, step: ScheduledStep, token_ids: dict[int, int], now: float = 0.0, **more):
+    """``advance`` and ``settle`` in one. ``more``: other fields of the StepResult."""
+    scheduler.advance(step)
+    return scheduler.settle(step, StepResult(token_ids, **more), now)
+
+
 def carry_out(scheduler: Scheduler, step: ScheduledStep, token: int = 7) -> list[Sequence]:
-    return scheduler.update(step, dict.fromkeys(step.sampling, token))
+    return update(scheduler, step, dict.fromkeys(step.sampling, token))
 
 
 def run(scheduler: Scheduler, num_steps: int = 1) -> ScheduledStep:

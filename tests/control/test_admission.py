@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scheduling import update
 
 from paged_infer.control.admission import check_request, truncated
 from paged_infer.control.blocks.manager import BlockManager
@@ -110,7 +111,7 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
     scheduler.add(request.sequences)
     while scheduler.has_work:
         step = scheduler.schedule()
-        scheduler.update(step, dict.fromkeys(step.sampling, 5))
+        update(scheduler, step, dict.fromkeys(step.sampling, 5))
     assert [s.finish_reason for s in request.sequences] == ["length"] * n
     assert {s.num_tokens for s in request.sequences} == {longest}
     assert scheduler.stats.preemptions == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import FakeMemory, Source, make_scheduler, next_tokens
+from scheduling import FakeMemory, Source, make_scheduler, next_tokens, update
 
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import POLICIES, make_policy
@@ -17,7 +17,7 @@ from paged_infer.control.trace import Replay, Trace
 def carry_out(scheduler: Scheduler, step: ScheduledStep, requests: list[Request]) -> None:
     drawn = dict.fromkeys(step.sampling, 5)
     sequences = {s.sequence_id: s for request in requests for s in request.sequences}
-    scheduler.update(step, drawn, 0.0, next_tokens(step, sequences))
+    update(scheduler, step, drawn, 0.0, candidates=next_tokens(step, sequences))
 
 
 def gangs_stand_together(requests: list[Request]) -> None:
@@ -112,7 +112,7 @@ def branching(scheduler: Scheduler, tokens: dict[int, list[int]]) -> ScheduledSt
         ]
         for beam in step.beam_rows
     }
-    scheduler.update(step, {}, 0.0, found)
+    update(scheduler, step, {}, 0.0, candidates=found)
     scheduler.check_integrity()
     return step
 
@@ -147,7 +147,7 @@ def test_beams_leave_together_and_compute_their_common_beginning_once_when_they_
         counted.append({s.sequence_id: s.num_tokens for s in step.sequences})
         ways = {1: [7, 8, 9, 10], 2: [11, 12, 13, 14]}
         found = {beam: [(t, -0.1 * place) for place, t in enumerate(ways[beam])] for beam in step.beam_rows}
-        scheduler.update(step, dict.fromkeys(step.sampling, 5), 0.0, found)
+        update(scheduler, step, dict.fromkeys(step.sampling, 5), 0.0, candidates=found)
         scheduler.check_integrity()
         gangs_stand_together([request])
     assert [s.num_preemptions for s in (*old.sequences, *request.sequences)] == [0, 1, 1]

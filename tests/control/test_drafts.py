@@ -8,7 +8,7 @@ import pytest
 from effort import EFFORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import EOS, FakeMemory, Source, make_scheduler
+from scheduling import EOS, FakeMemory, Source, make_scheduler, update
 
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.request import PLACEHOLDER, Request, Sequence
@@ -104,7 +104,7 @@ def serve(
             scheduler.roll_back()
         else:
             drawn, accepted = device.run(step)
-            scheduler.update(step, drawn, float(number), accepted=accepted)
+            update(scheduler, step, drawn, float(number), accepted=accepted)
         if traced is not None:
             replay.finish(traced)
         if number in (aborts or {}) and aborts[number] < len(everybody):
@@ -172,7 +172,7 @@ def decode(scheduler: Scheduler, num_prompt: int = 3, **params) -> Sequence:
     scheduler.add([sequence])
     step = scheduler.schedule()
     assert step.sequences[0].num_drafts == 0
-    scheduler.update(step, {0: 5})
+    update(scheduler, step, {0: 5})
     return sequence
 
 
@@ -183,7 +183,7 @@ def test_a_step_computes_the_last_token_and_its_drafts_and_takes_those_that_hold
     (item,) = step.sequences
     assert (item.token_ids, item.num_known_tokens, item.drafts) == ([5, 6, 7, 8], 1, [6, 7, 8])
     assert not step.allows_async_scheduling
-    grown = scheduler.update(step, {0: 9}, accepted={0: [6, 7]})
+    grown = update(scheduler, step, {0: 9}, accepted={0: [6, 7]})
     assert grown == [sequence] * 3 and sequence.output_token_ids == [5, 6, 7, 9]
     assert sequence.num_computed_tokens == 3 + 3
     stats = scheduler.stats
@@ -193,7 +193,7 @@ def test_a_step_computes_the_last_token_and_its_drafts_and_takes_those_that_hold
 def test_a_token_that_ends_the_sequence_drops_the_accepted_ones_behind_it() -> None:
     scheduler = make_scheduler(proposer=Fixed(6, EOS, 8))
     sequence = decode(scheduler)
-    grown = scheduler.update(scheduler.schedule(), {0: 9}, accepted={0: [6, EOS, 8]})
+    grown = update(scheduler, scheduler.schedule(), {0: 9}, accepted={0: [6, EOS, 8]})
     assert grown == [sequence] * 2
     assert (sequence.output_token_ids, sequence.finish_reason) == ([5, 6, EOS], "stop")
 
@@ -212,7 +212,7 @@ def test_blocks_that_nobody_else_wants_are_lent_to_drafts_and_given_back() -> No
     sequence = decode(scheduler, max_tokens=4)
     step = scheduler.schedule()
     assert step.sequences[0].num_drafts == 2 and scheduler.manager.pool.num_free == 0
-    scheduler.update(step, {0: 9}, accepted={0: []})
+    update(scheduler, step, {0: 9}, accepted={0: []})
     assert len(scheduler.manager.table(0)) == 4 == sequence.num_computed_tokens
 
 
@@ -220,11 +220,11 @@ def test_nobody_is_kept_out_or_preempted_for_a_draft() -> None:
     scheduler, source = (make_scheduler(num_blocks=8, block_size=1, proposer=Fixed(6, 7, 8), watermark=0.0), Source())
     first, second = (source.request(3, max_tokens=5).sequences[0] for _ in range(2))
     scheduler.add([first])
-    scheduler.update(scheduler.schedule(), {0: 5})
+    update(scheduler, scheduler.schedule(), {0: 5})
     scheduler.add([second])
     step = scheduler.schedule()  # 4 blocks for the one, 3 for the other: 1 is left
     assert {s.sequence_id: (s.num_known_tokens, s.num_drafts) for s in step.sequences} == {0: (1, 1), 1: (3, 0)}
-    scheduler.update(step, {0: 9, 1: 5}, accepted={0: []})
+    update(scheduler, step, {0: 9, 1: 5}, accepted={0: []})
     step = scheduler.schedule()  # 5 and 4 are wanted, and 8 are there: as without drafts
     assert scheduler.stats.preemptions == 1 and len(step.sequences) == 1
 
@@ -233,11 +233,11 @@ def test_drafts_take_only_the_budget_that_is_left() -> None:
     scheduler, source = make_scheduler(budget=7, proposer=Fixed(6, 7, 8)), Source()
     first, second = (source.request(n, max_tokens=20).sequences[0] for n in (3, 9))
     scheduler.add([first])
-    scheduler.update(scheduler.schedule(), {0: 5})
+    update(scheduler, scheduler.schedule(), {0: 5})
     scheduler.add([second])
     step = scheduler.schedule()
     assert {s.sequence_id: s.num_tokens for s in step.sequences} == {0: 1, 1: 6}
-    scheduler.update(step, {0: 5})
+    update(scheduler, step, {0: 5})
     step = scheduler.schedule()
     assert {s.sequence_id: (s.num_known_tokens, s.num_drafts) for s in step.sequences} == {0: (1, 3), 1: (3, 0)}
 
@@ -247,10 +247,10 @@ def test_blocks_that_accepted_drafts_fill_are_findable_and_those_of_rejected_one
     decode(scheduler, max_tokens=20)
     step = scheduler.schedule()  # 5 completes the first block; the drafts would complete the second
     assert scheduler.manager.pool.num_hashed == 1
-    scheduler.update(step, {0: 11}, accepted={0: [6, 7, 8]})
+    update(scheduler, step, {0: 11}, accepted={0: [6, 7, 8]})
     assert scheduler.manager.pool.num_hashed == 1
     step = scheduler.schedule()  # 11 completes the second
-    scheduler.update(step, {0: 12}, accepted={0: [6, 7, 8, 9]})
+    update(scheduler, step, {0: 12}, accepted={0: [6, 7, 8, 9]})
     assert scheduler.manager.pool.num_hashed == 3 and scheduler.manager.num_uncommitted == 0
 
 
@@ -262,7 +262,7 @@ def test_beams_do_not_speculate() -> None:
         step = scheduler.schedule()
         assert all(item.num_drafts == 0 for item in step.sequences)
         candidates = {i: [(w, -float(w)) for w in range(2, 8)] for i in step.beam_rows}
-        scheduler.update(step, {}, candidates=candidates)
+        update(scheduler, step, {}, candidates=candidates)
 
 
 def ngram(**options: int) -> NgramProposer:

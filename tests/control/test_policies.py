@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, run
+from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, run, update
 
 from paged_infer.control.policies import (
     POLICIES,
@@ -141,7 +141,7 @@ def test_everybody_is_served_under_every_policy(policy, lengths, num_blocks, num
         memory.execute(step, dict(enumerate(sequences)), 1 if number in fails else None)
         if number not in fails:
             drawn = {i: EOS if number + i in ends else 5 for i in step.sampling}
-            scheduler.update(step, drawn)
+            update(scheduler, step, drawn)
         scheduler.check_integrity()
         if not scheduler.has_work:
             break
@@ -212,7 +212,7 @@ def test_no_policy_leaves_somebody_behind_for_ever(policy, family) -> None:
     for _ in range(100):
         step = scheduler.schedule()
         ways = {beam: [(2 + beam + way, -way) for way in range(4)] for beam in step.beam_rows}
-        scheduler.update(step, dict.fromkeys(step.sampling, 5), 0.0, ways)
+        update(scheduler, step, dict.fromkeys(step.sampling, 5), 0.0, candidates=ways)
         scheduler.check_integrity()
     assert all(sequence.is_finished for sequence in sequences)
 
@@ -238,7 +238,7 @@ def test_a_plan_that_fails_leaves_no_block_to_be_moved_later() -> None:
     scheduler.add([first, second])
     step = scheduler.schedule()
     memory.execute(step, by_id)
-    scheduler.update(step, {0: 5, 1: 6})
+    update(scheduler, step, {0: 5, 1: 6})
     policy.num_failures = 1
     with pytest.raises(ZeroDivisionError):
         scheduler.schedule()  # which would have copied the block that both write to

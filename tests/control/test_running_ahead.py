@@ -12,7 +12,7 @@ from scheduling import EOS, FakeMemory, Source, make_scheduler
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.request import PLACEHOLDER, Request, Sequence
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.step import ScheduledStep
+from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.control.trace import Replay, Trace
 
 
@@ -69,7 +69,7 @@ def serve(
                 held = {s.sequence_id: scheduler.manager.table(s.sequence_id) for s in everybody}
                 assert all(table == replay.tables.get(i, ()) for i, table in held.items())
             if step.sequences:
-                out = step, device.run(step)
+                out = step, StepResult(device.run(step))
                 scheduler.advance(step)
         if number in fails:  # what was under way is lost
             scheduler.roll_back()
@@ -143,9 +143,9 @@ def test_a_token_drawn_after_an_unforeseen_end_is_dropped_and_its_blocks_are_fre
     scheduler.advance(first)
     second = scheduler.schedule()
     scheduler.advance(second)
-    scheduler.settle(first, {sequence.sequence_id: EOS})
+    scheduler.settle(first, StepResult({sequence.sequence_id: EOS}))
     assert sequence.finish_reason == "stop" and sequence.output_token_ids == [EOS]
-    assert scheduler.settle(second, {sequence.sequence_id: 5}) == []
+    assert scheduler.settle(second, StepResult({sequence.sequence_id: 5})) == []
     assert sequence.output_token_ids == [EOS] and scheduler.manager.pool.num_used == 0
 
 
@@ -158,7 +158,7 @@ def test_a_block_is_findable_only_when_all_its_tokens_are_known() -> None:
     second = scheduler.schedule()  # computes the token that fills the block
     scheduler.advance(second)
     assert scheduler.manager.pool.num_hashed == 0
-    scheduler.settle(first, {sequence.sequence_id: 5})
+    scheduler.settle(first, StepResult({sequence.sequence_id: 5}))
     assert scheduler.manager.pool.num_hashed == 1
     scheduler.roll_back()  # the second step is lost: nobody may find what it has perhaps not written
     assert scheduler.manager.pool.num_hashed == 0 and sequence.output_token_ids == [5]

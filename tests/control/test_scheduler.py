@@ -13,7 +13,7 @@ from holding import LIMIT_S
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run
+from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run, update
 
 from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.step import SamplingRow, ScheduledStep
@@ -448,7 +448,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         aborted, ways = self.family(data), next_tokens(step, self.by_id)
         for sequence in aborted:
             self.scheduler.finish(sequence, "abort")
-        grown = self.scheduler.update(step, dict.fromkeys(step.sampling, 5), 0.0, ways)
+        grown = update(self.scheduler, step, dict.fromkeys(step.sampling, 5), 0.0, candidates=ways)
         assert not {*aborted} & {*grown}
 
     def family(self, data: st.DataObject) -> list[Sequence]:
@@ -461,7 +461,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory.execute(step, self.by_id)
         drawn = {sequence_id: ends.get(place, 5) for place, sequence_id in enumerate(step.sampling)}
         before = {i: self.arrived[i].num_tokens for i in drawn}
-        grown = self.scheduler.update(step, drawn, 0.0, next_tokens(step, self.by_id))
+        grown = update(self.scheduler, step, drawn, 0.0, candidates=next_tokens(step, self.by_id))
         self.gangs_stand_together()
         grown = [s for s in grown if s.search is None]
         assert [s.sequence_id for s in grown] == list(drawn)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduling import EOS, Source, add, carry_out, counts, make_scheduler, run
+from scheduling import EOS, Source, add, carry_out, counts, make_scheduler, run, update
 
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import POLICIES, Dynamic, make_policy
@@ -61,7 +61,7 @@ def test_the_pool_of_any_step_is_built_again(
         if number in aborts:
             scheduler.finish(sequences[number % len(sequences)], "abort")
         if number not in fails:
-            scheduler.update(step, {i: EOS if i % 3 else 5 for i in step.sampling}, number + 0.5)
+            update(scheduler, step, {i: EOS if i % 3 else 5 for i in step.sampling}, number + 0.5)
         assert record.ended_s == (None if number in fails else number + 0.5)
     for place, (pool, tables, states, computed) in enumerate(pictures):
         replay = scheduler.trace.replay(place)
@@ -89,7 +89,7 @@ def test_perfetto_opens_what_is_written(tmp_path: Path) -> None:
     now = 100.0
     while scheduler.has_work:
         step = scheduler.schedule(now)
-        scheduler.update(step, dict.fromkeys(step.sampling, 5), now + 0.25)
+        update(scheduler, step, dict.fromkeys(step.sampling, 5), now + 0.25)
         now += 0.5
     scheduler.trace.to_perfetto(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -114,7 +114,7 @@ def test_only_a_step_that_failed_is_said_to_have_failed(tmp_path: Path) -> None:
     for now in (0.0, 6.0, 7.0, 8.0, 9.0):  # waits, computes, fails, computes, is out
         step = scheduler.schedule(now)
         if now in (6.0, 8.0):
-            scheduler.update(step, dict.fromkeys(step.sampling, 5), now + 0.5)
+            update(scheduler, step, dict.fromkeys(step.sampling, 5), now + 0.5)
     scheduler.trace.to_perfetto(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [e["name"] for e in events if e["pid"] == 1 and e["ph"] == "X"]

@@ -11,6 +11,7 @@ from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import make_policy
 from paged_infer.control.request import Request, Sequence
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.step import StepResult
 from paged_infer.control.trace import Trace
 from paged_infer.params import SamplingParams
 
@@ -64,7 +65,8 @@ def watch(
         step = scheduler.schedule(float(number))
         seen.append(look(scheduler, everybody, {s.sequence_id: s.num_tokens for s in step.sequences}))
         if number not in fails:
-            scheduler.update(step, {i: 100_000 + 1000 * i + number for i in step.sampling}, number + 0.25)
+            scheduler.advance(step)
+            scheduler.settle(step, StepResult({i: 100_000 + 1000 * i + number for i in step.sampling}), number + 0.25)
         number += 1
     return trace, seen
 

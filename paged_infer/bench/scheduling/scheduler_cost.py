@@ -23,6 +23,7 @@ from paged_infer.bench.report import JsonReport
 from paged_infer.control.blocks.hashing import extend_chain, root_hash
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.step import StepResult
 from paged_infer.control.trace import Trace
 
 BLOCK_SIZE = 16
@@ -127,9 +128,10 @@ class FullScheduler:
         began = time.perf_counter()
         step = self.scheduler.schedule(began)
         scheduled = time.perf_counter()
-        drawn = {sequence_id: sequence_id for sequence_id in step.sampling}
+        result = StepResult({sequence_id: sequence_id for sequence_id in step.sampling})
         resumed = time.perf_counter()
-        self.scheduler.update(step, drawn, resumed)
+        self.scheduler.advance(step)
+        self.scheduler.settle(step, result, resumed)
         return scheduled - began + time.perf_counter() - resumed
 
     def report_counts(self) -> tuple[int, int, int]:

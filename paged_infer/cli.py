@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,14 @@ from paged_infer.cli_options import (
 from paged_infer.config import EngineConfig
 from paged_infer.params import SamplingParams
 from paged_infer.server.cli import serve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from paged_infer.execution.memory_profile import MemoryProfile
+    from paged_infer.llm import LLM
+
+MIB = 2**20
 
 app = typer.Typer(
     help="LLM inference, small enough to read and real enough to use.",
@@ -165,7 +173,7 @@ def _lines() -> Iterator[str]:
 @app.command()
 @with_option_groups
 def info(
-    engine: Annotated[EngineConfig, Without(trace="no step is run that it could record")],
+    engine: Annotated[EngineConfig, Without(trace="the record would end with the command")],
     model: Model = None,
     stories: Annotated[
         int, typer.Option(help="Unseen stories to measure the storyteller's recall and perplexity on.", min=0)
@@ -177,7 +185,6 @@ def info(
     except ValueError as error:
         fail(error)
     from paged_infer import storyteller
-    from paged_infer.info import info_table
 
     console.print(info_table(llm))
     if llm.is_storyteller and stories:
@@ -190,6 +197,59 @@ def info(
         )
         kinds = (f"{kind} ... ? {right} of {asked}" for kind, (right, asked) in scores["recall_by_kind"].items())
         console.print(f"on {stories} stories: {', '.join(kinds)}", highlight=False)
+
+
+def profile_rows(profile: MemoryProfile, config: EngineConfig) -> dict[str, str]:
+    """Where a GPU's memory goes, row by row; the last row is what the others leave for the pool."""
+    share = f"gpu_memory_utilization x total = {profile.gpu_memory_utilization:g} x {_mib(profile.total)}"
+    return {
+        "GPU memory": f"{share}, of {_mib(profile.free)} that were free: {_mib(profile.budget)}",
+        "- weights": f"{_mib(profile.weights)}, measured",
+        "- activations": f"{_mib(profile.activations)}, measured in a step of {config.max_num_batched_tokens:,} tokens",
+        "- sampling": f"{_mib(profile.logits)}, measured on {config.max_num_seqs:,} rows of logits, sorted whole",
+        "- graphs reserved": f"{_mib(profile.graphs)}: their largest step, measured, and an allowance for each graph",
+        "= room for the pool": _mib(profile.room),
+    }
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / MIB:,.1f} MiB"
+
+
+def info_table(llm: LLM) -> Table:
+    """The model and its memory, each number with its formula."""
+    from rich.table import Table
+
+    from paged_infer.execution.machine import describe_machine, machine_line
+
+    engine, config, memory = llm.engine, llm.engine.decoder.config, llm.engine.memory
+    item_bytes = engine.decoder.dtype.itemsize
+    block_bytes = memory.block_size * memory.kv_bytes_per_token
+    pool_tokens = memory.num_blocks * memory.block_size
+    rows = {
+        "machine": machine_line(describe_machine()),
+        "model": f"{llm.name} ({config.family}), {str(engine.decoder.dtype).removeprefix('torch.')} on {engine.device}",
+        "weights": f"{config.num_parameters:,} parameters x {item_bytes} bytes"
+        f" = {config.num_parameters * item_bytes / MIB:,.1f} MiB",
+        "KV bytes a token": "2 x layers x kv_heads x head_dim x bytes"
+        f" = 2 x {config.num_layers} x {config.num_kv_heads} x {config.head_dim} x {item_bytes}"
+        f" = {memory.kv_bytes_per_token:,}",
+        "block": f"{memory.block_size} tokens x {memory.kv_bytes_per_token:,} bytes = {block_bytes:,} bytes",
+        "pool": f"{memory.num_blocks:,} blocks = {pool_tokens:,} tokens = {memory.pool_bytes / MIB:,.1f} MiB",
+        "longest sequence": f"max_model_len = {memory.max_model_len:,} tokens;"
+        f" {pool_tokens // memory.max_model_len:,} such sequences fit at once",
+    }
+    graphs = engine.runner.graphs
+    if memory.profile is not None:
+        rows |= profile_rows(memory.profile, engine.config)
+    if graphs is not None:
+        rows["graphs"] = (
+            f"{len(graphs.sizes)}, for {graphs.sizes[0]:,} to {graphs.sizes[-1]:,} rows: {_mib(graphs.num_bytes)} taken"
+        )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", value)
+    return table
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from paged_infer.cli import profile_rows
 from paged_infer.config import EngineConfig
 from paged_infer.execution.memory_plan import plan_memory
 from paged_infer.execution.memory_profile import DRIVER_BYTES_PER_GRAPH, Ledger, MemoryProfile
-from paged_infer.info import profile_rows
 from paged_infer.kernels.attention_backends import torch_backend
 from paged_infer.kernels.op_sets import TORCH_OPS
 

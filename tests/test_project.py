@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,22 @@ def test_every_make_target_that_ci_and_the_readmes_name_exists() -> None:
     texts = [(ROOT / path).read_text() for path in (".ci/run", "README.md", "notebooks/README.md", "figures/README.md")]
     asked_for = {name for text in texts for match in command.findall(text) for name in match if name}
     assert {"test", "check", "demo"} <= asked_for <= targets
+
+
+def test_the_wheel_has_the_files_that_are_not_python() -> None:
+    """``py.typed``, with which type checkers believe the package's annotations, sources in C, the page and weights."""
+    code = """
+from setuptools import Distribution
+distribution = Distribution()
+distribution.parse_config_files()
+build = distribution.get_command_obj("build_py")
+build.ensure_finalized()
+for package, folder, _, names in build.get_data_files_without_manifest():
+    print(*(f"{folder}/{name}" for name in names), sep="\\n")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    packed = set(result.stdout.split())
+    assert result.returncode == 0, result.stderr
+    assert "paged_infer/py.typed" in packed
+    kept = (path for path in (ROOT / "paged_infer").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert {str(path.relative_to(ROOT)) for path in kept if path.suffix not in (".py", ".md", ".so")} <= packed

@@ -1,4 +1,4 @@
-"""The application: an engine, its routes, and how errors look."""
+"""The ASGI application: an engine, the routes, the middleware and the form of errors."""
 
 from __future__ import annotations
 
@@ -19,24 +19,17 @@ from paged_infer.server.routes.live_events import LiveEvents
 from paged_infer.server.service import Service, Settings
 
 LOOP_DELAY_EVERY_S = 0.02
-ROUTERS = (  # a new route: a module with one more
-    completions.router,
-    chat.router,
-    jobs.router,
-    status.router,
-    live_events.router,
-    page.router,
-)
+ROUTES = (completions, chat, jobs, status, live_events, page)  # modules, each with a ``router``
 
 
 def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
-    """An ASGI application that serves ``engine``, which stays its caller's: to shut it down is the caller's, too."""
+    """An ASGI application that serves ``engine``. The caller owns the engine, and shuts it down."""
     app = FastAPI(
         title="paged_infer",
         version=paged_infer.__version__,
-        description=__doc__,
+        description="OpenAI's HTTP API over one engine, jobs, and the engine's state.",
         lifespan=_lifespan,
-        docs_url=None,  # these pages would fetch their scripts from elsewhere
+        docs_url=None,  # these pages would load scripts from other hosts
         redoc_url=None,
     )
     service = Service(engine, settings or Settings())
@@ -45,8 +38,8 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     app.state.metrics = Metrics(engine, service.model_names[0])
     app.state.live_events = LiveEvents(service)
     errors.install(app)
-    for router in ROUTERS:
-        app.include_router(router)
+    for module in ROUTES:
+        app.include_router(module.router)
     app.add_middleware(ChecksMiddleware, service=service)
     if service.settings.allowed_origins:  # outermost: a preflight request carries no key
         app.add_middleware(
@@ -70,9 +63,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def observe_loop_delay(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:
-    """Tell ``observe`` how many seconds late the event loop came to each of the moments ``every_s`` apart.
+    """Call ``observe`` for each of the moments ``every_s`` apart, with the event loop's delay there in seconds.
 
-    A loop that stood still missed several of them, and each counts: so long whoever had come then would have waited.
+    A blocked loop misses several moments, and each is observed: a request that arrived then would have waited as long.
     """
     clock = asyncio.get_running_loop().time
     due_s = clock() + every_s

@@ -1,8 +1,8 @@
-"""Prometheus metrics, with the names and meanings of vLLM's, so that dashboards made for it work here.
+"""Prometheus metrics with vLLM's names and meanings, so that dashboards made for vLLM work here.
 
-What vLLM calls a request is a sequence here: it, too, counts each of ``n`` samples. ``gpu_cache_usage_perc`` and
-``num_requests_swapped`` are its V0's names (V1 has ``kv_cache_usage_perc``, and does not swap). One is ours alone:
-``paged_infer:event_loop_delay_seconds``.
+``num_requests_*`` count sequences, as in vLLM: each of ``n`` samples counts. ``gpu_cache_usage_perc`` and
+``num_requests_swapped`` are names of vLLM's V0 (V1 has ``kv_cache_usage_perc``, and does not swap).
+``paged_infer:event_loop_delay_seconds`` is not vLLM's.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ LATENCY_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50
 LOOP_DELAY_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1, 2)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
-_GAUGES = {  # name -> (what it says, its value from LLMEngine.stats())
-    "num_requests_running": ("Sequences that run.", lambda s: s["num_running"]),
-    "num_requests_waiting": ("Sequences that wait, those preempted included.", lambda s: s["num_waiting"]),
-    "num_requests_swapped": ("Sequences swapped out to the CPU's memory.", lambda s: s["num_swapped"]),
-    "kv_cache_usage_perc": ("Share of the blocks in use; 1 is all of them.", lambda s: _usage(s)),
-    "gpu_cache_usage_perc": ("The same under its older name.", lambda s: _usage(s)),
+_GAUGES = {  # name -> (help text, its value from LLMEngine.stats())
+    "num_requests_running": ("Running sequences.", lambda s: s["num_running"]),
+    "num_requests_waiting": ("Waiting sequences, including preempted ones.", lambda s: s["num_waiting"]),
+    "num_requests_swapped": ("Sequences swapped out to CPU memory.", lambda s: s["num_swapped"]),
+    "kv_cache_usage_perc": ("Share of the KV blocks in use, from 0 to 1.", lambda s: _usage(s)),
+    "gpu_cache_usage_perc": ("The older name of kv_cache_usage_perc.", lambda s: _usage(s)),
 }
 _COUNTERS = {
-    "prefix_cache_queries": ("Tokens that the prefix cache was asked for.", "prefix_query_tokens"),
-    "prefix_cache_hits": ("Tokens that it had.", "prefix_hit_tokens"),
-    "spec_decode_num_drafts": ("Times that a sequence had drafts in a step.", "num_drafts"),
-    "spec_decode_num_draft_tokens": ("Tokens drafted.", "num_draft_tokens"),
-    "spec_decode_num_accepted_tokens": ("Tokens gained by drafts.", "num_accepted_tokens"),
+    "prefix_cache_queries": ("Tokens looked up in the prefix cache.", "prefix_query_tokens"),
+    "prefix_cache_hits": ("Tokens found in the prefix cache.", "prefix_hit_tokens"),
+    "spec_decode_num_drafts": ("Drafts: one per sequence and step.", "num_drafts"),
+    "spec_decode_num_draft_tokens": ("Draft tokens.", "num_draft_tokens"),
+    "spec_decode_num_accepted_tokens": ("Accepted draft tokens.", "num_accepted_tokens"),
     "num_preemptions": ("Preemptions of sequences.", "preemptions"),
 }
 
@@ -46,48 +46,37 @@ def _usage(stats: dict[str, int | float]) -> float:
 
 
 class Metrics:
-    """Watches an engine. What it counts itself is told by the engine's thread; the rest is read when asked for."""
+    """Observes an engine: counters and histograms on its thread after each step, the rest when they are scraped."""
 
     def __init__(self, engine: AsyncLLM, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._engine = engine
         self._labels = (model_name, "0")
         self._last_token_s: dict[str, dict[int, float]] = {}  # request id -> sample index -> time
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that have been read.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        counter, histogram = self._counter, self._histogram
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens processed.")
+        self._generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
-            "vllm:request_success", "Answers by how they ended.", (*LABELS, "finished_reason"), registry=self.registry
+            "vllm:request_success", "Answers by finish reason.", (*LABELS, "finished_reason"), registry=self.registry
         )
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._labels, reason)
-        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
+        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
         self._gap_family = self._family(GAPS, "From one token to the next.", TPOT_S)
         self._gap = self._gap_family.labels(*self._labels)
-        self._tpot = self._histogram(
-            "request_time_per_output_token_seconds", "Mean of a request's gaps between tokens.", TPOT_S
-        )
-        self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S)
-        self._queue_time = self._histogram("request_queue_time_seconds", "From arrival to its first step.", LATENCY_S)
-        self._prefill_time = self._histogram(
-            "request_prefill_time_seconds", "From its first step to the first token.", LATENCY_S
-        )
-        self._decode_time = self._histogram(
-            "request_decode_time_seconds", "From the first token to the last.", LATENCY_S
-        )
-        self._inference_time = self._histogram(
-            "request_inference_time_seconds", "From its first step to the last token.", LATENCY_S
-        )
-        self._longest_output = self._histogram(
-            "request_max_num_generation_tokens", "Tokens of the longest answer of a request.", TOKENS
-        )
-        self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
-        self._output_length = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
-        self._step_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens of a step: drawn, and of prompts that it has finished reading.", TOKENS
-        )
+        self._tpot = histogram("request_time_per_output_token_seconds", "Mean gap between its tokens.", TPOT_S)
+        self._latency = histogram("e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S)
+        self._queue_time = histogram("request_queue_time_seconds", "From arrival to its first step.", LATENCY_S)
+        self._prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", LATENCY_S)
+        self._decode_time = histogram("request_decode_time_seconds", "First token to last token.", LATENCY_S)
+        self._inference_time = histogram("request_inference_time_seconds", "First step to last token.", LATENCY_S)
+        self._longest_output = histogram("request_max_num_generation_tokens", "Of its longest answer.", TOKENS)
+        self._prompt_length = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._output_length = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._step_tokens = histogram("iteration_tokens_total", "Of a step: sampled, and of prompts finished.", TOKENS)
         self.loop_delay = Histogram(
             "paged_infer:event_loop_delay_seconds",
-            "How late the event loop comes to what is due; sampled.",
+            "Delay of the event loop, sampled.",
             LABELS,
             buckets=LOOP_DELAY_S,
             registry=self.registry,
@@ -105,7 +94,7 @@ class Metrics:
         return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """What is read from the engine at this moment."""
+        """Called by the registry at each scrape: metrics that are read from the engine."""
         stats = self._engine.stats()
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
@@ -137,7 +126,7 @@ class Metrics:
                 self._observe_end(output)
 
     def _observe_token(self, sequence: Sequence, now: float) -> int:
-        """Returns how many tokens of a prompt are now read, if this token is the first behind it."""
+        """Returns the number of prompt tokens that this token completes: all of them if it is the request's first."""
         num_read = 0
         last_s = self._last_token_s.setdefault(sequence.request_id, {})
         if sequence.sample_index in last_s:

@@ -1,4 +1,4 @@
-"""Checks before any route: the host, shutdown, the API key, the body's size and the time that it takes to arrive."""
+"""Checks before any route: host, shutdown, API key, and the size and the arrival time of the body."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from paged_infer.server.hosts import is_allowed
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.service import CLOSING, Service, closing_error
 
-OPEN_PATHS = ("/", "/health", "/metrics", "/openapi.json")  # need no key: they hold nothing that anybody has asked
+OPEN_PATHS = ("/", "/health", "/metrics", "/openapi.json")  # need no key: they reveal nothing about requests
 
 
 class ChecksMiddleware:
-    """Plain ASGI, so that a stream passes through untouched."""
+    """Plain ASGI: Starlette's ``BaseHTTPMiddleware`` would wrap each stream in one more task."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -37,33 +37,33 @@ class ChecksMiddleware:
         await self._app(scope, self._limited(receive), send)
 
     async def _head(self, scope: Scope, send: Send) -> None:
-        """Answer HEAD as GET without the body. A stream is closed as soon as its head has been sent."""
-        is_out = asyncio.Event()
+        """Answer HEAD as GET without the body. A stream is closed when its head has been sent."""
+        is_sent = asyncio.Event()
 
         async def receive() -> Message:
-            await is_out.wait()
+            await is_sent.wait()
             return {"type": "http.disconnect"}
 
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await send(message)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-                is_out.set()
+                is_sent.set()
 
         await self({**scope, "method": "GET"}, receive, send_head)
 
     def _limited(self, receive: Receive) -> Receive:
-        """``receive`` for a body that is not too large, and here in time. What follows is news of the client."""
+        """``receive`` with limits on the body's size and arrival time. Later messages have none."""
         limit = self._service.settings.max_body_bytes
         due_s = asyncio.get_running_loop().time() + self._service.settings.receive_timeout_s
-        num_bytes, is_here = 0, False
+        num_bytes, is_complete = 0, False
 
         async def limited() -> Message:
-            nonlocal num_bytes, is_here
-            if is_here:
+            nonlocal num_bytes, is_complete
+            if is_complete:
                 return await receive()
             message = await self._in_time(receive, due_s)
-            is_here = not message.get("more_body", False)
+            is_complete = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > limit:
                 raise HTTPException(413, _too_large(limit))
@@ -72,7 +72,7 @@ class ChecksMiddleware:
         return limited
 
     async def _in_time(self, receive: Receive, due_s: float) -> Message:
-        """The next piece of a body. A server that closes waits for it no longer."""
+        """The next part of a body. Shutdown ends the wait."""
         service = self._service
         try:
             async with asyncio.timeout_at(due_s) as timeout:
@@ -81,7 +81,7 @@ class ChecksMiddleware:
         except TimeoutError:
             if service.is_closing or service.engine.error is not None:
                 raise HTTPException(503, CLOSING, headers={"Connection": "close"}) from None
-            message = f"the body did not come within receive_timeout_s={service.settings.receive_timeout_s:g}"
+            message = f"the body did not arrive within receive_timeout_s={service.settings.receive_timeout_s:g}"
             raise HTTPException(408, message, headers={"Connection": "close"}) from None
         finally:
             service.receiving.discard(timeout)
@@ -97,7 +97,7 @@ class ChecksMiddleware:
         if settings.api_key is not None and scope["path"] not in OPEN_PATHS:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not secrets.compare_digest(key, settings.api_key.encode()):
-                message = "a key is needed: send it as `Authorization: Bearer KEY`"
+                message = "an API key is required: send `Authorization: Bearer KEY`"
                 return APIError(401, message, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > settings.max_body_bytes:

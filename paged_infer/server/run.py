@@ -1,4 +1,4 @@
-"""uvicorn around the application, and a clean end: what runs may finish, within a time limit."""
+"""Run the application in uvicorn, and shut it down: running requests may finish within a time limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from paged_infer.server.service import Service, Settings
 
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
-LAST_STEP_S = 5.0  # for the step under way to return, after the shutdown timeout
+LAST_STEP_S = 5.0  # for the running step to return, after the shutdown timeout
 HURRY_S = 1.0  # the same, after a second signal
 SWITCH_S = 0.0005
 RESERVED_FILES = 32  # file descriptors that are not used for connections
@@ -41,14 +41,14 @@ TICKS_A_SECOND = 10  # of uvicorn
 
 
 class Server(uvicorn.Server):
-    """Ends in three acts. The first signal begins the first, a second one skips it:
+    """Shuts down in three phases. The first signal starts the first phase; a second signal skips it:
 
-    1. new requests get a 503, what is under way goes on, for ``shutdown_timeout_s`` at most;
-    2. unfinished requests are aborted and get an error; a step under way has ``LAST_STEP_S`` seconds to return;
+    1. new requests get a 503; running ones continue, for ``shutdown_timeout_s`` at most;
+    2. unfinished requests are aborted and get an error; the running step has ``LAST_STEP_S`` seconds to return;
     3. the connections are closed.
 
-    Who connects and does not say what they want, head or body, is not waited for longer than ``receive_timeout_s``.
-    An engine that has failed ends the server, too: whoever watches it can start another.
+    A connection without a complete head or body is closed after ``receive_timeout_s``. A failed engine also ends the
+    server, so that a supervisor can restart it.
     """
 
     def __init__(self, engine: AsyncLLM, config: uvicorn.Config, shutdown_timeout_s: float) -> None:
@@ -57,10 +57,10 @@ class Server(uvicorn.Server):
         self.service: Service = config.app.state.service  # type: ignore[union-attr]
         self._shutdown_timeout_s = shutdown_timeout_s
         self._hurry_since_s: float | None = None  # when the second signal came; time.monotonic()
-        self._silent: dict[Any, tuple[Any, float]] = {}  # connections between two requests: the last one, since when
+        self._silent: dict[Any, tuple[Any, float]] = {}  # idle connection -> its last request, since when
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called between two instructions of the main thread, so it only leaves a note."""
+        """Called between two instructions of the main thread, so it only sets flags."""
         if self.service.is_closing:
             self._hurry_since_s = self._hurry_since_s or time.monotonic()
         self.service.is_closing = True
@@ -71,11 +71,11 @@ class Server(uvicorn.Server):
         return self._hurry_since_s is not None
 
     def stop(self) -> None:
-        """From any thread: as the first signal does."""
+        """Like the first signal, from any thread."""
         self.handle_exit(signal.SIGTERM, None)
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn asks ten times a second whether to end."""
+        """uvicorn calls this ten times a second; True ends the server."""
         if self.service.is_closing or self._engine.error is not None:
             await self._drain()
             return True
@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _hang_up(self, now_s: float) -> None:
-        """Close what has been without a request for too long. uvicorn does so only before a request's first byte."""
+        """Close connections that have been idle too long. uvicorn does so only before a request's first byte."""
         silent = {}
         for connection in self.server_state.connections:
             cycle = getattr(connection, "cycle", None)  # uvicorn's name for a request and its answer
@@ -99,14 +99,14 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         self.service.stop_receiving()
         num_open = len(self.server_state.tasks)
-        logger.info("Shutting down: %d request(s) under way", num_open)
+        logger.info("Shutting down: %d request(s) running", num_open)
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._shutdown_timeout_s
         while self.server_state.tasks and clock() < deadline and not self._engine.error:
             if self.is_hurried:
                 break
             await asyncio.sleep(POLL_S)
-        # Abort the requests that are left: each gets an answer.
+        # Abort the remaining requests: each gets an error.
         ending = asyncio.create_task(self._engine.shutdown(finish=False, last_step_s=LAST_STEP_S))
         while not ending.done():
             await asyncio.wait({ending}, timeout=POLL_S)
@@ -133,7 +133,7 @@ class Listener(socket.socket):
     def accept(self) -> tuple[socket.socket, Any]:
         connection, address = super().accept()
         limit = most_files()
-        if connection.fileno() < limit:  # the number is the lowest free one, so as many are open
+        if connection.fileno() < limit:  # the lowest free number, so as many are open
             return connection, address
         if time.monotonic() - self._full_s > FULL_EVERY_S:
             self._full_s = time.monotonic()
@@ -150,7 +150,7 @@ def listen(host: str, port: int) -> Listener:
     """Bind the socket before the model loads, so early connections queue.
 
     Raises:
-        ValueError: the address cannot be had, in use by somebody else, say.
+        ValueError: the address is not available, for example because it is in use.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -158,8 +158,8 @@ def listen(host: str, port: int) -> Listener:
     except OSError as error:
         reason = str(error.strerror).split(" (")[0]
         raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
-    # Connections inherit it. asyncio sets it only on sockets that were made with proto=IPPROTO_TCP, which this one was
-    # not; without it the first event of a stream waits 40 ms for the client to acknowledge the headers.
+    # Accepted connections inherit TCP_NODELAY. asyncio sets it only on sockets made with proto=IPPROTO_TCP, which this
+    # one is not. Without it the first event of a stream waits 40 ms for the client to acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Listener(listener.family, listener.type, listener.proto, fileno=listener.detach())
 
@@ -185,19 +185,19 @@ def serve(
         create_app(engine, settings),
         log_level=log_level,
         access_log=False,
-        timeout_graceful_shutdown=5,  # for the last bytes to leave, when the engine is already gone
+        timeout_graceful_shutdown=5,  # for the last bytes to be sent, after the engine has shut down
     )
     raise_file_limit()
     gc.collect()
-    gc.freeze()  # the libraries' 300,000 objects stay for good: no collection has to walk them in mid-service
+    gc.freeze()  # so that no collection walks the libraries' 300,000 objects while requests are served
     server = Server(engine, config, shutdown_timeout_s)
     usual_s = sys.getswitchinterval()
-    # The engine's thread and the event loop share the interpreter. With Python's usual 5 ms, whoever comes back from
-    # a system call waits that long for the other; shorter turns served 12 % more tokens at 32 requests at once.
+    # The engine's thread and the event loop share the interpreter. With Python's usual 5 ms, a thread that returns from
+    # a system call waits that long for the other; a shorter interval served 12 % more tokens at 32 concurrent requests.
     sys.setswitchinterval(SWITCH_S)
     try:
         server.run([listener])
     finally:
         sys.setswitchinterval(usual_s)
-        gc.unfreeze()  # or else the libraries complain of leaks when the interpreter ends
+        gc.unfreeze()  # otherwise the libraries report leaks when the interpreter exits
     return server.service.is_closing and not server.is_hurried and not engine.is_abandoned

@@ -1,4 +1,4 @@
-"""The engine as the routes see it: prompts in, outputs out, and every failure an ``APIError``."""
+"""The engine as the routes see it: prompts in, outputs out, and each failure as an ``APIError``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from paged_infer.server.openai.protocol import bad_value
 logger = logging.getLogger("uvicorn.error")
 
 RETRY_AFTER_S = 1
-PROMPTS_PER_TURN = 32  # prompts that are queued before the event loop sees to others
+PROMPTS_PER_TURN = 32  # prompts that are queued before other tasks of the event loop run
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 # A name or an IPv6 address; the port is ignored.
 _HOST = re.compile(
@@ -40,20 +40,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How the server behaves. The defaults are for one user on one machine.
+    """The server's options. The defaults are for one user on one machine.
 
     Args:
-        api_key: what clients have to send as ``Authorization: Bearer ...``; None asks nothing.
+        api_key: required from clients as ``Authorization: Bearer ...``; None requires none.
         allowed_hosts: allowed values of the ``Host`` header: names, ``*.domain``, or ``*`` for any.
         allowed_origins: origins (``https://name:port``, or ``*``) whose pages may call the server (CORS).
-        served_model_names: under which names the model is asked for, the first in answers; empty: its own.
+        served_model_names: names that clients use for the model; answers have the first. Empty: the model's own name.
         max_body_bytes: largest body of a request.
         receive_timeout_s: seconds that a request may take to arrive: its head, and then its body.
         max_n: the most samples or beams per prompt.
-        max_num_logprobs: most logprobs that one request could get, each token's own counted: they are kept until all
-            are there, 200 bytes each.
-        result_ttl_s: seconds that an answer waits to be fetched from ``/result/{id}``.
-        max_num_results: most such answers kept at once; the oldest is dropped for one more.
+        max_num_logprobs: most logprobs that one request could get, including each token's own. They take 200 bytes
+            each and are kept until the request has finished.
+        result_ttl_s: seconds that ``/result/{id}`` keeps an answer.
+        max_num_results: most such answers kept at once; beyond it, the oldest is dropped.
     """
 
     api_key: str | None = None
@@ -68,14 +68,7 @@ class Settings:
     max_num_results: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_body_bytes",
-            "receive_timeout_s",
-            "max_n",
-            "max_num_logprobs",
-            "result_ttl_s",
-            "max_num_results",
-        ):
+        for name in "max_body_bytes receive_timeout_s max_n max_num_logprobs result_ttl_s max_num_results".split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
@@ -99,14 +92,14 @@ class Service:
     is_closing: bool = False
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
     answering: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="answers"))
-    receiving: set[asyncio.Timeout] = field(default_factory=set)  # of the bodies that are still on their way
+    receiving: set[asyncio.Timeout] = field(default_factory=set)  # of bodies that have not arrived completely
 
     @property
     def model_names(self) -> tuple[str, ...]:
         return self.settings.served_model_names or (self.engine.name,)
 
     def check_model(self, name: str | None) -> str:
-        """The name to answer under. Raises APIError 404 for a model that is not served."""
+        """The model's name in the answer. Raises APIError 404 for a model that is not served."""
         if name is not None and name not in self.model_names:
             known = ", ".join(self.model_names)
             message = f"model={name!r} is not served; served: {known}"
@@ -114,7 +107,7 @@ class Service:
         return name or self.model_names[0]
 
     def stop_receiving(self) -> None:
-        """Bodies that are still on their way are not waited for any more. In the event loop."""
+        """Stop waiting for bodies that have not arrived completely. Call in the event loop."""
         for timeout in self.receiving:
             timeout.reschedule(0)
 
@@ -128,20 +121,21 @@ class Service:
         cache_salt: str | None,
         prompt_field: str = "prompt",
     ) -> list[RequestStream]:
-        """Queue all of the prompts, or none. Whoever calls this closes what it returns."""
+        """Queue all of the prompts, or none. The caller must close the streams."""
         num_each = params.beam_width if isinstance(params, BeamSearchParams) else params.n
         if num_each > self.settings.max_n:
             raise APIError(400, f"n={num_each}: must be at most max_n={self.settings.max_n}", param="n")
-        if (len(prompts) - 1) * num_each >= self.engine.max_num_waiting:  # when the last comes, the others wait
-            what = f"{len(prompts)} prompts with {num_each} answer(s) each in one request"
-            limit = f"max_num_waiting={self.engine.max_num_waiting}"
-            raise APIError(400, f"{what}: more than {limit}", param=prompt_field)
+        if (len(prompts) - 1) * num_each >= self.engine.max_num_waiting:  # not even an empty queue has room
+            message = (
+                f"{len(prompts)} prompts with n={num_each} can never fit max_num_waiting={self.engine.max_num_waiting}"
+            )
+            raise APIError(400, message, param=prompt_field)
         self._check_num_logprobs(prompts, params)
         opened: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):
                 if index % PROMPTS_PER_TURN == PROMPTS_PER_TURN - 1:
-                    await asyncio.sleep(0)  # a crowd of prompts lets others in
+                    await asyncio.sleep(0)  # let other tasks run
                 one = f"{label}-{index}"
                 opened.append(await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt))
         except BaseException as error:
@@ -150,7 +144,7 @@ class Service:
         return opened
 
     def _check_num_logprobs(self, prompts: ReadOnlyList[Prompt], params: Params) -> None:
-        """By how long prompts and answers may be. A text has hardly more tokens than characters."""
+        """Raises APIError 400 if there could be too many. A text counts as one token per character."""
         if isinstance(params, BeamSearchParams):
             return
         longest, most = self.engine.max_model_len, 0
@@ -161,17 +155,17 @@ class Service:
             num_tokens = sum(min(len(prompt), longest) for prompt in prompts)
             most += num_tokens * (params.prompt_logprobs + 1)
         if (limit := self.settings.max_num_logprobs) < most * params.n:
-            message = f"logprobs: there could be {most * params.n} of them: more than max_num_logprobs={limit}"
+            message = f"logprobs: there could be {most * params.n}, more than max_num_logprobs={limit}"
             raise APIError(400, message, param="logprobs")
 
     async def run_in_thread(self, is_heavy: bool, function: Callable[[], T]) -> T:
-        """``function()``; a heavy one in another thread, one after the other, so that nobody else waits for it."""
+        """``function()``. A heavy one runs in the thread ``answering``, so that the event loop is not blocked."""
         if not is_heavy:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self.answering, function)
 
     def to_api_error(self, error: BaseException, prompt_field: str = "prompt") -> BaseException:
-        """What to tell the client about what the engine has raised."""
+        """The APIError for an exception of the engine. Other exceptions are returned unchanged."""
         if isinstance(error, ContextLengthError):
             return bad_value(error, prompt_field, "context_length_exceeded")
         if isinstance(error, ValueError):
@@ -183,20 +177,20 @@ class Service:
         return error
 
     def checked(self, output: RequestOutput) -> RequestOutput:
-        """The output. Raises APIError if it failed or was aborted: a partial answer must not pass for a whole one."""
+        """The output. Raises APIError if it failed or was aborted: a partial answer must not look complete."""
         for one in output.outputs:
             if one.finish_reason == "error":
                 logger.warning("%s", one.error)
-                raise APIError(500, one.error or "the request has failed", code="request_failed")
+                raise APIError(500, one.error or "the request failed", code="request_failed")
         if any(one.finish_reason == "abort" for one in output.outputs):
             raise (closing_error() if self.is_closing else APIError(500, "the request was aborted", code="aborted"))
         return output
 
     async def final_outputs(self, streams: ReadOnlyList[RequestStream]) -> list[RequestOutput]:
-        """The end of each."""
+        """The final output of each stream."""
         try:
             return [self.checked([output async for output in stream][-1]) for stream in streams]
-        except (EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
+        except (EngineDeadError, ValueError) as error:  # a ValueError: rejected when it was queued
             raise self.to_api_error(error) from error
         finally:
             close_all(streams)

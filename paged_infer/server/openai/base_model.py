@@ -1,4 +1,4 @@
-"""Strict models of request bodies: every field is known and typed, and validation is fast even with many errors.
+"""The base class of request bodies: every field is known and typed, and validation is fast even with many errors.
 
 JSON has only one number type, so ``1.0`` is accepted as an integer.
 """
@@ -15,22 +15,22 @@ T = TypeVar("T")
 
 
 class _FirstOnly(FailFast):
-    __hash__ = object.__hash__  # a union of lists has to hash what they are annotated with
+    __hash__ = object.__hash__  # pydantic hashes the annotations of lists in a union
 
 
 ListOf = Annotated[list[T], _FirstOnly()]
-"""Of which the first wrong element is told: to tell of each of 300,000 takes seconds, in which nobody is served."""
+"""Report only the first invalid element; reporting 300,000 would block the event loop for seconds."""
 
 
 class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    refused_by_name: ClassVar[Container[str]] = ()  # no fields, but known
+    refused_by_name: ClassVar[Container[str]] = ()  # fields that are known, but not supported
 
     @model_validator(mode="wrap")
     @classmethod
     def _whole_numbers(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Read ``1.0`` as 1, but only if validation fails without it: most bodies hold no such number."""
+        """Read ``1.0`` as 1, but only if validation fails without it: most bodies have no such number."""
         try:
             return handler(body)
         except ValidationError:
@@ -41,7 +41,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few_unknown(cls, body: Any) -> Any:
-        """Drop unknown fields beyond the first few, which are refused: for the same reason."""
+        """Report only the first few unknown fields, for the same reason: drop the others."""
         if not isinstance(body, dict):
             return body
         unknown = [n for n in body if n not in cls.model_fields and n not in cls.refused_by_name]

@@ -1,4 +1,4 @@
-"""Every error as OpenAI's clients expect it: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the form that OpenAI's clients expect: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every answer with a status of 400 or more holds."""
+    """The body of every response with a status of 400 or more."""
 
     error: ErrorDetail
 
 
 class APIError(Exception):
-    """An answer that is an error. ``param`` names the field of the body that is to blame."""
+    """An error response. ``param`` names the field of the body that caused it."""
 
     def __init__(
         self,
@@ -60,17 +60,17 @@ class APIError(Exception):
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON in ASCII: half a surrogate pair that a client has sent can be quoted back, too."""
+    """A response in ASCII-only JSON, which can also quote half a surrogate pair that a client has sent."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: these statuses come with an ``ErrorBody``."""
+    """For the OpenAPI document: these statuses have an ``ErrorBody``."""
     return {status: {"model": ErrorBody} for status in statuses}
 
 
 def install(app: FastAPI) -> None:
-    """Have every exception answered in this form."""
+    """Answer every exception in this form."""
 
     @app.exception_handler(APIError)
     async def own(_: Request, error: APIError) -> Response:
@@ -87,11 +87,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> Response:
-        return APIError(500, f"the server has failed: {type(error).__name__}").response()
+        return APIError(500, f"internal server error: {type(error).__name__}").response()
 
 
 def refusal(problems: list[dict[str, Any]]) -> APIError:
-    """422 for what is malformed; 400 where the form is right and a field is one that nobody knows."""
+    """422 for a malformed body; 400 if its only problem is unknown fields."""
     unknown = [".".join(place_of(p)) for p in problems if p["type"] == "extra_forbidden"]
     first = problems[0]
     place = place_of(first)
@@ -100,13 +100,13 @@ def refusal(problems: list[dict[str, Any]]) -> APIError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return APIError(422, f"the body is not JSON: {reason}", code="json_invalid")
-    if isinstance(first.get("input"), bytes):  # as it came: not announced as JSON
-        return APIError(422, "the body: send JSON, with Content-Type: application/json", code="json_invalid")
+    if isinstance(first.get("input"), bytes):  # not parsed: its content type is not JSON
+        return APIError(422, "the body must be JSON, sent with Content-Type: application/json", code="json_invalid")
     name = ".".join(place)
     return APIError(422, f"{name or 'the body'}: {first['msg']}", param=place[0] if place else None, code=first["type"])
 
 
 def place_of(problem: dict[str, Any]) -> list[str]:
-    """Where in a body a problem is: the names of the field and of what it is in."""
+    """The path of a problem in the body: the names of the outer fields, then the field's own."""
     place = [str(part) for part in problem["loc"]]
     return place[1:] if place[:1] in (["body"], ["query"], ["path"]) else place

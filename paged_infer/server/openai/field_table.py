@@ -19,7 +19,7 @@ _MODELS = (CompletionRequest, ChatCompletionRequest)
 
 
 def known_fields() -> list[str]:
-    """All fields of the two OpenAI routes that are served, accepted or refused by name."""
+    """All fields that one of the two OpenAI routes serves, accepts or refuses by name."""
     names = {name for model in _MODELS for name in (*model.model_fields, *model.refused_by_name)}
     return sorted({*names, *(f"stream_options.{name}" for name in StreamOptions.model_fields)})
 

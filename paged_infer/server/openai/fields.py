@@ -19,7 +19,7 @@ ACCEPTED = {
     "store": "`false`: answers are not stored",
     "user": "there are no accounts",
 }
-"""Each with the reason why it has no effect. They are fields of the models, which check their types."""
+"""Name -> why it has no effect. All are fields of the request models, which check their types."""
 
 
 class Refused(NamedTuple):
@@ -89,7 +89,7 @@ REFUSED = {
     "watermarking": Refused("text is not watermarked", (False,)),
     "web_search_options": Refused(TOOLS),
 }
-"""By name. A route that serves one of them (``echo``) has it among its model's fields."""
+"""Name -> reason and harmless values. Where a route serves one of these (``echo``), its model has that field."""
 
 REFUSED_IN_CHAT = {**REFUSED, "add_special_tokens": Refused("the chat template adds the special tokens", (False,))}
 

@@ -1,4 +1,4 @@
-"""From the engine's outputs to OpenAI's JSON, whole or in pieces."""
+"""Convert the engine's outputs to OpenAI's JSON, whole or in pieces."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from paged_infer.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # JSON has no infinity
-HEAVY = 128  # of weight: a few milliseconds, where every token has 20 rivals
+HEAVY = 128  # weight from which JSON is made in another thread: some milliseconds with 20 logprobs per token
 FILLED = 128  # bytes
-SLICE = 64  # elements of a list that are encoded in one go
+SLICE = 64  # elements of a list per call of json.dumps
 
 
 def event(content: dict[str, Any], *, in_pieces: bool = False, obfuscate: bool = False) -> bytes:
@@ -30,9 +30,9 @@ def event(content: dict[str, Any], *, in_pieces: bool = False, obfuscate: bool =
 
 
 def encoded(value: Any) -> Iterator[str]:
-    """JSON, piece by piece. Between two of them, another thread has its turn; ``json.dumps`` lets nobody in meanwhile.
+    """JSON in pieces. Other threads can run between two; one ``json.dumps`` of all would hold the GIL throughout.
 
-    An iterator becomes a list. Lists of scalars or of small things are cut into slices; big things have to be in dicts.
+    An iterator becomes a list. Lists are cut into slices, so their elements must be small; large ones belong in dicts.
     """
     if isinstance(value, dict):
         begin = "{"
@@ -59,13 +59,13 @@ def encoded(value: Any) -> Iterator[str]:
 
 
 def weight(output: RequestOutput) -> int:
-    """How many tokens' logprobs there are to tell, and answers: what it costs to put it into JSON."""
+    """What it costs to convert it to JSON: the number of answers and of tokens with logprobs."""
     rows = sum(len(one.logprobs or ()) for one in output.outputs)
     return rows + len(output.outputs) * (1 + len(output.prompt_logprobs or ()))
 
 
 def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = None) -> dict[str, Any]:
-    """Tokens read and written; a prompt counts once, however many answers it has."""
+    """OpenAI's ``usage``. A prompt counts once, however many answers it has."""
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     if num_output_tokens is None:
         num_output_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
@@ -78,7 +78,7 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
 
 
 class DeltaTracker:
-    """What is new in one answer since it was looked at last."""
+    """The new part of one answer since the last call, for the chunks of a stream."""
 
     __slots__ = ("_has_begun", "_num_characters", "_num_ids", "_num_tokens", "_offset", "_utf8", "was_sent")
 
@@ -86,7 +86,7 @@ class DeltaTracker:
         self._num_characters = self._num_ids = self._num_tokens = self._offset = 0
         self._has_begun = False  # whether a token with text has been seen
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.was_sent = False  # whether any piece of it has been sent
+        self.was_sent = False  # whether a chunk has been sent
 
     def text(self, one: CompletionOutput) -> str:
         piece = one.text[self._num_characters :]
@@ -98,7 +98,7 @@ class DeltaTracker:
         return one.token_ids[start:]
 
     def rows(self, one: CompletionOutput) -> tuple[list[int], list[TokenLogprobs]]:
-        """New tokens and their logprobs; nothing where none were asked for."""
+        """New tokens and their logprobs; empty if none were requested."""
         if one.logprobs is None:
             return [], []
         start, self._num_tokens = self._num_tokens, len(one.token_ids)
@@ -147,7 +147,7 @@ class DeltaTracker:
 def chat_logprobs(
     token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs], num_top: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Of ``/v1/chat/completions``: each token with the ``num_top`` most probable ones in its place."""
+    """The ``logprobs`` of ``/v1/chat/completions``: each token, and the ``num_top`` most probable at its place."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
         top = [i for i in _by_rank(row) if row[i].rank <= num_top]

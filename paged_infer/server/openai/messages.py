@@ -1,4 +1,4 @@
-"""One message of a conversation, as ``/v1/chat/completions`` reads it: who speaks, and text."""
+"""One message of a conversation in ``/v1/chat/completions``: a role and text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ UNSUPPORTED = {
     "tool_call_id": Refused(TOOLS),
     "tool_calls": Refused(TOOLS, ([],)),
 }
-"""Fields of OpenAI's messages that are refused by name, with the reason and the values that ask for nothing; so does
-null: a client sends an answer back as it came, and ours has ``"refusal": null`` in it."""
+"""Fields of OpenAI's messages that are refused by name. ``null`` is harmless in all of them: clients send answers back
+unchanged, and ours contain ``"refusal": null``."""
 
 
 class TextPart(StrictModel):
@@ -50,7 +50,7 @@ class ChatMessage(StrictModel):
         return {name: value for name, value in message.items() if name not in UNSUPPORTED}
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``LLM.chat`` takes it."""
+        """The form that ``LLM.chat`` takes."""
         content: Any = self.content
         if not isinstance(self.content, str):
             content = [part.model_dump() for part in self.content]

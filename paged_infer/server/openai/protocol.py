@@ -1,4 +1,4 @@
-"""What a request's body may hold: OpenAI's fields, and vLLM's beside them.
+"""Request bodies: OpenAI's fields, and vLLM's in addition.
 
 A field is served, accepted without effect, or refused by name (see ``fields``). ``null`` is the same as a missing
 field, and the defaults are those of ``SamplingParams``.
@@ -24,11 +24,11 @@ _SAMPLING = (
     "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens stop "
     "stop_token_ids ignore_eos truncate_prompt_tokens"
 ).split()
-_OF_BEAMS = {"n", "min_tokens", "stop_token_ids", "ignore_eos"}  # of these, what a beam search knows
+_BEAM_SEARCH = {"n", "min_tokens", "stop_token_ids", "ignore_eos"}  # those that a beam search supports
 
 
 def _first_wrong(bias: Any) -> Any:
-    """Of a dict with values that are no numbers, the first of these: the same for a dict, which cannot fail fast."""
+    """Reduce a dict to its first value that is not a number, if any: pydantic's dicts cannot fail fast."""
     if not isinstance(bias, dict):
         return bias
     wrong = ((key, value) for key, value in bias.items() if type(value) not in (int, float))
@@ -36,9 +36,9 @@ def _first_wrong(bias: Any) -> Any:
 
 
 def within(minimum: float | None = None, maximum: float | None = None, **more: Any) -> Any:
-    """A field that may be left out, with its limits as the OpenAPI document tells them.
+    """An optional field, with its limits for the OpenAPI document.
 
-    They are told there only: ``SamplingParams`` holds to them, so that the message names the value and the limit.
+    They are not checked here but in ``SamplingParams``, whose messages name the value and the limit.
     """
     limits = {"minimum": minimum, "maximum": maximum, **more}
     return Field(None, json_schema_extra={name: limit for name, limit in limits.items() if limit is not None})
@@ -55,7 +55,7 @@ class StreamOptions(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """How the tokens are chosen and when the answer ends; see ``paged_infer.SamplingParams``."""
+    """How tokens are sampled and when the answer ends; see ``paged_infer.SamplingParams``."""
 
     refused_by_name: ClassVar[Mapping[str, Refused]] = REFUSED
 
@@ -106,7 +106,7 @@ class SamplingFields(StrictModel):
                 message = f"{name} is not supported: {refused.why}"
                 raise APIError(400, message, param=name, code="unsupported_field")
         if kept.get("store") is True:
-            raise APIError(400, "store=true is not supported: nothing is kept", param="store")
+            raise APIError(400, "store=true is not supported: answers are not stored", param="store")
         return kept
 
     def sampling_params(self, max_tokens: int | None, **others: Any) -> SamplingParams | BeamSearchParams:
@@ -131,10 +131,10 @@ class SamplingFields(StrictModel):
         self, given: dict[str, Any], max_tokens: int | None, others: dict[str, Any]
     ) -> BeamSearchParams:
         for name in [*given, *others, *(["logit_bias"] if self.logit_bias else [])]:
-            if name not in _OF_BEAMS:
-                raise ValueError(f"{name}={getattr(self, name, None)!r}: a beam search knows no {name}")
+            if name not in _BEAM_SEARCH:
+                raise ValueError(f"{name}={getattr(self, name, None)!r}: not supported with use_beam_search=true")
         if max_tokens is None:
-            raise ValueError("max_tokens=None: a beam search needs a limit")
+            raise ValueError("max_tokens=None: must be set with use_beam_search=true")
         given["beam_width"] = given.pop("n", 1)
         for name in ("length_penalty", "early_stopping"):
             if getattr(self, name) is not None:
@@ -156,7 +156,7 @@ class SamplingFields(StrictModel):
 
 
 class StreamedFields(SamplingFields):
-    """How the answer is returned: whole or streamed, and what it contains besides the text."""
+    """How the answer is returned: whole or streamed, and with which fields besides the text."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -190,12 +190,12 @@ class CompletionRequest(StreamedFields):
     echo: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each a text or token ids."""
+        """One or more prompts, each a text or token ids."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
         if not prompt:
-            raise APIError(400, "prompt is an empty list: at least 1 prompt is needed", param="prompt")
+            raise APIError(400, "prompt=[]: must have at least 1 prompt", param="prompt")
         return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
     def params(self) -> SamplingParams | BeamSearchParams:
@@ -203,7 +203,7 @@ class CompletionRequest(StreamedFields):
         check_logprobs("logprobs", self.logprobs)
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
         if self.only_echoes:
-            max_tokens = 1  # drawn, and left out of the answer
+            max_tokens = 1  # sampled and discarded: the engine generates at least one
         prompt_logprobs = self.prompt_logprobs
         if self.echo and self.logprobs is not None:
             if prompt_logprobs not in (None, self.logprobs):
@@ -214,7 +214,7 @@ class CompletionRequest(StreamedFields):
 
     @property
     def only_echoes(self) -> bool:
-        """Whether just the prompt comes back: how its probability is asked for."""
+        """Whether the answer is the prompt alone, as evaluation tools request it for its logprobs."""
         return bool(self.echo) and self.max_tokens == 0
 
 
@@ -258,7 +258,7 @@ def check_logprobs(name: str, value: int | None) -> None:
 
 
 def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None = None) -> APIError:
-    """The engine's own words, with the field that they begin with."""
+    """The engine's message, and as ``param`` the field with which it begins."""
     message = str(error)
     name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
     others = ("the prompt", "prompt token", "the chat template", "character ", "this checkpoint has no")

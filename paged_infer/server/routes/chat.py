@@ -1,4 +1,4 @@
-"""/v1/chat/completions: a conversation is answered."""
+"""/v1/chat/completions: answer a conversation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from paged_infer.async_llm import QueueFullError
 from paged_infer.outputs import CompletionOutput, RequestOutput
-from paged_infer.server.openai.event_stream import EventStream, cancel_on_disconnect
 from paged_infer.server.openai.json_stream import DeltaTracker, chat_logprobs, named_by_id
 from paged_infer.server.openai.protocol import ChatCompletionRequest
 from paged_infer.server.routes.completions import ANSWER, ERRORS
@@ -22,7 +21,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions", responses={200: ANSWER, **ERRORS})
 async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-    """Answer a conversation, put into the form of the tokenizer's chat template."""
+    """Answer a conversation, rendered with the tokenizer's chat template."""
     service = service_of(request)
     builder = _ChatBuilder(service, service.check_model(body.model), "chatcmpl", body)
     params = body.params()
@@ -32,13 +31,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
         )
     except (ValueError, QueueFullError) as error:
         raise service.to_api_error(error, "messages") from None
-    streams = await service.open(
-        [prompt], params, builder.label, stream=bool(body.stream), cache_salt=body.cache_salt, prompt_field="messages"
-    )
-    if body.stream:
-        return EventStream(builder.events(streams), streams)
-    answer = await cancel_on_disconnect(request, builder.answer(streams))
-    return Response(status_code=499) if answer is None else answer
+    return await builder.respond(request, [prompt], params, "messages")
 
 
 @dataclass
@@ -75,4 +68,4 @@ class _ChatBuilder(ResponseBuilder):
         return chat_logprobs(token_ids, rows, self.body.top_logprobs or 0, self.service.engine.tokenizer)
 
     def about_request(self, output: RequestOutput) -> dict[str, Any]:
-        return self.about_prompt(output)  # a chat has one prompt
+        return self.about_prompt(output)  # a chat has only one prompt

@@ -1,4 +1,4 @@
-"""/v1/completions: a prompt goes on."""
+"""/v1/completions: continue a prompt."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import documented
-from paged_infer.server.openai.event_stream import EventStream, cancel_on_disconnect
 from paged_infer.server.openai.json_stream import DeltaTracker, tokens_by_id
 from paged_infer.server.openai.protocol import CompletionRequest
 from paged_infer.server.routes.responses import ResponseBuilder
@@ -19,41 +19,33 @@ from paged_infer.text.continuation import prompt_text
 
 router = APIRouter()
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503)
-ANSWER = {
-    "description": "The whole answer, or with `stream` its pieces as server-sent events.",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["id", "object", "created", "model", "choices", "usage"],
-                "properties": {
-                    "id": {"type": "string"},
-                    "object": {"type": "string"},
-                    "created": {"type": "integer"},
-                    "model": {"type": "string"},
-                    "choices": {"type": "array", "minItems": 1, "items": {"type": "object"}},
-                    "usage": {"type": "object"},
-                },
-            }
-        },
-        "text/event-stream": {"schema": {"type": "string"}},
-    },
+
+
+class Answer(BaseModel):
+    """What both OpenAI routes return, for the OpenAPI document."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]] = Field(min_length=1)
+    usage: dict[str, Any]
+
+
+ANSWER: dict[str, Any] = {
+    "description": "The whole answer, or with `stream` its chunks as server-sent events.",
+    "model": Answer,
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
 
 @router.post("/v1/completions", responses={200: ANSWER, **ERRORS})
 async def completions(body: CompletionRequest, request: Request) -> Response:
-    """Continue one prompt or several, each with `n` answers."""
+    """Continue one or more prompts, each with `n` answers."""
     service = service_of(request)
     builder = _CompletionBuilder(service, service.check_model(body.model), "cmpl", body)
     params = body.params()
-    streams = await service.open(
-        body.prompts(), params, builder.label, stream=bool(body.stream), cache_salt=body.cache_salt
-    )
-    if body.stream:
-        return EventStream(builder.events(streams), streams)
-    answer = await cancel_on_disconnect(request, builder.answer(streams))
-    return Response(status_code=499) if answer is None else answer
+    return await builder.respond(request, body.prompts(), params)
 
 
 @dataclass
@@ -66,7 +58,7 @@ class _CompletionBuilder(ResponseBuilder):
         return 0 if self.body.only_echoes else ResponseBuilder.num_output_tokens(self, outputs)
 
     def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
-        """A token that was drawn for nobody ends nothing."""
+        """With ``only_echoes``, the sampled token is discarded: it must not set the finish reason."""
         return ("length", None) if self.body.only_echoes else ResponseBuilder.ending(self, one)
 
     def choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
@@ -82,7 +74,7 @@ class _CompletionBuilder(ResponseBuilder):
     def _choice(
         self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, *, is_first: bool
     ) -> dict[str, Any]:
-        """What is new of one answer; the first piece has the prompt in it, where ``echo`` asks for it."""
+        """The new part of one answer. With ``echo``, its first chunk begins with the prompt."""
         tokenizer = self.service.engine.tokenizer
         text, (token_ids, rows) = tracker.text(one), tracker.rows(one)
         all_rows: list[Any] = list(rows)

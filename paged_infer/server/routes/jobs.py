@@ -1,4 +1,4 @@
-"""/generate and /result/{id}: submit now, ask later."""
+"""/generate and /result/{id}: submit a prompt now, fetch its answer later."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from paged_infer.async_llm import RequestStream
@@ -19,18 +20,19 @@ from paged_infer.server.openai.protocol import GenerateRequest
 from paged_infer.server.service import Service, new_id, service_of
 
 router = APIRouter()
-JOB = {
-    "type": "object",
-    "required": ["id", "status"],
-    "properties": {
-        "id": {"type": "string"},
-        "status": {"enum": ["running", "finished", "failed", "aborted"]},
-        "outputs": {"type": "array", "items": {"type": "object"}},
-        "usage": {"type": "object"},
-        "error": {"type": "object"},
-    },
-}
-JOB_ANSWER = {"description": "The job.", "content": {"application/json": {"schema": JOB}}}
+
+
+class JobBody(BaseModel):
+    """What the routes of jobs return, for the OpenAPI document."""
+
+    id: str
+    status: Literal["running", "finished", "failed", "aborted"]
+    outputs: list[dict[str, Any]] = []
+    usage: dict[str, Any] = {}
+    error: dict[str, Any] = {}
+
+
+JOB: dict[str, Any] = {"description": "The job.", "model": JobBody}
 
 
 @dataclass(slots=True, eq=False)
@@ -61,12 +63,12 @@ class _Job:
 
 
 class Jobs:
-    """Answers on their way and answers that wait to be fetched, which expire; at ``app.state.jobs``."""
+    """Running jobs, and finished ones until they are fetched or expire; at ``app.state.jobs``."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._jobs: OrderedDict[str, _Job] = OrderedDict()  # by age
-        self._ended: OrderedDict[str, _Job] = OrderedDict()  # by when they ended
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()  # in order of arrival
+        self._ended: OrderedDict[str, _Job] = OrderedDict()  # in order of their end
 
     async def begin(self, body: GenerateRequest) -> _Job:
         self._forget()
@@ -84,7 +86,7 @@ class Jobs:
             job.error = known if isinstance(known, APIError) else APIError(500, f"{type(error).__name__}: {error}")
         finally:
             job.stream.close()
-            if job.id in self._jobs:  # nobody has dropped it
+            if job.id in self._jobs:  # not dropped meanwhile
                 job.ended_s = time.monotonic()
                 self._ended[job.id] = job
                 asyncio.get_running_loop().call_later(self._service.settings.result_ttl_s, self._forget)
@@ -98,7 +100,7 @@ class Jobs:
         return job
 
     def drop(self, job_id: str) -> _Job:
-        """Abort it if it still runs, and forget it."""
+        """Forget the job; abort it if it is still running."""
         job = self.find(job_id)
         if job.task is not None:
             job.task.cancel()
@@ -108,7 +110,7 @@ class Jobs:
         return job
 
     def _forget(self) -> None:
-        """Drop what has waited too long, and the oldest where too many wait."""
+        """Drop expired results, and the oldest ones beyond ``max_num_results``."""
         now, settings = time.monotonic(), self._service.settings
         while self._ended:
             job = next(iter(self._ended.values()))
@@ -124,23 +126,23 @@ def _jobs_of(request: Request) -> Jobs:
 
 
 @router.post(
-    "/generate", status_code=202, responses={202: JOB_ANSWER, **documented(400, 401, 404, 408, 413, 422, 429, 500, 503)}
+    "/generate", status_code=202, responses={202: JOB, **documented(400, 401, 404, 408, 413, 422, 429, 500, 503)}
 )
 async def generate(body: GenerateRequest, request: Request) -> Response:
-    """Queue a prompt and answer at once with the id to ask for at `/result/{id}`."""
+    """Queue a prompt and return at once the id under which `/result/{id}` returns the answer."""
     service_of(request).check_model(body.model)
     job = await _jobs_of(request).begin(body)
     return json_response(job.describe(), 202, {"Location": f"/result/{job.id}"})
 
 
-@router.get("/result/{id}", responses={200: JOB_ANSWER, **documented(401, 404, 422)})
+@router.get("/result/{id}", responses={200: JOB, **documented(401, 404, 422)})
 async def result(id: str, request: Request) -> Response:
-    """The job's answer, once it is finished. It can be asked for again until it expires."""
+    """The job's status, and its answer once it has finished. It can be fetched again until it expires."""
     return json_response(_jobs_of(request).find(id).describe())
 
 
-@router.delete("/result/{id}", responses={200: JOB_ANSWER, **documented(401, 404, 422)})
+@router.delete("/result/{id}", responses={200: JOB, **documented(401, 404, 422)})
 async def abort(id: str, request: Request) -> Response:
-    """Abort the job if it is still running, and forget it."""
+    """Forget the job; abort it if it is still running."""
     job = _jobs_of(request).drop(id)
     return json_response({"id": job.id, "status": "aborted" if job.status == "running" else job.status})

@@ -1,12 +1,12 @@
-"""/events: what the pool and the queues look like, as server-sent events: whole at first, then what has changed.
+"""/events: the state of the pool and the queues as server-sent events: first all of it, then the differences.
 
-    engine's thread    snapshot() between two steps, ten times a second at most, and only while somebody watches
+    engine's thread    snapshot() between two steps, at most ten times a second, and only while a client is connected
           |
-       Snapshot        the newest one, for all who watch
+       Snapshot        the newest one, shared by all clients
           |
-    event loop         each watcher: the difference to the snapshot that it was told last
+    event loop         for each client, diff() of the newest snapshot and the last one that it was sent
 
-Nothing is kept but those snapshots, however long one watches.
+Only those snapshots are kept, however long a client stays connected.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from paged_infer.server.openai.json_stream import event
 from paged_infer.server.service import Service, closing_error, service_of
 
 EVERY_S = 0.1
-MOST_OF_ENGINE = 0.05  # share of the engine's time that looking at it may take: a large pool is looked at less often
-QUIET_S = 15.0  # then a comment shows, to whatever lies between, that the connection lives
+MOST_OF_ENGINE = 0.05  # largest share of the engine's time for snapshots: those of a large pool are rarer
+QUIET_S = 15.0  # then a comment keeps proxies from closing the connection
 MOST_LISTED = 64  # sequences of each queue; the counts are of all
-MOST_MARKED = 65_536  # blocks of a pool in which free blocks that can be found are told
+MOST_MARKED = 65_536  # blocks of the largest pool whose free but cached blocks are included
 
 CLOSING = b"event: closing\ndata: {}\n\n"
 router = APIRouter()
@@ -49,7 +49,7 @@ class Snapshot:
 
 
 def snapshot(engine: LLMEngine) -> Snapshot:
-    """On the engine's thread, or while nobody steps it."""
+    """Call on the engine's thread, or while no step runs."""
     scheduler, manager = engine.scheduler, engine.manager
     holders = [*scheduler.running, *scheduler.draining]
     tables = ((s.sequence_id, manager.table(s.sequence_id), s.num_computed_tokens) for s in holders)
@@ -74,7 +74,7 @@ def _listed(queue: Iterable[Sequence]) -> list[dict[str, Any]]:
 
 
 def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
-    """What leads from ``old`` to ``new``. A cell is [block, owners, tokens, findable], or [block] if it is blank."""
+    """What changed from ``old`` to ``new``. A cell is [block, owners, tokens, findable], or [block] if it is blank."""
     known = {} if old is None else old.cells
     held = [list(cell) for block, cell in new.cells.items() if known.get(block) != cell]
     blank = [[block] for block in known if block not in new.cells]
@@ -88,7 +88,7 @@ def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
 
 
 class LiveEvents:
-    """The newest snapshot, taken anew when it is too old; at ``app.state.live_events``."""
+    """Takes snapshots, at most every ``EVERY_S``, and streams their differences; at ``app.state.live_events``."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -105,7 +105,7 @@ class LiveEvents:
             return taken
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Until the server closes, or the engine fails."""
+        """Server-sent events, until the server shuts down or the engine fails."""
         sent: Snapshot | None = None
         sent_s = time.monotonic()
         while not self._service.is_closing and self._service.engine.error is None:
@@ -117,7 +117,7 @@ class LiveEvents:
                 yield event(diff(sent, now))
                 sent, sent_s = now, time.monotonic()
             elif time.monotonic() - sent_s > QUIET_S:
-                yield b": nothing has changed\n\n"
+                yield b": no change\n\n"
                 sent_s = time.monotonic()
             await asyncio.sleep(EVERY_S)
         yield CLOSING

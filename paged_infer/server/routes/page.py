@@ -1,4 +1,4 @@
-"""The page at /: one file, which brings all that it needs and may fetch from nowhere else."""
+"""The page at /: one self-contained file, which may fetch from this server only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ router = APIRouter()
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """Type a beginning, see it go on, and watch the pool meanwhile."""
+    """Type a prompt, read its continuation, and watch the pool of KV blocks meanwhile."""
     content, headers = _page()
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    """The file, and headers by which a browser runs its script and no other."""
+    """The file, and headers that allow the browser to run its script and no other."""
     content = resources.files("paged_infer.server.routes").joinpath("page.html").read_bytes()
     policy = {
         "default-src": "'none'",

@@ -1,4 +1,4 @@
-"""What the two OpenAI routes have in common: one request's answers as a whole, or as pieces of a stream."""
+"""What the two OpenAI routes share: build the response to one request, as a whole or as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+from fastapi import Request
 from starlette.responses import Response
 
 from paged_infer.async_llm import EngineDeadError, RequestStream
+from paged_infer.engine.engine import Params, Prompt
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import APIError
-from paged_infer.server.openai.event_stream import merged
+from paged_infer.server.openai.event_stream import EventStream, cancel_on_disconnect, merged
 from paged_infer.server.openai.json_stream import (
     DONE,
     HEAVY,
@@ -33,7 +35,7 @@ from paged_infer.server.service import Service, new_id
 
 @dataclass(slots=True)
 class _Sent:
-    """What a stream's reader knows, by index of the answer."""
+    """What a stream has sent, by index of the answer."""
 
     trackers: dict[int, DeltaTracker] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
@@ -41,29 +43,29 @@ class _Sent:
 
 @dataclass
 class ResponseBuilder(ABC):
-    """The form in which one request is answered. Answers are numbered through all prompts, ``n`` to each."""
+    """Builds the response to one request. Answers are numbered through all prompts, ``n`` for each."""
 
     service: Service
     model: str
     prefix: str
     body: StreamedFields
 
-    kind: ClassVar[str]  # of the whole object
-    chunk_kind: ClassVar[str]  # and of one in a stream
+    kind: ClassVar[str]  # ``object`` of a whole response
+    chunk_kind: ClassVar[str]  # and of a chunk
 
     def __post_init__(self) -> None:
         self.id, self.label = new_id(self.prefix)
         if self.body.request_id is not None:
             self.id = f"{self.prefix}-{self.body.request_id}"
-        self._unsent: dict[str, Any] = {}  # top-level fields of the next object, besides the usual ones
+        self._unsent: dict[str, Any] = {}  # additional top-level fields of the next object
         self.created = int(time.time())  # Unix time
 
     def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
-        """Why an answer has ended, and the stop that ended it; None while it goes on."""
+        """(finish_reason, stop_reason) of an answer; None while it is not finished."""
         return one.finish_reason, one.stop_reason
 
     def opening(self) -> dict[str, Any] | None:
-        """A chunk that precedes an answer's first token in a stream, or None."""
+        """The choice of a chunk before an answer's first token, or None for no such chunk."""
         return None
 
     @abstractmethod
@@ -74,7 +76,7 @@ class ResponseBuilder(ABC):
     def chunk(
         self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, is_first: bool
     ) -> dict[str, Any] | None:
-        """What is new in one answer; None if there is nothing to tell."""
+        """The new part of one answer, or None if there is none."""
 
     def about_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """The requested fields about the prompt: once per answer, or in the first chunk of each choice."""
@@ -86,7 +88,7 @@ class ResponseBuilder(ABC):
         return about
 
     def about_request(self, output: RequestOutput) -> dict[str, Any]:
-        """Extra top-level fields of the answer, or of its first chunk."""
+        """Additional top-level fields of the response, or of its first chunk."""
         return {}
 
     def about_choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
@@ -96,8 +98,25 @@ class ResponseBuilder(ABC):
     def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
+    async def respond(
+        self, request: Request, prompts: ReadOnlyList[Prompt], params: Params, prompt_field: str = "prompt"
+    ) -> Response:
+        """Queue the prompts and respond. If the client disconnects, the request is aborted."""
+        streams = await self.service.open(
+            prompts,
+            params,
+            self.label,
+            stream=bool(self.body.stream),
+            cache_salt=self.body.cache_salt,
+            prompt_field=prompt_field,
+        )
+        if self.body.stream:
+            return EventStream(self.events(streams), streams)
+        answer = await cancel_on_disconnect(request.receive, self.answer(streams))
+        return Response(status_code=499) if answer is None else answer
+
     async def answer(self, streams: ReadOnlyList[RequestStream]) -> Response:
-        """The whole answer, when it is there."""
+        """The whole response, once all outputs are final."""
         outputs = await self.service.final_outputs(streams)
         is_heavy = sum(map(weight, outputs)) > HEAVY
         content = await self.service.run_in_thread(is_heavy, partial(self._whole, outputs, is_heavy))
@@ -120,7 +139,7 @@ class ResponseBuilder(ABC):
         return self.choice(tracker, output, one) | self.about_choice(tracker, output, one)
 
     async def events(self, streams: ReadOnlyList[RequestStream]) -> AsyncIterator[bytes]:
-        """A piece whenever an answer has grown. What goes wrong now is an event, too: the status is out already."""
+        """A chunk whenever an answer has grown. An error becomes an event: the status has already been sent."""
         include_usage = self.body.wants("include_usage")
         is_continuous = include_usage and self.body.wants("continuous_usage_stats")
         no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
@@ -140,7 +159,7 @@ class ResponseBuilder(ABC):
                     yield events
             if include_usage:
                 yield event({**self._object(self.chunk_kind, []), "usage": self._usage(list(newest.values()))})
-        except (APIError, EngineDeadError, ValueError) as error:  # a ValueError: refused where it was queued
+        except (APIError, EngineDeadError, ValueError) as error:  # a ValueError: rejected when it was queued
             api_error = self.service.to_api_error(error)
             assert isinstance(api_error, APIError)
             yield event(api_error.body())
@@ -149,7 +168,7 @@ class ResponseBuilder(ABC):
     def _new_events(
         self, place: int, output: RequestOutput, sent: _Sent, no_usage: dict[str, Any], in_pieces: bool
     ) -> bytes:
-        """Events of what is new since it was ``sent``."""
+        """Events with the new parts of one prompt's answers."""
         events, obfuscate = [], self.body.wants("include_obfuscation")
         for one in output.outputs:
             index = place * len(output.outputs) + one.index

@@ -1,4 +1,4 @@
-"""/health, /metrics and /v1/models: what is here, and how it is doing."""
+"""/health, /metrics and /v1/models: the state of the server, and what it serves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = {200: {"description": "Prometheus' text format.", "content": {"text/plain
 
 @router.get("/health", responses=documented(503))
 async def health(request: Request) -> Response:
-    """200 while requests are served; 503 when the engine has failed or the server is shutting down."""
+    """200 while requests are served; 503 if the engine has failed or the server is shutting down."""
     service = service_of(request)
     if service.is_closing:
         raise closing_error()
@@ -28,13 +28,13 @@ async def health(request: Request) -> Response:
 
 @router.get("/metrics", responses=TEXT)  # type: ignore[arg-type]
 async def metrics(request: Request) -> Response:
-    """Counts and times under the names that vLLM gives them."""
+    """Prometheus metrics under vLLM's names."""
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", responses=documented(401))
 async def models(request: Request) -> Response:
-    """The names that the served model answers to."""
+    """The names of the served model."""
     service = service_of(request)
     return json_response({"object": "list", "data": [_card(service, name) for name in service.model_names]})
 

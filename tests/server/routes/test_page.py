@@ -300,7 +300,7 @@ def test_in_a_browser_a_typed_prompt_goes_on_and_the_map_changes(page: Any) -> N
         page.get_by_text("0 of 64 blocks").wait_for()
         before = page.locator("#map").evaluate(MAP)
         page.get_by_label("Prompt").fill("Once upon a time")
-        page.get_by_label("Most tokens").fill("150")
+        page.get_by_label("Max tokens").fill("150")
         with served.held() as steps:
             page.get_by_label("Prompt").press("Control+Enter")
             steps.allow(60)
@@ -320,7 +320,7 @@ def test_in_a_browser_a_typed_prompt_goes_on_and_the_map_changes(page: Any) -> N
 def test_in_a_browser_eight_stories_fill_the_queues_and_can_be_stopped(page: Any) -> None:
     with serving(max_num_seqs=4, num_blocks=256) as served:
         page.goto(served.url)
-        page.get_by_label("Most tokens").fill("900")
+        page.get_by_label("Max tokens").fill("900")
         with served.held() as steps:
             page.get_by_role("button", name="Start 8 stories").click()
             page.wait_for_function("() => document.querySelectorAll('#waiting .chip').length === 8")
@@ -340,7 +340,7 @@ def test_in_a_browser_eight_stories_fill_the_queues_and_can_be_stopped(page: Any
 def test_in_a_browser_a_key_is_asked_for_and_used(page: Any) -> None:
     with serving(Settings(api_key="secret"), num_blocks=64) as served:
         page.goto(served.url)
-        page.get_by_text("the server asks for an API key").wait_for()
+        page.get_by_text("the server requires an API key").wait_for()
         page.get_by_label("API key").fill("secret")
         page.get_by_text("0 of 64 blocks").wait_for()
         page.get_by_role("button", name="Start", exact=True).click()

@@ -1,4 +1,4 @@
-"""``paged-infer serve``. What it needs beyond the package is imported when it is called."""
+"""``paged-infer serve``. The libraries of the extra ``[serve]`` are imported only when it is called."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paged_infer.config import EngineConfig
 def serve(
     engine: EngineConfig,
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="PAGED_INFER_API_KEY",
-            help="Ask clients for this key. In the environment, other users do not see it.",
+            help="Key required from clients. Set it in the environment to hide it from other users.",
         ),
     ] = None,
     allowed_hosts: Annotated[
@@ -40,30 +40,26 @@ def serve(
         typer.Option(help="Origin whose pages may call the server (CORS), or *; may be repeated or be a JSON list."),
     ] = None,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name that clients call the model by; may be repeated.")
+        list[str] | None, typer.Option(help="Name that clients use for the model; may be repeated.")
     ] = None,
-    max_num_waiting: Annotated[
-        int, typer.Option(help="Most sequences that wait; one more request is answered 429.")
-    ] = 1024,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1 << 20,
-    max_n: Annotated[
-        int, typer.Option(help="Most samples or beams per prompt; a request for more is answered 400.", min=1)
-    ] = 128,
-    max_num_logprobs: Annotated[int, typer.Option(help="Most logprobs that one request could get; 200 bytes each.")] = 1
+    max_num_waiting: Annotated[int, typer.Option(help="Most waiting sequences; one more request is a 429.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request body; a larger one is a 413.")] = 1 << 20,
+    max_n: Annotated[int, typer.Option(help="Most samples or beams per prompt; more is a 400.", min=1)] = 128,
+    max_num_logprobs: Annotated[int, typer.Option(help="Most logprobs that one request could get; more is a 400.")] = 1
     << 22,
     receive_timeout: Annotated[
-        float, typer.Option(help="Seconds that a request may take to arrive: its head, and then its body.")
+        float, typer.Option(help="Seconds that a request's head, and then its body, may take to arrive.")
     ] = 30.0,
     step_timeout: Annotated[
-        float, typer.Option(help="Seconds that one step may take before the engine counts as hung; 0: no limit.")
+        float, typer.Option(help="Seconds that one step may take before the engine is abandoned; 0: no limit.")
     ] = 600.0,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
-        float, typer.Option(help="Seconds that requests have to finish after SIGTERM or Ctrl-C.", min=0)
+        float, typer.Option(help="Seconds that running requests may continue after SIGTERM or Ctrl-C.", min=0)
     ] = 30.0,
-    log_level: Annotated[str, typer.Option(help="uvicorn's: critical, error, warning, info, debug.")] = "info",
+    log_level: Annotated[str, typer.Option(help="uvicorn's log level: critical, error, warning, info or debug.")] = "info",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, and /generate, /health, /metrics."""
+    """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, /generate, /health and /metrics."""
     try:
         from paged_infer.server import hosts, run, service
     except ModuleNotFoundError as error:

@@ -71,23 +71,18 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def install(app: FastAPI) -> None:
     """Answer every exception in this form."""
+    for kind in (APIError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _respond)
 
-    @app.exception_handler(APIError)
-    async def own(_: Request, error: APIError) -> Response:
-        return error.response()
 
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        headers = None if error.headers is None else dict(error.headers)
-        return APIError(error.status_code, str(error.detail), headers=headers).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def validation(_: Request, error: RequestValidationError) -> Response:
-        return refusal(list(error.errors())).response()
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> Response:
-        return APIError(500, f"internal server error: {type(error).__name__}").response()
+async def _respond(_: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        error = refusal(list(error.errors()))
+    elif isinstance(error, HTTPException):
+        error = APIError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    elif not isinstance(error, APIError):
+        error = APIError(500, f"internal server error: {type(error).__name__}")
+    return error.response()
 
 
 def refusal(problems: list[dict[str, Any]]) -> APIError:

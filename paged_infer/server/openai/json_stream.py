@@ -80,13 +80,11 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
 class DeltaTracker:
     """The new part of one answer since the last call, for the chunks of a stream."""
 
-    __slots__ = ("_has_begun", "_num_characters", "_num_ids", "_num_tokens", "_offset", "_utf8", "was_sent")
-
     def __init__(self) -> None:
         self._num_characters = self._num_ids = self._num_tokens = self._offset = 0
         self._has_begun = False  # whether a token with text has been seen
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.was_sent = False  # whether a chunk has been sent
+        self.was_sent = self.has_ended = False  # whether its first and its last chunk have been sent
 
     def text(self, one: CompletionOutput) -> str:
         piece = one.text[self._num_characters :]
@@ -111,16 +109,17 @@ class DeltaTracker:
         tokenizer: Tokenizer | None,
         *,
         goes_on: bool,
+        by_id: bool,
     ) -> dict[str, Any]:
         """The ``logprobs`` of ``/v1/completions``. A token without a row, such as the prompt's first, gets null.
 
-        A token has the same name in ``tokens`` and in ``top_logprobs``, see ``token_names``. Its offset is the position
-        of its first character in the returned text. ``goes_on``: these tokens continue a prompt that is not returned.
+        A token has the same name in ``tokens`` and in ``top_logprobs``, see ``token_names``; ``by_id``: vLLM's form for
+        all. Its offset is the position of its first character in the returned text. ``goes_on``: these tokens continue
+        a prompt that is not returned.
         """
         self._has_begun |= goes_on
-        names = [
-            token_names([token_id, *(row or ())], tokenizer) for token_id, row in zip(token_ids, rows, strict=True)
-        ]
+        namer = None if by_id else tokenizer
+        names = [token_names([token_id, *(row or ())], namer) for token_id, row in zip(token_ids, rows, strict=True)]
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)
@@ -158,7 +157,7 @@ def chat_logprobs(
 
 
 def token_names(token_ids: ReadOnlyList[int], tokenizer: Tokenizer | None) -> dict[int, str]:
-    """A unique name for each token.
+    """A unique name for each token. Without a tokenizer, all names have vLLM's form.
 
     The name is the token's text; ``bytes:\\xe4\\xbd``, OpenAI's legacy form, for a part of a character; or
     ``token_id:7``, vLLM's form, for a token without text or with the same text as an earlier one.
@@ -197,16 +196,6 @@ def described_rows(rows: ReadOnlyList[TokenLogprobs | None]) -> list[dict[str, A
     return described
 
 
-def tokens_by_id(token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs | None]) -> dict[str, Any]:
-    """The fields of ``completion_logprobs`` that name tokens, for vLLM's ``return_tokens_as_token_ids``."""
-    named = [None if row is None else {_id_name(i): _finite(entry.logprob) for i, entry in row.items()} for row in rows]
-    return {"tokens": [_id_name(i) for i in token_ids], "top_logprobs": named}
-
-
 def named_by_id(rows: ReadOnlyList[TokenLogprobs]) -> list[TokenLogprobs]:
     """The rows for ``chat_logprobs``, with ``token_id:5`` as each token's text."""
-    return [{i: entry._replace(decoded_token=_id_name(i)) for i, entry in row.items()} for row in rows]
-
-
-def _id_name(token_id: int) -> str:
-    return f"token_id:{token_id}"
+    return [{i: entry._replace(decoded_token=f"token_id:{i}") for i, entry in row.items()} for row in rows]

@@ -49,9 +49,7 @@ class _ChatBuilder(ResponseBuilder):
         """The role in its own chunk, as OpenAI sends it: its JavaScript client reads a first chunk's logprobs twice."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def chunk(
-        self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, is_first: bool
-    ) -> dict[str, Any] | None:
+    def chunk(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any] | None:
         text, logprobs = tracker.text(one), self._logprobs(tracker, one)
         delta = {"content": text} if text else {}
         has_tokens = logprobs is not None and logprobs["content"]

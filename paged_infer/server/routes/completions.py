@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import documented
-from paged_infer.server.openai.json_stream import DeltaTracker, tokens_by_id
+from paged_infer.server.openai.json_stream import DeltaTracker, usage
 from paged_infer.server.openai.protocol import CompletionRequest
 from paged_infer.server.routes.responses import ResponseBuilder
 from paged_infer.server.service import service_of
@@ -54,33 +54,26 @@ class _CompletionBuilder(ResponseBuilder):
 
     kind = chunk_kind = "text_completion"
 
-    def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
-        return 0 if self.body.only_echoes else ResponseBuilder.num_output_tokens(self, outputs)
+    def usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        return usage(outputs, 0 if self.body.only_echoes else None)
 
     def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
         """With ``only_echoes``, the sampled token is discarded: it must not set the finish reason."""
         return ("length", None) if self.body.only_echoes else ResponseBuilder.ending(self, one)
 
-    def choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
-        return self._choice(tracker, output, one, is_first=True)
-
-    def chunk(
-        self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, is_first: bool
-    ) -> dict[str, Any] | None:
-        choice = self._choice(tracker, output, one, is_first=is_first)
+    def chunk(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any] | None:
+        choice = self.choice(tracker, output, one)
         has_tokens = choice["logprobs"] is not None and choice["logprobs"]["tokens"]
         return choice if choice["text"] or one.finish_reason or has_tokens else None
 
-    def _choice(
-        self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, *, is_first: bool
-    ) -> dict[str, Any]:
+    def choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         """The new part of one answer. With ``echo``, its first chunk begins with the prompt."""
         tokenizer = self.service.engine.tokenizer
         text, (token_ids, rows) = tracker.text(one), tracker.rows(one)
         all_rows: list[Any] = list(rows)
         if self.body.only_echoes:
             text, token_ids, all_rows = "", [], []
-        if self.body.echo and is_first:
+        if self.body.echo and not tracker.was_sent:
             text = self._prompt_text(output) + text
             if output.prompt_logprobs is not None:
                 token_ids = [*output.prompt_token_ids, *token_ids]
@@ -89,14 +82,12 @@ class _CompletionBuilder(ResponseBuilder):
         if self.body.logprobs is not None:
             has_text = tokenizer is not None and not all(map(tokenizer.is_silent, output.prompt_token_ids))
             goes_on = has_text and not self.body.echo
-            logprobs = tracker.completion_logprobs(token_ids, all_rows, tokenizer, goes_on=goes_on)
-            if self.body.return_tokens_as_token_ids:
-                logprobs |= tokens_by_id(token_ids, all_rows)
+            by_id = bool(self.body.return_tokens_as_token_ids)
+            logprobs = tracker.completion_logprobs(token_ids, all_rows, tokenizer, goes_on=goes_on, by_id=by_id)
         return {"text": text, "logprobs": logprobs}
 
     def about_choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         about = {} if tracker.was_sent else self.about_prompt(output)
-        tracker.was_sent = True
         about |= super().about_choice(tracker, output, one)
         if self.body.only_echoes and "token_ids" in about:
             about["token_ids"] = []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -33,14 +33,6 @@ from paged_infer.server.openai.protocol import StreamedFields
 from paged_infer.server.service import Service, new_id
 
 
-@dataclass(slots=True)
-class _Sent:
-    """What a stream has sent, by index of the answer."""
-
-    trackers: dict[int, DeltaTracker] = field(default_factory=dict)
-    ended: set[int] = field(default_factory=set)
-
-
 @dataclass
 class ResponseBuilder(ABC):
     """Builds the response to one request. Answers are numbered through all prompts, ``n`` for each."""
@@ -57,6 +49,7 @@ class ResponseBuilder(ABC):
         self.id, self.label = new_id(self.prefix)
         if self.body.request_id is not None:
             self.id = f"{self.prefix}-{self.body.request_id}"
+        self._trackers: defaultdict[int, DeltaTracker] = defaultdict(DeltaTracker)  # by index of the answer
         self._unsent: dict[str, Any] = {}  # additional top-level fields of the next object
         self.created = int(time.time())  # Unix time
 
@@ -73,9 +66,7 @@ class ResponseBuilder(ABC):
         """One whole answer."""
 
     @abstractmethod
-    def chunk(
-        self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput, is_first: bool
-    ) -> dict[str, Any] | None:
+    def chunk(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any] | None:
         """The new part of one answer, or None if there is none."""
 
     def about_prompt(self, output: RequestOutput) -> dict[str, Any]:
@@ -95,22 +86,18 @@ class ResponseBuilder(ABC):
         """The requested fields of a choice besides its text."""
         return {"token_ids": tracker.token_ids(one)} if self.body.return_token_ids else {}
 
-    def num_output_tokens(self, outputs: list[RequestOutput]) -> int:
-        return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    def usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        return usage(outputs)
 
     async def respond(
         self, request: Request, prompts: ReadOnlyList[Prompt], params: Params, prompt_field: str = "prompt"
     ) -> Response:
         """Queue the prompts and respond. If the client disconnects, the request is aborted."""
+        stream, salt = bool(self.body.stream), self.body.cache_salt
         streams = await self.service.open(
-            prompts,
-            params,
-            self.label,
-            stream=bool(self.body.stream),
-            cache_salt=self.body.cache_salt,
-            prompt_field=prompt_field,
+            prompts, params, self.label, stream=stream, cache_salt=salt, prompt_field=prompt_field
         )
-        if self.body.stream:
+        if stream:
             return EventStream(self.events(streams), streams)
         answer = await cancel_on_disconnect(request.receive, self.answer(streams))
         return Response(status_code=499) if answer is None else answer
@@ -119,20 +106,17 @@ class ResponseBuilder(ABC):
         """The whole response, once all outputs are final."""
         outputs = await self.service.final_outputs(streams)
         is_heavy = sum(map(weight, outputs)) > HEAVY
-        content = await self.service.run_in_thread(is_heavy, partial(self._whole, outputs, is_heavy))
+        content = await self.service.run_in_thread(is_heavy, partial(self._whole, outputs))
         return Response(content, media_type="application/json")
 
-    def _whole(self, outputs: list[RequestOutput], in_pieces: bool) -> str:
-        usage = self._usage(outputs)
+    def _whole(self, outputs: list[RequestOutput]) -> str:
         self._unsent = self.about_request(outputs[0])
         choices = (
             self._ended(self._whole_choice(output, one), one, place * len(output.outputs) + one.index)
             for place, output in enumerate(outputs)
             for one in output.outputs
         )
-        if in_pieces:
-            return "".join(encoded({**self._object(self.kind, choices), "usage": usage}))
-        return json.dumps({**self._object(self.kind, list(choices)), "usage": usage})
+        return "".join(encoded({**self._object(self.kind, choices), "usage": self.usage(outputs)}))
 
     def _whole_choice(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         tracker = DeltaTracker()
@@ -143,7 +127,6 @@ class ResponseBuilder(ABC):
         include_usage = self.body.wants("include_usage")
         is_continuous = include_usage and self.body.wants("continuous_usage_stats")
         no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        sent = _Sent()
         newest: dict[int, RequestOutput] = {}
         try:
             async for place, output in merged(streams):
@@ -152,56 +135,44 @@ class ResponseBuilder(ABC):
                     self._unsent = self.about_request(output)
                 newest[place] = self.service.checked(output)
                 if is_continuous:
-                    no_usage = {"usage": self._usage([output])}
+                    no_usage = {"usage": self.usage([output])}
                 is_heavy = weight(output) - known > HEAVY
-                make_events = partial(self._new_events, place, output, sent, no_usage, is_heavy)
+                make_events = partial(self._new_events, place, output, no_usage, is_heavy)
                 if events := await self.service.run_in_thread(is_heavy, make_events):
                     yield events
             if include_usage:
-                yield event({**self._object(self.chunk_kind, []), "usage": self._usage(list(newest.values()))})
+                yield event({**self._object(self.chunk_kind, []), "usage": self.usage(list(newest.values()))})
         except (APIError, EngineDeadError, ValueError) as error:  # a ValueError: rejected when it was queued
             api_error = self.service.to_api_error(error)
             assert isinstance(api_error, APIError)
             yield event(api_error.body())
         yield DONE
 
-    def _new_events(
-        self, place: int, output: RequestOutput, sent: _Sent, no_usage: dict[str, Any], in_pieces: bool
-    ) -> bytes:
+    def _new_events(self, place: int, output: RequestOutput, no_usage: dict[str, Any], in_pieces: bool) -> bytes:
         """Events with the new parts of one prompt's answers."""
         events, obfuscate = [], self.body.wants("include_obfuscation")
         for one in output.outputs:
             index = place * len(output.outputs) + one.index
-            if index in sent.ended:
+            tracker = self._trackers[index]
+            if tracker.has_ended:
                 continue
-            if index not in sent.trackers and (opening := self.opening()) is not None:
+            if not tracker.was_sent and (opening := self.opening()) is not None:
                 chunk = self._object(self.chunk_kind, [{"index": index, **opening, "finish_reason": None}])
                 events.append(event({**chunk, **no_usage}))
-            is_first = index not in sent.trackers
-            tracker = sent.trackers.setdefault(index, DeltaTracker())
-            choice = self.chunk(tracker, output, one, is_first)
+                tracker.was_sent = True
+            choice = self.chunk(tracker, output, one)
             if choice is not None:
                 choice |= self.about_choice(tracker, output, one)
+                tracker.was_sent = True
                 choices: Any = [self._ended(choice, one, index)]
                 chunk = self._object(self.chunk_kind, iter(choices) if in_pieces else choices)
                 events.append(event({**chunk, **no_usage}, in_pieces=in_pieces, obfuscate=obfuscate))
-            if one.finish_reason is not None:
-                sent.ended.add(index)
+            tracker.has_ended = one.finish_reason is not None
         return b"".join(events)
 
     def _object(self, kind: str, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        unsent, self._unsent = self._unsent, {}
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **unsent,
-        }
-
-    def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        return usage(outputs, self.num_output_tokens(outputs))
+        rest, self._unsent = self._unsent, {}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **rest}
 
     def _ended(self, choice: dict[str, Any], one: CompletionOutput, index: int) -> dict[str, Any]:
         finish_reason, stop_reason = self.ending(one)

@@ -69,13 +69,13 @@ def test_a_heavy_answer_is_made_in_another_thread_and_is_the_same(
     served, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     threads: list[str] = []
-    usual = _CompletionBuilder._choice
+    usual = _CompletionBuilder.choice
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
         return usual(self, *arguments, **options)
 
-    monkeypatch.setattr(_CompletionBuilder, "_choice", watched)
+    monkeypatch.setattr(_CompletionBuilder, "choice", watched)
     aside = told(served, stream)
     assert all(name.startswith("answers") for name in threads[:2])  # the first pieces of a stream: the prompt's
     monkeypatch.setattr(responses, "HEAVY", math.inf)

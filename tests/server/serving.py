@@ -123,8 +123,8 @@ LONG_BODY: dict[str, Any] = {
 }
 
 
-def told(response: Any, status: int) -> dict[str, Any]:
-    """The error that a response is."""
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    """The error in a response with this status."""
     assert response.status_code == status, (response.status_code, response.text)
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]

@@ -1,4 +1,4 @@
-"""More connections than there are file descriptors: those beyond are refused, and the log says so once."""
+"""More connections than there are file descriptors: those beyond are refused, and logged once."""
 
 from __future__ import annotations
 

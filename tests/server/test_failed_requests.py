@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 import pytest
-from serving import Served, serving, told
+from serving import Served, error_of, serving
 from test_jobs import poll
 from test_server_metrics import samples
 
@@ -54,7 +54,7 @@ def test_a_failed_request_is_a_500_with_its_message_and_one_line_in_the_log(
 ) -> None:
     # In place of uvicorn's, which does not propagate.
     monkeypatch.setattr("paged_infer.server.service.logger", logging.getLogger("of this test"))
-    check(told(failing.post("/v1/completions", **BAD, **more), 500))
+    check(error_of(failing.post("/v1/completions", **BAD, **more), 500))
     assert [record.message for record in caplog.records].count(MESSAGE) == 1
     assert failing.http.get("/health").status_code == 200
     assert failing.complete(**GOOD)["usage"]["completion_tokens"] == 40
@@ -62,7 +62,7 @@ def test_a_failed_request_is_a_500_with_its_message_and_one_line_in_the_log(
 
 def test_a_failed_chat_is_a_500_with_its_message(failing: Served) -> None:
     messages = [{"role": "user", "content": "Where is the key?"}]
-    check(told(failing.post("/v1/chat/completions", messages=messages, **FATE), 500))
+    check(error_of(failing.post("/v1/chat/completions", messages=messages, **FATE), 500))
 
 
 @pytest.mark.parametrize("usage", [False, True])
@@ -85,18 +85,18 @@ def test_a_job_that_fails_is_told_by_its_result(failing: Served) -> None:
 
 def test_the_neighbours_of_a_failed_request_say_what_they_say_alone(failing: Served) -> None:
     alone = failing.complete(**GOOD)["choices"][0]["text"]
-    said: list[str] = []
-    thread = threading.Thread(target=lambda: said.append(failing.complete(**GOOD)["choices"][0]["text"]))
+    received: list[str] = []
+    thread = threading.Thread(target=lambda: received.append(failing.complete(**GOOD)["choices"][0]["text"]))
     thread.start()
     for _ in range(5):
-        told(failing.post("/v1/completions", **BAD), 500)
+        error_of(failing.post("/v1/completions", **BAD), 500)
     thread.join(60)
-    assert said == [alone]
+    assert received == [alone]
 
 
 def test_failed_answers_are_counted_as_errors(failing: Served) -> None:
     assert samples(failing)["request_success_totalerror"] == 0
-    told(failing.post("/v1/completions", **BAD, n=2), 500)
+    error_of(failing.post("/v1/completions", **BAD, n=2), 500)
     assert samples(failing)["request_success_totalerror"] == 2
 
 
@@ -119,5 +119,5 @@ def test_tokens_that_have_no_text_are_an_error_of_their_own_request(asked, monke
             assert response.text.endswith("data: [DONE]\n\n")
         else:
             expected = (400, "the prompt could not") if "stop" in asked else (500, "tokens could not be decoded")
-            assert expected[1] in told(response, expected[0])["message"]
+            assert expected[1] in error_of(response, expected[0])["message"]
         assert served.http.get("/health").status_code == 200

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import PROMPT, Served, serving, told
+from serving import PROMPT, Served, error_of, serving
 from test_serve_cli import free_port
 from typer.testing import CliRunner
 
@@ -24,7 +24,7 @@ PAGE = "http://localhost:3000"
 def test_a_host_that_is_not_served_is_refused_whatever_it_asks_for(path: str) -> None:
     with serving(Settings(allowed_hosts=LOOPBACK), num_blocks=32) as served:
         for host in ("evil.example", "127.0.0.1.evil.example:80", f"localhost.evil:{served.port}", "[::2]"):
-            error = told(served.http.get(path, headers={"Host": host}), 400)
+            error = error_of(served.http.get(path, headers={"Host": host}), 400)
             assert error["code"] == "host_not_allowed" and "--allowed-hosts" in error["message"]
 
 
@@ -32,7 +32,7 @@ def test_the_names_of_this_machine_are_served_with_and_without_a_port() -> None:
     with serving(Settings(allowed_hosts=LOOPBACK), num_blocks=32) as served:
         for host in ("localhost", "127.0.0.1", "LOCALHOST:8000", "[::1]:9", "[::1]", "localhost."):
             assert served.http.get("/health", headers={"Host": host}).status_code == 200
-        told(served.http.post("/v1/completions", json=PROMPT, headers={"Host": "evil"}), 400)
+        error_of(served.http.post("/v1/completions", json=PROMPT, headers={"Host": "evil"}), 400)
 
 
 def test_an_application_by_itself_serves_every_host(served: Served) -> None:
@@ -83,8 +83,8 @@ def test_the_command_serves_the_hosts_and_origins_that_it_is_given(
     monkeypatch.setattr(run, "serve", lambda *arguments, **options: served.append(arguments) or True)
     result = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *options])
     assert result.exit_code == 0, result.output
-    ((_, settings, door),) = served
-    door.close()
+    ((_, settings, listener),) = served
+    listener.close()
     assert settings.allowed_hosts == (hosts or LOOPBACK)
     assert settings.allowed_origins == origins
 
@@ -131,7 +131,7 @@ def test_pages_of_allowed_origins_may_call_the_server_and_others_may_not() -> No
         answer = served.http.post("/v1/completions", json=PROMPT, headers={"Origin": PAGE, **key})
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == PAGE
         refused = served.http.post("/v1/completions", json=PROMPT, headers={"Origin": PAGE})
-        assert told(refused, 401) and refused.headers["access-control-allow-origin"] == PAGE
+        assert error_of(refused, 401) and refused.headers["access-control-allow-origin"] == PAGE
         other = served.http.get("/v1/models", headers={"Origin": "http://evil.example", **key})
         assert "access-control-allow-origin" not in other.headers
 

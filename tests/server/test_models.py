@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import serving, told
+from serving import error_of, serving
 
 from paged_infer import LLM
 from paged_infer.server.service import Settings
@@ -29,7 +29,7 @@ def test_a_hub_model_is_served_under_the_id_that_was_typed(
         answer = served.complete(model="owner/name", prompt="a", max_tokens=1)
         assert answer["model"] == "owner/name"
         assert served.http.get("/v1/models/owner/name").json()["id"] == "owner/name"
-        told(served.post("/v1/completions", model=snapshot.name, prompt="a"), 404)
+        error_of(served.post("/v1/completions", model=snapshot.name, prompt="a"), 404)
 
 
 @pytest.mark.parametrize("typed", [".", "./", "../{name}", "{folder}", "{folder}/"])

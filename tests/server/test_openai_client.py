@@ -1,4 +1,4 @@
-"""OpenAI's own Python client speaks with the server and hears what the offline engine says."""
+"""OpenAI's own Python client gets the offline engine's answers from the server."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def offline(llm, prompt, **params):
 
 
 def test_a_completion_is_what_the_offline_engine_says(served, storyteller) -> None:
-    said = offline(storyteller, PROMPT, temperature=0, max_tokens=20)
+    reference = offline(storyteller, PROMPT, temperature=0, max_tokens=20)
     answer = served.openai().completions.create(model="storyteller", prompt=PROMPT, temperature=0, max_tokens=20)
-    assert answer.choices[0].text == said.outputs[0].text
-    assert answer.choices[0].finish_reason == said.outputs[0].finish_reason == "length"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(said.prompt_token_ids), 20)
+    assert answer.choices[0].text == reference.outputs[0].text
+    assert answer.choices[0].finish_reason == reference.outputs[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(reference.prompt_token_ids), 20)
     assert answer.object == "text_completion" and answer.model == "storyteller"
 
 
@@ -57,13 +57,13 @@ def test_a_stream_ends_with_its_usage_when_asked_to(served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_prompts_with_several_samples_are_numbered_through(served, storyteller, stream: bool) -> None:
     prompts, params = [PROMPT, "Mia"], {"n": 3, "seed": 5, "max_tokens": 9, "temperature": 1.0}
-    said = [one.text for p in prompts for one in offline(storyteller, p, **params).outputs]
+    reference = [one.text for p in prompts for one in offline(storyteller, p, **params).outputs]
     answer = served.openai().completions.create(model="storyteller", prompt=prompts, stream=stream, **params)
     texts = [""] * 6
     for piece in answer if stream else [answer]:
         for choice in piece.choices:
             texts[choice.index] += choice.text
-    assert texts == said and len(set(said)) > 2
+    assert texts == reference and len(set(reference)) > 2
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -72,38 +72,38 @@ def test_token_ids_are_prompts_too(served, storyteller, several: bool) -> None:
     answer = served.openai().completions.create(
         model="storyteller", prompt=[ids, ids] if several else ids, temperature=0, max_tokens=8
     )
-    said = offline(storyteller, ids, temperature=0, max_tokens=8).outputs[0].text
-    assert [choice.text for choice in answer.choices] == [said] * (2 if several else 1)
+    reference = offline(storyteller, ids, temperature=0, max_tokens=8).outputs[0].text
+    assert [choice.text for choice in answer.choices] == [reference] * (2 if several else 1)
 
 
 def test_a_stop_string_ends_the_text_before_it(served, storyteller) -> None:
     stop = offline(storyteller, PROMPT, temperature=0, max_tokens=20).outputs[0].text[10:14]
-    said = offline(storyteller, PROMPT, temperature=0, max_tokens=20, stop=stop).outputs[0]
+    reference = offline(storyteller, PROMPT, temperature=0, max_tokens=20, stop=stop).outputs[0]
     body = {"model": "storyteller", "prompt": PROMPT, "temperature": 0, "max_tokens": 20, "stop": [stop]}
     whole = served.openai().completions.create(**body).choices[0]
-    assert (whole.text, whole.finish_reason) == (said.text, "stop")
+    assert (whole.text, whole.finish_reason) == (reference.text, "stop")
     pieces = [p.choices[0] for p in served.openai().completions.create(**body, stream=True)]
-    assert "".join(p.text for p in pieces) == said.text and pieces[-1].finish_reason == "stop"
+    assert "".join(p.text for p in pieces) == reference.text and pieces[-1].finish_reason == "stop"
 
 
 def test_a_seed_is_the_requests_own(served, storyteller) -> None:
-    said = offline(storyteller, PROMPT, seed=11, max_tokens=16).outputs[0].text
+    reference = offline(storyteller, PROMPT, seed=11, max_tokens=16).outputs[0].text
     answers = [
         served.openai().completions.create(model="storyteller", prompt=PROMPT, seed=seed, max_tokens=16)
         for seed in (11, 11, 12)
     ]
     texts = [answer.choices[0].text for answer in answers]
-    assert texts[0] == texts[1] == said != texts[2]
+    assert texts[0] == texts[1] == reference != texts[2]
 
 
 def test_echo_with_logprobs_tells_how_probable_the_prompt_is(served, storyteller) -> None:
     params = {"temperature": 0, "max_tokens": 2}
-    said = offline(storyteller, PROMPT, **params, logprobs=1, prompt_logprobs=1)
+    reference = offline(storyteller, PROMPT, **params, logprobs=1, prompt_logprobs=1)
     answer = served.openai().completions.create(model="storyteller", prompt=PROMPT, echo=True, logprobs=1, **params)
     choice = answer.choices[0]
-    assert choice.text == PROMPT + said.outputs[0].text == "".join(choice.logprobs.tokens)
-    rows = [*said.prompt_logprobs, *said.outputs[0].logprobs]
-    ids = [*said.prompt_token_ids, *said.outputs[0].token_ids]
+    assert choice.text == PROMPT + reference.outputs[0].text == "".join(choice.logprobs.tokens)
+    rows = [*reference.prompt_logprobs, *reference.outputs[0].logprobs]
+    ids = [*reference.prompt_token_ids, *reference.outputs[0].token_ids]
     expected = [None if row is None else pytest.approx(row[i].logprob) for i, row in zip(ids, rows, strict=True)]
     assert choice.logprobs.token_logprobs == expected and expected[0] is None
     starts = choice.logprobs.text_offset
@@ -130,14 +130,14 @@ def test_streamed_logprobs_join_to_those_of_the_whole(served) -> None:
 
 def test_a_conversation_is_answered_as_offline(served, storyteller) -> None:
     params = SamplingParams(temperature=0, max_tokens=40, stop="\nQ:")
-    said = storyteller.chat(STORY, params, use_tqdm=False)[0].outputs[0].text
+    reference = storyteller.chat(STORY, params, use_tqdm=False)[0].outputs[0].text
     client = served.openai()
     body = {"model": "storyteller", "messages": STORY, "temperature": 0, "stop": "\nQ:"}
     whole = client.chat.completions.create(**body, max_completion_tokens=40)
-    assert (whole.choices[0].message.role, whole.choices[0].message.content) == ("assistant", said)
+    assert (whole.choices[0].message.role, whole.choices[0].message.content) == ("assistant", reference)
     pieces = [p.choices[0] for p in client.chat.completions.create(**body, max_tokens=40, stream=True)]
     assert pieces[0].delta.role == "assistant" and pieces[-1].finish_reason == whole.choices[0].finish_reason
-    assert "".join(p.delta.content or "" for p in pieces) == said
+    assert "".join(p.delta.content or "" for p in pieces) == reference
 
 
 def test_an_answer_can_be_sent_back_as_it_came(served) -> None:
@@ -146,8 +146,8 @@ def test_an_answer_can_be_sent_back_as_it_came(served) -> None:
     answer = chat.create(messages=STORY, **body).choices[0].message
     more = {"role": "user", "content": "And then?"}
     by_hand = {"role": "assistant", "content": answer.content}
-    said = [chat.create(messages=[*STORY, one, more], **body).choices for one in (answer, by_hand)]
-    assert said[0] == said[1]
+    replies = [chat.create(messages=[*STORY, one, more], **body).choices for one in (answer, by_hand)]
+    assert replies[0] == replies[1]
 
 
 def test_content_may_come_in_parts(served) -> None:
@@ -188,21 +188,21 @@ def test_max_tokens_is_clamped_to_the_context(served) -> None:
 def test_vllms_fields_work(served, storyteller) -> None:
     extra = {"top_k": 7, "min_p": 0.05, "repetition_penalty": 1.3, "min_tokens": 3, "ignore_eos": True}
     params = {"seed": 3, "max_tokens": 24, "temperature": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
-    said = offline(storyteller, PROMPT, **params, **extra).outputs[0].text
+    reference = offline(storyteller, PROMPT, **params, **extra).outputs[0].text
     client = served.openai().completions
     answer = client.create(model="storyteller", prompt=PROMPT, **params, extra_body=extra)
-    assert answer.choices[0].text == said
+    assert answer.choices[0].text == reference
     plain = client.create(model="storyteller", prompt=PROMPT, **params)
-    assert plain.choices[0].text != said
+    assert plain.choices[0].text != reference
 
 
 def test_stop_token_ids_logit_bias_and_truncation_work(served, storyteller) -> None:
     ids = storyteller.tokenizer.encode(PROMPT)
     params = {"logit_bias": {ids[0]: 100}, "stop_token_ids": [ids[0]], "truncate_prompt_tokens": 2}
     answer = served.complete(prompt=PROMPT, **{**params, "logit_bias": {str(ids[0]): 100}})
-    said = offline(storyteller, PROMPT, **params).outputs[0]
+    reference = offline(storyteller, PROMPT, **params).outputs[0]
     assert answer["choices"][0]["finish_reason"] == "stop" and answer["choices"][0]["stop_reason"] == ids[0]
-    assert answer["choices"][0]["text"] == said.text and answer["usage"]["prompt_tokens"] == 2
+    assert answer["choices"][0]["text"] == reference.text and answer["usage"]["prompt_tokens"] == 2
 
 
 def test_a_cache_salt_keeps_beginnings_apart(served) -> None:
@@ -216,10 +216,10 @@ def test_a_cache_salt_keeps_beginnings_apart(served) -> None:
 
 def test_a_beam_search_returns_its_beams_best_first(served, storyteller) -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=8)
-    said = storyteller.beam_search(PROMPT, params, use_tqdm=False)[0].outputs
+    reference = storyteller.beam_search(PROMPT, params, use_tqdm=False)[0].outputs
     choices = served.complete(prompt=PROMPT, n=3, max_tokens=8, use_beam_search=True)["choices"]
-    assert [choice["text"] for choice in choices] == [one.text for one in said]
-    assert [choice["score"] for choice in choices] == pytest.approx([one.score for one in said])
+    assert [choice["text"] for choice in choices] == [one.text for one in reference]
+    assert [choice["score"] for choice in choices] == pytest.approx([one.score for one in reference])
 
 
 def test_the_models_are_listed(served) -> None:

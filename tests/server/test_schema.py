@@ -1,4 +1,4 @@
-"""The server does what its OpenAPI document says, under whatever schemathesis sends."""
+"""The server keeps to its OpenAPI document, whatever schemathesis sends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_document_is_kept(served: Served, schema, method: str, path: str) ->
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     def holds(case: Any) -> None:
-        # A schema cannot say what a vocabulary or a context holds: such a 400 is right, and not a broken promise.
+        # A schema cannot express the vocabulary or the context length: such a 400 does not break it.
         case.call_and_validate(base_url=served.url, timeout=LIMIT_S, excluded_checks=[positive_data_acceptance])
 
     holds()

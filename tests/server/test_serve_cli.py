@@ -101,7 +101,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mo
 
 def test_connections_send_small_pieces_at_once() -> None:
     """Else the first event of a stream waits 40 ms, for the client to acknowledge the headers."""
-    with listen("127.0.0.1", 0) as door, socket.create_connection(door.getsockname()):
-        connection, _ = door.accept()
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -1,4 +1,4 @@
-"""Bad input gets one clear error with OpenAI's body, by the right status, and costs nobody else anything."""
+"""Bad input gets one clear error with OpenAI's body, by the right status, and does not affect other requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from holding import LIMIT_S
 from pydantic import ValidationError
-from serving import CHAT, PROMPT, serving, told
+from serving import CHAT, PROMPT, error_of, serving
 
 from paged_infer.server.openai.errors import refusal
 from paged_infer.server.openai.fields import REFUSED
@@ -63,14 +63,14 @@ from paged_infer.server.service import Settings
 def test_a_value_out_of_its_range_is_a_400_that_names_it(served, field: str, value: Any) -> None:
     body = json.dumps({**PROMPT, field: value})  # httpx would not send an infinity
     response = served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-    error = told(response, 400)
+    error = error_of(response, 400)
     assert error["param"] in (field, None) and (error["param"] or field in error["message"]), error
     assert error["type"] == "invalid_request_error"
 
 
 def test_end_tokens_that_leave_nothing_to_draw_are_a_400_and_cost_nobody_else_anything(served) -> None:
     ends = list(range(served.on_engine(lambda engine: engine.decoder.config.vocab_size)))
-    error = told(served.post("/v1/completions", **PROMPT, stop_token_ids=ends, min_tokens=1), 400)
+    error = error_of(served.post("/v1/completions", **PROMPT, stop_token_ids=ends, min_tokens=1), 400)
     assert error["param"] == "min_tokens" and "stop_token_ids" in error["message"]
     assert served.complete(**PROMPT, stop_token_ids=ends)["choices"][0]["finish_reason"] == "stop"
 
@@ -95,7 +95,7 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(served, name: 
         if name in model.model_fields:
             continue
         refused = model.refused_by_name[name]
-        error = told(served.post(path, **body, **{name: {"an": "object"}}), 400)
+        error = error_of(served.post(path, **body, **{name: {"an": "object"}}), 400)
         assert error["param"] == name and error["message"] == f"{name} is not supported: {refused.why}"
         for harmless in (None, *refused.harmless):
             assert served.post(path, **body, **{name: harmless}).status_code in (200, 202)
@@ -104,7 +104,7 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(served, name: 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
 def test_an_unknown_field_is_refused_by_name(served, path: str) -> None:
     body = CHAT if "chat" in path else PROMPT
-    error = told(served.post(path, **body, temprature=0.5), 400)
+    error = error_of(served.post(path, **body, temprature=0.5), 400)
     assert (error["param"], error["code"]) == ("temprature", "unknown_field")
 
 
@@ -117,7 +117,7 @@ def test_an_unknown_field_is_refused_by_name(served, path: str) -> None:
     ],
 )
 def test_an_unknown_field_is_named_with_what_it_is_in(served, field: str, value: Any, place: str) -> None:
-    error = told(served.post("/v1/chat/completions", **{**CHAT, "stream": True, field: value}), 400)
+    error = error_of(served.post("/v1/chat/completions", **{**CHAT, "stream": True, field: value}), 400)
     assert (error["param"], error["message"]) == (field, f"unknown field: {place}")
 
 
@@ -133,13 +133,13 @@ def test_an_unknown_field_is_named_with_what_it_is_in(served, field: str, value:
 )
 def test_what_a_message_may_not_hold_is_refused_with_the_reason(served, more: Any, reason: str) -> None:
     message = {"role": "tool", "content": "x", **more}
-    error = told(served.post("/v1/chat/completions", messages=[message]), 400)
+    error = error_of(served.post("/v1/chat/completions", messages=[message]), 400)
     assert (error["param"], error["message"]) == ("messages", reason)
 
 
 @pytest.mark.parametrize(("field", "value"), [("stop_token_ids", [1, 10**6]), ("logit_bias", {str(10**6): 1})])
 def test_a_token_that_is_not_there_is_named_with_its_field(served, field: str, value: Any) -> None:
-    error = told(served.post("/v1/completions", **PROMPT, **{field: value}), 400)
+    error = error_of(served.post("/v1/completions", **PROMPT, **{field: value}), 400)
     assert error["param"] == field and error["message"].startswith(f"{field}: token id 1000000 is outside")
 
 
@@ -149,8 +149,8 @@ def test_fields_about_accounts_are_accepted(served) -> None:
 
 
 def test_a_field_of_the_other_route_is_unknown_here(served) -> None:
-    assert told(served.post("/v1/chat/completions", **CHAT, echo=True), 400)["param"] == "echo"
-    assert told(served.post("/v1/completions", **PROMPT, messages=[]), 400)["param"] == "messages"
+    assert error_of(served.post("/v1/chat/completions", **CHAT, echo=True), 400)["param"] == "echo"
+    assert error_of(served.post("/v1/completions", **PROMPT, messages=[]), 400)["param"] == "messages"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_field_of_the_other_route_is_unknown_here(served) -> None:
     ],
 )
 def test_a_wrong_type_is_a_422_that_names_the_field(served, path: str, body: Any, param: str | None) -> None:
-    assert told(served.http.post(path, json=body), 422)["param"] == param
+    assert error_of(served.http.post(path, json=body), 422)["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_is_no_whole_number_is_no_integer(served, value: Any) -> None:
     for body in ({**PROMPT, "n": value}, {**PROMPT, "prompt": [5, value]}, {**PROMPT, "stop_token_ids": [value]}):
         headers = {"Content-Type": "application/json"}
         response = served.http.post("/v1/completions", content=json.dumps(body), headers=headers)
-        told(response, 422)
+        error_of(response, 422)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_what_is_no_whole_number_is_no_integer(served, value: Any) -> None:
 )
 def test_malformed_bodies_are_answered_as_such(served, content: bytes) -> None:
     response = served.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
-    told(response, response.status_code)
+    error_of(response, response.status_code)
     assert response.status_code in (400, 422)
 
 
@@ -246,7 +246,7 @@ MANY = 100_000  # in a body below the limit of 1 MiB
     ],
 )
 def test_a_hundred_thousand_mistakes_are_told_of_as_quickly_as_one(path: str, body: Any) -> None:
-    """To tell of each took seconds, in which the event loop served nobody."""
+    """Reporting each took seconds and blocked the event loop."""
     model = {"/generate": GenerateRequest, "/v1/completions": CompletionRequest}.get(path, ChatCompletionRequest)
     with pytest.raises(ValidationError) as refused:
         model.model_validate(body)
@@ -259,19 +259,19 @@ def test_a_hundred_thousand_mistakes_are_told_of_as_quickly_as_one(path: str, bo
 def test_among_many_fields_that_change_nothing_an_unknown_one_is_found(served, order: int) -> None:
     fields = {**dict.fromkeys(REFUSED), **dict.fromkeys(GenerateRequest.model_fields), "temprature": 0.5}
     body = {name: fields[name] for name in list(fields)[::order]}
-    assert told(served.post("/generate", **{**body, "prompt": "x"}), 400)["param"] == "temprature"
+    assert error_of(served.post("/generate", **{**body, "prompt": "x"}), 400)["param"] == "temprature"
 
 
 def test_a_conversation_that_makes_no_sense_is_a_400(served) -> None:
-    assert told(served.post("/v1/chat/completions", messages=[]), 400)["param"] == "messages"
-    error = told(served.post("/v1/chat/completions", **CHAT, max_completion_tokens=3), 400)
+    assert error_of(served.post("/v1/chat/completions", messages=[]), 400)["param"] == "messages"
+    error = error_of(served.post("/v1/chat/completions", **CHAT, max_completion_tokens=3), 400)
     assert error["param"] == "max_completion_tokens"
-    assert told(served.post("/v1/chat/completions", **CHAT, top_logprobs=2), 400)["param"] == "top_logprobs"
+    assert error_of(served.post("/v1/chat/completions", **CHAT, top_logprobs=2), 400)["param"] == "top_logprobs"
     none = {"messages": CHAT["messages"], "max_completion_tokens": 0}
-    error = told(served.post("/v1/chat/completions", **none), 400)
+    error = error_of(served.post("/v1/chat/completions", **none), 400)
     assert error["param"] == "max_completion_tokens" and error["message"].startswith("max_completion_tokens=0")
     long = [{"role": "user", "content": "The river was wide. " * 100}]
-    error = told(served.post("/v1/chat/completions", messages=long), 400)
+    error = error_of(served.post("/v1/chat/completions", messages=long), 400)
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
@@ -279,7 +279,7 @@ def test_a_conversation_that_makes_no_sense_is_a_400(served) -> None:
     ("field", "value"), [("temperature", 0.5), ("logprobs", 1), ("stop", "x"), ("logit_bias", {"3": 1})]
 )
 def test_a_beam_search_refuses_what_it_does_not_know(served, field: str, value: Any) -> None:
-    error = told(served.post("/v1/completions", **PROMPT, use_beam_search=True, **{field: value}), 400)
+    error = error_of(served.post("/v1/completions", **PROMPT, use_beam_search=True, **{field: value}), 400)
     assert error["param"] == field
 
 
@@ -300,7 +300,7 @@ def test_any_text_is_a_prompt(served, storyteller, text: str, stream: bool) -> N
 )
 def test_half_a_surrogate_pair_is_no_text(served, path: str, content: bytes, param: str) -> None:
     response = served.http.post(path, content=content, headers={"Content-Type": "application/json"})
-    assert told(response, 400)["param"] == param
+    assert error_of(response, 400)["param"] == param
 
 
 def test_any_string_is_a_salt(served) -> None:
@@ -314,7 +314,7 @@ def test_a_body_that_is_not_announced_as_json_is_told_how(served, content_type: 
     """As curl sends it without an -H."""
     headers = {} if content_type is None else {"Content-Type": content_type}
     response = served.http.post("/v1/completions", content=json.dumps(PROMPT), headers=headers)
-    assert "Content-Type: application/json" in told(response, 422)["message"]
+    assert "Content-Type: application/json" in error_of(response, 422)["message"]
 
 
 @pytest.mark.parametrize(
@@ -328,22 +328,22 @@ def test_a_body_that_is_not_announced_as_json_is_told_how(served, content_type: 
     ],
 )
 def test_what_a_message_may_not_hold_is_refused_by_name(served, message: Any, named: str) -> None:
-    error = told(served.post("/v1/chat/completions", messages=[message]), 400)
+    error = error_of(served.post("/v1/chat/completions", messages=[message]), 400)
     assert named in error["message"] and "not supported" in error["message"] and error["param"] == "messages"
 
 
 def test_a_path_or_method_that_is_not_there_has_the_same_body(served) -> None:
-    told(served.http.get("/v2/completions"), 404)
-    told(served.http.get("/v1/completions"), 405)
+    error_of(served.http.get("/v2/completions"), 404)
+    error_of(served.http.get("/v1/completions"), 405)
 
 
 def test_a_key_is_asked_for_where_one_is_set() -> None:
     with serving(Settings(api_key="open sesame"), num_blocks=32) as locked:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic open sesame"}):
             response = locked.http.post("/v1/completions", json=PROMPT, headers=headers)
-            assert told(response, 401)["code"] == "invalid_api_key"
-            told(locked.http.get("/v1/models", headers=headers), 401)
-            told(locked.http.get("/result/x", headers=headers), 401)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+            error_of(locked.http.get("/v1/models", headers=headers), 401)
+            error_of(locked.http.get("/result/x", headers=headers), 401)
         assert locked.http.get("/health").status_code == locked.http.get("/metrics").status_code == 200
         assert locked.openai().completions.create(model="storyteller", prompt="x", max_tokens=1).choices
 
@@ -354,7 +354,7 @@ def test_the_model_answers_to_the_names_that_it_was_given() -> None:
         assert named.openai().models.retrieve("org/tales").id == "org/tales"
         assert named.complete(**PROMPT)["model"] == "tales"
         assert named.complete(**PROMPT, model="org/tales")["model"] == "org/tales"
-        told(named.post("/v1/completions", **PROMPT, model="storyteller"), 404)
+        error_of(named.post("/v1/completions", **PROMPT, model="storyteller"), 404)
 
 
 def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
@@ -383,9 +383,9 @@ def test_a_failed_engine_is_not_healthy() -> None:
         broken.server.on_tick = lambda counter: _never()  # type: ignore[method-assign]
         broken.engine._llm.engine.runner.launch = None  # type: ignore[assignment]
         assert broken.http.get("/health").status_code == 200
-        assert told(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
-        assert told(broken.http.get("/health"), 503)["code"] == "engine_dead"
-        assert told(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
+        assert error_of(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
+        assert error_of(broken.http.get("/health"), 503)["code"] == "engine_dead"
+        assert error_of(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
         del broken.server.on_tick
 
 

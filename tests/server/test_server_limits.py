@@ -1,4 +1,4 @@
-"""Bodies, heads, queues and logprobs have limits: who goes beyond one is told which, and costs nobody anything."""
+"""Limits of bodies, heads, queues and logprobs: the error names the limit, and other requests are not affected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 from holding import LIMIT_S, until
-from serving import CHAT, PROMPT, serving, told
+from serving import CHAT, PROMPT, error_of, serving
 
 from paged_infer.async_llm import QueueFullError
 from paged_infer.server.service import Settings
@@ -18,9 +18,9 @@ from paged_infer.server.service import Settings
 def test_bodies_over_the_limit_are_a_413_however_they_come() -> None:
     with serving(Settings(max_body_bytes=1000), num_blocks=32) as small:
         assert small.complete(prompt="x" * 20, max_tokens=1)
-        told(small.post("/v1/completions", prompt="x" * 1000), 413)
+        error_of(small.post("/v1/completions", prompt="x" * 1000), 413)
         pieces = (b" " * 100 for _ in range(20))  # chunked: no Content-Length
-        told(small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}), 413)
+        error_of(small.http.post("/v1/completions", content=pieces, headers={"Content-Type": "application/json"}), 413)
         with socket.create_connection(("127.0.0.1", small.port), LIMIT_S) as raw:  # a promise alone is enough
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
             assert raw.recv(100).startswith(b"HTTP/1.1 413")
@@ -92,12 +92,12 @@ def test_who_says_nothing_is_hung_up_on() -> None:
 
 
 def read_until(connection: socket.socket, end: bytes) -> bytes:
-    said = b""
-    while end not in said:
+    received = b""
+    while end not in received:
         piece = connection.recv(1000)
-        assert piece, said
-        said += piece
-    return said
+        assert piece, received
+        received += piece
+    return received
 
 
 def can_be_read(connection: socket.socket) -> bool:
@@ -110,29 +110,29 @@ def test_logprobs_that_would_fill_the_memory_are_refused() -> None:
         assert served.complete(prompt=[[5] * 10] * 2, n=5, **least, echo=True)  # 2 x 5 x 20 tokens: 1,000
         for more in ({"n": 6}, {"logprobs": 5}, {"max_tokens": 11}, {"prompt": [[5] * 10] * 3}):
             body = {"prompt": [[5] * 10] * 2, "n": 5, **least, "echo": True, **more}
-            error = told(served.post("/v1/completions", **body), 400)
+            error = error_of(served.post("/v1/completions", **body), 400)
             assert error["param"] == "logprobs" and "max_num_logprobs=1000" in error["message"]
         chat = {**CHAT, "logprobs": True, "top_logprobs": 9}
         assert served.post("/v1/chat/completions", **chat).status_code == 200
         endless = {key: value for key, value in chat.items() if key != "max_tokens"}  # to the end of the context
-        told(served.post("/v1/chat/completions", **endless), 400)
+        error_of(served.post("/v1/chat/completions", **endless), 400)
 
 
 def test_more_samples_or_beams_than_max_n_are_refused() -> None:
     with serving(Settings(max_n=3), num_blocks=64, max_num_seqs=2) as served:
         assert len(served.complete(**PROMPT, n=3)["choices"]) == 3  # more than run at once
         for more in ({}, {"use_beam_search": True}):
-            error = told(served.post("/v1/completions", **PROMPT, n=4, **more), 400)
+            error = error_of(served.post("/v1/completions", **PROMPT, n=4, **more), 400)
             assert error["param"] == "n" and error["message"] == "n=4: must be at most max_n=3"
-        assert told(served.post("/v1/chat/completions", **CHAT, n=4), 400)["param"] == "n"
-        assert told(served.post("/generate", **PROMPT, n=4), 400)["param"] == "n"
+        assert error_of(served.post("/v1/chat/completions", **CHAT, n=4), 400)["param"] == "n"
+        assert error_of(served.post("/generate", **PROMPT, n=4), 400)["param"] == "n"
 
 
 def test_more_or_longer_stop_strings_than_the_limit_are_refused() -> None:
     with serving(num_blocks=64) as served:
         assert served.complete(**PROMPT, stop=["x" * 256] * 16)
         for stop, found in ((["x"] * 17, "17 strings"), ("x" * 257, "of 257 characters")):
-            error = told(served.post("/v1/completions", **PROMPT, stop=stop), 400)
+            error = error_of(served.post("/v1/completions", **PROMPT, stop=stop), 400)
             assert error["param"] == "stop" and found in error["message"]
             assert "at most 16 strings of at most 256 characters" in error["message"]
 
@@ -159,11 +159,11 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
             waiting = busy.begin(**PROMPT)  # and fills the queue
             busy.until_queued(running=1, waiting=1)
             response = busy.post("/v1/completions", **PROMPT)
-            assert told(response, 429)["type"] == "rate_limit_error"
+            assert error_of(response, 429)["type"] == "rate_limit_error"
             assert int(response.headers["retry-after"]) >= 1
         assert [one.result(LIMIT_S).status_code for one in (running, waiting)] == [200, 200]
         assert busy.complete(**PROMPT)
-        assert told(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
+        assert error_of(busy.post("/v1/completions", prompt=["a", "b"]), 400)["param"] == "prompt"
 
 
 def test_too_much_text_to_tokenize_is_a_429_and_what_cannot_fit_a_400() -> None:
@@ -181,7 +181,7 @@ def test_too_much_text_to_tokenize_is_a_429_and_what_cannot_fit_a_400() -> None:
                 ("/generate", {"prompt": text}),
             ):
                 response = served.post(path, **prompt, max_tokens=2)
-                error = told(response, status)
+                error = error_of(response, status)
                 if status == 429:
                     assert error["type"] == "rate_limit_error" and "retry-after" in response.headers
                 else:
@@ -191,6 +191,6 @@ def test_too_much_text_to_tokenize_is_a_429_and_what_cannot_fit_a_400() -> None:
 def test_what_is_too_much_for_an_empty_queue_is_no_429() -> None:
     """It would be asked for again and again, in vain."""
     with serving(max_num_seqs=8, max_num_waiting=8, num_blocks=64) as served:
-        error = told(served.post("/v1/completions", **PROMPT | {"prompt": ["a", "b", "c"]}, n=4), 400)
+        error = error_of(served.post("/v1/completions", **PROMPT | {"prompt": ["a", "b", "c"]}, n=4), 400)
         assert error["param"] == "prompt" and "max_num_waiting=8" in error["message"]
         assert served.complete(**PROMPT | {"prompt": ["a", "b"]}, n=7)

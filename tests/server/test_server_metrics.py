@@ -50,7 +50,7 @@ def test_the_numbers_add_up_to_what_was_asked() -> None:
                 "time_to_first_token",
             )
         )
-        assert queue + prefill <= first < whole  # a token is told a moment after it is drawn
+        assert queue + prefill <= first < whole  # a token arrives a moment after it is sampled
         assert prefill + decode == pytest.approx(both) and queue + both == pytest.approx(whole)
         assert min(queue, prefill, decode) > 0 and now["request_queue_time_seconds_count"] == 3
         assert now["request_max_num_generation_tokens_sum"] == 5 + 9 + ended["usage"]["completion_tokens"]

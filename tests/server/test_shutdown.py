@@ -1,4 +1,4 @@
-"""The end of a server: what runs may finish, within a limit; nobody is left waiting; the process goes cleanly."""
+"""Shutdown: running requests may finish, within a limit; every request is answered; the process exits cleanly."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_what_runs_may_finish_while_newcomers_are_sent_away() -> None:
         refused = served.post("/v1/completions", prompt="x")
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "service_unavailable"
         assert served.http.get("/health").status_code == 503
-    said = answer.result(LIMIT_S)
-    assert said.status_code == 200 and said.json()["usage"]["completion_tokens"] == 150
+    received = answer.result(LIMIT_S)
+    assert received.status_code == 200 and received.json()["usage"]["completion_tokens"] == 150
     served.stop()
 
 
@@ -49,12 +49,12 @@ def test_what_takes_too_long_is_ended_and_told_so(stream: bool) -> None:
         served.until_queued(waiting=1)
         steps.run(1)
         served.stop()
-    said = answer.result(LIMIT_S)
+    received = answer.result(LIMIT_S)
     if stream:
-        events = [line.removeprefix("data: ") for line in said.text.split("\n\n") if line]
+        events = [line.removeprefix("data: ") for line in received.text.split("\n\n") if line]
         assert events[-1] == "[DONE]" and "shutting down" in json.loads(events[-2])["error"]["message"]
     else:
-        assert said.status_code == 503 and "shutting down" in said.json()["error"]["message"]
+        assert received.status_code == 503 and "shutting down" in received.json()["error"]["message"]
     assert served.is_idle()
 
 

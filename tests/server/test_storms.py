@@ -68,7 +68,7 @@ def test_five_hundred_at_once_in_a_pool_that_preempts_constantly_get_the_offline
         for i in range(500)
     ]
     params = [SamplingParams(**{k: v for k, v in body.items() if k != "prompt"}) for body in bodies]
-    said = storyteller.generate([body["prompt"] for body in bodies], params, use_tqdm=False)
+    reference = storyteller.generate([body["prompt"] for body in bodies], params, use_tqdm=False)
     with serving(max_num_seqs=32, num_blocks=40, block_size=4, max_model_len=64) as served:
 
         async def main() -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def test_five_hundred_at_once_in_a_pool_that_preempts_constantly_get_the_offline
 
         with served.held() as steps:
             answers = asyncio.run(main())
-        assert [a["choices"][0]["text"] for a in answers] == [one.outputs[0].text for one in said]
+        assert [a["choices"][0]["text"] for a in answers] == [one.outputs[0].text for one in reference]
         assert served.engine.stats()["preemptions"] > 100
 
 

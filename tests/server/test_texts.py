@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import save_llama_tokenizer, save_random_checkpoint
-from serving import Served, serving, told
+from serving import Served, error_of, serving
 from transformers import AutoModelForCausalLM
 
 from paged_infer.server.openai.json_stream import chat_logprobs, token_names
@@ -178,5 +178,5 @@ def test_a_developers_message_is_read(flat, tokenizer) -> None:
     ],
 )
 def test_what_a_template_cannot_take_is_a_400_that_says_why(flat, message, words) -> None:
-    error = told(flat.post("/v1/chat/completions", messages=[message], max_tokens=1), 400)
+    error = error_of(flat.post("/v1/chat/completions", messages=[message], max_tokens=1), 400)
     assert words in error["message"] and error["param"] == "messages"

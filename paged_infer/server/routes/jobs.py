@@ -63,7 +63,7 @@ class _Job:
 
 
 class Jobs:
-    """Running jobs, and finished ones until they are fetched or expire; at ``app.state.jobs``."""
+    """Running jobs, and finished ones until they expire; at ``app.state.jobs``."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

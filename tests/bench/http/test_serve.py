@@ -36,10 +36,10 @@ class Listening:
     """An application that is served in a thread."""
 
     def __init__(self, application: Any) -> None:
-        self.door = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.door.getsockname()[1]}"
+        self.listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, args=([self.door],), daemon=True)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     def __enter__(self) -> str:
         self.thread.start()

@@ -9,7 +9,7 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
-from serving import CHAT, PROMPT, serving, told
+from serving import CHAT, PROMPT, error_of, serving
 
 from paged_infer import SamplingParams
 from paged_infer.server.openai import field_table
@@ -129,14 +129,14 @@ def test_best_of_as_many_as_n_is_n(served, n: int | None) -> None:
     body = {**BODY, "temperature": 1.0, "seed": 3, "n": n}
     choices = served.complete(**body, best_of=n or 1)["choices"]
     assert choices == served.complete(**body)["choices"] and len(choices) == (n or 1)
-    assert "best_of=3" in told(served.post("/v1/completions", **body, best_of=3), 400)["message"]
+    assert "best_of=3" in error_of(served.post("/v1/completions", **body, best_of=3), 400)["message"]
 
 
 def test_prompt_logprobs_are_those_of_the_offline_engine(served, storyteller) -> None:
-    said = storyteller.generate(BODY["prompt"], SamplingParams(max_tokens=1, prompt_logprobs=2), use_tqdm=False)[0]
+    output = storyteller.generate(BODY["prompt"], SamplingParams(max_tokens=1, prompt_logprobs=2), use_tqdm=False)[0]
     rows = served.complete(prompt=BODY["prompt"], max_tokens=1, prompt_logprobs=2)["choices"][0]["prompt_logprobs"]
-    assert rows[0] is None and said.prompt_logprobs[0] is None and len(rows) == len(said.prompt_token_ids)
-    for row, expected in zip(rows[1:], said.prompt_logprobs[1:], strict=True):
+    assert rows[0] is None and output.prompt_logprobs[0] is None and len(rows) == len(output.prompt_token_ids)
+    for row, expected in zip(rows[1:], output.prompt_logprobs[1:], strict=True):
         assert set(row) == {str(token_id) for token_id in expected}
         for token_id, entry in expected.items():
             assert row[str(token_id)]["logprob"] == pytest.approx(entry.logprob, abs=1e-4)
@@ -153,7 +153,7 @@ def test_a_chat_has_the_logprobs_and_the_tokens_of_its_prompt_beside_its_choices
 def test_prompt_logprobs_are_refused_where_they_cannot_be_told(served) -> None:
     for more in ({"stream": True}, {"echo": True, "logprobs": 2}, {"use_beam_search": True}):
         body = {**PROMPT, "prompt_logprobs": 1, **more}
-        assert told(served.post("/v1/completions", **body), 400)["param"] == "prompt_logprobs"
+        assert error_of(served.post("/v1/completions", **body), 400)["param"] == "prompt_logprobs"
     assert served.complete(**PROMPT, prompt_logprobs=2, logprobs=2, echo=True)
 
 
@@ -161,7 +161,7 @@ def test_prompt_logprobs_are_refused_where_they_cannot_be_told(served) -> None:
 def test_a_request_id_is_the_end_of_the_answers_id(served, path: str, body: Any, prefix: str) -> None:
     assert served.post(path, **body, request_id="mine/1").json()["id"] == f"{prefix}-mine/1"
     assert {piece["id"] for piece in pieces(served, path, **body, request_id="m")} == {f"{prefix}-m"}
-    told(served.post("/generate", **PROMPT, request_id="guessable"), 400)  # a job's id opens its answer
+    error_of(served.post("/generate", **PROMPT, request_id="guessable"), 400)  # a job's id opens its answer
 
 
 @pytest.mark.parametrize(("path", "body"), BOTH)

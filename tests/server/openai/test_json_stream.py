@@ -1,4 +1,4 @@
-"""An answer with the logprobs of thousands of tokens is made aside, and says the same as one that is made at once."""
+"""An answer with the logprobs of thousands of tokens is made in another thread, and equals one made at once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_no_piece_is_long() -> None:
     assert max(map(len, pieces)) < 2 * SLICE * len(json.dumps(rows[0])) and len(pieces) > 3 * 1000 / SLICE
 
 
-def told(served: Served, stream: bool) -> Any:
+def answer_of(served: Served, stream: bool) -> Any:
     response = served.post("/v1/completions", **BODY, stream=stream)
     assert response.status_code == 200, response.text
     if not stream:
@@ -76,9 +76,9 @@ def test_a_heavy_answer_is_made_in_another_thread_and_is_the_same(
         return usual(self, *arguments, **options)
 
     monkeypatch.setattr(_CompletionBuilder, "choice", watched)
-    aside = told(served, stream)
+    in_thread = answer_of(served, stream)
     assert all(name.startswith("answers") for name in threads[:2])  # the first pieces of a stream: the prompt's
     monkeypatch.setattr(responses, "HEAVY", math.inf)
     threads.clear()
-    assert told(served, stream) == aside
+    assert answer_of(served, stream) == in_thread
     assert not any(name.startswith("answers") for name in threads)

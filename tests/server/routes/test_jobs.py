@@ -1,4 +1,4 @@
-"""/generate and /result: submit now, ask later; what nobody fetches goes away."""
+"""/generate and /result: submit now, fetch later; results expire."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_a_job_is_answered_at_once_and_its_result_waits(served, storyteller) -> 
     job = submitted.json()
     assert job["status"] == "running" and submitted.headers["location"] == f"/result/{job['id']}"
     result = poll(served, job["id"])
-    said = storyteller.generate("Once upon a time", SamplingParams(**params), use_tqdm=False)[0]
+    reference = storyteller.generate("Once upon a time", SamplingParams(**params), use_tqdm=False)[0]
     assert [(o["text"], o["token_ids"], o["finish_reason"]) for o in result["outputs"]] == [
-        (one.text, one.token_ids, one.finish_reason) for one in said.outputs
+        (one.text, one.token_ids, one.finish_reason) for one in reference.outputs
     ]
-    assert result["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in said.outputs)
+    assert result["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in reference.outputs)
     assert served.http.get(f"/result/{job['id']}").json() == result  # and can be asked for again
 
 

@@ -183,7 +183,7 @@ def test_long_queues_are_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_snapshots_of_one_moment_are_equal() -> None:
-    """So that nothing is told where nothing has changed."""
+    """So that nothing is sent when nothing has changed."""
     with serving(num_blocks=64) as served:
         served.complete(**LONG)
 
@@ -215,7 +215,7 @@ def test_a_call_whose_caller_has_gone_leaves_the_engine_alive() -> None:
         thread = served.engine._thread
         thread.call(lambda engine: (held.set(), go_on.wait(LIMIT_S)))
         assert held.wait(LIMIT_S)
-        assert thread.call(lambda engine: pytest.fail("nobody waits for this")).cancel()
+        assert thread.call(lambda engine: pytest.fail("its caller has gone")).cancel()
         go_on.set()
         assert served.complete(prompt="Once", max_tokens=3)["usage"]["completion_tokens"] == 3
         assert served.engine.error is None

@@ -57,7 +57,9 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests may continue after SIGTERM or Ctrl-C.", min=0)
     ] = 30.0,
-    log_level: Annotated[str, typer.Option(help="uvicorn's log level: critical, error, warning, info or debug.")] = "info",
+    log_level: Annotated[
+        str, typer.Option(help="uvicorn's log level: critical, error, warning, info, debug.")
+    ] = "info",
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, /generate, /health and /metrics."""
     try:

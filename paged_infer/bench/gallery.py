@@ -22,7 +22,8 @@ def crowded_trace() -> Trace:
     prompts = story_beginnings(llm, num_requests=len(OUTPUT_LENGTHS), max_tokens=1, seed=0).prompts
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in OUTPUT_LENGTHS]
     llm.generate([prompt[:40] for prompt in prompts], params, use_tqdm=False)
-    return _trace_of(llm)
+    assert llm.trace is not None
+    return llm.trace
 
 
 def shared_trace() -> Trace:
@@ -36,7 +37,8 @@ def shared_trace() -> Trace:
         llm.engine.step()
     while llm.engine.has_unfinished_requests:
         llm.engine.step()
-    return _trace_of(llm)
+    assert llm.trace is not None
+    return llm.trace
 
 
 def save_gallery(folder: Path = Path("figures")) -> list[Path]:
@@ -45,12 +47,6 @@ def save_gallery(folder: Path = Path("figures")) -> list[Path]:
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.png")
     return [folder / f"{name}.png" for name in pictures]
-
-
-def _trace_of(llm: LLM) -> Trace:
-    if llm.trace is None:
-        raise ValueError("this engine keeps no trace: LLM(trace=True) does")
-    return llm.trace
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from paged_infer.bench.speed.measure import (
     Entry,
     SpeedReport,
     closed_loops,
-    gave_all,
     interleave,
     lengths,
     open_loops,
@@ -170,6 +169,4 @@ class HttpBench:
         if self.expected is not None and series:
             same = all(run.texts == self.expected for run in runs)
         load = None if load is None else float(load)
-        return Entry.of(
-            name, runs, floor, same_counts=gave_all(runs, self.workload), same_tokens=same, load=load, series=series
-        )
+        return Entry.of(name, runs, self.workload, floor, same_tokens=same, load=load, series=series)

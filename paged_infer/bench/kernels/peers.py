@@ -162,7 +162,7 @@ def gather_and_sdpa(problem: PagedProblem) -> Ready:
 
 
 def flashinfer_prefill(problem: PagedProblem) -> Ready:
-    wrapper = _flashinfer().BatchPrefillWithRaggedKVCacheWrapper(_workspace(problem), "NHD")
+    wrapper = _flashinfer(problem, "BatchPrefillWithRaggedKVCacheWrapper")
     k, v = problem.packed
     starts = problem.query_start_loc
     wrapper.plan(starts, starts, *_heads(problem), causal=True, q_data_type=problem.q.dtype)
@@ -170,30 +170,26 @@ def flashinfer_prefill(problem: PagedProblem) -> Ready:
 
 
 def flashinfer_paged_prefill(problem: PagedProblem) -> Ready:
-    wrapper = _flashinfer().BatchPrefillWithPagedKVCacheWrapper(_workspace(problem), "NHD")
-    heads, dim, pages = _heads(problem)[:2], problem.q.shape[2], _pages(problem)
-    block_size, dtype = problem.k_cache.shape[1], problem.q.dtype
-    wrapper.plan(problem.query_start_loc, *pages, *heads, dim, block_size, causal=True, q_data_type=dtype)
+    wrapper = _flashinfer(problem, "BatchPrefillWithPagedKVCacheWrapper")
+    shape = (*_heads(problem), problem.k_cache.shape[1])
+    wrapper.plan(problem.query_start_loc, *_pages(problem), *shape, causal=True, q_data_type=problem.q.dtype)
     return Ready(lambda: wrapper.run(problem.q, (problem.k_cache, problem.v_cache)))
 
 
 def flashinfer_decode(problem: PagedProblem) -> Ready:
-    wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(_workspace(problem), "NHD", use_tensor_cores=True)
-    block_size, dtype = problem.k_cache.shape[1], problem.q.dtype
-    wrapper.plan(*_pages(problem), *_heads(problem), block_size, q_data_type=dtype, kv_data_type=problem.k_cache.dtype)
+    wrapper = _flashinfer(problem, "BatchDecodeWithPagedKVCacheWrapper", use_tensor_cores=True)
+    shape, dtype = (*_heads(problem), problem.k_cache.shape[1]), problem.q.dtype
+    wrapper.plan(*_pages(problem), *shape, q_data_type=dtype, kv_data_type=dtype)
     return Ready(lambda: wrapper.run(problem.q, (problem.k_cache, problem.v_cache)))
 
 
-def _flashinfer() -> Any:
+def _flashinfer(problem: PagedProblem, wrapper: str, **options: Any) -> Any:
     try:
         import flashinfer
     except ImportError as error:
         raise Unavailable(f"not importable: {error}") from error
-    return flashinfer
-
-
-def _workspace(problem: PagedProblem) -> Tensor:
-    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=problem.q.device)
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=problem.q.device)
+    return getattr(flashinfer, wrapper)(workspace, "NHD", **options)
 
 
 def _heads(problem: PagedProblem) -> tuple[int, int, int]:

@@ -122,21 +122,6 @@ def _paged(variant: Variant) -> None:
     )
 
 
-def _store_kv(variant: Variant) -> None:
-    k, cache = _empty(variant, 32, 1, variant.width), _empty(variant, 64, 16, 1, variant.width)
-    store_kv(k, k, cache, cache, _empty(variant, 32, dtype="int64"))
-
-
-def _copy_blocks(variant: Variant) -> None:
-    pairs = _empty(variant, 4, dtype="int64")
-    copy_blocks([_empty(variant, 64, variant.width) for _ in range(2)], pairs, pairs)
-
-
-def _add_rms_norm(variant: Variant) -> None:
-    x = _empty(variant, 32, variant.width)
-    add_rms_norm(x, x, _empty(variant, variant.width), 1e-6)
-
-
 def _qk_norm_rope(variant: Variant) -> None:
     angles, stored = _empty(variant, 32, 1, variant.width), "store" in variant.options
     caches = _empty(variant, 64, 16, 8, variant.width) if stored else None
@@ -153,26 +138,18 @@ def _qk_norm_rope(variant: Variant) -> None:
     )
 
 
-def _silu_mul(variant: Variant) -> None:
-    silu_mul(_empty(variant, 32, 2 * variant.width))
-
-
-def _sample(variant: Variant) -> None:
-    sample(
-        _empty(variant, 8, variant.width),
-        _empty(variant, 8, dtype="float32"),
-        *(_empty(variant, 8, dtype="int64") for _ in range(3)),
-    )
-
-
-CALLS: dict[str, Callable[[Variant], None]] = {
+CALLS: dict[str, Callable[[Variant], object]] = {
     "flash": _flash,
     "prefill": _paged,
     "decode": _paged,
-    "store_kv": _store_kv,
-    "copy_blocks": _copy_blocks,
-    "add_rms_norm": _add_rms_norm,
+    "store_kv": lambda v: store_kv(
+        *2 * [_empty(v, 32, 1, v.width)], *2 * [_empty(v, 64, 16, 1, v.width)], _empty(v, 32, dtype="int64")
+    ),
+    "copy_blocks": lambda v: copy_blocks(2 * [_empty(v, 64, v.width)], *2 * [_empty(v, 4, dtype="int64")]),
+    "add_rms_norm": lambda v: add_rms_norm(_empty(v, 32, v.width), _empty(v, 32, v.width), _empty(v, v.width), 1e-6),
     "qk_norm_rope": _qk_norm_rope,
-    "silu_mul": _silu_mul,
-    "sample": _sample,
+    "silu_mul": lambda v: silu_mul(_empty(v, 32, 2 * v.width)),
+    "sample": lambda v: sample(
+        _empty(v, 8, v.width), _empty(v, 8, dtype="float32"), *3 * [_empty(v, 8, dtype="int64")]
+    ),
 }

@@ -46,6 +46,7 @@ def run_ladder(
         Entry.of(
             name,
             its_runs,
+            workload,
             None,
             same_counts=all(run.num_outputs == expected.num_outputs for run in its_runs),
             same_tokens=all(run.token_ids == expected.token_ids for run in its_runs),

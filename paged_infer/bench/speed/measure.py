@@ -42,9 +42,10 @@ class Entry:
     series: str = ""
 
     @classmethod
-    def of(cls, name: str, runs: list[Run], floor: Floor | None, **others: Any) -> Entry:
+    def of(cls, name: str, runs: list[Run], workload: Workload, floor: Floor | None, **others: Any) -> Entry:
         metrics = Metrics.median_of([Metrics.of(run, floor) for run in runs])
         usual = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+        others.setdefault("same_counts", gave_all(runs, workload))
         return cls(name, metrics, [run.seconds for run in runs], span_s=usual.span_s, **others)
 
 
@@ -90,10 +91,7 @@ class Bench:
         runs = interleave(systems, workload, self.repeats, self.on_run)
         floor = self.floor(workload)
         self._record_overhead(runs.get(ENGINE, []), workload)
-        entries = [
-            Entry.of(name, runs[name], floor, same_counts=gave_all(runs[name], workload), same_tokens=same[name])
-            for name in systems
-        ]
+        entries = [Entry.of(name, runs[name], workload, floor, same_tokens=same[name]) for name in systems]
         return self.report("throughput", workload, floor, entries)
 
     def latency(self, systems: Mapping[str, System], workload: Workload) -> SpeedReport:
@@ -108,6 +106,7 @@ class Bench:
             Entry.of(
                 name,
                 runs[name],
+                workload,
                 floor,
                 same_counts=gave_all([firsts[name], *runs[name]], workload),
                 same_tokens=all(r.token_ids == expected for r in [firsts[name], *runs[name]]) if compared else None,
@@ -131,15 +130,14 @@ class Bench:
         closed = closed_loops(partial(run_engine, engine), clients)
         runs = interleave(closed, workload, self.repeats, self.on_run)
         for (name, its_runs), num_clients in zip(runs.items(), clients, strict=True):
-            right = gave_all(its_runs, workload)
             floor = self.floor(workload, num_clients)
-            entries.append(Entry.of(name, its_runs, floor, same_counts=right, load=float(num_clients)))
+            entries.append(Entry.of(name, its_runs, workload, floor, load=float(num_clients)))
         served_per_s = len(workload.prompts) / entries[-1].metrics.seconds
         rates = rates or [share * served_per_s for share in rate_shares]
         opened = open_loops(partial(run_engine, engine), workload, rates)
         runs = interleave(opened, workload, self.repeats, self.on_run)
         for (name, its_runs), rate in zip(runs.items(), rates, strict=True):
-            entries.append(Entry.of(name, its_runs, None, same_counts=gave_all(its_runs, workload), load=rate))
+            entries.append(Entry.of(name, its_runs, workload, None, load=rate))
         return self.report("load", workload, None, entries)
 
     def _check(self, systems: Mapping[str, System], workload: Workload) -> dict[str, bool | None]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from paged_infer.bench.metrics import Run
 from paged_infer.bench.speed.engine_runs import watched_engine
-from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, gave_all, interleave
+from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, interleave
 from paged_infer.bench.workloads import Workload
 from paged_infer.llm import LLM
 
@@ -48,8 +48,8 @@ def measure_speculation(
             Entry.of(
                 f"{name}, {size} at once",
                 its_runs,
+                requests,
                 bench.floor(requests) if name == PLAIN else None,  # drafting may go below it
-                same_counts=gave_all(its_runs, requests),
                 same_tokens=_same_tokens(runs[PLAIN][0], its_runs),
                 load=float(size),
                 series=name,

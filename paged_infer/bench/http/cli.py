@@ -28,9 +28,7 @@ class Load:
     """The requests, and how many clients send them."""
 
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 128
-    clients: Annotated[
-        list[int] | None, typer.Option(help=f"Closed loop of so many; may be repeated. Default: {CLIENTS}.", min=1)
-    ] = None
+    clients: speed_cli.Clients = None
     rate: speed_cli.Rates = None
     repeats: Repeats = 3
     seed: Seed = 0

@@ -122,6 +122,11 @@ def _paged(variant: Variant) -> None:
     )
 
 
+def _store_kv(variant: Variant) -> None:
+    k, cache = _empty(variant, 32, 1, variant.width), _empty(variant, 64, 16, 1, variant.width)
+    store_kv(k, k, cache, cache, _empty(variant, 32, dtype="int64"))
+
+
 def _qk_norm_rope(variant: Variant) -> None:
     angles, stored = _empty(variant, 32, 1, variant.width), "store" in variant.options
     caches = _empty(variant, 64, 16, 8, variant.width) if stored else None
@@ -142,9 +147,7 @@ CALLS: dict[str, Callable[[Variant], object]] = {
     "flash": _flash,
     "prefill": _paged,
     "decode": _paged,
-    "store_kv": lambda v: store_kv(
-        *2 * [_empty(v, 32, 1, v.width)], *2 * [_empty(v, 64, 16, 1, v.width)], _empty(v, 32, dtype="int64")
-    ),
+    "store_kv": _store_kv,
     "copy_blocks": lambda v: copy_blocks(2 * [_empty(v, 64, v.width)], *2 * [_empty(v, 4, dtype="int64")]),
     "add_rms_norm": lambda v: add_rms_norm(_empty(v, 32, v.width), _empty(v, 32, v.width), _empty(v, v.width), 1e-6),
     "qk_norm_rope": _qk_norm_rope,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,11 @@ def transformers_peers(llm: LLM) -> dict[str, System]:
     model = transformers_model(llm)
     per_token = kv_bytes_per_token(llm.engine.decoder.kv_spec())
 
-    def one_by_one(workload: Workload) -> Run:
-        return _generate(model, workload, batch_size=1, kv_bytes_per_token=per_token)
-
-    def static(workload: Workload) -> Run:
-        return _generate(model, workload, len(workload.prompts), kv_bytes_per_token=per_token)
-
-    def continuous(workload: Workload) -> Run:
-        return _generate_batch(model, workload, per_token)
-
-    return {"transformers": one_by_one, "transformers static": static, "transformers generate_batch": continuous}
+    return {
+        "transformers": partial(_generate, model, batch_size=1, kv_bytes_per_token=per_token),
+        "transformers static": partial(_generate, model, batch_size=None, kv_bytes_per_token=per_token),
+        "transformers generate_batch": partial(_generate_batch, model),
+    }
 
 
 def transformers_baselines(llm: LLM) -> dict[str, System]:
@@ -72,8 +68,9 @@ def transformers_model(llm: LLM) -> Any:
 
 
 @torch.inference_mode()
-def _generate(model: Any, workload: Workload, batch_size: int, kv_bytes_per_token: int) -> Run:
+def _generate(model: Any, workload: Workload, batch_size: int | None, kv_bytes_per_token: int) -> Run:
     """A finished row is padded until its batch ends; its own tokens are cut out afterwards."""
+    batch_size = batch_size or len(workload.prompts)
     usage, tokens, times = KVUsage(), list[list[int]](), list[TokenTimes]()
     start = time.perf_counter()
     for first in range(0, len(workload.prompts), batch_size):
@@ -115,7 +112,7 @@ class _StepWatch:
         return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
 
 
-def _generate_batch(model: Any, workload: Workload, kv_bytes_per_token: int) -> Run:
+def _generate_batch(model: Any, workload: Workload) -> Run:
     """``generate_batch``'s own loop, with a limit for each request; its cache is made before the clock starts.
 
     Raises:

@@ -29,7 +29,10 @@ CPU_REQUESTS, CPU_SCALE = 32, 0.125  # of the throughput workload, where there i
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 NumRequests = Annotated[int, typer.Option(help="Requests at once.", min=1)]
-Clients = Annotated[list[int] | None, typer.Option(help="Clients of a closed loop; may be repeated.", min=1)]
+Clients = Annotated[
+    list[int] | None,
+    typer.Option(help="Clients of a closed loop; may be repeated. Default: 4, 8, 16, 32; for load also 1.", min=1),
+]
 Rates = Annotated[
     list[float] | None,
     typer.Option(

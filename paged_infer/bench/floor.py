@@ -1,10 +1,10 @@
-"""The least time that a workload can take on a machine, from the bytes and operations that it cannot do without.
+"""The least time that a workload can take on a machine, from the bytes and operations that it needs.
 
     prefill   2 * parameters * prompt tokens + attention                          operations, at the matmul rate
     decode    steps * weights + kv_bytes_per_token * (sum of all contexts)         bytes, at the memory's bandwidth
 
 Decoding takes as many steps as the longest output, or more if fewer sequences run at once than there are. Batching
-shares the weights among them, and nothing shares a context. The roofline's rates are measured (``roofline``).
+shares the weights among them; contexts are not shared. The roofline's rates are measured (``roofline``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paged_infer.model.decoder import Decoder
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Seconds. Prompts are bound by computing and decoding by memory, unless a small model or batch turns it round."""
+    """Seconds. Prompts are bound by computing and decoding by memory, unless a small model or batch reverses that."""
 
     prefill_s: float
     decode_s: float
@@ -51,9 +51,9 @@ class LayerCost:
 class ModelCost:
     """What a decoder reads and computes."""
 
-    weight_bytes: int  # read by a decode step: an embedding that is no head is only looked up
+    weight_bytes: int  # read by a decode step; an embedding that is not the head is only looked up
     flops_per_token: int  # 2 for each weight of the layers
-    head_flops: int  # 2 for each weight of the head, which only drawn tokens go through
+    head_flops: int  # 2 for each weight of the head, which only sampled tokens need
     layers: tuple[LayerCost, ...]
 
     @classmethod

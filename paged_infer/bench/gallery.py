@@ -27,7 +27,7 @@ def crowded_trace() -> Trace:
 
 
 def shared_trace() -> Trace:
-    """Six stories that begin alike, two of them with two samples, arriving one after the other."""
+    """Six stories with a shared prefix, two of them with two samples, arriving one after the other."""
     llm = LLM(trace=True, num_blocks=40, block_size=8, max_num_seqs=8, max_num_batched_tokens=64)
     prompts = story_beginnings(llm, num_requests=6, max_tokens=1, seed=0).prompts
     for index, (prompt, length) in enumerate(zip(prompts, (5, 9, 14, 3, 20, 7), strict=True)):

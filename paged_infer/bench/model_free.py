@@ -10,7 +10,7 @@ from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.params import SamplingParams
 
-FIRST_PROMPT = 1_000_000_000  # token ids of prompts begin here, those of sampled tokens at 0
+FIRST_PROMPT = 1_000_000_000  # token ids of prompts start here, those of sampled tokens at 0
 
 
 class RequestFactory:

@@ -30,7 +30,7 @@ Peers = Annotated[
     list[str] | None,
     typer.Option(
         "--peer",
-        help="Measured beside the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
+        help="Compared to the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
         "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
     ),
 ]

@@ -35,7 +35,7 @@ class JsonReport:
 
 
 def save_report(report: JsonReport, numbers: Path, draw: Callable[[Any], Picture] | None = None) -> None:
-    """Save the report as ``numbers``, a .json, and if there is a function that draws it, its picture beside it."""
+    """Save the report as ``numbers``, a .json, and if ``draw`` is given, its picture as a .png of the same name."""
     report.save(numbers)
     if draw is None:
         print(f"numbers: {numbers}")

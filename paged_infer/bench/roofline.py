@@ -1,7 +1,7 @@
-"""What the machine can do at best, measured: the roof that every kernel and every step is held against.
+"""The best rates of the machine, measured: every kernel and every step is compared to them.
 
 A step that reads B bytes and computes F operations takes at least max(B / bandwidth, F / matmul rate) (Williams,
-Waterman & Patterson 2009). Decoding lies on the bandwidth side, long prompts on the other.
+Waterman & Patterson 2009). Decoding is bound by bandwidth, long prompts by computing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Roofline(JsonReport):
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        """The better of copying and reading: a floor that a good kernel could break through would be none."""
+        """The better of copying and reading, so that no kernel is faster than the floor."""
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
     @property
     def ridge_flops_per_byte(self) -> float:
-        """Operations per byte from which on computing is what takes the time."""
+        """Operations per byte above which a step is bound by computing."""
         return self.matmul_flops_per_s / self.bandwidth_bytes_per_s
 
     def decode_floor_s(self, weight_bytes: float, kv_bytes: float) -> float:

@@ -100,7 +100,7 @@ def _capture(fn: Call, warm_up: int) -> tuple[Call, str]:
 
 
 def _recover(stream: torch.cuda.Stream) -> None:
-    """Undo what a failed capture leaves behind in torch.
+    """Undo what a failed capture changes in torch.
 
     The capture's stream stays current, and the random generator may wait for the capture's end, so that the next
     ``randn`` raises "Offset increment outside graph capture". One more capture, of next to nothing, ends that.

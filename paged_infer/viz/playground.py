@@ -17,7 +17,7 @@ class Playground:
 
     >>> Playground(draw, temperature=(0.1, 2.0, 1.0), top_k=(0, 50, 0), model=["small", "large"])  # doctest: +SKIP
 
-    In a notebook it is a widget, with the picture stored beside it, which is what GitHub and other readers without a
+    In a notebook it is a widget, with the picture stored next to it, which is what GitHub and other readers without a
     kernel show. ``move`` sets sliders from code.
 
     Args:

@@ -18,7 +18,7 @@ def owner_colour(sequence_id: int) -> str:
 
 
 def sequence_names(trace: Trace) -> dict[int, str]:
-    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... behind it."""
+    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... after it."""
     arrivals = [event for step in trace.steps for event in step.events if event[0] == "arrive"]
     num_samples = Counter(request_id for _, _, request_id, _ in arrivals)
     seen: Counter[str] = Counter()
@@ -53,7 +53,7 @@ class Life:
     name: str
     spans: list[Span] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
-    furthest: int = 0  # most tokens that it has ever had stored; what lies before and is computed, is computed again
+    furthest: int = 0  # most tokens that it has ever had stored; tokens before it are recomputed
 
     def state_at(self, place: int) -> str | None:
         """What it was doing in step ``place``; None before it came and after it left."""

@@ -1,4 +1,4 @@
-"""Every kernel held to float64 on the device at hand, before anything is timed: a fast wrong answer is none.
+"""Every kernel compared to float64 on this device, before anything is timed; the GPU kernel tests run the same checks.
 
 On CUDA the kernels are compiled and shapes are a model's; on a CPU Triton's interpreter runs them on small shapes.
 """
@@ -94,7 +94,7 @@ def _flash(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
 
 
 def _paged(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
-    """Decodes (long ones are split over programs), a prompt and a chunk behind a prefix, in one batch, amid NaN."""
+    """Decodes (long ones are split over programs), a prompt and a chunk after a prefix, in one batch, amid NaN."""
     mixed = [(sizes.context, 1), (0, 1), (7, 1), (0, sizes.queries), (sizes.context // 2, sizes.queries // 2)]
     for dtype, tolerance in sizes.tolerances.items():
         for block_size, window in ((16, None), (3, sizes.window)):
@@ -180,7 +180,7 @@ def _rope(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
 
 
 def _sample(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
-    """The token must win the race in float64 too, or lose it by a rounding."""
+    """The sampled token must have the highest score in float64, too, up to a rounding."""
     rows = 6
     rng = torch.Generator(device).manual_seed(5)
     temperatures = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.3, 2.0])

@@ -1,4 +1,4 @@
-"""The fused pieces beside torch's own operations, and why keys and values are stored by a kernel: calls counted.
+"""The fused kernels compared to torch's own operations, and why keys and values are stored by a kernel: calls counted.
 
 A decode step writes one token's keys and values for every row, in every layer: thousands of bytes here and there, so
 what it costs is calls, not bandwidth. Sizes are Llama-3-8B's; "step" means all of its 32 layers.

@@ -82,14 +82,14 @@ def sdpa(backend: SDPBackend) -> Peer:
 
 
 def flex(problem: PagedProblem) -> Ready:
-    """flex_attention, compiled for each length apart, which is its best and takes its time: so at two lengths only."""
+    """flex_attention, compiled for each length: the fastest way, but slow to compile, so at two lengths only."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q, k, v = problem.dense
     length = q.shape[2]
     if length not in FLEX_LENGTHS:
         lengths = " and ".join(f"{n:,}" for n in FLEX_LENGTHS)
-        raise Unavailable(f"compiles anew for each length: timed at {lengths} only")
+        raise Unavailable(f"is compiled for each length: timed at {lengths} only")
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=str(q.device))
     compiled = _compiled_flex()
     return Ready(lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True))
@@ -197,7 +197,7 @@ def _heads(problem: PagedProblem) -> tuple[int, int, int]:
 
 
 def _pages(problem: PagedProblem) -> tuple[Tensor, Tensor, Tensor]:
-    """flashinfer's block tables: where each row's begin, all of them in one list, tokens in each row's last block."""
+    """flashinfer's block tables: the start of each row, all rows in one list, tokens in each row's last block."""
     block_size = problem.k_cache.shape[1]
     counts = (problem.seq_lens + block_size - 1) // block_size
     rows = [problem.block_tables[row, :count] for row, count in enumerate(counts.tolist())]

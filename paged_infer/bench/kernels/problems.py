@@ -18,7 +18,7 @@ class PagedProblem:
     """Arguments of ``paged_attention``, and the same keys and values densely, for kernels without block tables."""
 
     q: Tensor  # [T, H, D]
-    k_cache: Tensor  # [num_blocks, block_size, H_kv, D]; NaN wherever no token lies
+    k_cache: Tensor  # [num_blocks, block_size, H_kv, D]; NaN in every slot without a token
     v_cache: Tensor
     block_tables: Tensor  # [B, max_blocks] int32
     seq_lens: Tensor  # [B] int32

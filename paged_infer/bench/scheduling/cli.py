@@ -212,7 +212,7 @@ def _show_policies(report: PoliciesReport) -> None:
 @app.command()
 def arrival(
     simulate: Simulate = False,
-    num_running: Annotated[int, typer.Option(help="Requests that decode meanwhile.", min=1)] = 8,
+    num_running: Annotated[int, typer.Option(help="Requests that decode when it arrives.", min=1)] = 8,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt that arrives.", min=2)] = 4096,
     chunk_tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens a step for chunked; may be repeated.", min=2)

@@ -1,6 +1,6 @@
 """KV blocks saved by sharing, with a model: samples and beams of the same prompts (Kwon 2023, section 6.3).
 
-A block in k tables stands for k blocks without sharing. The saving is measured over all steps, with the prefix cache
+A block in k tables saves k - 1 blocks. The saving is measured over all steps, with the prefix cache
 off, so that only sharing within a request counts.
 """
 

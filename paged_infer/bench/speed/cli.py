@@ -142,22 +142,22 @@ def optimisations(
     ],
     requests: NanoRequests,
 ) -> None:
-    """The throughput workload on a ladder of engines, each with one optimisation more: how much faster is it?
+    """The throughput workload on a series of engines, each with one optimisation more: how much faster is it?
 
     On a GPU: every kernel launched by itself, then CUDA graphs, then asynchronous scheduling. On a CPU: attention in
-    torch, in batches, in C, then asynchronous scheduling. Exits with status 1 if a rung gives other tokens where it
+    torch, in batches, in C, then asynchronous scheduling. Exits with status 1 if an engine gives other tokens where it
     must not.
     """
     import torch
 
-    from paged_infer.bench.speed.optimisations import measure_rungs, open_rungs
+    from paged_infer.bench.speed.optimisations import measure_engines, open_engines
 
     on_gpu = _on_gpu(common)
     requests = requests.on(on_gpu, CPU_REQUESTS // 2)
-    with errors(), open_rungs(common, torch.device("cuda" if on_gpu else "cpu"), requests.longest) as engines:
+    with errors(), open_engines(common, torch.device("cuda" if on_gpu else "cpu"), requests.longest) as engines:
         last = [*engines.values()][-1]
         with bench_of(last, common.repeats, common.repeats * len(engines)) as bench:
-            report = measure_rungs(bench, engines, requests.draw(last, common.seed))
+            report = measure_engines(bench, engines, requests.draw(last, common.seed))
     show(report, common.figures)
 
 

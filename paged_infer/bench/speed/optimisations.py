@@ -1,4 +1,4 @@
-"""How much faster each optimisation is: one engine for each rung of a ladder, every rung with one more of them.
+"""How much faster each optimisation is: a series of engines, each with one optimisation more.
 
     GPU    every kernel launched by the host, one step at a time -> decode steps as CUDA graphs -> the next step begun
            while the one before runs
@@ -27,8 +27,8 @@ from paged_infer.llm import LLM
 COMMAND = "optimisations"
 
 
-def rungs(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Options of the engines by the names of their rungs, from nothing to everything."""
+def engine_options(device: torch.device) -> dict[str, dict[str, Any]]:
+    """The options of the engines by name, from no optimisation to all of them."""
     if device.type == "cuda":
         nothing = {"attention_backend": "triton", "enforce_eager": True, "async_scheduling": False}
         graphs = nothing | {"enforce_eager": False}
@@ -39,9 +39,9 @@ def rungs(device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def open_rungs(common: Common, device: torch.device, longest: int) -> Iterator[dict[str, LLM]]:
-    """An engine a rung, on the same weights; on a GPU they share its memory evenly."""
-    chosen = rungs(device)
+def open_engines(common: Common, device: torch.device, longest: int) -> Iterator[dict[str, LLM]]:
+    """The engines, on the same weights; on a GPU they share its memory evenly."""
+    chosen = engine_options(device)
     share = round(common.engine.gpu_memory_utilization / len(chosen), 3)
     with ExitStack() as stack:
         engines = {}
@@ -50,7 +50,7 @@ def open_rungs(common: Common, device: torch.device, longest: int) -> Iterator[d
         yield engines
 
 
-def measure_rungs(bench: Bench, engines: dict[str, LLM], workload: Workload) -> SpeedReport:
-    """The workload on each of them, interleaved; greedy, they are held to the first rung's tokens."""
+def measure_engines(bench: Bench, engines: dict[str, LLM], workload: Workload) -> SpeedReport:
+    """The workload on each of them, interleaved; greedy, they are held to the first engine's tokens."""
     report = bench.throughput({name: watched_engine(llm) for name, llm in engines.items()}, workload)
     return replace(report, command=COMMAND)

@@ -9,7 +9,7 @@
     pack = launch - model - sample                      rest = step - schedule - launch - update
 
 On the CPU everything but model and sample is overhead: nothing is computed in that time. On a GPU these are the host's
-times, and the device may be busy meanwhile; there the overhead is the time in which the device's own record is empty.
+times, and the device may be busy; there the overhead is the time in which the device's own record is empty.
 """
 
 from __future__ import annotations

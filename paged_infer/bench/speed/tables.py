@@ -92,7 +92,7 @@ def _ratios(report: SpeedReport) -> list[str]:
     if report.command == "speculation":  # each method compared to none, on as many requests
         plain = {entry.load: entry for entry in report.entries if entry.series == report.entries[0].series}
         return [ratio_line(e, plain[e.load]) for e in report.entries if e is not plain[e.load]]
-    if report.command == "optimisations":  # each rung compared to the one before, and the last to the first
+    if report.command == "optimisations":  # each engine compared to the one before, and the last to the first
         first, *_, last = report.entries
         pairs = [(after, before) for before, after in pairwise(report.entries)]
         return [ratio_line(after, before) for after, before in [*pairs, (last, first)]]

@@ -14,7 +14,7 @@ from paged_infer.bench.peers.peers import open_peers
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.speed.engine_runs import run_engine, watched_engine
 from paged_infer.bench.speed.measure import Bench, SpeedReport
-from paged_infer.bench.speed.optimisations import rungs
+from paged_infer.bench.speed.optimisations import engine_options
 from paged_infer.bench.workloads import Workload, nano_vllm_requests, one_request, random_lengths
 from paged_infer.cli import app
 from paged_infer.config import EngineConfig
@@ -212,7 +212,7 @@ def test_optimisations_are_a_ladder_of_engines_that_say_the_same(tmp_path):
     result = CliRunner().invoke(app, ["bench", "optimisations", *small, "--figures", str(tmp_path)])
     assert result.exit_code == 0, result.output
     report = SpeedReport.read(tmp_path / "bench-optimisations.json")
-    expected = rungs(torch.device("cpu"))
+    expected = engine_options(torch.device("cpu"))
     assert [entry.name for entry in report.entries] == [*expected]
     assert all(entry.same_counts and entry.same_tokens for entry in report.entries)
     assert (tmp_path / "bench-optimisations.png").exists()
@@ -222,7 +222,7 @@ def test_optimisations_are_a_ladder_of_engines_that_say_the_same(tmp_path):
 
 def test_each_rung_has_one_optimisation_more_than_the_one_before():
     for device in ("cpu", "cuda"):
-        options = [*rungs(torch.device(device)).values()]
+        options = [*engine_options(torch.device(device)).values()]
         for before, after in pairwise(options):
             assert before.keys() == after.keys()
             assert sum(before[name] != after[name] for name in before) == 1

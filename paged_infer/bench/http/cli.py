@@ -13,6 +13,7 @@ import typer
 
 from paged_infer.bench.options import Repeats
 from paged_infer.bench.speed import cli as speed_cli
+from paged_infer.bench.speed.request_options import Clients, Lengths, Rates
 from paged_infer.cli_options import Figures, ModelOption, Seed, Without, as_arguments, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
 
@@ -28,8 +29,8 @@ class Load:
     """The requests, and how many clients send them."""
 
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 128
-    clients: speed_cli.Clients = None
-    rate: speed_cli.Rates = None
+    clients: Clients = None
+    rate: Rates = None
     repeats: Repeats = 3
     seed: Seed = 0
 
@@ -46,7 +47,7 @@ class Load:
 @with_option_groups
 def serve(
     load: Load,
-    lengths: speed_cli.Lengths,
+    lengths: Lengths,
     engine: Annotated[
         EngineConfig,
         Without(max_num_seqs="as many as the most clients", seed="the command's own --seed is the workload's"),
@@ -100,7 +101,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _ours(
-    load: Load, lengths: speed_cli.Lengths, engine: EngineConfig, model: str | None, naive: bool, torch_threads: int
+    load: Load, lengths: Lengths, engine: EngineConfig, model: str | None, naive: bool, torch_threads: int
 ) -> Iterator[HttpBench]:
     """Our own servers of one model, and the same model in this process."""
     import torch
@@ -129,7 +130,7 @@ def _ours(
 
 
 @contextmanager
-def _theirs(load: Load, lengths: speed_cli.Lengths, url: str, api_key: str | None) -> Iterator[HttpBench]:
+def _theirs(load: Load, lengths: Lengths, url: str, api_key: str | None) -> Iterator[HttpBench]:
     """A server that runs already: only its answers are known."""
     from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
     from paged_infer.bench.http.servers import served_model

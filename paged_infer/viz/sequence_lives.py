@@ -18,7 +18,7 @@ def owner_colour(sequence_id: int) -> str:
 
 
 def sequence_names(trace: Trace) -> dict[int, str]:
-    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... after it."""
+    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... behind it."""
     arrivals = [event for step in trace.steps for event in step.events if event[0] == "arrive"]
     num_samples = Counter(request_id for _, _, request_id, _ in arrivals)
     seen: Counter[str] = Counter()

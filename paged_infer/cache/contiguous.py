@@ -1,13 +1,13 @@
-"""ContiguousCache: the cached and static rungs. One row a sequence, reserved at its greatest length from the start.
+"""ContiguousCache: the cache of the cached and static baselines. Each sequence has one row of its maximum length.
 
-row 0  [ . . p p p p o o _ _ _ _ ]      .  padding on the left, so that all rows end in the same column
-row 1  [ p p p p p p o o _ _ _ _ ]      p  prompt    o  output so far    _  reserved, holds nothing yet
+row 0  [ . . p p p p o o _ _ _ _ ]      .  padding on the left, so that all rows end at the same column
+row 1  [ p p p p p p o o _ _ _ _ ]      p  prompt    o  output so far    _  reserved, still empty
                         ^ next column
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +18,34 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 
 class ContiguousCache:
-    """Keys and values of ``len(pad_lens)`` sequences that start, grow and leave together.
+    """Keys and values of ``len(pad_lens)`` sequences that start, grow and finish together.
 
     Args:
-        spec: what one token leaves in each layer.
+        spec: the cache entry of one token, for each layer.
         max_len: columns reserved for each row, padding included.
-        pad_lens: columns of padding at the left of each row.
+        pad_lens: columns of padding on the left of each row.
 
-    ``keys`` and ``values`` hold a tensor for each layer: [rows, H_kv, max_len, D].
+    ``keys`` and ``values`` hold one tensor per layer: [rows, H_kv, max_len, D].
     """
 
     def __init__(
-        self, spec: Sequence[LayerSpec], max_len: int, pad_lens: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        spec: ReadOnlyList[LayerSpec],
+        max_len: int,
+        pad_lens: ReadOnlyList[int],
+        device: torch.device | str = "cpu",
     ) -> None:
         batch = len(pad_lens)
         self.spec = spec
         self.max_len = max_len
         self.pad_lens = torch.tensor(pad_lens, device=device)
-        # Heads before columns: attention reads a head's keys as one run.
+        # Heads before columns: attention then reads the keys of a head contiguously.
         self.keys = [torch.zeros(batch, s.num_kv_heads, max_len, s.k_dim, dtype=s.dtype, device=device) for s in spec]
         self.values = [torch.zeros(batch, s.num_kv_heads, max_len, s.v_dim, dtype=s.dtype, device=device) for s in spec]
 
     @property
     def num_bytes(self) -> int:
-        """What the reservation costs, filled or not."""
+        """Bytes reserved, whether filled or not."""
         return len(self.pad_lens) * self.max_len * kv_bytes_per_token(self.spec)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
@@ -62,7 +66,7 @@ class ContiguousCache:
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 
     def _mask(self, start: int, end: int, window: int | None, step: AttentionMetadata) -> Tensor:
-        """Which columns each query sees: [B, 1, end - start, end], the same for all layers with this window."""
+        """True where a query sees a column: [B, 1, end - start, end]. Layers with the same window share it."""
         if ("mask", window) not in step.plan:
             key = torch.arange(end, device=self.pad_lens.device)
             query = torch.arange(start, end, device=self.pad_lens.device)[:, None]
@@ -70,6 +74,6 @@ class ContiguousCache:
             if window is not None:
                 seen &= key > query - window
             seen = seen & (key >= self.pad_lens[:, None, None])
-            # A padding query sees itself: a row of nothing would be NaN, and 0 * NaN spreads.
+            # A padding query sees itself: softmax over an empty row would be NaN, and 0 * NaN spreads.
             step.plan["mask", window] = (seen | (key == query))[:, None]
         return step.plan["mask", window]

@@ -1,8 +1,8 @@
-"""NoCache: the naive rung. Nothing is kept, so a step must bring every token of its sequences again."""
+"""NoCache: the cache of the naive baseline. It keeps nothing, so each step computes whole sequences again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 from itertools import pairwise
 
 import torch
@@ -14,9 +14,9 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata
 
 
 class NoCache:
-    """Attention over the tokens of this step alone; whole sequences, packed one after the other."""
+    """Attention over the tokens of one step, which holds whole sequences, packed one after another."""
 
-    def __init__(self, spec: Sequence[LayerSpec]) -> None:
+    def __init__(self, spec: ReadOnlyList[LayerSpec]) -> None:
         self.spec = spec
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:

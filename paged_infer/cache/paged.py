@@ -4,12 +4,13 @@
     pool   block 2 [ t4 t5 t6 t7 ]   block 5 [ t8 t9 .. .. ]   block 7 [ t0 t1 t2 t3 ]      block_size = 4
     slot of token 9 = 5 * block_size + 1
 
-Who owns which block is decided elsewhere (``control.block_manager``); this class only stores and reads.
+Blocks are assigned elsewhere (``control.blocks.manager``); this class only stores and reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as ReadOnlyList
 
 import torch
 from torch import Tensor
@@ -22,19 +23,19 @@ from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 
-Pairs = Sequence[tuple[int, int]]
+Pairs = ReadOnlyList[tuple[int, int]]
 
 
 class PagedCache:
-    """The pool of physical blocks, one pair of tensors a layer: [num_blocks + 1, block_size, H_kv, D].
+    """The pool of physical blocks, a pair of tensors for each layer: [num_blocks + 1, block_size, H_kv, D].
 
-    The last block belongs to nobody and is never written: it stays zero, and reading past a sequence's end can be
-    pointed at it. Beside the pool lie ``num_swap_blocks`` blocks of swap space in the CPU's memory.
+    The last block is never assigned or written: it stays zero, and reads past the end of a sequence can be directed
+    to it. ``num_swap_blocks`` more blocks of swap space are in the CPU's memory.
     """
 
     def __init__(
         self,
-        spec: Sequence[LayerSpec],
+        spec: ReadOnlyList[LayerSpec],
         num_blocks: int,
         block_size: int,
         backend: AttentionBackend,
@@ -51,7 +52,7 @@ class PagedCache:
         shape = (num_blocks + 1, block_size)
         self.keys = [torch.zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
         self.values = [torch.zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device) for s in spec]
-        # Pinned memory can be read and written by the GPU's own copy engine.
+        # The GPU's copy engine reads and writes pinned memory directly.
         pinned = torch.device(device).type == "cuda" and num_swap_blocks > 0
         self._swap = [
             torch.empty(num_swap_blocks, *blocks.shape[1:], dtype=blocks.dtype, pin_memory=pinned)
@@ -69,24 +70,24 @@ class PagedCache:
         if not pairs:
             return
         read, written = map(set, zip(*pairs, strict=True))
-        # The kernel copies all pairs at once. A source that its last holder has left may be somebody's destination.
+        # The kernel copies all pairs at once, but a block that was freed as a source may be the destination of another.
         copy = self.ops.copy_blocks if read.isdisjoint(written) else copy_blocks_reference
         sources, destinations = to_device(torch.tensor(pairs).T.contiguous(), self.keys[0].device)
         copy([*self.keys, *self.values], sources, destinations)
 
     def swap_out(self, pairs: Pairs) -> None:
-        """Copy each (block, place) from the pool to swap space."""
+        """Copy each (block, swap block) from the pool to swap space."""
         if pairs:
-            blocks, places = torch.tensor(pairs).unbind(1)
+            blocks, swap_blocks = torch.tensor(pairs).unbind(1)
             for pool, swap in self._pools_and_swaps():
-                swap[places] = pool[blocks.to(pool.device)].cpu()
+                swap[swap_blocks] = pool[blocks.to(pool.device)].cpu()
 
     def swap_in(self, pairs: Pairs) -> None:
-        """Copy each (place, block) from swap space to the pool."""
+        """Copy each (swap block, block) from swap space to the pool."""
         if pairs:
-            places, blocks = torch.tensor(pairs).unbind(1)
+            swap_blocks, blocks = torch.tensor(pairs).unbind(1)
             for pool, swap in self._pools_and_swaps():
-                pool[blocks.to(pool.device)] = swap[places].to(pool.device)
+                pool[blocks.to(pool.device)] = swap[swap_blocks].to(pool.device)
 
     def _pools_and_swaps(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip((*self.keys, *self.values), self._swap, strict=True)
@@ -101,9 +102,9 @@ class PagedCache:
         return self.attend_stored(layer, q, step)
 
     def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor]:
-        """What ``attend`` would store to."""
+        """Where ``attend`` would store."""
         return {"k_cache": self.keys[layer], "v_cache": self.values[layer], "slot_mapping": step.slot_mapping}
 
     def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata) -> Tensor:
-        """Attend through the block tables to what has been stored: [T, H, D]."""
+        """Attend through the block tables to what is stored already: [T, H, D]."""
         return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window)

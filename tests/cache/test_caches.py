@@ -89,7 +89,7 @@ def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(b
     for layer in range(2):
         out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), last)
         torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
-    assert all(not keys[-1].any() for keys in (*cache.keys, *cache.values))  # the block of nobody stays zero
+    assert all(not keys[-1].any() for keys in (*cache.keys, *cache.values))  # the last block stays zero
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -148,7 +148,7 @@ def test_bytes_are_counted_for_keys_and_values_of_every_layer() -> None:
     cache = PagedCache(layers, 5, 3, ATTENTION_BACKENDS["torch"])
     assert cache.bytes_per_block == 3 * kv_bytes_per_token(layers)
     stored = sum(t.nbytes for t in (*cache.keys, *cache.values))
-    assert stored == 6 * cache.bytes_per_block  # 5 blocks, and the one that belongs to nobody
+    assert stored == 6 * cache.bytes_per_block  # 5 blocks, and the one that is never assigned
 
 
 # -- Storing by the kernel that rotates

@@ -1,12 +1,12 @@
-"""C made ready where there is a compiler: the CPU's kernels are built once, kept, and called without a Python binding.
+"""The build of the C kernels for a CPU: compiled once, cached, and called through ctypes.
 
-A decode step on a CPU is many small passes over a few rows. Torch takes several operations for each, and attention has
-to gather scattered keys before it can multiply them. ``kernels.c`` does each in one pass, and reads keys where they
-lie. It is compiled for the machine it runs on, in about a second, the first time it is asked for; the result stays in
-the user's cache folder (see ``c_cache``). Without a usable cache folder, each process compiles it again. Threads are
-OpenMP's, from the pool that torch has loaded.
+A decode step on a CPU is many small passes over a few rows. Torch needs several operations for each, and has to gather
+scattered keys before it can multiply them. ``kernels.c`` makes one pass for each, and reads keys in place. It is
+compiled for the machine at its first use, in about a second, and cached in the user's cache folder (``cache.py``).
+Without a usable cache folder, each process compiles it again. Threads are OpenMP's, from the runtime that torch has
+loaded.
 
-Without a compiler nothing is lost but speed: "auto" then takes the "sdpa" backend. Each slower fallback is logged as a
+Without a compiler only speed is lost: "auto" then selects the "sdpa" backend. Each slower fallback is logged as a
 warning with its reason.
 """
 
@@ -24,7 +24,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # its OpenMP runtime has to be the one in the process
+import torch  # loads the OpenMP runtime that the kernels share
 
 from paged_infer.kernels.cpu.cache import CacheRefused, KernelCache
 
@@ -35,7 +35,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "linear
 FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
 ).split()
-DTYPES = {torch.float32: "-DFLOAT32", torch.bfloat16: "-DBFLOAT16"}  # what the tensors hold: a library each
+DTYPES = {torch.float32: "-DFLOAT32", torch.bfloat16: "-DBFLOAT16"}  # one library per dtype
 _BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -51,7 +51,7 @@ _SIGNATURES = {
 
 
 class CannotBuild(Exception):
-    """There is no C compiler here, or it does not do; the message says which."""
+    """There is no C compiler, or it fails; the message gives the reason."""
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     """The built kernels, for tensors of ``dtype``, one of ``DTYPES``.
 
     Raises:
-        CannotBuild: no compiler, or its complaint.
+        CannotBuild: there is no compiler, or it fails.
     """
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
@@ -82,7 +82,7 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
 
 @functools.cache
 def unavailable_reason(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the kernels cannot be used here; None where they can."""
+    """The reason why the kernels cannot be used on this machine, or None if they can."""
     try:
         library(dtype)
     except CannotBuild as error:
@@ -108,7 +108,7 @@ def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None)
         command = [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(built), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
         if done.returncode != 0:
-            raise CannotBuild(f"{compiler} failed: {_complaint(done.stderr)}")
+            raise CannotBuild(f"{compiler} failed: {_error_line(done.stderr)}")
         if cache is not None:
             try:
                 return cache.store(key, built.read_bytes())
@@ -117,14 +117,14 @@ def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None)
         return ctypes.CDLL(str(built))
 
 
-def _complaint(stderr: str) -> str:
-    """One line of a compiler's output: the first that mentions an error, or else the last."""
+def _error_line(stderr: str) -> str:
+    """One line of the compiler's output: the first that mentions an error, else the last."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it gave no reason"]
     return next((line for line in lines if "error" in line.lower()), lines[-1])[:500]
 
 
 def _warn_not_kept(refused: CacheRefused) -> None:
-    _warn_once(f"the C kernels are compiled anew in each process: no cache folder can be used: {refused}")
+    _warn_once(f"the C kernels are compiled again in each process, as no cache folder can be used: {refused}")
 
 
 @functools.cache
@@ -133,7 +133,7 @@ def _warn_once(message: str) -> None:
 
 
 def _fingerprint(compiler: str, flags: list[str]) -> str:
-    """Of all that the result depends on: a home folder may be shared by machines of different kinds."""
+    """A hash of everything that the result depends on: machines of different kinds may share a home folder."""
     words = shlex.split(compiler)
     version = subprocess.run([*words, "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
     parts = (
@@ -146,7 +146,7 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: the CPU's model and features, by the names that x86 and Arm have for them."""
+    """What ``-march=native`` depends on: the CPU's model and features, under their names on x86 and Arm."""
     info = Path("/proc/cpuinfo")
     names = ("model name", "flags", "Features", "CPU ")
     lines = info.read_text().splitlines() if info.exists() else ()

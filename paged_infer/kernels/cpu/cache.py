@@ -1,14 +1,14 @@
-"""Compiled kernels on disk: a private folder of the user, and files that are checked before they are loaded.
+"""The cache of compiled kernels: a private folder of the user, with files that are verified before they are loaded.
 
-    $XDG_CACHE_HOME/paged_infer or ~/.cache/paged_infer     a real folder, the user's own, writable by no other (0700)
+    $XDG_CACHE_HOME/paged_infer or ~/.cache/paged_infer     a real folder that only the user can write to (0700)
         kernels-<key>-<digest>.so                           key: hash of the build inputs; digest: hash of the file
 
 A shared library is code that runs with the rights of the process. So a folder or file that belongs to another user, or
-that others can write to, is refused, and a file whose contents do not match the digest in its name (truncated, empty,
-changed) is built again. The folder is opened once, and all accesses after the check go through its descriptor, so a
-folder that replaces it afterwards is never read. (Without /proc, only the final ``dlopen`` goes by path.) A file is
-written under a temporary name and renamed, so it is whole or absent, and processes that build the same kernels at the
-same time replace each other's file safely.
+that other users can write to, is refused, and a file that does not match the digest in its name (truncated, empty,
+changed) is built again. The folder is opened once and accessed through its descriptor after the check, so a folder that
+replaces it later is never read. (Without /proc, only the final ``dlopen`` uses the path.) A file is written under a
+temporary name and renamed, so it is complete or absent, and processes that build the same kernels at the same time
+replace each other's file safely.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-/* The pieces of a decode step around its matrix products, on a CPU: one pass over memory each. Tensors hold float32, or
-   with -DBFLOAT16 bfloat16, which is the upper half of a float32; all is computed in float32.
+/* The operations of a decode step between its matrix products, on a CPU: one pass over memory each. Tensors are
+   float32, or with -DBFLOAT16 bfloat16, which is the upper half of a float32. All arithmetic is in float32.
 
-   Built by c_runtime.py with the machine's own compiler, called by c_ops.py and paged_attention_c.py. Each function
-   means what the torch twin of its name means; the tests hold the two together. Loops over the last dimension are
-   written plainly, for the compiler to vectorise. T tokens, H query heads, H_kv key heads, D their dimension. */
+   Built by build.py with the machine's compiler, called by ops.py and paged_attention.py. Tests hold each function to
+   the torch reference of its name. Loops over the last dimension are plain, for the compiler to vectorise. T tokens,
+   H query heads, H_kv key heads, D their dimension. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define WORTH_A_THREAD 16384 /* elements; below, waking a thread costs more than it helps */
+#define WORTH_A_THREAD 16384 /* elements; below this, a thread costs more than it saves */
 
 #ifdef BFLOAT16
 typedef uint16_t stored;
@@ -57,7 +57,7 @@ INLINE float mean_square(const stored *x, int64_t n) {
     return sum / (float)n;
 }
 
-/* total = x + residual; normed = total / rms(total) * weight. Without a residual the total is x, and is not written. */
+/* total = x + residual; normed = total / rms(total) * weight. Without a residual, total is x and is not written. */
 void add_rms_norm(stored *normed, stored *total, const stored *x, const stored *residual, const stored *weight,
                   int64_t num_tokens, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
                   int threads) {
@@ -87,9 +87,9 @@ void silu_mul(stored *out, const stored *gate_up, int64_t num_tokens, int64_t wi
     }
 }
 
-/* qk [T, num_qk, D]: heads of qkv, each normalised (where there is a weight) and turned to its token's position.
-   The first half of sin is negated, as model.layers.RotaryEmbedding makes it. With slots, the last num_kv of these heads
-   and the num_kv behind them are stored, too: keys and values. */
+/* qk [T, num_qk, D]: heads of qkv, each normalised (if there is a weight) and rotated to the position of its token.
+   The first half of sin is negated, as in model.layers.RotaryEmbedding. With slots, the last num_kv of these heads, the
+   keys, and the num_kv after them, the values, are also stored. */
 void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored *sin, const stored *weight,
                   stored *k_cache, stored *v_cache, const int64_t *slots, int64_t num_kv,
                   int64_t num_tokens, int64_t num_qk, int64_t dim, int64_t stride, float eps, int threads) {
@@ -116,7 +116,7 @@ void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored
     }
 }
 
-/* Rows of k and v [T, H_kv * D] to their slots; a slot of -1 writes nothing. */
+/* Store rows of k and v [T, H_kv * D] at their slots; a row with slot -1 is not stored. */
 void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v, const int64_t *slots,
               int64_t num_tokens, int64_t width, int64_t k_stride, int64_t v_stride) {
     for (int64_t t = 0; t < num_tokens; t++) {
@@ -126,7 +126,7 @@ void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v
     }
 }
 
-/* The order of floats as that of integers, which a vector unit compares; NaN is above all, -0 is 0. */
+/* Maps floats to integers of the same order, which a vector unit compares; NaN is above all, -0 equals 0. */
 INLINE int32_t rank(float x) {
     union { float value; int32_t bits; } as = {x};
     int32_t size = as.bits & INT32_MAX, is_nan = -(size > 0x7f800000), is_zero = -(size == 0);
@@ -134,9 +134,9 @@ INLINE int32_t rank(float x) {
     return (ordered & ~(is_nan | is_zero)) | (is_nan & INT32_MAX);
 }
 
-#define STRETCH 64 /* logits compared together, before anybody asks which of them it was */
+#define STRETCH 64 /* logits: the maximum is taken first, and only then its index searched */
 
-/* Of each row of logits [R, V] the largest and its place; of equals the first. NaN is the largest of all. */
+/* The largest of each row of logits [R, V] and its index; of equals the first. NaN is the largest of all. */
 void argmax(int64_t *places, stored *values, const stored *logits, int64_t num_rows, int64_t width, int64_t stride,
             int threads) {
 #pragma omp parallel for num_threads(threads) if (num_rows * width > 4 * WORTH_A_THREAD)
@@ -159,11 +159,11 @@ void argmax(int64_t *places, stored *values, const stored *logits, int64_t num_r
     }
 }
 
-#define TILE 32           /* keys looked at together */
-#define MAX_TASK_WIDTH 4096 /* elements of query heads that one task holds */
+#define TILE 32             /* keys per iteration */
+#define MAX_TASK_WIDTH 4096 /* elements of the query heads of one task */
 
-/* One sequence and some of its key heads, whose query heads lie together: online softmax (Milakov 2018) over keys
-   first..length-1, tile by tile, reading keys and values where they lie, all heads of a token in one go. */
+/* One sequence and some adjacent key heads of it: online softmax (Milakov 2018) over keys first..length-1, tile by
+   tile. Keys and values are read in place, all heads of a token together. */
 INLINE void attend_row(stored *out, const stored *q, const stored *keys, const stored *values, const int32_t *table,
                        int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t block_size,
                        int64_t slot_stride, float scale) {
@@ -202,19 +202,19 @@ INLINE void attend_row(stored *out, const stored *q, const stored *keys, const s
         for (int64_t d = 0; d < dim; d++) out[h * dim + d] = store(acc[h * dim + d] / total[h]);
 }
 
-/* One query a sequence: q and out [B, H, D], rows of q apart by q_stride; caches [num_slots, H_kv, D].
-   A group's query heads, H / H_kv * D elements, must fit into MAX_TASK_WIDTH. */
+/* One query per sequence: q and out [B, H, D], q with row stride q_stride; caches [num_slots, H_kv, D].
+   The query heads of a group, H / H_kv * D elements, must fit MAX_TASK_WIDTH. */
 void paged_decode(stored *out, const stored *q, const stored *k_cache, const stored *v_cache, const int32_t *tables,
                   const int32_t *lengths, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads, int64_t dim,
                   int64_t block_size, int64_t table_stride, int64_t q_stride, int64_t window, float scale,
                   int threads) {
     int64_t group = num_heads / num_kv_heads, slot_stride = num_kv_heads * dim;
-    int64_t together = MAX_TASK_WIDTH / (group * dim); /* key heads of one task: all, if that leaves enough tasks */
+    int64_t together = MAX_TASK_WIDTH / (group * dim); /* key heads per task: all, if that leaves enough tasks */
     if (together > num_kv_heads) together = num_kv_heads;
     while (together > 1 && num_rows * ((num_kv_heads + together - 1) / together) < 4 * threads) together--;
     int64_t tasks = (num_kv_heads + together - 1) / together;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
-    for (int64_t row = num_rows - 1; row >= 0; row--) /* rows of rising length: the longest first */
+    for (int64_t row = num_rows - 1; row >= 0; row--) /* rows are in ascending length: start the longest first */
         for (int64_t task = 0; task < tasks; task++) {
             int64_t head = task * together, left = num_kv_heads - head, num_kv = left < together ? left : together;
             int64_t length = lengths[row], first = length > window ? length - window : 0;
@@ -224,7 +224,7 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
             stored *result = out + (row * num_heads + head * group) * dim;
 #define ATTEND(D) \
     attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, block_size, slot_stride, scale)
-            switch (dim) { /* a dimension that the compiler knows is unrolled */
+            switch (dim) { /* loops over a constant dimension are unrolled */
                 case 32: ATTEND(32); break;
                 case 64: ATTEND(64); break;
                 case 128: ATTEND(128); break;

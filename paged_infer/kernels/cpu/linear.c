@@ -1,14 +1,14 @@
-/* x W^T + b on a CPU, float32, for the few rows of a decode step as for a prompt's many.
+/* x W^T + b on a CPU, float32, for the few rows of a decode step and the many of a prompt.
 
-   A library's product is made for large matrices, and rearranges W in every call or looks up a plan for it. Here W lies
-   ready, as panels of WIDE of its rows, each a column at a time, so that it is read once, in order, as it is needed:
+   A library's product is made for large matrices, and packs W in every call or looks up a plan for it. Here W is packed
+   beforehand, in panels of WIDE of its rows, column by column, so that it is read once and in order:
 
        W [N, K]    rows 0..WIDE-1  ->  panel 0:  W[0,0] W[1,0] .. W[WIDE-1,0]  W[0,1] W[1,1] ..      K * WIDE numbers
-                   rows WIDE..     ->  panel 1:  ..                                the last filled up with zeros
+                   rows WIDE..     ->  panel 1:  ..                                the last is padded with zeros
 
-   A tile is ROWS rows of x against a panel; its sums stay in registers while k runs (Goto and van de Geijn 2008, "Anatomy
-   of high-performance matrix multiplication", without packing x, of which there is little). Every sum is taken in the
-   order of k by one thread, so a row's result has the same bits alone, in a crowd, and on any number of threads. */
+   A tile is ROWS rows of x times a panel; its sums stay in registers while k runs (Goto and van de Geijn 2008,
+   "Anatomy of high-performance matrix multiplication", without packing x, which is small). One thread takes each sum in
+   the order of k, so the bits of a row depend neither on the other rows nor on the number of threads. */
 
 #include <stdint.h>
 #include <string.h>
@@ -16,13 +16,13 @@
 #ifdef __AVX512F__ /* 32 registers of 16 numbers: 24 sums, 2 of W, and room */
 #define LANES 16
 #define ROWS 12
-#else /* 16 registers of 8, as AVX2 has, or what the compiler makes of them: 12 sums */
+#else /* 16 registers of 8, as in AVX2, or the compiler's emulation: 12 sums */
 #define LANES 8
 #define ROWS 6
 #endif
 #define WIDE (2 * LANES)
-#define DEEP 1024            /* columns of W looked at together, and ... */
-#define TALL (20 * ROWS)     /* ... rows of x at most: both stretches stay in a core's cache */
+#define DEEP 1024            /* columns of W per pass, and ... */
+#define TALL (20 * ROWS)     /* ... the most rows of x: both parts stay in a core's cache */
 #define WORTH_A_THREAD 65536 /* multiplications */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -51,10 +51,10 @@ INLINE void tile(float *out, const float *x, const float *panel, const float *st
 
 int64_t panel_width(void) { return WIDE; }
 
-/* out [M, N], rows of x [M, K] apart by x_stride; start: the bias, filled up with zeros to whole panels. */
+/* out [M, N]; x [M, K] with row stride x_stride; start: the bias, padded with zeros to whole panels. */
 void linear(float *out, const float *x, const float *panels, const float *start, int64_t num_rows, int64_t depth,
             int64_t width, int64_t x_stride, int threads) {
-    int64_t pieces = (num_rows + TALL - 1) / TALL; /* of x, alike in height, so that threads have equal shares */
+    int64_t pieces = (num_rows + TALL - 1) / TALL; /* of x, of equal height, so that threads have equal shares */
     int64_t height = pieces ? (num_rows + pieces * ROWS - 1) / (pieces * ROWS) * ROWS : 1;
 #pragma omp parallel for collapse(2) num_threads(threads) if (num_rows * depth * width > WORTH_A_THREAD)
     for (int64_t top = 0; top < num_rows; top += height)
@@ -67,7 +67,7 @@ void linear(float *out, const float *x, const float *panels, const float *start,
 #define TILE(rows) \
     tile(out + row * width + at, x + row * x_stride + k, panel + k * WIDE, first, some, x_stride, width, cols, rows)
                 for (; row + ROWS <= end; row += ROWS) TILE(ROWS);
-                switch (end - row) { /* a number of rows that the compiler knows stays in registers */
+                switch (end - row) { /* with a constant number of rows the sums stay in registers */
                     case 1: TILE(1); break;
                     case 2: TILE(2); break;
                     case 3: TILE(3); break;

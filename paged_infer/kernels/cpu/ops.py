@@ -1,7 +1,7 @@
-"""The step's elementwise pieces on a CPU, by the functions of ``kernels.c``: each in one pass, without temporaries.
+"""The elementwise operations of a step on a CPU, by the functions of ``kernels.c``: one pass each, no temporaries.
 
-Each takes what its twin takes. What the C function does not do (float16, rows that are not dense, tensors on another
-device) goes to the twin, so callers need not know.
+Each takes the arguments of its reference. What the C function does not support (float16, rows that are not dense,
+tensors on another device) goes to the reference.
 """
 
 from __future__ import annotations
@@ -30,41 +30,34 @@ def _is_built(dtype: torch.dtype) -> bool:
 
 
 def suits(first: Tensor, *others: Tensor) -> bool:
-    """Whether C can read them: all of one dtype that has C kernels, on the CPU, with a dense last dimension."""
+    """Whether C can read the tensors: on the CPU, of one dtype that has C kernels, with a dense last dimension."""
     dtype = first.dtype
     if not _is_built(dtype) or not first.is_cpu or first.stride(-1) != 1:
         return False
-    for x in others:  # noqa: SIM110  (asked 40 times a step, and a generator takes three times as long)
+    for x in others:  # noqa: SIM110  (called 40 times per step; a generator takes three times as long)
         if x.dtype is not dtype or not x.is_cpu or x.stride(-1) != 1:
             return False
     return True
 
 
 def add_rms_norm_c(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``kernels.rms_norm.add_rms_norm``: [T, hidden] both -> the sum normalised, and the sum."""
+    """``kernels.add_rms_norm``: x and residual [T, hidden] -> their sum normalised, and the sum."""
     if not suits(x, weight) or (residual is not None and not suits(residual)):
         return add_rms_norm_reference(x, residual, weight, eps)
     num_tokens, width = x.shape
     normed = torch.empty(num_tokens, width, dtype=x.dtype)
     total = x if residual is None else torch.empty(num_tokens, width, dtype=x.dtype)
     library(x.dtype).add_rms_norm(
-        normed.data_ptr(),
-        total.data_ptr(),
-        x.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        weight.data_ptr(),
-        num_tokens,
-        width,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        eps,
-        torch.get_num_threads(),
-    )
+        normed.data_ptr(), total.data_ptr(),
+        x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
+        num_tokens, width, x.stride(0), 0 if residual is None else residual.stride(0),
+        eps, torch.get_num_threads(),
+    )  # fmt: skip
     return normed, total
 
 
 def silu_mul_c(gate_up: Tensor) -> Tensor:
-    """``kernels.silu_mul.silu_mul``: [T, 2 I] -> [T, I]."""
+    """``kernels.silu_mul``: [T, 2 I] -> [T, I]."""
     if not suits(gate_up):
         return silu_mul_reference(gate_up)
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -76,59 +69,35 @@ def silu_mul_c(gate_up: Tensor) -> Tensor:
 
 
 def qk_norm_rope_c(
-    qkv: Tensor,
-    cos: Tensor,
-    signed_sin: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-    slot_mapping: Tensor | None = None,
-) -> Tensor:
-    """``kernels.qk_norm_rope.qk_norm_rope``: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D], and the store."""
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, *,
+    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    k_cache: Tensor | None = None, v_cache: Tensor | None = None, slot_mapping: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``kernels.qk_norm_rope``: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D], and the store."""
     num_tokens, _, dim = qkv.shape
     num_qk = num_heads + num_kv_heads
     whole = [x for x in (cos, signed_sin, norm_weight, k_cache, v_cache) if x is not None]
     dense = suits(qkv, *whole) and qkv.stride(1) == dim and all(x.is_contiguous() for x in whole)
     if not dense or (slot_mapping is not None and slot_mapping.dtype is not torch.int64):
         return qk_norm_rope_reference(
-            qkv,
-            cos,
-            signed_sin,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            norm_weight=norm_weight,
-            eps=eps,
-            k_cache=k_cache,
-            v_cache=v_cache,
-            slot_mapping=slot_mapping,
-        )
+            qkv, cos, signed_sin,
+            num_heads=num_heads, num_kv_heads=num_kv_heads, norm_weight=norm_weight, eps=eps,
+            k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping,
+        )  # fmt: skip
     qk = torch.empty(num_tokens, num_qk, dim, dtype=qkv.dtype)
     library(qkv.dtype).qk_norm_rope(
-        qk.data_ptr(),
-        qkv.data_ptr(),
-        cos.data_ptr(),
-        signed_sin.data_ptr(),
+        qk.data_ptr(), qkv.data_ptr(), cos.data_ptr(), signed_sin.data_ptr(),
         None if norm_weight is None else norm_weight.data_ptr(),
         None if k_cache is None else k_cache.data_ptr(),
         None if v_cache is None else v_cache.data_ptr(),
         None if slot_mapping is None else slot_mapping.data_ptr(),
-        num_kv_heads,
-        num_tokens,
-        num_qk,
-        dim,
-        qkv.stride(0),
-        eps,
-        torch.get_num_threads(),
-    )
+        num_kv_heads, num_tokens, num_qk, dim, qkv.stride(0), eps, torch.get_num_threads(),
+    )  # fmt: skip
     return qk
 
 
 def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """``kernels.store_kv.store_kv``: rows [T, H_kv, D] to their slots; -1 nowhere. Slots lie within the cache."""
+    """``kernels.store_kv``: rows [T, H_kv, D] to their slots, which must lie within the cache; -1: not stored."""
     dim = k.shape[-1]
     dense = suits(k, v, k_cache, v_cache) and k.stride(1) == v.stride(1) == dim and v.shape == k.shape
     dense = dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64
@@ -136,16 +105,9 @@ def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapp
         store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
         return
     library(k.dtype).store_kv(
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        slot_mapping.data_ptr(),
-        k.shape[0],
-        k.shape[1] * dim,
-        k.stride(0),
-        v.stride(0),
-    )
+        k_cache.data_ptr(), v_cache.data_ptr(), k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(),
+        k.shape[0], k.shape[1] * dim, k.stride(0), v.stride(0),
+    )  # fmt: skip
 
 
 def argmax_c(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,14 +120,9 @@ def argmax_c(logits: Tensor) -> tuple[Tensor, Tensor]:
         return argmax_reference(logits)
     num_rows, width = logits.shape
     values = torch.empty(num_rows, dtype=logits.dtype)
-    places = torch.empty(num_rows, dtype=torch.int64)
+    token_ids = torch.empty(num_rows, dtype=torch.int64)
     library(logits.dtype).argmax(
-        places.data_ptr(),
-        values.data_ptr(),
-        logits.data_ptr(),
-        num_rows,
-        width,
-        logits.stride(0),
-        torch.get_num_threads(),
-    )
-    return values, places
+        token_ids.data_ptr(), values.data_ptr(), logits.data_ptr(),
+        num_rows, width, logits.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, token_ids

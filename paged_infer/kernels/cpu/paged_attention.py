@@ -1,10 +1,9 @@
-"""Paged attention on a CPU without a gather: decodes read keys and values where they lie, by ``kernels.c``.
+"""Paged attention on a CPU without a gather: decodes read keys and values in place, in ``kernels.c``.
 
-Torch's batched products want their keys side by side, so ``paged_attention_sdpa`` copies every key and value of the
-batch in every layer of every step, and fills rows up to the longest one. Here each (sequence, key head) walks along its
-own block table, with the online softmax of the Triton kernels. So does each of a few tokens that come together, drafts
-say: a query of its own, over the keys it sees. Prompt chunks, where the products are worth the copy, go the way of
-``paged_attention_sdpa``.
+Torch's batched products need contiguous keys, so ``paged_sdpa`` copies every key and value of the batch in every layer
+of every step, and pads rows to the longest. Here each (sequence, key head) follows its own block table, with the online
+softmax of the Triton kernels. A few tokens of one sequence, such as drafts, are computed the same way: each is a query
+of its own, over the keys that it sees. Prompt chunks, for which the products are worth the copy, go to ``paged_sdpa``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
 
 _MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of kernels.c
-_FEW = 8  # tokens of a sequence in a step; more are a chunk
+_FEW = 8  # tokens of a sequence in a step; more are a prompt chunk
 
 
 def paged_attention_c(
@@ -39,37 +38,24 @@ def paged_attention_c(
     num_rows, tables, lengths = _rows(step)
     if num_rows:
         library(q.dtype).paged_decode(
-            out.data_ptr(),
-            q.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            tables.data_ptr(),
-            lengths.data_ptr(),
-            num_rows,
-            num_heads,
-            num_kv_heads,
-            dim,
-            block_size,
-            tables.stride(0),
-            q.stride(0),
-            2**62 if window is None else window,
-            dim**-0.5,
-            torch.get_num_threads(),
-        )
+            out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
+            num_rows, num_heads, num_kv_heads, dim, block_size, tables.stride(0), q.stride(0),
+            2**62 if window is None else window, dim**-0.5, torch.get_num_threads(),
+        )  # fmt: skip
     if num_rows < q.shape[0]:
         attend_chunks(out, q, k_cache, v_cache, step, window)
     return out
 
 
 def _rows(step: AttentionMetadata) -> tuple[int, Tensor, Tensor]:
-    """How many queries attend one by one, from the first, and of each the block table, int32, and the keys it sees."""
+    """The number of leading queries that C computes, and for each its block table and number of keys, int32."""
     if step.max_query_len > _FEW or step.max_query_len == 1:
         return step.num_decodes, step.block_tables, step.seq_lens
     if "rows" not in step.plan:
         starts, query_lens = step.query_start_loc[:-1], step.query_start_loc.diff()  # [B] each
-        owners = torch.arange(len(query_lens)).repeat_interleave(query_lens)  # [T] whose token each is
-        places = torch.arange(len(owners)) - starts[owners]  # [T] among those of its sequence in this step
-        seen = (step.seq_lens - query_lens)[owners] + places + 1
+        owners = torch.arange(len(query_lens)).repeat_interleave(query_lens)  # [T] the sequence of each token
+        offsets = torch.arange(len(owners)) - starts[owners]  # [T] among the tokens of its sequence in this step
+        seen = (step.seq_lens - query_lens)[owners] + offsets + 1
         step.plan["rows"] = (step.block_tables[owners], seen.int())
     tables, lengths = step.plan["rows"]
     return len(lengths), tables, lengths

@@ -1,4 +1,4 @@
-"""Building the C kernels: once, anew for another compiler, and with the reason where it cannot be done."""
+"""Building the C kernels: once, again for another compiler, and with the reason where it fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from c_building import cache_folder, compiler_script, copying, forget, temp
 
 from paged_infer import LLM, SamplingParams
-from paged_infer.kernels import attention_backends as registry
+from paged_infer.kernels import attention_backends
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.kernels.cpu import build as c_runtime
 from paged_infer.kernels.cpu.build import CannotBuild, library, unavailable_reason
@@ -125,13 +125,13 @@ def test_one_line_says_why_auto_takes_a_slower_backend(monkeypatch, caplog) -> N
 
 def test_a_backend_of_ones_own_is_warned_of_its_slower_pieces(monkeypatch, caplog) -> None:
     monkeypatch.setenv("CC", "no-such-cc")
-    monkeypatch.setitem(registry.ATTENTION_BACKENDS, "mine", registry.torch_backend)
+    monkeypatch.setitem(attention_backends.ATTENTION_BACKENDS, "mine", attention_backends.torch_backend)
     attention_backend("mine", CPU)
     assert "no-such-cc" in warnings(caplog)[0]
 
 
 def test_on_a_gpu_without_triton_one_line_says_so(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(registry, "can_run_on", lambda device: False)
+    monkeypatch.setattr(attention_backends, "can_run_on", lambda device: False)
     attention_backend("auto", torch.device("cuda"))
     (line,) = warnings(caplog)
     assert "'sdpa'" in line and "triton" in line

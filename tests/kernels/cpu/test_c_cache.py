@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: what is damaged is built again, and what is not ours alone is never loaded."""
+"""The cache of compiled kernels: damaged files are built again, and files that are not private are never loaded."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(
     assert unavailable_reason() is None  # compiled for this process
     assert built.stat().st_ino == inode and [*folder.iterdir()] == [built] and not [*temp.iterdir()]
     line = warning(caplog)
-    assert str(folder) in line and f"mode {mode:o}" in line and "anew in each process" in line
+    assert str(folder) in line and f"mode {mode:o}" in line and "again in each process" in line
 
 
 def test_a_folder_of_another_user_is_not_used(built: Path, folder: Path, monkeypatch, caplog) -> None:
@@ -174,7 +174,7 @@ def test_without_a_cache_folder_nothing_is_left_behind(
         monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in a container with any user id
     assert unavailable_reason() is None and library().panel_width() > 0
     assert not [*temp.iterdir()]
-    assert "anew in each process" in warning(caplog)
+    assert "again in each process" in warning(caplog)
 
 
 def test_a_cache_that_cannot_be_written_or_run_from_costs_only_the_memory_of_it(

@@ -1,4 +1,4 @@
-"""A matrix laid out once multiplies as the plain one does; by C, each row to the same bits in whatever company."""
+"""A packed matrix multiplies as the plain one does; in C, the bits of a row do not depend on the other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA graphs on a CPU, which let the steps that would be captured be held to the steps that are not."""
+"""Stand-ins for CUDA graphs on a CPU, to compare the steps that would be captured with uncaptured ones."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from paged_infer.execution.cuda_graphs import DecodeGraphs
 from paged_infer.kernels.triton_runtime import launches_go_to
 
 SYNCHRONISES = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__int__}
-# aten::lift_fresh is what torch.tensor(list) ends in: the numbers come from the host.
+# torch.tensor(list) calls aten::lift_fresh: its numbers come from the host.
 READS_THE_HOST = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item")
 
 
 def call_again(fn: Callable[[], None]) -> Callable[[], None]:
-    """Runs the function itself at each replay: any backend can be captured, and nothing is baked in."""
+    """Run the function itself at each replay: any backend can be captured, and no value is frozen."""
     fn()
     return fn
 
 
 class Recorder:
-    """Captures as CUDA does: torch's operations and Triton's launches are written down once, with their very tensors.
+    """Captures as CUDA does: torch's operations and Triton's launches are recorded once, with their tensors.
 
-    A replay runs no Python of the step. It fills every tensor that the step made itself with rubbish first, then does
-    the operations again, each into the tensor that it made when it was captured. So what a step reads beside them and
-    the persistent buffers, or works out in Python, stays as it was at the capture. What would make the host wait for a
-    device, or bring numbers from it, is an error.
+    A replay runs no Python of the step. It first fills every tensor that the step created with garbage, then repeats
+    the operations, each into the tensor that it created at the capture. So anything else that a step reads, apart from
+    the persistent buffers, or computes in Python, stays as it was at the capture. An operation that would make the host
+    wait for a device, or read numbers from it, is an error.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Recorder:
             for tensor in made:
                 tensor.fill_(float("nan") if tensor.is_floating_point() else True)
                 if tensor.dtype in (torch.int32, torch.int64):
-                    tensor.fill_(1_000_003)  # nobody's token, block or place
+                    tensor.fill_(1_000_003)  # no valid token, block or position
             for operation in operations:
                 operation()
 
@@ -107,7 +107,7 @@ class _NoWaiting(TorchFunctionMode):
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the looks at slots that kernels take on a CPU alone, where they cost no wait."""
+    """Disable the checks of slots, which kernels make only on a CPU, where nothing waits for them."""
     for name in ("store_kv", "qk_norm_rope"):
         monkeypatch.setattr(f"paged_infer.kernels.fused.{name}._check", lambda *args: None)
 

@@ -1,8 +1,8 @@
-"""Kernels compiled for GPUs that are not there: registers, spills and shared memory, from the real compiler.
+"""Compilation of kernels without a GPU: registers, spills and shared memory, as Triton's compiler reports them.
 
-A launch inside ``compiling_for(arch)`` is compiled for that chip, with the tiles that its wrapper would choose there,
-and not run; tensors may live on "meta", so shapes of any size cost nothing. Triton must not be interpreting: the
-process that does this is started with ``TRITON_INTERPRET=0`` (``paged-infer bench kernels --compile-only`` does so).
+Inside ``compiling_for(arch)`` a launch compiles its kernel for that architecture, with the tile sizes that the wrapper
+chooses for it, and does not run it. Tensors may be on "meta", so shapes of any size cost nothing. Triton must not be
+interpreting: start the process with ``TRITON_INTERPRET=0``, as ``paged-infer bench kernels --compile-only`` does.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 
 from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to, triton
 
-# Shared memory that one block may use, bytes (CUDA programming guide, table of technical specifications).
+# Shared memory limit of a block, in bytes (CUDA programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel as a chip would run it."""
+    """One kernel, compiled for one architecture."""
 
     kernel: str
     arch: int  # 90: sm90
-    registers: int  # a thread
-    spill_bytes: int  # a thread, stores and loads
-    shared_bytes: int  # a block
+    registers: int  # per thread
+    spill_bytes: int  # per thread, stores and loads
+    shared_bytes: int  # per block
     num_warps: int
     num_stages: int
     ptx: str
@@ -44,7 +44,7 @@ class Compiled:
 
 
 class _Driver:
-    """Says which chip is there, and nothing else: enough for triton to compile, too little to run."""
+    """A driver that only reports a target: enough for triton to compile, not to run."""
 
     def __init__(self, arch: int) -> None:
         self._target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
@@ -61,7 +61,7 @@ class _Driver:
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Compiled]]:
-    """Launches in this block are compiled for sm``arch`` and appended to the list that it yields.
+    """Compile launches inside this block for sm``arch``, and append them to the list that it yields.
 
     Raises:
         RuntimeError: triton is missing, or was imported as an interpreter.
@@ -76,18 +76,8 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         kernels.add(kernel)
         registers, spill_bytes = _resources(binary.asm["cubin"])
         meta = binary.metadata
-        compiled.append(
-            Compiled(
-                kernel.fn.__name__,
-                arch,
-                registers,
-                spill_bytes,
-                meta.shared,
-                meta.num_warps,
-                meta.num_stages,
-                binary.asm["ptx"],
-            )
-        )
+        sizes = (registers, spill_bytes, meta.shared, meta.num_warps, meta.num_stages)
+        compiled.append(Compiled(kernel.fn.__name__, arch, *sizes, binary.asm["ptx"]))
 
     triton.runtime.driver.set_active(_Driver(arch))
     try:
@@ -97,11 +87,11 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         if torch.cuda.is_available():
             triton.runtime.driver.reset_active()
         for kernel in kernels:
-            kernel.device_caches.clear()  # they are kept by device number, and every chip here is number 0
+            kernel.device_caches.clear()  # the key is the device number, which is 0 for every architecture here
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes on the stack (which is where registers are spilled to), of a thread."""
+    """Registers and stack bytes of a thread; registers are spilled to the stack."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

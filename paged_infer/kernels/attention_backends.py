@@ -1,13 +1,13 @@
-"""Attention backends by name: how queries read the paged cache. The registry is open.
+"""Attention backends by name: the functions that compute attention over the paged cache. Users can register more.
 
-A backend is a function of one layer's query and cache, and of the step that says which tokens belong to whom::
+A backend takes the queries and the cache of one layer, and the metadata of the step::
 
     @register_attention_backend("mine")
     def my_attention(q, k_cache, v_cache, step, *, window):
         ...
     LLM(attention_backend="mine")
 
-Wherever a backend is named, ``module:function`` names one that is not registered: on the command line, for instance.
+``module:function`` names a backend that is not registered, for instance on the command line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"c": paged_attention_c, "sdpa
 
 
 def register_attention_backend(name: str) -> Callable[[AttentionBackend], AttentionBackend]:
-    """Decorator: make a function known as ``attention_backend=name``. A name registered again is replaced."""
+    """Decorator that registers a function as ``attention_backend=name``, in place of an earlier one of that name."""
 
     def register(function: AttentionBackend) -> AttentionBackend:
         ATTENTION_BACKENDS[name] = function
@@ -58,47 +58,35 @@ def register_attention_backend(name: str) -> Callable[[AttentionBackend], Attent
 def torch_backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
 ) -> Tensor:
-    """The reference: one sequence after the other, readable, on any device."""
+    """The reference: readable, one sequence at a time, on any device."""
     return paged_attention_reference(
-        q,
-        k_cache,
-        v_cache,
-        block_tables=step.block_tables,
-        seq_lens=step.seq_lens,
-        query_start_loc=step.query_start_loc,
-        window=window,
-    )
+        q, k_cache, v_cache, window=window,
+        block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,
+    )  # fmt: skip
 
 
 @register_attention_backend("triton")
 def triton_backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
 ) -> Tensor:
-    """Our kernels: compiled on CUDA; on CPU interpreted, which is for tests and readers."""
+    """The Triton kernels: compiled on CUDA; interpreted on a CPU, for tests and readers."""
     return paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_tables=step.block_tables,
-        seq_lens=step.seq_lens,
-        query_start_loc=step.query_start_loc,
-        window=window,
-        num_decodes=step.num_decodes,
-        max_query_len=step.max_query_len,
-        max_seq_len=step.max_seq_len,
-    )
+        q, k_cache, v_cache, window=window,
+        block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,
+        num_decodes=step.num_decodes, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
+    )  # fmt: skip
 
 
 def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend, Ops]:
-    """The backend called ``name``, and the set of elementwise pieces that goes with it.
+    """The backend of that name, and the set of elementwise operations that goes with it.
 
-    "auto" is the fastest that ``device`` has: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". With
-    "torch" and "sdpa" everything is plain torch, with "triton" everything is Triton, and with "c" what one pass in C
-    does better; beside a backend of one's own, it is what "auto" would take. If the faster backend cannot run and
-    "sdpa" is used instead, a warning gives the reason.
+    "auto" is the fastest on ``device``: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". "torch" and
+    "sdpa" come with operations in plain torch, "triton" with Triton kernels, "c" with C functions, and any other
+    backend with those that "auto" would choose. If the faster backend cannot run and "sdpa" is used instead, a warning
+    gives the reason.
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones), or one that cannot run on ``device``.
+        ValueError: the name is unknown (the message lists the known ones), or the backend cannot run on ``device``.
     """
     if name == "auto":
         name = _fastest_or_warn(device)
@@ -114,7 +102,7 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
 
 
 def fastest_backend(device: torch.device) -> str:
-    """What "auto" stands for."""
+    """The name of the backend that "auto" selects."""
     if device.type == "cuda" and can_run_on(device):
         return "triton"
     return "c" if device.type == "cpu" and unavailable_reason() is None else "sdpa"
@@ -133,7 +121,7 @@ _OPS = {"torch": TORCH_OPS, "sdpa": TORCH_OPS, "c": C_OPS, "triton": TRITON_OPS}
 
 
 def _imported(name: str) -> AttentionBackend:
-    """``module:function``, where the module may also lie in the current folder, as a script's would."""
+    """The function ``module:function``. As for a script, the module may also be in the current folder."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -142,5 +130,5 @@ def _imported(name: str) -> AttentionBackend:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"attention_backend={name!r} cannot be imported: {error}") from None
     if not callable(function):
-        raise ValueError(f"attention_backend={name!r} is no function but {type(function).__name__}")
+        raise ValueError(f"attention_backend={name!r} is not a function but a {type(function).__name__}")
     return function

@@ -1,6 +1,6 @@
-"""The pieces of a step around its matrix products, as one set: in plain torch, as Triton kernels, or in C for a CPU.
+"""The operations of a step between its matrix products, as one set: in plain torch, in Triton, or in C for a CPU.
 
-The decoder, the cache and the sampler take a set and do not know which it is.
+The decoder, the cache and the sampler work with any of the sets.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 
 
 class Ops(NamedTuple):
-    """One implementation of each piece; signatures are those of the functions of the same name."""
+    """One implementation of each operation, with the signature of the function of that name."""
 
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     qk_norm_rope: Callable[..., Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[..., None]
-    sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler's own torch draws
-    argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # where ``sample`` does not draw
-    pack: Pack = pack_onednn  # how matrices are laid out once their weights are final
-    fuses_store: bool = False  # qk_norm_rope also stores keys and values, in the same launch
+    sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler samples in torch
+    argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # greedy sampling where ``sample`` is None
+    pack: Pack = pack_onednn  # lays out a matrix once its weights are final
+    fuses_store: bool = False  # qk_norm_rope also stores keys and values
 
 
 TORCH_OPS = Ops(

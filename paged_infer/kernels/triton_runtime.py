@@ -1,8 +1,8 @@
-"""Triton made ready for every machine: a GPU compiles the kernels, a CPU interprets them, and neither needs a flag.
+"""Triton on every machine: kernels are compiled for a GPU and interpreted on a CPU, without a flag to set.
 
-Kernel files take ``triton``, ``tl`` and ``launch`` from here. Where no CUDA device is found, ``TRITON_INTERPRET=1`` is
-set before triton is first imported (never over a value already set), and kernels run tile by tile in numpy: slow, and
-right to the rounding. Where triton is not installed (macOS, Windows), the files still import, and only a launch fails.
+Kernel files import ``triton``, ``tl`` and ``launch`` from here. Without a CUDA device, ``TRITON_INTERPRET=1`` is set
+before triton is first imported (a value that is set already is kept), and kernels run tile by tile in numpy: slowly,
+but with the same rounding. Where triton is not installed (macOS, Windows), the files still import, and a launch fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 
 class _Absent:
-    """Stands in for triton where it is not installed: decorators leave functions as they are, the rest says so."""
+    """Replaces triton where it is not installed: decorators return the function, everything else raises."""
 
     @staticmethod
     def jit(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
@@ -37,20 +37,20 @@ except ImportError:
     triton, tl = _Absent(), _Absent()
 
 HAS_TRITON = not isinstance(triton, _Absent)
-# Whether kernels are interpreted in this process. Decided when triton was imported: its own library is built then.
+# Whether kernels are interpreted in this process. This is fixed when triton is imported, and its library with it.
 INTERPRETED = HAS_TRITON and type(tl.cdiv).__name__ == "InterpretedFunction"
 
-# (kernel, grid, positional arguments, everything named) -> None, in place of a launch; see ``launches_go_to``.
+# (kernel, grid, positional arguments, keyword arguments) -> None, called instead of a launch; see ``launches_go_to``.
 LaunchHook = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _hook: LaunchHook | None = None
 _hook_capability: tuple[int, int] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **named: Any) -> None:
-    """Run ``kernel`` once for each place in ``grid``; the first argument is a tensor on the device that runs it.
+    """Run ``kernel`` once for each program of ``grid``, on the device of the first argument, a tensor.
 
     Raises:
-        RuntimeError: this process cannot run Triton kernels on that device; the message says why.
+        RuntimeError: this process cannot run Triton kernels on that device; the message gives the reason.
     """
     if 0 in grid:
         return
@@ -80,17 +80,17 @@ def can_run_on(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) compute capability, by which tiles are chosen; (0, 0) for the interpreter."""
+    """Compute capability (major, minor), which determines the tile sizes; (0, 0) for the interpreter."""
     if _hook_capability is not None:
         return _hook_capability
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors that share a grid; 1 in the interpreter."""
+    """Number of streaming multiprocessors; 1 in the interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if _hook is None else 132  # an H100's, for a GPU that is not there
+    return 1 if _hook is None else 132  # an H100's, when compiling ahead of time
 
 
 def must_widen(x: Tensor) -> bool:
@@ -100,7 +100,7 @@ def must_widen(x: Tensor) -> bool:
 
 @contextmanager
 def launches_go_to(hook: LaunchHook, gpu_capability: tuple[int, int]) -> Iterator[None]:
-    """Give launches to ``hook`` instead, with tiles chosen for a GPU of ``gpu_capability``; tensors may be "meta"."""
+    """Call ``hook`` instead of launching, with tile sizes for ``gpu_capability``; tensors may be on "meta"."""
     global _hook, _hook_capability
     _hook, _hook_capability = hook, gpu_capability
     try:

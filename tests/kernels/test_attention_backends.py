@@ -1,4 +1,4 @@
-"""The registry: backends by name, one's own among them, and the elementwise pieces that go with each."""
+"""Attention backends by name, a user's own among them, and the elementwise operations that go with each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from paged_infer import SamplingParams
-from paged_infer.kernels import attention_backends as registry
-from paged_infer.kernels import triton_runtime
+from paged_infer.kernels import attention_backends, triton_runtime
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, attention_backend, register_attention_backend
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS
 
@@ -26,7 +25,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     [
         ("no_such_module:attend", "No module named 'no_such_module'"),
         ("math:attend", "module 'math' has no attribute 'attend'"),
-        ("math:pi", "is no function but float"),
+        ("math:pi", "is not a function but a float"),
         (":attend", "cannot be imported"),
         (".relative:attend", "cannot be imported"),
     ],
@@ -37,12 +36,12 @@ def test_a_backend_that_cannot_be_imported_is_refused_with_the_reason(name: str,
 
 
 def test_auto_is_the_fastest_that_the_device_has(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(attention_backends, "unavailable_reason", lambda: None)
     assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["c"], C_OPS)
-    monkeypatch.setattr(registry, "unavailable_reason", lambda: "no C compiler")
+    monkeypatch.setattr(attention_backends, "unavailable_reason", lambda: "no C compiler")
     assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["sdpa"], TORCH_OPS)
     assert attention_backend("auto", CUDA)[1] is TORCH_OPS  # an interpreting process cannot compile
-    monkeypatch.setattr(registry, "can_run_on", lambda device: True)
+    monkeypatch.setattr(attention_backends, "can_run_on", lambda device: True)
     assert attention_backend("auto", CUDA) == (ATTENTION_BACKENDS["triton"], TRITON_OPS)
 
 
@@ -55,7 +54,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch) -> None:
 def test_c_is_refused_where_it_cannot_run(monkeypatch) -> None:
     with pytest.raises(ValueError, match="attention_backend='c' cannot run on cuda here: it is for CPUs"):
         attention_backend("c", CUDA)
-    monkeypatch.setattr(registry, "unavailable_reason", lambda: "cc failed: no room")
+    monkeypatch.setattr(attention_backends, "unavailable_reason", lambda: "cc failed: no room")
     with pytest.raises(ValueError, match="'c' cannot run on cpu here: cc failed: no room"):
         attention_backend("c", CPU)
 
@@ -66,13 +65,13 @@ def test_with_the_torch_backends_everything_is_torch_and_with_triton_everything_
 
 
 def test_a_registered_function_runs_the_engine(make_llm, monkeypatch) -> None:
-    monkeypatch.setattr(registry, "ATTENTION_BACKENDS", dict(ATTENTION_BACKENDS))
+    monkeypatch.setattr(attention_backends, "ATTENTION_BACKENDS", dict(ATTENTION_BACKENDS))
     calls = []
 
     @register_attention_backend("mine")
     def mine(q, k_cache, v_cache, step, *, window):
         calls.append(q.shape)
-        return registry.torch_backend(q, k_cache, v_cache, step, window=window)
+        return attention_backends.torch_backend(q, k_cache, v_cache, step, window=window)
 
     params = SamplingParams(temperature=0, max_tokens=5)
     theirs = make_llm(attention_backend="torch").generate([3, 1, 4], params, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""Kernels launch where they can, and say why where they cannot."""
+"""Kernels launch where they can; elsewhere an error gives the reason."""
 
 from __future__ import annotations
 

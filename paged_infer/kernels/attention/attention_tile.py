@@ -1,7 +1,7 @@
-"""What the attention kernels share: a tile of keys met by a tile of queries. Dense or paged, only addresses differ.
+"""The core that the attention kernels share: a tile of queries against a tile of keys. Only addresses differ.
 
-scores [M, N]  =  q [M, D]  x  k [N, D]^T          all in registers
-row_max, row_sum [M] and acc [M, D]                carried along the row: the online softmax, in powers of two
+scores [M, N]  =  q [M, D]  x  k [N, D]^T          in registers
+row_max, row_sum [M] and acc [M, D]                updated along the row: the online softmax, in powers of two
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ LOG2_E = 1.0 / math.log(2.0)  # folded into the scale: exp(x) = exp2(x * LOG2_E)
 
 
 def padded(dim: int) -> int:
-    """The power of two that holds a head, at least the 16 that tensor cores multiply at a time."""
+    """The next power of two, at least 16, the smallest size that tensor cores multiply."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def max_registers(dtype: torch.dtype) -> int | None:
-    """Registers a thread; None: as the assembler likes. In float32 it likes to spill a few for more blocks at once."""
+    """Limit of registers per thread, or None. In float32 the assembler by itself spills a few for more occupancy."""
     return 255 if dtype == torch.float32 else None
 
 
@@ -29,7 +29,7 @@ def max_registers(dtype: torch.dtype) -> int | None:
 def load_tiles(
     k_ptrs, v_ptrs, there, dim, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """Keys and values [N, D]: of rows that are ``there`` if MASKED, else of all, which spares a test for each."""
+    """Keys and values [N, D]: only rows that are ``there`` if MASKED, otherwise all of them, without a test."""
     if MASKED:
         k = tl.load(k_ptrs, mask=there[:, None] & (dim < D)[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=there[:, None] & (dim < D)[None, :], other=0.0)
@@ -48,7 +48,7 @@ def attend_tile(
     acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take in keys and values [N, D] at places ``key``; hide what queries at places ``query`` do not see if MASKED."""
+    """Add keys and values [N, D] of positions ``key``; if MASKED, hide those that positions ``query`` do not see."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
     if MASKED:
         seen = (key < num_keys)[None, :]
@@ -58,7 +58,7 @@ def attend_tile(
             seen = seen & (key[None, :] > query[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [M], in powers of two
-    # A row that has seen nothing yet: -inf - (-inf) would be NaN.
+    # In a row that has seen no key yet, -inf - (-inf) would be NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
     weights = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [M, N]
     shrink = tl.math.exp2(row_max - shift)  # [M]
@@ -69,7 +69,7 @@ def attend_tile(
 
 @triton.jit
 def finish_softmax(acc, row_max, row_sum):
-    """The output [M, D] and the log-sum-exp [M]; 0 and -inf where nothing was seen, and NaN where NaN was."""
+    """The output [M, D] and the log-sum-exp [M]: 0 and -inf for a row that saw no key, NaN for one that read NaN."""
     seen = row_sum != 0.0
     divisor = tl.where(seen, row_sum, 1.0)
     lse = (row_max + tl.math.log2(divisor)) * 0.6931471805599453
@@ -78,9 +78,9 @@ def finish_softmax(acc, row_max, row_sum):
 
 @triton.jit
 def seen_by_tile(first, last, num_keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys that the queries at positions first..last see: (begin, full_begin, full_end, end).
+    """The keys that queries at positions first..last see: (begin, full_begin, full_end, end).
 
-    begin..full_begin and full_end..end need a mask, full_begin..full_end is seen by all; all but end on tile edges.
+    begin..full_begin and full_end..end need a mask; all queries see full_begin..full_end. All but end are tile edges.
     """
     if CAUSAL:
         end = tl.maximum(tl.minimum(last + 1, num_keys), 0)

@@ -1,4 +1,4 @@
-"""What attention's inputs must be, said before anything is launched: one clear error with the shapes (law 5)."""
+"""Checks of attention's arguments. They run before a launch, and raise one clear error with the shapes (law 5)."""
 
 from __future__ import annotations
 
@@ -7,57 +7,51 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from paged_infer.kernels.checks import FLOATS, shapes
+
 MAX_HEAD_DIM = 256
 MAX_ROWS = 65_535  # CUDA's limit on a grid's second and third axes
-MAX_SCALE = 1e30  # times 1/ln 2 and a score of any use, it stays a float32
+MAX_SCALE = 1e30  # times 1/ln 2 and any useful score, it still fits float32
 
 
 def check_dense_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None
 ) -> None:
     """Raises ValueError unless q [B, H, N, D], k and v [B, H_kv, M, D] fit together."""
-    shapes = _shapes(q=q, k=k, v=v)
+    given = shapes(q=q, k=k, v=v)
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape:
-        raise ValueError(f"attention wants q [B, H, N, D], k and v [B, H_kv, M, D]; got {shapes}")
+        raise ValueError(f"attention expects q [B, H, N, D], k and v [B, H_kv, M, D]; got {given}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k and v must share batch size and head_dim; got {shapes}")
-    _check_heads(q.shape[1], k.shape[1], q.shape[3], shapes)
+        raise ValueError(f"q, k and v must share batch size and head_dim; got {given}")
+    _check_heads(q.shape[1], k.shape[1], q.shape[3], given)
     _check_alike(q=q, k=k, v=v)
     _check_numbers(scale, window)
     if window is not None and not causal:
-        raise ValueError(f"window={window} with causal=False: a window looks back from a query's own place")
+        raise ValueError(f"window={window} with causal=False: a window ends at the query's own position")
 
 
 def check_paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float | None,
-    window: int | None,
-    out: Tensor | None,
-) -> None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    scale: float | None, window: int | None, out: Tensor | None,
+) -> None:  # fmt: skip
     """Raises ValueError unless q [T, H, D], caches [num_blocks, block_size, H_kv, D] and the indices fit together."""
-    shapes = _shapes(q=q, k_cache=k_cache, v_cache=v_cache)
+    given = shapes(q=q, k_cache=k_cache, v_cache=v_cache)
     if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or not k_cache.shape[1]:
         raise ValueError(
-            f"paged attention wants q [T, H, D] and two caches [num_blocks, block_size, H_kv, D]; got {shapes}"
+            f"paged attention expects q [T, H, D] and two caches [num_blocks, block_size, H_kv, D]; got {given}"
         )
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError(f"the caches must be contiguous; got strides {k_cache.stride()} and {v_cache.stride()}")
     if q.shape[2] != k_cache.shape[3]:
-        raise ValueError(f"q and the caches must share head_dim; got {shapes}")
-    _check_heads(q.shape[1], k_cache.shape[2], q.shape[2], shapes)
+        raise ValueError(f"q and the caches must share head_dim; got {given}")
+    _check_heads(q.shape[1], k_cache.shape[2], q.shape[2], given)
     _check_alike(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_numbers(scale, window)
     rows = seq_lens.shape[0] if seq_lens.dim() == 1 else -1
     if rows < 0 or block_tables.dim() != 2 or block_tables.shape[0] != rows or query_start_loc.shape != (rows + 1,):
         raise ValueError(
-            "paged attention wants block_tables [B, max_blocks], seq_lens [B], query_start_loc [B + 1]; got "
-            + _shapes(block_tables=block_tables, seq_lens=seq_lens, query_start_loc=query_start_loc)
+            "paged attention expects block_tables [B, max_blocks], seq_lens [B], query_start_loc [B + 1]; got "
+            + shapes(block_tables=block_tables, seq_lens=seq_lens, query_start_loc=query_start_loc)
         )
     for name, index in (("block_tables", block_tables), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
         if index.dtype != torch.int32 or index.device != q.device:
@@ -65,9 +59,9 @@ def check_paged_attention(
         if index.shape[-1] > 1 and index.stride(-1) != 1:
             raise ValueError(f"{name} must have dense rows; got strides {index.stride()}")
     if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that a launch can have")
+        raise ValueError(f"{rows} rows exceed the {MAX_ROWS} of a launch")
     if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
-        raise ValueError(f"out must be like q; got {_shapes(q=q, out=out)}, {out.dtype} on {out.device}")
+        raise ValueError(f"out must be like q; got {shapes(q=q, out=out)}, {out.dtype} on {out.device}")
     if out is not None and q.shape[2] > 1 and out.stride(2) != 1:
         raise ValueError(f"out must have dense rows; got strides {out.stride()}")
 
@@ -75,7 +69,7 @@ def check_paged_attention(
 def check_index_values(
     block_tables: Tensor, seq_lens: list[int], query_start_loc: list[int], num_queries: int, k_cache: Tensor
 ) -> None:
-    """Raises ValueError where a table points outside the cache or lengths disagree. A GPU is waited for."""
+    """Raises ValueError for a table entry outside the cache, or lengths that disagree. The host waits for a GPU."""
     num_blocks, block_size = k_cache.shape[:2]
     bounds = query_start_loc
     if bounds[0] != 0 or bounds[-1] != num_queries or any(b > e for b, e in pairwise(bounds)):
@@ -94,11 +88,11 @@ def check_index_values(
             )
 
 
-def _check_heads(num_heads: int, num_kv_heads: int, dim: int, shapes: str) -> None:
+def _check_heads(num_heads: int, num_kv_heads: int, dim: int, given: str) -> None:
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {shapes}")
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {given}")
     if not 1 <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={dim} must lie within 1..{MAX_HEAD_DIM}; got {shapes}")
+        raise ValueError(f"head_dim={dim} must lie within 1..{MAX_HEAD_DIM}; got {given}")
 
 
 def _check_alike(**tensors: Tensor) -> None:
@@ -106,9 +100,9 @@ def _check_alike(**tensors: Tensor) -> None:
     devices = {x.device for x in tensors.values()}
     if len(dtypes) > 1 or len(devices) > 1:
         each = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in tensors.items())
-        raise ValueError(f"attention wants one dtype and one device; got {each}")
-    if dtypes - set(DTYPES):
-        raise ValueError(f"attention is for float32, float16 and bfloat16; got {dtypes.pop()}")
+        raise ValueError(f"attention expects one dtype and one device; got {each}")
+    if dtypes - set(FLOATS):
+        raise ValueError(f"attention supports float32, float16 and bfloat16; got {dtypes.pop()}")
 
 
 def _check_numbers(scale: float | None, window: int | None) -> None:
@@ -116,7 +110,3 @@ def _check_numbers(scale: float | None, window: int | None) -> None:
         raise ValueError(f"scale={scale}: must be above 0, and at most {MAX_SCALE:g}")
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window={window!r}: must be an integer of at least 1, the token itself")
-
-
-def _shapes(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())

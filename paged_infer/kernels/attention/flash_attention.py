@@ -1,13 +1,13 @@
 """FlashAttention forward in Triton: softmax(q k^T / sqrt(d)) v without ever writing the N x M scores to memory.
 
                       keys  0 ........ M
-           tile 0   [ full | full | diag |      |      ]     a program owns BLOCK_M queries of one head and walks
+           tile 0   [ full | full | diag |      |      ]     a program has BLOCK_M queries of one head and iterates
   queries  tile 1   [ full | full | full | diag |      ]     over the keys in tiles of BLOCK_N: first the tiles that
            tile 2   [ full | full | full | full | diag ]     all its queries see, without a mask, then the diagonal
 
-Of the scores only a tile exists at a time, in registers. What is carried along a row is its maximum so far, the sum of
-its exponentials, and the output as if the row ended here; a greater maximum rescales the last two (online softmax,
-Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1): ``attention_tile``.
+Only one tile of scores exists at a time, in registers. Each row keeps its maximum so far, the sum of its exponentials,
+and its output so far; a larger maximum rescales the last two (online softmax, Milakov and Gimelshein 2018;
+FlashAttention-2, Dao 2023, algorithm 1): ``attention_tile``.
 """
 
 from __future__ import annotations
@@ -32,27 +32,22 @@ from paged_infer.kernels.triton_runtime import capability, launch, must_widen, t
 
 
 def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    return_lse: bool = False,
-) -> Any:  # Tensor; with return_lse, two
-    """Exact attention of dense tensors, for float32, float16 and bfloat16, on CUDA (and interpreted on CPU).
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool = True, scale: float | None = None, window: int | None = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """Exact attention of dense tensors in float32, float16 or bfloat16, on CUDA (and interpreted on a CPU).
 
     q [B, H, N, D], k and v [B, H_kv, M, D] -> [B, H, N, D]. H is a multiple of H_kv: each group of query heads reads
     one key head (GQA, Ainslie 2023). D is at most 256. Any strides; a last dimension that is not dense is copied.
     Forward only: no gradient flows back.
 
     Args:
-        causal: queries are the last N of M tokens, and see no token after themselves. With N > M the first N - M see
-            nothing, and get zeros.
-        scale: what scores are multiplied by, above 0; 1/sqrt(D) unless given.
-        window: tokens that a query sees, itself included; causal only.
-        return_lse: also return log(sum(exp(scores))) of every query, float32 [B, H, N]; -inf where it sees nothing.
+        causal: queries are the last N of M tokens and see no later token. With N > M the first N - M see no key, and
+            their output is zero.
+        scale: the factor of the scores, above 0; default 1/sqrt(D).
+        window: number of tokens that a query sees, its own included; causal only.
+        return_lse: return (out, lse), where lse is log(sum(exp(scores))) of each query: float32 [B, H, N], -inf for a
+            query that sees no key.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together; the message names them.
@@ -68,48 +63,24 @@ def flash_attention(
     launch(
         _flash_kernel,
         (num_tiles * batch * num_heads,),
-        q,
-        k,
-        v,
-        out,
-        lse,
+        q, k, v, out, lse,
         *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
-        num_heads,
-        num_heads // k.shape[1],
-        num_queries,
-        num_keys,
+        num_heads, num_heads // k.shape[1], num_queries, num_keys,
         (dim**-0.5 if scale is None else scale) * LOG2_E,
-        min(window or 0, num_keys + num_queries),  # a wider one hides nothing, and may be too much for 32 bits
-        CAUSAL=causal,
-        HAS_WINDOW=window is not None,
-        SAVE_LSE=return_lse,
-        STRIDE_Q=q.stride(2),
-        STRIDE_K=k.stride(2),
-        STRIDE_V=v.stride(2),
-        STRIDE_O=out.stride(2),
+        min(window or 0, num_keys + num_queries),  # a wider window hides nothing, and may not fit 32 bits
+        CAUSAL=causal, HAS_WINDOW=window is not None, SAVE_LSE=return_lse,
+        STRIDE_Q=q.stride(2), STRIDE_K=k.stride(2), STRIDE_V=v.stride(2), STRIDE_O=out.stride(2),
         ALIGN=common_alignment(q, k, v, out),
-        D=dim,
-        BLOCK_D=padded(dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        WIDEN=must_widen(q),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        maxnreg=max_registers(q.dtype),
-    )
+        D=dim, BLOCK_D=padded(dim), BLOCK_M=block_m, BLOCK_N=block_n, WIDEN=must_widen(q),
+        num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def flash_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    return_lse: bool = False,
-) -> Any:  # Tensor; with return_lse, two
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool = True, scale: float | None = None, window: int | None = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
     """``flash_attention`` in plain torch, with all scores at once."""
     check_dense_attention(q, k, v, causal, scale, window)
     group = q.shape[1] // k.shape[1]
@@ -134,23 +105,23 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
 
 
 def _row_major(x: Tensor) -> Tensor:
-    """x [B, heads, N, D] with dense rows, near enough for 32 bits to reach any row of a tile (128 at most)."""
+    """x [B, heads, N, D] with dense rows, and a row stride with which 32 bits address a tile (of at most 128 rows)."""
     return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
 
 
 def common_alignment(*tensors: Tensor) -> int:
-    """The power of two, 16 at most, that divides every stride but the last: how wide a load the compiler may use."""
+    """The largest power of two, at most 16, that divides all strides but the last: the width of a load."""
     return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
 
 
 def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages): as large as registers and shared memory hold without a spill.
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages): as large as registers and shared memory allow without a spill.
 
-    What spills where is the compiler's word: ``paged-infer bench kernels --compile-only`` prints it for every chip.
+    ``paged-infer bench kernels --compile-only`` prints what the compiler spills, for every architecture.
     """
-    if gpu == (0, 0):  # the interpreter: small, so that small shapes have many tiles
+    if gpu == (0, 0):  # the interpreter: small, so that small shapes have several tiles
         return 16, 16, 4, 1
-    if dtype == torch.float32:  # full precision has no tensor cores: products take many registers
+    if dtype == torch.float32:  # float32 has no tensor cores: products take many registers
         tiles = (32, 64, 8, 2) if dim <= 64 else (16, 32 if dim <= 128 else 16, 8, 2)
     elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
         tiles = (128, 128, 8, 3) if dim == 64 else (128, 128, 8, 2)
@@ -161,7 +132,7 @@ def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int 
     else:  # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block
         tiles = (64, 64, 8, 2) if dim == 256 and gpu in ((8, 0), (9, 0), (10, 0)) else (64, 32, 8, 2)
     block_m, block_n, num_warps, num_stages = tiles
-    if window is not None:  # the loop along the window's edge takes registers of its own
+    if window is not None:  # the loop along the edge of the window needs more registers
         block_n = max(16, block_n // 2)
     return block_m, block_n, num_warps, num_stages
 
@@ -173,32 +144,26 @@ def _attend_keys(
     STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Attend to keys begin..end (``begin`` on a tile's edge): all of them seen by all rows unless MASKED."""
+    """Attend to keys begin..end (``begin`` is a tile edge). All rows see all of them unless MASKED."""
     dim = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_N)
     k_offsets = column[:, None] * STRIDE_K + dim[None, :]
     v_offsets = column[:, None] * STRIDE_V + dim[None, :]
     for start in tl.range(begin, end, BLOCK_N):
         key = start + column  # [N]
-        # A head may be more than 2^31 elements; a tile is not (_row_major sees to it).
+        # A head may have more than 2^31 elements; a tile has not (_row_major).
         place = tl.cast(start, tl.int64)
         k, v = load_tiles(
-            k_ptr + place * STRIDE_K + k_offsets,
-            v_ptr + place * STRIDE_V + v_offsets,
-            key < num_keys,
-            dim,
-            D,
-            BLOCK_D,
-            MASKED,
-            WIDEN,
-        )
+            k_ptr + place * STRIDE_K + k_offsets, v_ptr + place * STRIDE_V + v_offsets,
+            key < num_keys, dim, D, BLOCK_D, MASKED, WIDEN,
+        )  # fmt: skip
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window, CAUSAL, HAS_WINDOW, MASKED
         )
     return acc, row_max, row_sum
 
 
-# Lengths differ from call to call, and knowing whether 16 divides them would only compile the kernel again.
+# Lengths differ between calls; specialising on whether 16 divides them would only compile the kernel again.
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _flash_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
@@ -209,7 +174,7 @@ def _flash_kernel(
     ALIGN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    # One program: a tile of queries of one head. Late tiles see the most keys, so they start first.
+    # One program: a tile of queries of one head. The last tiles see the most keys, so they start first.
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch_head = tl.program_id(0) // num_tiles
@@ -225,7 +190,7 @@ def _flash_kernel(
     q = tl.load(q_ptr + row.to(tl.int64)[:, None] * STRIDE_Q + dim[None, :], mask=there, other=0.0)  # [M, D]
     if WIDEN:
         q = q.to(tl.float32)
-    query = num_keys - num_queries + row  # the diagonal is aligned to the end
+    query = num_keys - num_queries + row  # positions: the queries are the last tokens
     first = num_keys - num_queries + tile * BLOCK_M
     last = num_keys - num_queries + tl.minimum(tile * BLOCK_M + BLOCK_M, num_queries) - 1
     begin, full_begin, full_end, end = seen_by_tile(first, last, num_keys, window, CAUSAL, HAS_WINDOW, BLOCK_N)

@@ -1,13 +1,13 @@
-"""From softmax(q k^T / sqrt(d)) v to tiles, in five steps that count what they move.
+"""From softmax(q k^T / sqrt(d)) v to FlashAttention's tiles, in five steps that count their memory traffic.
 
-One head: q [N, d], k and v [M, d]; the queries are the last N of M tokens, so the causal diagonal ends in the last key.
-Every step returns the same numbers. What changes is the traffic between HBM, which holds everything and is slow, and
-fast memory (a GPU's registers and shared memory), which computes and holds little:
+One head: q [N, d], k and v [M, d]; the queries are the last N of M tokens, so the causal diagonal ends at the last key.
+Every step returns the same numbers. They differ in the traffic between HBM, which is large and slow, and fast memory (a
+GPU's registers and shared memory), which is small and feeds the arithmetic:
 
     step                      scores and weights                             HBM traffic, elements, N = M
     naive_attention           written out whole; exp overflows past 88       4 N^2 + 4 N d
     safe_softmax_attention    written out whole; three passes find them      6 N^2 + 4 N d
-    online_softmax            seen once, forgotten                           the recurrence, alone
+    online_softmax            read once, in pieces                           the recurrence alone
     online_attention          never leave fast memory, one query at a time   2 N^2 d + 2 N d
     tiled_attention           never leave fast memory, block_q queries       2 N^2 d / block_q + 2 N d
 
@@ -28,7 +28,7 @@ from torch import Tensor
 ALL_ROWS = slice(None)
 
 
-# -- Moving is counting ----------------------------------------------------------------------------------------------
+# -- Counting traffic ------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -44,9 +44,9 @@ class Traffic:
 
 
 class InHBM:
-    """A matrix in HBM: only its shape is free to look at. ``load`` and ``store`` move rows, and count them as they do.
+    """A matrix in HBM. Only its shape can be read for free; ``load`` and ``store`` move rows and count them.
 
-    An algorithm below is handed these and never the tensors, so it cannot touch what it does not pay for.
+    The algorithms below get these instead of tensors, so no access goes uncounted.
     """
 
     __slots__ = ("_matrix", "_traffic", "shape")
@@ -61,14 +61,14 @@ class InHBM:
         return tile
 
     def store(self, tile: Tensor, rows: slice | int = ALL_ROWS) -> None:
-        """Overwrite those rows. No broadcasting, which would write more than it counts."""
+        """Overwrite those rows. Broadcasting is refused: it would write more than is counted."""
         if tile.shape != self._matrix[rows].shape:
             raise ValueError(f"a tile of {list(tile.shape)} does not fill {list(self._matrix[rows].shape)}")
         self._traffic.num_written += tile.numel()
         self._matrix[rows] = tile
 
     def reserve(self, num_rows: int, width: int) -> InHBM:
-        """Room for another matrix in the same HBM. Nothing moves yet."""
+        """Another matrix in the same HBM, uninitialised. Nothing moves yet."""
         return InHBM(self._matrix.new_empty(num_rows, width), self._traffic)
 
 
@@ -78,7 +78,7 @@ Counted = Callable[Concatenate[Tensor, Tensor, Tensor, Options], tuple[Tensor, T
 
 
 def counted(algorithm: Algorithm[Options]) -> Counted[Options]:
-    """Call an algorithm on tensors: they are put in an HBM of its own, and (output, traffic) comes back."""
+    """Make an algorithm take tensors, which are put in an HBM of its own, and return (output, traffic)."""
 
     @wraps(algorithm)
     def run(
@@ -100,10 +100,10 @@ def counted(algorithm: Algorithm[Options]) -> Counted[Options]:
 def naive_attention(Q: InHBM, K: InHBM, V: InHBM, *, causal: bool = False) -> InHBM:
     """softmax(q k^T / sqrt(d)) v as the formula has it (Vaswani 2017, eq. 1; Dao 2022, algorithm 0).
 
-    Its exponentials overflow: in float32 a score above 88.7 gives inf / inf = NaN, and so does a row that sees no key.
+    Its exponentials overflow: in float32 a score above 88.7 gives inf / inf = NaN, as does a row that sees no key.
 
-    Traffic: reads N d + 2 M d + 2 N M, writes N d + 2 N M. Counted in its favour, each product reads its operands
-    once, as if fast memory held a whole matrix.
+    Traffic: reads N d + 2 M d + 2 N M, writes N d + 2 N M. This favours it: each product reads its operands once, as
+    if fast memory held a whole matrix.
     """
     N, M, d = _sizes(Q, K)
     S, P, OUT = Q.reserve(N, M), Q.reserve(N, M), Q.reserve(N, d)  # scores, weights, output
@@ -120,7 +120,7 @@ def naive_attention(Q: InHBM, K: InHBM, V: InHBM, *, causal: bool = False) -> In
 
 @counted
 def safe_softmax_attention(Q: InHBM, K: InHBM, V: InHBM, *, causal: bool = False) -> InHBM:
-    """The same, with each row's maximum taken from its scores first (Milakov & Gimelshein 2018, algorithm 2).
+    """The same, after each row's maximum is subtracted from its scores (Milakov & Gimelshein 2018, algorithm 2).
 
     softmax(s) = softmax(s - m) for any m, and with m = max(s) no exponential exceeds 1. The price: a row too long for
     fast memory is read three times, for its maximum, for its sum, and for its weights.
@@ -143,7 +143,7 @@ def safe_softmax_attention(Q: InHBM, K: InHBM, V: InHBM, *, causal: bool = False
 
 
 def absorb(peak: Tensor, total: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence that everything below is made of: take in more scores, without the ones before.
+    """The recurrence behind everything below: add more scores, without the earlier ones.
 
         peak'  = max(peak, max(scores))
         total' = total exp(peak - peak') + sum(exp(scores - peak'))
@@ -154,9 +154,9 @@ def absorb(peak: Tensor, total: Tensor, scores: Tensor) -> tuple[Tensor, Tensor,
         scores: [..., n], n >= 1; -inf for a key that is hidden.
 
     Returns:
-        peak' and total'; the weights exp(scores - peak') [..., n]; and exp(peak - peak') [...], by which any sum that
-        was weighed against the old peak shrinks. Milakov & Gimelshein 2018, algorithm 3, lines 4-5, for one score; for
-        a tile, Dao 2022, section 3.1.
+        peak' and total'; the weights exp(scores - peak') [..., n]; and exp(peak - peak') [...], the factor for
+        every sum that was weighted with the old peak. Milakov & Gimelshein 2018, algorithm 3, lines 4-5, for one score;
+        for a tile, Dao 2022, section 3.1.
     """
     new_peak = torch.maximum(peak, scores.amax(-1))
     shift = _finite(new_peak)
@@ -166,11 +166,11 @@ def absorb(peak: Tensor, total: Tensor, scores: Tensor) -> tuple[Tensor, Tensor,
 
 
 def online_softmax(stream: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """(peak, total) of scores that pass by once, in pieces of any length [n]; an empty stream gives (-inf, 0).
+    """(peak, total) of scores that are read once, in pieces of any length [n]; an empty stream gives (-inf, 0).
 
     With them softmax(s) = exp(s - peak) / total for any score s, and the log-sum-exp is peak + log(total): one pass
-    where the safe softmax needs two (Milakov & Gimelshein 2018, algorithm 3). It moves nothing itself: a stream of
-    ``S.load(...)`` counts as it goes.
+    where the safe softmax needs two (Milakov & Gimelshein 2018, algorithm 3). It moves nothing itself; a stream of
+    ``S.load(...)`` counts its own traffic.
     """
     peak, total = torch.tensor(-math.inf), torch.tensor(0.0)
     for scores in stream:
@@ -181,10 +181,10 @@ def online_softmax(stream: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 @counted
 def online_attention(Q: InHBM, K: InHBM, V: InHBM, *, block_k: int = 1, causal: bool = False) -> InHBM:
-    """One query at a time, its keys ``block_k`` at a time; the output so far shrinks as the softmax's sum does.
+    """One query at a time, its keys ``block_k`` at a time; the output so far is rescaled as the sum of the softmax is.
 
-    No score reaches HBM, and memory beside the output is constant (Rabe & Staats 2021). But every query reads all of
-    its keys and values again: 2 M d elements for a row where the naive road moved 4 M. Worse, for any real d.
+    No score reaches HBM, and memory apart from the output is constant (Rabe & Staats 2021). But every query reads all
+    of its keys and values again: 2 M d elements per row, where the naive algorithm moves 4 M: worse, for any real d.
 
     Traffic: reads N d + 2 d (keys seen, summed over queries), writes N d. ``block_k`` does not change it.
     """
@@ -207,12 +207,12 @@ def online_attention(Q: InHBM, K: InHBM, V: InHBM, *, block_k: int = 1, causal: 
 def tile_sizes(fast_elements: int, head_dim: int) -> tuple[int, int]:
     """(block_q, block_k) such that all that ``tiled_attention`` holds at once fits ``fast_elements``.
 
-    Traffic falls with block_q alone, so block_q takes what it can and block_k stays at most d. A fifth of the memory
-    each for q, out, the keys, the values and the scores, beside the peak and total of each row:
+    Traffic depends on block_q alone, so block_q is as large as possible and block_k at most d. A fifth of the memory
+    each for q, out, the keys, the values and the scores, besides the peak and total of each row:
 
         2 block_q d + 2 block_k d + block_q block_k + 2 block_q <= block_q (5 d + 2) <= fast_elements
 
-    Dao 2022, algorithm 1, line 1 takes quarters (its scores come on top), and as its loops are swapped, so are q and k.
+    Dao 2022, algorithm 1, line 1 uses quarters (its scores are extra), and q and k are swapped, as its loops are.
 
     Raises:
         ValueError: not even one query and one key fit.
@@ -239,7 +239,7 @@ def tiled_attention(Q: InHBM, K: InHBM, V: InHBM, *, block_q: int, block_k: int,
       |     | q2 |     | -> | -> | -> | -> |  -> | o2 |
       v     +----+     +----+----+----+----+     +----+
          read once     inner loop: a tile of scores [block_q, block_k] is made,
-                       absorbed into peak, total and out, and forgotten
+                       absorbed into peak, total and out, and dropped
 
     ``online_attention`` with block_q queries to share each key read: 2 d M elements for each of N / block_q blocks.
     With block_q from ``tile_sizes`` that is about 10 N M d^2 / fast_elements: theorem 2's Theta(N^2 d^2 / M_fast).
@@ -253,7 +253,7 @@ def tiled_attention(Q: InHBM, K: InHBM, V: InHBM, *, block_q: int, block_k: int,
         peak, total = q.new_full(q.shape[:1], -math.inf), q.new_zeros(q.shape[:1])  # [n]
         out = torch.zeros_like(q)  # [n, d]
         for keys in _blocks(_num_seen(queries.stop - 1, causal, N, M), block_k):
-            # On the tile's first row stands the query that sees keys up to M - N + queries.start.
+            # The first row of the tile is the query that sees keys up to M - N + queries.start.
             scores = _scores(q, K.load(keys), causal, M - N + queries.start - keys.start)  # [n, b]
             peak, total, weights, shrink = absorb(peak, total, scores)
             out = out * shrink[:, None] + weights @ V.load(keys)
@@ -279,7 +279,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, diagonal: int) -> Tensor:
 
 
 def _num_seen(query: int, causal: bool, N: int, M: int) -> int:
-    """Keys that a query may look at: the first ones, up to itself."""
+    """Number of keys that a query sees: the first ones, up to its own."""
     return max(0, query + 1 + M - N) if causal else M
 
 
@@ -291,10 +291,10 @@ def _blocks(length: int, block: int) -> Iterator[slice]:
 
 
 def _finite(peak: Tensor) -> Tensor:
-    """A peak to subtract. Of a row that has seen no key it is -inf, and -inf - (-inf) would be NaN: 0 there."""
+    """A peak to subtract: 0 for a row that has seen no key. Its peak is -inf, and -inf - (-inf) would be NaN."""
     return torch.where(peak == -math.inf, 0.0, peak)
 
 
 def _divide(out: Tensor, total: Tensor) -> Tensor:
-    """out / total; a row that has seen no key has 0 and 0, and stays 0."""
+    """out / total; 0 for a row that has seen no key, where both are 0."""
     return out / torch.where(total == 0, 1.0, total)

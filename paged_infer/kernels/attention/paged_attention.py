@@ -5,9 +5,9 @@
                                     \\       /           |
     two kernels                   paged_decode     paged_prefill
 
-A decode multiplies each key that it reads with one query a head, a chunk of a prompt with hundreds: the first waits for
-memory, the second for arithmetic. One kernel that branched between them would hold the prefill's registers in every
-decode (compiled for sm80 196 a thread, beside 72), so there are two, and each says why it is shaped as it is.
+A decode multiplies each key that it reads with one query per head, a prompt chunk with hundreds: decodes are bound by
+memory, prefills by arithmetic. One kernel for both would need the prefill's registers in every decode (196 instead of
+72 per thread, compiled for sm80), so there are two. Their module docstrings explain their design.
 """
 
 from __future__ import annotations
@@ -25,41 +25,33 @@ from paged_infer.kernels.attention.paged_prefill import paged_prefill
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float | None = None,
-    window: int | None = None,
-    num_decodes: int | None = None,
-    max_query_len: int | None = None,
-    max_seq_len: int | None = None,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Any:  # Tensor; with return_lse, two
-    """Causal attention of packed queries over paged keys and values, in Triton: each kind of row by its own kernel.
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *,
+    block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    scale: float | None = None, window: int | None = None,
+    num_decodes: int | None = None, max_query_len: int | None = None, max_seq_len: int | None = None,
+    out: Tensor | None = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """Causal attention of packed queries over paged keys and values, in Triton: one kernel for decodes, one for chunks.
 
     q [T, H, D]; caches [num_blocks, block_size, H_kv, D]; block_tables [B, max_blocks], seq_lens [B] and
     query_start_loc [B + 1] int32 -> [T, H, D]. The queries of a sequence are the last of its ``seq_lens`` tokens. Slots
-    past a sequence's end and surplus table entries may hold anything, NaN included: they are never read. A row of
-    length 0 gets zeros, so a batch can be padded to a fixed size.
+    past the end of a sequence and surplus table entries may hold anything, NaN included: they are never read. The
+    output of a row of length 0 is zero, so a batch can be padded to a fixed size.
 
     Args:
-        scale: what scores are multiplied by, above 0; 1/sqrt(D) unless given.
-        window: tokens that a query sees, itself included.
-        num_decodes: the first rows, which have one query each at most. These three are hints. With the first two
-            (one alone is not enough) no value of the index tensors is read on the host, nor checked, and a CUDA graph
-            can hold the call as long as lengths stay within the hints.
-        max_query_len: no row has more queries; what lies beyond would not be computed.
-        max_seq_len: no row has more tokens; what the tables have room for unless given.
-        out: where to write, [T, H, D] with dense rows.
-        return_lse: also return log(sum(exp(scores))) of every query, float32 [T, H]; -inf where it sees nothing.
+        scale: the factor of the scores, above 0; default 1/sqrt(D).
+        window: number of tokens that a query sees, its own included.
+        num_decodes: number of leading rows, each with at most one query. This and the next two are hints. With both
+            ``num_decodes`` and ``max_query_len``, the host neither reads nor checks values of the index tensors, and a
+            CUDA graph can capture the call, as long as lengths stay within the hints.
+        max_query_len: upper bound of the queries of a row; further ones are not computed.
+        max_seq_len: upper bound of the tokens of a row; default: the capacity of the tables.
+        out: the tensor to write to, [T, H, D] with dense rows.
+        return_lse: return (out, lse), where lse is log(sum(exp(scores))) of each query: float32 [T, H], -inf for a
+            query that sees no key.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or (without hints) values that point outside.
+        ValueError: shapes, dtypes or devices do not fit together, or (without hints) an index is out of range.
     """
     check_paged_attention(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, out)
     if num_decodes is None or max_query_len is None:
@@ -79,7 +71,7 @@ def paged_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty(q.shape[:2] if return_lse else (0, 0), dtype=torch.float32, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and overflows 32 bits
+    window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and may overflow 32 bits
     rows = (block_tables, seq_lens, query_start_loc)
     paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len)
     paged_prefill(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_query_len)
@@ -87,18 +79,11 @@ def paged_attention(
 
 
 def paged_attention_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float | None = None,
-    window: int | None = None,
-    return_lse: bool = False,
-) -> Any:  # Tensor; with return_lse, two
-    """``paged_attention`` in plain torch, one sequence after the other; the hints do not change what it says."""
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *,
+    block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    scale: float | None = None, window: int | None = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """``paged_attention`` in plain torch, one sequence at a time, without hints."""
     block_size = k_cache.shape[1]
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)

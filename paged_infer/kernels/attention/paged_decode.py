@@ -1,4 +1,4 @@
-"""Paged attention for decodes: one query a row, so nothing but memory traffic. Every key is read once, by one program.
+"""Paged attention for decodes: one query per row, bound by memory traffic. Each key is read once, by one program.
 
     sequence of 1,000 tokens, 4 splits       [ 0 .. 255 | 256 .. 511 | 512 .. 767 | 768 .. 999 ]
     a program takes one split of one row      its output, normalised, and its log-sum-exp   (float32, in a workspace)
@@ -27,19 +27,9 @@ _COMBINED_AT_ONCE = 16
 
 
 def paged_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    window: int | None,
-    num_rows: int,
-    max_seq_len: int,
-) -> None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    out: Tensor, lse: Tensor, scale: float, window: int | None, num_rows: int, max_seq_len: int,
+) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the first ``num_rows`` rows."""
     num_heads, dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
@@ -50,71 +40,34 @@ def paged_decode(
     max_keys = min(max_seq_len, window or max_seq_len)
     splits = num_splits(gpu, num_rows * num_kv_heads * head_tiles, max_keys, num_processors(q.device))
     is_split = splits > 1
-    partial_out = torch.empty(
-        (num_rows, splits, num_heads, dim) if is_split else 0, dtype=torch.float32, device=q.device
-    )
-    partial_lse = torch.empty((num_rows, splits, num_heads) if is_split else 0, dtype=torch.float32, device=q.device)
+    parts = (num_rows, splits, num_heads)
+    partial_out = torch.empty((*parts, dim) if is_split else 0, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(parts if is_split else 0, dtype=torch.float32, device=q.device)
     launch(
         _decode_kernel,
         (num_kv_heads * head_tiles, num_rows, splits),
-        q,
-        k_cache,
-        v_cache,
-        out,
-        lse,
-        partial_out,
-        partial_lse,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        block_tables.stride(0),
-        splits,
-        scale * LOG2_E,
-        window or 0,
-        HAS_WINDOW=window is not None,
-        SAVE_LSE=lse.numel() > 0,
-        IS_SPLIT=is_split,
-        NUM_HEADS=num_heads,
-        GROUP=group,
-        HEAD_TILES=head_tiles,
-        BLOCK_G=block_g,
-        STRIDE_Q=q.stride(0),
-        STRIDE_QH=q.stride(1),
-        STRIDE_O=out.stride(0),
-        STRIDE_OH=out.stride(1),
-        D=dim,
-        BLOCK_D=padded(dim),
-        BLOCK_N=block_n,
-        STRIDE_BLOCK=k_cache.stride(0),
-        STRIDE_SLOT=k_cache.stride(1),
-        BLOCK_SIZE=k_cache.shape[1],
-        WIDEN=must_widen(q),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        q, k_cache, v_cache, out, lse, partial_out, partial_lse, block_tables, seq_lens, query_start_loc,
+        block_tables.stride(0), splits, scale * LOG2_E, window or 0,
+        HAS_WINDOW=window is not None, SAVE_LSE=lse.numel() > 0, IS_SPLIT=is_split,
+        NUM_HEADS=num_heads, GROUP=group, HEAD_TILES=head_tiles, BLOCK_G=block_g,
+        STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
+        D=dim, BLOCK_D=padded(dim), BLOCK_N=block_n,
+        STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     if is_split:
         launch(
             _combine_kernel,
             (num_heads, num_rows),
-            partial_out,
-            partial_lse,
-            out,
-            lse,
-            query_start_loc,
-            splits,
-            SAVE_LSE=lse.numel() > 0,
-            BLOCK_S=triton.next_power_of_2(splits),
+            partial_out, partial_lse, out, lse, query_start_loc, splits,
+            SAVE_LSE=lse.numel() > 0, BLOCK_S=triton.next_power_of_2(splits),
             CHUNK=min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
-            NUM_HEADS=num_heads,
-            STRIDE_O=out.stride(0),
-            STRIDE_OH=out.stride(1),
-            D=dim,
-            BLOCK_D=padded(dim),
-        )
+            NUM_HEADS=num_heads, STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1), D=dim, BLOCK_D=padded(dim),
+        )  # fmt: skip
 
 
 def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processors: int) -> int:
-    """Programs a row and KV head: enough to give each processor four, but not many more than one for 256 keys."""
+    """Programs per row and KV head: enough for four on each processor, but at least about 256 keys for each."""
     if gpu == (0, 0):  # the interpreter: few, and small enough that short contexts are split
         return max(1, min(3, max_keys // 32))
     wanted = triton.cdiv(4 * processors, max(1, num_programs))
@@ -122,20 +75,20 @@ def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processor
 
 
 def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
-    """(BLOCK_G, BLOCK_N, num_warps, num_stages): a group's heads, which a product rounds up to 16; small tiles of keys.
+    """(BLOCK_G, BLOCK_N, num_warps, num_stages): the heads of a group, at least 16 in a product; small tiles of keys.
 
-    A group too large for the registers takes several programs, which read the same keys.
+    A group that is too large for the registers takes several programs, which read the same keys.
     """
     block_g = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
     if gpu == (0, 0):
         return block_g, 16, 4, 1
     if dtype == torch.float32:
         return block_g, 16, 4, 4
-    # A key's address is itself loaded, so of six stages two hold tiles of keys.
+    # The address of a key is itself loaded, so only two of six stages hold tiles of keys.
     return block_g, 64 if dim <= 64 else 32, 4, 6
 
 
-# What changes from step to step must not compile the kernel again.
+# Values that change between steps must not compile the kernel again.
 @triton.jit(do_not_specialize=["stride_table", "splits"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr, seq_lens_ptr,
@@ -146,11 +99,11 @@ def _decode_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    # KV heads are the fastest axis: the heads of a slot lie side by side in memory.
+    # KV heads are the fastest axis: the heads of a slot are adjacent in memory.
     kv_head, row, split = tl.program_id(0) // HEAD_TILES, tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + row)
     token = tl.load(query_start_loc_ptr + row).to(tl.int64)
-    # 1, or 0 in a row that only fills up the batch: then nothing is written.
+    # 1, or 0 in a padding row, for which nothing is written.
     has_query = tl.minimum((tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32), 1)
     first_key = 0
     if HAS_WINDOW:
@@ -213,7 +166,7 @@ def _combine_kernel(
     token = tl.load(query_start_loc_ptr + row).to(tl.int64)
     has_query = tl.minimum((tl.load(query_start_loc_ptr + row + 1) - token).to(tl.int32), 1)
     dim = tl.arange(0, BLOCK_D)
-    parts = row.to(tl.int64) * splits * NUM_HEADS + head  # of split 0; a split further is NUM_HEADS further
+    parts = row.to(tl.int64) * splits * NUM_HEADS + head  # of split 0; the stride of a split is NUM_HEADS
     split = tl.arange(0, BLOCK_S)
     lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
     greatest = tl.max(lse, 0)
@@ -224,7 +177,7 @@ def _combine_kernel(
     for start in tl.static_range(0, BLOCK_S, CHUNK):
         split = start + tl.arange(0, CHUNK)
         lse = tl.load(partial_lse_ptr + parts + split * NUM_HEADS, mask=split < splits, other=float("-inf"))
-        # An empty split wrote no output: what lies there may be NaN, and 0 * NaN is NaN. NaN that was read stays.
+        # An empty split wrote no output, so its memory may hold NaN, and 0 * NaN is NaN. NaN from the cache is kept.
         wrote = (lse != float("-inf"))[:, None] & (dim < D)[None, :]
         part = tl.load(partial_out_ptr + (parts + split * NUM_HEADS)[:, None] * D + dim[None, :], mask=wrote, other=0.0)
         acc += tl.sum(part * tl.exp(lse - shift)[:, None], 0)

@@ -1,7 +1,7 @@
-"""Paged attention for chunks of a prompt, with or without a prefix in the cache already.
+"""Paged attention for prompt chunks, with or without a prefix that is in the cache already.
 
-The loops are those of ``flash_attention``; only the address of a key differs. Keys of a tile may lie in many blocks, so
-each looks up its own:   key 37 of the sequence  ->  table[37 // 16] = block 5  ->  slot 5 of block 5  (block_size = 16)
+The loops are those of ``flash_attention``; only the addresses of keys differ. The keys of a tile may be in several
+blocks, so each is looked up:   key 37  ->  table[37 // 16] = block 5  ->  slot 5 of block 5   (block_size = 16)
 """
 
 from __future__ import annotations
@@ -23,63 +23,30 @@ from paged_infer.kernels.triton_runtime import capability, launch, must_widen, t
 
 
 def paged_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    window: int | None,
-    first_row: int,
-    max_query_len: int,
-) -> None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
+    out: Tensor, lse: Tensor, scale: float, window: int | None, first_row: int, max_query_len: int,
+) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the rows from ``first_row`` on."""
     num_heads, dim = q.shape[1:]
     block_m, block_n, num_warps, num_stages = prefill_tiles(capability(q.device), dim, q.dtype, window, max_query_len)
     launch(
         _prefill_kernel,
         (triton.cdiv(max_query_len, block_m), num_heads, seq_lens.shape[0] - first_row),
-        q,
-        k_cache,
-        v_cache,
-        out,
-        lse,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        block_tables.stride(0),
-        first_row,
-        scale * LOG2_E,
-        window or 0,
-        HAS_WINDOW=window is not None,
-        SAVE_LSE=lse.numel() > 0,
-        NUM_HEADS=num_heads,
-        GROUP=num_heads // k_cache.shape[2],
-        STRIDE_Q=q.stride(0),
-        STRIDE_QH=q.stride(1),
-        STRIDE_O=out.stride(0),
-        STRIDE_OH=out.stride(1),
-        D=dim,
-        BLOCK_D=padded(dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STRIDE_BLOCK=k_cache.stride(0),
-        STRIDE_SLOT=k_cache.stride(1),
-        BLOCK_SIZE=k_cache.shape[1],
-        WIDEN=must_widen(q),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        maxnreg=max_registers(q.dtype),
-    )
+        q, k_cache, v_cache, out, lse, block_tables, seq_lens, query_start_loc,
+        block_tables.stride(0), first_row, scale * LOG2_E, window or 0,
+        HAS_WINDOW=window is not None, SAVE_LSE=lse.numel() > 0,
+        NUM_HEADS=num_heads, GROUP=num_heads // k_cache.shape[2],
+        STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
+        D=dim, BLOCK_D=padded(dim), BLOCK_M=block_m, BLOCK_N=block_n,
+        STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
+        num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
+    )  # fmt: skip
 
 
 def prefill_tiles(
     gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None, max_query_len: int
 ) -> tuple[int, int, int, int]:
-    """As the dense kernel's, but keys bring an address each: fewer of them, and no more rows than queries."""
+    """The tiles of the dense kernel, with fewer keys, as each needs an address, and no more rows than queries."""
     block_m, block_n, num_warps, num_stages = flash_tiles(gpu, dim, dtype, window)
     block_n = min(block_n, 32 if gpu[0] == 8 and dim > 64 else 64)
     return min(block_m, max(16, triton.next_power_of_2(max_query_len))), block_n, num_warps, num_stages
@@ -92,7 +59,7 @@ def attend_blocks(
     HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Attend to keys begin..end of the sequence whose table is at ``table_ptr``; all rows see all unless MASKED."""
+    """Attend to keys begin..end of the sequence with the table at ``table_ptr``. All rows see all unless MASKED."""
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)  # [N]
@@ -100,7 +67,7 @@ def attend_blocks(
             block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < num_keys, other=0)
         else:
             block = tl.load(table_ptr + key // BLOCK_SIZE)
-        # A pool may be larger than 2^31 elements.
+        # A pool may have more than 2^31 elements.
         offset = block.to(tl.int64) * STRIDE_BLOCK + (key % BLOCK_SIZE) * STRIDE_SLOT
         offsets = offset[:, None] + dim[None, :]  # [N, D]
         k, v = load_tiles(k_ptr + offsets, v_ptr + offsets, key < num_keys, dim, D, BLOCK_D, MASKED, WIDEN)
@@ -110,7 +77,7 @@ def attend_blocks(
     return acc, row_max, row_sum
 
 
-# What changes from step to step must not compile the kernel again.
+# Values that change between steps must not compile the kernel again.
 @triton.jit(do_not_specialize=["stride_table", "first_row"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tables_ptr, seq_lens_ptr, query_start_loc_ptr,
@@ -120,7 +87,7 @@ def _prefill_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    # One program: a tile of queries of one head of one sequence. Late tiles see the most keys, so they start first.
+    # One program: a tile of queries of one head of one sequence. The last tiles see the most keys: they start first.
     tile, row = tl.num_programs(0) - 1 - tl.program_id(0), first_row + tl.program_id(2)
     head = tl.program_id(1).to(tl.int64)
     query_start = tl.load(query_start_loc_ptr + row)
@@ -139,7 +106,7 @@ def _prefill_kernel(
     q = tl.load(q_ptr + token[:, None] * STRIDE_Q + head * STRIDE_QH + dim[None, :], mask=there, other=0.0)
     if WIDEN:
         q = q.to(tl.float32)
-    query = num_keys - num_queries + local  # place in the sequence
+    query = num_keys - num_queries + local  # position in the sequence
     first = num_keys - num_queries + tile * BLOCK_M
     last = num_keys - num_queries + tl.minimum(tile * BLOCK_M + BLOCK_M, num_queries) - 1
     begin, full_begin, full_end, end = seen_by_tile(first, last, num_keys, window, True, HAS_WINDOW, BLOCK_N)

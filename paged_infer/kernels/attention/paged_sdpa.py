@@ -1,19 +1,20 @@
-"""Paged attention from torch's own batched operations: a CPU's default where there is no C compiler.
+"""Paged attention with torch's batched operations: the default on a CPU without a C compiler.
 
-Decodes (one query a sequence) are done together: each row's keys are gathered through its block table into
-[B, H_kv, L, D], L the longest context, and two batched products do the rest, the query heads of a group sharing one
-read of their key head. Rows of like length are gathered apart where that saves more than it costs, so one long context
-does not widen all others. Prompt chunks are done one by one, by torch's fused attention, without padding.
+Decodes (one query per sequence) are batched: the keys of each row are gathered through its block table into
+[B, H_kv, L, D], where L is the longest context, and two batched products follow, in which the query heads of a group
+share one read of their key head. Rows of similar length form separate batches where that saves more than it costs, so
+one long context does not widen all others. Prompt chunks are computed one by one with torch's fused attention, without
+padding.
 
-What depends only on the step (which slot to read, what to mask) is worked out once and shared by all layers. Reads
-past a sequence's end go to the pool's last block, which is always zero: stale numbers in a reused block, NaN
-included, are never touched.
+What depends on the step alone (the slots to read, the masks) is computed once and shared by all layers. Reads past the
+end of a sequence go to the pool's last block, which is always zero: stale values in a reused block, NaN included, are
+never read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ def paged_attention_batched(
 def attend_chunks(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, window: int | None
 ) -> None:
-    """The rows behind the decodes alone: fills their part of ``out`` [T, H, D]."""
+    """Fill the part of ``out`` [T, H, D] that belongs to the rows after the decodes."""
     key = ("chunks", window)
     if key not in step.plan:
         step.plan[key] = _chunk_plans(k_cache, step, window)
@@ -53,7 +54,7 @@ def attend_chunks(
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
     rows: slice  # of the packed queries, B of them
-    reads: Tensor  # [B * H_kv * L] rows of the cache seen as [num_slots * H_kv, D]
+    reads: Tensor  # [B * H_kv * L] rows of the cache, viewed as [num_slots * H_kv, D]
     mask: Tensor  # [B * H_kv, 1, L] 0 where a token is seen, -inf elsewhere
 
 
@@ -61,7 +62,7 @@ def _decode_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) 
     num_blocks, block_size, num_kv_heads, dim = k_cache.shape
     device = k_cache.device
     heads = torch.arange(num_kv_heads, device=device)[:, None]
-    seen_lens = step.seq_lens[: step.num_decodes]  # tokens that each query sees
+    seen_lens = step.seq_lens[: step.num_decodes]  # number of tokens that each query sees
     if window is not None:
         seen_lens = seen_lens.clamp(max=window)
     plans = []
@@ -80,12 +81,12 @@ def _decode_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) 
     return plans
 
 
-# Elements of padding in gathered keys that cost as much as one more group of rows: about 30 us, on CPU.
+# Elements of padding that cost as much to gather as one more batch of rows: about 30 us on a CPU.
 _SPLIT_ELEMENTS = 1 << 16
 
 
-def similar_rows(lengths: Sequence[int], worth_a_split: int) -> list[slice]:
-    """Cut rows of rising length into runs, wherever a cut saves at least ``worth_a_split`` tokens of padding.
+def similar_rows(lengths: ReadOnlyList[int], worth_a_split: int) -> list[slice]:
+    """Cut rows of ascending length into runs, where a cut saves at least ``worth_a_split`` tokens of padding.
 
     >>> similar_rows([3, 4, 90, 100], worth_a_split=50)
     [slice(0, 2, None), slice(2, 4, None)]
@@ -94,7 +95,7 @@ def similar_rows(lengths: Sequence[int], worth_a_split: int) -> list[slice]:
     while uncut:
         run = uncut.pop()
         part = np.asarray(lengths[run])
-        saved = np.arange(1, len(part)) * (part[-1] - part[:-1])  # by a cut behind each row but the last
+        saved = np.arange(1, len(part)) * (part[-1] - part[:-1])  # by a cut after each row but the last
         if len(saved) and saved.max() >= worth_a_split:
             cut = run.start + int(saved.argmax()) + 1
             uncut += [slice(cut, run.stop), slice(run.start, cut)]

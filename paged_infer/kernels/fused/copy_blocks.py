@@ -2,44 +2,45 @@
 
     sources [3], destinations [6]         two sequences share block 3, and one of them is about to write to it
 
-    layer 0 keys     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]       table (on the device)     address   words a block
+    layer 0 keys     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]       table (on the device)     address   words per block
     layer 0 values   [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]         0  layer 0 keys         0x7f..00      ...
         ...                        |           ^               1  layer 0 values       0x7f..80      ...
     layer L values               [ 3 ]  --->  [ 6 ]           2L+1 layer L values        ...         ...
 
-The caches are separate tensors, so torch needs a read and a write for each of them: 112 launches at 28 layers. Here
-one launch does all: a small table of addresses lies on the device, and each program looks up which cache it works on.
-Bytes are copied, so caches of any dtype, and of different shapes, go together.
+The caches are separate tensors, so torch needs a read and a write for each: 112 launches for 28 layers. Here one launch
+copies them all: each program looks up its cache in a small table of addresses on the device. Bytes are copied, so the
+caches may differ in dtype and shape.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.checks import INDICES, layouts, on_one_device, shapes
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 WORDS_PER_PROGRAM = 1024  # of 4 bytes: 4 KiB
 
 
-def copy_blocks(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
-    """Block ``destinations[i]`` of every cache becomes a copy of block ``sources[i]``.
+def copy_blocks(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """Copy block ``sources[i]`` of every cache to its block ``destinations[i]``.
 
-    The table of addresses is made on the first call with these caches (the host waits for it once, so let that call
-    come before a CUDA graph is captured) and kept.
+    The first call with these caches creates the table of addresses, which is kept. The host waits for it, so make that
+    call before a CUDA graph is captured.
 
     Args:
-        caches: tensors [num_blocks, ...], contiguous, changed in place; one num_blocks, any other shape and dtype.
-        sources, destinations: [P] int32 or int64. No destination may be a source, nor come twice: the copies run at
-            the same time.
+        caches: tensors [num_blocks, ...] with the same num_blocks, contiguous, changed in place.
+        sources, destinations: [P] int32 or int64. Destinations must be distinct and none of the sources: all copies
+            run at the same time.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts do not fit; on CPU tensors also a block outside the caches, and a
-        destination that is a source or comes twice.
+        ValueError: shapes, dtypes, devices or layouts do not fit; for CPU tensors also a block outside the caches, or a
+        destination that is a source or is repeated.
     """
     _check(caches, sources, destinations)
     if not caches:
@@ -58,8 +59,8 @@ def copy_blocks(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor)
     )
 
 
-def copy_blocks_reference(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
-    """``copy_blocks`` in torch: a read and a write for each cache."""
+def copy_blocks_reference(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """``copy_blocks`` in plain torch: a read and a write for each cache."""
     sources, destinations = sources.long(), destinations.long()
     for cache in caches:
         cache.index_copy_(0, destinations, cache.index_select(0, sources))
@@ -67,7 +68,7 @@ def copy_blocks_reference(caches: Sequence[Tensor], sources: Tensor, destination
 
 @functools.lru_cache(maxsize=8)
 def _table(addresses: tuple[int, ...], num_words: tuple[int, ...], device: torch.device) -> Tensor:
-    """[caches, 2] int64: where a cache begins, and the words in one of its blocks."""
+    """[caches, 2] int64: the address of each cache, and the number of words in one of its blocks."""
     return torch.tensor(list(zip(addresses, num_words, strict=True)), dtype=torch.int64, device=device)
 
 
@@ -89,20 +90,18 @@ def _copy_blocks_kernel(
     tl.store(start + destination + word, words, mask=word < num_words)
 
 
-def _check(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
+def _check(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Tensor) -> None:
     indices = {"sources": sources, "destinations": destinations}
     tensors = indices | {f"cache {i}": cache for i, cache in enumerate(caches)}
     same_blocks = len({cache.shape[:1] for cache in caches}) <= 1
     if sources.dim() != 1 or sources.shape != destinations.shape or not same_blocks:
         raise ValueError(
-            "copy_blocks wants caches [num_blocks, ...], sources [P] and destinations [P]; got "
-            + ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+            "copy_blocks expects caches [num_blocks, ...], sources [P] and destinations [P]; got " + shapes(**tensors)
         )
-    integers = {x.dtype for x in indices.values()} <= {torch.int32, torch.int64}
-    if not (integers and len({x.device for x in tensors.values()}) == 1 and all(c.is_contiguous() for c in caches)):
+    integers = {x.dtype for x in indices.values()} <= {*INDICES}
+    if not (integers and on_one_device(**tensors) and all(cache.is_contiguous() for cache in caches)):
         raise ValueError(
-            "copy_blocks wants one device, int64 or int32 blocks, contiguous caches; got "
-            + ", ".join(f"{n} {x.dtype} on {x.device}, strides {x.stride()}" for n, x in tensors.items())
+            "copy_blocks expects one device, int64 or int32 blocks, contiguous caches; got " + layouts(**tensors)
         )
     if sources.device.type == "cpu" and caches:
         num_blocks = caches[0].shape[0]

@@ -1,4 +1,4 @@
-"""Random numbers without a generator: each token's noise is computed from where it stands.
+"""Random numbers without a generator: the noise of each token is a function of its position.
 
 **Why a race.** To draw token i with probability p_i, let every token run a race: its finishing time is
 ``E_i / p_i``, where the E_i are independent exponential variables of mean 1, and the first to arrive is
@@ -27,7 +27,7 @@ bijection of [0, 2^31) for any keys: no two tokens of a row share a value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 
 import numpy as np
 import torch
@@ -52,8 +52,8 @@ SCALE = (1.0 - 2.0**-24) * 2.0**-31
 GAMMA, MIX_1, MIX_2 = (np.uint64(constant) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def row_keys(seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """The keys of each row: where it stands, scrambled.
+def row_keys(seeds: ReadOnlyList[int], sample_indices: ReadOnlyList[int], positions: ReadOnlyList[int]) -> Tensor:
+    """The keys of each row: its seed, sample index and position, hashed.
 
     Args:
         seeds: R integers of 64 bits, signed.
@@ -71,14 +71,14 @@ def row_keys(seeds: Sequence[int], sample_indices: Sequence[int], positions: Seq
 
 
 def request_seed(engine_seed: int, number: int) -> int:
-    """The seed of the engine's ``number``-th request that brings none of its own: 64 bits, signed."""
+    """The seed of the engine's ``number``-th request without a seed of its own: 64 bits, signed."""
     seed = np.array([engine_seed], dtype=np.int64).view(np.uint64)
     hashed = _splitmix64(_splitmix64(seed + GAMMA) ^ np.array([number], dtype=np.uint64))
     return int(hashed.view(np.int64)[0])
 
 
 def mix(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Scramble token ids under their rows' keys.
+    """Hash token ids with the keys of their rows.
 
     Args:
         keys: int32 [R, 2], from ``row_keys``.
@@ -105,9 +105,9 @@ def mix(keys: Tensor, token_ids: Tensor) -> Tensor:
 def noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Exponential noise of mean 1; a token's is the same among few tokens as in the whole vocabulary.
 
-    The winner of a race has a small E, so that is where resolution matters: u keeps full relative precision
-    down to its smallest value, 2^-32, and log1p keeps it in E. The integers are the same on every device; E
-    differs between devices by what their log1p differ, a unit in the last place.
+    The winner of a race has a small E, so resolution matters there: u keeps full relative precision down to its
+    smallest value, 2^-32, and log1p keeps it in E. The integers are the same on every device; E differs as log1p
+    does, by a unit in the last place.
 
     Args:
         keys: int32 [R, 2], from ``row_keys``.

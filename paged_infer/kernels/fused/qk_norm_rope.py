@@ -9,8 +9,8 @@
     k_cache  [ ..  slot  .. ] <---------------------+     |        so attention reads this step's keys and
     v_cache  [ ..  slot  .. ] <---------------------------+        values where it reads all others
 
-Torch walks over the row nine times for this, stores not counted. A program takes a few heads of one token, each as two
-halves: the rotation turns pair (i, i + D/2), and a half that stays in registers needs no shuffle.
+Torch passes over the row nine times for this, stores not counted. A program takes a few heads of one token, each as two
+halves: the rotation acts on pairs (i, i + D/2), so halves that stay in registers need no shuffle.
 """
 
 from __future__ import annotations
@@ -18,40 +18,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.checks import FLOATS, INDICES, check_slots, layouts, on_one_device, shapes
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELEMENTS_PER_PROGRAM = 1024
 
 
 def qk_norm_rope(
-    qkv: Tensor,
-    cos: Tensor,
-    signed_sin: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-    slot_mapping: Tensor | None = None,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, *,
+    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    k_cache: Tensor | None = None, v_cache: Tensor | None = None, slot_mapping: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Normalise each query and key head, rotate it to its position, and store keys and values if caches are given.
 
     Args:
-        qkv: [T, H + 2 H_kv, D]; rows may be apart. D is even.
+        qkv: [T, H + 2 H_kv, D] with any row stride. D is even.
         cos, signed_sin: [T, 1, D] in qkv's dtype, the first half of sin negated (``model.layers.RotaryEmbedding``).
-        norm_weight: [H + H_kv, D], a weight a head, or None: no norm.
+        norm_weight: [H + H_kv, D], the weight of each head, or None: no norm.
         eps: added to the mean square.
         k_cache, v_cache: [num_blocks, block_size, H_kv, D], contiguous, changed in place; both or neither.
-        slot_mapping: [T] int64 or int32, with caches: where k, rotated, and v go; -1 nowhere.
+        slot_mapping: [T] int64 or int32, with caches: the slot for each token's rotated key and its value; -1: none.
 
     Returns:
         qk [T, H + H_kv, D], contiguous: queries, then keys.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts do not fit; on CPU tensors also a slot outside the cache.
+        ValueError: shapes, dtypes, devices or layouts do not fit; for CPU tensors also a slot outside the cache.
     """
     num_qk = num_heads + num_kv_heads
     _check(qkv, cos, signed_sin, norm_weight, k_cache, v_cache, slot_mapping, num_qk, num_kv_heads)
@@ -74,19 +66,11 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_reference(
-    qkv: Tensor,
-    cos: Tensor,
-    signed_sin: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-    slot_mapping: Tensor | None = None,
-) -> Tensor:
-    """``qk_norm_rope`` in torch: the steps of ``model.attention.Attention``, one after the other."""
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, *,
+    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    k_cache: Tensor | None = None, v_cache: Tensor | None = None, slot_mapping: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``qk_norm_rope`` in plain torch: the norm, the rotation and the store, one after another."""
     num_qk = num_heads + num_kv_heads
     x, v = qkv[:, :num_qk], qkv[:, num_qk:]
     if norm_weight is not None:
@@ -117,7 +101,7 @@ def _qk_norm_rope_kernel(
     is_value = (head >= num_qk) & (head < num_qk + num_kv_heads) & (column < HALF)
     is_read = is_qk if k_cache is None else is_qk | is_value
 
-    at = head * HEAD_DIM + column  # [HEADS, D/2], the place of the first half; the second is HALF further
+    at = head * HEAD_DIM + column  # [HEADS, D/2], offset of the first half; the second is HALF further
     row = qkv + token * qkv_stride + at
     first_in, second_in = tl.load(row, mask=is_read, other=0.0), tl.load(row + HALF, mask=is_read, other=0.0)
     first, second = first_in.to(tl.float32), second_in.to(tl.float32)
@@ -129,7 +113,7 @@ def _qk_norm_rope_kernel(
         first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
         second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
 
-    # Each head loads the same row of cos and sin, from L1: one row shared out to all would go through shared memory.
+    # Each head loads the same row of cos and sin from L1: broadcasting one row would go through shared memory.
     place = tl.broadcast_to(column, (HEADS, HALF_BLOCK))
     turn, sign = cos + token * cos_stride + place, signed_sin + token * sin_stride + place
     first_cos = tl.load(turn, mask=place < HALF, other=0.0).to(tl.float32)
@@ -173,22 +157,18 @@ def _check(
         fits = fits and k_cache.shape == v_cache.shape and slot_mapping.shape == (num_tokens,)
     if not fits:
         raise ValueError(
-            "qk_norm_rope wants qkv [T, H + 2 H_kv, D], cos and signed_sin [T, 1, D], norm_weight [H + H_kv, D], "
-            f"caches [num_blocks, block_size, H_kv, D], slot_mapping [T], D even; got H {num_qk - num_kv_heads}, H_kv "
-            + ", ".join([f"{num_kv_heads}", *(f"{name} {list(x.shape)}" for name, x in tensors.items())])
+            "qk_norm_rope expects qkv [T, H + 2 H_kv, D], cos and signed_sin [T, 1, D], norm_weight [H + H_kv, D], "
+            "caches [num_blocks, block_size, H_kv, D], slot_mapping [T], D even; got "
+            f"H {num_qk - num_kv_heads}, H_kv {num_kv_heads}, {shapes(**tensors)}"
         )
-    alike = len({x.dtype for x in floats.values()}) == len({x.device for x in tensors.values()}) == 1
+    alike = len({x.dtype for x in floats.values()}) == 1 and on_one_device(**tensors)
     dense = qkv.stride()[1:] == (head_dim, 1) and cos.stride(2) == signed_sin.stride(2) == 1
     dense = dense and all(x is None or x.is_contiguous() for x in optional.values())
-    integer = slot_mapping is None or slot_mapping.dtype in (torch.int64, torch.int32)
-    if not (alike and dense and integer and qkv.dtype in DTYPES):
+    integer = slot_mapping is None or slot_mapping.dtype in INDICES
+    if not (alike and dense and integer and qkv.dtype in FLOATS):
         raise ValueError(
-            "qk_norm_rope wants one device, one dtype of float32, float16 and bfloat16, int64 or int32 slots, rows "
-            "without gaps, contiguous weights and caches; got "
-            + ", ".join(f"{n} {x.dtype} on {x.device}, strides {x.stride()}" for n, x in tensors.items())
+            "qk_norm_rope expects one device, one dtype of float32, float16 and bfloat16, int64 or int32 slots, rows "
+            "without gaps, contiguous weights and caches; got " + layouts(**tensors)
         )
-    if slot_mapping is not None and k_cache is not None and qkv.device.type == "cpu" and num_tokens > 0:
-        num_slots = k_cache.shape[0] * k_cache.shape[1]
-        lowest, highest = (int(x) for x in slot_mapping.aminmax())
-        if lowest < -1 or highest >= num_slots:
-            raise ValueError(f"slots {lowest}..{highest} must lie within -1..{num_slots - 1}, the cache's last")
+    if slot_mapping is not None and k_cache is not None:
+        check_slots(slot_mapping, k_cache)

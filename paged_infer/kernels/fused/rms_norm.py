@@ -1,11 +1,11 @@
-"""Residual addition and RMSNorm in one pass over the row: one read and one write of each where torch makes several.
+"""Residual addition and RMSNorm in one pass over the row: one read and one write of each, where torch needs several.
 
     x [T, hidden] --(+)--> new_residual ----> / rms ----> * weight ----> normed        one program: one row,
     residual -------^          |                                                       held in registers
                                +----> written for the next addition
 
-Numbers are rounded where torch rounds them (the sum, the normalised value and the product, each to x's dtype; the mean
-square in float32), so that the result is that of ``model.layers.RMSNorm`` and of transformers' Llama and Qwen3.
+Values are rounded where torch rounds them (the sum, the normalised value and the product to x's dtype; the mean square
+stays in float32), so the result equals that of ``model.layers.RMSNorm`` and of transformers' Llama and Qwen3.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paged_infer.kernels.checks import FLOATS, layouts, shapes
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_WIDTH = 16_384  # a row is held in the registers of one program; beyond this they spill
+MAX_WIDTH = 16_384  # a row is in the registers of one program, which spill beyond this
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm (Zhang and Sennrich 2019) of ``x + residual``, and the sum itself.
 
     Args:
-        x: [T, hidden]; rows may be apart.
-        residual: the same, or None: then the norm is of x, and the second result is x itself.
+        x: [T, hidden] with any row stride.
+        residual: the same, or None: the norm is then of x, and the second result is x itself.
         weight: [hidden].
         eps: added to the mean square.
 
@@ -52,7 +52,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``add_rms_norm`` in torch."""
+    """``add_rms_norm`` in plain torch."""
     total = x if residual is None else x + residual
     if x.dtype == torch.float32:
         return F.rms_norm(total, weight.shape, weight, eps), total
@@ -86,12 +86,12 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
     fits = x.dim() == 2 and weight.shape == x.shape[1:] and (residual is None or residual.shape == x.shape)
     if not fits or not 1 <= x.shape[1] <= MAX_WIDTH:
         raise ValueError(
-            f"add_rms_norm wants x and residual [T, hidden], weight [hidden], hidden 1..{MAX_WIDTH}; got "
-            + ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+            f"add_rms_norm expects x and residual [T, hidden], weight [hidden], hidden 1..{MAX_WIDTH}; got "
+            + shapes(**tensors)
         )
     alike = len({(t.dtype, t.device) for t in tensors.values()}) == 1
-    if not (alike and x.dtype in DTYPES and all(t.stride(-1) == 1 for t in tensors.values())):
+    if not (alike and x.dtype in FLOATS and all(t.stride(-1) == 1 for t in tensors.values())):
         raise ValueError(
-            "add_rms_norm wants one device, one dtype of float32, float16 and bfloat16, rows without gaps; got "
-            + ", ".join(f"{n} {t.dtype} on {t.device}, strides {t.stride()}" for n, t in tensors.items())
+            "add_rms_norm expects one device, one dtype of float32, float16 and bfloat16, rows without gaps; got "
+            + layouts(**tensors)
         )

@@ -1,17 +1,17 @@
-"""Draw the next token of every row on the device: temperature, noise, argmax. No probability is ever written.
+"""Sample the next token of every row on the device: temperature, noise, argmax. Probabilities are never written.
 
-    logits [R, V]     tile 0        tile 1        tile 2                    one program a tile
+    logits [R, V]     tile 0        tile 1        tile 2                    one program per tile
                     [ ........ ]  [ ........ ]  [ ...... ]
                         |             |             |
                     largest, best p/E and its token id      [R, tiles]      launch 1
                         +-------------+-------------+
                                       |
-                               winner of the row            [R]             launch 2: one program a row
+                               winner of the row            [R]             launch 2: one program per row
 
-Token i of probability p_i draws noise E_i from (seed, sample index, position, i), and argmax(p_i / E_i) is an exact
-draw (``noise.py`` tells why). The softmax's sum cancels in the argmax, so a tile needs its own largest logit only, to
-keep exp in range: tiles are put on one scale when they meet. The integers of the noise are those of ``noise.py`` to the
-bit, so what is drawn is the same, but for a few units in the last place of log and exp.
+Token i of probability p_i gets noise E_i from (seed, sample index, position, i), and argmax(p_i / E_i) is an exact
+sample (``noise.py`` explains why). The sum of the softmax cancels in the argmax, so a tile only needs its own largest
+logit, to keep exp in range; launch 2 brings the tiles to one scale. The integers of the noise equal those of
+``noise.py``, so the sampled tokens are the same, except for a few units in the last place of log and exp.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.checks import FLOATS, INDICES, layouts, on_one_device, shapes
 from paged_infer.kernels.fused.noise import noise, row_keys
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALLEST, LARGEST = 1e-20, 1e20  # temperatures are held within, as in sampling.py
+SMALLEST, LARGEST = 1e-20, 1e20  # temperatures are clamped to this range, as in sampling/sampler.py
 FLOAT32_MAX = torch.finfo(torch.float32).max
 TILE = 2048  # tokens
 
@@ -31,11 +31,11 @@ TILE = 2048  # tokens
 def sample(
     logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token for each row, drawn from softmax(logits / temperature); the most probable at temperature 0.
+    """Sample one token per row from softmax(logits / temperature); at temperature 0 take the most probable.
 
     Args:
-        logits: [R, V] in float32, float16 or bfloat16; rows may be apart.
-        temperatures: [R] float32; 0 is greedy (of equals, the lowest id wins), others are held within 1e-20..1e20.
+        logits: [R, V] in float32, float16 or bfloat16, with any row stride.
+        temperatures: [R] float32; 0 is greedy (of equals, the lowest id), others are clamped to 1e-20..1e20.
         seeds: [R] int64, any.
         sample_indices: [R] int64 or int32, within [0, 2^31).
         positions: [R] int64 or int32, within [0, 2^32): the index that the new token will have in its sequence.
@@ -82,7 +82,7 @@ def sample(
 def sample_reference(
     logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``sample`` in torch: the race over the whole row at once."""
+    """``sample`` in plain torch: the race over the whole row at once."""
     if logits.shape[0] == 0:
         return seeds.clone(), temperatures.clone()
     keys = row_keys(seeds.tolist(), sample_indices.tolist(), positions.tolist()).to(logits.device)
@@ -96,9 +96,9 @@ def sample_reference(
 
 
 def argmax_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The greedy draw by itself: the largest logit of each row and its token id, of equals the lowest id.
+    """Greedy sampling by itself: the largest logit of each row and its token id, of equals the lowest id.
 
-    [R, V] -> values [R], int64 token ids [R]. NaN counts as the largest: its row cannot be sampled.
+    [R, V] -> values [R], int64 token ids [R]. NaN counts as the largest: such a row cannot be sampled.
     """
     values, token_ids = logits.max(dim=1)
     return values, token_ids
@@ -110,8 +110,8 @@ def _race_kernel(
     logits_stride, vocab_size, num_tiles,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, FLOAT32_MAX: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # One program: one tile of one row. Its best score is relative to the tile's largest logit, so finite logits do not
-    # overflow at any temperature: exp((x - largest) / temperature) / E.
+    # One program: one tile of one row. Scores are relative to the largest logit of the tile, so finite logits overflow
+    # at no temperature: exp((x - largest) / temperature) / E.
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
@@ -119,7 +119,7 @@ def _race_kernel(
     temperature = tl.load(temperatures + row)
     if temperature == 0.0:
         top = 0.0
-        # NaN becomes +inf: it wins, and the row fails.
+        # NaN becomes +inf, which wins, and the row fails.
         score = tl.where(x == x, tl.minimum(x, FLOAT32_MAX), float("inf"))
     else:
         temperature = tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST)
@@ -141,7 +141,7 @@ def _final_kernel(
     largest, best, winners, temperatures, token_ids, scores, num_tiles,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # One program: one row. Scores of all tiles are brought to the row's largest logit, and the best one wins.
+    # One program: one row. The scores of all tiles are made relative to the largest logit of the row; the best wins.
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     at = row * num_tiles + tile
@@ -153,7 +153,7 @@ def _final_kernel(
     if temperature != 0.0:
         apart = tl.div_rn(apart, tl.minimum(tl.maximum(temperature, SMALLEST), LARGEST))
     scale = tl.exp(apart)
-    is_finite = tl.abs(value) < float("inf")  # an infinite one keeps its sign: infinity times 0 would be NaN
+    is_finite = tl.abs(value) < float("inf")  # an infinite value is kept: infinity times 0 would be NaN
     value = tl.where(is_finite, tl.where(is_finite, value, 0.0) * scale, value)
     score, place = tl.max(value, 0, return_indices=True)
     if temperature != 0.0:
@@ -163,7 +163,7 @@ def _final_kernel(
     tl.store(scores + row, score)
 
 
-# ------------------------------------------------------------------------------ noise.py's integers, literally
+# -- The integer arithmetic of noise.py, copied literally -------------------------------------------------------------
 
 
 @triton.jit
@@ -194,8 +194,8 @@ def _mix(first_key, second_key, token):  # int32 -> int32 within [0, 2^31)
 def _exponential(x):  # int32 within [0, 2^31) -> -log1p(-u), u = (x + 1/2) / 2^31 as noise.py rounds it
     u = (x.to(tl.float32) + 0.5) * 4.6566125955216364e-10  # noise.SCALE
     rest = 1.0 - u
-    # log(rest) sees only what the subtraction left of u. What it lost, exactly u - (1 - rest), is tiny, and log is so
-    # nearly straight over it that adding it is exact to the last place: log1p in one log and no division.
+    # The subtraction rounds u. The lost part, exactly u - (1 - rest), is so small that log is linear over it: adding it
+    # back is exact to the last place. This is log1p with one log and no division.
     return (u - (1.0 - rest)) - tl.log(rest)
 
 
@@ -204,15 +204,13 @@ def _check(logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: 
     tensors = {"logits": logits, **rows}
     if logits.dim() != 2 or logits.shape[1] == 0 or any(x.shape != logits.shape[:1] for x in rows.values()):
         raise ValueError(
-            "sample wants logits [R, V] of at least one token, and for each row one of the others, [R]; got "
-            + ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+            "sample expects logits [R, V] of at least one token, and the other tensors [R]; got " + shapes(**tensors)
         )
-    kinds = logits.dtype in DTYPES and temperatures.dtype == torch.float32 and seeds.dtype == torch.int64
-    kinds = kinds and {sample_indices.dtype, positions.dtype} <= {torch.int64, torch.int32}
+    kinds = logits.dtype in FLOATS and temperatures.dtype == torch.float32 and seeds.dtype == torch.int64
+    kinds = kinds and {sample_indices.dtype, positions.dtype} <= {*INDICES}
     dense = logits.stride(1) == 1 and all(x.is_contiguous() for x in rows.values())
-    if not (kinds and dense and len({x.device for x in tensors.values()}) == 1):
+    if not (kinds and dense and on_one_device(**tensors)):
         raise ValueError(
-            "sample wants one device, float32, float16 or bfloat16 logits without gaps in a row, float32 temperatures, "
-            "int64 seeds, int64 or int32 sample_indices and positions; got "
-            + ", ".join(f"{n} {x.dtype} on {x.device}, strides {x.stride()}" for n, x in tensors.items())
+            "sample expects one device, float32, float16 or bfloat16 logits without gaps in a row, float32 "
+            "temperatures, int64 seeds, int64 or int32 sample_indices and positions; got " + layouts(**tensors)
         )

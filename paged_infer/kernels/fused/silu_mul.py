@@ -1,4 +1,4 @@
-"""SwiGLU's middle, silu(gate) * up (Shazeer 2020), from the one matrix that holds both, in one pass.
+"""The activation of SwiGLU, silu(gate) * up (Shazeer 2020), in one pass over the matrix that holds both.
 
     row t of gate_up   [ g0 g1 .. g(I-1) | u0 u1 .. u(I-1) ]   ->   [ silu(g0) * u0, .., silu(g(I-1)) * u(I-1) ]
 
@@ -7,28 +7,26 @@ Torch writes silu(gate) to memory and reads it back; here it stays in registers.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paged_infer.kernels.checks import FLOATS
 from paged_infer.kernels.triton_runtime import launch, tl, triton
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [T, 2 I], gate first, rows may be apart -> silu(gate) * up [T, I].
+    """gate_up [T, 2 I], gate first, with any row stride -> silu(gate) * up [T, I].
 
     The activation is rounded to the dtype before the product, as torch does.
 
     Raises:
-        ValueError: not two dimensions, an odd width, not a float dtype, or columns apart.
+        ValueError: not two dimensions, an odd width, not a float dtype, or rows with gaps.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"silu_mul wants gate_up [T, 2 I]; got {list(gate_up.shape)}")
-    if gate_up.dtype not in DTYPES or gate_up.stride(1) != 1:
+        raise ValueError(f"silu_mul expects gate_up [T, 2 I]; got {list(gate_up.shape)}")
+    if gate_up.dtype not in FLOATS or gate_up.stride(1) != 1:
         raise ValueError(
-            "silu_mul wants float32, float16 or bfloat16 without gaps in a row; got "
+            "silu_mul expects float32, float16 or bfloat16 without gaps in a row; got "
             f"{gate_up.dtype}, strides {gate_up.stride()}"
         )
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -45,7 +43,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    """``silu_mul`` in torch."""
+    """``silu_mul`` in plain torch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -58,6 +56,6 @@ def _silu_mul_kernel(gate_up, out, stride, width, BLOCK: tl.constexpr):  # one p
     dtype = out.dtype.element_ty
     gate = tl.load(gate_up + row * stride + column, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside).to(tl.float32)
-    small = tl.exp(-tl.abs(gate))  # within [0, 1]: no gate is too far from zero
+    small = tl.exp(-tl.abs(gate))  # within [0, 1] for a gate of any size
     activation = (gate * tl.where(gate > 0, 1.0, small) / (1.0 + small)).to(dtype).to(tl.float32)
     tl.store(out + row * width + column, (activation * up).to(dtype), mask=inside)

@@ -5,30 +5,30 @@
     k_cache  block 5   [ ..  k  ..  .. ] <-+     |           slot -1 (a padding row): nothing is written
     v_cache  block 5   [ ..  v  ..  .. ] <-------+
 
-A token's heads lie side by side on both ends, so a row is one run of H_kv * D elements and the copy is as wide as the
-memory bus allows. Torch needs one indexed copy for keys, one for values, and a look at the slots to leave out -1,
-which makes the host wait for the device in every layer; here -1 is a branch, and a CUDA graph can hold the launch.
+The heads of a token are adjacent in the source and in the cache, so a row is one run of H_kv * D elements and the copy
+is as wide as the memory bus allows. Torch needs one indexed copy for keys, one for values, and a read of the slots to
+leave out -1, for which the host waits in every layer; here -1 is a branch, and a CUDA graph can capture the launch.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from paged_infer.kernels.checks import INDICES, check_slots, layouts, on_one_device, shapes
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Copy token t to slot ``slot_mapping[t]``; slot -1 writes nothing.
+    """Copy token t to slot ``slot_mapping[t]``; for slot -1 nothing is written.
 
     Args:
-        k, v: [T, H_kv, D]; rows may be apart (views into a qkv matrix), the heads of a row lie together.
+        k, v: [T, H_kv, D] with any row stride (views into a qkv matrix); the heads of a row are adjacent.
         k_cache, v_cache: [num_blocks, block_size, H_kv, D], contiguous, changed in place.
-        slot_mapping: [T] int64 or int32; no slot but -1 twice.
+        slot_mapping: [T] int64 or int32; all slots but -1 are distinct.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts do not fit; on CPU tensors also a slot outside the cache (on a
-        GPU that would make the host wait, and is the caller's to prevent).
+        ValueError: shapes, dtypes, devices or layouts do not fit; for CPU tensors also a slot outside the cache. (On a
+        GPU the check would make the host wait: there the caller must ensure it.)
     """
     _check(k, v, k_cache, v_cache, slot_mapping)
     num_tokens, width = k.shape[0], k.shape[1] * k.shape[2]
@@ -43,7 +43,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
 
 def store_kv_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """``store_kv`` in torch: leave out the tokens without a slot, then copy by index."""
+    """``store_kv`` in plain torch: leave out tokens without a slot, then copy by index."""
     if slot_mapping.numel() == 0:
         return
     slot_mapping = slot_mapping.long()
@@ -73,18 +73,14 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping:
     fits = k.dim() == 3 and k_cache.dim() == 4 and k.shape == v.shape and k_cache.shape == v_cache.shape
     if not fits or k_cache.shape[2:] != k.shape[1:] or slot_mapping.shape != k.shape[:1]:
         raise ValueError(
-            "store_kv wants k and v [T, H_kv, D], caches [num_blocks, block_size, H_kv, D] and slot_mapping [T]; got "
-            + ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+            "store_kv expects k and v [T, H_kv, D], caches [num_blocks, block_size, H_kv, D], slot_mapping [T]; got "
+            + shapes(**tensors)
         )
-    alike = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and len({x.device for x in tensors.values()}) == 1
+    alike = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and on_one_device(**tensors)
     dense = (k.shape[2], 1) == k.stride()[1:] == v.stride()[1:] and k_cache.is_contiguous() and v_cache.is_contiguous()
-    if not (alike and dense and slot_mapping.dtype in (torch.int64, torch.int32)):
+    if not (alike and dense and slot_mapping.dtype in INDICES):
         raise ValueError(
-            "store_kv wants one device, one dtype, int64 or int32 slots, heads side by side, contiguous caches; got "
-            + ", ".join(f"{n} {x.dtype} on {x.device}, strides {x.stride()}" for n, x in tensors.items())
+            "store_kv expects one device, one dtype, int64 or int32 slots, adjacent heads, contiguous caches; got "
+            + layouts(**tensors)
         )
-    if slot_mapping.device.type == "cpu" and slot_mapping.numel() > 0:
-        num_slots = k_cache.shape[0] * k_cache.shape[1]
-        lowest, highest = (int(x) for x in slot_mapping.aminmax())
-        if lowest < -1 or highest >= num_slots:
-            raise ValueError(f"slots {lowest}..{highest} must lie within -1..{num_slots - 1}, the cache's last")
+    check_slots(slot_mapping, k_cache)

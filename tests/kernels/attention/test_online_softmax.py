@@ -1,4 +1,4 @@
-"""The road to FlashAttention: every step gives softmax attention, and moves exactly what its formula says."""
+"""The steps to FlashAttention: each gives softmax attention, and moves exactly what its formula says."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Batch:
         num_blocks = sum(needed) + 2
         shape = (num_blocks + 1, self.block_size, self.num_kv_heads, self.head_dim)
         self.keys, self.values = (torch.full(shape, math.nan) for _ in "kv")
-        self.keys[-1], self.values[-1] = 0.0, 0.0  # the block that belongs to nobody
+        self.keys[-1], self.values[-1] = 0.0, 0.0  # the block that is never assigned
         order = torch.randperm(num_blocks, generator=rng)
         junk = order[-1]  # surplus entries of a table point at NaN
         self.tables = torch.full((len(lengths), max(needed) + 1), int(junk), dtype=torch.int32)
@@ -195,7 +195,7 @@ def test_rows_that_only_fill_up_a_batch_change_nothing_and_get_zeros(contexts: t
     )
     torch.testing.assert_close(out[:real].double(), batch.expected(), atol=1e-5, rtol=1e-5)
     assert not out[real : real + 2].any() and (lse[real : real + 2] == -math.inf).all()
-    assert out[real + 2].isnan().all()  # nobody's query: not written
+    assert out[real + 2].isnan().all()  # a query of no sequence: not written
 
 
 @pytest.mark.parametrize("context", [40, 130])  # in one split, and in three

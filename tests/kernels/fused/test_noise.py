@@ -1,4 +1,4 @@
-"""The noise is uniform and independent in all it is counted by, and the same wherever it is computed."""
+"""The noise is uniform, independent in each of its arguments, and the same wherever it is computed."""
 
 from __future__ import annotations
 

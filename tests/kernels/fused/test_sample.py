@@ -24,7 +24,7 @@ PLACES = st.tuples(INT64, st.integers(0, 2**31 - 1), st.integers(0, 2**32 - 1))
 
 
 def draws(*rows: tuple[float, int, int, int]) -> Draw:
-    """(temperature, seed, sample index, position) of each row, as ``sample`` wants them."""
+    """(temperature, seed, sample index, position) of each row, as ``sample`` expects them."""
     columns = zip(*rows, strict=True)
     return torch.tensor(next(columns), dtype=torch.float32), *(torch.tensor(list(c)) for c in columns)
 
@@ -126,7 +126,7 @@ def test_equal_tokens_of_different_tiles_win_equally_often_however_cold_the_row(
 def test_greedy_takes_the_lowest_of_equals_within_a_tile_and_across_tiles() -> None:
     logits = torch.full((3, 2 * TILE + 1), -1e-10)
     logits[0, [9, 4, 2 * TILE]] = 5.0
-    logits[1, [TILE + 7, TILE + 3, 2 * TILE]] = 1e-10  # no other differs by more than exp(x) could tell
+    logits[1, [TILE + 7, TILE + 3, 2 * TILE]] = 1e-10  # no other differs by more than exp(x) resolves
     tokens, scores = sample(logits, *many_draws(3, 0.0))
     assert tokens.tolist() == [4, TILE + 3, 0]
     assert torch.equal(scores, torch.tensor([5.0, 1e-10, -1e-10]))

@@ -1,0 +1,32 @@
+"""Checks that the kernels share. They run before a launch, and raise one clear error (law 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INDICES = (torch.int64, torch.int32)
+
+
+def shapes(**tensors: Tensor) -> str:
+    """The name and the shape of each, for an error message."""
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+
+
+def layouts(**tensors: Tensor) -> str:
+    """The name, dtype, device and strides of each, for an error message."""
+    return ", ".join(f"{name} {x.dtype} on {x.device}, strides {x.stride()}" for name, x in tensors.items())
+
+
+def on_one_device(**tensors: Tensor) -> bool:
+    return len({x.device for x in tensors.values()}) == 1
+
+
+def check_slots(slot_mapping: Tensor, k_cache: Tensor) -> None:
+    """Raises ValueError for a slot outside the cache. Only for CPU tensors: on a GPU the host would have to wait."""
+    if slot_mapping.device.type == "cpu" and slot_mapping.numel() > 0:
+        num_slots = k_cache.shape[0] * k_cache.shape[1]
+        lowest, highest = (int(x) for x in slot_mapping.aminmax())
+        if lowest < -1 or highest >= num_slots:
+            raise ValueError(f"slots {lowest}..{highest} must lie within -1..{num_slots - 1}, the cache's last")

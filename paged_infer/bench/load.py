@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.metrics import TokenTimes
 from paged_infer.bench.model_free import RequestFactory, carry_out
-from paged_infer.control.request import Sequence
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import Sequence
 from paged_infer.params import SamplingParams
 
 if TYPE_CHECKING:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.admission import add_sequences
+from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.params import SamplingParams
 
@@ -29,7 +31,7 @@ class RequestFactory:
         prompt += [FIRST_PROMPT + self.num_requests] * (lengths.num_prompt - len(prompt))
         params = SamplingParams(n=lengths.num_samples, max_tokens=lengths.num_output)
         request = Request(f"r{self.num_requests}", None, prompt, params, arrival_time_s)
-        request.add_sequences(self._num_sequences, 0, self.max_model_len, eos_token_ids=())
+        add_sequences(request, self._num_sequences, 0, self.max_model_len, eos_token_ids=())
         self.num_requests += 1
         self._num_sequences += lengths.num_samples
         return request.sequences

@@ -1,8 +1,8 @@
-"""The gates that a request meets at the door, before it may wait (the first two of four).
+"""The checks of a request before it is queued: the first two of four gates. Then its sequences are made.
 
 1. max_model_len           a rule      the prompt must leave room for one token; max_tokens is clamped to what is left
 2. the pool's size         physics     blocks for its longest possible life must exist at all
-3. max_num_batched_tokens  flow        } met later, step by step, in the scheduler
+3. max_num_batched_tokens  flow        } checked later, step by step, by the scheduler
 4. max_num_seqs            crowd       }
 """
 
@@ -12,18 +12,22 @@ from collections.abc import Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.beam_search import num_candidates
+from paged_infer.control.blocks.hashing import root_hash
 from paged_infer.control.blocks.manager import Allocation, BlockManager
+from paged_infer.control.policies import Policy
+from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence
 from paged_infer.params import BeamSearchParams, SamplingParams
 
 MAX_NUM_SAMPLES = 16_384  # per request; vLLM's VLLM_MAX_N_SEQUENCES
 
 
 class ContextLengthError(ValueError):
-    """The prompt leaves no room for an answer; a server tells this apart from other bad input."""
+    """The prompt leaves no room for an answer. A class of its own, because servers report it with a code of its own."""
 
 
 def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_model_len: int) -> list[int]:
-    """The prompt's last tokens, as many as ``truncate_prompt_tokens`` keeps."""
+    """The prompt's last ``truncate_prompt_tokens`` tokens."""
     keep = params.truncate_prompt_tokens
     if keep is None:
         return list(prompt_token_ids)
@@ -31,7 +35,7 @@ def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_m
 
 
 def check_num_characters(num_characters: int, max_token_characters: int | None, max_model_len: int) -> None:
-    """Refuse a text before it is tokenized if it is too long for the context, whatever its tokens are.
+    """Refuse a text before tokenization if it is too long for the context, whatever its tokens are.
 
     Args:
         max_token_characters: the most characters that one token can stand for; None if there is no bound.
@@ -56,7 +60,7 @@ def check_request(
     manager: BlockManager,
     eos_token_ids: Collection[int] = (),
 ) -> None:
-    """Law 5: refuse here what could not be served, naming the value and the limit.
+    """Law 5: refuse a request that could not be served, with the value and the limit in the message.
 
     Raises:
         ValueError: the prompt is empty, too long or holds unknown tokens; the parameters name unknown tokens, ask for
@@ -68,7 +72,7 @@ def check_request(
         raise ValueError("the prompt is empty (0 tokens): at least 1 is needed")
     for token_id in prompt_token_ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise ValueError(f"prompt token id {token_id!r} is no integer of the vocabulary [0, {vocab_size})")
+            raise ValueError(f"prompt token id {token_id!r} is not an integer in the vocabulary [0, {vocab_size})")
     for name in ("stop_token_ids", "logit_bias"):
         for token_id in getattr(params, name):
             if token_id >= vocab_size:
@@ -107,16 +111,54 @@ def _check_end_tokens(params: SamplingParams, eos_token_ids: Collection[int], vo
 
 
 def check_beams(params: BeamSearchParams, num_end_tokens: int, *, vocab_size: int, max_num_seqs: int) -> None:
-    """What a beam search needs beyond ``check_request`` of its ``limits``.
+    """Check a beam search, beyond ``check_request`` of its ``limits``.
 
     Raises:
-        ValueError: its beams could not all run at once, or there are fewer tokens than it has to look at.
+        ValueError: its beams could not all run at once, or it ranks more tokens than the vocabulary has.
     """
     if params.beam_width > max_num_seqs:
         raise ValueError(f"beam_width={params.beam_width} beams cannot run at once: max_num_seqs={max_num_seqs}")
     needed = num_candidates(params.beam_width, range(num_end_tokens))
     if needed > vocab_size:
         raise ValueError(
-            f"beam_width={params.beam_width} with {num_end_tokens} end token(s) looks at {needed} tokens a step: "
+            f"beam_width={params.beam_width} with {num_end_tokens} end token(s) ranks {needed} tokens a step: "
             f"the vocabulary has {vocab_size}"
         )
+
+
+def check_budget(policy: Policy, max_num_batched_tokens: int, max_model_len: int) -> None:
+    """Raises ValueError if a policy that does not chunk prompts could admit one that no step has the budget for."""
+    if not policy.chunks_prompts and max_num_batched_tokens < max_model_len:
+        raise ValueError(
+            f"max_num_batched_tokens={max_num_batched_tokens} is less than max_model_len={max_model_len}, and "
+            f"{type(policy).__name__} does not spread a prompt over several steps"
+        )
+
+
+def add_sequences(
+    request: Request, first_sequence_id: int, seed: int, max_model_len: int, eos_token_ids: ReadOnlyList[int]
+) -> None:
+    """Make the request's sequences, one for each sample or beam, each with its own copy of the prompt's tokens."""
+    num_prompt = len(request.prompt_token_ids)
+    root = root_hash(request.cache_salt)
+    params = request.params
+    wanted = max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
+    request.sequences += [
+        Sequence(
+            sequence_id=first_sequence_id + index,
+            request_id=request.request_id,
+            sample_index=index,
+            params=params,
+            seed=seed,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=num_prompt,
+            max_total_tokens=min(wanted, max_model_len),
+            eos_token_ids=frozenset(eos_token_ids),
+            arrival_time_s=request.arrival_time_s,
+            cache_root=root,
+            siblings=request.sequences,
+            is_beam=request.beam_params is not None,
+            num_common_tokens=num_prompt if params.n > 1 else 0,
+        )
+        for index in range(params.n)
+    ]

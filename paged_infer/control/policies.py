@@ -1,10 +1,10 @@
-"""Who gets the next step: four policies behind one interface, so that they can be compared on the same requests.
+"""What the next step is made of: four policies with one interface, so that they can be compared on the same requests.
 
     a step is      A and B decode, C D E wait, C has a long prompt
-    static         [ a b ] ... until both have ended, then [ C D E ]          the batch leaves together
+    static         [ a b ] ... until both have ended, then [ C D E ]          the batch drains together
     dynamic        the same, but a batch waits to be full or for its window
     prefill_first  [ C D ] [ E ] [ a b c d e ]                                 A and B stand still meanwhile
-    chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 nobody does
+    chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 none stands still
 
 A policy is one method, ``plan(step)``, that calls the methods of a ``StepPlan`` in any order: ``schedule_running``,
 ``resume_swapped``, ``admit_waiting``. They keep the laws whatever the order; fairness is up to the policy. If it leaves
@@ -14,18 +14,16 @@ a step empty without setting ``resume_at_s``, ``Chunked`` plans the step, so tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from paged_infer.control.step_plan import StepPlan
+from paged_infer.control.step_plan import StepPlan
 
 
 class Policy(ABC):
-    """Decides each step. It may remember things between steps, so each scheduler needs one of its own.
+    """Plans each step. It may keep state between steps, so each scheduler needs a policy of its own.
 
     Attributes:
-        chunks_prompts: whether a prompt may be spread over several steps.
-        drains_together: whether a sequence that has ended keeps its place and its blocks until nobody runs.
+        chunks_prompts: whether a prompt may be spread over several steps (chunked prefill).
+        drains_together: whether a finished sequence keeps its place and its blocks until no sequence runs.
     """
 
     chunks_prompts = True
@@ -37,7 +35,7 @@ class Policy(ABC):
 
 
 class Chunked(Policy):
-    """Running > swapped > waiting, and prompts cut to what is left of the budget (Sarathi-Serve; vLLM V1)."""
+    """Running > swapped > waiting, with prompts cut to what is left of the budget (Sarathi-Serve; vLLM V1)."""
 
     def plan(self, step: StepPlan) -> None:
         step.schedule_running()
@@ -46,14 +44,14 @@ class Chunked(Policy):
 
 
 class PrefillFirst(Policy):
-    """Whole prompts before anybody decodes (vLLM V0): early first tokens, and decodes that stand still.
+    """Whole prompts before any decode (vLLM V0): early first tokens, and decodes that stand still.
 
-    Orca takes prompts whole and at once, too, but computes them in one step with the decodes, which wait for them all
-    the same (Agrawal et al. 2024, Sarathi-Serve, section 3.2).
+    Orca also takes whole prompts at once, but computes them in one step with the decodes, which wait for them all the
+    same (Agrawal et al. 2024, Sarathi-Serve, section 3.2).
 
     ``delay_factor``: after a step of prompts, the next one waits for that many times as long as the first one took,
-    and decodes go on. vLLM V0 counts from the arrival of whoever waits longest instead, which under a standing queue
-    has always been long enough ago, so that decodes starve as without a delay.
+    and decodes go on. vLLM V0 counts from the arrival of the longest waiting request instead. With a standing queue
+    that is always long enough ago, so decodes starve as without a delay.
     """
 
     chunks_prompts = False
@@ -62,7 +60,7 @@ class PrefillFirst(Policy):
         if not 0 <= delay_factor < float("inf"):
             raise ValueError(f"scheduler_delay_factor={delay_factor}: must be a number >= 0")
         self.delay_factor = delay_factor
-        self._began_s: float | None = None  # the step of prompts that was planned last, if nothing was since
+        self._began_s: float | None = None  # when the last step was planned, if it was one of prompts
         self._resume_at_s = 0.0
 
     def plan(self, step: StepPlan) -> None:
@@ -82,13 +80,13 @@ class PrefillFirst(Policy):
 
 
 class Static(Policy):
-    """A batch of whoever waits; the next one begins when all of it has ended. Rows that are done compute nothing."""
+    """A batch of waiting sequences; the next batch begins when all of it has ended. Finished rows compute nothing."""
 
     chunks_prompts = False
     drains_together = True
 
     def __init__(self) -> None:
-        self._filling = True  # the budget has cut the batch's prompts short: more of them in the next step
+        self._filling = True  # the budget cut the batch short: more prompts in the next step
 
     def plan(self, step: StepPlan) -> None:
         if self._filling or not step.running:
@@ -96,7 +94,7 @@ class Static(Policy):
         if not step.scheduled:
             self._filling = False
             step.schedule_running()
-        if not step.scheduled and not step.running:  # the last row had no room beside those that are done
+        if not step.scheduled and not step.running:  # the last row found no room, because of finished rows
             self._fill(step)
 
     def _fill(self, step: StepPlan) -> None:
@@ -106,7 +104,7 @@ class Static(Policy):
 
 
 class Dynamic(Static):
-    """Static batches that begin when ``max_batch_size`` wait, or the oldest has waited for ``window_s`` seconds."""
+    """Static batches that begin when ``max_batch_size`` wait, or the oldest has waited ``window_s`` seconds."""
 
     def __init__(self, window_s: float = 0.05, max_batch_size: int | None = None) -> None:
         super().__init__()
@@ -132,10 +130,10 @@ POLICIES = {"chunked": Chunked, "prefill_first": PrefillFirst, "dynamic": Dynami
 
 
 def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
-    """The policy of a name, or the object itself.
+    """The policy with this name, or the policy itself.
 
     Raises:
-        ValueError: an unknown name, no policy at all, or a delay factor that the policy would ignore.
+        ValueError: an unknown name, another object, or a delay factor that the policy would ignore.
     """
     if policy == "prefill_first":
         return PrefillFirst(delay_factor)
@@ -147,14 +145,5 @@ def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
         return POLICIES[policy]()
     if not isinstance(policy, Policy):
         known = ", ".join(POLICIES)
-        raise ValueError(f"scheduling_policy={policy!r} is no Policy and not known; known: {known}")
+        raise ValueError(f"scheduling_policy={policy!r}: must be a Policy or one of {known}")
     return policy
-
-
-def check_budget(policy: Policy, max_num_batched_tokens: int, max_model_len: int) -> None:
-    """Raises ValueError if a sequence could outgrow the step that has to compute it at one go."""
-    if not policy.chunks_prompts and max_num_batched_tokens < max_model_len:
-        raise ValueError(
-            f"max_num_batched_tokens={max_num_batched_tokens} is less than max_model_len={max_model_len}, and "
-            f"{type(policy).__name__} does not spread a prompt over several steps"
-        )

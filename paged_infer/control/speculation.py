@@ -1,20 +1,20 @@
-"""Speculation: guess what a sequence will say, compute the guesses in one step, keep those that it says itself.
+"""Speculative decoding: guess the next tokens of a sequence, compute the guesses in one step, keep the right ones.
 
-    known   ... t6 t7 | drafts  a  b  c            one step computes t7 a b c: four tokens in place of one
-    drawn             |  a  b  x  .                after each of them the sequence's own draw, by its own noise
-    kept                 a  b  x                   the drafts that equal the draws, and the draw after the last of them
+    known   ... t6 t7 | drafts  a  b  c            one step computes t7 a b c: four tokens instead of one
+    sampled           |  a  b  x  .                after each of them the sequence's own sample, with its own noise
+    kept                 a  b  x                   the drafts that equal the samples, and the sample after the last one
 
-A draft is accepted if it is what the sequence draws at that place anyway. Noise is a function of (seed, sample,
-position), so this draw is the one that would have been made without drafts: in float32, greedy and seeded texts do not
-change by a token, however bad the drafts; in bfloat16 and float16, a step with drafts may round differently and so
+A draft is accepted if it is what the sequence samples at that position anyway. Noise is a function of (seed, sample,
+position), so this is the token that would have been sampled without drafts: in float32, greedy and seeded texts do not
+change by a token, however bad the drafts. In bfloat16 and float16, a step with drafts may round differently and so
 decide a near tie the other way. (Leviathan et al. 2023, "Fast inference from transformers via speculative decoding",
 preserve the distribution by accepting at random; here draft and target share their noise instead: a coupling.) Keys of
-rejected drafts lie in slots that the next tokens overwrite.
+rejected drafts are in slots that the next tokens overwrite.
 
-Drafts come from one of two:
+There are two sources of drafts:
 
-- ``ngram``: what followed the last few tokens where they stood before (Saxena 2023, "Prompt lookup decoding").
-- ``draft_model``: a small model of the same vocabulary (``execution.draft_model``). Here its places are planned.
+- ``ngram``: what followed the last few tokens where they occurred before (Saxena 2023, "Prompt lookup decoding").
+- ``draft_model``: a small model of the same vocabulary (``execution.draft_model``). Here only placeholders are planned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from paged_infer.control.request import PLACEHOLDER
+from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow
 from paged_infer.values import Checked
 
@@ -40,12 +40,12 @@ class SpeculativeConfig(Checked):
     Args:
         method: one of ``METHODS``.
         num_speculative_tokens: the most tokens drafted for a sequence in a step.
-        model: the draft model's folder or hub id, in Hugging Face format.
-        prompt_lookup_max: with ``ngram``, the most last tokens to look for; the longest that is found is followed.
-        prompt_lookup_min: the fewest. One of the two alone is both; without either they are 5.
+        model: the draft model's folder or hub id, in Hugging Face format; for ``draft_model`` only.
+        prompt_lookup_max: for ``ngram``, the most last tokens to look up; the longest match is used.
+        prompt_lookup_min: the fewest. If only one of the two is given it is both; by default they are 5.
 
     Raises:
-        ValueError: a value out of its range, missing, or of no use to the method; the message names it.
+        ValueError: a value is out of range, missing, or not used by the method; the message names it.
     """
 
     _prefix: ClassVar[str] = "speculative_config: "
@@ -58,7 +58,7 @@ class SpeculativeConfig(Checked):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | SpeculativeConfig) -> SpeculativeConfig:
-        """Raises ValueError for what is no mapping, and for unknown or missing keys; the message lists the known."""
+        """Raises ValueError unless it is a mapping of known keys without a required one missing."""
         if isinstance(options, SpeculativeConfig):
             return options
         if not isinstance(options, Mapping):
@@ -97,14 +97,14 @@ class SpeculativeConfig(Checked):
 
 
 class Proposer(Protocol):
-    """Who drafts. Plain Python, asked while a step is planned."""
+    """A source of drafts, called while a step is planned. Plain Python."""
 
     def propose(self, token_ids: ReadOnlyList[int], most: int) -> list[int]:
         """Up to ``most`` tokens that may follow ``token_ids``; ``PLACEHOLDER`` where a draft model fills them in."""
 
 
 class NgramProposer:
-    """Prompt lookup: the last tokens, as many as stand somewhere before, and what followed them there first."""
+    """Prompt lookup: find the longest run of last tokens earlier in the text, and draft what followed there."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._most = config.num_speculative_tokens
@@ -112,20 +112,20 @@ class NgramProposer:
 
     def propose(self, token_ids: ReadOnlyList[int], most: int) -> list[int]:
         text = array("q", token_ids)
-        memory, width = text.tobytes(), text.itemsize  # so that the search is that of bytes, in C
+        memory, width = text.tobytes(), text.itemsize  # bytes.find searches in C
         for size in range(min(self._longest, len(text) - 1), self._shortest - 1, -1):
-            ending = memory[-size * width :]
-            at = memory.find(ending, 0, -width)  # at least one token has to follow
+            suffix = memory[-size * width :]
+            at = memory.find(suffix, 0, -width)  # at least one token has to follow the match
             while at % width and at >= 0:
-                at = memory.find(ending, at + 1, -width)
+                at = memory.find(suffix, at + 1, -width)
             if at >= 0:
                 first = at // width + size
                 return list(text[first : first + min(most, self._most)])
         return []
 
 
-class DraftPlaces:
-    """Places for the tokens of a draft model, which speaks once the step is planned."""
+class DraftPlaceholders:
+    """Placeholders for the tokens of a draft model, which runs once the step is planned."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._most = config.num_speculative_tokens
@@ -137,11 +137,11 @@ class DraftPlaces:
 def make_proposer(config: SpeculativeConfig | None) -> Proposer | None:
     if config is None:
         return None
-    return NgramProposer(config) if config.method == "ngram" else DraftPlaces(config)
+    return NgramProposer(config) if config.method == "ngram" else DraftPlaceholders(config)
 
 
 def rows_after(row: SamplingRow, drafts: ReadOnlyList[int]) -> list[SamplingRow]:
-    """How to draw after a sequence's last token, which is ``row``, and after each draft, as if it had been said."""
+    """How to sample after a sequence's last known token (``row``), and after each draft if it is accepted."""
     history = row.params.has_penalties
     return [
         row,
@@ -158,6 +158,6 @@ def rows_after(row: SamplingRow, drafts: ReadOnlyList[int]) -> list[SamplingRow]
 
 
 def num_accepted(drafts: ReadOnlyList[int], draws: ReadOnlyList[int]) -> int:
-    """How many of the drafts, from the first, are what was drawn in their places."""
+    """How many drafts, from the first on, equal what was sampled at their positions."""
     pairs = enumerate(zip(drafts, draws, strict=False))
     return next((place for place, (draft, draw) in pairs if draft != draw), len(drafts))

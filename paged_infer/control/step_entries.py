@@ -1,4 +1,4 @@
-"""From a sequence to the plain data that a step carries: its next tokens, and what is asked after the last of them."""
+"""From a sequence to the plain data that a step carries: its next tokens, and how to sample after the last of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.beam_search import num_candidates
 from paged_infer.control.blocks.manager import Table
-from paged_infer.control.request import Sequence
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import SamplingRow, ScheduledSequence, TopKRow
 
 
-def describe(
+def step_entry(
     sequence: Sequence, num_tokens: int, table: Table, children: ReadOnlyList[Sequence], drafts: ReadOnlyList[int] = ()
 ) -> ScheduledSequence:
-    """``num_tokens`` more of the sequence, the last of them ``drafts``, after which ``children`` begin."""
+    """``num_tokens`` more of the sequence, the last of them ``drafts``. ``children`` are forked at their end."""
     start = sequence.num_computed_tokens
     end = start + num_tokens - len(drafts)
     num_prompt_logprobs: int | None = None
@@ -26,8 +26,8 @@ def describe(
         [*sequence.token_ids[start:end], *drafts] if drafts else sequence.token_ids[start:end],
         start,
         table,
-        (top_k_row if sequence.search else sampling_row)(sequence) if end == len(sequence.token_ids) else None,
-        [(c.sequence_id, sampling_row(c)) for c in children] if children and not sequence.search else (),
+        (top_k_row if sequence.is_beam else sampling_row)(sequence) if end == len(sequence.token_ids) else None,
+        [(c.sequence_id, sampling_row(c)) for c in children] if children and not sequence.is_beam else (),
         num_prompt_logprobs,
         next_prompt_token_ids,
         len(drafts),
@@ -35,14 +35,14 @@ def describe(
 
 
 def top_k_row(sequence: Sequence) -> TopKRow:
-    """What to ask of the logits after a beam's last token."""
+    """Which candidates to rank after a beam's last token."""
     ends = sequence.end_token_ids
-    must_go_on = sequence.num_output_tokens < sequence.params.min_tokens
-    return TopKRow(num_candidates(len(sequence.siblings), ends), ends if must_go_on else ())
+    is_too_short = sequence.num_output_tokens < sequence.params.min_tokens
+    return TopKRow(num_candidates(len(sequence.siblings), ends), ends if is_too_short else ())
 
 
 def sampling_row(sequence: Sequence) -> SamplingRow:
-    """How to draw the sequence's next token; the history is in it only where a penalty needs it."""
+    """How to sample the sequence's next token. It holds the history only if a penalty needs it."""
     params = sequence.params
     num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
     history = params.has_penalties

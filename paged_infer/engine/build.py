@@ -13,8 +13,9 @@ import torch
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
+from paged_infer.control.admission import check_budget
 from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.control.policies import check_budget, make_policy
+from paged_infer.control.policies import make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import make_proposer
 from paged_infer.control.trace import Trace

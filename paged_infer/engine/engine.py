@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from paged_infer.config import EngineConfig
-from paged_infer.control.admission import check_beams, check_num_characters, check_request, truncated
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
+from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.engine.build import open_parts
 from paged_infer.engine.defer_sigint import interruptible, uninterrupted
@@ -109,7 +110,7 @@ class LLMEngine:
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
         request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt, beam_params)
-        request.add_sequences(self._num_sequences, seed, self.memory.max_model_len, model.eos_token_ids)
+        add_sequences(request, self._num_sequences, seed, self.memory.max_model_len, model.eos_token_ids)
         self._num_requests += 1
         self._num_sequences += params.n
         return request
@@ -147,7 +148,7 @@ class LLMEngine:
         if request.params.prompt_logprobs is not None:
             live.prompt_logprobs = [None] * len(request.prompt_token_ids)
         self._live[request.request_id] = live
-        self.scheduler.add(request.sequences)
+        self.scheduler.add(request.sequences, request.beam_params)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None, streamed: bool = False

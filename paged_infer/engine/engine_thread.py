@@ -23,7 +23,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.watchdog import Watchdog
 from paged_infer.outputs import RequestOutput

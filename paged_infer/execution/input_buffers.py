@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_infer.control.request import PLACEHOLDER
+from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow, ScheduledSequence
 from paged_infer.kernels.fused.sample import LARGEST
 

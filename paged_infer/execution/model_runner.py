@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
-from paged_infer.control.request import PLACEHOLDER
+from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.speculation import num_accepted, rows_after
 from paged_infer.control.step import SamplingRow, ScheduledSequence, ScheduledStep, StepResult, TopKRow
 from paged_infer.execution.cuda_graphs import DecodeGraphs

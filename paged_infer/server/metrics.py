@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from paged_infer.async_llm import AsyncLLM, StepReport
-from paged_infer.control.request import Sequence
+from paged_infer.control.sequence import Sequence
 from paged_infer.outputs import RequestOutput
 
 LABELS = ("model_name", "engine")

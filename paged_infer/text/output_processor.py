@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence
 from paged_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from paged_infer.text.continuation import continuation
 from paged_infer.text.detokenizer import StreamingDecoder
@@ -103,7 +104,7 @@ class OutputProcessor:
         finish_reason, stop_reason = sequence.finish_reason, sequence.stop_reason
         if self._stop_string is not None:  # seen in the text, perhaps in the same step as another ending
             finish_reason, stop_reason = "stop", self._stop_string
-        cumulative = None if sequence.search is None else sequence.cumulative_logprob
+        cumulative = sequence.cumulative_logprob if sequence.is_beam else None
         if self._logprobs is not None:
             token_ids = sequence.output_token_ids
             cumulative = sum(row[token].logprob for row, token in zip(self._logprobs, token_ids, strict=True))

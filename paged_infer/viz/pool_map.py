@@ -16,7 +16,9 @@ from matplotlib.patheffects import withStroke
 
 from paged_infer.control.blocks.snapshot import Cell
 from paged_infer.control.blocks.snapshot import pool_cells as held_or_findable
+from paged_infer.control.sequence import SequenceState
 from paged_infer.control.trace import Replay, Trace
+from paged_infer.control.trace_step import Hold
 from paged_infer.viz.sequence_lives import OWNER_COLOURS, owner_colour, sequence_names
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture
 
@@ -118,7 +120,7 @@ def _cells(trace: Trace, step: int, replay: Replay) -> list[Cell]:
 def _num_shown(trace: Trace) -> int:
     if trace.num_blocks <= LEAST_CUT:
         return trace.num_blocks
-    holds = (event[3] for step in trace.steps for event in step.events if event[0] == "hold")
+    holds = (event.blocks for step in trace.steps for event in step.events if isinstance(event, Hold))
     used = max((max(blocks, default=0) for blocks in holds), default=0) + 1
     return min(trace.num_blocks, max(LEAST_CUT, -(-used // CUT_TO) * CUT_TO))
 
@@ -216,7 +218,7 @@ def _title(cells: Sequence[Cell], place: int, replay: Replay, block_size: int) -
         title += f", {share:.0%} of their slots filled"
     num_shared, num_cached = sum(len(c.owners) > 1 for c in held), sum(c.state == "cached" for c in cells)
     title += f", {num_shared:,} shared" * bool(num_shared) + f", {num_cached:,} cached" * bool(num_cached)
-    num_swapped = sum(state == "swap" for state in replay.states.values())
+    num_swapped = sum(state is SequenceState.SWAPPED for state in replay.states.values())
     return title + f"; {num_swapped} swapped out" * bool(num_swapped)
 
 

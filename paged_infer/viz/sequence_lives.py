@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from paged_infer.control.trace import Replay, Trace, TraceStep
+from paged_infer.control.sequence import SequenceState
+from paged_infer.control.trace import Replay, Trace
+from paged_infer.control.trace_step import Adopt, Arrive, Fork, TraceStep
 
 # Paul Tol's "light" scheme and a mauve: distinguishable with colour blindness, and pale enough for dark text on top.
 OWNER_COLOURS = ("#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#99ddff", "#eedd88", "#44bb99", "#b07aa1")
@@ -19,11 +21,11 @@ def owner_colour(sequence_id: int) -> str:
 
 def sequence_names(trace: Trace) -> dict[int, str]:
     """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... behind it."""
-    arrivals = [event for step in trace.steps for event in step.events if event[0] == "arrive"]
-    num_samples = Counter(request_id for _, _, request_id, _ in arrivals)
+    arrivals = [event for step in trace.steps for event in step.events if isinstance(event, Arrive)]
+    num_samples = Counter(event.request_id for event in arrivals)
     seen: Counter[str] = Counter()
     names = {}
-    for _, sequence_id, request_id, _ in arrivals:
+    for sequence_id, request_id, _ in arrivals:
         short = request_id if len(request_id) <= LONGEST_NAME else "…" + request_id[1 - LONGEST_NAME :]
         names[sequence_id] = short if num_samples[request_id] == 1 else f"{short}.{seen[request_id]}"
         seen[request_id] += 1
@@ -74,7 +76,7 @@ def sequence_lives(trace: Trace) -> list[Life]:
     for place, (step, replay) in enumerate(zip(trace.steps, trace.replays(), strict=True)):
         failed = step.ended_s is None and step is not trace.steps[-1]
         scheduled = step.scheduled
-        found = {event[1]: event[-1] for event in step.events if event[0] in ("adopt", "fork")}
+        found = {event.sequence_id: event.num_tokens for event in step.events if isinstance(event, Adopt | Fork)}
         for sequence_id in step.preempted:
             lives[sequence_id].preempted.append(place)
         for sequence_id in {*replay.states, *replay.tables}:
@@ -92,8 +94,8 @@ def _state(life: Life, step: TraceStep, replay: Replay, is_fresh: bool) -> str:
     state = replay.states.get(sequence_id)
     if state is None:
         return "held"
-    if state != "run":
-        return {"wait": "waiting", "swap": "swapped"}[state]
+    if state is not SequenceState.RUNNING:
+        return state.value
     if sequence_id in step.sequence_ids:
         if replay.computed[sequence_id] < life.furthest:
             return "recompute"

@@ -6,9 +6,11 @@ import random
 from collections.abc import Mapping
 from functools import partial
 
+from paged_infer.control.admission import add_sequences
 from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import BlockTransfers, Candidates, ScheduledSequence, ScheduledStep, StepResult
 from paged_infer.params import BeamSearchParams, SamplingParams
 
@@ -47,7 +49,7 @@ class Source:
         first = 1000 * (self.num_sequences + 1) if story is None else -1000 * (story + 1)
         prompt = [first + i for i in range(num_prompt)]
         request = Request(f"r{self.num_sequences}", None, prompt, params, 0.0, salt, search)
-        request.add_sequences(self.num_sequences, 0, self.max_model_len, (EOS,))
+        add_sequences(request, self.num_sequences, 0, self.max_model_len, (EOS,))
         self.num_sequences += params.n
         return request
 

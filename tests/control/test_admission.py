@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduling import update
 
-from paged_infer.control.admission import check_request, truncated
+from paged_infer.control.admission import add_sequences, check_request, truncated
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
@@ -106,7 +106,7 @@ def test_what_the_door_lets_in_runs_to_its_end_and_what_it_refuses_cannot(
         return
     assert min(n, 3) * -(-(longest - 1) // block_size) <= num_blocks
     request = Request("r", None, [5] * num_prompt, params, arrival_time_s=0.0)
-    request.add_sequences(0, 0, max_model_len, ())
+    add_sequences(request, 0, 0, max_model_len, ())
     scheduler = Scheduler(manager, 3, 7)
     scheduler.add(request.sequences)
     while scheduler.has_work:

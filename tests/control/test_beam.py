@@ -23,7 +23,7 @@ def carry_out(scheduler: Scheduler, step: ScheduledStep, requests: list[Request]
 def gangs_stand_together(requests: list[Request]) -> None:
     for request in requests:
         beams = request.sequences
-        if beams[0].search is not None and not beams[0].num_common_tokens:  # they have parted
+        if beams[0].is_beam and not beams[0].num_common_tokens:  # they have parted
             assert len({s.state for s in beams}) == 1
             assert beams[0].is_finished or len({s.num_tokens for s in beams}) == 1
 
@@ -77,7 +77,7 @@ def run_all(scheduler, shapes, fails=frozenset(), aborts=None) -> list[Request]:
     ]
     by_id = {s.sequence_id: s for request in requests for s in request.sequences}
     for request in requests:
-        scheduler.add(request.sequences)
+        scheduler.add(request.sequences, request.beam_params)
     replay = Replay(BlockPool(scheduler.manager.pool.num_blocks))
     for number in range(3000):
         if not scheduler.has_work:
@@ -120,7 +120,7 @@ def branching(scheduler: Scheduler, tokens: dict[int, list[int]]) -> ScheduledSt
 def test_a_beam_that_goes_on_in_two_ways_takes_the_place_of_one_that_goes_on_in_none() -> None:
     scheduler, source = make_scheduler(block_size=4, enable_prefix_caching=False), Source()
     request = source.request(6, beams=2, max_tokens=20)
-    scheduler.add(request.sequences)
+    scheduler.add(request.sequences, request.beam_params)
     pool, table = scheduler.manager.pool, scheduler.manager.table
     step = branching(scheduler, {0: [7, 8, 9, 10]})
     assert step.sampling == [] and step.beam_rows == [0]  # the first speaks for both
@@ -140,7 +140,7 @@ def test_beams_leave_together_and_compute_their_common_beginning_once_when_they_
     old = source.request(3, max_tokens=9)
     request = source.request(3, beams=2, max_tokens=4)
     for one in (old, request):
-        scheduler.add(one.sequences)
+        scheduler.add(one.sequences, one.beam_params)
     counted = []
     while scheduler.has_work:
         step = scheduler.schedule()
@@ -160,9 +160,10 @@ def test_beams_leave_together_and_compute_their_common_beginning_once_when_they_
 def test_a_failed_step_after_which_nobody_runs_lets_go_of_the_rows_that_are_done() -> None:
     scheduler, source = make_scheduler(policy=make_policy("static"), enable_prefix_caching=False), Source()
     done, request = source.sequence(1, max_tokens=1), source.request(2, beams=2)
-    scheduler.add([done, *request.sequences])
+    scheduler.add([done])
+    scheduler.add(request.sequences, request.beam_params)
     carry_out(scheduler, scheduler.schedule(), [request])
-    assert scheduler.draining == [done]
+    assert scheduler.queues.draining == [done]
     assert scheduler.schedule().transfers.copies  # which may not have happened: both beams have to begin again
     scheduler.roll_back()
-    assert not scheduler.draining and scheduler.manager.pool.num_used == 0
+    assert not scheduler.queues.draining and scheduler.manager.pool.num_used == 0

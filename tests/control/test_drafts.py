@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler, update
 
 from paged_infer.control.blocks.pool import BlockPool
-from paged_infer.control.request import PLACEHOLDER, Request, Sequence
+from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import PLACEHOLDER, Sequence
 from paged_infer.control.speculation import NgramProposer, SpeculativeConfig, num_accepted, rows_after
 from paged_infer.control.step import SamplingRow, ScheduledStep
 from paged_infer.control.trace import Replay, Trace
@@ -257,7 +258,7 @@ def test_blocks_that_accepted_drafts_fill_are_findable_and_those_of_rejected_one
 def test_beams_do_not_speculate() -> None:
     scheduler, source = make_scheduler(proposer=Fixed(6, 7)), Source()
     request = source.request(3, beams=2)
-    scheduler.add(request.sequences)
+    scheduler.add(request.sequences, request.beam_params)
     for _ in range(2):
         step = scheduler.schedule()
         assert all(item.num_drafts == 0 for item in step.sequences)

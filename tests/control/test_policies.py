@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, run, update
 
-from paged_infer.control.policies import (
-    POLICIES,
-    Chunked,
-    Dynamic,
-    Policy,
-    PrefillFirst,
-    Static,
-    check_budget,
-    make_policy,
-)
-from paged_infer.control.request import Sequence
+from paged_infer.control.admission import check_budget
+from paged_infer.control.policies import POLICIES, Chunked, Dynamic, Policy, PrefillFirst, Static, make_policy
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step_plan import StepPlan
 
 
@@ -69,10 +61,10 @@ def test_a_static_batch_leaves_together() -> None:
     (late,) = add(scheduler, source, 5)
     step = run(scheduler)
     assert set(counts(step)) == {short.sequence_id, long.sequence_id} and short.is_finished
-    assert scheduler.manager.table(short.sequence_id) and scheduler.draining == [short]
+    assert scheduler.manager.table(short.sequence_id) and scheduler.queues.draining == [short]
     while not long.is_finished:
         assert counts(run(scheduler)) == {long.sequence_id: 1}  # the row that is done computes nothing
-    assert scheduler.draining == [] and scheduler.manager.pool.num_used == 0
+    assert scheduler.queues.draining == [] and scheduler.manager.pool.num_used == 0
     assert counts(run(scheduler)) == {late.sequence_id: 5}
 
 
@@ -207,8 +199,9 @@ def test_no_policy_leaves_somebody_behind_for_ever(policy, family) -> None:
     scheduler, source = make_scheduler(8, 4, num_swap_blocks=8, policy=policy()), Source()
     sequences = add(scheduler, source, 7, 7, max_tokens=9)
     for _ in range(2):
-        sequences += source.request(5, max_tokens=4, **family).sequences
-    scheduler.add(sequences[2:])
+        request = source.request(5, max_tokens=4, **family)
+        scheduler.add(request.sequences, request.beam_params)
+        sequences += request.sequences
     for _ in range(100):
         step = scheduler.schedule()
         ways = {beam: [(2 + beam + way, -way) for way in range(4)] for beam in step.beam_rows}
@@ -262,8 +255,8 @@ def test_a_policy_of_ones_own_is_ten_lines() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("fifo",), "scheduling_policy='fifo' is no Policy and not known; known: chunked, prefill_first"),
-        ((7,), "scheduling_policy=7 is no Policy"),
+        (("fifo",), "scheduling_policy='fifo': must be a Policy or one of chunked, prefill_first"),
+        ((7,), "scheduling_policy=7: must be a Policy"),
         (("chunked", 0.5), "scheduler_delay_factor=0.5 with scheduling_policy='chunked'"),
         ((Static(), 0.5), "scheduler_delay_factor=0.5 with scheduling_policy="),
         (("prefill_first", -1.0), "scheduler_delay_factor=-1.0: must be a number >= 0"),

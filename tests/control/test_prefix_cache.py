@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduling import FakeMemory, Source, add, carry_out, counts, make_scheduler, run
 
-from paged_infer.control.request import Sequence, SequenceState
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import Sequence, SequenceState
 
 
 def serve(scheduler: Scheduler, *sequences: Sequence) -> None:

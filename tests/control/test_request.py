@@ -6,7 +6,9 @@ from itertools import product
 
 import pytest
 
-from paged_infer.control.request import Request, Sequence, SequenceState
+from paged_infer.control.admission import add_sequences
+from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence, SequenceState
 from paged_infer.params import SamplingParams
 
 WAITING, RUNNING, SWAPPED, FINISHED = SequenceState
@@ -19,7 +21,7 @@ LEGAL = {
 
 def make_request(num_prompt: int = 4, max_model_len: int = 100, eos: tuple[int, ...] = (1,), **params) -> Request:
     request = Request("r", None, list(range(10, 10 + num_prompt)), SamplingParams(**params), arrival_time_s=0.0)
-    request.add_sequences(0, 5, max_model_len, eos)
+    add_sequences(request, 0, 5, max_model_len, eos)
     return request
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scheduling import EOS, FakeMemory, Source, make_scheduler
 
 from paged_infer.control.blocks.pool import BlockPool
-from paged_infer.control.request import PLACEHOLDER, Request, Sequence
+from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import PLACEHOLDER, Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.control.trace import Replay, Trace
 

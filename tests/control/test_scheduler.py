@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run, update
 
-from paged_infer.control.request import Sequence, SequenceState
+from paged_infer.control.queues import sample_share
+from paged_infer.control.sequence import Sequence, SequenceState
 from paged_infer.control.step import SamplingRow, ScheduledStep
-from paged_infer.control.step_plan import sample_share
 
 
 def test_a_long_prompt_streams_in_while_decodes_go_on() -> None:
@@ -206,10 +206,10 @@ def test_samples_come_in_as_places_allow_and_the_rest_later() -> None:
 def test_beams_come_in_only_when_all_of_them_have_a_place() -> None:
     scheduler, source = make_scheduler(max_num_seqs=4), Source()
     add(scheduler, source, 3, 3, max_tokens=2)
-    beams = source.request(5, beams=3, max_tokens=2).sequences
-    scheduler.add(beams)
+    request = source.request(5, beams=3, max_tokens=2)
+    scheduler.add(request.sequences, request.beam_params)
     assert len(run(scheduler).sequences) == 2
-    assert list(scheduler.waiting) == beams
+    assert list(scheduler.waiting) == request.sequences
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -421,7 +421,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kind = {"beams": n} if searches else {"n": n}
         request = self.source.request(num_prompt, story, salt, max_tokens=max_tokens, **kind)
         self.arrived += request.sequences
-        self.scheduler.add(request.sequences)
+        self.scheduler.add(request.sequences, request.beam_params)
 
     @rule(ends=st.sets(st.integers(0, 4)))
     def step(self, ends: set[int]) -> None:
@@ -454,7 +454,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def family(self, data: st.DataObject) -> list[Sequence]:
         """Somebody who lives: one sample, or all beams of a search."""
         sequence = data.draw(st.sampled_from(self.alive))
-        return [sequence] if sequence.search is None else [*sequence.siblings]
+        return [sequence] if not sequence.is_beam else [*sequence.siblings]
 
     def one_step(self, ends: dict[int, int]) -> None:
         step = self.checked_schedule()
@@ -463,7 +463,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         before = {i: self.arrived[i].num_tokens for i in drawn}
         grown = update(self.scheduler, step, drawn, 0.0, candidates=next_tokens(step, self.by_id))
         self.gangs_stand_together()
-        grown = [s for s in grown if s.search is None]
+        grown = [s for s in grown if not s.is_beam]
         assert [s.sequence_id for s in grown] == list(drawn)
         for sequence in grown:
             assert sequence.num_tokens == before[sequence.sequence_id] + 1
@@ -512,7 +512,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return step
 
     def waits_for_its_siblings(self, sequence: Sequence) -> bool:
-        is_sample = sequence.search is None and len(sequence.siblings) > 1
+        is_sample = not sequence.is_beam and len(sequence.siblings) > 1
         under_way = is_sample and sequence.leader.state is not SequenceState.WAITING
         return under_way or (is_sample and self.num_running_samples(sequence) >= self.share)
 
@@ -525,7 +525,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def gangs_stand_together(self) -> None:
         for sequence in self.arrived:
-            if sequence.search is not None and not sequence.num_common_tokens:  # they have parted
+            if sequence.is_beam and not sequence.num_common_tokens:  # they have parted
                 beams = sequence.siblings
                 assert len({(s.state, s.is_finished or s.num_tokens) for s in beams}) == 1
 
@@ -534,7 +534,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         for one in self.scheduler.running:
-            assert one.search is not None or len(one.siblings) < 2 or self.num_running_samples(one) <= self.share
+            assert one.is_beam or len(one.siblings) < 2 or self.num_running_samples(one) <= self.share
         # First come, first served: what runs came before what waits, and all queues are in order of arrival.
         queues = (self.scheduler.running, self.scheduler.swapped, self.scheduler.waiting)
         self.out_of_line |= bool(queues[1])  # where swap space is full, older ones may have to wait behind these

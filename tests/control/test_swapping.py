@@ -7,8 +7,8 @@ from scheduling import FakeMemory, Source, add, carry_out, counts, make_schedule
 
 from paged_infer.control.blocks.manager import Allocation, BlockManager
 from paged_infer.control.blocks.swap_space import SwapSpace
-from paged_infer.control.request import SequenceState
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import SequenceState
 
 
 def swapping_pair(**options) -> tuple[Scheduler, list]:
@@ -115,7 +115,7 @@ def test_a_place_is_not_filled_again_in_the_step_that_empties_it() -> None:
     assert space.take(1) == [0]
     space.put(2, (0,))
     space.check_integrity({2})
-    with pytest.raises(RuntimeError, match=r"sequences \[2\] lie in swap space, not \[3\]"):
+    with pytest.raises(RuntimeError, match=r"sequences \[2\] are in swap space, not \[3\]"):
         space.check_integrity({3})
 
 

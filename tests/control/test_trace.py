@@ -16,7 +16,10 @@ from scheduling import EOS, Source, add, carry_out, counts, make_scheduler, run,
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import POLICIES, Dynamic, make_policy
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import SequenceState
 from paged_infer.control.trace import Trace
+
+WAITING, RUNNING, SWAPPED, _ = SequenceState
 
 
 def picture(pool: BlockPool) -> tuple:
@@ -51,8 +54,8 @@ def test_the_pool_of_any_step_is_built_again(
     for number in range(60):
         step = scheduler.schedule(float(number))
         tables = {s.sequence_id: t for s in sequences if (t := scheduler.manager.table(s.sequence_id))}
-        queues = {"run": scheduler.running, "wait": scheduler.waiting, "swap": scheduler.swapped}
-        states = {s.sequence_id: name for name, queue in queues.items() for s in queue}
+        queues = {RUNNING: scheduler.running, WAITING: scheduler.waiting, SWAPPED: scheduler.swapped}
+        states = {s.sequence_id: state for state, queue in queues.items() for s in queue}
         computed = {s.sequence_id: s.num_computed_tokens for s in sequences if s.sequence_id in {*tables, *states}}
         pictures.append((picture(scheduler.manager.pool), tables, states, computed))
         record = scheduler.trace.steps[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paged_infer import SamplingParams
-from paged_infer.control.request import PLACEHOLDER
+from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow, ScheduledSequence
 from paged_infer.execution.input_buffers import StepBuffers
 

@@ -10,7 +10,9 @@ from checkpoints import save_llama_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_infer.control.request import Request, Sequence, SequenceState
+from paged_infer.control.admission import add_sequences
+from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence, SequenceState
 from paged_infer.outputs import CompletionOutput, Logprob
 from paged_infer.params import SamplingParams
 from paged_infer.text.output_processor import OutputProcessor
@@ -34,7 +36,7 @@ def make_sequence(prompt: list[int] | None = None, **params) -> Sequence:
     """After a prompt, or after an end token, which has no text."""
     params = SamplingParams(**{"max_tokens": None, **params})
     request = Request("r", None, prompt or [0], params, arrival_time_s=0.0)
-    request.add_sequences(0, 0, 10_000, (0,))
+    add_sequences(request, 0, 0, 10_000, (0,))
     request.sequences[0].transition_to(SequenceState.RUNNING)
     return request.sequences[0]
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from matplotlib.collections import PolyCollection
 
+from paged_infer.control.admission import add_sequences
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import make_policy
-from paged_infer.control.request import Request, Sequence
+from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import StepResult
 from paged_infer.control.trace import Trace
 from paged_infer.params import SamplingParams
@@ -31,7 +33,7 @@ class Seen:
 
 def request(name: str, prompt: ReadOnlyList[int], first_id: int, **params) -> Request:
     made = Request(name, None, list(prompt), SamplingParams(ignore_eos=True, **params), 0.0)
-    made.add_sequences(first_id, 0, 10_000, ())
+    add_sequences(made, first_id, 0, 10_000, ())
     return made
 
 
@@ -75,7 +77,7 @@ def look(scheduler: Scheduler, sequences: ReadOnlyList[Sequence], scheduled: dic
     queues = {"waiting": scheduler.waiting, "running": scheduler.running, "swapped": scheduler.swapped}
     pool = scheduler.manager.pool
     return Seen(
-        {s.sequence_id: name for name, queue in {**queues, "held": scheduler.draining}.items() for s in queue},
+        {s.sequence_id: name for name, queue in {**queues, "held": scheduler.queues.draining}.items() for s in queue},
         {s.sequence_id: s.num_computed_tokens for s in sequences},
         {s.sequence_id: s.num_tokens for s in sequences},
         scheduled,

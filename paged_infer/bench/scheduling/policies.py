@@ -19,8 +19,9 @@ from paged_infer.bench.load import (
     serve,
 )
 from paged_infer.bench.metrics import TokenTimes, quantile
+from paged_infer.control.admission import check_budget
 from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.control.policies import check_budget, make_policy
+from paged_infer.control.policies import make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.execution.machine import describe_machine
 

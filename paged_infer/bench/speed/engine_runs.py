@@ -11,7 +11,7 @@ from paged_infer.bench.load import Arrival, EngineSystem, serve
 from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
-from paged_infer.control.request import Sequence
+from paged_infer.control.sequence import Sequence
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM

@@ -6,7 +6,7 @@ table        (    7      ,     2      ,   5     )        34 tokens need 3 blocks
 Two prompts that begin with the same 32 tokens:
 
     A   ( 7, 2, 5 )        blocks 7 and 2 are full and hashed, so B finds them: they are counted twice,
-    B   ( 7, 2, 9 )        and never written again. Block 5 is partly filled, and nobody else's.
+    B   ( 7, 2, 9 )        and never written again. Block 5 is partly filled, and A's alone.
 
 A second sample C of A's prompt begins with all that A has, and copies what it must write to:
 
@@ -15,9 +15,9 @@ A second sample C of A's prompt begins with all that A has, and copies what it m
 
 So does a beam that goes on in two ways, at any token: the other takes the place of a beam that goes on in none.
 
-    fork   A ( 7, 2, 6 )   B ( 7, 3, 4 ) -> ( 7, 2, 6 )        3 and 4 are free, if nobody else holds them
+    fork   A ( 7, 2, 6 )   B ( 7, 3, 4 ) -> ( 7, 2, 6 )        3 and 4 are free, if no other table holds them
 
-A table is a tuple, replaced when it changes: whoever was given one may keep it.
+A table is a tuple, replaced when it changes, so a step may keep the one that it was given.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.blocks.swap_space import SwapSpace
 from paged_infer.control.step import BlockTransfers
+from paged_infer.control.trace_step import Adopt, DropHash, Event, Fork, Free, Hold, Publish
 
 Table = tuple[int, ...]
 
 
 class Allocation(enum.Enum):
-    """Whether so many tokens can have blocks: now, when others have left, or never in this pool."""
+    """Whether a number of tokens can have blocks: now, once others have finished, or never in this pool."""
 
     OK = "ok"
     LATER = "later"
@@ -45,9 +46,9 @@ class Allocation(enum.Enum):
 
 
 class Returning(NamedTuple):
-    """A sequence that is to come back from swap space, where ``num_stored`` of its ``num_tokens`` tokens lie.
+    """A sequence to swap in: ``num_stored`` of its ``num_tokens`` tokens are in swap space.
 
-    ``chain``: hashes of its full blocks that are stored, if they are to be found.
+    ``chain``: hashes of its full stored blocks; empty without prefix caching.
     """
 
     sequence_id: int
@@ -57,10 +58,10 @@ class Returning(NamedTuple):
 
 
 class BlockManager:
-    """Block tables of all sequences over one pool, and a swap space beside it.
+    """Block tables of all sequences over one pool, and a swap space.
 
-    ``watermark``: share of the pool that newcomers leave free while others hold blocks, so that those do not have to
-    take them back a step later. In ``bench memory`` 1 % (vLLM V0's share), 2 % and 3 % mean 0.9, 0.7 and 0.5
+    ``watermark``: share of the pool that admissions leave free while sequences hold blocks, so that these need not take
+    the blocks back a step later. In ``bench memory`` 1 % (vLLM V0's share), 2 % and 3 % mean 0.9, 0.7 and 0.5
     preemptions a ShareGPT-like request, and 96.8, 96.4 and 95.9 % of the pool in use.
     """
 
@@ -73,11 +74,10 @@ class BlockManager:
         self.block_size = block_size
         self.swap = SwapSpace(num_swap_blocks)
         self.watermark_blocks = int(watermark * num_blocks)
-        self.transfers = BlockTransfers()  # what the next step has to do before it computes
-        self.events: list[tuple[Any, ...]] = []  # what has changed since somebody took it; see control.trace
+        self.transfers = BlockTransfers()  # to carry out before the next step computes
+        self.events: list[Event] = []  # since the scheduler last took them
         self._tables: dict[int, Table] = {}
-        # Blocks published for steps that have not succeeded yet, and as what: meanwhile one may have been freed and
-        # evicted.
+        # (block, hash) published for steps that have not succeeded yet. Such a block may meanwhile have been evicted.
         self._uncommitted: list[tuple[int, bytes]] = []
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -85,23 +85,19 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def can_allocate(self, num_tokens: int, prefix: ReadOnlyList[int] = ()) -> Allocation:
-        """Whether a sequence that holds no block yet can have its first ``num_tokens`` tokens stored.
+        """Whether a sequence without blocks can have its first ``num_tokens`` tokens stored.
 
-        ``prefix``: blocks that it would share. Those among them that are free now stop being so.
+        ``prefix``: blocks that it would share. Those of them that are free now count as taken.
         """
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
             return Allocation.NEVER
         needed -= sum(self.pool.reference_count(block) > 0 for block in prefix)
-        return Allocation.OK if self._has_room(needed) else Allocation.LATER
-
-    def _has_room(self, num_blocks: int) -> bool:
-        """For a newcomer who takes so many of the free blocks. An idle pool has no watermark."""
-        return num_blocks <= self.num_spare_blocks
+        return Allocation.OK if needed <= self.num_spare_blocks else Allocation.LATER
 
     @property
     def num_spare_blocks(self) -> int:
-        """Free blocks above the watermark, which new sequences may take; negative below the watermark."""
+        """Free blocks that new sequences may take: those above the watermark, which an idle pool does not have."""
         return self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
@@ -109,10 +105,10 @@ class BlockManager:
         return max(0, self.blocks_for(num_tokens) - len(self._tables.get(sequence_id, ())))
 
     def reserve(self, sequence_id: int, start: int, end: int) -> bool:
-        """Give tokens ``start`` to ``end`` of the sequence slots that are its alone. All the blocks it takes, or none.
+        """Give tokens ``start`` to ``end`` slots in blocks that only this sequence holds. False if too few are free.
 
-        A block that others hold too is copied before it is written. Only the one of ``start`` can be: those before
-        are written no more, and those after are new.
+        A block that other tables hold too is copied before it is written (copy-on-write). Only the block of ``start``
+        can be shared: those before it are full, and those after it are new.
         """
         table = self._tables.get(sequence_id, ())
         missing = max(0, -(-end // self.block_size) - len(table))
@@ -133,12 +129,12 @@ class BlockManager:
         return True
 
     def _hold(self, sequence_id: int, kept: Table, blocks: Table, hits: Table = ()) -> None:
-        """Set the table to ``kept`` and ``blocks``; ``hits`` are those of them that were not taken from the free."""
+        """Set the table to ``kept`` and ``blocks``; ``hits`` are those of them that were not taken from the pool."""
         self._tables[sequence_id] = kept + blocks
-        self.events.append(("hold", sequence_id, len(kept), blocks, hits))
+        self.events.append(Hold(sequence_id, len(kept), blocks, hits))
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
-        """Let a sequence hold the first ``num_tokens`` tokens of another, and nothing of what it held before."""
+        """Let the child share the first ``num_tokens`` tokens of the parent, and release what it held before."""
         wanted, held = self._tables[parent_id][: self.blocks_for(num_tokens)], self.table(child_id)
         kept = next((i for i, (a, b) in enumerate(zip(wanted, held, strict=False)) if a != b), None)
         kept = min(len(wanted), len(held)) if kept is None else kept
@@ -147,10 +143,10 @@ class BlockManager:
         for block in reversed(held[kept:]):
             self.pool.release(block)
         self._hold(child_id, held[:kept], wanted[kept:], hits=wanted[kept:])
-        self.events.append(("fork", child_id, parent_id, num_tokens))
+        self.events.append(Fork(child_id, parent_id, num_tokens))
 
     def trim(self, sequence_id: int, num_tokens: int) -> None:
-        """Give back the blocks behind those of the sequence's first ``num_tokens`` tokens, the last first."""
+        """Release the blocks after those of the sequence's first ``num_tokens`` tokens, the last first."""
         table, kept = self.table(sequence_id), self.blocks_for(num_tokens)
         if len(table) > kept:
             for block in reversed(table[kept:]):
@@ -162,15 +158,15 @@ class BlockManager:
         return self._tables.get(sequence_id, ())
 
     def free(self, sequence_id: int) -> None:
-        """Give back all of the sequence's blocks, the last first: a suffix is of no use once its prefix is evicted."""
+        """Release all of the sequence's blocks, the last first: a suffix is useless once its prefix is evicted."""
         for block in reversed(self._tables.pop(sequence_id, ())):
             self.pool.release(block)
-        self.events.append(("free", sequence_id))
+        self.events.append(Free(sequence_id))
 
     # -- prefix caching ---------------------------------------------------------------------------------------------
 
     def find_prefix(self, chain: ReadOnlyList[bytes]) -> Table:
-        """Blocks that hold the longest known beginning of ``chain``, a hash a block."""
+        """Blocks of the longest beginning of ``chain`` that can be found; a hash for each block."""
         found = []
         for block_hash in chain:
             block = self.pool.find(block_hash)
@@ -180,15 +176,15 @@ class BlockManager:
         return tuple(found)
 
     def adopt(self, sequence_id: int, prefix: Table) -> None:
-        """Begin the table of a sequence that holds no block yet with blocks that somebody has filled."""
+        """Start the table of a sequence without blocks with those that ``find_prefix`` found."""
         for block in prefix:
             self.pool.share(block)
         if prefix:
             self._hold(sequence_id, (), prefix, hits=prefix)
-            self.events.append(("adopt", sequence_id, len(prefix) * self.block_size))
+            self.events.append(Adopt(sequence_id, len(prefix) * self.block_size))
 
     def publish(self, sequence_id: int, chain: ReadOnlyList[bytes], first: int, end: int) -> None:
-        """Make logical blocks ``first`` to ``end`` findable: after the step at hand, all their tokens are stored.
+        """Give logical blocks ``first`` to ``end`` their hashes (vLLM: cache_full_blocks). The coming step fills them.
 
         They may be adopted in the same step, because every layer stores K and V before any row reads.
         """
@@ -196,29 +192,31 @@ class BlockManager:
         for index in range(first, end):
             if self.pool.publish(table[index], chain[index]):
                 self._uncommitted.append((table[index], chain[index]))
-                self.events.append(("publish", table[index]))
+                self.events.append(Publish(table[index]))
 
     def commit(self, num_published: int | None = None) -> None:
-        """The step that is out longest has succeeded: what was published for it, all or the first so many, is there."""
+        """The oldest step in flight has succeeded: the first ``num_published`` hashes stay, or all."""
         del self._uncommitted[:num_published]
         self.swap.reuse_emptied()
 
     def roll_back(self) -> None:
-        """What is out has failed: nothing that was published for it may be found. Who adopted it must begin again."""
+        """The steps in flight have failed: drop the hashes published for them. Sequences that adopted them restart."""
         for block, block_hash in self._uncommitted:
             if self.pool.find(block_hash) == block:
-                self.pool.drop_hash(block)
-                self.events.append(("withdraw", block))
+                self._drop_hash(block)
         self._uncommitted.clear()
         self.swap.reuse_emptied()
 
     def forget(self, hashes: Iterable[bytes]) -> None:
-        """Remove these hashes from the prefix cache: their blocks were stored, but must not be reused."""
+        """Remove these hashes from the prefix cache: their blocks must not be reused."""
         for block_hash in hashes:
             block = self.pool.find(block_hash)
             if block is not None:
-                self.pool.drop_hash(block)
-                self.events.append(("withdraw", block))
+                self._drop_hash(block)
+
+    def _drop_hash(self, block: int) -> None:
+        self.pool.drop_hash(block)
+        self.events.append(DropHash(block))
 
     @property
     def num_uncommitted(self) -> int:
@@ -228,9 +226,9 @@ class BlockManager:
     # -- swapping ---------------------------------------------------------------------------------------------------
 
     def swap_out(self, *group: tuple[int, int]) -> bool:
-        """Move the first tokens of each (sequence id, number of tokens) to swap space and free its table.
+        """Move the first tokens of each (sequence id, number of tokens) to swap space: all, or False if it is too full.
 
-        All of them or none. A block that several share is moved once.
+        A block that several share is moved once.
         """
         tables = {i: self._tables[i][: self.blocks_for(num_tokens)] for i, num_tokens in group}
         blocks = list(dict.fromkeys(chain.from_iterable(tables.values())))
@@ -245,18 +243,18 @@ class BlockManager:
         return True
 
     def swap_in(self, *group: Returning) -> bool:
-        """Bring sequences back where all that they know has room. All of them, or False.
+        """Move the group back into the pool. False, and nothing moves, unless all known tokens of all have room.
 
-        Blocks whose like is still in the pool are not moved.
+        A block whose contents are still in the pool is found by its hash, and not moved.
         """
-        if not self._has_room(self._blocks_to_return(group)):
+        if self._blocks_to_return(group) > self.num_spare_blocks:
             return False
         block_of: dict[int, int] = {}  # by place
         for one in group:
             places = self.swap.places(one.sequence_id)
             block_of = {**self._residents(places, one.chain), **block_of}
             hits = tuple(block_of[place] for place in places if place in block_of)
-            for block in hits:  # before anything is taken: they may lie free, next to be evicted
+            for block in hits:  # before taking any: these may be free, and next to be evicted
                 self.pool.share(block)
             for place in places:
                 if place not in block_of:
@@ -268,12 +266,12 @@ class BlockManager:
         return True
 
     def _residents(self, places: Table, hashes: ReadOnlyList[bytes]) -> dict[int, int]:
-        """Place -> the block that holds the same. ``hashes``: those of the full ones."""
+        """Place -> the block in the pool with the same contents. ``hashes``: those of the full places."""
         found = ((place, self.pool.find(h)) for place, h in zip(places, hashes, strict=False))
         return {place: block for place, block in found if block is not None}
 
     def _blocks_to_return(self, group: ReadOnlyList[Returning]) -> int:
-        """How many free blocks it takes to bring these back, with copies of the shared ones that they will write to."""
+        """How many free blocks ``swap_in`` takes, and the copies of shared blocks that the group will write to."""
         tables = [self.swap.places(one.sequence_id) for one in group]
         resident: dict[int, int] = {}
         growth = 0
@@ -286,31 +284,17 @@ class BlockManager:
         unheld = sum(self.pool.reference_count(block) == 0 for block in {*resident.values()})
         return missing + unheld + growth + written.total() - len(written)
 
-    def num_empty_slots(self, num_stored: Mapping[int, int]) -> int:
-        """Slots in blocks that are held and hold no token, where so many tokens of each sequence are stored."""
-        empty: dict[int, int] = {}  # by block: a partly filled one may stand in several tables
-        for sequence_id, num_tokens in num_stored.items():
-            first = num_tokens // self.block_size
-            for index, block in enumerate(self._tables.get(sequence_id, ())[first:], first):
-                filled = max(0, num_tokens - index * self.block_size)
-                empty[block] = min(empty.get(block, self.block_size), self.block_size - filled)
-        return sum(empty.values())
-
     def check_integrity(self, num_stored: Mapping[int, int]) -> None:
-        """Law 2: nothing leaks, nothing is shared by accident, and ``num_stored`` tokens of each sequence have slots.
-
-        Raises:
-            RuntimeError: saying which block or sequence breaks it.
-        """
+        """Raises RuntimeError unless law 2 holds and ``num_stored`` tokens of each sequence have slots."""
         self.pool.check_integrity(list(self._tables.values()))
-        strangers = self._tables.keys() - num_stored.keys()
-        if strangers:
-            raise RuntimeError(f"sequences {sorted(strangers)[:8]} hold blocks and do not run")
+        others = self._tables.keys() - num_stored.keys()
+        if others:
+            raise RuntimeError(f"sequences {sorted(others)[:8]} hold blocks and do not run")
         uncommitted = {block for block, _ in self._uncommitted}
         for sequence_id, num_tokens in num_stored.items():
             if self.missing_blocks(sequence_id, num_tokens):
-                raise RuntimeError(f"sequence {sequence_id} has stored {num_tokens} tokens in too few blocks")
+                raise RuntimeError(f"sequence {sequence_id} has {num_tokens} tokens stored in too few blocks")
             unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
             for block in unfilled:
                 if self.pool.hash_of(block) is not None and block not in uncommitted:
-                    raise RuntimeError(f"block {block} of sequence {sequence_id} is has a hash and is not yet full")
+                    raise RuntimeError(f"block {block} of sequence {sequence_id} has a hash and is not yet full")

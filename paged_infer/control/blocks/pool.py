@@ -1,4 +1,4 @@
-"""The physical blocks: who is free, who is held and how often, and which can be found by what they hold."""
+"""The physical blocks: which are free, which are held and how often, and which can be found by a hash."""
 
 from __future__ import annotations
 
@@ -55,21 +55,20 @@ class BlockPool:
 
     @property
     def num_hashed(self) -> int:
-        """Blocks that have a hash, free or held."""
         return len(self._hash_of)
 
     def reference_count(self, block: int) -> int:
-        """How many tables hold ``block``; 0 for a free one."""
+        """How many tables hold ``block``; 0 if it is free."""
         return self._counts[block]
 
     def hash_of(self, block: int) -> bytes | None:
-        """What ``block`` is found by, if it can be found."""
+        """The hash by which ``block`` is found, if it has one."""
         return self._hash_of.get(block)
 
     # -- held or free -----------------------------------------------------------------------------------------------
 
     def take(self) -> int:
-        """A free block to write to, now held once: a blank one, else the least recently used, which is evicted.
+        """A free block to write to, now held once: a blank one, else the least recently used cached one, evicted.
 
         Raises:
             OutOfBlocks: none is free.
@@ -87,7 +86,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """One table more holds ``block``, which is held or cached."""
+        """One more table holds ``block``, which is held or cached (vLLM: touch)."""
         if self._counts[block] == 0:
             del self._cached[block]
         self._counts[block] += 1
@@ -95,9 +94,9 @@ class BlockPool:
         self.num_shared += self._counts[block] == 2
 
     def release(self, block: int) -> None:
-        """One table fewer holds ``block``; the last one frees it."""
+        """One table fewer holds ``block``; the last release frees it."""
         if self._counts[block] < 1:
-            raise RuntimeError(f"block {block} is released but nobody holds it")
+            raise RuntimeError(f"block {block} is released but not held")
         self._counts[block] -= 1
         self.num_references -= 1
         self.num_shared -= self._counts[block] == 1
@@ -107,14 +106,14 @@ class BlockPool:
             else:
                 self._blank.append(block)
 
-    # -- findable or not --------------------------------------------------------------------------------------------
+    # -- hashed or not -----------------------------------------------------------------------------------------------
 
     def find(self, block_hash: bytes) -> int | None:
-        """The block that holds what ``block_hash`` stands for, held or cached."""
+        """The held or cached block of this hash, if there is one."""
         return self._block_of.get(block_hash)
 
     def publish(self, block: int, block_hash: bytes) -> bool:
-        """Make the held ``block`` findable. False, and nothing happens, where it or its like is findable already."""
+        """Give the held ``block`` its hash. False, and nothing happens, if the block or the hash is taken already."""
         if block_hash in self._block_of or block in self._hash_of:
             return False
         self._block_of[block_hash] = block
@@ -129,10 +128,10 @@ class BlockPool:
             self._blank.append(block)
 
     def check_integrity(self, tables: list[tuple[int, ...]]) -> None:
-        """Law 2: each block is free or held, and held exactly as often as ``tables`` say.
+        """Law 2: each block is free or held, and held exactly as often as it stands in ``tables``.
 
         Raises:
-            RuntimeError: naming the blocks that break it.
+            RuntimeError: the message names the blocks that break it.
         """
         held = [0] * self.num_blocks
         for table in tables:

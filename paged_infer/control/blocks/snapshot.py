@@ -1,4 +1,7 @@
-"""Every block that holds something, at one moment: whose it is, how full, and whether it can be found."""
+"""Every block that holds something, at one moment: its owners, how full it is, and whether it can be found by its hash.
+
+Both functions take ``tables``: for each sequence its id, its block table, and how many of its tokens are stored.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,20 @@ class Cell(NamedTuple):
     block: int
     owners: tuple[int, ...]  # sequence ids; as many as its reference count
     num_tokens: int
-    is_hashed: bool  # by its hash
+    is_hashed: bool
 
     @property
     def state(self) -> str:
-        """ "held", "cached" (free, but findable until it is taken) or "free"."""
+        """ "held", "cached" (free, but found by its hash until it is taken) or "free"."""
         return "held" if self.owners else "cached" if self.is_hashed else "free"
 
 
 def pool_cells(
     tables: Iterable[tuple[int, Table, int]], pool: BlockPool, block_size: int, *, cached: bool = True
 ) -> dict[int, Cell]:
-    """By its number, each block that is held or can be found; the others are blank.
+    """By its number, each block that is held or hashed; the others are blank. Owners are in the order of ``tables``.
 
-    Args:
-        tables: (sequence id, its block table, how many of its tokens are stored); owners are in this order.
-        cached: False leaves out those that are free, however findable: in a large pool they are many.
+    ``cached``: False leaves out the free ones, which in a large pool are many.
     """
     owners: dict[int, tuple[int, ...]] = {}
     filled: dict[int, int] = {}
@@ -45,3 +46,14 @@ def pool_cells(
     if cached:
         cells |= {b: Cell(b, (), block_size, True) for b in pool.hashed_blocks if b not in cells}
     return cells
+
+
+def num_empty_slots(tables: Iterable[tuple[int, Table, int]], block_size: int) -> int:
+    """Slots of held blocks that hold no token."""
+    empty: dict[int, int] = {}  # by block: a partly filled one may be in several tables
+    for _, table, num_stored in tables:
+        first = num_stored // block_size
+        for index, block in enumerate(table[first:], first):
+            filled = max(0, num_stored - index * block_size)
+            empty[block] = min(empty.get(block, block_size), block_size - filled)
+    return sum(empty.values())

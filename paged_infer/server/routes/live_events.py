@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from paged_infer.async_llm import EngineDeadError
 from paged_infer.control.blocks.snapshot import Cell, pool_cells
-from paged_infer.control.request import Sequence
+from paged_infer.control.sequence import Sequence
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.server.openai.event_stream import EventStream
 from paged_infer.server.openai.json_stream import event
@@ -51,7 +51,7 @@ class Snapshot:
 def snapshot(engine: LLMEngine) -> Snapshot:
     """Call on the engine's thread, or while no step runs."""
     scheduler, manager = engine.scheduler, engine.manager
-    holders = [*scheduler.running, *scheduler.draining]
+    holders = [*scheduler.running, *scheduler.queues.draining]
     tables = ((s.sequence_id, manager.table(s.sequence_id), s.num_computed_tokens) for s in holders)
     is_marked = manager.pool.num_blocks <= MOST_MARKED
     return Snapshot(

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_infer.control.blocks.manager import Allocation, BlockManager
+from paged_infer.control.blocks.snapshot import num_empty_slots
 
 
 @given(st.integers(0, 200), st.integers(1, 20))
@@ -83,7 +84,7 @@ def test_integrity_notices_strangers_and_tokens_without_slots() -> None:
     manager.reserve(7, 0, 3)
     with pytest.raises(RuntimeError, match=r"sequences \[7\] hold blocks and do not run"):
         manager.check_integrity({})
-    with pytest.raises(RuntimeError, match="sequence 7 has stored 5 tokens in too few blocks"):
+    with pytest.raises(RuntimeError, match="sequence 7 has 5 tokens stored in too few blocks"):
         manager.check_integrity({7: 5})
 
 
@@ -181,6 +182,6 @@ def test_empty_slots_of_shared_blocks_are_counted_once() -> None:
     manager = BlockManager(6, 4)
     manager.reserve(1, 0, 6)
     manager.fork(1, 2, 6)
-    assert manager.num_empty_slots({1: 6, 2: 6}) == 2
+    assert num_empty_slots([(i, manager.table(i), n) for i, n in ((1, 6), (2, 6))], block_size=4) == 2
     manager.reserve(1, 6, 7)
-    assert manager.num_empty_slots({1: 7, 2: 6}) == 1 + 2
+    assert num_empty_slots([(i, manager.table(i), n) for i, n in ((1, 7), (2, 6))], block_size=4) == 1 + 2

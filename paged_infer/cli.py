@@ -130,13 +130,15 @@ def chat(
 ) -> None:
     """Talk with a model that has a chat template. The storyteller tells stories, and answers questions about them.
 
-    A line that says /new begins a new conversation; Ctrl-D ends.
+    The line /new begins a new conversation; Ctrl-D ends it.
     """
     try:
         llm = open_llm(model, **engine.options)
         stop = ["\nQ:"] if llm.is_storyteller else []  # left to itself it goes on to question itself
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
-        llm.chat_prompt([{"role": "user", "content": "hello"}])  # no template: say so before the first question
+        llm.chat_prompt(
+            [{"role": "user", "content": "hello"}]
+        )  # without a template this raises, before the first question
     except ValueError as error:
         fail(error)
     if llm.is_storyteller:
@@ -150,7 +152,7 @@ def chat(
         try:
             output = show_stream(llm.stream(llm.chat_prompt(messages), params), keep_space=False)
             reason = failure_of(output)
-        except ValueError as error:  # too long, say
+        except ValueError as error:  # too long, for example
             reason = str(error)
         if reason is not None:  # the conversation so far is kept
             messages.pop()
@@ -160,7 +162,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line, until the end of input; empty lines are left out."""
+    """The lines that the user types until the end of input, without empty ones."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

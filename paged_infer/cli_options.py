@@ -1,4 +1,4 @@
-"""What the commands share: their options, how a model is opened, how an error and a stream are shown.
+"""What the commands share: option groups, loading a model, printing errors and streams.
 
 A command takes its options in groups: a parameter that is a dataclass stands for its fields, each an option. Those of
 an engine are the fields of ``EngineConfig``, with its types, defaults and docstring, so that no command lists them.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """``console``, made when first asked for: what a machine that only measures imports needs no rich."""
+    """``console``, created on first use: a machine that only runs benchmarks may lack rich."""
     if name != "console":
         raise AttributeError(name)
     from rich.console import Console
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 Model = Annotated[str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
-Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled text; for a text, -1 is none.")]
+Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled text; for a text, -1 means none.")]
 
 
 class Without:
@@ -88,7 +88,7 @@ class _Group:
 
     @classmethod
     def of(cls, hint: Any, omitted: Mapping[str, str]) -> _Group | None:
-        """None if the type hint is no dataclass. What is omitted from a group is omitted from the groups in it."""
+        """None if the type hint is not a dataclass. A group omits what the group around it omits."""
         kind, *marks = (hint.__origin__, *hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint,)
         if not (isinstance(kind, type) and is_dataclass(kind)):
             return None
@@ -156,7 +156,7 @@ JSON_OPTIONS = ("speculative_config",)
 
 
 def _engine_option(one: Field[Any], hint: Any) -> Any:
-    """The type and help of an option of ``EngineConfig``; what is no plain value is passed as text."""
+    """The type and help of an option of ``EngineConfig``; a value of another type than these is passed as text."""
     kinds = typing.get_args(hint) or (hint,)
     plain = [kind for kind in kinds if kind in (bool, int, float, str, type(None))]
     kind = functools.reduce(lambda left, right: left | right, plain if len(plain) == len(kinds) else {*plain, str})
@@ -183,7 +183,7 @@ def _for_command_line(name: str, text: str) -> str:
 
 
 def _read_json(name: str, text: str | None) -> Any:
-    """Raises ValueError for what is not valid JSON."""
+    """The value of an option that takes JSON. Raises ValueError if ``text`` is not valid."""
     try:
         return None if text is None else json.loads(text)
     except json.JSONDecodeError as error:
@@ -210,7 +210,7 @@ def as_arguments(config: EngineConfig) -> list[str]:
 
 
 def open_llm(model: str | None, **options: Unpack[EngineOptions]) -> LLM:
-    """Load a model for a command, without the progress bars and notices of the libraries below."""
+    """Load a model for a command, without the progress bars and notices of the libraries."""
     from paged_infer.llm import LLM
 
     quiet_libraries()
@@ -218,7 +218,7 @@ def open_llm(model: str | None, **options: Unpack[EngineOptions]) -> LLM:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no notices while a model is loaded."""
+    """Turn off the progress bars and notices of transformers."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -237,12 +237,12 @@ def show_error(error: Exception | str) -> None:
 
 
 def failure_of(output: RequestOutput) -> str | None:
-    """Why the request could not go on, if it could not."""
+    """Why the request failed; None if it did not."""
     return next((one.error for one in output.outputs if one.finish_reason == "error"), None)
 
 
 def show_stream(outputs: Iterable[RequestOutput], keep_space: bool = True) -> RequestOutput:
-    """Print a continuation as it grows; returns its end. An answer is shown without its leading space."""
+    """Print a continuation as it grows; returns the last output. ``keep_space=False`` drops its leading space."""
     shown = ""
     for output in outputs:
         text = output.outputs[0].text

@@ -37,7 +37,7 @@ def as_integer(value: object) -> int | None:
 
 
 def as_number(value: object) -> float | None:
-    """``value`` as an int or a finite float; None if it is no number, NaN, infinite, or too large for a float."""
+    """``value`` as an int or a finite float; None if it is not a number, NaN, infinite, or too large for a float."""
     value = plain(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         return None

@@ -23,7 +23,7 @@ BenchModel = Annotated[
     typer.Option(
         "--model",
         help=f"Local folder, hub id, or with --load-format dummy a shape: {', '.join(SHAPES)}. "
-        "Default: the storyteller.",
+        "Default: the storyteller. With dummy weights, --max-model-len is by default what the workload needs.",
     ),
 ]
 Peers = Annotated[
@@ -39,7 +39,7 @@ Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are report
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """Which model, how it is opened, and how often what is run."""
+    """The model, the engine's options, and how the runs are repeated and saved."""
 
     model: BenchModel = None
     engine: Engine = field(default_factory=EngineConfig)
@@ -49,7 +49,11 @@ class Common:
 
     @contextmanager
     def open(self, longest: int, **options: Unpack[EngineOptions]) -> Iterator[LLM]:
-        """The engine, for sequences of up to ``longest`` tokens. Raises ValueError as ``LLM`` does."""
+        """The engine, for sequences of up to ``longest`` tokens; ``options`` replace the user's.
+
+        Raises:
+            ValueError: as ``LLM`` does.
+        """
         options = {**self.engine.options, **options}
         if self.engine.load_format == "dummy":
             options.setdefault("max_model_len", longest)
@@ -66,7 +70,7 @@ class Common:
         chosen = [name for name in (names or usual) if name != "none"]
         check_peers(chosen)
         num_engines = len([name for name in chosen if name in ENGINES])
-        # transformers takes its memory as it goes: it is left as much as an engine
+        # transformers allocates as it runs: leave it an engine's share
         share = round(self.engine.gpu_memory_utilization / (1 + num_engines + (len(chosen) > num_engines)), 3)
         with self.open(longest, gpu_memory_utilization=share) as llm, open_peers(chosen, llm, share) as peers:
             yield llm, peers

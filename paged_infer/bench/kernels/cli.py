@@ -30,7 +30,7 @@ def kernels(
         bool, typer.Option(help="With --compile-only: each kernel once or twice, a tenth of all variants.")
     ] = False,
     time_limit: Annotated[
-        float, typer.Option(help="Seconds; races that have not begun by then are left out.", min=0)
+        float, typer.Option(help="Seconds; comparisons that have not begun by then are left out.", min=0)
     ] = 900,
     figures: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("figures"),
 ) -> None:
@@ -148,7 +148,7 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
         typer.echo(f"error: differs from float64, so nothing is timed: {errors}", err=True)
         raise typer.Exit(1)
     if on_gpu:
-        _race(report, device, deadline_s, f"the time limit of {time_limit:g} s", path)
+        _run_comparisons(report, device, deadline_s, f"the time limit of {time_limit:g} s", path)
     else:
         from paged_infer.bench.kernels.attention_traffic import save_attention_traffic
         from paged_infer.bench.kernels.fused import count_store_calls
@@ -160,23 +160,23 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
     print(f"numbers: {path}", flush=True)
 
 
-def _race(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
-    """Time everything; the report is saved after each race, so that nothing is lost if one ends the process."""
+def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
+    """Time everything; the report is saved after each comparison, so that nothing is lost if one ends the process."""
+    from paged_infer.bench.kernels.comparisons import attention_comparisons, run_comparisons
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
-    from paged_infer.bench.kernels.fused import count_store_calls, fused_races
-    from paged_infer.bench.kernels.races import attention_races, run_races
+    from paged_infer.bench.kernels.fused import count_store_calls, fused_comparisons
     from paged_infer.bench.roofline import measure
 
     report.roofline = measure(device)
-    attention = attention_races(device)
-    fused = fused_races(device)
+    attention = attention_comparisons(device)
+    fused = fused_comparisons(device)
     report.launches.extend(count_store_calls(device))
     _show_launches(report)
-    for measurement in run_races([*attention, *fused], deadline_s, limit):
+    for measurement in run_comparisons([*attention, *fused], deadline_s, limit):
         report.measurements.append(measurement)
         report.save(path)
         print(f"{time.strftime('%H:%M:%S')} {measurement.title}", flush=True)
-    _show_races(report)
+    _show_comparisons(report)
     for name, draw in (("prefill", prefill_figure), ("decode", decode_figure)):
         try:
             draw(report).save(path.with_name(f"bench-kernels-{name}.png"))
@@ -210,21 +210,21 @@ def _show_launches(report: KernelReport) -> None:
     print_table(title, ("stored by", "ATen operations", "launches"), rows)
 
 
-def _show_races(report: KernelReport) -> None:
+def _show_comparisons(report: KernelReport) -> None:
     for group, by, along, what in (
         ("prefill", "head_dim", "length", "TFLOP/s, 4 * heads * head_dim * tokens * length / 2"),
         ("decode", "batch", "context", "GB/s of keys and values read, and their share of a copy's"),
     ):
-        for value in dict.fromkeys(race.sizes[by] for race in report.group(group)):
-            races = report.group(group, **{by: value})
-            names = dict.fromkeys(entry.name for race in races for entry in race.entries)
-            rows = [(name, *(_speed(report, race, name) for race in races)) for name in names]
-            header = ("", *(f"{race.sizes[along]:,}" for race in races))
+        for value in dict.fromkeys(m.sizes[by] for m in report.group(group)):
+            comparisons = report.group(group, **{by: value})
+            names = dict.fromkeys(entry.name for m in comparisons for entry in m.entries)
+            rows = [(name, *(_speed(report, m, name) for m in comparisons)) for name in names]
+            header = ("", *(f"{m.sizes[along]:,}" for m in comparisons))
             print_table(f"{group}, {by} {value}, by {along}: {what}", header, rows)
     rows = [
-        (race.title, entry.name, _number(entry.seconds, 1e-6), _number(race.rate(entry.name), 1e9), entry.note)
-        for race in report.group("fused")
-        for entry in race.entries
+        (m.title, entry.name, _number(entry.seconds, 1e-6), _number(m.rate(entry.name), 1e9), entry.note)
+        for m in report.group("fused")
+        for entry in m.entries
         if entry.seconds is not None
     ]
     print_table("fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows)
@@ -234,9 +234,9 @@ def _show_races(report: KernelReport) -> None:
     print_table("targets", ("", "wanted", "measured, at worst"), wanted)
 
 
-def _speed(report: KernelReport, race: Measurement, name: str) -> str:
-    rate, share = race.rate(name), report.share_of_copy(race, name)
-    if race.group == "prefill" or rate is None or share is None:
+def _speed(report: KernelReport, m: Measurement, name: str) -> str:
+    rate, share = m.rate(name), report.share_of_copy(m, name)
+    if m.group == "prefill" or rate is None or share is None:
         return _number(rate, 1e12)
     return f"{rate / 1e9:,.0f} {share:.0%}"
 

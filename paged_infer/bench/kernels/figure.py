@@ -33,8 +33,8 @@ def prefill_figure(report: KernelReport) -> Picture:
     dims = sorted({m.sizes["head_dim"] for m in _run(report, "prefill")}, reverse=True)
     figure = new_picture(7.8, 3.5)
     for number, (axes, head_dim) in enumerate(zip(_panels(figure, len(dims)), dims, strict=True)):
-        races = report.group("prefill", head_dim=head_dim)
-        _lines(axes, races, "length", lambda m, name: _scaled(m.rate(name), 1e12))
+        comparisons = report.group("prefill", head_dim=head_dim)
+        _lines(axes, comparisons, "length", lambda m, name: _scaled(m.rate(name), 1e12))
         if report.roofline is not None:
             _limit(axes, report.roofline.matmul_flops_per_s / 1e12, "a matmul of 8192³" if number == 0 else "")
         axes.set_title(f"head_dim {head_dim}", fontsize=9, color=INK, loc="left")
@@ -51,8 +51,8 @@ def decode_figure(report: KernelReport) -> Picture:
     batches = sorted({m.sizes["batch"] for m in _run(report, "decode")})
     figure = new_picture(7.8, 3.3)
     for number, (axes, batch) in enumerate(zip(_panels(figure, len(batches)), batches, strict=True)):
-        races = report.group("decode", batch=batch)
-        _lines(axes, races, "context", lambda m, name: _scaled(report.share_of_copy(m, name), 0.01))
+        comparisons = report.group("decode", batch=batch)
+        _lines(axes, comparisons, "context", lambda m, name: _scaled(report.share_of_copy(m, name), 0.01))
         _limit(axes, 100.0, "a copy" if number == 0 else "")
         axes.set_title(f"batch {batch}", fontsize=9, color=INK, loc="left")
     _finish(figure, report, "decode, keys and values read: % of a copy's bytes per second", "tokens in the cache")
@@ -60,10 +60,10 @@ def decode_figure(report: KernelReport) -> Picture:
 
 
 def _run(report: KernelReport, group: str) -> list[Measurement]:
-    races = [m for m in report.group(group) if any(entry.seconds is not None for entry in m.entries)]
-    if not races:
+    comparisons = [m for m in report.group(group) if any(entry.seconds is not None for entry in m.entries)]
+    if not comparisons:
         raise ValueError(f"this report holds no {group} that ran: nothing to draw")
-    return races
+    return comparisons
 
 
 def _panels(figure: Picture, number: int) -> Sequence[Axes]:
@@ -71,10 +71,10 @@ def _panels(figure: Picture, number: int) -> Sequence[Axes]:
     return panels
 
 
-def _lines(axes: Axes, races: list[Measurement], size: str, value: Value) -> None:
+def _lines(axes: Axes, comparisons: list[Measurement], size: str, value: Value) -> None:
     """A line for each kernel that ran at one size at least; ours last, on top."""
     for name in [*PEERS, *OURS]:
-        points = [(m.sizes[size], value(m, name)) for m in sorted(races, key=lambda m: m.sizes[size])]
+        points = [(m.sizes[size], value(m, name)) for m in sorted(comparisons, key=lambda m: m.sizes[size])]
         known = [(x, y) for x, y in points if y is not None]
         if not known:
             continue
@@ -89,7 +89,7 @@ def _lines(axes: Axes, races: list[Measurement], size: str, value: Value) -> Non
             label=name,
         )
     axes.set_xscale("log", base=2)
-    ticks = sorted({m.sizes[size] for m in races})
+    ticks = sorted({m.sizes[size] for m in comparisons})
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
 

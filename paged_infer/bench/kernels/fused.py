@@ -16,8 +16,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from paged_infer.bench.kernels.comparisons import Comparison, Setup
 from paged_infer.bench.kernels.peers import Ready
-from paged_infer.bench.kernels.races import Comparison, Setup
 from paged_infer.bench.kernels.report import LaunchCount
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -42,7 +42,7 @@ def store_indexed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
 STORES: dict[str, Store] = {"store_kv": store_kv, STORE_INDEXED: store_indexed, STORE_REFERENCE: store_kv_reference}
 
 
-def fused_races(device: torch.device) -> list[Comparison]:
+def fused_comparisons(device: torch.device) -> list[Comparison]:
     return [
         comparison
         for tokens in TOKENS
@@ -56,16 +56,16 @@ def fused_races(device: torch.device) -> list[Comparison]:
     ]  # fmt: skip
 
 
-def _with_torch(name: str, tokens: int, elements: int, entrants: Callable[[int], Mapping[str, Setup]]) -> Comparison:
-    return _comparison(name, tokens, elements, (name, "torch"), entrants)
+def _with_torch(name: str, tokens: int, elements: int, setups: Callable[[int], Mapping[str, Setup]]) -> Comparison:
+    return _comparison(name, tokens, elements, (name, "torch"), setups)
 
 
 def _comparison(
-    name: str, tokens: int, elements: int, names: tuple[str, ...], entrants: Callable[[int], Mapping[str, Setup]]
+    name: str, tokens: int, elements: int, names: tuple[str, ...], setups: Callable[[int], Mapping[str, Setup]]
 ) -> Comparison:
     num_bytes = 2 * elements * tokens  # read and written once, in bfloat16
     title = f"{name}, {tokens:,} tokens" + (f", {LAYERS} layers" if name == "store_kv" else "")
-    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, partial(entrants, tokens), names)
+    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, partial(setups, tokens), names)
 
 
 def _stores(device: torch.device, tokens: int) -> Mapping[str, Setup]:

@@ -88,14 +88,14 @@ class KernelReport(JsonReport):
 
     def absences(self) -> list[tuple[str, str]]:
         """Which kernels did not run, and why, each reason once."""
-        races: dict[tuple[str, str], list[str]] = {}
+        comparisons: dict[tuple[str, str], list[str]] = {}
         for measurement in self.measurements:
             for entry in measurement.entries:
                 if entry.seconds is None:
-                    races.setdefault((entry.name, entry.note), []).append(measurement.title)
+                    comparisons.setdefault((entry.name, entry.note), []).append(measurement.title)
         return [
-            (name, note + (f" ({titles[0]})" if len(titles) == 1 else f" ({len(titles)} races)"))
-            for (name, note), titles in races.items()
+            (name, note + (f" ({titles[0]})" if len(titles) == 1 else f" ({len(titles)} comparisons)"))
+            for (name, note), titles in comparisons.items()
         ]
 
     def failures(self) -> list[str]:

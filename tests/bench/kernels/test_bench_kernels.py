@@ -14,9 +14,9 @@ from paged_infer.bench import roofline
 from paged_infer.bench.kernels import attention_traffic
 from paged_infer.bench.kernels import checks as kernel_checks
 from paged_infer.bench.kernels import cli as kernels_cli
+from paged_infer.bench.kernels import comparisons as kernels
 from paged_infer.bench.kernels import fused as kernel_fused
 from paged_infer.bench.kernels import peers as kernel_peers
-from paged_infer.bench.kernels import races as kernels
 from paged_infer.bench.kernels.checks import CheckResult
 from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable
 from paged_infer.bench.kernels.problems import attention_float64, paged_attention_float64, paged_problem
@@ -34,7 +34,7 @@ SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 
 @pytest.fixture
 def by_the_clock(monkeypatch):
-    """Races on the CPU: once each, by the clock."""
+    """Comparisons on the CPU: once each, by the clock."""
     monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, repeats: time_calls(fn, repeats=1, warm_up=0))
 
 
@@ -135,7 +135,7 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
     assert result.output.startswith(f"error: {message}") and result.output.count("\n") == 1
 
 
-# -- Races
+# -- Comparisons
 
 
 def test_whoever_cannot_run_or_gives_other_numbers_is_named_with_the_reason(by_the_clock):
@@ -147,7 +147,7 @@ def test_whoever_cannot_run_or_gives_other_numbers_is_named_with_the_reason(by_t
     def falls_over() -> torch.Tensor:
         raise RuntimeError("no kernel\nfor this chip")
 
-    entries = kernels.run_race(
+    entries = kernels.run_comparison(
         {
             "flash_attention": lambda: Ready(lambda: right),
             "same": lambda: Ready(lambda: right.view(2, 3, 4, 8).transpose(1, 2), "laid out beforehand"),
@@ -179,7 +179,7 @@ def test_kernels_take_turns_and_the_median_is_reported(monkeypatch):
 
     monkeypatch.setattr(kernels, "time_cuda_graph", timed)
     monkeypatch.setattr(kernels, "_packed", lambda out: torch.ones(1))
-    entries = kernels.run_race({name: partial(Ready, lambda name=name: name) for name in "ab"})
+    entries = kernels.run_comparison({name: partial(Ready, lambda name=name: name) for name in "ab"})
     assert turns == ["a", "b"] * 3
     assert [entry.seconds for entry in entries] == [2.0, 7.0]
 
@@ -191,7 +191,7 @@ def test_kernels_take_turns_and_the_median_is_reported(monkeypatch):
 def test_every_peer_here_agrees_or_says_why_it_does_not_run(sequences, peers, by_the_clock, monkeypatch):
     monkeypatch.setattr(kernel_peers, "FLEX_LENGTHS", ())  # compiling it takes its time
     problem = paged_problem(sequences, dtype=torch.float16, poison=False, **SMALL)
-    entries = kernels.run_race({name: partial(peer, problem) for name, peer in peers.items()})
+    entries = kernels.run_comparison({name: partial(peer, problem) for name, peer in peers.items()})
     assert [entry.name for entry in entries] == list(peers)
     ran = {entry.name for entry in entries if entry.seconds is not None}
     assert {"flash_attention", "paged_attention", "gather + SDPA"} & set(peers) <= ran
@@ -219,21 +219,21 @@ def test_flashinfers_tables_say_what_the_block_tables_say():
 
 
 def test_operations_and_bytes_are_counted_as_the_header_says():
-    races = {race.title: race for race in kernels.attention_races(CPU)}
-    prefill = races["prefill, head_dim 128, 4 x 4,096 tokens"]
+    comparisons = {comparison.title: comparison for comparison in kernels.attention_comparisons(CPU)}
+    prefill = comparisons["prefill, head_dim 128, 4 x 4,096 tokens"]
     assert prefill.work == 4 * 32 * 128 * 4 * (4096 * 4096 / 2)
-    decode = races["decode, batch 32, context 4,096"]
+    decode = comparisons["decode, batch 32, context 4,096"]
     problem = paged_problem([(4095, 1)], num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, poison=False)
     assert decode.work == 32 * problem.kv_bytes
-    sizes = {tuple(race.sizes.values()) for race in races.values() if race.group == "decode"}
+    sizes = {tuple(comparison.sizes.values()) for comparison in comparisons.values() if comparison.group == "decode"}
     assert sizes == {(b, n * 1024) for b in (1, 8, 32, 128) for n in (1, 2, 4, 8, 16, 32)}
 
 
 def test_races_that_the_time_or_the_memory_does_not_allow_are_left_out_and_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
-    races = kernels.attention_races(CPU)
-    large = next(race for race in races if race.sizes == {"batch": 128, "context": 32_768})
-    late = list(kernels.run_races(races[:1], deadline_s=0.0, limit="the time limit of 5 s"))
+    comparisons = kernels.attention_comparisons(CPU)
+    large = next(comparison for comparison in comparisons if comparison.sizes == {"batch": 128, "context": 32_768})
+    late = list(kernels.run_comparisons(comparisons[:1], deadline_s=0.0, limit="the time limit of 5 s"))
     skipped = [large.run(), *late]
     notes = [{entry.note for entry in measurement.entries} for measurement in skipped]
     assert notes == [{"needs 16.0 GiB, the device has 1.0 free"}, {"left out: the time limit of 5 s had passed"}]
@@ -245,7 +245,7 @@ def test_races_that_the_time_or_the_memory_does_not_allow_are_left_out_and_said(
 
 @needs_interpreter
 def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkeypatch, capsys):
-    """The whole bench on small sizes, interpreted: every race is run and shown, and what is broken is said."""
+    """The whole bench on small sizes, interpreted: every comparison is run and shown, and what is broken is said."""
     for module, sizes in (
         (kernels, {"HEADS": 4, "KV_HEADS": 2, "PREFILL_TOKENS": 32, "LENGTHS": (16, 32), "BATCHES": (2,)}),
         (kernels, {"CONTEXTS": (32,), "ROUNDS": 1}),
@@ -263,7 +263,7 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
 
     report = KernelReport("cuda", {"device": "a made-up GPU"})
     path = tmp_path / "bench-kernels.json"
-    kernels_cli._race(report, CPU, math.inf, "no limit", path)
+    kernels_cli._run_comparisons(report, CPU, math.inf, "no limit", path)
     assert KernelReport.read(path) == report
     assert {m.group for m in report.measurements} == {"prefill", "decode", "fused"}
     assert len(report.measurements) == 2 * 2 + 1 + 2 * 4 + 1
@@ -285,8 +285,8 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
 
     monkeypatch.setattr(kernel_fused, "silu_mul", silu_mul)
     monkeypatch.setattr(kernel_fused, "TOKENS", (3,))
-    monkeypatch.setattr(kernels, "attention_races", lambda device: [])
+    monkeypatch.setattr(kernels, "attention_comparisons", lambda device: [])
     with pytest.raises(typer.Exit) as exit_:
-        kernels_cli._race(KernelReport("cuda", {"device": "-"}), CPU, math.inf, "no limit", path)
+        kernels_cli._run_comparisons(KernelReport("cuda", {"device": "-"}), CPU, math.inf, "no limit", path)
     assert exit_.value.exit_code == 1
     assert "error: did not run: silu_mul, 3 tokens: silu_mul: ZeroDivisionError" in capsys.readouterr().err

@@ -45,6 +45,6 @@ def test_our_own_kernel_failing_on_a_gpu_is_a_failure_and_a_missing_peer_is_not(
     broken = Measurement("decode", "b", {}, 1.0, [Entry("paged_attention", None, "OutOfResources"), missing])
     assert report_of(fine, broken).failures() == ["b: paged_attention: OutOfResources"]
     assert report_of(fine, broken).absences() == [
-        ("flashinfer", "not importable (2 races)"),
+        ("flashinfer", "not importable (2 comparisons)"),
         ("paged_attention", "OutOfResources (b)"),
     ]

@@ -27,7 +27,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 BATCHES = (32, 1, 8, 128)
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 
-ROUNDS, REPEATS = 3, 7  # every kernel of a race has its turn in each round; 21 samples in all
+ROUNDS, REPEATS = 3, 7  # every kernel of a comparison has its turn in each round; 21 samples in all
 LARGEST_DISTANCE = 0.02  # of a peer's output from ours, as |a - b| / |b|: bfloat16 gives 0.003
 LARGEST_SHARE = 0.3  # of the device's free memory that a problem may take: a peer may want a copy of it
 
@@ -43,7 +43,7 @@ class Comparison:
     sizes: dict[str, int]
     work: float
     num_bytes: int
-    entrants: Callable[[], Mapping[str, Setup]]  # makes the tensors
+    setups: Callable[[], Mapping[str, Setup]]  # makes the tensors
     names: tuple[str, ...]
 
     def skipped(self, why: str) -> Measurement:
@@ -54,30 +54,30 @@ class Comparison:
         free, _ = torch.cuda.mem_get_info()
         if self.num_bytes > LARGEST_SHARE * free:
             return self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
-        entries = run_race(self.entrants())
+        entries = run_comparison(self.setups())
         return Measurement(self.group, self.title, self.sizes, self.work, entries)
 
 
-def run_races(races: list[Comparison], deadline_s: float, limit: str) -> Iterator[Measurement]:
-    """Each race, one after the other, while ``time.perf_counter()`` is below ``deadline_s``; the rest are skipped."""
-    for race in races:
+def run_comparisons(comparisons: list[Comparison], deadline_s: float, limit: str) -> Iterator[Measurement]:
+    """Each in turn, while ``time.perf_counter()`` is below ``deadline_s``; the rest are skipped."""
+    for comparison in comparisons:
         if time.perf_counter() > deadline_s:
-            yield race.skipped(f"left out: {limit} had passed")
+            yield comparison.skipped(f"left out: {limit} had passed")
         else:
-            yield race.run()
+            yield comparison.run()
             torch.cuda.empty_cache()
 
 
-def attention_races(device: torch.device) -> list[Comparison]:
+def attention_comparisons(device: torch.device) -> list[Comparison]:
     """Prefills and decodes, those that have a target first."""
     return [
-        *(_prefill_race(device, length, 128) for length in LENGTHS),
-        *(_decode_race(device, batch, context) for batch in BATCHES for context in CONTEXTS),
-        *(_prefill_race(device, length, 64) for length in LENGTHS),
+        *(_prefill_comparison(device, length, 128) for length in LENGTHS),
+        *(_decode_comparison(device, batch, context) for batch in BATCHES for context in CONTEXTS),
+        *(_prefill_comparison(device, length, 64) for length in LENGTHS),
     ]
 
 
-def _prefill_race(device: torch.device, length: int, head_dim: int) -> Comparison:
+def _prefill_comparison(device: torch.device, length: int, head_dim: int) -> Comparison:
     batch = PREFILL_TOKENS // length
     return Comparison(
         group="prefill",
@@ -85,12 +85,12 @@ def _prefill_race(device: torch.device, length: int, head_dim: int) -> Compariso
         sizes={"head_dim": head_dim, "length": length, "batch": batch},
         work=4 * HEADS * head_dim * PREFILL_TOKENS * length / 2,
         num_bytes=4 * PREFILL_TOKENS * (HEADS + KV_HEADS) * head_dim * 2,
-        entrants=partial(_attention_entrants, device, [(0, length)] * batch, head_dim, PREFILL),
+        setups=partial(_attention_setups, device, [(0, length)] * batch, head_dim, PREFILL),
         names=tuple(PREFILL),
     )
 
 
-def _decode_race(device: torch.device, batch: int, context: int) -> Comparison:
+def _decode_comparison(device: torch.device, batch: int, context: int) -> Comparison:
     kv_bytes = 2 * batch * context * KV_HEADS * 128 * 2
     return Comparison(
         group="decode",
@@ -98,12 +98,12 @@ def _decode_race(device: torch.device, batch: int, context: int) -> Comparison:
         sizes={"batch": batch, "context": context},
         work=kv_bytes,
         num_bytes=kv_bytes,
-        entrants=partial(_attention_entrants, device, [(context - 1, 1)] * batch, 128, DECODE),
+        setups=partial(_attention_setups, device, [(context - 1, 1)] * batch, 128, DECODE),
         names=tuple(DECODE),
     )
 
 
-def _attention_entrants(
+def _attention_setups(
     device: torch.device, sequences: list[tuple[int, int]], head_dim: int, peers: Mapping[str, Peer]
 ) -> Mapping[str, Setup]:
     problem = paged_problem(
@@ -118,42 +118,42 @@ def _attention_entrants(
     return {name: partial(peer, problem) for name, peer in peers.items()}
 
 
-def run_race(entrants: Mapping[str, Setup]) -> list[Entry]:
+def run_comparison(setups: Mapping[str, Setup]) -> list[Entry]:
     """Set up, compare and time; all outputs are compared to the first.
 
     A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason.
     """
     ready: dict[str, Ready] = {}
-    why_not: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     expected: Tensor | None = None
-    for name, prepare in entrants.items():
+    for name, prepare in setups.items():
         try:
-            entrant = prepare()
-            out = _packed(entrant.call())
+            kernel = prepare()
+            out = _packed(kernel.call())
             if expected is None:
                 expected = out
             elif not (distance := _distance(out, expected)) <= LARGEST_DISTANCE:
-                raise Unavailable(f"gives other numbers than {next(iter(entrants))}: {distance:.2g} apart")
-            ready[name] = entrant
+                raise Unavailable(f"gives other numbers than {next(iter(setups))}: {distance:.2g} apart")
+            ready[name] = kernel
         except Exception as error:  # a peer may raise anything: it is in the report
-            why_not[name] = _reason(error)
+            reasons[name] = _reason(error)
     del expected
     samples_s: dict[str, list[float]] = {name: [] for name in ready}
     notes: dict[str, str] = {}
     for _ in range(ROUNDS):
-        for name, entrant in ready.items():
-            if name in why_not:
+        for name, kernel in ready.items():
+            if name in reasons:
                 continue
             try:
-                timing = time_cuda_graph(entrant.call, repeats=REPEATS)
+                timing = time_cuda_graph(kernel.call, repeats=REPEATS)
             except Exception as error:
-                why_not[name] = _reason(error)
+                reasons[name] = _reason(error)
                 continue
             samples_s[name] += timing.samples_s
-            notes[name] = ", ".join(filter(None, (timing.method, entrant.note)))
+            notes[name] = ", ".join(filter(None, (timing.method, kernel.note)))
     return [
-        Entry(name, None, why_not[name]) if name in why_not else Entry(name, median(samples_s[name]), notes[name])
-        for name in entrants
+        Entry(name, None, reasons[name]) if name in reasons else Entry(name, median(samples_s[name]), notes[name])
+        for name in setups
     ]
 
 

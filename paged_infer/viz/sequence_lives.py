@@ -20,7 +20,7 @@ def owner_colour(sequence_id: int) -> str:
 
 
 def sequence_names(trace: Trace) -> dict[int, str]:
-    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... behind it."""
+    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... after it."""
     arrivals = [event for step in trace.steps for event in step.events if isinstance(event, Arrive)]
     num_samples = Counter(event.request_id for event in arrivals)
     seen: Counter[str] = Counter()

@@ -1,21 +1,28 @@
-"""Logits to tokens: edit, keep, race.
+"""Logits to tokens: process, keep, draw. ``reference.py`` computes the same for one row in 40 readable lines.
 
 ::
 
-    logits [R, V] --edit--> logit_bias, min_tokens, penalties        (only the rows that ask; on a copy)
-                  --keep--> temperature, min_p, top_k, top_p         (drops tokens, moves no noise)
-                  --race--> argmax(p / E)                            (greedy rows: argmax of the logits)
+    logits [R, V] --process--> logit_bias, min_tokens, penalties       (only the rows that ask; on a copy)
+                  --keep-----> temperature, min_p, top_k, top_p        (drops tokens, moves no noise)
+                  --draw-----> argmax(p / E), E exponential noise      (greedy rows: argmax of the logits)
 
-Rows are independent: a row's token is a function of its own logits and its own ``SamplingRow``, whatever stands
-beside it. Rows of one kind are drawn together, each kind in the cheapest way that is exact:
+Rows are independent: a row's token is a function of its own logits and its own ``SamplingRow``, whatever rows it is
+batched with. Rows of one kind are sampled together, each kind in the cheapest way that is exact:
 
 - greedy rows take one argmax;
-- rows without top_k and top_p race over the whole vocabulary: no sort;
-- rows with top_k look for the K most probable tokens (K a little above their k) and race among those;
+- rows without top_k and top_p draw from the whole vocabulary: no sort;
+- rows with top_k find the K most probable tokens (K a little above their k) and draw from those;
 - rows with top_p alone do the same with the K most probable tokens, which nearly always hold the nucleus.
 
-Where K was too few (k-th place shared by many tokens, a flat distribution), the row is drawn again with eight
+If K was too few (many tokens share the k-th place, or the distribution is flat), the row is drawn again from eight
 times as many, up to the whole vocabulary. Noise belongs to a token, so none of this changes what is drawn.
+
+**Where a new sampling rule goes.** First into ``reference.py``, which tests hold every path to. A rule that judges a
+token by its own probability, relative to the largest at most, goes next to min_p in ``_probs``, and rows that use it
+must not reach the kernel (``_path``). A rule that needs the whole row (a mean, a deviation, an entropy: top_n_sigma,
+typical_p) goes with the logits processors: ``_probs`` sees only the K candidates of a row with top_k, so there the rule
+would compute its statistics from them and keep the wrong tokens, silently. Either way ``is_kernel_enough`` must be
+False for such rows.
 """
 
 from __future__ import annotations
@@ -114,17 +121,17 @@ class Sampler:
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
         edited = apply_logits_processors(logits, rows)
-        ways: dict[tuple[_Draw, int], list[int]] = {}
+        paths: dict[tuple[_Draw, int], list[int]] = {}
         for i, row in enumerate(rows):
-            ways.setdefault(self._way_to_draw(row.params, vocab_size), []).append(i)
+            paths.setdefault(self._path(row.params, vocab_size), []).append(i)
 
-        if len(ways) == 1:
-            ((draw, num_candidates),) = ways
+        if len(paths) == 1:
+            ((draw, num_candidates),) = paths
             tokens, scores = _in_slices(draw, edited, rows, num_candidates)
             return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-        for (draw, num_candidates), members in ways.items():
+        for (draw, num_candidates), members in paths.items():
             index = to_device(torch.tensor(members), logits.device)
             asking = [rows[i] for i in members]
             tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
@@ -134,12 +141,12 @@ class Sampler:
         """Whether the kernel alone, on the unchanged logits, draws what ``sample`` would draw for all of these rows."""
         kinds = {id(row.params): row.params for row in rows}  # requests often share theirs
         for params in kinds.values():
-            is_simple = self._way_to_draw(params, vocab_size)[0] == self._draw_by_kernel
+            is_simple = self._path(params, vocab_size)[0] == self._draw_by_kernel
             if not is_simple or params.logit_bias or params.has_penalties:
                 return False
         return not any(row.params.min_tokens and row.num_output_tokens < row.params.min_tokens for row in rows)
 
-    def _way_to_draw(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
+    def _path(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
         """The cheapest exact way for a row, and how many candidates to start with: the row alone decides."""
         is_greedy, has_top_k = params.temperature == 0, 0 < params.top_k < vocab_size
         is_cut = (has_top_k or params.top_p < 1.0) and not is_greedy
@@ -148,7 +155,7 @@ class Sampler:
         if is_greedy:
             return self._draw_greedy, 1
         if has_top_k:
-            return _draw_top_k, (1 << params.top_k.bit_length()) + 32  # powers of two: few ways; 32 more for ties
+            return _draw_top_k, (1 << params.top_k.bit_length()) + 32  # powers of two: few paths; 32 more for ties
         return (_draw_top_p, max(128, vocab_size // 128)) if is_cut else (_draw_from_all, vocab_size)
 
     def _draw_greedy(self, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:

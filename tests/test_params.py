@@ -20,7 +20,7 @@ from paged_infer.params import BeamSearchParams, SamplingParams
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
-# (parameter, bad value, what the message must say of the limit)
+# (parameter, bad value, the limit as the message must give it)
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("n", 0, ">= 1"),
     ("n", 1.0, "integer"),

@@ -25,7 +25,7 @@ class Attention(nn.Module):
         qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, qkv_rows, bias=config.qkv_bias)  # rows: all q, all k, all v
         self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
-        # One weight a head: queries and keys are normalised in one pass, though their weights differ.
+        # One weight per head, so that queries and keys are normalised in one pass though their weights differ.
         norm_shape = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
 

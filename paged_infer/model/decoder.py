@@ -1,14 +1,14 @@
-"""The decoder: token ids in, logits out. One model for every family and every rung of the ladder.
+"""The decoder: token ids in, logits out. One model for every family and every baseline.
 
-It knows nothing of requests, batches or memory: T tokens arrive packed, and ``cache.attend`` is the one place where a
-token meets the tokens before it. Which cache it is, the decoder does not know.
+It is independent of requests, batches and memory: T tokens arrive packed, and ``cache.attend`` is the only place where
+a token reads earlier tokens. Any cache will do.
 
     token_ids [T] -> embedding -> layer 0 .. L-1 -> norm -> hidden [T, hidden] -> logits [R, vocab] of chosen rows
                                     |
                                     +-- x + attention(norm(x)):  q, k, v -> cache.attend(layer, q, k, v, step)
                                     +-- x + mlp(norm(x))
 
-The sums are taken by the norms: an addition and the norm after it are one pass over memory (``kernels.ops``).
+The norms take the sums: an addition and the norm after it are one pass over memory (``kernels.ops``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, rope: Rope | None, cache: Cache, step: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
-        """What is to join the residual stream, and the stream, [T, hidden] both -> the same two after this layer."""
+        """The last sublayer's output and the residual stream, both [T, hidden] -> the same two after this layer."""
         x, residual = self.attention_norm(x, residual)
         x, residual = self.mlp_norm(self.attention(x, rope, cache, step), residual)
         return self.mlp(x), residual
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
             linear.method.prepack(linear)
 
     def kv_spec(self) -> list[LayerSpec]:
-        """What one token leaves in the cache, layer by layer."""
+        """What the cache stores for one token, layer by layer."""
         config = self.config
         return [
             LayerSpec(

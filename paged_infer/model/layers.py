@@ -19,7 +19,7 @@ from paged_infer.model.linear import Linear
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); the mean square is taken in float32.
 
-    Norms add first: what the last sublayer said joins the residual stream, and the sum is normalised for the next one.
+    Norms add first: the output of the last sublayer joins the residual stream, and the sum is normalised for the next.
     """
 
     def __init__(self, dim: int, eps: float, ops: Ops) -> None:
@@ -29,12 +29,12 @@ class RMSNorm(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[T, dim] both -> the sum normalised, and the sum: [T, dim] both."""
+        """Both [T, dim] -> the normalised sum and the sum, both [T, dim]."""
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * weight + bias over the last dimension (Ba 2016), of a sum as in ``RMSNorm``."""
+    """(x - mean) / std * weight + bias over the last dimension (Ba 2016), after adding as in ``RMSNorm``."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ def make_norm(config: ModelConfig, ops: Ops) -> RMSNorm | LayerNorm:
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Angle that each pair of a head's dimensions turns by per position, in radians: [head_dim / 2], float32.
+    """Angle per position of each pair of a head's dimensions, in radians: [head_dim / 2], float32.
 
-    Su 2021 (RoFormer), equation 15; Llama 3's stretch of long wavelengths where the configuration asks for it.
+    Su 2021 (RoFormer), equation 15, with Llama 3's scaling of long wavelengths if the configuration has it.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
@@ -71,7 +71,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns positions into the two factors that rotate queries and keys, once a step for all layers.
+    """Turns positions into the two factors that rotate queries and keys, once per step for all layers.
 
     x * cos + rotate_half(x) * sin, where the sign of rotate_half sits in sin, so that a roll replaces its copies.
     """

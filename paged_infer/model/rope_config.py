@@ -15,7 +15,7 @@ DEFAULT_THETA = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class Llama3RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths, as its checkpoints ask for it (``rope_type`` "llama3").
+    """Llama 3.1's scaling of the rotary wavelengths (``rope_type`` "llama3").
 
     Wavelengths over ``original_max_position / low_freq_factor`` grow by ``factor``, those under
     ``original_max_position / high_freq_factor`` stay, and between the two the change is gradual.

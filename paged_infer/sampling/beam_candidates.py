@@ -1,4 +1,4 @@
-"""The best next tokens of beams: logits to (token id, logprob), as transformers' beam search weighs them."""
+"""The most probable next tokens of beams: logits to (token id, logprob), as transformers' beam search scores them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from paged_infer.control.step import Candidates, TopKRow
 def beam_candidates(logits: Tensor, rows: Sequence[TopKRow]) -> list[Candidates | None]:
     """For each row its ``num_top`` most probable tokens, best first; None for a row with NaN, +inf or only -inf.
 
-    Logprobs are of the raw distribution in float32: a banned token is left out, and the others gain nothing by it.
-    Works on slices of rows, so the memory it takes does not grow with R.
+    Logprobs are of the raw distribution in float32: a banned token is left out without renormalising the others.
+    Processes slices of rows, so peak memory does not grow with R.
 
     Args:
         logits: [R, V], any float type; left as they are.
-        rows: what each of the R rows asks for; V tokens at most.
+        rows: the request of each of the R rows; at most V tokens.
     """
     found: list[Candidates | None] = []
     step = max(1, (1 << 22) // logits.shape[1])

@@ -1,7 +1,7 @@
-"""What a request adds to its logits before anything is drawn: biases, forbidden ends, penalties.
+"""Changes to a row's logits before sampling: logit_bias, the min_tokens mask, penalties.
 
-Only rows that ask are touched, on a copy, and in them only the tokens concerned: a batch where nobody asks
-costs nothing, and no penalty walks the vocabulary.
+Only rows that need them are changed, on a copy, and only at the tokens concerned: a batch without them costs nothing,
+and no penalty loops over the vocabulary. A sampling rule that needs the whole row belongs here; see ``sampler.py``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def apply_logits_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tens
 
     Args:
         logits: [R, V], any float type, any device; left as they are.
-        rows: what each of the R rows asks for. Token ids in them lie within the vocabulary.
+        rows: the parameters of each of the R rows. Token ids in them are within the vocabulary.
 
     Returns:
-        [R, V], in float32 at least; ``logits`` itself if no row asks for anything.
+        [R, V], in float32 at least; ``logits`` itself if no row changes anything.
     """
     vocab_size = logits.shape[1]
     biased: list[int] = []  # places in the flattened [R * V] logits
@@ -60,15 +60,15 @@ def apply_logits_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tens
 
 
 def apply_penalties(flat: Tensor, rows: Sequence[SamplingRow], penalised: list[int], vocab_size: int) -> None:
-    """Apply the three penalties in place, to the tokens that were seen.
+    """Apply the three penalties in place to the tokens that have occurred.
 
-    Repetition (Keskar et al. 2019, "CTRL", 4.1, with negative logits multiplied so that they too fall) looks
-    at the prompt and the output; presence and frequency look at the output alone.
+    Repetition (Keskar et al. 2019, "CTRL", 4.1, with negative logits multiplied so that they fall too) counts
+    prompt and output; presence and frequency count the output alone.
 
     Args:
         flat: float [R * V], the logits of all rows, one after the other.
         rows: all R rows.
-        penalised: the rows to work on.
+        penalised: indices of the rows to change.
         vocab_size: V.
     """
     params = [rows[i].params for i in penalised]
@@ -97,12 +97,10 @@ def apply_penalties(flat: Tensor, rows: Sequence[SamplingRow], penalised: list[i
 
 
 def _distinct(sequences: list[Sequence[int]], num_owners: int, vocab_size: int) -> tuple[NDArray[Any], ...]:
-    """Which tokens each owner has, of sequences dealt out to the owners in turn.
-
-    Found on the host, by sorting what was seen.
+    """The distinct tokens of each owner; sequence i belongs to owner i % num_owners. By sorting, on the host.
 
     Returns:
-        Three int64 arrays: an owner, a token id that it has, how often.
+        Three int64 arrays: owner, token id, count.
     """
     ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
     owners = np.repeat(np.arange(len(sequences)) % num_owners, [len(sequence) for sequence in sequences])

@@ -1,4 +1,4 @@
-"""What readers are told of a token: its log-probability, its rank, and the tokens that were more probable."""
+"""Log-probabilities of sampled tokens, their ranks, and the most probable alternatives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def logprobs_of(logits: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]) -> list[TokenLogprobs | None]:
-    """Logprobs of the sampled tokens, for the rows that ask for them; None for the others, and for rows without any.
+    """Logprobs of the sampled tokens for rows that request them; None for the others and for rows without any.
 
     The token id of a failed row is -1; its entry, if not None, has no meaning.
     """
@@ -33,7 +33,7 @@ def logprobs_of(logits: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs | None]:
     """Log-probabilities of given tokens and of the most probable ones, from the raw distribution.
 
-    Works on slices of rows, so the memory it takes does not grow with R.
+    Processes slices of rows, so peak memory does not grow with R.
 
     Args:
         logits: [R, V], any float type; left as they are.
@@ -73,7 +73,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
 
 
 def _by_token(logprobs: list[float], ids: list[int], rank: int, num_top: int) -> TokenLogprobs:
-    """One row's answer: ``logprobs`` and ``ids`` hold the given token, then the top ones in order."""
+    """The result for one row: ``logprobs`` and ``ids`` hold the given token, then the top ones in order."""
     found = {ids[0]: Logprob(logprobs[0], rank)}
     top_rank, previous = 1, math.inf
     num_top = min(num_top, len(ids) - 1)

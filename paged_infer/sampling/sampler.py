@@ -44,7 +44,7 @@ from paged_infer.params import SamplingParams
 from paged_infer.sampling.logits_processors import apply_logits_processors
 from paged_infer.sampling.logprobs import largest, logprobs_of
 
-# A temperature is held within these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
+# A temperature is clamped to these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
 # logits of any use, one beyond gives the same distribution as the limit.
 SMALLEST, LARGEST = 1e-20, 1e20
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -74,11 +74,11 @@ class SampledTokens:
 
 @dataclass(slots=True)
 class AsyncTokens:
-    """Tokens that are perhaps still being drawn: on the device, and on their way to the host."""
+    """Tokens that the device may still be sampling, and their copy on the way to the host."""
 
-    tokens: Tensor  # [R] int64, on the device, for the next step to go on with
-    host: Tensor  # [R] int64, once ``ready``; -1 where a row cannot be drawn from
-    ready: torch.cuda.Event | None  # None: it is there
+    tokens: Tensor  # [R] int64, on the device, input of the next step
+    host: Tensor  # [R] int64, once ``ready``; -1 where a row cannot be sampled
+    ready: torch.cuda.Event | None  # None: ``host`` is complete
 
     def token_ids(self) -> list[int]:
         """Wait for the tokens and return them; -1 for a row that cannot be sampled (``CANNOT_SAMPLE``)."""
@@ -89,7 +89,7 @@ class AsyncTokens:
 
 
 class Sampler:
-    """Draws one token for every row. It has no state: the same rows give the same tokens.
+    """Samples one token for every row. It has no state: the same rows give the same tokens.
 
     Args:
         kernel: ``kernels.sample.sample``, to draw rows without top_k, top_p and min_p in two launches; None for torch.
@@ -116,7 +116,7 @@ class Sampler:
         return SampledTokens(token_ids, logprobs_of(logits, rows, token_ids))
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> AsyncTokens:
-        """Draw a token from each of at least one row, without waiting for a GPU to have done so; see ``__call__``."""
+        """Sample a token for each row, at least one, without waiting for the GPU; see ``__call__``."""
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
@@ -139,7 +139,7 @@ class Sampler:
 
     def is_kernel_enough(self, rows: Sequence[SamplingRow], vocab_size: int) -> bool:
         """Whether the kernel alone, on the unchanged logits, draws what ``sample`` would draw for all of these rows."""
-        kinds = {id(row.params): row.params for row in rows}  # requests often share theirs
+        kinds = {id(row.params): row.params for row in rows}  # samples of a request share theirs
         for params in kinds.values():
             is_simple = self._path(params, vocab_size)[0] == self._draw_by_kernel
             if not is_simple or params.logit_bias or params.has_penalties:
@@ -147,7 +147,7 @@ class Sampler:
         return not any(row.params.min_tokens and row.num_output_tokens < row.params.min_tokens for row in rows)
 
     def _path(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
-        """The cheapest exact way for a row, and how many candidates to start with: the row alone decides."""
+        """The cheapest exact path for a row, and the number of candidates to start with; the row alone decides."""
         is_greedy, has_top_k = params.temperature == 0, 0 < params.top_k < vocab_size
         is_cut = (has_top_k or params.top_p < 1.0) and not is_greedy
         if self._kernel is not None and params.min_p == 0.0 and not is_cut:
@@ -178,7 +178,7 @@ class Sampler:
 
 
 def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:
-    """Tokens [R], and the same with -1 where a row cannot be drawn from: the latter's way to the host begins."""
+    """Start the copy to the host of ``valid``: ``tokens`` [R] with -1 where a row cannot be sampled."""
     host = torch.empty(len(valid), dtype=valid.dtype, pin_memory=valid.is_cuda)
     host.copy_(valid, non_blocking=True)
     if not valid.is_cuda:
@@ -192,7 +192,7 @@ def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:
 
 
 def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
-    """Draw a few rows at a time: as many candidates as a CPU's caches hold, or as spare a GPU's memory."""
+    """Draw a few rows at a time, so that their candidates fit a CPU's caches, or a small part of a GPU's memory."""
     max_elements = torch.get_num_threads() << 16 if logits.device.type == "cpu" else 1 << 26
     step = max(1, max_elements // num_candidates)
     if step >= len(rows):
@@ -203,33 +203,33 @@ def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SamplingRow], num_can
 
 
 def _draw_from_all(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
-    """Neither top_k nor top_p: every token races."""
+    """Neither top_k nor top_p: every token takes part."""
     probs = _probs(logits, rows)  # [r, V]
     return _race(probs, torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device), rows)
 
 
 def _draw_top_k(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
-    """top_k, and top_p of what it leaves. Tokens as probable as the k-th all stay, as in vLLM."""
+    """top_k, then top_p of what it keeps. All tokens as probable as the k-th stay, as in vLLM."""
     values, ids = largest(logits, num_candidates)  # [r, K] each
     kth = values.gather(1, _column([row.params.top_k - 1 for row in rows], torch.int64, logits.device))
     probs = _probs(values.masked_fill(values < kth, -math.inf), rows)
     drawn = _race(_nucleus(probs, rows, probs), ids, rows)
     if num_candidates >= logits.shape[1]:
         return drawn
-    # Is the k-th place shared with tokens that were not looked at?
+    # Is the k-th place shared with tokens beyond the candidates?
     cut_off = (values[:, -1:] == kth) & (kth > -math.inf)  # [r, 1]
     return _draw_again(_draw_top_k, cut_off, drawn, logits, rows, num_candidates)
 
 
 def _draw_top_p(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
-    """top_p alone: the nucleus is the first of the candidates, as long as it ends among them."""
+    """top_p alone: the nucleus is a prefix of the candidates if it ends among them."""
     probs = _probs(logits, rows)  # [r, V]
     candidates, ids = largest(probs, num_candidates)  # [r, K] each
     nucleus = _nucleus(candidates, rows, probs)
     drawn = _race(nucleus, ids, rows)
     if num_candidates >= logits.shape[1]:
         return drawn
-    # Does the nucleus hold the last candidate, or an equal of it?
+    # Does the nucleus contain the last candidate, or a token as probable?
     cut_off = ((nucleus == candidates[:, -1:]) & (nucleus > 0.0)).any(dim=1)  # [r]
     return _draw_again(_draw_top_p, cut_off, drawn, logits, rows, num_candidates)
 
@@ -237,7 +237,7 @@ def _draw_top_p(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int
 def _draw_again(
     draw: _Draw, cut_off: Tensor, drawn: _Drawn, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int
 ) -> _Drawn:
-    """Draw anew, from eight times as many candidates, the rows that had too few: bool ``cut_off`` of r."""
+    """Draw the rows that had too few candidates (bool ``cut_off`` of r) again, from eight times as many."""
     index = cut_off.flatten().nonzero().flatten()
     if len(index) > 0:
         tokens, scores = drawn
@@ -262,7 +262,7 @@ def _probs(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _nucleus(candidates: Tensor, rows: Sequence[SamplingRow], probs: Tensor) -> Tensor:
-    """top_p (Holtzman et al. 2020, "The curious case of neural text degeneration"): 0 for what lies outside.
+    """top_p (Holtzman et al. 2020, "The curious case of neural text degeneration"): 0 outside the nucleus.
 
     A token stays while those before it hold less than top_p, so the one that crosses the boundary stays. Sums
     are in float64: the boundary does not depend on the order in which a device adds.
@@ -270,7 +270,7 @@ def _nucleus(candidates: Tensor, rows: Sequence[SamplingRow], probs: Tensor) -> 
     Args:
         candidates: float32 [r, K], best first.
         rows: the r rows.
-        probs: float32 [r, V], whose sum top_p is a share of.
+        probs: float32 [r, V]; top_p is a share of its sum.
     """
     if all(row.params.top_p >= 1.0 for row in rows):
         return candidates

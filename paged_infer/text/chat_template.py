@@ -92,7 +92,7 @@ def fitted_messages(
 
 
 def _first_lost(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> int | None:
-    """Index of the first message whose content is missing from the rendered conversation."""
+    """Index of the first message with content that is missing from the rendered conversation."""
     # A template may change a content (trim it, cut its reasoning), and a short content may occur in the template's
     # own text. So render unique marks in place of the contents and look for those.
     marks = [f"{MARK}{index}m" if message["content"] else "" for index, message in enumerate(messages)]

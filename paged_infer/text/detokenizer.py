@@ -13,12 +13,12 @@ from paged_infer.text.tokenizer import REPLACEMENT, Tokenizer
 
 
 class StreamingDecoder:
-    """Turns the growing ids of one sequence into text that, once given out, never changes.
+    """Turns the growing ids of one sequence into text that, once returned, never changes.
 
     The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``, or, after
     ``prompt_token_ids``, to ``continuation(tokenizer, prompt, all ids)``. Held back is:
 
-    - a trailing U+FFFD, which may be the first bytes of a character whose rest comes with a later token;
+    - a trailing U+FFFD, which may be the first bytes of a character that a later token completes;
     - with byte-fallback tokens (``<0xNN>``), the whole open run of them, since the decoder turns a run that is not
       UTF-8 into one U+FFFD a byte: only a token of another kind, or an invalid byte, settles the run;
     - the last grapheme cluster (Unicode annex 29) while its last character may still grow into a larger one: symbols
@@ -49,18 +49,18 @@ class StreamingDecoder:
         self._run_is_valid = True
         self._push(context := prompt_context(tokenizer, prompt_token_ids))
         held = tokenizer.decode(self._window_ids)[self._num_out :]
-        # Text of the prompt that is still held back: it will precede the output's text and must be cut off.
+        # Text of the prompt that is still held back: it will precede the text of the output and must be removed.
         self._of_prompt = held[: len(held) - num_unfinished(tokenizer, context, held)]
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Adds ids; returns the text that they settle, often "" or a few characters."""
-        return self._behind_prompt(self._push(token_ids))
+        """Add ids; return the text that they settle, often "" or a few characters."""
+        return self._after_prompt(self._push(token_ids))
 
     def finish(self) -> str:
-        """The text that was held back: nothing more will come."""
-        return self._behind_prompt(self._give_out(self._tokenizer.decode(self._window_ids)))
+        """The text that was held back, once no more ids will come."""
+        return self._after_prompt(self._give_out(self._tokenizer.decode(self._window_ids)))
 
-    def _behind_prompt(self, piece: str) -> str:
+    def _after_prompt(self, piece: str) -> str:
         if not self._of_prompt:
             return piece
         num_same = num_shared(self._of_prompt, piece)
@@ -98,7 +98,7 @@ class StreamingDecoder:
             self._run_is_valid = False
         if self._run_is_valid or self._run_length < 2:
             return ""
-        # Nothing can save the run: all of it is U+FFFD for good, and so is every byte that will prolong it. From here
+        # The run cannot become valid: all of it is U+FFFD, and so is every byte that extends it. From here
         # a window of two invalid bytes, the first out and the second held, stands for the run.
         piece = self._give_out(self._tokenizer.decode(self._window_ids)[:-1])
         invalid_id = next(i for i, b in self._byte_of.items() if b == 0xFF)
@@ -124,11 +124,11 @@ class StreamingDecoder:
         return piece
 
     def _cut_window(self, text: str) -> None:
-        """Drops ids from the front whose text is out.
+        """Drop ids from the front of the window if their text has been returned.
 
         The shorter window may begin inside a character, and its decoder sees a start of text, which can cost a space.
         Both show in its first characters only: at most three bytes of a begun character, each one U+FFFD, then the
-        decoder is in step with the whole again. So a cut is right when that many characters behind it are out.
+        decoder agrees with the whole again. So a cut is safe when that many characters after it have been returned.
         """
         num_held = len(text) - self._num_out
         num_kept = 2

@@ -1,4 +1,4 @@
-"""From a sequence's tokens to what its reader sees: text, stop strings, logprobs."""
+"""From a sequence's tokens to its output: text, stop strings, logprobs."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class OutputProcessor:
         self.is_broken = False  # its tokens could not be decoded: the text so far is final
 
     def advance(self, logprobs: ReadOnlyList[TokenLogprobs] = (), num_new: int = 1) -> str | None:
-        """Take the sequence's newest tokens; ``logprobs`` are those of each, where it asks for them.
+        """Process the sequence's newest tokens and the ``logprobs`` of each, if requested.
 
-        Returns the stop string that they complete, if any: the sequence is over, and tokens behind it are dropped.
-        Where the tokenizer raises, so does this, and the tokens are taken without their text.
+        Returns the stop string that they complete, if any: the sequence ends there, and later tokens are dropped.
+        If the tokenizer raises, so does this, and the tokens are kept without their text.
         """
         try:
             return self._advance(logprobs, num_new)
@@ -65,7 +65,7 @@ class OutputProcessor:
         return self._stop_string
 
     def _decode_until(self, num_tokens: int) -> bool:
-        """Decode up to that many output tokens. Whether a stop string ends the text there."""
+        """Decode up to that many output tokens; whether a stop string ends the text there."""
         assert self._decoder is not None
         settled = len(self._text)
         visible = self._visible_token_ids()[:num_tokens]
@@ -99,7 +99,7 @@ class OutputProcessor:
             self._text = self._text[:at]
 
     def output(self) -> CompletionOutput:
-        """The sample as it stands. While it grows, text that may turn out to begin a stop string is held back."""
+        """The sample so far. While it grows, text that may begin a stop string is held back."""
         sequence = self._sequence
         finish_reason, stop_reason = sequence.finish_reason, sequence.stop_reason
         if self._stop_string is not None:  # seen in the text, perhaps in the same step as another ending
@@ -140,7 +140,7 @@ class OutputProcessor:
 
 
 def named_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
-    """The same with each token's text, where there is a tokenizer to ask."""
+    """The same with each token's text, if there is a tokenizer."""
     if tokenizer is None:
         return logprobs
     return {
@@ -152,7 +152,7 @@ def named_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> Toke
 def request_output(
     request: Request, completions: list[OutputProcessor], prompt_logprobs: list[TokenLogprobs | None] | None
 ) -> RequestOutput:
-    """The request as it stands, for whoever asked for it."""
+    """The output of a request so far."""
     metrics = RequestMetrics(
         arrival_time_s=request.arrival_time_s,
         first_scheduled_time_s=request.sequences[0].first_scheduled_s,

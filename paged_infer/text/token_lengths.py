@@ -1,8 +1,8 @@
 """The most characters of a text that one token can stand for: a text beyond this bound is refused by its length alone.
 
-The bound must hold for every text. A BPE tokenizer whose vocabulary has every byte loses no character: its tokens spell
-the text, byte by byte or character by character. There is no bound if an unknown word of any length becomes one token,
-if a normalizer or pre-tokenizer drops characters, or if an added token absorbs the spaces around it.
+The bound must hold for every text. A BPE tokenizer with every byte in its vocabulary loses no character: its tokens
+spell the text, byte by byte or character by character. There is no bound if an unknown word of any length becomes one
+token, if a normalizer or pre-tokenizer drops characters, or if an added token absorbs the spaces around it.
 """
 
 from __future__ import annotations

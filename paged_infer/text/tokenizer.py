@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer behind the few calls that the engine makes. Errors are ValueErrors."""
+    """A Hugging Face tokenizer, reduced to the few calls that the engine makes. Errors are ValueErrors."""
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self._hf = hf_tokenizer
@@ -43,19 +43,19 @@ class Tokenizer:
 
         try:
             return cls(AutoTokenizer.from_pretrained(str(path_or_id)))
-        except Exception as error:  # transformers and tokenizers raise many kinds, a bare Exception among them
+        except Exception as error:  # transformers and tokenizers raise many types, even a bare Exception
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path_or_id}: its tokenizer cannot be loaded ({reason})") from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the special tokens that this tokenizer adds by default (a BOS, say)."""
+        """Token ids of ``text``, with the special tokens that this tokenizer adds by default, such as a BOS."""
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
         check_text(text)
         return list(self._hf.encode(text, verbose=False))  # verbose would warn of the length, which the engine checks
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ``token_ids``. Bytes that are no UTF-8 become U+FFFD; ids that name no token become nothing."""
+        """The text of ``token_ids``. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are skipped."""
         return self._hf.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -63,14 +63,14 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """What one token looks like inside a text: its leading space is kept, and special tokens are shown."""
         text = self._token_texts.get(token_id)
-        if text is None:  # two decodes take as long as many a step of a model, and logprobs ask for thousands
+        if text is None:  # two decodes can take as long as a model step, and logprobs need thousands
             text = self._token_texts[token_id] = self._text_inside(token_id)
         return text
 
     def _text_inside(self, token_id: int) -> str:
         alone = self.decode([token_id], skip_special_tokens=False)
         twice = self.decode([token_id, token_id], skip_special_tokens=False)
-        # Decoders such as Llama's strip the first space of a text, so the second of two tells the whole token.
+        # Decoders such as Llama's strip the first space of a text, so decode it twice and take the second.
         return twice[len(alone) :] if REPLACEMENT not in twice and twice.startswith(alone) else alone
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -131,7 +131,7 @@ class Tokenizer:
         return max_token_characters(self._hf)
 
     def is_silent(self, token_id: int) -> bool:
-        """Whether ``decode`` leaves the token out: a special token, or an id that names none."""
+        """Whether ``decode`` leaves the token out: a special token, or an id outside the vocabulary."""
         return token_id in self._special_ids or self._hf.convert_ids_to_tokens(token_id) is None
 
     @cached_property

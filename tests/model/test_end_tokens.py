@@ -68,8 +68,8 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out_and_named(
 ) -> None:
     write(folder, *((None, {"eos_token_id": eos}) if in_generation else (eos, None)))
     assert ModelConfig.from_pretrained(folder).eos_token_ids == kept
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ([] if beyond is None else [f"eos_token_id {beyond} ignored: the vocabulary has {VOCAB} tokens"])
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == ([] if beyond is None else [f"eos_token_id {beyond} ignored: the vocabulary has {VOCAB} tokens"])
 
 
 @pytest.mark.parametrize("eos", [-1, [3, -1], 2.0, "2", True, [None], {"id": 2}])

@@ -34,7 +34,7 @@ def read(**changes: Any) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama, whose config.json each test writes anew."""
+    """A random Llama with a config.json that each test rewrites."""
     path = tmp_path_factory.mktemp("rope")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, initializer_range=0.2)).save_pretrained(path)

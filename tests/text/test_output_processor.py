@@ -26,7 +26,7 @@ def tokenizer(text_checkpoint: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Whose decoder strips the first space of a text."""
+    """Its decoder strips the first space of a text."""
     path = tmp_path_factory.mktemp("llama")
     save_llama_tokenizer(path)
     return Tokenizer.from_pretrained(path)

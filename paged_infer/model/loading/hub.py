@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder on disk."""
+"""Resolve a model's name, a folder or a hub id, to a folder on disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NOT_FILES = ["*/*", "consolidated*.safetensors"]  # the same weights in other f
 
 
 def resolve_model(model: str | Path) -> Path:
-    """A local folder as it is; else a hub id, from the local hub cache or, if it is not there, downloaded.
+    """A local folder, unchanged; or the folder of a hub id, from the local cache or else downloaded.
 
     Raises:
-        ValueError: neither a folder nor a hub id that can be had; one line that says why.
+        ValueError: neither a folder nor an available hub id; one line with the reason.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -33,6 +33,6 @@ def resolve_model(model: str | Path) -> Path:
         pass
     try:
         return Path(snapshot_download(str(model), allow_patterns=_FILES, ignore_patterns=_NOT_FILES, etag_timeout=5))
-    except Exception as error:  # the hub client raises a dozen kinds; a user needs one line
+    except Exception as error:  # the hub client raises a dozen types; users need one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model {str(model)!r} is no folder here, and the hub did not give it: {reason}") from None
+        raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}") from None

@@ -1,4 +1,4 @@
-"""From a checkpoint in Hugging Face format to a Decoder, every tensor accounted for.
+"""Load a checkpoint in Hugging Face format into a Decoder; every tensor is accounted for.
 
 ``layout.checkpoint_layout`` maps each of our parameters to the checkpoint tensors that fill it, stacked by rows (the
 fused QKV and gate-up matrices take several). A tensor that the layout does not name is unexpected, and one that it
@@ -72,7 +72,7 @@ def load_decoder(
 def empty_decoder(
     config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops, method_of: MethodOf
 ) -> Decoder:
-    """A Decoder whose weights are allocated once, in their final dtype and place, and not yet set.
+    """A Decoder with its weights allocated, once, in their final dtype and on their device, but not set.
 
     Raises:
         ValueError: the device does not have enough memory.
@@ -88,7 +88,7 @@ def empty_decoder(
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embedding.weight
-    if decoder.rotary is not None:  # a float32 constant, not a weight: computed on the CPU, alike everywhere
+    if decoder.rotary is not None:  # a float32 constant, computed on the CPU so that all devices agree
         decoder.rotary = type(decoder.rotary)(config).to(device)
     return decoder.eval().requires_grad_(False)
 
@@ -123,7 +123,7 @@ def saved_dtype(folder: Path) -> str:
 def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], source: str) -> dict[str, StoredTensor]:
     """Map the layout's names to the stored tensors, and check that all are present and have the right shape.
 
-    Of a tied pair either or both may be stored. A head that is stored alone is listed under the embedding's name.
+    A tied pair may be stored as either tensor or both. A head stored alone is listed under the embedding's name.
 
     Raises:
         ValueError: tensors that are missing, unexpected, given twice, misshapen or not floating-point; the message
@@ -188,7 +188,7 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
 
 @torch.inference_mode()
 def fill_at_random(decoder: Decoder, seed: int) -> None:
-    """Matrices normal with a deviation of 0.02, norms 1, biases 0: drawn in place, on the decoder's device."""
+    """Matrices normal with a standard deviation of 0.02, norms 1, biases 0; drawn in place on the decoder's device."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     for name, parameter in decoder.named_parameters():
         if name.endswith("bias"):
@@ -206,7 +206,7 @@ def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
         rows = target.module.get_parameter(target.parameter).data[target.rows]
         if target.piece.row_dim:
             views[name] = rows.t()
-        else:  # a norm's weight that all heads share stands in one row for each of them
+        else:  # a norm's weight that all heads share is repeated, one row per head
             views[name] = rows if rows.dim() == len(target.piece.shape) else rows[0]
     return views
 

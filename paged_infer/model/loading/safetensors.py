@@ -25,7 +25,7 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors: model.safetensors if it exists, whatever the index says, or else the index's files.
+    """The checkpoint's safetensors: model.safetensors if it exists, or else the files that the index names.
 
     Raises:
         ValueError: the files that are missing, or an index that names none.
@@ -55,7 +55,7 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                for name in file.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
                     header = file.get_slice(name)
                     tensors.append(StoredTensor(name, tuple(header.get_shape()), header.get_dtype(), path))
         except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""resolve_model: a folder, a model in the hub cache, or one line that says why not."""
+"""resolve_model: a folder, a model in the hub cache, or one line with the reason why not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_cache_that_holds_a_part_is_not_taken_for_the_model(index, cached: Pat
     if index is not None:
         (cached / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         (cached / "model-1.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"'owner/name' is no folder here, and the hub did not give it: no route$"):
+    with pytest.raises(ValueError, match=r"'owner/name' is not a folder, and the hub cannot load it: no route$"):
         resolve_model("owner/name")
     assert asked == ["owner/name"]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.queues import Queues
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.speculation import Proposer
-from paged_infer.control.step import BlockTransfers, Candidates, ScheduledStep, StepResult
+from paged_infer.control.step import BlockTransfers, ScheduledStep, StepResult
 from paged_infer.control.step_entries import step_entry
 from paged_infer.control.step_in_flight import StepInFlight
 from paged_infer.control.step_plan import StepLimits, StepPlan
@@ -101,8 +100,7 @@ class Scheduler:
         if max_num_batched_tokens < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens}: must be at least 1")
         if preemption_mode not in PREEMPTION_MODES:
-            known = ", ".join(PREEMPTION_MODES)
-            raise ValueError(f"preemption_mode={preemption_mode!r} is not known; known: {known}")
+            raise ValueError(f"preemption_mode={preemption_mode!r} is not known; known: {', '.join(PREEMPTION_MODES)}")
         self.manager = manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -122,7 +120,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a step to plan: not for sequences that only wait for their last token to be read."""
+        """Whether a step can be planned: not for sequences that only wait for their last token to be read."""
         return bool(self.waiting or self.swapped) or any(not one.is_length_capped for one in self.running)
 
     @property
@@ -175,7 +173,7 @@ class Scheduler:
         plan = self._planned = StepPlan(self.queues, limits, self.stats.steps, now)
         self.policy.plan(plan)
         if not plan.scheduled and plan.resume_at_s is None and not self._in_flight:
-            Chunked().plan(plan)  # sequences that a policy forgets, say in swap space, would else stay for ever
+            Chunked().plan(plan)  # sequences that a policy forgets, say in swap space, would otherwise wait for ever
         if self.proposer is not None:
             plan.speculate(self.proposer)
         self.stats.preemptions += len(plan.preempted)
@@ -184,13 +182,11 @@ class Scheduler:
             self.trace.steps.append(self._trace_step(plan))
         self.manager.events = []
         forks, drafts = plan.forks, plan.drafts
-        sequences = [
-            step_entry(
-                s, n, self.manager.table(s.sequence_id), forks.get(s.sequence_id, ()), drafts.get(s.sequence_id, ())
-            )
-            for s, n in plan.scheduled
-        ]
-        return ScheduledStep(plan.index, sequences, plan.transfers, plan.resume_at_s)
+        table_of, entries = self.manager.table, []
+        for s, n in plan.scheduled:
+            i = s.sequence_id
+            entries.append(step_entry(s, n, table_of(i), forks.get(i, ()), drafts.get(i, ())))
+        return ScheduledStep(plan.index, entries, plan.transfers, plan.resume_at_s)
 
     def _trace_step(self, plan: StepPlan) -> TraceStep:
         pool, transfers = self.manager.pool, plan.transfers
@@ -226,18 +222,15 @@ class Scheduler:
         if plan is None or plan.index != step.index:
             raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
         num_published = self.manager.num_uncommitted - sum(flight.num_published for flight in self._in_flight)
-        trace_step = None if self.trace is None else self.trace.steps[-1]
+        trace_step = self.trace.steps[-1] if self.trace is not None else None
         self._in_flight.append(StepInFlight(plan, self.queues, num_published, trace_step))
 
     def settle(self, step: ScheduledStep, result: StepResult, now: float = 0.0) -> list[Sequence]:
-        """Take the results of the oldest step in flight. Sequences that it ends give back their blocks.
+        """Take the results of the oldest step in flight, at ``now``. Sequences that it ends give back their blocks.
 
         If the next step, already in flight, goes on with one of them, what it samples for that sequence is dropped.
         Blocks freed here are only given to steps still to be scheduled, and a device carries out steps in order: what
         the step in flight writes there comes before the writes of the new owner.
-
-        Args:
-            now: the caller's clock, for the trace.
 
         Returns:
             The sequences that got a token, once for each token, in the step's order; all beams of a search get theirs
@@ -254,16 +247,18 @@ class Scheduler:
         grown = flight.append_tokens(result)
         self.stats.record(flight)
         if flight.beams or self.searches:
-            grown += self._step_searches(flight, result.candidates)
+            grown += self._step_searches(flight, result)
         return grown
 
-    def _step_searches(self, flight: StepInFlight, candidates: Mapping[int, Candidates]) -> list[Sequence]:
+    def _step_searches(self, flight: StepInFlight, result: StepResult) -> list[Sequence]:
         """Offer the candidates to their searches, and step those that have them all. Returns the beams that grew."""
         grown: list[Sequence] = []
-        beams = [beam for beam in flight.beams if not beam.is_finished and beam not in flight.restarted]
-        for beam in beams:
-            self.searches[beam.request_id].offer(beam, candidates[beam.sequence_id])
-        for search in [self.searches[request_id] for request_id in dict.fromkeys(beam.request_id for beam in beams)]:
+        offered: dict[str, BeamSearch] = {}  # by request id
+        for beam in flight.beams:
+            if not beam.is_finished and beam not in flight.restarted:
+                search = offered[beam.request_id] = self.searches[beam.request_id]
+                search.offer(beam, result.candidates[beam.sequence_id])
+        for search in offered.values():
             if search.is_complete:
                 grown += step_beam_search(search, self.queues)
         for sequence, _ in flight.plan.scheduled:
@@ -295,12 +290,11 @@ class Scheduler:
         stored = {sequence.sequence_id: sequence.num_computed_tokens for sequence in self.queues.holders}
         stored.update((s.sequence_id, s.num_computed_tokens + s.num_known_tokens) for s in step.sequences)
         tables = ((sequence_id, self.manager.table(sequence_id), n) for sequence_id, n in stored.items())
-        num_empty = num_empty_slots(tables, self.manager.block_size)
-        return self.manager.pool.num_used * self.manager.block_size - num_empty
+        block_size = self.manager.block_size
+        return self.manager.pool.num_used * block_size - num_empty_slots(tables, block_size)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless law 2 holds, and at most ``max_num_seqs`` sequences hold blocks."""
         self.queues.check_integrity()
-        num_holders = len(self.queues.holders)
-        if num_holders > self.max_num_seqs:
-            raise RuntimeError(f"{num_holders} sequences run; max_num_seqs={self.max_num_seqs}")
+        if (num_seqs := len(self.queues.holders)) > self.max_num_seqs:
+            raise RuntimeError(f"{num_seqs} sequences run; max_num_seqs={self.max_num_seqs}")

@@ -18,17 +18,17 @@ Candidates = ReadOnlyList[tuple[int, float]]
 
 @dataclass(slots=True)
 class SamplingRow:
-    """How to draw the next token of one sequence: everything the sampler needs beside the logits, picklable.
+    """How to sample the next token of one sequence: everything the sampler needs except the logits, picklable.
 
     Never changed once made; see ``control.step`` for why it is not declared frozen.
 
     Attributes:
-        seed: the request's own, resolved; any int64.
+        seed: of the request, or derived for it; any int64.
         sample_index: which of the request's ``n`` samples.
         position: index that the new token will have in the sequence, prompt included.
         num_output_tokens: how many tokens this sample has generated so far.
         end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
-        prompt_token_ids: filled only where ``params.has_penalties``; so is ``output_token_ids``.
+        prompt_token_ids: filled only if ``params.has_penalties``; so is ``output_token_ids``.
     """
 
     params: SamplingParams
@@ -56,14 +56,14 @@ class ScheduledSequence:
     Attributes:
         token_ids: the tokens to compute now. The last may be a ``PLACEHOLDER`` for what the step before samples. Drafts
             come after the known tokens; the draft model fills in those that are a ``PLACEHOLDER``.
-        num_computed_tokens: how many before them are in the cache already; the first token's position.
+        num_computed_tokens: how many tokens before them are in the cache; the position of the first of them.
         block_table: physical blocks, enough for all of these tokens.
-        sample: how to draw the next token, or a beam's question for the best ones; None while known tokens remain
+        sample: how to sample the next token, or which candidates to rank for a beam; None while known tokens remain
             after these.
         num_prompt_logprobs: top tokens to report for each of ``next_prompt_token_ids``; None for no report.
-        forks: sequences that begin here, with how each draws its first token: from the same logits, by its own noise.
-        next_prompt_token_ids: where a report is asked for, the prompt token that follows each of ``token_ids``.
-        num_drafts: the last so many of ``token_ids`` are drafts; ``sample`` is how to draw after the token before them.
+        forks: sequences forked here, and how each samples its first token: from the same logits, with its own noise.
+        next_prompt_token_ids: for that report, the prompt token that follows each of ``token_ids``.
+        num_drafts: how many of ``token_ids``, at the end, are drafts; ``sample`` is for the token before them.
     """
 
     sequence_id: int
@@ -82,7 +82,7 @@ class ScheduledSequence:
 
     @property
     def num_known_tokens(self) -> int:
-        """Those of ``token_ids`` that are no drafts."""
+        """Those of ``token_ids`` that are not drafts."""
         return len(self.token_ids) - self.num_drafts
 
     @property
@@ -107,9 +107,9 @@ class BlockTransfers:
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """Everything that runs in one step, in the order in which it was given its place.
+    """Everything that runs in one step, in the order in which it was scheduled.
 
-    Nothing may run before ``resume_at_s`` (the caller's clock), where a policy waits for a batch to fill.
+    ``resume_at_s``: when to plan again (the caller's clock), if a policy waits for a batch to fill.
     """
 
     index: int
@@ -125,8 +125,8 @@ class ScheduledStep:
     def allows_async_scheduling(self) -> bool:
         """Whether the next step can be planned, and begun, before this one's tokens have been read.
 
-        Not where the next draw depends on what was said (penalties), where beams choose, where logprobs are read, or
-        where nobody knows yet how many drafts will be accepted.
+        Not if the next sample depends on earlier tokens (penalties), if beams are ranked, if logprobs are reported, or
+        if drafts are yet to be accepted.
         """
         for sequence in self.sequences:
             row = sequence.sample
@@ -138,7 +138,7 @@ class ScheduledStep:
 
     @property
     def sampling(self) -> list[int]:
-        """Ids of the sequences that draw a token."""
+        """Ids of the sequences that sample a token."""
         sampling = []
         for sequence in self.sequences:
             if isinstance(sequence.sample, SamplingRow):
@@ -148,7 +148,7 @@ class ScheduledStep:
 
     @property
     def beam_rows(self) -> list[int]:
-        """Ids of the beams that ask for the best next tokens."""
+        """Ids of the beams whose next tokens are ranked."""
         return [s.sequence_id for s in self.sequences if isinstance(s.sample, TopKRow)]
 
 

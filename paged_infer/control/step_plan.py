@@ -239,10 +239,10 @@ class StepPlan:
         return Returning(sequence.sequence_id, chain, num_stored, sequence.num_tokens)
 
     def _find_prefix(self, sequence: Sequence) -> Table:
-        """Cached blocks that the sequence can start with: full ones, and never all of its tokens.
+        """Cached full blocks that the sequence can start with, but never all of its tokens.
 
-        Nor any beyond where others fork from it: a block with a hash is never written. A request that reports its
-        prompt's logprobs has to compute every row.
+        Nor any after the tokens that others fork from: a block with a hash is never written. A request that reports
+        its prompt's logprobs has to compute every row.
         """
         if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
             return ()
@@ -267,8 +267,7 @@ class StepPlan:
 
     def _schedule_first(self, sequence: Sequence) -> None:
         """Schedule a sequence that has just started, and that there is room for."""
-        start = sequence.num_computed_tokens
-        num_tokens = self._num_next(sequence, self.budget)
+        start, num_tokens = sequence.num_computed_tokens, self._num_next(sequence, self.budget)
         self._manager.reserve(sequence.sequence_id, start, start + num_tokens)
         self._schedule(sequence, num_tokens)
 
@@ -290,9 +289,9 @@ class StepPlan:
         if not sequence.is_beam:
             share = self._queues.num_left_of_share(sequence, self.max_num_seqs)
             places = min(self._queues.num_places(self.max_num_seqs), share)
-            # In the next step each writes to a block of its own, so each needs one spare block.
-            room = 0 if self._closed or self.swapped else min(places, self._manager.num_spare_blocks)
-            children, rest = children[: max(0, room)], children[max(0, room) :]
+            # In the next step each writes to a block of its own, so each needs a spare one.
+            room = 0 if self._closed or self.swapped else max(0, min(places, self._manager.num_spare_blocks))
+            children, rest = children[:room], children[room:]
             self._queues.requeue(rest)
         self.forks[sequence.sequence_id] = children
         for child in children:

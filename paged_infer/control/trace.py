@@ -6,22 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from paged_infer.control import trace_step
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.perfetto import write_perfetto
 from paged_infer.control.sequence import SequenceState
-from paged_infer.control.trace_step import (
-    Adopt,
-    Arrive,
-    DropHash,
-    End,
-    Event,
-    Fork,
-    Free,
-    Hold,
-    Publish,
-    TraceStep,
-    Transition,
-)
+from paged_infer.control.trace_step import Event, TraceStep
 
 
 @dataclass(slots=True, eq=False)
@@ -35,24 +24,24 @@ class Replay:
 
     def apply(self, event: Event) -> None:
         match event:
-            case Hold():
+            case trace_step.Hold():
                 self._hold(*event)
-            case Free(sequence_id):
+            case trace_step.Free(sequence_id):
                 for block in reversed(self.tables.pop(sequence_id, ())):
                     self.pool.release(block)
                 if sequence_id not in self.states:
                     self.computed.pop(sequence_id, None)
-            case Adopt(sequence_id, num_tokens) | Fork(sequence_id, _, num_tokens):
+            case trace_step.Adopt(sequence_id, num_tokens) | trace_step.Fork(sequence_id, _, num_tokens):
                 self.computed[sequence_id] = num_tokens
-            case Publish(block):
+            case trace_step.Publish(block):
                 self.pool.publish(block, b"%d" % block)  # a stand-in: the trace does not keep the hash itself
-            case DropHash(block):
+            case trace_step.DropHash(block):
                 self.pool.drop_hash(block)
-            case Arrive(sequence_id):
+            case trace_step.Arrive(sequence_id):
                 self._enter(sequence_id, SequenceState.WAITING)
-            case Transition(sequence_id, state):
+            case trace_step.Transition(sequence_id, state):
                 self._enter(sequence_id, state)
-            case End(sequence_id):
+            case trace_step.End(sequence_id):
                 self.states.pop(sequence_id, None)
                 if sequence_id not in self.tables:  # else its batch drains together, and it keeps its blocks
                     self.computed.pop(sequence_id, None)

@@ -12,67 +12,49 @@ from typing import NamedTuple
 from paged_infer.control.sequence import SequenceState
 
 
-class Arrive(NamedTuple):
-    """A new sequence is waiting."""
-
+class Arrive(NamedTuple):  # a new sequence waits
     sequence_id: int
     request_id: str
     num_prompt_tokens: int
 
 
-class Transition(NamedTuple):
-    """The sequence is now running, swapped, or waiting again."""
-
+class Transition(NamedTuple):  # it is now running, swapped, or waiting again
     sequence_id: int
     state: SequenceState
 
 
-class End(NamedTuple):
-    """The sequence has finished."""
-
+class End(NamedTuple):  # it has finished
     sequence_id: int
     reason: str
 
 
-class Hold(NamedTuple):
-    """From entry ``first`` on, the block table is ``blocks``. ``hits`` were held or cached, the others free."""
-
+class Hold(NamedTuple):  # its block table is ``blocks`` from entry ``first`` on; all but ``hits`` were free before
     sequence_id: int
     first: int
     blocks: tuple[int, ...]
     hits: tuple[int, ...]
 
 
-class Free(NamedTuple):
-    """The block table is empty."""
-
+class Free(NamedTuple):  # its block table is empty
     sequence_id: int
 
 
-class Adopt(NamedTuple):
-    """The sequence starts with ``num_tokens`` tokens from the prefix cache."""
-
+class Adopt(NamedTuple):  # it starts with so many tokens from the prefix cache
     sequence_id: int
     num_tokens: int
 
 
-class Fork(NamedTuple):
-    """The sequence starts with ``num_tokens`` tokens that another one of its request has stored."""
-
+class Fork(NamedTuple):  # it starts with so many tokens that another sequence of its request has stored
     sequence_id: int
     parent_id: int
     num_tokens: int
 
 
-class Publish(NamedTuple):
-    """The block can be found by its hash."""
-
+class Publish(NamedTuple):  # the block can be found by its hash
     block: int
 
 
-class DropHash(NamedTuple):
-    """The block can no longer be found by its hash."""
-
+class DropHash(NamedTuple):  # and no longer can
     block: int
 
 

@@ -21,7 +21,7 @@ class Request:
     params: SamplingParams
     arrival_time_s: float
     cache_salt: str | None = None  # only requests of the same salt share blocks through the prefix cache
-    beam_params: BeamSearchParams | None = None  # for a beam search, whose ``limits`` are then the ``params``
+    beam_params: BeamSearchParams | None = None  # for a beam search; ``params`` are then its ``limits``
     sequences: list[Sequence] = field(default_factory=list)  # see control.admission.add_sequences
     first_token_time_s: float | None = None
     finished_time_s: float | None = None

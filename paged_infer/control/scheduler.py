@@ -129,7 +129,7 @@ class Scheduler:
         return bool(self._in_flight)
 
     def add(self, sequences: ReadOnlyList[Sequence], beam_params: BeamSearchParams | None = None) -> None:
-        """Queue the sequences of a new request. ``beam_params``: for a beam search, whose beams they are."""
+        """Queue the sequences of a new request. ``beam_params``: they are the beams of this search."""
         self.queues.add(sequences)
         if beam_params is not None:
             self.searches[sequences[0].request_id] = BeamSearch(beam_params, sequences)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from paged_infer.control.blocks.hashing import extend_chain
 from paged_infer.params import SamplingParams
 
-PLACEHOLDER = -1  # a token whose value is not known yet
+PLACEHOLDER = -1  # a token that is not known yet
 
 
 class SequenceState(enum.Enum):
@@ -78,7 +78,7 @@ class Sequence:
     first_scheduled_s: float | None = None  # on the clock of its request's times
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None  # why it failed, where ``finish_reason`` is "error"
+    error: str | None = None  # why it failed, if ``finish_reason`` is "error"
     cumulative_logprob: float = 0.0  # of a beam
     score: float | None = None  # of a beam that has become an answer
 

@@ -148,7 +148,7 @@ class ScheduledStep:
 
     @property
     def beam_rows(self) -> list[int]:
-        """Ids of the beams whose next tokens are ranked."""
+        """Ids of the beams that get candidates."""
         return [s.sequence_id for s in self.sequences if isinstance(s.sample, TopKRow)]
 
 
@@ -161,7 +161,7 @@ class StepResult:
     Attributes:
         token_ids: the token that was sampled, for each of ``ScheduledStep.sampling``; -1 for a failed sequence.
         accepted: for each sequence that had drafts, those that equal the samples; ``token_ids`` has the sample after.
-        logprobs: of each new token, where they were asked for.
+        logprobs: of each new token, if requested.
         prompt_logprobs: with the index of the first token that they are for.
         candidates: for each of ``ScheduledStep.beam_rows``, its best next tokens.
         failed: why the sequence failed.

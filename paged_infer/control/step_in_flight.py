@@ -90,7 +90,7 @@ class StepInFlight:
             self.trace_step.rejected[sequence.sequence_id] = num_drafts - num_accepted
 
     def fail(self, step: ScheduledStep, failed: Mapping[int, str], later: Iterable[StepInFlight]) -> None:
-        """End the requests of failed sequences. One whose NaN may come from another request is recomputed instead.
+        """End the requests of failed sequences. If the NaN may come from another request, the sequence is recomputed.
 
         A block can be shared before its contents are checked: in the step that computes it, and in a step that is
         planned while that one is in flight. So the NaN of a sequence with such a block may come from another request,
@@ -119,7 +119,7 @@ class StepInFlight:
             flight.suspect |= self.suspect
 
     def _recompute(self, sequence: Sequence, flights: Iterable[StepInFlight]) -> None:
-        """Restart a sequence whose stored keys may be another's NaN. Its results in ``flights`` do not count."""
+        """Restart a sequence that may have read another's NaN. Its results in ``flights`` do not count."""
         for one in sequence.sequence_group:
             self._queues.manager.forget(one.block_hashes)
             one.drop_placeholders()

@@ -115,8 +115,8 @@ class StepPlan:
     def admit_waiting(self) -> None:
         """Admit the head of the queue while there is budget, a place, and room for all its known tokens.
 
-        Nothing is admitted while any sequence is swapped out. A request whose samples hold their full share of the
-        places is skipped.
+        Nothing is admitted while any sequence is swapped out. A request with its full share of the places (see
+        ``sample_share``) is skipped.
         """
         while self.budget and not self._closed and not self.swapped:
             sequence = self._head()
@@ -134,7 +134,7 @@ class StepPlan:
     # -- for the scheduler ------------------------------------------------------------------------------------------
 
     def speculate(self, proposer: Proposer) -> None:
-        """Draft for sequences whose last known token this step computes, once all else has been scheduled.
+        """Add drafts, once all else has been scheduled, to sequences that compute their last known token.
 
         No sequence is preempted, kept waiting or cut short for a draft, and none drafts beyond its last token.
         """
@@ -195,7 +195,7 @@ class StepPlan:
         return self._limits.chunks_prompts or num_tokens <= self.budget
 
     def _num_next(self, sequence: Sequence, most: int) -> int:
-        """How many tokens it computes next: up to where others fork from it, if that is still to come."""
+        """How many tokens it computes next: up to the tokens that others fork from, if those are still to come."""
         end = len(sequence.token_ids)
         if sequence.num_common_tokens > sequence.num_computed_tokens and sequence.to_fork:
             end = sequence.num_common_tokens

@@ -245,7 +245,7 @@ class BlockManager:
     def swap_in(self, *group: Returning) -> bool:
         """Move the group back into the pool. False, and nothing moves, unless all known tokens of all have room.
 
-        A block whose contents are still in the pool is found by its hash, and not moved.
+        A block with a copy still in the pool is found by its hash, and not moved.
         """
         if self._blocks_to_return(group) > self.num_spare_blocks:
             return False

@@ -210,7 +210,7 @@ def profile_rows(profile: MemoryProfile, config: EngineConfig) -> dict[str, str]
         "- activations": f"{_mib(profile.activations)}, measured in a step of {config.max_num_batched_tokens:,} tokens",
         "- sampling": f"{_mib(profile.logits)}, measured on {config.max_num_seqs:,} rows of logits, sorted whole",
         "- graphs reserved": f"{_mib(profile.graphs)}: their largest step, measured, and an allowance for each graph",
-        "= room for the pool": _mib(profile.room),
+        "= room for the pool": _mib(profile.available_kv_bytes),
     }
 
 
@@ -241,7 +241,7 @@ def info_table(llm: LLM) -> Table:
         "longest sequence": f"max_model_len = {memory.max_model_len:,} tokens;"
         f" {pool_tokens // memory.max_model_len:,} such sequences fit at once",
     }
-    graphs = engine.runner.graphs
+    graphs = engine.executor.runner.graphs
     if memory.profile is not None:
         rows |= profile_rows(memory.profile, engine.config)
     if graphs is not None:

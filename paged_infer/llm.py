@@ -13,7 +13,7 @@ from paged_infer import storyteller
 from paged_infer.config import EngineConfig, EngineOptions, lists_options
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
-from paged_infer.engine.defer_sigint import uninterrupted
+from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine import LLMEngine, Params, Prompt
 from paged_infer.model.loading.hub import resolve_model
 from paged_infer.outputs import RequestOutput
@@ -120,7 +120,7 @@ class LLM:
         with self._lock:
             return self._serve(self._prepare(pairs, cache_salt), use_tqdm)
 
-    @uninterrupted()
+    @defer_sigint()
     def _serve(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         """Run the requests until they finish; outputs in their order. SIGINT acts only in a forward pass or a sleep."""
         self._drop_abandoned_streams()
@@ -155,7 +155,7 @@ class LLM:
 
     def _next_output(self, request: Request, is_first: bool = False) -> RequestOutput | None:
         """The next output of a stream, whose first call submits the request; None if it has been aborted."""
-        with self._lock, uninterrupted() as interrupt:
+        with self._lock, defer_sigint() as interrupt:
             try:
                 if is_first:
                     self._drop_abandoned_streams()
@@ -181,7 +181,7 @@ class LLM:
         return outputs
 
     def _drop(self, requests: list[Request]) -> None:
-        with self._lock, uninterrupted():
+        with self._lock, defer_sigint():
             if self._is_stepping:  # a stream was collected during a step: the next call drops its request
                 return
             for request in requests:

@@ -117,8 +117,8 @@ def with_graphs(llm: LLM, capture: Callable[[Callable[[], None]], Callable[[], o
     engine = llm.engine
     graphs = DecodeGraphs(
         engine.decoder,
-        engine.runner.cache,
-        engine.runner.cache.ops.sample,
+        engine.executor.runner.cache,
+        engine.executor.runner.cache.ops.sample,
         max_rows=engine.config.max_num_seqs,
         max_model_len=engine.memory.max_model_len,
         capture=capture,
@@ -130,5 +130,5 @@ def with_graphs(llm: LLM, capture: Callable[[Callable[[], None]], Callable[[], o
         replay(which)
 
     graphs.replay = counted  # type: ignore[method-assign]
-    engine.runner.graphs = graphs
+    engine.executor.runner.graphs = graphs
     return llm

@@ -78,7 +78,7 @@ class HeldStep:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self.began, self._released = threading.Event(), threading.Event()
-        runner = engine._llm.engine.runner
+        runner = engine._llm.engine.executor.runner
         launch = runner.launch
 
         def held(step: Any) -> Any:

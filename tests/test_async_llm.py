@@ -249,7 +249,7 @@ def test_bad_input_costs_only_its_own_caller(serve, prompt: Any, message: str) -
 
 def test_a_failing_step_reaches_everybody_and_whoever_comes_later(serve) -> None:
     async def scenario(engine: AsyncLLM) -> None:
-        steps = engine._llm.engine.runner
+        steps = engine._llm.engine.executor.runner
         launch, count = steps.launch, 0
 
         def fail(step: Any) -> Any:

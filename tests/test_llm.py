@@ -605,7 +605,7 @@ def test_a_failing_step_leaves_no_blocks_held_and_the_llm_usable(error, fails_at
     llm = make_llm(max_num_batched_tokens=7)
     prompts = [[5] * 12, [6], [7] * 9]
     want = ids(generate(llm, prompts, GREEDY))
-    launch, calls = llm.engine.runner.launch, []
+    launch, calls = llm.engine.executor.runner.launch, []
 
     def failing(step: Any) -> Any:
         calls.append(step)
@@ -614,7 +614,7 @@ def test_a_failing_step_leaves_no_blocks_held_and_the_llm_usable(error, fails_at
         return launch(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "launch", failing)
+        patch.setattr(llm.engine.executor.runner, "launch", failing)
         with pytest.raises(type(error)):
             generate(llm, prompts, GREEDY)
     assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"] and not llm.engine.has_unfinished_requests
@@ -628,7 +628,7 @@ def test_a_stream_survives_a_step_that_fails_in_somebody_elses_call(make_llm, mo
     stream = llm.stream([5, 6], LONG)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "launch", lambda step: 1 / 0)
+        patch.setattr(llm.engine.executor.runner, "launch", lambda step: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):
             generate(llm, [[7]], LONG)
     assert ids([list(stream)[-1]])[0] == want
@@ -655,13 +655,13 @@ def test_identical_prompts_in_one_batch_say_the_same(rung: Callable[..., Any], l
 
 def test_no_more_than_max_num_seqs_ever_run(make_llm, monkeypatch) -> None:
     llm = make_llm(max_num_seqs=4)
-    launch, running = llm.engine.runner.launch, []
+    launch, running = llm.engine.executor.runner.launch, []
 
     def counting(step: Any) -> Any:
         running.append(llm.stats()["num_running"])
         return launch(step)
 
-    monkeypatch.setattr(llm.engine.runner, "launch", counting)
+    monkeypatch.setattr(llm.engine.executor.runner, "launch", counting)
     generate(llm, [[5 + i] for i in range(20)], GREEDY)
     assert max(running) == 4
 
@@ -672,7 +672,7 @@ def test_one_long_request_after_another_reuses_blocks_without_a_trace(make_llm) 
     want = ids(generate(llm, [9, 8, 7], LONG))
     for seed in range(3):
         generate(llm, [3 + seed] * 40, SamplingParams(temperature=1.0, seed=seed, max_tokens=20))
-        for keys in (*llm.engine.runner.cache.keys, *llm.engine.runner.cache.values):
+        for keys in (*llm.engine.executor.runner.cache.keys, *llm.engine.executor.runner.cache.values):
             keys[:-1] = math.nan  # worse than anything a request leaves
         assert ids(generate(llm, [9, 8, 7], LONG)) == want
 

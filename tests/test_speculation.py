@@ -188,7 +188,7 @@ def test_an_abort_and_a_failing_step_leave_nothing_behind(make_llm, expected, mo
         next(stream)
     stream.close()
     llm.check_integrity()
-    launch, calls = llm.engine.runner.launch, []
+    launch, calls = llm.engine.executor.runner.launch, []
 
     def fail_at_times(step: Any) -> Any:
         calls.append(step)
@@ -196,7 +196,7 @@ def test_an_abort_and_a_failing_step_leave_nothing_behind(make_llm, expected, mo
             raise OSError("the device is gone")
         return launch(step)
 
-    monkeypatch.setattr(llm.engine.runner, "launch", fail_at_times)
+    monkeypatch.setattr(llm.engine.executor.runner, "launch", fail_at_times)
     for request in llm.prepare(prompts(), GREEDY):
         llm.engine.submit(request)
     done, num_failed = {}, 0
@@ -272,7 +272,7 @@ def test_a_draft_model_of_other_tokens_or_of_fewer_positions_is_refused(make_llm
 
 def test_a_draft_model_that_produces_nan_costs_its_drafts_and_nothing_else(make_llm, checkpoint, caplog) -> None:
     llm = make_llm(speculative_config=draft_config(checkpoint("qwen3")))
-    broken = llm.engine.runner.drafter.runner.decoder
+    broken = llm.engine.executor.drafter.runner.decoder
     broken.register_forward_hook(lambda module, inputs, hidden: hidden.fill_(math.nan))
     drafting, plain = (one.generate(prompts(), GREEDY, use_tqdm=False) for one in (llm, make_llm()))
     assert [o.outputs[0].token_ids for o in drafting] == [o.outputs[0].token_ids for o in plain]

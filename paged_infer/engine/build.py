@@ -1,13 +1,13 @@
-"""What an engine is made of, opened in the order in which each needs the one before.
+"""Build the parts of an engine, each from those before it.
 
-folder -> decoder, tokenizer -> how much memory is left -> pool, cache -> runner
+folder -> decoder, tokenizer -> how much memory is left -> cache -> runner -> executor
                                                         -> BlockManager -> Scheduler
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +21,9 @@ from paged_infer.control.speculation import make_proposer
 from paged_infer.control.trace import Trace
 from paged_infer.execution.cuda_graphs import decode_graphs, uses_graphs
 from paged_infer.execution.draft_model import DraftModel, load_draft
+from paged_infer.execution.executor import InProcessExecutor
 from paged_infer.execution.memory_plan import MemoryPlan, plan_memory
-from paged_infer.execution.memory_profile import CudaMeter, Ledger
+from paged_infer.execution.memory_profile import CudaMeter, MemoryProfiler
 from paged_infer.execution.model_runner import ModelRunner
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.kernels.device import device_of
@@ -32,19 +33,16 @@ from paged_infer.sampling.sampler import Sampler
 from paged_infer.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """Everything that ``LLMEngine`` puts to work. ``tokenizer`` is None where the checkpoint has none."""
+class EngineParts(NamedTuple):
+    """What ``LLMEngine`` is made of. ``tokenizer`` is None where the checkpoint has none."""
 
-    device: torch.device
-    decoder: Decoder
     tokenizer: Tokenizer | None
     memory: MemoryPlan
-    runner: ModelRunner
+    executor: InProcessExecutor
     scheduler: Scheduler
 
 
-def open_parts(folder: Path, config: EngineConfig) -> EngineParts:
+def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     """Load ``folder`` and reserve the block pool.
 
     Raises:
@@ -56,13 +54,13 @@ def open_parts(folder: Path, config: EngineConfig) -> EngineParts:
     dtype = dtype_of(config.dtype, folder, device)
     seed = config.seed if config.load_format == "dummy" else None
     is_measured = device.type == "cuda" and config.num_blocks is None
-    ledger = Ledger.open(CudaMeter(device)) if is_measured else None
+    profiler = MemoryProfiler.start(CudaMeter(device)) if is_measured else None
     decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed)
     tokenizer = Tokenizer.from_pretrained(folder)
-    draft = load_draft(config, decoder, ops)  # here, so that the ledger counts its weights, too
+    draft = load_draft(config, decoder, ops)  # before the profile, which counts its weights, too
     profile = None
-    if ledger is not None:
-        profile = ledger.close(config, decoder, backend, ops, has_graphs=has_graphs)
+    if profiler is not None:
+        profile = profiler.finish(config, decoder, backend, ops, has_graphs=has_graphs)
     memory = plan_memory(config, decoder, profile, draft)
     policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
     check_budget(policy, config.max_num_batched_tokens, memory.max_model_len)
@@ -86,8 +84,8 @@ def open_parts(folder: Path, config: EngineConfig) -> EngineParts:
         proposer=make_proposer(config.speculation),
         trace=Trace(memory.num_blocks) if config.trace else None,
     )
-    runner = ModelRunner(decoder, cache, sampler, graphs, drafter)
-    return EngineParts(device, decoder, tokenizer, memory, runner, scheduler)
+    executor = InProcessExecutor(ModelRunner(decoder, cache, sampler, graphs), drafter)
+    return EngineParts(tokenizer, memory, executor, scheduler)
 
 
 def dtype_of(name: str, folder: Path, device: torch.device) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Defer Ctrl-C while the engine's state changes: a step is planned and recorded whole, or not at all.
 
-uninterrupted()                   SIGINT is recorded, and acts when the outermost of these ends
+defer_sigint()                   SIGINT is recorded, and acts when the outermost of these ends
   interruptible()                 where no state changes (a forward pass, a sleep): it acts at once
     KeyboardInterrupt  ---->      from here on it is deferred again, so a second one cannot interrupt the ``finally``
                                   blocks of the first
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Deferral:
-    """The SIGINT handler within ``uninterrupted``. ``act`` is the handler that it replaces."""
+    """The SIGINT handler within ``defer_sigint``. ``act`` is the handler that it replaces."""
 
     def __init__(self, act: Callable[[int, FrameType | None], Any]) -> None:
         self.act = act
@@ -34,7 +34,7 @@ class Deferral:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[Deferral]:
+def defer_sigint() -> Iterator[Deferral]:
     """Defer SIGINT (also from a notebook's stop button) to the end of the block; then the usual handler runs.
 
     Yields the ``Deferral``; its ``came`` is true once a SIGINT is pending. Python raises KeyboardInterrupt between any
@@ -64,7 +64,7 @@ def uninterrupted() -> Iterator[Deferral]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within ``uninterrupted``: let SIGINT, also a pending one, act at once, until the first one raises."""
+    """Within ``defer_sigint``: let SIGINT, also a pending one, act at once, until the first one raises."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not isinstance(handler, Deferral):
         yield

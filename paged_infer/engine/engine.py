@@ -1,6 +1,6 @@
 """LLMEngine: requests in, outputs out, one step at a time.
 
-add_request -> [Scheduler.schedule -> ModelRunner.launch -> Scheduler.advance, settle -> OutputProcessor.advance]
+add_request -> [Scheduler.schedule -> Executor.launch -> Scheduler.advance, settle -> OutputProcessor.advance]
             -> outputs
 """
 
@@ -15,16 +15,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.request import Request
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
-from paged_infer.engine.build import open_parts
-from paged_infer.engine.defer_sigint import interruptible, uninterrupted
+from paged_infer.engine.build import build_parts
+from paged_infer.engine.defer_sigint import defer_sigint, interruptible
 from paged_infer.engine.kv_usage import KVUsage
-from paged_infer.execution.model_runner import RunningStep
+from paged_infer.execution.executor import RunningStep
 from paged_infer.kernels.fused.noise import request_seed
+from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
@@ -50,21 +53,28 @@ class LLMEngine:
     """One model, one paged cache, any number of requests. Not thread-safe: one caller steps it."""
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
-        """See ``open_parts``, errors included."""
-        parts = open_parts(folder, config)
+        """See ``build_parts``, errors included."""
         self.config = config
-        self.device, self.decoder, self.tokenizer = parts.device, parts.decoder, parts.tokenizer
-        self.memory, self.runner, self.scheduler = parts.memory, parts.runner, parts.scheduler
+        self.tokenizer, self.memory, self.executor, self.scheduler = build_parts(folder, config)
+        self.model_config = self.decoder.config
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
         self.grown: list[Sequence] = []  # who got a token in the newest step, once for each token
-        on_gpu = self.device.type == "cuda"
-        looks_ahead = on_gpu and config.speculation is None
-        self._looks_ahead = looks_ahead if config.async_scheduling is None else config.async_scheduling
-        self._running: RunningStep | None = None  # whose tokens have not been read yet
+        by_default = self.device.type == "cuda" and config.speculation is None
+        self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling
+        self._running: tuple[ScheduledStep, RunningStep] | None = None  # launched, its result not yet read
         self._live: dict[str, _Live] = {}
         self._num_requests = 0
         self._num_sequences = 0
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, for those that compute with it outside of steps: baselines, benches, notebooks."""
+        return self.executor.runner.decoder
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -88,7 +98,7 @@ class LLMEngine:
         token_ids = self._encode(prompt, params) if isinstance(prompt, str) else as_token_ids(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
-        model = self.decoder.config
+        model = self.model_config
         if beam_params is not None:
             check_beams(
                 beam_params,
@@ -128,7 +138,7 @@ class LLMEngine:
             most = self.tokenizer.max_token_characters
             check_num_characters(num_characters, most, self.memory.max_model_len)
 
-    @uninterrupted()
+    @defer_sigint()
     def submit(self, request: Request, *, streamed: bool = False) -> None:
         """Queue a prepared request. A streamed one is reported after every step, others when they finish.
 
@@ -160,7 +170,7 @@ class LLMEngine:
         """Whether it is this very request that is under way, and not another of its id."""
         return request.request_id in self._live and self._live[request.request_id].request is request
 
-    @uninterrupted()
+    @defer_sigint()
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""
         live = self._live.pop(request_id, None)
@@ -173,7 +183,7 @@ class LLMEngine:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    @uninterrupted()
+    @defer_sigint()
     def step(self, sleep: Callable[[float], object] = time.sleep) -> list[RequestOutput]:
         """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
 
@@ -184,19 +194,21 @@ class LLMEngine:
         self.grown = []
         before, self._running = self._running, None
         try:
-            after, result = self._launch(sleep)
-            outputs = [] if before is None else self._settle(before.step, self._result(before))
-            if after is not None and result is not None:
-                outputs += self._settle(after.step, result)
+            launched, result = self._launch(sleep)
+            outputs = [] if before is None else self._settle(before[0], self._result(before[1]))
+            if launched is not None and result is not None:
+                outputs += self._settle(launched[0], result)
             else:
-                self._running = after
+                self._running = launched
         except BaseException:
             self.scheduler.roll_back()
             raise
         return outputs
 
-    def _launch(self, sleep: Callable[[float], object]) -> tuple[RunningStep | None, StepResult | None]:
-        """Plan a step and begin it, if anybody can go on; and wait for what it draws, if no step may follow before."""
+    def _launch(
+        self, sleep: Callable[[float], object]
+    ) -> tuple[tuple[ScheduledStep, RunningStep] | None, StepResult | None]:
+        """Plan a step and launch it, if any sequence can run. Waits for its result unless the next may precede that."""
         if not self.scheduler.has_work:
             return None, None
         step = self.scheduler.schedule(time.perf_counter())
@@ -205,14 +217,14 @@ class LLMEngine:
                 with interruptible():
                     sleep(max(0.0, step.resume_at_s - time.perf_counter()))
             elif not self.scheduler.is_under_way:
-                raise RuntimeError("requests wait and nothing can run: the scheduler let in what does not fit")
+                raise RuntimeError("requests wait and none can run: one was admitted that does not fit the pool")
             return None, None
         with interruptible():
-            running = self.runner.launch(step)
-        result = None if self._looks_ahead and step.allows_async_scheduling else self._result(running)
+            running = self.executor.launch(step)
+        result = None if self._async_scheduling and step.allows_async_scheduling else self._result(running)
         self._record_usage(step)
         self.scheduler.advance(step)
-        return running, result
+        return (step, running), result
 
     def _result(self, running: RunningStep) -> StepResult:
         with interruptible():

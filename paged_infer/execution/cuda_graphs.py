@@ -3,12 +3,12 @@
 A decode step of a small model is hundreds of kernels of a few microseconds each, and the host needs longer to launch
 them than the device to run them. A graph holds the launches, addresses and all, and replays them at once:
 
-    sources, token_ids -> where a token is pending, take it from what the step before drew
+    pending_row, token_ids -> where a token is pending, take it from what the step before drew
                        -> decoder -> head -> logits [size, V] -> sampling kernel -> drawn [size]
 
-All of it works on the tensors of ``step_buffers``. There is a graph for each of a list of batch sizes, and a step takes
-the smallest that holds it. They are captured from the largest down and share one pool of memory: what a step needs in
-between is dead when it ends, and steps run one after the other.
+All of it works on the tensors of ``input_buffers``. There is a graph for each of a list of batch sizes, and a step
+takes the smallest that holds it. They are captured from the largest down and share one pool of memory: intermediate
+results are dead when a step ends, and steps run one after the other.
 
 What is baked in must hold for every step: one query a row, and no row longer than ``max_model_len``.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.step import SamplingRow, ScheduledSequence, ScheduledStep
-from paged_infer.execution.input_buffers import StepBuffers
+from paged_infer.execution.input_buffers import InputBuffers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend, triton_backend
 from paged_infer.model.decoder import Decoder
@@ -149,7 +149,7 @@ class DecodeGraphs:
         self._max_model_len = max_model_len
         self.num_bytes = 0  # that they took, where it was measured
         self.sizes = batch_sizes(max_rows)
-        self.buffers = StepBuffers(
+        self.buffers = InputBuffers(
             max_rows, -(-max_model_len // cache.block_size), decoder.config.vocab_size, decoder.dtype, decoder.device
         )
         self._last: Tensor | None = None  # what ``run`` returned last: it lies in the buffers already
@@ -201,10 +201,10 @@ class DecodeGraphs:
         drawn, logits = buffers.drawn[:size], buffers.logits[:size]
 
         def step() -> None:
-            sources = columns["sources"]
+            pending_row = columns["pending_row"]
             # A failed row left -1. Its request ends, so any valid token will do here.
-            pending = buffers.drawn.index_select(0, sources.clamp_min(0)).clamp_min(0)
-            token_ids = torch.where(sources >= 0, pending, columns["token_ids"])
+            pending = buffers.drawn.index_select(0, pending_row.clamp_min(0)).clamp_min(0)
+            token_ids = torch.where(pending_row >= 0, pending, columns["token_ids"])
             meta = AttentionMetadata(
                 positions=columns["positions"],
                 slot_mapping=columns["slot_mapping"],

@@ -23,10 +23,10 @@ from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow, ScheduledSequence
 from paged_infer.kernels.fused.sample import LARGEST
 
-# One number a row each. ``sources``: which row of the step before drew the token that is pending here; -1: it is known.
+# One number for each row. ``pending_row``: the row of the previous step that samples this row's token; -1: it is known.
 COLUMNS = {
     "token_ids": torch.int64,
-    "sources": torch.int64,
+    "pending_row": torch.int64,
     "positions": torch.int64,
     "slot_mapping": torch.int64,
     "seeds": torch.int64,
@@ -38,7 +38,7 @@ COLUMNS = {
 _ALIGNMENT_BYTES = 128  # kernels load 16 bytes at a time only from addresses that they know to be aligned
 
 
-class StepBuffers:
+class InputBuffers:
     """Persistent tensors of decode steps of up to ``max_rows`` sequences, on ``device``.
 
     Args:
@@ -53,7 +53,7 @@ class StepBuffers:
         self.max_rows, self.max_blocks = max_rows, max_blocks
         self._memory = torch.zeros(_num_bytes(max_rows, max_blocks), dtype=torch.uint8, device=device)
         self.columns, self.block_tables = _views(self._memory, max_rows, max_blocks)
-        for name in ("sources", "slot_mapping"):  # until the first step, all rows only fill up
+        for name in ("pending_row", "slot_mapping"):  # until the first step, all rows only fill up
             self.columns[name].fill_(-1)
         # Every row has one query, those that only fill up included: this never changes.
         self.query_start_loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
@@ -117,7 +117,7 @@ class _HostCopy:
         token_ids = [s.token_ids[0] for s in sequences]
         values = {
             "token_ids": token_ids,
-            "sources": [
+            "pending_row": [
                 last_rows[s.sequence_id] if t == PLACEHOLDER else -1 for s, t in zip(sequences, token_ids, strict=True)
             ],
             "positions": [s.num_computed_tokens for s in sequences],
@@ -128,7 +128,7 @@ class _HostCopy:
         }
         for column in columns.values():
             column[num:num_rows] = 0
-        for name in ("sources", "slot_mapping"):
+        for name in ("pending_row", "slot_mapping"):
             columns[name][num:num_rows] = -1
         for name, column_values in values.items():
             columns[name][:num] = column_values

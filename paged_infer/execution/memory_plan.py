@@ -53,7 +53,7 @@ def plan_memory(
     if num_blocks is None:
         bytes_per_block = per_token * config.block_size
         crowd = config.max_num_seqs * -(-longest // config.block_size)
-        room = CPU_POOL_BYTES if profile is None else profile.room
+        room = CPU_POOL_BYTES if profile is None else profile.available_kv_bytes
         num_blocks = min(crowd, room // bytes_per_block)
         if num_blocks < 1:
             raise ValueError(

@@ -95,13 +95,13 @@ class MemoryProfile:
         return min(int(self.total * self.gpu_memory_utilization), self.free)
 
     @property
-    def room(self) -> int:
+    def available_kv_bytes(self) -> int:
         """What is left for the pool."""
         return max(0, self.budget - self.weights - self.activations - self.logits - self.graphs)
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class MemoryProfiler:
     """Opened before the weights are loaded, so that they can be told from what was there before."""
 
     meter: Meter
@@ -110,11 +110,11 @@ class Ledger:
     allocated: int
 
     @classmethod
-    def open(cls, meter: Meter) -> Ledger:
+    def start(cls, meter: Meter) -> MemoryProfiler:
         free, total = meter.free_and_total()
         return cls(meter, free, total, meter.allocated())
 
-    def close(
+    def finish(
         self, config: EngineConfig, decoder: Decoder, backend: AttentionBackend, ops: Ops, *, has_graphs: bool
     ) -> MemoryProfile:
         """Run what needs the most memory, and write down what it took."""
@@ -124,7 +124,7 @@ class Ledger:
         graphs = 0
         with torch.inference_mode():
             activations = self.meter.peak_of(lambda: run_largest_step(config, decoder, cache, longest))
-            logits = self.meter.peak_of(lambda: draw_at_greatest_cost(config, decoder, ops))
+            logits = self.meter.peak_of(lambda: run_costliest_sampling(config, decoder, ops))
         if has_graphs:
             graphs = DRIVER_BYTES_PER_GRAPH * len(batch_sizes(config.max_num_seqs))
             graphs += self.meter.peak_of(lambda: run_largest_decode(config, decoder, cache, longest))
@@ -160,7 +160,7 @@ def run_largest_step(config: EngineConfig, decoder: Decoder, cache: PagedCache, 
     return decoder(torch.zeros(num_tokens, dtype=torch.int64, device=device), cache, step)
 
 
-def draw_at_greatest_cost(config: EngineConfig, decoder: Decoder, ops: Ops) -> Tensor:
+def run_costliest_sampling(config: EngineConfig, decoder: Decoder, ops: Ops) -> Tensor:
     """``max_num_seqs`` rows with a penalty and a nucleus in a flat distribution, which is sorted whole: tokens [R]."""
     hidden = torch.zeros(config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,9 +26,6 @@ from paged_infer.outputs import TokenLogprobs
 from paged_infer.sampling.beam_candidates import beam_candidates
 from paged_infer.sampling.logprobs import logprobs_of, token_logprobs
 from paged_infer.sampling.sampler import CANNOT_SAMPLE, AsyncTokens, Sampler, copy_to_host
-
-if TYPE_CHECKING:
-    from paged_infer.execution.draft_model import DraftModel
 
 _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
 
@@ -82,14 +78,8 @@ class ModelRunner:
     """Carries out scheduled steps on one decoder and its paged cache; decodes by ``graphs``, if there are any."""
 
     def __init__(
-        self,
-        decoder: Decoder,
-        cache: PagedCache,
-        sampler: Sampler,
-        graphs: DecodeGraphs | None = None,
-        drafter: DraftModel | None = None,
+        self, decoder: Decoder, cache: PagedCache, sampler: Sampler, graphs: DecodeGraphs | None = None
     ) -> None:
-        self.drafter = drafter
         self.decoder = decoder
         self.cache = cache
         self.sampler = sampler
@@ -107,8 +97,6 @@ class ModelRunner:
 
         Tokens that are pending are taken from what the step before drew, where they lie.
         """
-        if self.drafter is not None:
-            step = self.drafter.fill_in(step)
         self.cache.move_blocks(step.transfers)
         if self.graphs is not None and self.graphs.fits(step):
             return self._replay(step, self.graphs)

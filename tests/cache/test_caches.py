@@ -164,7 +164,7 @@ def test_keys_are_stored_by_the_kernel_that_rotates_them_where_there_is_one(
     caches, tokens = [], []
     for fuses in (True, False):
         llm = make_llm(family, attention_backend=backend, num_blocks=8, block_size=4)
-        cache, stored = llm.engine.runner.cache, []
+        cache, stored = llm.engine.executor.runner.cache, []
         store_kv = cache.ops.store_kv
         cache.ops = cache.ops._replace(store_kv=lambda *a, s=stored, f=store_kv: s.append(1) or f(*a))
         for layer in llm.engine.decoder.layers:

@@ -107,7 +107,7 @@ def test_a_step_that_fails_can_be_tried_again(num_steps, make_llm, monkeypatch) 
     for _ in range(num_steps):
         engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "launch", lambda step: 1 / 0)
+        patch.setattr(engine.executor.runner, "launch", lambda step: 1 / 0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 engine.step()
@@ -205,21 +205,21 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(late=st.booleans())
     def fail(self, late: bool) -> None:
         """The device refuses a step, or (where steps are begun ahead) no row of one under way can be drawn from."""
-        begun = self.engine._running
+        _, begun = self.engine._running or (None, None)
         if late and begun is not None and begun._drawn is not None:
             begun._drawn.host = torch.full_like(begun._drawn.host, -1)
             self.may_fail = True
             self.step(1)
             self.may_fail = False
             return
-        launch = self.engine.runner.launch
-        self.engine.runner.launch = lambda step: 1 / 0
+        launch = self.engine.executor.runner.launch
+        self.engine.executor.runner.launch = lambda step: 1 / 0
         try:
             self.step(1)  # which may have nothing to begin
         except ZeroDivisionError:
             pass
         finally:
-            self.engine.runner.launch = launch
+            self.engine.executor.runner.launch = launch
 
     @invariant()
     def law_2_holds(self) -> None:

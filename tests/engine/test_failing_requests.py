@@ -183,14 +183,14 @@ def test_a_draft_that_is_nan_costs_its_sequence_no_token(make_llm, checkpoint) -
     llm, plain = make_llm(MODEL, speculative_config=other), make_llm(MODEL)
     want = ids(plain.generate([[5, 6]], GREEDY, use_tqdm=False)[0])
     drafted: list[int] = []
-    fill_in = llm.engine.runner.drafter.fill_in
+    fill_in = llm.engine.executor.drafter.fill_in
 
     def spy(step: Any) -> Any:
         filled = fill_in(step)
         drafted.extend(token for sequence in filled.sequences for token in sequence.drafts)
         return filled
 
-    llm.engine.runner.drafter.fill_in = spy
+    llm.engine.executor.drafter.fill_in = spy
     assert ids(llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0]) == want
     fatal = next(token for token in drafted if token not in (5, 6, *want[0]))
     with torch.no_grad():

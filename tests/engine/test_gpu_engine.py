@@ -37,7 +37,7 @@ def said(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[int]]]:
     llm = LLM(enforce_eager=True, async_scheduling=False, num_blocks=400, **OPTIONS)
-    assert llm.engine.runner.graphs is None
+    assert llm.engine.executor.runner.graphs is None
     return {kind: said(llm, params) for kind, params in KINDS.items()}
 
 
@@ -46,7 +46,7 @@ def expected() -> dict[str, list[list[int]]]:
 def test_each_optimisation_says_what_none_says(eager: bool, ahead: bool, expected) -> None:
     for num_blocks in (400, 30):  # 30: somebody has to give back blocks
         llm = LLM(enforce_eager=eager, async_scheduling=ahead, num_blocks=num_blocks, **OPTIONS)
-        assert (llm.engine.runner.graphs is None) == eager
+        assert (llm.engine.executor.runner.graphs is None) == eager
         for kind, params in KINDS.items():
             ours = said(llm, params)
             # Another number of rows is another order of sums: a near tie may fall the other way in a rare request.
@@ -57,7 +57,7 @@ def test_each_optimisation_says_what_none_says(eager: bool, ahead: bool, expecte
 
 def test_graphs_and_running_ahead_are_what_a_gpu_gets_unless_told_otherwise() -> None:
     llm = LLM(num_blocks=100, **OPTIONS)
-    graphs = llm.engine.runner.graphs
+    graphs = llm.engine.executor.runner.graphs
     assert graphs is not None and graphs.sizes[-1] == 24 and llm.engine._looks_ahead
     assert graphs.num_bytes > 0
 
@@ -76,11 +76,11 @@ def test_the_host_waits_for_nothing_while_it_launches_a_decode() -> None:
     llm = LLM(num_blocks=400, **OPTIONS)
     engine = llm.engine
     said(llm, KINDS["seeded"])  # warm
-    launch = engine.runner.launch
+    launch = engine.executor.runner.launch
     checked = []
 
     def watched(step):  # type: ignore[no-untyped-def]
-        if not engine.runner.graphs.fits(step):
+        if not engine.executor.runner.graphs.fits(step):
             return launch(step)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -89,7 +89,7 @@ def test_the_host_waits_for_nothing_while_it_launches_a_decode() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    engine.runner.launch = watched  # type: ignore[method-assign]
+    engine.executor.runner.launch = watched  # type: ignore[method-assign]
     said(llm, KINDS["seeded"])
     assert len(checked) > 20
 
@@ -98,9 +98,9 @@ def test_the_profile_leaves_room_for_everything_that_is_then_taken() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     llm = LLM(gpu_memory_utilization=0.3, **OPTIONS)
-    profile, graphs = llm.engine.memory.profile, llm.engine.runner.graphs
+    profile, graphs = llm.engine.memory.profile, llm.engine.executor.runner.graphs
     assert profile is not None and graphs is not None
-    assert llm.engine.memory.pool_bytes <= profile.room
+    assert llm.engine.memory.pool_bytes <= profile.available_kv_bytes
     assert graphs.num_bytes <= profile.graphs
     torch.cuda.reset_peak_memory_stats()
     said(llm, KINDS["mixed"])

@@ -15,7 +15,7 @@ import pytest
 from effort import EFFORT
 
 from paged_infer import LLM, BeamSearchParams, SamplingParams
-from paged_infer.engine.defer_sigint import interruptible, uninterrupted
+from paged_infer.engine.defer_sigint import defer_sigint, interruptible
 
 PROMPTS = [[30 + i] * (3 + i) for i in range(4)]
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
@@ -112,7 +112,7 @@ def test_a_second_interrupt_while_the_first_unwinds_leaves_nothing_behind(work, 
 def test_two_interrupts_where_a_step_computes_leave_nothing_behind(work, make_llm, monkeypatch) -> None:
     """The first acts within the forward pass, the second as soon as its exception has left that."""
     llm = make_llm("gpt2-untied", num_blocks=12, block_size=3)
-    undisturbed, launch = work(llm), llm.engine.runner.launch
+    undisturbed, launch = work(llm), llm.engine.executor.runner.launch
     for at_launch in (0, 3):
         for second_at in range(1, 30, 1 + 7 // EFFORT):
             launches, presses = [], PressedAt(second_at)
@@ -125,11 +125,11 @@ def test_two_interrupts_where_a_step_computes_leave_nothing_behind(work, make_ll
                     signal.raise_signal(signal.SIGINT)
                 return launch(step)
 
-            monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
+            monkeypatch.setattr(llm.engine.executor.runner, "launch", interrupted)
             with contextlib.suppress(KeyboardInterrupt):
                 work(llm)
             presses.__exit__()
-            monkeypatch.setattr(llm.engine.runner, "launch", launch)
+            monkeypatch.setattr(llm.engine.executor.runner, "launch", launch)
             gc.collect()
             assert is_idle(llm), (at_launch, second_at)
     assert work(llm) == undisturbed
@@ -148,7 +148,7 @@ def test_an_abandoned_stream_ends_with_the_next_call(make_llm) -> None:
 
 def test_an_interrupt_acts_at_once_where_it_is_allowed_and_then_no_more() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), defer_sigint():
         try:
             with interruptible():
                 signal.raise_signal(signal.SIGINT)
@@ -161,7 +161,7 @@ def test_an_interrupt_acts_at_once_where_it_is_allowed_and_then_no_more() -> Non
 
 def test_one_that_has_come_before_acts_where_it_is_allowed() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), defer_sigint():
         signal.raise_signal(signal.SIGINT)
         reached.append("noted")
         with interruptible():
@@ -173,7 +173,7 @@ def test_a_handler_of_ones_own_that_raises_nothing_is_called_each_time(monkeypat
     calls = []
     before = signal.signal(signal.SIGINT, lambda *_: calls.append(1))
     try:
-        with uninterrupted():
+        with defer_sigint():
             signal.raise_signal(signal.SIGINT)
             with interruptible():
                 assert calls == [1]
@@ -186,8 +186,8 @@ def test_a_handler_of_ones_own_that_raises_nothing_is_called_each_time(monkeypat
 
 def test_an_interrupt_waits_for_the_end_and_comes_once() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        with uninterrupted():
+    with pytest.raises(KeyboardInterrupt), defer_sigint():
+        with defer_sigint():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             reached.append("inside")
@@ -200,7 +200,7 @@ def test_there_is_nothing_to_put_off_in_another_thread() -> None:
     handlers = []
 
     def work() -> None:
-        with uninterrupted():
+        with defer_sigint():
             handlers.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

@@ -73,11 +73,13 @@ def test_odd_batches_are_filled_up_and_the_filling_changes_nothing(num_requests,
     captured = with_graphs(make_llm("qwen3", max_num_seqs=7, attention_backend="torch"), call_again)
     prompts = [[5 + i, 6, 7 * i] for i in range(num_requests)]
     assert_alike(said(captured, GREEDY, prompts), said(eager, GREEDY, prompts))
-    graphs = captured.engine.runner.graphs
+    graphs = captured.engine.executor.runner.graphs
     assert graphs.num_replays == GREEDY.max_tokens - 1  # all but the step of prompts
     assert graphs.sizes == [1, 2, 4, 7]
     # What lies in the pool is the same too: a row that only fills up stores nothing.
-    for ours, theirs in zip(captured.engine.runner.cache.keys, eager.engine.runner.cache.keys, strict=True):
+    for ours, theirs in zip(
+        captured.engine.executor.runner.cache.keys, eager.engine.executor.runner.cache.keys, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -92,7 +94,7 @@ def test_a_mixed_crowd_gets_the_same_tokens_and_logprobs(name, make_llm) -> None
     for _ in range(2):  # from scratch, then with what the first left in the prefix cache
         assert_alike(said(captured), expected)
         captured.check_integrity()
-    assert captured.engine.runner.graphs.num_replays > 10
+    assert captured.engine.executor.runner.graphs.num_replays > 10
     assert not name.endswith("preempting") or captured.stats()["preemptions"]
 
 
@@ -101,7 +103,7 @@ def test_every_family_can_be_captured(family, make_llm) -> None:
     options = {"attention_backend": "torch", "async_scheduling": True}
     captured = with_graphs(make_llm(family, **options), call_again)
     assert_alike(said(captured, GREEDY), said(make_llm(family, attention_backend="torch"), GREEDY))
-    assert captured.engine.runner.graphs.num_replays
+    assert captured.engine.executor.runner.graphs.num_replays
 
 
 def test_a_pending_token_is_taken_from_a_step_that_was_not_captured(make_llm) -> None:
@@ -119,7 +121,7 @@ def test_a_pending_token_is_taken_from_a_step_that_was_not_captured(make_llm) ->
         while llm.engine.has_unfinished_requests:
             tokens |= {o.request_id: o.outputs[0].token_ids for o in llm.engine.step()}
         said_by.append(tokens)
-    assert said_by[0] == said_by[1] and llm.engine.runner.graphs.num_replays > 5
+    assert said_by[0] == said_by[1] and llm.engine.executor.runner.graphs.num_replays > 5
 
 
 # -- As CUDA captures
@@ -139,7 +141,7 @@ def test_what_is_captured_is_all_that_a_step_needs(ahead, make_llm) -> None:
     captured = with_graphs(make_llm("qwen3", async_scheduling=ahead, **options), recorder)
     expected = said(make_llm("qwen3", attention_backend="torch", block_size=2), params, PROMPTS[:3])
     assert_alike(said(captured, params, PROMPTS[:3]), expected)
-    graphs = captured.engine.runner.graphs
+    graphs = captured.engine.executor.runner.graphs
     assert graphs.draws and graphs.num_replays == 6 and recorder.num_operations > 30
 
 
@@ -212,9 +214,9 @@ def test_a_row_that_cannot_be_drawn_from_ends_its_request_and_is_no_index_out_of
     for graphs in (False, True):
         llm = make_llm(attention_backend="torch", async_scheduling=True)
         engine = llm.engine
-        engine.runner.sampler = Sampler(broken)
+        engine.executor.runner.sampler = Sampler(broken)
         if graphs:
-            engine.runner.cache.ops = engine.runner.cache.ops._replace(sample=broken)
+            engine.executor.runner.cache.ops = engine.executor.runner.cache.ops._replace(sample=broken)
             with_graphs(llm, call_again)
         for output in llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False):
             assert output.outputs[0].finish_reason == "error"
@@ -252,16 +254,16 @@ def test_graphs_that_cannot_be_are_an_error_and_eager_is_what_a_cpu_does(make_ll
     with pytest.raises(ValueError, match="enforce_eager='yes'"):
         make_llm(enforce_eager="yes")
     for option in (None, True):
-        assert make_llm(enforce_eager=option).engine.runner.graphs is None
+        assert make_llm(enforce_eager=option).engine.executor.runner.graphs is None
 
 
 def test_only_steps_of_single_drawn_tokens_fit(make_llm) -> None:
     llm = with_graphs(make_llm(attention_backend="torch", max_num_seqs=2), call_again)
-    graphs: DecodeGraphs = llm.engine.runner.graphs
+    graphs: DecodeGraphs = llm.engine.executor.runner.graphs
     llm.engine.add_request("a", [5, 6], GREEDY)
     fitting = []
-    launch = llm.engine.runner.launch
-    llm.engine.runner.launch = lambda step: fitting.append(graphs.fits(step)) or launch(step)
+    launch = llm.engine.executor.runner.launch
+    llm.engine.executor.runner.launch = lambda step: fitting.append(graphs.fits(step)) or launch(step)
     while llm.engine.has_unfinished_requests:
         llm.engine.step()
     assert fitting == [False] + [True] * (GREEDY.max_tokens - 1)

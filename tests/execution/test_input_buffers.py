@@ -1,4 +1,4 @@
-"""StepBuffers: what a decode step reads is where it was, says what the step says, and filling rows touch nothing."""
+"""InputBuffers: what a decode step reads is where it was, says what the step says, and filling rows touch nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from paged_infer import SamplingParams
 from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow, ScheduledSequence
-from paged_infer.execution.input_buffers import StepBuffers
+from paged_infer.execution.input_buffers import InputBuffers
 
 BLOCK_SIZE = 4
 
@@ -19,11 +19,11 @@ def a_decode(sequence_id: int, token: int, computed: int, table: tuple[int, ...]
     return ScheduledSequence(sequence_id, (token,), computed, table, row)
 
 
-def make_buffers(max_rows: int = 4, max_blocks: int = 5) -> StepBuffers:
-    return StepBuffers(max_rows, max_blocks, 11, torch.float32, torch.device("cpu"))
+def make_buffers(max_rows: int = 4, max_blocks: int = 5) -> InputBuffers:
+    return InputBuffers(max_rows, max_blocks, 11, torch.float32, torch.device("cpu"))
 
 
-def rows_of(buffers: StepBuffers, num_rows: int) -> dict[str, list[float]]:
+def rows_of(buffers: InputBuffers, num_rows: int) -> dict[str, list[float]]:
     return {name: column[:num_rows].tolist() for name, column in buffers.columns.items()}
 
 
@@ -33,7 +33,7 @@ def test_each_row_says_what_its_sequence_says() -> None:
     buffers.fill(sequences, 2, BLOCK_SIZE, {7: 0, 8: 3})
     assert rows_of(buffers, 2) == {
         "token_ids": [42, PLACEHOLDER],
-        "sources": [-1, 3],
+        "pending_row": [-1, 3],
         "positions": [9, 4],
         "slot_mapping": [8 * 4 + 1, 2 * 4],
         "seeds": [-(2**63), 108],
@@ -53,7 +53,7 @@ def test_rows_that_fill_up_have_no_length_no_slot_and_a_token_of_the_vocabulary(
     for _ in range(2):  # both copies of the host
         buffers.fill([a_decode(0, 10, 9, (1, 2, 3))], 4, BLOCK_SIZE, {})
         rows = rows_of(buffers, 4)
-        assert rows["slot_mapping"][1:] == rows["sources"][1:] == [-1] * 3
+        assert rows["slot_mapping"][1:] == rows["pending_row"][1:] == [-1] * 3
         for name in ("token_ids", "positions", "seq_lens", "temperatures", "seeds"):
             assert rows[name][1:] == [0] * 3, name
 

@@ -9,7 +9,7 @@ import pytest
 from paged_infer.cli import profile_rows
 from paged_infer.config import EngineConfig
 from paged_infer.execution.memory_plan import plan_memory
-from paged_infer.execution.memory_profile import DRIVER_BYTES_PER_GRAPH, Ledger, MemoryProfile
+from paged_infer.execution.memory_profile import DRIVER_BYTES_PER_GRAPH, MemoryProfile, MemoryProfiler
 from paged_infer.kernels.attention_backends import torch_backend
 from paged_infer.kernels.op_sets import TORCH_OPS
 
@@ -49,17 +49,19 @@ def changed(**numbers: float) -> MemoryProfile:
 
 
 def test_the_room_is_the_share_less_everything_that_was_measured() -> None:
-    assert PROFILE.budget == 72 * GIB and PROFILE.room == 52 * GIB
+    assert PROFILE.budget == 72 * GIB and PROFILE.available_kv_bytes == 52 * GIB
     for name in ("weights", "activations", "logits", "graphs"):
-        assert changed(**{name: getattr(PROFILE, name) + MIB}).room == PROFILE.room - MIB, name
+        assert changed(**{name: getattr(PROFILE, name) + MIB}).available_kv_bytes == PROFILE.available_kv_bytes - MIB, (
+            name
+        )
 
 
 def test_what_others_hold_bounds_the_share_and_no_room_is_never_less_than_none() -> None:
-    assert changed(free=30 * GIB).room == 10 * GIB
-    assert changed(free=71 * GIB).room == PROFILE.room - GIB
-    assert changed(free=20 * GIB - 1).room == 0
+    assert changed(free=30 * GIB).available_kv_bytes == 10 * GIB
+    assert changed(free=71 * GIB).available_kv_bytes == PROFILE.available_kv_bytes - GIB
+    assert changed(free=20 * GIB - 1).available_kv_bytes == 0
     # Two engines with half of nine tenths each: the second finds what the first has left.
-    assert changed(gpu_memory_utilization=0.45, free=43 * GIB).room == 16 * GIB
+    assert changed(gpu_memory_utilization=0.45, free=43 * GIB).available_kv_bytes == 16 * GIB
 
 
 @pytest.mark.parametrize("max_num_seqs", [3, 8])
@@ -72,9 +74,9 @@ def test_every_line_is_measured_by_running_what_needs_it(max_num_seqs, max_num_b
     decoder.forward = lambda ids, cache, step: steps.append((len(ids), len(step.seq_lens))) or forward(ids, cache, step)
     try:
         meter = MadeUpMeter()
-        ledger = Ledger.open(meter)
+        profiler = MemoryProfiler.start(meter)
         meter.in_tensors += 100 * MIB  # the weights
-        profile = ledger.close(config, decoder, torch_backend, TORCH_OPS, has_graphs=True)
+        profile = profiler.finish(config, decoder, torch_backend, TORCH_OPS, has_graphs=True)
     finally:
         del decoder.forward
     assert steps[0] == (max_num_batched_tokens, -(-max_num_batched_tokens // 64))
@@ -82,7 +84,7 @@ def test_every_line_is_measured_by_running_what_needs_it(max_num_seqs, max_num_b
     num_graphs = len(steps) - 1
     assert (profile.weights, profile.activations, profile.logits) == (100 * MIB, MIB, 2 * MIB)
     assert profile.graphs == 3 * MIB + num_graphs * DRIVER_BYTES_PER_GRAPH
-    without = Ledger.open(meter).close(config, decoder, torch_backend, TORCH_OPS, has_graphs=False)
+    without = MemoryProfiler.start(meter).finish(config, decoder, torch_backend, TORCH_OPS, has_graphs=False)
     assert without.graphs == 0
 
 

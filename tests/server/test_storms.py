@@ -94,7 +94,7 @@ def test_the_event_loop_answers_while_a_step_and_a_long_text_take_their_time(mon
             assert go_on.wait(LIMIT_S)
 
         engine, tokenizer = served.engine._llm.engine, served.engine.tokenizer
-        launch, encode = engine.runner.launch, tokenizer.encode
+        launch, encode = engine.executor.runner.launch, tokenizer.encode
 
         def slow_launch(step: Any) -> Any:
             stand_still()
@@ -105,7 +105,7 @@ def test_the_event_loop_answers_while_a_step_and_a_long_text_take_their_time(mon
                 stand_still()
             return encode(text, *arguments, **options)
 
-        monkeypatch.setattr(engine.runner, "launch", slow_launch)
+        monkeypatch.setattr(engine.executor.runner, "launch", slow_launch)
         monkeypatch.setattr(tokenizer, "encode", slow_encode)
         bodies = [{"prompt": "Once"}, {"prompt": long_text, "truncate_prompt_tokens": 50}]
         answers = [served.begin(**body, max_tokens=4) for body in bodies]

@@ -52,21 +52,21 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
     schedule, pack, model, sample, update and rest add up to all of the steps. Costs about 2 microseconds a step.
     """
     seconds = dict.fromkeys(("step", "schedule", "launch", "model", "sample", "update"), 0.0)
-    runner, scheduler = engine.runner, engine.scheduler
+    executor, runner, scheduler = engine.executor, engine.executor.runner, engine.scheduler
     methods: list[tuple[str, object, str]] = [
         ("step", engine, "step"),
         ("schedule", scheduler, "schedule"),
         ("update", scheduler, "advance"),
         ("update", scheduler, "settle"),
-        ("launch", runner, "launch"),
+        ("launch", executor, "launch"),
         ("model", runner.decoder, "forward"),
         ("model", runner.decoder, "logits"),
         ("sample", runner.sampler, "sample"),
     ]
     if runner.graphs is not None:
         methods.append(("model", runner.graphs, "replay"))
-    if runner.drafter is not None:  # a draft model's passes are computing, not overhead
-        drafting = runner.drafter.runner
+    if executor.drafter is not None:  # a draft model's passes are computing, not overhead
+        drafting = executor.drafter.runner
         methods += [("model", drafting.decoder, name) for name in ("forward", "logits")]
         methods.append(("sample", drafting.sampler, "sample"))
     span_s: dict[str, float] = {}

@@ -76,7 +76,7 @@ def test_a_changed_token_is_seen(engines, monkeypatch):
 
 
 def test_what_the_draft_model_computes_is_not_overhead(engines, monkeypatch):
-    drafting = engines["itself"].engine.runner.drafter.runner
+    drafting = engines["itself"].engine.executor.drafter.runner
     forward, seconds = drafting.decoder.forward, []  # on the spans' clock, a second a pass, and nothing else
     monkeypatch.setattr(spans, "perf_counter", lambda: float(len(seconds)))
     monkeypatch.setattr(drafting.decoder, "forward", lambda *a: (seconds.append(1), forward(*a))[1])

@@ -23,7 +23,13 @@ def test_parts_add_up_to_the_step_and_backends_differ(make_llm) -> None:
 
 def test_watching_leaves_no_trace(llm) -> None:
     engine = llm.engine
-    owners = [*engine.decoder.modules(), engine.runner, engine.runner.cache, engine.runner.sampler, engine.scheduler]
+    owners = [
+        *engine.decoder.modules(),
+        engine.executor.runner,
+        engine.executor.runner.cache,
+        engine.executor.runner.sampler,
+        engine.scheduler,
+    ]
     before = [dict(owner.__dict__) for owner in owners]
     with watch_parts(llm):
         llm.generate([[3, 1, 4]], use_tqdm=False)

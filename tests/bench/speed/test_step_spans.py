@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_spans_add_up_to_the_steps(llm, clock):
     """Each second is counted once, and in the part in which it passed."""
-    engine, runner = llm.engine, llm.engine.runner
+    engine, runner = llm.engine, llm.engine.executor.runner
     clock.takes(engine, "step", 1.0)
     clock.takes(engine.scheduler, "schedule", 2.0)
     clock.takes(runner, "launch", 4.0)
@@ -62,11 +62,11 @@ def test_seconds_of_this_machine_are_counted(llm):
 
 def test_nothing_is_left_wrapped(llm):
     engine = llm.engine
-    sampler = engine.runner.sampler
+    sampler = engine.executor.runner.sampler
     with pytest.raises(KeyError), watch_steps(engine):
         assert "step" in vars(engine)
         raise KeyError
-    assert engine.runner.sampler is sampler
+    assert engine.executor.runner.sampler is sampler
     for owner, name in ((engine, "step"), (engine.scheduler, "schedule"), (engine.decoder, "forward")):
         assert name not in vars(owner)
 

@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -130,6 +131,25 @@ def test_the_attention_backend_of_the_front_page_gives_the_same_tokens(monkeypat
         for name in ("my_kernel:attend", "torch")
     )
     assert mine == ours
+
+
+def test_the_floors_are_those_of_the_contract():
+    """As paged_infer/README.md draws them; folders that are still to come stand in brackets in the contract."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    wanted = [sorted(re.findall(r"(?<!\()\b\w+\b(?!\))", layer)) for layer in layers]
+    (drawn,) = (text for text in fences(PACKAGE / "README.md", "") if text.startswith("cli\n"))
+    assert [sorted(line.split()) for line in drawn.splitlines()] == wanted
+
+
+def test_every_file_of_the_seven_rooms_is_on_their_map():
+    (drawn,) = (text for text in fences(PACKAGE / "README.md", "") if text.startswith("engine/ "))
+    parts = re.split(r"^(\w+)/ ", drawn, flags=re.MULTILINE)[1:]
+    rooms = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert len(rooms) == 7
+    for room, words in rooms.items():
+        names = {path.stem for path in (PACKAGE / room).rglob("*.py")} - {"__init__"}
+        assert names <= set(re.findall(r"\w+", words)), room
 
 
 def test_the_rooms_are_all_on_both_maps():

@@ -19,8 +19,8 @@ from typing import Any, TypeVar, Unpack
 
 from paged_infer.config import EngineOptions, lists_options
 from paged_infer.control.trace import Trace
-from paged_infer.engine.engine import LLMEngine, Params, Prompt
-from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError, StepReport
+from paged_infer.engine.engine import LLMEngine, Params, Prompt, StepReport
+from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError
 from paged_infer.engine.text_queue import TextQueue
 from paged_infer.engine.watchdog import check_timeout
 from paged_infer.llm import LLM

@@ -174,7 +174,7 @@ class LLM:
         """One engine step. A stream and a ``generate`` may be under way together: each finds its own in the mail."""
         self._is_stepping = True
         try:
-            outputs = self.engine.step()
+            outputs = self.engine.step().outputs
         finally:
             self._is_stepping = False
         self._mail.update((output.request_id, output) for output in outputs)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from paged_infer import AsyncLLM
-from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine, StepReport
 
 LIMIT_S = 300.0  # ends a test that hangs; a passing one finishes long before, even on a slow and busy machine
 
@@ -51,9 +51,8 @@ class Steps:
 
     def _step(self, sleep: Callable[[float], object], step: Callable[..., Any]) -> Any:
         if self._num_allowed < 1:
-            self._engine.grown = []
             sleep(LIMIT_S)  # ends when a command comes, as where a policy waits for a batch to fill
-            return []
+            return StepReport()
         self._num_allowed -= 1
         return step(sleep)
 

@@ -153,7 +153,7 @@ def serve_together(llm: LLM) -> list[RequestOutput]:
         llm.engine.add_request(f"r{index}", prompt, params)
     found: dict[str, RequestOutput] = {}
     while llm.engine.has_unfinished_requests:
-        found.update((output.request_id, output) for output in llm.engine.step())
+        found.update((output.request_id, output) for output in llm.engine.step().outputs)
         llm.check_integrity()
     return [found[f"r{index}"] for index in range(len(pairs))]
 
@@ -237,7 +237,7 @@ def test_an_aborted_search_frees_everything_wherever_it_is(mode, num_steps, make
     llm.check_integrity()
     outputs = []
     while llm.engine.has_unfinished_requests:
-        outputs += llm.engine.step()
+        outputs += llm.engine.step().outputs
     assert [answers(o) for o in outputs] == expected("qwen3", CROWD[:1], SEARCH, ENDS)
     assert is_idle(llm) and llm.engine.manager.swap.num_used == 0
 

@@ -383,7 +383,7 @@ def test_another_request_is_served_while_one_of_many_samples_goes_on(make_llm) -
     for number in range(5):
         engine.step()
         engine.add_request(str(number), [8, 9], SamplingParams(max_tokens=1))
-        assert [output.request_id for output in engine.step()] == [str(number)]
+        assert [output.request_id for output in engine.step().outputs] == [str(number)]
     assert engine.stats()["num_running"] == 3 and engine.stats()["num_waiting"] == 13
     engine.abort("crowd")
 

@@ -202,7 +202,7 @@ def test_an_abort_and_a_failing_step_leave_nothing_behind(make_llm, expected, mo
     done, num_failed = {}, 0
     while llm.engine.has_unfinished_requests:
         try:
-            done |= {int(o.request_id): o.outputs[0].token_ids for o in llm.engine.step()}
+            done |= {int(o.request_id): o.outputs[0].token_ids for o in llm.engine.step().outputs}
         except OSError:
             num_failed += 1
         llm.check_integrity()

@@ -49,6 +49,21 @@ class _Live:
     prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None)
 
 
+@dataclass(slots=True)
+class StepReport:
+    """What one step changed.
+
+    Attributes:
+        outputs: of requests that finished (or were aborted, for an observer), and of streamed ones that got a token.
+        grown: the sequences that got a token, once for each token.
+        now: when that was, in ``time.perf_counter`` seconds.
+    """
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    grown: list[Sequence] = field(default_factory=list)
+    now: float = 0.0
+
+
 class LLMEngine:
     """One model, one paged cache, any number of requests. Not thread-safe: one caller steps it."""
 
@@ -59,7 +74,6 @@ class LLMEngine:
         self.model_config = self.decoder.config
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
-        self.grown: list[Sequence] = []  # who got a token in the newest step, once for each token
         by_default = self.device.type == "cuda" and config.speculation is None
         self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling
         self._running: tuple[ScheduledStep, RunningStep] | None = None  # launched, its result not yet read
@@ -184,26 +198,28 @@ class LLMEngine:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     @defer_sigint()
-    def step(self, sleep: Callable[[float], object] = time.sleep) -> list[RequestOutput]:
-        """Run one step. Returns the requests that it finished, and the streamed ones that it moved.
+    def step(self, sleep: Callable[[float], object] = time.sleep) -> StepReport:
+        """Run one step, and report what it changed.
 
-        With ``async_scheduling``, what is returned is the work of the step before: the one that this call plans and
-        begins is still under way then. Where the policy waits for a batch to fill, this waits with it:
+        With ``async_scheduling`` the report is of the previous step: the one that this call plans and launches is still
+        in flight then. Where the policy waits for a batch to fill, this waits with it:
         ``sleep(seconds)``, which may return early.
         """
-        self.grown = []
+        report = StepReport()
         before, self._running = self._running, None
         try:
             launched, result = self._launch(sleep)
-            outputs = [] if before is None else self._settle(before[0], self._result(before[1]))
+            if before is not None:
+                self._settle(before[0], self._result(before[1]), report)
             if launched is not None and result is not None:
-                outputs += self._settle(launched[0], result)
+                self._settle(launched[0], result, report)
             else:
                 self._running = launched
         except BaseException:
             self.scheduler.roll_back()
             raise
-        return outputs
+        report.now = time.perf_counter()
+        return report
 
     def _launch(
         self, sleep: Callable[[float], object]
@@ -230,8 +246,8 @@ class LLMEngine:
         with interruptible():
             return running.result()
 
-    def _settle(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
-        """Write a step's tokens into the books."""
+    def _settle(self, step: ScheduledStep, result: StepResult, report: StepReport) -> None:
+        """Append a step's tokens to their sequences, decode them, and add what changed to ``report``."""
         now = time.perf_counter()
         grown = self.scheduler.settle(step, result, now)
         moved: dict[str, _Live] = {}
@@ -246,10 +262,10 @@ class LLMEngine:
             num_before = sequence.num_output_tokens - num_new
             with self._made_text_of(sequence):
                 self._advance(live, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
-            self.grown += [sequence] * (sequence.num_output_tokens - num_before)
+            report.grown += [sequence] * (sequence.num_output_tokens - num_before)
             if live.streamed or sequence.is_finished:
                 moved[sequence.request_id] = live
-        return [output for live in moved.values() if (output := self._reported(live, now)) is not None]
+        report.outputs += [output for live in moved.values() if (output := self._reported(live, now)) is not None]
 
     @contextmanager
     def _made_text_of(self, sequence: Sequence) -> Iterator[None]:
@@ -321,6 +337,10 @@ class LLMEngine:
             "kv_fill": self.usage.fill,
             "sharing_saved": self.usage.sharing_saved,
         }
+
+    def reset_stats(self) -> None:
+        """Begin to measure ``peak_kv_bytes``, ``kv_fill`` and ``sharing_saved`` anew."""
+        self.usage = KVUsage()
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if law 2 (nothing leaks, nothing is shared by accident) does not hold right now."""

@@ -24,8 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paged_infer.control.request import Request
-from paged_infer.control.sequence import Sequence
-from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine, StepReport
 from paged_infer.engine.watchdog import Watchdog
 from paged_infer.outputs import RequestOutput
 
@@ -66,15 +65,6 @@ class Mailbox:
         if isinstance(item, Exception):
             raise item
         return item
-
-
-@dataclass(slots=True)
-class StepReport:
-    """What an observer is told, on the engine's thread: ``now`` in ``time.perf_counter`` seconds."""
-
-    now: float
-    grown: list[Sequence]  # who got a token
-    outputs: list[RequestOutput]  # of requests that finished or were aborted, and of streamed ones that moved
 
 
 @dataclass(slots=True)
@@ -212,10 +202,10 @@ class EngineThread:
         try:
             while self._obey():
                 if self.engine.has_unfinished_requests:
-                    outputs = self.engine.step(self._sleep)
+                    report = self.engine.step(self._sleep)
                     self._recount()
                     if not self.is_abandoned:
-                        self._report(self.engine.grown, outputs)
+                        self._report(report)
         except BaseException as error:
             logger.exception("the engine has failed")
             died = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
@@ -274,7 +264,7 @@ class EngineThread:
     def _abort(self, request_id: str) -> None:
         output = self.engine.abort(request_id)
         if output is not None:
-            self._report([], [output])
+            self._report(StepReport([output], now=time.perf_counter()))
 
     def _answer(self, command: _Call) -> None:
         if not command.answer.set_running_or_notify_cancel():  # whoever asked has gone
@@ -288,12 +278,11 @@ class EngineThread:
             with contextlib.suppress(InvalidStateError):
                 command.answer.set_result(result)
 
-    def _report(self, grown: list[Sequence], outputs: list[RequestOutput]) -> None:
+    def _report(self, report: StepReport) -> None:
         letters: list[tuple[Mailbox, RequestOutput | Exception]] = []
-        for output in outputs:
+        for output in report.outputs:
             get = self._mailboxes.pop if output.finished else self._mailboxes.__getitem__
             letters.append((get(output.request_id), output))
-        report = StepReport(time.perf_counter(), grown, outputs)
         for observer in list(self.observers):
             try:
                 observer(report)

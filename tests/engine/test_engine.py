@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 def serve(engine: LLMEngine) -> dict[str, list[int]]:
     said = {}
     while engine.has_unfinished_requests:
-        said.update((o.request_id, o.outputs[0].token_ids) for o in engine.step())
+        said.update((o.request_id, o.outputs[0].token_ids) for o in engine.step().outputs)
         engine.check_integrity()
     return said
 
@@ -36,19 +36,19 @@ def is_idle(engine: LLMEngine) -> bool:
 
 
 def test_a_step_without_work_is_nothing(llm) -> None:
-    assert llm.engine.step() == [] and not llm.engine.has_unfinished_requests
+    assert llm.engine.step().outputs == [] and not llm.engine.has_unfinished_requests
 
 
 def test_a_request_is_reported_once_when_it_finishes(llm) -> None:
     llm.engine.add_request("a", [5, 6], GREEDY)
-    reports = [llm.engine.step() for _ in range(8)]
+    reports = [llm.engine.step().outputs for _ in range(8)]
     assert [len(r) for r in reports] == [0, 0, 0, 0, 0, 1, 0, 0]
     assert reports[5][0].finished and reports[5][0].request_id == "a"
 
 
 def test_a_streamed_request_is_reported_after_every_token(llm) -> None:
     llm.engine.add_request("a", [5, 6], GREEDY, streamed=True)
-    reports = [llm.engine.step() for _ in range(7)]
+    reports = [llm.engine.step().outputs for _ in range(7)]
     assert [len(r[0].outputs[0].token_ids) for r in reports[:6]] == [1, 2, 3, 4, 5, 6]
     assert [r[0].finished for r in reports[:6]] == [False] * 5 + [True] and reports[6] == []
 
@@ -188,7 +188,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(times=st.integers(1, 5))
     def step(self, times: int) -> None:
         for _ in range(times):
-            for output in self.engine.step():
+            for output in self.engine.step().outputs:
                 if output.finished:
                     self.check(output, self.live.pop(output.request_id))
 

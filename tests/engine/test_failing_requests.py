@@ -107,7 +107,7 @@ def test_failing_and_aborted_requests_change_no_token_of_the_others(engines, nam
         for number, (_, _, abort_at) in enumerate(batch):
             if abort_at == step:
                 engine.abort(str(number))
-        outputs |= {output.request_id: output for output in engine.step()}
+        outputs |= {output.request_id: output for output in engine.step().outputs}
         engine.check_integrity()
         if not engine.has_unfinished_requests:
             break
@@ -161,16 +161,16 @@ def test_a_block_shared_before_it_is_known_to_be_nan_costs_nobody_else(make_llm,
     engine.add_request("bad", bad, GREEDY)
     if comes == "at once":
         engine.add_request("good", good, GREEDY)
-    outputs |= {output.request_id: output for output in engine.step()}
+    outputs |= {output.request_id: output for output in engine.step().outputs}
     if aborted == "aborted before":
         engine.abort("bad")
     if comes == "a step later":
         engine.add_request("good", good, GREEDY)
     if aborted == "aborted after":
-        outputs |= {output.request_id: output for output in engine.step()}
+        outputs |= {output.request_id: output for output in engine.step().outputs}
         engine.abort("bad")
     while engine.has_unfinished_requests:
-        outputs |= {output.request_id: output for output in engine.step()}
+        outputs |= {output.request_id: output for output in engine.step().outputs}
         engine.check_integrity()
     assert ids(outputs["good"]) == want and reasons(outputs["good"]) == {"length"}
     assert ids(llm.generate([good], GREEDY, use_tqdm=False)[0]) == want
@@ -262,7 +262,7 @@ def test_a_token_that_the_tokenizer_cannot_decode_ends_its_own_request(text_llm,
     engine.add_request("bad", [50, 60], params, streamed=streamed)
     engine.add_request("good", [70, 80], params)
     while engine.has_unfinished_requests:
-        outputs |= {output.request_id: output for output in engine.step()}
+        outputs |= {output.request_id: output for output in engine.step().outputs}
     assert reasons(outputs["bad"]) == {"error"} and "IndexError" in outputs["bad"].outputs[0].error
     assert outputs["good"].outputs[0].text == good.outputs[0].text
     with pytest.raises(ValueError, match="the prompt could not be decoded"):

@@ -117,9 +117,9 @@ def test_a_pending_token_is_taken_from_a_step_that_was_not_captured(make_llm) ->
         for number, prompt in enumerate(PROMPTS):
             llm.engine.add_request(str(number), prompt, SEEDED)
             for _ in range(3):
-                tokens |= {o.request_id: o.outputs[0].token_ids for o in llm.engine.step()}
+                tokens |= {o.request_id: o.outputs[0].token_ids for o in llm.engine.step().outputs}
         while llm.engine.has_unfinished_requests:
-            tokens |= {o.request_id: o.outputs[0].token_ids for o in llm.engine.step()}
+            tokens |= {o.request_id: o.outputs[0].token_ids for o in llm.engine.step().outputs}
         said_by.append(tokens)
     assert said_by[0] == said_by[1] and llm.engine.executor.runner.graphs.num_replays > 5
 

@@ -89,7 +89,7 @@ def test_each_time_is_counted_to_the_part_in_which_it_passed(storyteller) -> Non
     times = RequestMetrics(1.0, first_scheduled_time_s=3.0, first_token_time_s=3.5, finished_time_s=8.0)
     answer = CompletionOutput(index=0, text="", token_ids=[5] * 10, finish_reason="length")
     output = RequestOutput("one", None, [5], [answer], finished=True, metrics=times)
-    metrics.observe(StepReport(8.0, [], [output]))
+    metrics.observe(StepReport([output], [], 8.0))
     sums = {
         part: metrics.registry.get_sample_value(
             f"vllm:request_{part}_time_seconds_sum", {"model_name": "storyteller", "engine": "0"}

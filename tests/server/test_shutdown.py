@@ -83,7 +83,7 @@ NUM_CLIENTS = 24
 # The engine takes one step when all clients have come, and no other.
 HELD = f"""
 from paged_infer.cli import app
-from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.engine import LLMEngine, StepReport
 
 run_step = LLMEngine.step
 
@@ -91,9 +91,8 @@ def step(self, sleep):
     stats = self.stats()
     if stats["num_waiting"] == {NUM_CLIENTS}:
         return run_step(self, sleep)
-    self.grown = []
     sleep({LIMIT_S})
-    return []
+    return StepReport()
 
 LLMEngine.step = step
 app()

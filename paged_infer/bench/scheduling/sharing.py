@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from paged_infer.bench.report import JsonReport
-from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 from paged_infer.params import BeamSearchParams, SamplingParams
 
@@ -42,11 +41,11 @@ def measure_sharing(llm: LLM, prompts: Sequence[Sequence[int]], widths: Sequence
     savings = []
     for width in widths:
         params = SamplingParams(n=width, temperature=1.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
-        llm.engine.usage = KVUsage()
+        llm.engine.reset_stats()
         llm.generate(prompts, params, use_tqdm=False)
         savings.append(Saving("samples", width, llm.engine.usage.sharing_saved))
     for width in widths:
-        llm.engine.usage = KVUsage()
+        llm.engine.reset_stats()
         llm.beam_search(prompts, BeamSearchParams(width, max_tokens, ignore_eos=True), use_tqdm=False)
         savings.append(Saving("beams", width, llm.engine.usage.sharing_saved))
     return savings

@@ -30,7 +30,7 @@ def our_baselines(llm: LLM) -> dict[str, System]:
     runs = itertools.count()
 
     def paged(workload: Workload) -> Run:
-        llm.engine.usage = KVUsage()
+        llm.engine.reset_stats()
         salt = f"run {next(runs)}"  # no prefix of an earlier run is found in the cache
         start = time.perf_counter()
         outputs = llm.generate(workload.prompts, workload.params, use_tqdm=False, cache_salt=salt)

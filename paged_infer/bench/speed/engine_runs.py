@@ -13,7 +13,6 @@ from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
 from paged_infer.control.sequence import Sequence
 from paged_infer.engine.engine import LLMEngine
-from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
 
 _RUNS = itertools.count()
@@ -41,7 +40,7 @@ def run_engine(
 
     The run's seconds are from the first arrival to the last token.
     """
-    engine.usage = KVUsage()
+    engine.reset_stats()
     before = replace(engine.scheduler.stats)
     server = WorkloadSystem(engine, workload)
     moments = arrive_s or [0.0] * len(workload.prompts)

@@ -269,7 +269,7 @@ class Scheduler:
         """All steps planned or in flight have failed, with unknown progress: restart what was built on them."""
         plan, self._planned = self._planned, None
         if self._in_flight:
-            lost = {*self.running, *self.swapped}
+            lost = [*self.running, *self.swapped]
             for sequence in (one for flight in self._in_flight for one in flight.sampling):
                 sequence.drop_placeholders()
             self._in_flight.clear()
@@ -279,7 +279,9 @@ class Scheduler:
             return
         self.manager.roll_back()
         self.manager.transfers = BlockTransfers()  # planning itself may have failed
-        for sequence in {one for loser in lost for one in loser.sequence_group}:
+        for sequence in dict.fromkeys(
+            one for loser in lost for one in loser.sequence_group
+        ):  # arrival order on every machine
             self.queues.restart(sequence)
         self.queues.release_draining()
 

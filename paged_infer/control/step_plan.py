@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from paged_infer.control.blocks.manager import Allocation, Returning, Table
 from paged_infer.control.queues import Queues
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.speculation import Proposer
 
 
@@ -159,14 +160,14 @@ class StepPlan:
             chain = sequence.hash_chain(self._manager.block_size)
             self._manager.publish(sequence.sequence_id, chain, first, min(last, len(chain)))
 
-    def undo(self) -> set[Sequence]:
+    def undo(self) -> list[Sequence]:
         """The step was not launched, or failed: give back blocks for drafts. Returns the sequences to restart."""
         copies = {destination for _, destination in self.transfers.copies}
         copied = [s for s, _ in self.scheduled if not copies.isdisjoint(self._manager.table(s.sequence_id))]
         for sequence, _ in self.scheduled:
             if sequence.sequence_id in self.drafts and sequence.state is SequenceState.RUNNING:
                 self._manager.trim(sequence.sequence_id, sequence.num_computed_tokens)
-        return {*self.admitted, *copied, *self.preempted}
+        return [*self.admitted, *copied, *self.preempted]
 
     # -- room -------------------------------------------------------------------------------------------------------
 

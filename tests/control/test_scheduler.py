@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduling import EOS, FakeMemory, Source, add, carry_out, counts, make_scheduler, next_tokens, run, update
 
 from paged_infer.control.queues import sample_share
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.step import SamplingRow, ScheduledStep
 
 
@@ -127,6 +128,21 @@ def test_a_failed_step_is_scheduled_again_as_it_was() -> None:
     failed, again = scheduler.schedule(), scheduler.schedule()
     assert failed.sequences == again.sequences
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_failed_step_frees_blocks_in_the_order_of_its_sequences(launched: bool) -> None:
+    """Schedulers that are fed alike stay alike: no order depends on where an object lies in memory."""
+    scheduler, source = make_scheduler(max_num_seqs=32, budget=256), Source()
+    sequences = add(scheduler, source, *[3] * 32)
+    step = scheduler.schedule()
+    if launched:
+        scheduler.advance(step)
+    blocks = [block for one in sequences for block in scheduler.manager.table(one.sequence_id)]
+    scheduler.roll_back()
+    again = [block for item in scheduler.schedule().sequences for block in item.block_table]
+    never_used = [block for block in range(100) if block not in blocks]
+    assert again == [*never_used, *blocks][: len(blocks)]
 
 
 def test_ending_twice_changes_nothing() -> None:

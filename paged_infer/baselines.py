@@ -18,7 +18,8 @@ from torch import Tensor
 
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.step_entries import sampling_row
 from paged_infer.engine.engine import Prompt
 from paged_infer.engine.kv_usage import KVUsage

@@ -105,7 +105,7 @@ class LLM:
         """Search for the best continuations of each prompt, as transformers' ``generate(num_beams=...)`` does.
 
         Each output's ``outputs`` are its ``beam_width`` answers, best first, with ``score`` and ``cumulative_logprob``.
-        All prompts are searched at once, on blocks that the beams share; see ``control.beam``.
+        All prompts are searched at once, on blocks that the beams share; see ``control.beam_search``.
 
         Args:
             prompts: as ``generate`` takes them.

@@ -8,7 +8,7 @@ from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 from typing import Any
 
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace_step import Arrive, End, TraceStep, Transition
 
 _US = 1e6  # Perfetto counts microseconds

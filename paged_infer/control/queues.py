@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace_step import Arrive, End, Transition
 
 

@@ -1,10 +1,4 @@
-"""The life of one sequence: a sample or a beam of a request.
-
-    WAITING --admitted--> RUNNING --last token--> FINISHED
-       ^                    | ^                      ^
-       +---- preempted -----+ |       abort ---------+  (from any state)
-             or else        v |
-                          SWAPPED        its blocks are in swap space, and nothing has to be computed again
+"""One sequence: a sample or a beam of a request. Its states are in ``control.sequence_state``.
 
 A sequence is a list of tokens of which the first ``num_computed_tokens`` have their keys and values in the cache.
 Prefill, a chunk of it, decode, and recomputation after a preemption are the same act: compute some more of the known
@@ -23,29 +17,14 @@ group* (Kwon et al. 2023, section 4.5). Otherwise one beam could hold the blocks
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
 from paged_infer.control.blocks.hashing import extend_chain
+from paged_infer.control.sequence_state import TRANSITIONS, SequenceState
 from paged_infer.params import SamplingParams
 
 PLACEHOLDER = -1  # a token that is not known yet
-
-
-class SequenceState(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    SWAPPED = "swapped"
-    FINISHED = "finished"
-
-
-_TRANSITIONS = {
-    SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
-    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.SWAPPED, SequenceState.FINISHED},
-    SequenceState.SWAPPED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.FINISHED},
-    SequenceState.FINISHED: set(),
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +125,7 @@ class Sequence:
         return self.block_hashes
 
     def transition_to(self, state: SequenceState) -> None:
-        if state not in _TRANSITIONS[self.state]:
+        if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"sequence {self.sequence_id} cannot go from {self.state.value} to {state.value}")
         self.state = state
 

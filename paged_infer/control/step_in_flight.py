@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from paged_infer.control.queues import Queues
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.control.step_plan import StepPlan
 from paged_infer.control.trace_step import TraceStep

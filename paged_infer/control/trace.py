@@ -9,7 +9,7 @@ from pathlib import Path
 from paged_infer.control import trace_step
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.perfetto import write_perfetto
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace_step import Event, TraceStep
 
 

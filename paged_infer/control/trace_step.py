@@ -9,7 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 
 
 class Arrive(NamedTuple):  # a new sequence waits

@@ -127,7 +127,7 @@ class DecodeGraphs:
     """Decode steps of up to ``max_rows`` sequences, captured when this is made.
 
     Args:
-        sample: ``kernels.sample.sample``, or None: then tokens are drawn outside, from the logits.
+        sample: ``kernels.sample``, or None: then tokens are drawn outside, from the logits.
         max_rows: the most sequences in a step.
         max_model_len: the longest sequence.
         capture: ``CudaCapture``; what it is given, and its replays, read and write the same tensors each time.

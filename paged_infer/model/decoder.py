@@ -8,7 +8,7 @@ a token reads earlier tokens. Any cache will do.
                                     +-- x + attention(norm(x)):  q, k, v -> cache.attend(layer, q, k, v, step)
                                     +-- x + mlp(norm(x))
 
-The norms take the sums: an addition and the norm after it are one pass over memory (``kernels.ops``).
+The norms take the sums: an addition and the norm after it are one pass over memory (``kernels.op_sets``).
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 _Draw = Callable[[Tensor, Sequence[SamplingRow], int], _Drawn]
 # (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
-Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # see ``kernels.argmax``
+Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # ``kernels.fused.sample.argmax_reference``
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class Sampler:
     """Samples one token for every row. It has no state: the same rows give the same tokens.
 
     Args:
-        kernel: ``kernels.sample.sample``, to draw rows without top_k, top_p and min_p in two launches; None for torch.
+        kernel: ``kernels.sample``, to draw rows without top_k, top_p and min_p in two launches; None for torch.
         argmax: how greedy rows are drawn where ``kernel`` is None.
     """
 

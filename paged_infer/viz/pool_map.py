@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 
 from paged_infer.control.blocks.snapshot import Cell
 from paged_infer.control.blocks.snapshot import pool_cells as held_or_findable
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.control.trace_step import Hold
 from paged_infer.viz.sequence_lives import OWNER_COLOURS, owner_colour, sequence_names

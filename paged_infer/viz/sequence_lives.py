@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.control.trace_step import Adopt, Arrive, Fork, TraceStep
 

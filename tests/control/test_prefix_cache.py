@@ -6,7 +6,8 @@ import pytest
 from scheduling import FakeMemory, Source, add, carry_out, counts, make_scheduler, run
 
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 
 
 def serve(scheduler: Scheduler, *sequences: Sequence) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from paged_infer.control.admission import add_sequences
 from paged_infer.control.request import Request
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.params import SamplingParams
 
 WAITING, RUNNING, SWAPPED, FINISHED = SequenceState

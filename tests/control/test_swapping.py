@@ -8,7 +8,7 @@ from scheduling import FakeMemory, Source, add, carry_out, counts, make_schedule
 from paged_infer.control.blocks.manager import Allocation, BlockManager
 from paged_infer.control.blocks.swap_space import SwapSpace
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 
 
 def swapping_pair(**options) -> tuple[Scheduler, list]:

@@ -16,7 +16,7 @@ from scheduling import EOS, Source, add, carry_out, counts, make_scheduler, run,
 from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import POLICIES, Dynamic, make_policy
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.sequence import SequenceState
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace import Trace
 
 WAITING, RUNNING, SWAPPED, _ = SequenceState

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from paged_infer.control.admission import add_sequences
 from paged_infer.control.request import Request
-from paged_infer.control.sequence import Sequence, SequenceState
+from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence_state import SequenceState
 from paged_infer.outputs import CompletionOutput, Logprob
 from paged_infer.params import SamplingParams
 from paged_infer.text.output_processor import OutputProcessor

@@ -20,7 +20,8 @@ from typing import Any, TypeVar, Unpack
 from paged_infer.config import EngineOptions, lists_options
 from paged_infer.control.trace import Trace
 from paged_infer.engine.engine import LLMEngine, Params, Prompt, StepReport
-from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, Mailbox, QueueFullError
+from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, QueueFullError
+from paged_infer.engine.output_channel import OutputChannel
 from paged_infer.engine.text_queue import TextQueue
 from paged_infer.engine.watchdog import check_timeout
 from paged_infer.llm import LLM
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 
 class AsyncLLM:
-    """Generates for many at once: every caller awaits its own outputs, and one thread steps the engine for all.
+    """Generates for many callers at once: each awaits its own outputs, and one thread steps the engine for all.
 
     Args:
         model: as ``LLM`` takes it.
@@ -70,8 +71,8 @@ class AsyncLLM:
             _ = self.tokenizer.max_token_characters  # cached here: too slow to compute in the event loop
         self.max_num_waiting = limit
         self._thread = EngineThread(self._llm.engine, limit, step_timeout)
-        self._door = threading.Lock()  # requests are numbered and queued in the same order
-        self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _door
+        self._submit_lock = threading.Lock()  # requests are numbered and queued in the same order
+        self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _submit_lock
         self._numbers = itertools.count()
         self._tokenizing = TextQueue()
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._tokenizing)  # at exit, too
@@ -156,24 +157,24 @@ class AsyncLLM:
     ) -> RequestStream:
         """What ``generate`` does before its first output, errors included: afterwards the request is queued.
 
-        Whoever calls this has to ``close`` what it returns.
+        The caller must ``close`` the returned stream.
         """
         params = SamplingParams() if params is None else params
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str) and self.tokenizer is not None:
             if isinstance(params, BeamSearchParams) or params.truncate_prompt_tokens is None:
                 self._llm.engine.check_length(len(prompt))
-            prompt = await self._aside(self.tokenizer.encode, prompt, len(prompt))
-        mailbox = Mailbox(asyncio.get_running_loop())
-        with self._door:
+            prompt = await self._run_in_tokenizer_thread(self.tokenizer.encode, prompt, len(prompt))
+        channel = OutputChannel(asyncio.get_running_loop())
+        with self._submit_lock:
             if request_id is None:
                 request_id = f"request-{next(self._numbers)}"
             if request_id in self._streams:
                 raise ValueError(f"request_id={request_id!r} is already being served")
             request = self._llm.engine.prepare(request_id, prompt, params, cache_salt=cache_salt)
             request.prompt = text
-            self._thread.add(request, mailbox, stream and not isinstance(params, BeamSearchParams))
-            answers = self._streams[request_id] = RequestStream(self, request_id, mailbox)
+            self._thread.add(request, channel, stream and not isinstance(params, BeamSearchParams))
+            answers = self._streams[request_id] = RequestStream(self, request_id, channel)
         return answers
 
     async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]], *, truncates: bool = False) -> list[int]:
@@ -189,9 +190,9 @@ class AsyncLLM:
         if not truncates:
             self._llm.engine.check_length(_num_user_characters(messages))
         num_characters = sum(len(str(message)) for message in messages)
-        return await self._aside(self._llm.chat_prompt, messages, num_characters)
+        return await self._run_in_tokenizer_thread(self._llm.chat_prompt, messages, num_characters)
 
-    async def _aside(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
+    async def _run_in_tokenizer_thread(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
         """``function(text)``; for a long text it runs in the tokenizer thread, see ``TextQueue``."""
         if num_characters <= LONG_TEXT:
             return function(text)
@@ -203,10 +204,10 @@ class AsyncLLM:
         self._thread.abort(request_id)
 
     def _closed(self, answers: RequestStream, is_over: bool) -> None:
-        with self._door:
+        with self._submit_lock:
             if self._streams.get(answers.request_id) is answers:
                 del self._streams[answers.request_id]
-            if not is_over:  # before anybody else can take the id
+            if not is_over:  # before another request can take the id
                 self._thread.abort(answers.request_id)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
@@ -257,10 +258,10 @@ class AsyncLLM:
 class RequestStream:
     """The outputs of one request as an async iterator, for one reader. ``close`` aborts what has not finished."""
 
-    def __init__(self, owner: AsyncLLM, request_id: str, mailbox: Mailbox) -> None:
+    def __init__(self, owner: AsyncLLM, request_id: str, channel: OutputChannel) -> None:
         self.request_id = request_id
         self._owner = owner
-        self._mailbox = mailbox
+        self._channel = channel
         self._is_over = False
 
     def __aiter__(self) -> RequestStream:
@@ -270,7 +271,7 @@ class RequestStream:
         if self._is_over:
             raise StopAsyncIteration
         try:
-            output = await self._mailbox.get()
+            output = await self._channel.get()
         except asyncio.CancelledError:
             raise
         except Exception:
@@ -291,12 +292,12 @@ class RequestStream:
 
 def _num_user_characters(messages: ReadOnlyList[Mapping[str, str]]) -> int:
     """Length of the user messages, stripped: every template renders those whole, while it may cut an assistant's."""
-    said = (one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user")
-    return sum(len(content.strip()) for content in said if isinstance(content, str))
+    contents = (one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user")
+    return sum(len(content.strip()) for content in contents if isinstance(content, str))
 
 
 def _stop(thread: EngineThread, tokenizing: TextQueue) -> None:
-    """Nobody will ask any more, or the interpreter is about to go: not in the middle of a step."""
+    """At garbage collection or interpreter exit: stop the thread, but not in the middle of a step."""
     thread.stop()
     if threading.current_thread() is not thread._thread:
         thread.join(LAST_STEP_S)

@@ -339,8 +339,8 @@ def test_what_a_step_tells_one_loop_crosses_in_one_call(serve) -> None:
 def test_a_reader_that_does_not_keep_up_gets_the_newest_and_costs_no_memory(serve) -> None:
     async def scenario(engine: AsyncLLM) -> None:
         answers = await engine.submit([5], GREEDY)
-        mailbox = answers._mailbox
-        await until(lambda: isinstance(mailbox.newest, RequestOutput) and mailbox.newest.finished)
+        channel = answers._channel
+        await until(lambda: isinstance(channel.latest, RequestOutput) and channel.latest.finished)
         outputs = [output async for output in answers]
         assert len(outputs) == 1 and len(outputs[0].outputs[0].token_ids) == 8
 
@@ -465,7 +465,7 @@ def test_a_storm_of_readers_that_leave_at_any_moment_leaves_nothing_behind(serve
         await until_idle(engine)
         await engine.check_integrity()
         assert engine.stats()["num_waiting"] == engine.stats()["num_running"] == 0
-        assert not engine._streams and not engine._thread._mailboxes
+        assert not engine._streams and not engine._thread._channels
 
     serve(scenario, max_num_waiting=100)
 

@@ -2,10 +2,10 @@
 
     any thread                      this thread                              an event loop
     ----------                      -----------                              -------------
-    add / abort / call  --inbox-->  [commands, one step, report] repeated  --one call a step-->  Mailbox --> its reader
+    add / abort / call  --inbox-->  [commands, one step, report] repeated  --one call a step-->  OutputChannel
 
-Commands take effect between two steps, in the order in which they were given. After a step, all that it has to tell
-one event loop crosses over in a single ``call_soon_threadsafe``, however many requests it moved.
+Commands take effect between two steps, in the order in which they were given. After a step, all outputs for one event
+loop are delivered by a single ``call_soon_threadsafe``, however many requests they belong to.
 
 A step that does not return cannot be stopped, only abandoned (``abandon``): another thread ends every request with an
 error, and the engine, whose step may still run, is not used again.
@@ -25,52 +25,24 @@ from typing import Any
 
 from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.output_channel import Delivery, OutputChannel, put_all
 from paged_infer.engine.watchdog import Watchdog
-from paged_infer.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
 
 
 class EngineDeadError(RuntimeError):
-    """The engine serves no more: a step of it has failed (``__cause__`` says how), or it has been shut down."""
+    """The engine has stopped: a step has failed (see ``__cause__``), or it has been shut down or abandoned."""
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may wait. The same request may be welcome a moment later."""
-
-
-@dataclass(slots=True, eq=False)
-class Mailbox:
-    """Where the newest output of one request lies until it is read. Lives in its reader's event loop.
-
-    Outputs are cumulative, so a newer one takes the place of one that nobody has read: a slow reader costs no memory.
-    """
-
-    loop: asyncio.AbstractEventLoop
-    newest: RequestOutput | Exception | None = None
-    _reader: asyncio.Future[None] | None = None
-
-    def put(self, item: RequestOutput | Exception) -> None:
-        self.newest = item
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    async def get(self) -> RequestOutput:
-        """The newest output, once there is one; raises what came in its place."""
-        if self.newest is None:
-            self._reader = self.loop.create_future()
-            await self._reader
-        item, self.newest, self._reader = self.newest, None, None
-        assert item is not None
-        if isinstance(item, Exception):
-            raise item
-        return item
+    """The queue is full. The same request may be accepted a moment later."""
 
 
 @dataclass(slots=True)
 class _Add:
     request: Request
-    mailbox: Mailbox
+    channel: OutputChannel
     streamed: bool
 
 
@@ -89,7 +61,7 @@ class EngineThread:
     """Steps ``engine`` in a thread of its own while there is work, and sleeps otherwise.
 
     Args:
-        engine: nobody else may touch it from now on, except to ``prepare`` requests, one at a time.
+        engine: used by this thread alone from now on, except to ``prepare`` requests, one at a time.
         max_num_waiting: most sequences (samples or beams) that may wait, those preempted included, when one more
             request is added.
         step_timeout_s: the longest that a step, with the commands before it, may take; then it is abandoned. None: no
@@ -109,7 +81,7 @@ class EngineThread:
         self._num_waiting = 0  # sequences in the engine, as they stood when it last did something, and in the inbox
         self._taken: list[_Add | _Abort | _Call] = []  # taken from the inbox, perhaps not yet carried out
         self._stopping = False
-        self._mailboxes: dict[str, Mailbox] = {}  # changed by the thread alone
+        self._channels: dict[str, OutputChannel] = {}  # changed by the thread alone
         hung = f"a step has taken longer than step_timeout={step_timeout_s} s"
         self.watchdog = Watchdog(step_timeout_s, lambda: self.abandon(hung))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,12 +89,12 @@ class EngineThread:
 
     # -- from any thread --------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, mailbox: Mailbox, streamed: bool) -> None:
-        """Queue a prepared request; what becomes of it comes into ``mailbox``.
+    def add(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
+        """Queue a prepared request; its outputs come through ``channel``.
 
         Raises:
             QueueFullError: too many wait.
-            EngineDeadError: nobody will serve it.
+            EngineDeadError: the engine has stopped.
         """
         with self._wake:
             self.check_alive()
@@ -131,10 +103,10 @@ class EngineThread:
                     f"{self._num_waiting} sequences wait already: max_num_waiting={self._max_num_waiting}"
                 )
             self._num_waiting += len(request.sequences)
-            self._post(_Add(request, mailbox, streamed))
+            self._post(_Add(request, channel, streamed))
 
     def abort(self, request_id: str) -> None:
-        """End the request, if it is still served; its mailbox gets what there is, with finish_reason "abort"."""
+        """End the request, if it is still served; its reader gets the output so far, with finish_reason "abort"."""
         with self._wake:
             if not self.gone.is_set():
                 self._post(_Abort(request_id))
@@ -180,8 +152,8 @@ class EngineThread:
             commands, self._inbox = [*self._taken, *self._inbox], []
             self.gone.set()
         logger.error("%s", self.error)
-        mailboxes = {*self._mailboxes.values(), *(c.mailbox for c in commands if isinstance(c, _Add))}
-        self._deliver([(mailbox, self._dead()) for mailbox in mailboxes])
+        channels = {*self._channels.values(), *(c.channel for c in commands if isinstance(c, _Add))}
+        self._deliver([(channel, self._dead()) for channel in channels])
         for command in commands:
             if isinstance(command, _Call):
                 with contextlib.suppress(InvalidStateError):  # already answered
@@ -200,7 +172,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._process_commands():
                 if self.engine.has_unfinished_requests:
                     report = self.engine.step(self._sleep)
                     self._recount()
@@ -210,19 +182,19 @@ class EngineThread:
             logger.exception("the engine has failed")
             died = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
             died.__cause__ = error
-            self._die(died)
+            self._fail_all(died)
         else:
-            self._die(None)
+            self._fail_all(None)
 
     def _sleep(self, seconds: float) -> None:
-        """While the policy waits for a batch to fill: whoever comes ends the nap."""
+        """Wait while the policy lets a batch fill; a new command ends the wait."""
         self.watchdog.pause()
         with self._wake:
             if not self._inbox and not self._stopping:
                 self._wake.wait(seconds)
         self.watchdog.begin()
 
-    def _obey(self) -> bool:
+    def _process_commands(self) -> bool:
         """Wait for work, and carry out the commands that have come. False when it is time to end."""
         self.watchdog.pause()
         with self._wake:
@@ -241,7 +213,7 @@ class EngineThread:
                 self._answer(command)
         self._taken = []
         if self._stopping:
-            for request_id in list(self._mailboxes):
+            for request_id in list(self._channels):
                 self._abort(request_id)
         self._recount()
         return self.error is None or self.engine.has_unfinished_requests
@@ -253,13 +225,13 @@ class EngineThread:
             self._num_waiting = len(self.engine.scheduler.waiting) + coming
 
     def _submit(self, command: _Add) -> None:
-        request_id, mailbox = command.request.request_id, command.mailbox
+        request_id, channel = command.request.request_id, command.channel
         try:
             self.engine.submit(command.request, streamed=command.streamed)
         except ValueError as error:
-            self._deliver([(mailbox, error)])
+            self._deliver([(channel, error)])
         else:
-            self._mailboxes[request_id] = mailbox
+            self._channels[request_id] = channel
 
     def _abort(self, request_id: str) -> None:
         output = self.engine.abort(request_id)
@@ -267,7 +239,7 @@ class EngineThread:
             self._report(StepReport([output], now=time.perf_counter()))
 
     def _answer(self, command: _Call) -> None:
-        if not command.answer.set_running_or_notify_cancel():  # whoever asked has gone
+        if not command.answer.set_running_or_notify_cancel():  # cancelled by its caller
             return
         try:
             result = command.function(self.engine)
@@ -279,39 +251,39 @@ class EngineThread:
                 command.answer.set_result(result)
 
     def _report(self, report: StepReport) -> None:
-        letters: list[tuple[Mailbox, RequestOutput | Exception]] = []
+        deliveries: list[Delivery] = []
         for output in report.outputs:
-            get = self._mailboxes.pop if output.finished else self._mailboxes.__getitem__
-            letters.append((get(output.request_id), output))
+            get = self._channels.pop if output.finished else self._channels.__getitem__
+            deliveries.append((get(output.request_id), output))
         for observer in list(self.observers):
             try:
                 observer(report)
-            except Exception:  # who only looks on must not cost anybody an answer
-                logger.exception("an observer has failed and is told no more")
+            except Exception:  # a failed observer must not cost a request its output
+                logger.exception("an observer has failed and is removed")
                 self.observers.remove(observer)
-        self._deliver(letters)  # last, so that whoever holds an answer finds it counted
+        self._deliver(deliveries)  # last: a request's metrics are counted before its reader gets the output
 
-    def _deliver(self, letters: list[tuple[Mailbox, RequestOutput | Exception]]) -> None:
+    def _deliver(self, deliveries: list[Delivery]) -> None:
         """One call for each event loop that has a reader among them: usually one."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, RequestOutput | Exception]]] = {}
-        for letter in letters:
-            by_loop.setdefault(letter[0].loop, []).append(letter)
-        for loop, bundle in by_loop.items():
+        by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
+        for delivery in deliveries:
+            by_loop.setdefault(delivery[0].loop, []).append(delivery)
+        for loop, of_loop in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put_all, bundle)
-            except RuntimeError:  # the loop is closed: its readers are gone, and what they asked for with them
+                loop.call_soon_threadsafe(put_all, of_loop)
+            except RuntimeError:  # the loop is closed, so its readers are gone: abort their requests
                 if self.is_abandoned:
                     continue
-                for request_id in [i for i, mailbox in self._mailboxes.items() if mailbox.loop is loop]:
-                    del self._mailboxes[request_id]
+                for request_id in [i for i, channel in self._channels.items() if channel.loop is loop]:
+                    del self._channels[request_id]
                     self.engine.abort(request_id)
 
-    def _die(self, died: EngineDeadError | None) -> None:
-        """Leave nobody waiting: not who is served, not who has just come, not who asks from now on."""
+    def _fail_all(self, died: EngineDeadError | None) -> None:
+        """End every request and command, those still in the inbox included; later ones are refused."""
         self.watchdog.close()
         with self._wake:
-            self.error = died or self.error  # from here on nobody is added
-        for request_id in self._mailboxes:
+            self.error = died or self.error  # from here on no request is added
+        for request_id in self._channels:
             try:
                 self.engine.abort(request_id)
             except Exception:
@@ -322,20 +294,15 @@ class EngineThread:
             self.gone.set()
         if self.is_abandoned:  # abandon() has already ended every request
             return
-        orphans = [*self._mailboxes.values(), *(c.mailbox for c in commands if isinstance(c, _Add))]
-        self._mailboxes.clear()
-        self._deliver([(mailbox, self._dead()) for mailbox in orphans])
+        orphaned = [*self._channels.values(), *(c.channel for c in commands if isinstance(c, _Add))]
+        self._channels.clear()
+        self._deliver([(channel, self._dead()) for channel in orphaned])
         for command in commands:
             if isinstance(command, _Call):
                 self._answer(command)
 
     def _dead(self) -> EngineDeadError:
-        """An exception of its own for everybody who is told: one raised in many tasks would grow their tracebacks."""
+        """A new exception for each reader: one that is raised in many tasks collects all their tracebacks."""
         one = EngineDeadError(str(self.error))
         one.__cause__ = self.error.__cause__ if self.error else None
         return one
-
-
-def _put_all(letters: list[tuple[Mailbox, RequestOutput | Exception]]) -> None:
-    for mailbox, item in letters:
-        mailbox.put(item)

@@ -51,7 +51,7 @@ def test_hundreds_that_leave_in_mid_stream_leave_nothing_behind() -> None:
 
         assert asyncio.run(main()) == 300
         served.check_idle()
-        assert not served.engine._streams and not served.engine._thread._mailboxes
+        assert not served.engine._streams and not served.engine._thread._channels
         assert served.complete(prompt="Once", max_tokens=3)["usage"]["completion_tokens"] == 3
 
 

@@ -279,9 +279,8 @@ class Scheduler:
             return
         self.manager.roll_back()
         self.manager.transfers = BlockTransfers()  # planning itself may have failed
-        for sequence in dict.fromkeys(
-            one for loser in lost for one in loser.sequence_group
-        ):  # arrival order on every machine
+        group = (one for loser in lost for one in loser.sequence_group)
+        for sequence in dict.fromkeys(group):  # not a set: every rank that runs this must free blocks in one order
             self.queues.restart(sequence)
         self.queues.release_draining()
 

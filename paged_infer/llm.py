@@ -1,4 +1,4 @@
-"""LLM: the door for offline use."""
+"""LLM: generation in one process, without a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from paged_infer.values import as_integer, as_token_ids
 
 
 class LLM:
-    """A model that tells what comes next, through paged memory and continuous batching.
+    """A model that generates text, through paged memory and continuous batching.
 
     >>> llm = LLM()                                              # the bundled storyteller
     >>> llm.generate("Once upon a time")[0].outputs[0].text      # doctest: +SKIP

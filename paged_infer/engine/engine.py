@@ -94,13 +94,13 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._live)
 
-    # -- the door ---------------------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------------------
 
     def prepare(self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None) -> Request:
         """Check and tokenize a request without queueing it.
 
-        Requests share cached blocks only with those of the same ``cache_salt``: what one tenant has asked cannot be
-        told from how fast another's answer begins.
+        Requests share cached blocks only with those of the same ``cache_salt``, so that the latency of one tenant's
+        requests reveals nothing about another's prompts.
 
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
@@ -181,7 +181,7 @@ class LLMEngine:
         self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
     def serves(self, request: Request) -> bool:
-        """Whether it is this very request that is under way, and not another of its id."""
+        """Whether this very request is being served, and not another of the same id."""
         return request.request_id in self._live and self._live[request.request_id].request is request
 
     @defer_sigint()
@@ -308,7 +308,7 @@ class LLMEngine:
         self.usage.record(pool.num_used * block_size, stored, pool.num_references * block_size)
 
     def _output(self, live: _Live) -> RequestOutput:
-        """The request as it stands. One whose text cannot be made ends, or has ended, with the text that there is."""
+        """The request's output so far. If its tokens cannot be decoded, it ends with the text decoded before."""
         try:
             return request_output(live.request, live.completions, live.prompt_logprobs)
         except Exception as error:  # a tokenizer can raise anything

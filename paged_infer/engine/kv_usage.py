@@ -15,7 +15,7 @@ class KVUsage:
     unshared_slot_steps: int = 0
 
     def record(self, num_slots: int, num_tokens: int, num_unshared_slots: int | None = None) -> None:
-        """``num_unshared_slots``: those that would be held if everybody had their own; None where everybody has."""
+        """``num_unshared_slots``: slots that would be held without sharing; None where nothing is shared."""
         self.peak_slots = max(self.peak_slots, num_slots)
         self.slot_steps += num_slots
         self.token_steps += num_tokens

@@ -3,13 +3,13 @@
     step           A: t7 + 3 places     B: 5 tokens of its prompt
     draft model    A: t7 -> a           B: the same 5          a forward pass of all that is known, in its own cache,
                    A: a -> b                                   and one for each draft; the last one only
-                   A: b -> c                                   stores keys and values: if all are accepted, nobody
-                   A: c                                        computes c here again
+                   A: b -> c                                   stores keys and values: if all are accepted, c is
+                   A: c                                        not computed here again
     step, filled   A: t7 a b c          B: 5 tokens
 
 Its cache has the shape of the large one's pool: the same blocks, tables, copies and swaps, and it computes whatever the
 large one computes. So what holds for a block there holds for it here, too (shared, found by its hash, swapped out and
-in), and nobody keeps a second set of books.
+in), and no second block manager is needed.
 
 It draws with the sequence's own parameters and noise: where the two models' distributions are alike, so are the draws.
 Two independent draws would be the same only with probability sum(p_i q_i), which is small even where p = q.
@@ -54,7 +54,7 @@ def load_draft(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | Non
 
 
 class DraftModel:
-    """Fills in the drafts of scheduled steps; see ``ModelRunner``, whose steps it sees first."""
+    """Fills in the drafts of scheduled steps; it gets every step before the ``ModelRunner`` does."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
         """``cache``: as many blocks, of as many tokens, as the large model's."""
@@ -78,7 +78,7 @@ class DraftModel:
             drawn = result.token_ids
             for sequence_id, token_id in drawn.items():
                 drafts[sequence_id].append(max(0, token_id))
-            now = [_behind(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
+            now = [_after_drafts(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
             transfers = BlockTransfers()
         filled = [
             replace(s, token_ids=[*s.token_ids[: s.num_known_tokens], *drafts[s.sequence_id]]) if s.num_drafts else s
@@ -98,7 +98,7 @@ def _known(sequence: ScheduledSequence) -> ScheduledSequence:
     )
 
 
-def _behind(sequence: ScheduledSequence, drafts: list[int]) -> ScheduledSequence:
+def _after_drafts(sequence: ScheduledSequence, drafts: list[int]) -> ScheduledSequence:
     """The last of the drafts, after which the next is drawn, if more are wanted."""
     assert isinstance(sequence.sample, SamplingRow)
     is_last = len(drafts) == sequence.num_drafts

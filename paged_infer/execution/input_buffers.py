@@ -7,7 +7,7 @@
 A captured graph reads and writes the addresses that it was captured with, so its inputs and outputs stay where they are
 for the engine's life. The host has two copies, taken in turn: the device may still be fetching the one of the step
 before while the next step is packed. A batch smaller than the graph is filled up with rows of length 0 and slot -1,
-which read nothing, store nothing, and whose token nobody asks for.
+which read nothing, store nothing, and their tokens are ignored.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def plan_memory(
     """Fill in what the options leave open.
 
     Args:
-        profile: what a GPU has left. None: on a CPU, or where ``num_blocks`` says how large the pool is.
+        profile: what a GPU has left. None: on a CPU, or where ``num_blocks`` sets the size of the pool.
         draft: a model that drafts, with a cache of as many blocks.
 
     Raises:

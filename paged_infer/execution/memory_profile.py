@@ -1,4 +1,4 @@
-"""What a GPU's memory goes to beside the block pool, measured by running what needs the most of it.
+"""What a GPU's memory is used for besides the block pool, measured by running what needs the most of it.
 
     gpu_memory_utilization x total    [ weights | activations | logits, sampling | graphs |      block pool      ]
                                         loaded    the largest step   the costliest    the      what is left
@@ -102,7 +102,7 @@ class MemoryProfile:
 
 @dataclass(frozen=True, slots=True)
 class MemoryProfiler:
-    """Opened before the weights are loaded, so that they can be told from what was there before."""
+    """Measures a model's memory. Started before its weights are loaded, to leave out what was allocated before."""
 
     meter: Meter
     free: int

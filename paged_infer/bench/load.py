@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.metrics import TokenTimes
@@ -63,22 +64,6 @@ class StepCost:
 
     def __call__(self, num_tokens: int) -> float:
         return self.per_step_s + self.per_token_s * num_tokens
-
-
-class SteppedSystem(Protocol):
-    """A system that runs step by step, on a clock of its own; a step returns the sequences with a new token."""
-
-    @property
-    def now_s(self) -> float: ...
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def submit(self, lengths: RequestLengths) -> Sequence: ...
-
-    def step(self, next_arrival_s: float) -> Iterable[Sequence]: ...
-
-    def wait_until(self, moment_s: float) -> None: ...
 
 
 class SimulatedSystem:
@@ -155,6 +140,9 @@ class EngineSystem:
         time.sleep(max(0.0, moment_s - self.now_s))
 
 
+SteppedSystem = SimulatedSystem | EngineSystem  # on a clock of its own; a step returns the sequences with a new token
+
+
 def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None) -> list[TokenTimes]:
     """Submit each request when it is due (after the step that runs at that time), and run until all have ended.
 
@@ -164,32 +152,25 @@ def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: i
     """
     begin_s = server.now_s  # an engine's clock runs while it loads
     times = [TokenTimes(arrival.at_s + begin_s, arrival.lengths.num_prompt) for arrival in arrivals]
+    waiting = deque(zip(times, arrivals, strict=True))
     of_sequence: dict[int, TokenTimes] = {}
-    pending: set[int] = set()
-    num_submitted = 0
-
-    def comes_next() -> bool:
-        if num_submitted == len(times) or times[num_submitted].arrived_s > server.now_s:
-            return False
-        return num_clients is None or len(pending) < num_clients
-
-    while num_submitted < len(times) or server.has_work:
-        while comes_next():
-            one = times[num_submitted]
+    running: set[int] = set()
+    while waiting or server.has_work:
+        while waiting and waiting[0][0].arrived_s <= server.now_s and len(running) != num_clients:  # None: no limit
+            one, arrival = waiting.popleft()
             if num_clients is not None:
                 one.arrived_s = server.now_s
-            sequence = server.submit(arrivals[num_submitted].lengths)
-            of_sequence[sequence.sequence_id] = one
-            pending.add(sequence.sequence_id)
-            num_submitted += 1
-        next_s = times[num_submitted].arrived_s if num_submitted < len(times) else float("inf")
+            sequence_id = server.submit(arrival.lengths).sequence_id
+            of_sequence[sequence_id] = one
+            running.add(sequence_id)
+        next_s = waiting[0][0].arrived_s if waiting else float("inf")
         if not server.has_work:
             server.wait_until(next_s)
             continue
         for sequence in server.step(next_s):
             of_sequence[sequence.sequence_id].token_s.append(server.now_s)
             if sequence.is_finished:
-                pending.discard(sequence.sequence_id)
+                running.discard(sequence.sequence_id)
     for one in times:
         one.arrived_s -= begin_s
         one.token_s = [moment - begin_s for moment in one.token_s]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -17,7 +16,7 @@ from typing import Any
 from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import SteppedSystem
 from paged_infer.bench.report import JsonReport
-from paged_infer.bench.scheduling.policies import COST, SIMULATED, PolicyOptions, served_by_model, simulated
+from paged_infer.bench.scheduling.policies import SIMULATED, PolicyOptions, open_systems
 from paged_infer.bench.shapes import folder_of
 from paged_infer.execution.machine import describe_machine
 
@@ -109,15 +108,9 @@ def run_arrival(simulate: bool, num_running: int, num_prompt_tokens: int, chunks
             f"a step of {smallest} tokens with {num_running} running requests: at least {2 * num_running} are needed"
         )
     longest = longest_sequence(policies, num_running, num_prompt_tokens)
-    with ExitStack() as stack:
-        if simulate:
-            served_by, machine = SIMULATED, {}
-            systems: list[SteppedSystem] = [simulated(one, COST, num_running + 1, longest) for one in policies]
-        else:
-            served_by, machine = "random 3M decoder", describe_machine()
-            model = stack.enter_context(folder_of("qwen3-3m", "dummy"))
-            options = {"load_format": "dummy", "max_model_len": longest}
-            systems = [served_by_model(one, num_running + 1, model, **options) for one in policies]
+    served_by, machine = (SIMULATED, {}) if simulate else ("random 3M decoder", describe_machine())
+    with folder_of("qwen3-3m", "dummy") as model:
+        systems = open_systems(policies, simulate, num_running + 1, longest, model=model, load_format="dummy")
         runs = [
             watch_arrival(policy, system, num_running, num_prompt_tokens, longest - RUNNING_PROMPT)
             for policy, system in zip(policies, systems, strict=True)

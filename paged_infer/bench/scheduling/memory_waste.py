@@ -102,8 +102,8 @@ class PagedRun:
             if self.scheduler.waiting and num_ended >= num_to_end:
                 self._measure(step)
             num_ended += sum(one.is_finished for one in carry_out(self.scheduler, step))
-        self.use.preemptions = self.scheduler.stats.preemptions
-        if not self.use.steps:
+        self.use["preemptions"] = self.scheduler.stats.preemptions
+        if not self.use["steps"]:
             raise ValueError(
                 f"{len(requests)} requests are too few: none waits for {num_slots} slots any more when half have ended"
             )
@@ -121,7 +121,8 @@ class PagedRun:
             reserved += min(len(table) * manager.block_size, sequence.max_total_tokens - 1) - num_stored
         reserved = min(reserved, held - tokens)  # forks of one prompt share the slots that each will fill
         self.held_blocks += manager.pool.num_used
-        self.use.record(
+        self.use.update(
+            steps=1,
             slots=self.num_slots,
             tokens=tokens,
             reserved=reserved,
@@ -136,7 +137,7 @@ def measure_strategies(requests: ReadOnlyList[RequestLengths], num_slots: int, b
     uses = {name: reserve_contiguously(requests, num_slots, ask) for name, ask in RESERVATIONS.items()}
     uses["paged"] = PagedRun(requests, num_slots, block_size).use
     return [
-        StrategyReport(name, **use.shares, fill=use.fill, mean_running=use.mean_running, preemptions=use.preemptions)
+        StrategyReport(name, **use.shares, fill=use.fill, mean_running=use.mean_running, preemptions=use["preemptions"])
         for name, use in uses.items()
     ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from paged_infer.bench import report
@@ -108,35 +107,43 @@ def all_policies(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) 
     ]
 
 
-def simulated(
-    policy: PolicyOptions, cost: StepCost, max_num_seqs: int, max_model_len: int, num_blocks: int | None = None
-) -> SimulatedSystem:
-    """A pool that holds ``max_num_seqs`` sequences of ``max_model_len`` tokens, or ``num_blocks``."""
+def simulated(policy: PolicyOptions, cost: StepCost, max_num_seqs: int, max_model_len: int) -> SimulatedSystem:
+    """With a pool that holds ``max_num_seqs`` sequences of ``max_model_len`` tokens."""
     scheduling = make_policy(policy.policy, policy.delay_factor)
     check_budget(scheduling, policy.max_num_batched_tokens, max_model_len)
-    manager = BlockManager(num_blocks or max_num_seqs * -(-max_model_len // 16), 16)
+    manager = BlockManager(max_num_seqs * -(-max_model_len // 16), 16)
     scheduler = Scheduler(manager, max_num_seqs, policy.max_num_batched_tokens, policy=scheduling)
     return SimulatedSystem(scheduler, cost, max_model_len)
 
 
 def served_by_model(
-    policy: PolicyOptions, max_num_seqs: int, model: str | Path | None = None, **options: Any
+    policy: PolicyOptions, max_num_seqs: int, max_model_len: int, model: str | None = None, **options: Any
 ) -> EngineSystem:
     """A new engine, warmed up on a few requests."""
     from paged_infer.cli_options import open_llm
 
     llm = open_llm(
-        None if model is None else str(model),
+        model,
         scheduling_policy=policy.policy,
         scheduler_delay_factor=policy.delay_factor,
         max_num_batched_tokens=policy.max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
         **options,
     )
     server = EngineSystem(llm.engine)
-    longest = min(policy.max_num_batched_tokens, llm.engine.memory.max_model_len) // 2
+    longest = min(policy.max_num_batched_tokens, max_model_len) // 2
     serve(server, poisson_arrivals(4, 1000.0, (longest, longest), (4, 4), seed=-1))
     return server
+
+
+def open_systems(
+    policies: Iterable[PolicyOptions], simulate: bool, max_num_seqs: int, max_model_len: int, **model: Any
+) -> list[SteppedSystem]:
+    """A system for each policy: simulated with ``COST``, or a new engine on a model, the storyteller by default."""
+    if simulate:
+        return [simulated(one, COST, max_num_seqs, max_model_len) for one in policies]
+    return [served_by_model(one, max_num_seqs, max_model_len, **model) for one in policies]
 
 
 def report_policy(policy: PolicyOptions, times: ReadOnlyList[TokenTimes]) -> PolicyReport:
@@ -179,12 +186,7 @@ def run_policies(
     load = replace(usual, num_requests=num_requests, per_s=per_s or usual.per_s, seed=seed)
     policies = all_policies(whole_tokens, chunk_tokens or whole_tokens // 4, delays)
     machine, served_by = ({}, SIMULATED) if simulate else (describe_machine(), "storyteller")
-    systems: list[SteppedSystem] = [
-        simulated(one, COST, max_num_seqs, whole_tokens)
-        if simulate
-        else served_by_model(one, max_num_seqs, max_model_len=whole_tokens)
-        for one in policies
-    ]
+    systems = open_systems(policies, simulate, max_num_seqs, whole_tokens)
     arrivals = load.arrivals()
     reports = [report_policy(one, serve(system, arrivals)) for one, system in zip(policies, systems, strict=True)]
     return PoliciesReport(load, max_num_seqs, served_by, machine, reports)

@@ -10,7 +10,7 @@ assumes a rough prediction of its length; ``oracle``, exactly what will be used,
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -74,53 +74,39 @@ class BuddyMemory:
         return sum(size * len(starts) for size, starts in self._free.items())
 
 
-@dataclass(slots=True)
-class MemoryUse:
-    """The use of every slot in every step that was measured: four shares of ``slots`` that add up to all of it.
+class MemoryUse(Counter[str]):
+    """The use of every slot, counted in slots and summed over the steps that were measured.
 
-    Counts are slots, summed over the steps.
+    slots       of the memory
+    tokens      hold a token
+    reserved    will hold a token of their request
+    internal    belong to a request that will never use them
+    held        belong to a request; with the rounding of a buddy's chunk
+
+    And ``sequences``, summed over ``steps``; and ``preemptions``.
     """
-
-    slots: int = 0
-    tokens: int = 0  # hold a token
-    reserved: int = 0  # will hold a token of their request
-    internal: int = 0  # belong to a request that will never use them
-    held: int = 0  # belong to a request; with the rounding of a buddy's chunk
-    sequences: int = 0
-    steps: int = 0
-    preemptions: int = 0
-
-    def record(self, *, slots: int, tokens: int, reserved: int, internal: int, held: int, sequences: int) -> None:
-        self.slots += slots
-        self.tokens += tokens
-        self.reserved += reserved
-        self.internal += internal
-        self.held += held
-        self.sequences += sequences
-        self.steps += 1
 
     @property
     def shares(self) -> dict[str, float]:
         """Of the whole memory. ``external`` is the rest: rounding, holes that are too small, the watermark."""
-        external = self.slots - self.tokens - self.reserved - self.internal
-        parts = {"tokens": self.tokens, "reserved": self.reserved, "internal": self.internal, "external": external}
-        return {name: number / self.slots for name, number in parts.items()}
+        parts = {name: self[name] for name in ("tokens", "reserved", "internal")}
+        parts["external"] = self["slots"] - sum(parts.values())
+        return {name: number / self["slots"] for name, number in parts.items()}
 
     @property
     def fill(self) -> float:
         """Share of the slots in use that hold a token."""
-        return self.tokens / self.held
+        return self["tokens"] / self["held"]
 
     @property
     def mean_running(self) -> float:
-        return self.sequences / self.steps
+        return self["sequences"] / self["steps"]
 
 
 @dataclass(slots=True)
 class _Running:
     request: RequestLengths
     start: int
-    asked: int
     stored: int
 
 
@@ -139,25 +125,24 @@ def reserve_contiguously(
     while waiting:
         while waiting and (start := memory.take(ask(waiting[0]))) is not None:
             request = waiting.popleft()
-            running.append(_Running(request, start, ask(request), request.num_prompt))
+            running.append(_Running(request, start, request.num_prompt))
         if not running:
             raise ValueError(f"{ask(waiting[0])} slots in one chunk: a memory of {num_slots} slots has none")
         if waiting and num_ended >= num_to_end:
-            use.record(
+            use.update(
+                steps=1,
                 slots=num_slots,
                 tokens=sum(one.stored for one in running),
                 reserved=sum(one.request.num_stored - one.stored for one in running),
-                internal=sum(one.asked - one.request.num_stored for one in running),
+                internal=sum(ask(one.request) - one.request.num_stored for one in running),
                 held=sum(memory.size_of(one.start) for one in running),
                 sequences=len(running),
             )
-        staying = []
         for one in running:
-            if one.stored < one.request.num_stored:
-                one.stored += 1
-                staying.append(one)
-            else:
-                memory.free(one.start)
-                num_ended += 1
-        running = staying
+            one.stored += 1
+        ended = [one for one in running if one.stored > one.request.num_stored]
+        running = [one for one in running if one.stored <= one.request.num_stored]
+        for one in ended:
+            memory.free(one.start)
+        num_ended += len(ended)
     return use

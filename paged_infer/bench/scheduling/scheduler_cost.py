@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median, quantiles
 from typing import Any
 
@@ -82,10 +83,11 @@ class ControlReport(JsonReport):
 
 
 class FullScheduler:
-    """A scheduler whose ``num_seqs`` places are taken in every step."""
+    """A scheduler whose ``num_seqs`` places are taken in every step, and the seconds of its timed steps."""
 
     def __init__(self, num_blocks: int, num_seqs: int, seed: int, *, traced: bool) -> None:
         self.num_seqs = num_seqs
+        self.seconds: list[float] = []
         self._rng = random.Random(seed)
         self._factory = RequestFactory(MAX_MODEL_LEN)
         self._beginnings = [[10 + topic] * 2 * BLOCK_SIZE for topic in range(8)]
@@ -141,29 +143,22 @@ class FullScheduler:
 
 def measure_pools(num_blocks: ReadOnlyList[int], num_seqs: int, num_steps: int, seed: int) -> list[PoolReport]:
     """Each pool plain and traced, all of them one step after the other, so that they get the same load."""
-    schedulers = [
+    pairs = [
         (FullScheduler(n, num_seqs, seed, traced=False), FullScheduler(n, num_seqs, seed, traced=True))
         for n in num_blocks
     ]
-    for pair in schedulers:
-        for one in pair:
-            one.open()
-    before = [plain.report_counts() for plain, _ in schedulers]
-    seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in schedulers]
+    for one in chain(*pairs):
+        one.open()
+    before = [plain.report_counts() for plain, _ in pairs]
     for number in range(num_steps):
-        for pair, (plain_s, traced_s) in zip(schedulers, seconds, strict=True):
-            order = ((pair[0], plain_s), (pair[1], traced_s))
-            for one, times in order if number % 2 else order[::-1]:
-                times.append(one.step())
-    return [
-        _report(plain, counts, plain_s, traced_s)
-        for (plain, _), counts, (plain_s, traced_s) in zip(schedulers, before, seconds, strict=True)
-    ]
+        for pair in pairs:
+            for one in pair if number % 2 else pair[::-1]:
+                one.seconds.append(one.step())
+    return [_report(*pair, counts) for pair, counts in zip(pairs, before, strict=True)]
 
 
-def _report(
-    full: FullScheduler, before: tuple[int, int, int], plain_s: list[float], traced_s: list[float]
-) -> PoolReport:
+def _report(full: FullScheduler, traced: FullScheduler, before: tuple[int, int, int]) -> PoolReport:
+    plain_s, traced_s = full.seconds, traced.seconds
     num_steps = len(plain_s)
     evictions, hits, preemptions = (now - then for now, then in zip(full.report_counts(), before, strict=True))
     return PoolReport(
@@ -184,10 +179,10 @@ def measure_lookups(prompts: ReadOnlyList[int] = PROMPTS, repeats: int = 15) -> 
     """Hash and find the blocks of prompts that are all cached, then one more block of each."""
     manager = BlockManager(2 * max(prompts) // BLOCK_SIZE, BLOCK_SIZE)
     tokens = list(range(max(prompts) + BLOCK_SIZE))
-    chain: list[bytes] = []
-    extend_chain(chain, root_hash(None), tokens, BLOCK_SIZE)
-    manager.reserve(0, 0, len(chain) * BLOCK_SIZE)
-    manager.publish(0, chain, 0, len(chain))
+    hashes: list[bytes] = []
+    extend_chain(hashes, root_hash(None), tokens, BLOCK_SIZE)
+    manager.reserve(0, 0, len(hashes) * BLOCK_SIZE)
+    manager.publish(0, hashes, 0, len(hashes))
     reports = []
     for num_tokens in prompts:
         first, more = [], []
@@ -210,6 +205,7 @@ def measure_lookups(prompts: ReadOnlyList[int] = PROMPTS, repeats: int = 15) -> 
 
 def storyteller_step_ms(num_seqs: int, num_steps: int = 12) -> float:
     """Median step of the bundled model on this machine while ``num_seqs`` sequences decode."""
+    from paged_infer.bench.timing import time_calls
     from paged_infer.llm import LLM
     from paged_infer.params import SamplingParams
 
@@ -217,11 +213,4 @@ def storyteller_step_ms(num_seqs: int, num_steps: int = 12) -> float:
     params = SamplingParams(temperature=0, max_tokens=num_steps + 4, ignore_eos=True)
     for number in range(num_seqs):
         engine.add_request(str(number), [1 + number % 1000, 5, 6, 7], params)
-    for _ in range(3):
-        engine.step()
-    times = []
-    for _ in range(num_steps):
-        began = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - began)
-    return 1e3 * median(times)
+    return 1e3 * time_calls(engine.step, repeats=num_steps, warm_up=3).median_s

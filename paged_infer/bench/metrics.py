@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -111,8 +111,6 @@ class Run:
 
 
 System = Callable[[Workload], Run]  # the system under test (MLPerf's term): serves a workload, and is clocked
-# Metrics that are something over the run's seconds, the same something in every repeat.
-PER_SECOND = ("output_tokens_per_s", "total_tokens_per_s", "mbu", "mfu", "floor_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,40 +155,42 @@ class Metrics:
     num_steps: float | None = None
 
     @classmethod
-    def of(cls, run: Run, floor: Floor | None) -> Metrics:
-        prompts = sum(one.num_prompt for one in run.times)
-        gaps = [gap for one in run.times for gap in one.gaps_s]
-        from_first = [] if run.is_whole else run.times
+    def of(cls, runs: ReadOnlyList[Run], floor: Floor | None) -> Metrics:
+        """Medians over the repeats of one system, field by field; rates and shares are those of the median seconds."""
+        seconds, first = median(run.seconds for run in runs), runs[0]
+        num_prompt_tokens = sum(one.num_prompt for one in first.times)
+        repeats = [_measured(run) for run in runs]
         return cls(
-            seconds=run.seconds,
-            output_tokens_per_s=run.tokens_per_s,
-            total_tokens_per_s=(prompts + run.num_tokens) / run.seconds,
-            ttft_s=Percentiles.of(one.ttft_s if one.token_s else None for one in from_first),
-            tpot_s=Percentiles.of(one.tpot_s if one.token_s else None for one in from_first),
-            itl_s=Percentiles.of(gaps),
-            latency_s=Percentiles.of(one.latency_s if one.token_s else None for one in run.times),
-            mbu=None if floor is None else floor.memory_s / run.seconds,
-            mfu=None if floor is None else floor.compute_s / run.seconds,
-            floor_share=None if floor is None else floor.seconds / run.seconds,
-            overhead_share=run.overhead_share,
-            peak_kv_bytes=run.peak_kv_bytes,
-            kv_fill=run.kv_fill,
-            loop_delay_s=run.loop_delay_s,
-            acceptance_rate=run.acceptance_rate,
-            num_steps=run.num_steps,
+            seconds,
+            first.num_tokens / seconds,
+            (num_prompt_tokens + first.num_tokens) / seconds,
+            mbu=None if floor is None else floor.memory_s / seconds,
+            mfu=None if floor is None else floor.compute_s / seconds,
+            floor_share=None if floor is None else floor.seconds / seconds,
+            **{name: _median([one[name] for one in repeats]) for name in repeats[0]},
         )
 
-    @classmethod
-    def median_of(cls, several: ReadOnlyList[Metrics]) -> Metrics:
-        """Field by field, over the repeats of one system; rates and shares are those of the median seconds."""
-        middle = cls(**{one.name: _median([getattr(m, one.name) for m in several]) for one in fields(cls)})
-        known, scale = several[0], several[0].seconds / middle.seconds
-        rates = {name: getattr(known, name) for name in PER_SECOND}
-        return replace(middle, **{name: rate and rate * scale for name, rate in rates.items()})
+
+def _measured(run: Run) -> dict[str, Any]:
+    """The metrics of one run that are not something over its seconds."""
+
+    def ranked(times: list[TokenTimes], name: str) -> Percentiles | None:
+        return Percentiles.of(getattr(one, name) if one.token_s else None for one in times)
+
+    from_first = [] if run.is_whole else run.times
+    names = ("overhead_share", "peak_kv_bytes", "kv_fill", "loop_delay_s", "acceptance_rate", "num_steps")
+    return {
+        "ttft_s": ranked(from_first, "ttft_s"),
+        "tpot_s": ranked(from_first, "tpot_s"),
+        "itl_s": Percentiles.of(gap for one in run.times for gap in one.gaps_s),
+        "latency_s": ranked(run.times, "latency_s"),
+        **{name: getattr(run, name) for name in names},
+    }
 
 
 def _median(values: list[Any]) -> Any:
-    if any(value is None for value in values):
+    """None if one of the values is not known."""
+    if None in values:
         return None
     if isinstance(values[0], Percentiles):
         return Percentiles(*(median(getattr(v, p) for v in values) for p in ("p50", "p90", "p99")))

@@ -34,7 +34,7 @@ def test_whose_first_and_last_token_alone_are_known_has_no_gaps_but_a_mean():
 
 
 def test_metrics_by_hand():
-    metrics = Metrics.of(run(), FLOOR)
+    metrics = Metrics.of([run()], FLOOR)
     assert metrics.output_tokens_per_s == 5 / 4
     assert metrics.total_tokens_per_s == 35 / 4
     assert metrics.ttft_s == Percentiles(0.5, 1.0, 1.0)
@@ -50,7 +50,7 @@ def test_percentiles_are_values_that_were_measured():
 
 def test_what_a_peer_does_not_say_is_none_and_not_nought():
     silent = Run([[1, 2]], [TokenTimes(0.0, 3, [], num_output=2)], 1.0)
-    metrics = Metrics.of(silent, None)
+    metrics = Metrics.of([silent], None)
     assert metrics.output_tokens_per_s == 2
     unknown = (metrics.ttft_s, metrics.tpot_s, metrics.itl_s, metrics.latency_s, metrics.mbu, metrics.kv_fill)
     assert unknown == (None,) * 6
@@ -58,16 +58,16 @@ def test_what_a_peer_does_not_say_is_none_and_not_nought():
 
 
 def test_the_median_of_runs_is_taken_field_by_field():
-    several = [Metrics.of(run(seconds), FLOOR) for seconds in (1.0, 2.0, 9.0)]
-    middle = Metrics.median_of(several)
+    several = [run(seconds) for seconds in (1.0, 2.0, 9.0)]
+    middle = Metrics.of(several, FLOOR)
     assert middle.seconds == 2.0
     assert middle.output_tokens_per_s == 2.5
-    assert middle.ttft_s == several[0].ttft_s
+    assert middle.ttft_s == Metrics.of(several[:1], FLOOR).ttft_s
     assert middle.overhead_share is None
 
 
 def test_rates_agree_with_the_median_seconds_of_an_even_number_of_runs():
-    middle = Metrics.median_of([Metrics.of(run(seconds), FLOOR) for seconds in (1.0, 9.0)])
+    middle = Metrics.of([run(seconds) for seconds in (1.0, 9.0)], FLOOR)
     assert middle.seconds == 5.0
     assert middle.output_tokens_per_s == pytest.approx(5 / 5.0)
     assert middle.floor_share == pytest.approx(FLOOR.seconds / 5.0)

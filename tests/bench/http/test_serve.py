@@ -123,8 +123,8 @@ def test_another_text_and_a_missing_token_are_found_out(
 
 
 def test_only_a_streamed_answer_tells_when_it_began(target: HttpSystem, workload: Workload) -> None:
-    streamed = Metrics.of(target.run(workload, stream=True, num_clients=2), None)
-    whole = Metrics.of(target.run(workload, stream=False, num_clients=2), None)
+    streamed = Metrics.of([target.run(workload, stream=True, num_clients=2)], None)
+    whole = Metrics.of([target.run(workload, stream=False, num_clients=2)], None)
     assert streamed.ttft_s is not None and streamed.tpot_s is not None and streamed.latency_s is not None
     assert 0 < streamed.ttft_s.p50 <= streamed.latency_s.p50
     assert whole.ttft_s is None and whole.tpot_s is None and whole.latency_s is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
@@ -59,6 +59,17 @@ class Common:
             options.setdefault("max_model_len", longest)
         with folder_of(self.model, self.engine.load_format) as folder:
             yield open_llm(folder, **options)
+
+    @contextmanager
+    def open_each(self, longest: int, options: Mapping[str, EngineOptions]) -> Iterator[dict[str, LLM]]:
+        """An engine for each name, with options of its own; on a GPU they share its memory evenly."""
+        share = round(self.engine.gpu_memory_utilization / len(options), 3)
+        with ExitStack() as stack:
+            engines = {}
+            for name, its in options.items():
+                its = its | {"gpu_memory_utilization": share}
+                engines[name] = stack.enter_context(self.open(longest, **its))
+            yield engines
 
     @contextmanager
     def open_with_peers(

@@ -35,7 +35,14 @@ class JsonReport:
 
 
 def save_report(report: JsonReport, numbers: Path, draw: Callable[[Any], Picture] | None = None) -> None:
-    """Save the report as ``numbers``, a .json, and if ``draw`` is given, its picture as a .png of the same name."""
+    """Save the report as ``numbers``, a .json, and if ``draw`` is given, its picture as a .png of the same name.
+
+    Prints the machine, if the report has one, and the files.
+    """
+    if machine := getattr(report, "machine", None):
+        from paged_infer.execution.machine import machine_line
+
+        print(f"on {machine_line(machine)}")
     report.save(numbers)
     if draw is None:
         print(f"numbers: {numbers}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -169,7 +169,6 @@ def _show_control(report: ControlReport) -> None:
         for one in report.lookups
     ]
     print_table("prefix lookup", ("prompt tokens", "microseconds", "ns a token", "one block\nlater, us"), rows)
-    _print_machine(report.machine)
 
 
 @app.command()
@@ -206,7 +205,6 @@ def _show_policies(report: PoliciesReport) -> None:
     columns = ("tokens\n/s", "TTFT\np50, s", "TTFT\np95, s", "gap, ms\np50", "gap\np99", "longest\nstall", "2nd\ntoken")
     title = f"{report.served_by}: {report.load}, at most {report.max_num_seqs} at once"
     print_table(title, ("policy", *columns), rows)
-    _print_machine(report.machine)
 
 
 @app.command()
@@ -236,14 +234,6 @@ def _show_arrival(report: ArrivalReport) -> None:
         for run in report.runs
     ]
     print_table(title, ("policy", "gap before\nms", "longest after\nms", "first token of\nthe prompt, s"), rows)
-    _print_machine(report.machine)
-
-
-def _print_machine(machine: dict[str, Any]) -> None:
-    from paged_infer.execution.machine import machine_line
-
-    if machine:
-        print(f"on {machine_line(machine)}")
 
 
 def _percent(share: float) -> str:

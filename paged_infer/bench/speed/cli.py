@@ -1,6 +1,6 @@
-"""``paged-infer bench latency | throughput | optimisations | load | ladder | step``, and what other benches share.
+"""``paged-infer bench latency | throughput | optimisations | load | ladder | step | speculation``.
 
-``python -m`` runs it where rich is not installed.
+And what other benches share. ``python -m`` runs it where rich is not installed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,12 +16,15 @@ from paged_infer.bench.options import Common, Peers
 from paged_infer.bench.report import save_report
 from paged_infer.bench.speed.request_options import CPU_REQUESTS, Clients, Lengths, NanoRequests, NumRequests, Rates
 from paged_infer.cli_options import Without, fail, with_option_groups
+from paged_infer.config import EngineOptions
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
     from paged_infer.bench.speed.measure import Bench, SpeedReport
     from paged_infer.llm import LLM
 
+LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+LONGEST_PROMPT = 96  # of ``story_beginnings``
 RATE_SHARES = [0.3, 0.6, 0.9, 1.2]  # of the rate at which the most clients were served
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -84,14 +87,17 @@ def optimisations(
     """
     import torch
 
-    from paged_infer.bench.speed.optimisations import measure_engines, open_engines
+    from paged_infer.bench.speed.engine_runs import watched_engine
+    from paged_infer.bench.speed.optimisations import engine_options
 
     on_gpu = _on_gpu(common)
     requests = requests.on(on_gpu, CPU_REQUESTS // 2)
-    with errors(), open_engines(common, torch.device("cuda" if on_gpu else "cpu"), requests.longest) as engines:
+    options = engine_options(torch.device("cuda" if on_gpu else "cpu"))
+    with errors(), common.open_each(requests.longest, options) as engines:
         last = [*engines.values()][-1]
         with bench_of(last, common.repeats, common.repeats * len(engines)) as bench:
-            report = measure_engines(bench, engines, requests.draw(last, common.seed))
+            systems = {name: watched_engine(llm) for name, llm in engines.items()}
+            report = bench.throughput(systems, requests.draw(last, common.seed), "optimisations")
     show(report, common.figures)
 
 
@@ -154,7 +160,6 @@ def step(
 
     from paged_infer.bench.speed.step_parts import measure_step
     from paged_infer.bench.speed.tables import print_step
-    from paged_infer.execution.machine import machine_line
     from paged_infer.kernels.attention_backends import fastest_backend
 
     with errors(), ExitStack() as stack:
@@ -168,8 +173,53 @@ def step(
         )
         report = measure_step((before, llm), lengths.draw(llm, num_requests, common.seed), common.repeats)
     print_step(report)
-    print(f"on {machine_line(report.machine)}")
     save_report(report, common.figures / "bench-step.json")
+
+
+@app.command()
+@with_option_groups
+def speculation(
+    common: Annotated[
+        Common,
+        Without(
+            speculative_config="each engine has its own",
+            async_scheduling="drafts need the tokens of the step before, and the engine without drafts runs like them",
+        ),
+    ],
+    num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens drafted at a time.", min=1)] = 4,
+    draft_model: Annotated[
+        Path | None, typer.Option(help="A folder. Default: the storyteller's own; for another model, none.")
+    ] = None,
+    at_once: Annotated[list[int] | None, typer.Option(help="So many requests at once; may be repeated.", min=1)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.", min=2)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+) -> None:
+    """The same texts without drafts, with prompt lookup, and with a draft model: the share of drafts that
+    are accepted, and the speed. For 1, 4 and 16 requests at once.
+
+    Exits with status 1 if drafts change a token.
+    """
+    from paged_infer import storyteller
+    from paged_infer.bench.speed.speculation import PLAIN, measure_speculation, open_texts
+    from paged_infer.bench.workloads import story_beginnings
+
+    drafting = {"num_speculative_tokens": num_speculative_tokens}
+    methods: dict[str, dict[str, Any] | None] = {PLAIN: None, "ngram": {"method": "ngram", **LOOKUP, **drafting}}
+    folder = draft_model or (storyteller.DRAFT_PATH if common.model is None else None)
+    if folder is not None:
+        methods["draft model"] = {"method": "draft_model", "model": str(folder), **drafting}
+    batches = at_once or [1, 4, 16]
+    # A step's drafts need the tokens of the step before.
+    options: dict[str, EngineOptions] = {
+        name: {"async_scheduling": False, "speculative_config": config} for name, config in methods.items()
+    }
+    with errors(), common.open_each(LONGEST_PROMPT + max_tokens, options) as engines:
+        plain = engines[PLAIN]
+        beginnings = story_beginnings(plain, max(batches), max_tokens, common.seed)
+        workload = open_texts(beginnings, max_tokens, temperature)
+        with bench_of(plain, common.repeats, common.repeats * len(engines) * len(batches)) as bench:
+            report = measure_speculation(bench, engines, workload, batches)
+    show(report, common.figures)
 
 
 def show(report: SpeedReport, figures: Path, name: str = "") -> None:

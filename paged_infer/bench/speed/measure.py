@@ -43,10 +43,9 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, runs: list[Run], workload: Workload, floor: Floor | None, **others: Any) -> Entry:
-        metrics = Metrics.median_of([Metrics.of(run, floor) for run in runs])
         usual = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
         others.setdefault("same_counts", gave_all(runs, workload))
-        return cls(name, metrics, [run.seconds for run in runs], span_s=usual.span_s, **others)
+        return cls(name, Metrics.of(runs, floor), [run.seconds for run in runs], span_s=usual.span_s, **others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +84,42 @@ class Bench:
     on_run: Callable[[str], None] = lambda name: None
     machine: dict[str, Any] = field(default_factory=describe_machine)
 
-    def throughput(self, systems: Mapping[str, System], workload: Workload) -> SpeedReport:
+    def throughput(self, systems: Mapping[str, System], workload: Workload, command: str = "throughput") -> SpeedReport:
         """All requests at once. Each system's tokens are compared first, which also warms it up."""
-        same = self._check(systems, workload)
-        runs = interleave(systems, workload, self.repeats, self.on_run)
-        floor = self.floor(workload)
-        self._record_overhead(runs.get(ENGINE, []), workload)
-        entries = [Entry.of(name, runs[name], workload, floor, same_tokens=same[name]) for name in systems]
-        return self.report("throughput", workload, floor, entries)
+        sample = workload.sample(CHECKED_REQUESTS, CHECKED_TOKENS)
+        firsts = {name: system(sample) for name, system in systems.items()}
+        return self._report_systems(command, systems, workload, firsts)
 
     def latency(self, systems: Mapping[str, System], workload: Workload) -> SpeedReport:
-        """One request, repeated: the first run of each system, then the settled ones."""
+        """One request, repeated: the first run of each system, then the settled ones. All of their tokens are compared,
+        so ``workload`` is greedy.
+        """
         firsts = {name: system(workload) for name, system in systems.items()}
+        return self._report_systems("latency", systems, workload, firsts, show_firsts=True)
+
+    def _report_systems(
+        self,
+        command: str,
+        systems: Mapping[str, System],
+        workload: Workload,
+        firsts: Mapping[str, Run],
+        show_firsts: bool = False,
+    ) -> SpeedReport:
+        """Run the systems in turn, after their first runs, which served ``workload`` if they are to be shown."""
         runs = interleave(systems, workload, self.repeats, self.on_run)
         self._record_overhead(runs.get(ENGINE, []), workload)
-        floor = self.floor(workload)
+        floor, entries = self.floor(workload), []
         expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))].token_ids
-        compared = len(firsts) > 1 and not workload.params[0].temperature
-        entries = [
-            Entry.of(
-                name,
-                runs[name],
-                workload,
-                floor,
-                same_counts=gave_all([firsts[name], *runs[name]], workload),
-                same_tokens=all(r.token_ids == expected for r in [firsts[name], *runs[name]]) if compared else None,
-                first=Metrics.of(firsts[name], floor),
+        for name, its_runs in runs.items():
+            first = firsts[name]
+            counted, compared = ([first, *its_runs],) * 2 if show_firsts else (its_runs, [first])
+            same_counts = gave_all(counted, workload)
+            same_tokens = all(run.token_ids == expected for run in compared) if len(firsts) > 1 else None
+            shown = Metrics.of([first], floor) if show_firsts else None
+            entries.append(
+                Entry.of(name, its_runs, workload, floor, same_counts=same_counts, same_tokens=same_tokens, first=shown)
             )
-            for name in systems
-        ]
-        return self.report("latency", workload, floor, entries)
+        return self.report(command, workload, floor, entries)
 
     def load(
         self, workload: Workload, clients: list[int], rates: list[float] | None, rate_shares: list[float]
@@ -139,14 +144,6 @@ class Bench:
         for (name, its_runs), rate in zip(runs.items(), rates, strict=True):
             entries.append(Entry.of(name, its_runs, workload, None, load=rate))
         return self.report("load", workload, None, entries)
-
-    def _check(self, systems: Mapping[str, System], workload: Workload) -> dict[str, bool | None]:
-        sample = workload.sample(CHECKED_REQUESTS, CHECKED_TOKENS)
-        tokens = {name: system(sample).token_ids for name, system in systems.items()}
-        if len(tokens) == 1:
-            return dict.fromkeys(tokens)
-        expected = tokens[REFERENCE if REFERENCE in tokens else next(iter(tokens))]
-        return {name: token_ids == expected for name, token_ids in tokens.items()}
 
     def _record_overhead(self, runs: list[Run], workload: Workload) -> None:
         """On a CUDA device, by one more run that is recorded; on the CPU every run has its own."""

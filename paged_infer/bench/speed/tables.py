@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 from paged_infer.bench.metrics import Metrics, Percentiles
 from paged_infer.bench.speed.measure import ENGINE, Entry, SpeedReport
 from paged_infer.bench.speed.step_parts import PARTS, StepReport
 from paged_infer.bench.tables import print_table
-from paged_infer.execution.machine import machine_line
 
-HEADER = ("seconds", "output tok/s", "total tok/s", "MBU", "MFU", "of floor", "overhead", "KV MiB", "holds tokens")
-TIMES_HEADER = ("TTFT", "TPOT", "ITL", "latency", "event loop late")
 UNKNOWN = "-"
 FIRST_COLUMN = {"load": "load", "serve": "load", "speculation": "load", "ladder": "baseline"}
+
+
+COLUMNS: dict[str, Callable[[Metrics], str]] = {
+    "seconds": lambda m: f"{m.seconds:.2f}",
+    "output tok/s": lambda m: f"{m.output_tokens_per_s:,.0f}",
+    "total tok/s": lambda m: UNKNOWN if m.total_tokens_per_s is None else f"{m.total_tokens_per_s:,.0f}",
+    "MBU": lambda m: _share(m.mbu),
+    "MFU": lambda m: _share(m.mfu),
+    "of floor": lambda m: _share(m.floor_share),
+    "overhead": lambda m: _share(m.overhead_share),
+    "KV MiB": lambda m: UNKNOWN if m.peak_kv_bytes is None else f"{m.peak_kv_bytes / 2**20:,.1f}",
+    "holds tokens": lambda m: _share(m.kv_fill),
+}
+TIMES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "latency": "latency_s", "event loop late": "loop_delay_s"}
 
 
 def print_speed(report: SpeedReport) -> None:
@@ -36,13 +48,12 @@ def print_speed(report: SpeedReport) -> None:
         times.append((entry.name, *_times(entry.metrics)))
         marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
     first = FIRST_COLUMN.get(report.command, "system")
-    _print_known(title, (first, *HEADER, "all tokens", "same tokens"), rows, marks)
-    _print_known("milliseconds: p50 / p90 / p99", (first, *TIMES_HEADER), times, marks)
+    _print_known(title, (first, *COLUMNS, "all tokens", "same tokens"), rows, marks)
+    _print_known("milliseconds: p50 / p90 / p99", (first, *TIMES), times, marks)
     if report.command == "speculation":
         _print_drafts(report)
     for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
         print(line)
-    print(f"on {machine_line(report.machine)}")
 
 
 def _print_known(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], marks: list[str]) -> None:
@@ -51,21 +62,12 @@ def _print_known(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     print_table(title, [header[n] for n in shown], [[row[n] for n in shown] for row in rows], marks)
 
 
-def _cells(metrics: Metrics) -> tuple[str, ...]:
-    kv = UNKNOWN if metrics.peak_kv_bytes is None else f"{metrics.peak_kv_bytes / 2**20:,.1f}"
-    return (
-        f"{metrics.seconds:.2f}",
-        f"{metrics.output_tokens_per_s:,.0f}",
-        UNKNOWN if metrics.total_tokens_per_s is None else f"{metrics.total_tokens_per_s:,.0f}",
-        *(_share(one) for one in (metrics.mbu, metrics.mfu, metrics.floor_share, metrics.overhead_share)),
-        kv,
-        _share(metrics.kv_fill),
-    )
+def _cells(metrics: Metrics) -> list[str]:
+    return [show(metrics) for show in COLUMNS.values()]
 
 
-def _times(metrics: Metrics) -> tuple[str, ...]:
-    times = (metrics.ttft_s, metrics.tpot_s, metrics.itl_s, metrics.latency_s, metrics.loop_delay_s)
-    return tuple(_ms(one) for one in times)
+def _times(metrics: Metrics) -> list[str]:
+    return [_ms(getattr(metrics, name)) for name in TIMES.values()]
 
 
 def _ms(times: Percentiles | None) -> str:

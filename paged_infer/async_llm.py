@@ -19,8 +19,9 @@ from typing import Any, TypeVar, Unpack
 
 from paged_infer.config import EngineOptions, lists_options
 from paged_infer.control.trace import Trace
-from paged_infer.engine.engine import LLMEngine, Params, Prompt, StepReport
+from paged_infer.engine.engine import LLMEngine, StepReport
 from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, QueueFullError
+from paged_infer.engine.input_processor import Params, Prompt
 from paged_infer.engine.output_channel import OutputChannel
 from paged_infer.engine.text_queue import TextQueue
 from paged_infer.engine.watchdog import check_timeout

@@ -14,7 +14,8 @@ from paged_infer.config import EngineConfig, EngineOptions, lists_options
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import defer_sigint
-from paged_infer.engine.engine import LLMEngine, Params, Prompt
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.input_processor import Params, Prompt
 from paged_infer.model.loading.hub import resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams

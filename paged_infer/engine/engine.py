@@ -1,7 +1,8 @@
 """LLMEngine: requests in, outputs out, one step at a time.
 
-add_request -> [Scheduler.schedule -> Executor.launch -> Scheduler.advance, settle -> OutputProcessor.advance]
-            -> outputs
+InputProcessor.process
+    -> [Scheduler.schedule -> Executor.launch -> Scheduler.advance, settle -> OutputProcessor.advance]
+    -> outputs
 """
 
 from __future__ import annotations
@@ -18,25 +19,19 @@ from pathlib import Path
 import torch
 
 from paged_infer.config import EngineConfig
-from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.request import Request
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.engine.build import build_parts
 from paged_infer.engine.defer_sigint import defer_sigint, interruptible
+from paged_infer.engine.input_processor import InputProcessor, Params, Prompt
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.execution.executor import RunningStep
-from paged_infer.kernels.fused.noise import request_seed
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import RequestOutput, TokenLogprobs
-from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
-from paged_infer.values import TokenArray, as_token_ids
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | ReadOnlyList[int] | TokenArray
-Params = SamplingParams | BeamSearchParams
 
 
 @dataclass(slots=True, eq=False)
@@ -74,12 +69,11 @@ class LLMEngine:
         self.model_config = self.decoder.config
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
+        self._input_processor = InputProcessor(self.tokenizer, config, self.model_config, self.memory, self.manager)
         by_default = self.device.type == "cuda" and config.speculation is None
         self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling
         self._running: tuple[ScheduledStep, RunningStep] | None = None  # launched, its result not yet read
         self._live: dict[str, _Live] = {}
-        self._num_requests = 0
-        self._num_sequences = 0
 
     @property
     def decoder(self) -> Decoder:
@@ -105,52 +99,11 @@ class LLMEngine:
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
         """
-        beam_params = None
-        if isinstance(params, BeamSearchParams):
-            beam_params, params = params, params.limits
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self._encode(prompt, params) if isinstance(prompt, str) else as_token_ids(prompt)
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
-        model = self.model_config
-        if beam_params is not None:
-            check_beams(
-                beam_params,
-                len(beam_params.stop_token_ids) + (0 if params.ignore_eos else len(model.eos_token_ids)),
-                vocab_size=model.vocab_size,
-                max_num_seqs=self.config.max_num_seqs,
-            )
-        token_ids = truncated(token_ids, params, self.memory.max_model_len)
-        check_request(
-            token_ids,
-            params,
-            vocab_size=model.vocab_size,
-            max_model_len=self.memory.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
-            manager=self.manager,
-            eos_token_ids=model.eos_token_ids,
-        )
-        if cache_salt is not None and not isinstance(cache_salt, str):
-            raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
-        seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
-        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt, beam_params)
-        add_sequences(request, self._num_sequences, seed, self.memory.max_model_len, model.eos_token_ids)
-        self._num_requests += 1
-        self._num_sequences += params.n
-        return request
-
-    def _encode(self, text: str, params: SamplingParams) -> list[int]:
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
-        if params.truncate_prompt_tokens is None:
-            self.check_length(len(text))
-        return self.tokenizer.encode(text)
+        return self._input_processor.process(request_id, prompt, params, cache_salt)
 
     def check_length(self, num_characters: int) -> None:
-        """Raises ContextLengthError for a text that is too long to fit, see ``check_num_characters``."""
-        if self.tokenizer is not None and num_characters >= self.memory.max_model_len:
-            most = self.tokenizer.max_token_characters
-            check_num_characters(num_characters, most, self.memory.max_model_len)
+        """See ``InputProcessor.check_length``."""
+        self._input_processor.check_length(num_characters)
 
     @defer_sigint()
     def submit(self, request: Request, *, streamed: bool = False) -> None:

@@ -1,0 +1,84 @@
+"""InputProcessor: prompts in, checked requests out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as ReadOnlyList
+
+from paged_infer.config import EngineConfig
+from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
+from paged_infer.control.blocks.manager import BlockManager
+from paged_infer.control.request import Request
+from paged_infer.execution.memory_plan import MemoryPlan
+from paged_infer.kernels.fused.noise import request_seed
+from paged_infer.model.config import ModelConfig
+from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.text.tokenizer import Tokenizer
+from paged_infer.values import TokenArray, as_token_ids
+
+Prompt = str | ReadOnlyList[int] | TokenArray
+Params = SamplingParams | BeamSearchParams
+
+
+class InputProcessor:
+    """Checks and tokenizes what one engine is asked for, and numbers its sequences. Queues nothing."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        model: ModelConfig,
+        memory: MemoryPlan,
+        manager: BlockManager,
+    ) -> None:
+        self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
+        self._num_requests = 0
+        self._num_sequences = 0
+
+    def process(self, request_id: str, prompt: Prompt, params: Params, cache_salt: str | None) -> Request:
+        """See ``LLMEngine.prepare``, errors included."""
+        beam_params = None
+        if isinstance(params, BeamSearchParams):
+            beam_params, params = params, params.limits
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self._encode(prompt, params) if isinstance(prompt, str) else as_token_ids(prompt)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
+        if beam_params is not None:
+            check_beams(
+                beam_params,
+                len(beam_params.stop_token_ids) + (0 if params.ignore_eos else len(self.model.eos_token_ids)),
+                vocab_size=self.model.vocab_size,
+                max_num_seqs=self.config.max_num_seqs,
+            )
+        token_ids = truncated(token_ids, params, self.memory.max_model_len)
+        check_request(
+            token_ids,
+            params,
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.memory.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            manager=self.manager,
+            eos_token_ids=self.model.eos_token_ids,
+        )
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
+        seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
+        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt, beam_params)
+        add_sequences(request, self._num_sequences, seed, self.memory.max_model_len, self.model.eos_token_ids)
+        self._num_requests += 1
+        self._num_sequences += params.n
+        return request
+
+    def _encode(self, text: str, params: SamplingParams) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
+        if params.truncate_prompt_tokens is None:
+            self.check_length(len(text))
+        return self.tokenizer.encode(text)
+
+    def check_length(self, num_characters: int) -> None:
+        """Raises ContextLengthError for a text that is too long to fit, see ``check_num_characters``."""
+        if self.tokenizer is not None and num_characters >= self.memory.max_model_len:
+            most = self.tokenizer.max_token_characters
+            check_num_characters(num_characters, most, self.memory.max_model_len)

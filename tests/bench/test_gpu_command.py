@@ -194,7 +194,7 @@ sys.modules |= dict.fromkeys({missing!r})  # an import of any of them fails
 sys.path.append({str(ROOT / ".ci")!r})
 import gpu, notebook_script
 from paged_infer.bench import workloads
-from paged_infer.bench.kernels import checks, cli, comparisons, compile_table, figure, fused
+from paged_infer.bench.kernels import checks, cli, comparisons, compile_table, figure, launches
 from paged_infer.bench.peers import peers, transformers_peers
 from paged_infer.bench.speed import baselines, cli, ladder, ladder_figure, optimisations, speed_figure, tables
 from paged_infer.bench.tables import print_table

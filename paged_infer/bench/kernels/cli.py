@@ -5,7 +5,6 @@ The latter needs typer and not rich, for a machine that only measures (``make gp
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -77,8 +76,6 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
-    from tqdm import tqdm
-
     from paged_infer.bench.kernels.compile_table import CHIPS, compile_table, save_table
     from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
     from paged_infer.kernels.triton_runtime import HAS_TRITON
@@ -89,30 +86,19 @@ def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
     if unknown := [chip for chip in chips if chip not in SHARED_LIMIT]:
         _refuse(f"arch={unknown[0]}: known chips are {', '.join(map(str, SHARED_LIMIT))}")
     start_s = time.perf_counter()
-    with tqdm(desc="compiling", disable=not sys.stderr.isatty()) as bar:
-
-        def on_rows(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            rows = compile_table(quick, chips, on_rows)
-        except RuntimeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
+    try:
+        rows = compile_table(quick, chips)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
     save_table(rows, path)
     header = ("variant", "kernel", "registers", "spilled", "shared", "warps", "stages")
     for chip in dict.fromkeys(row.arch for row in rows):
         of_chip = [row for row in rows if row.arch == chip]
         limit = max(row.shared_limit for row in of_chip)
         title = f"sm{chip}: registers and spilled bytes of a thread, shared bytes of a block (limit {limit:,})"
-        cells = [
-            (
-                *(row.variant, row.kernel, str(row.registers), str(row.spill_bytes)),
-                *(f"{row.shared_bytes:,}", str(row.num_warps), str(row.num_stages)),
-            )
-            for row in of_chip
-        ]
+        sizes = [(r.registers, r.spill_bytes, f"{r.shared_bytes:,}", r.num_warps, r.num_stages) for r in of_chip]
+        cells = [(row.variant, row.kernel, *map(str, size)) for row, size in zip(of_chip, sizes, strict=True)]
         print_table(title, header, cells, ["bold red" if row.problem else "" for row in of_chip])
     unclean = [row for row in rows if row.problem]
     for row in unclean:
@@ -151,7 +137,7 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
         _run_comparisons(report, device, deadline_s, f"the time limit of {time_limit:g} s", path)
     else:
         from paged_infer.bench.kernels.attention_traffic import save_attention_traffic
-        from paged_infer.bench.kernels.fused import count_store_calls
+        from paged_infer.bench.kernels.launches import count_store_calls
 
         report.launches.extend(count_store_calls(device))
         report.save(path)
@@ -162,9 +148,9 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
 
 def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
     """Time everything; the report is saved after each comparison, so that nothing is lost if one ends the process."""
-    from paged_infer.bench.kernels.comparisons import attention_comparisons, run_comparisons
+    from paged_infer.bench.kernels.comparisons import attention_comparisons, fused_comparisons, run_comparisons
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
-    from paged_infer.bench.kernels.fused import count_store_calls, fused_comparisons
+    from paged_infer.bench.kernels.launches import count_store_calls
     from paged_infer.bench.roofline import measure
 
     report.roofline = measure(device)
@@ -201,12 +187,14 @@ def _show_checks(report: KernelReport) -> None:
 
 
 def _show_launches(report: KernelReport) -> None:
-    from paged_infer.bench.kernels.fused import LAYERS, TOKENS
+    from paged_infer.bench.kernels.fused import FUSED
+    from paged_infer.bench.kernels.launches import SHAPE
 
-    rows = [
-        (c.name, *("-" if n is None else f"{n:,}" for n in (c.aten_operations, c.launches))) for c in report.launches
-    ]
-    title = f"storing one decode step, {TOKENS[0]} rows, {LAYERS} layers (-: not counted on this device)"
+    counts = [(count.aten_operations, count.launches) for count in report.launches]
+    cells = [["-" if n is None else f"{n:,}" for n in pair] for pair in counts]
+    rows = [(count.name, *pair) for count, pair in zip(report.launches, cells, strict=True)]
+    step = f"{SHAPE.tokens} rows, {FUSED['store_kv'].layers} layers"
+    title = f"storing one decode step, {step} (-: not counted on this device)"
     print_table(title, ("stored by", "ATen operations", "launches"), rows)
 
 

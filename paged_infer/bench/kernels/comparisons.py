@@ -2,36 +2,37 @@
 
 A prefill counts 4 * heads * head_dim * tokens * length / 2 operations (two products, half of them above the diagonal).
 A decode counts the bytes of the keys and values that it must read, and nothing else: 2 * batch * context * kv_heads *
-head_dim * 2. Heads are Llama-3-8B's: 32 query heads, 8 key heads. Blocks of 16 tokens lie shuffled in their pool.
+head_dim * 2. A fused kernel counts each number once, read and written. Sizes are Llama-3-8B's, numbers bfloat16.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paged_infer.bench.kernels.peers import DECODE, PREFILL, Peer, Ready, Unavailable
-from paged_infer.bench.kernels.problems import paged_problem
+from paged_infer.bench.kernels.fused import FUSED, Arguments, Function, Shape
+from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable, packed
+from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.bench.kernels.report import Entry, Measurement
 from paged_infer.bench.timing import time_cuda_graph
 
-HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 16
+MODEL = Shape()
 PREFILL_TOKENS = 16_384  # in every prefill: many short prompts, or one long one
 LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 BATCHES = (32, 1, 8, 128)
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+FUSED_TOKENS = (32, 2048)  # a batch of decodes, and a budget full of prompts
 
 ROUNDS, REPEATS = 3, 7  # every kernel of a comparison has its turn in each round; 21 samples in all
 LARGEST_DISTANCE = 0.02  # of a peer's output from ours, as |a - b| / |b|: bfloat16 gives 0.003
 LARGEST_SHARE = 0.3  # of the device's free memory that a problem may take: a peer may want a copy of it
-
-Setup = Callable[[], Ready]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,19 @@ class Comparison:
     sizes: dict[str, int]
     work: float
     num_bytes: int
-    setups: Callable[[], Mapping[str, Setup]]  # makes the tensors
-    names: tuple[str, ...]
+    problem: Callable[[], Any]  # makes the tensors
+    peers: Mapping[str, Callable[[Any], Ready]]  # ours first
 
     def skipped(self, why: str) -> Measurement:
-        entries = [Entry(name, None, why) for name in self.names]
+        entries = [Entry(name, None, why) for name in self.peers]
         return Measurement(self.group, self.title, self.sizes, self.work, entries, was_run=False)
 
     def run(self) -> Measurement:
         free, _ = torch.cuda.mem_get_info()
         if self.num_bytes > LARGEST_SHARE * free:
             return self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
-        entries = run_comparison(self.setups())
+        problem = self.problem()
+        entries = run_comparison({name: partial(peer, problem) for name, peer in self.peers.items()})
         return Measurement(self.group, self.title, self.sizes, self.work, entries)
 
 
@@ -77,48 +79,65 @@ def attention_comparisons(device: torch.device) -> list[Comparison]:
     ]
 
 
+def fused_comparisons(device: torch.device) -> list[Comparison]:
+    """Every kernel of ``FUSED`` that has ``elements``; sampling for decodes only, which is what samples many rows."""
+    return [
+        _fused_comparison(device, name, tokens)
+        for tokens in FUSED_TOKENS
+        for name, kernel in FUSED.items()
+        if kernel.elements is not None and (name != "sample" or tokens == FUSED_TOKENS[0])
+    ]
+
+
 def _prefill_comparison(device: torch.device, length: int, head_dim: int) -> Comparison:
-    batch = PREFILL_TOKENS // length
+    batch, shape = PREFILL_TOKENS // length, replace(MODEL, head_dim=head_dim)
     return Comparison(
         group="prefill",
         title=f"prefill, head_dim {head_dim}, {batch} x {length:,} tokens",
         sizes={"head_dim": head_dim, "length": length, "batch": batch},
-        work=4 * HEADS * head_dim * PREFILL_TOKENS * length / 2,
-        num_bytes=4 * PREFILL_TOKENS * (HEADS + KV_HEADS) * head_dim * 2,
-        setups=partial(_attention_setups, device, [(0, length)] * batch, head_dim, PREFILL),
-        names=tuple(PREFILL),
+        work=4 * shape.num_heads * head_dim * PREFILL_TOKENS * length / 2,
+        num_bytes=4 * PREFILL_TOKENS * (shape.num_heads + shape.num_kv_heads) * head_dim * 2,
+        problem=partial(_paged_problem, device, shape, [(0, length)] * batch),
+        peers=PREFILL,
     )
 
 
 def _decode_comparison(device: torch.device, batch: int, context: int) -> Comparison:
-    kv_bytes = 2 * batch * context * KV_HEADS * 128 * 2
+    kv_bytes = 2 * batch * context * MODEL.num_kv_heads * MODEL.head_dim * 2
     return Comparison(
         group="decode",
         title=f"decode, batch {batch}, context {context:,}",
         sizes={"batch": batch, "context": context},
         work=kv_bytes,
         num_bytes=kv_bytes,
-        setups=partial(_attention_setups, device, [(context - 1, 1)] * batch, 128, DECODE),
-        names=tuple(DECODE),
+        problem=partial(_paged_problem, device, MODEL, [(context - 1, 1)] * batch),
+        peers=DECODE,
     )
 
 
-def _attention_setups(
-    device: torch.device, sequences: list[tuple[int, int]], head_dim: int, peers: Mapping[str, Peer]
-) -> Mapping[str, Setup]:
-    problem = paged_problem(
-        sequences,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=head_dim,
-        block_size=BLOCK_SIZE,
-        device=device,
-        poison=False,  # peers compute masked keys and throw them away, and NaN is not thrown away
-    )
-    return {name: partial(peer, problem) for name, peer in peers.items()}
+def _paged_problem(device: torch.device, shape: Shape, sequences: list[tuple[int, int]]) -> PagedProblem:
+    """Without NaN: peers compute masked keys and throw them away, and NaN is not thrown away."""
+    sizes = shape.heads | {"head_dim": shape.head_dim, "block_size": shape.block_size}
+    return paged_problem(sequences, **sizes, device=device, poison=False)
 
 
-def run_comparison(setups: Mapping[str, Setup]) -> list[Entry]:
+def _fused_comparison(device: torch.device, name: str, tokens: int) -> Comparison:
+    kernel, shape = FUSED[name], replace(MODEL, tokens=tokens, rows=tokens)
+    num_bytes = 2 * kernel.layers * kernel.elements(shape) * tokens  # type: ignore[misc]
+
+    def layers() -> list[Arguments]:
+        tensors = Tensors(torch.bfloat16, device)
+        return [kernel.arguments(shape, tensors) for _ in range(kernel.layers)]
+
+    def peer(function: Function, problem: list[Arguments]) -> Ready:
+        return Ready(partial(kernel.run, function, problem))
+
+    peers = {contender: partial(peer, function) for contender, function in kernel.contenders.items()}
+    title = f"{name}, {tokens:,} tokens" + (f", {kernel.layers} layers" if kernel.layers > 1 else "")
+    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, layers, peers)
+
+
+def run_comparison(setups: Mapping[str, Callable[[], Ready]]) -> list[Entry]:
     """Set up, compare and time; all outputs are compared to the first.
 
     A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason.
@@ -129,7 +148,7 @@ def run_comparison(setups: Mapping[str, Setup]) -> list[Entry]:
     for name, prepare in setups.items():
         try:
             kernel = prepare()
-            out = _packed(kernel.call())
+            out = packed(kernel.call())
             if expected is None:
                 expected = out
             elif not (distance := _distance(out, expected)) <= LARGEST_DISTANCE:
@@ -155,11 +174,6 @@ def run_comparison(setups: Mapping[str, Setup]) -> list[Entry]:
         Entry(name, None, reasons[name]) if name in reasons else Entry(name, median(samples_s[name]), notes[name])
         for name in setups
     ]
-
-
-def _packed(out: Tensor) -> Tensor:
-    """[B, H, N, D] as [T, H, D]; [T, H, D] as it is."""
-    return out.transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out
 
 
 def _distance(out: Tensor, expected: Tensor) -> float:

@@ -15,12 +15,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence as ReadOnlyList
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from paged_infer.bench.kernels.variants import Variant, full_variants, quick_variants
 from paged_infer.kernels.ahead_of_time import SHARED_LIMIT, compiling_for
@@ -59,14 +61,11 @@ class CompiledRow:
         return ", ".join(problems)
 
 
-def compile_table(
-    quick: bool = False, chips: Sequence[int] = CHIPS, on_rows: Callable[[int, int], None] = lambda done, total: None
-) -> list[CompiledRow]:
+def compile_table(quick: bool = False, chips: ReadOnlyList[int] = CHIPS) -> list[CompiledRow]:
     """Compile all variants (or ``quick``, a few of each kernel) for ``chips``, in a child process.
 
     Args:
         chips: keys of ``SHARED_LIMIT``: 90 is sm90.
-        on_rows: called with the number of compiled (variant, chip) pairs, and of all.
 
     Raises:
         RuntimeError: triton is missing, or the child ended before its work.
@@ -75,23 +74,15 @@ def compile_table(
         raise RuntimeError("triton is not installed: it is what compiles the kernels")
     root = Path(__file__).resolve().parents[3]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import child; child({quick}, {tuple(chips)})"],
+    child = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import print_rows; print_rows({quick}, {tuple(chips)})"],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         text=True,
     )
-    rows: dict[int, list[CompiledRow]] = {}
-    total = len(_tasks(quick, chips))
-    assert child.stdout is not None
-    with child:
-        for line in child.stdout:
-            number, found = json.loads(line)
-            rows[number] = [CompiledRow(**row) for row in found]
-            on_rows(len(rows), total)
-    if child.returncode or len(rows) < total:
-        raise RuntimeError(f"compiled {len(rows)} of {total}, then the compiling process ended: its message is above")
-    return [row for number in sorted(rows) for row in rows[number]]
+    if child.returncode:
+        raise RuntimeError(f"the compiling process ended with status {child.returncode}: its message is above")
+    return [CompiledRow(**row) for row in json.loads(child.stdout)]
 
 
 def save_table(rows: list[CompiledRow], path: Path) -> None:
@@ -107,16 +98,16 @@ def load_table(path: Path) -> list[CompiledRow]:
 # -- In the child, where triton compiles -----------------------------------------------------------------------------
 
 
-def child(quick: bool, chips: Sequence[int]) -> None:
-    """Print one line of JSON for each task as it ends: its number, and its rows."""
-    tasks = _tasks(quick, chips)
+def print_rows(quick: bool, chips: ReadOnlyList[int]) -> None:
+    """Compile, and print all rows as JSON; a bar on standard error counts the variants."""
+    tasks = list(product(quick_variants() if quick else full_variants(), chips))
     # A server that has imported torch and triton once, and forks: a worker is there at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as workers:
-        running = {workers.submit(compile_variant, *task): number for number, task in enumerate(tasks)}
-        for done in as_completed(running):
-            print(json.dumps([running[done], [asdict(row) for row in done.result()]]), flush=True)
+        found = workers.map(compile_variant, *zip(*tasks, strict=True))
+        bar = tqdm(found, "compiling", len(tasks), disable=not sys.stderr.isatty())
+        print(json.dumps([asdict(row) for rows in bar for row in rows]))
 
 
 def compile_variant(variant: Variant, arch: int) -> list[CompiledRow]:
@@ -130,23 +121,16 @@ def compile_variant(variant: Variant, arch: int) -> list[CompiledRow]:
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return [CompiledRow(variant.label, variant.family, arch, error=message)]
     seconds = (time.perf_counter() - start) / max(1, len(compiled))
+    sizes = ("registers", "spill_bytes", "shared_bytes", "num_warps", "num_stages")
     return [
         CompiledRow(
             variant=variant.label,
             kernel=one.kernel.removeprefix("_").removesuffix("_kernel"),
             arch=arch,
-            registers=one.registers,
-            spill_bytes=one.spill_bytes,
-            shared_bytes=one.shared_bytes,
             shared_limit=SHARED_LIMIT[arch],
-            num_warps=one.num_warps,
-            num_stages=one.num_stages,
             uses_tf32="tf32" in one.ptx,
             seconds=round(seconds, 2),
+            **{name: getattr(one, name) for name in sizes},
         )
         for one in compiled
     ]
-
-
-def _tasks(quick: bool, chips: Sequence[int]) -> list[tuple[Variant, int]]:
-    return [(variant, arch) for variant in (quick_variants() if quick else full_variants()) for arch in chips]

@@ -1,194 +1,214 @@
-"""The fused kernels compared to torch's own operations, and why keys and values are stored by a kernel: calls counted.
+"""The fused kernels, each described once: for its check, its comparison with torch and its compilation.
 
-A decode step writes one token's keys and values for every row, in every layer: thousands of bytes here and there, so
-what it costs is calls, not bandwidth. Sizes are Llama-3-8B's; "step" means all of its 32 layers.
+    kernel.arguments(shape, tensors)  ->  kernel.function(**arguments), kernel.reference(**arguments)
+
+A description is a function that makes the kernel's arguments, with what differs from ``FusedKernel``'s defaults in
+its decorator. A new kernel needs nothing else here. The attention kernels take a ``problems.PagedProblem`` instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from paged_infer.bench.kernels.comparisons import Comparison, Setup
-from paged_infer.bench.kernels.peers import Ready
-from paged_infer.bench.kernels.report import LaunchCount
-from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
-from paged_infer.kernels.fused.sample import sample, sample_reference
-from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
-from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
-from paged_infer.kernels.triton_runtime import launches_go_to
+import paged_infer.kernels
+from paged_infer.bench.kernels.problems import Tensors
+from paged_infer.kernels.fused.noise import noise, row_keys
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 32, 8, 128, 4096, 14_336, 128_256
-TOKENS = (32, 2048)  # a batch of decodes, and a budget full of prompts
-STORE_REFERENCE, STORE_INDEXED = "torch, leaving out slot -1", "torch, two index_copy_"
-
-Store = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Arguments = dict[str, Any]
+Function = Callable[..., Any]
 
 
-def store_indexed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model, Llama-3-8B's unless given, and of one step of it."""
+
+    tokens: int = 32
+    rows: int = 32  # sequences: each samples one token
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    hidden: int = 4096
+    intermediate: int = 14_336
+    vocab: int = 128_256
+    block_size: int = 16
+    has_padding: bool = False  # the second token has slot -1
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+
+
+def largest_error(
+    arguments: Arguments, outputs: list[Tensor], exact: list[Tensor], size: Callable[[Tensor], Tensor] = Tensor.abs
+) -> float:
+    """The largest |output - exact| / (1 + size(exact)); NaN if any is."""
+    errors = [((x.double() - y).abs() / (1 + size(y))).max() for x, y in zip(outputs, exact, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+@dataclass(frozen=True, slots=True)
+class FusedKernel:
+    """One kernel: how it is called, and what it is held to."""
+
+    function: Function
+    reference: Function
+    arguments: Callable[[Shape, Tensors], Arguments]
+    written: tuple[str, ...] = ()  # arguments that it changes in place: outputs, too
+    error: Callable[[Arguments, list[Tensor], list[Tensor]], float] = largest_error
+    tolerance: float | None = None  # None: the dtype's
+    elements: Callable[[Shape], int] | None = None  # read and written once for a token; None: not timed
+    peers: Mapping[str, Function] | None = None  # timed with it; None: the reference, as "torch"
+    layers: int = 1  # calls that are timed together, each with its own arguments
+
+    @property
+    def contenders(self) -> dict[str, Function]:
+        """What is timed, by name; ours first."""
+        return {self.function.__name__: self.function, **(self.peers or {"torch": self.reference})}
+
+    def outputs(self, function: Function, arguments: Arguments) -> list[Tensor]:
+        """The tensors that a call of ``function`` returns, then those that it changes."""
+        values = [function(**arguments), *(arguments[name] for name in self.written)]
+        return [x for value in values for x in ([value] if isinstance(value, Tensor) else value or ())]
+
+    def run(self, function: Function, layers: list[Arguments]) -> Tensor:
+        """Call ``function`` for each layer; returns the last layer's first output in floating point."""
+        for arguments in layers:
+            outputs = self.outputs(function, arguments)
+        return next(x for x in outputs if x.is_floating_point())
+
+    def error_on(self, shape: Shape, tensors: Tensors) -> float:
+        """The error on random arguments, measured against the reference in float64."""
+        arguments = self.arguments(shape, tensors)
+        exact = self.outputs(self.reference, {name: _in_float64(value) for name, value in arguments.items()})
+        return self.error(arguments, self.outputs(self.function, arguments), exact)
+
+
+FUSED: dict[str, FusedKernel] = {}
+
+
+def described(**options: Any) -> Callable[[Function], Function]:
+    """Enter the decorated function into ``FUSED``, as the description of the kernel of its name."""
+
+    def enter(arguments: Function) -> Function:
+        name = arguments.__name__
+        ours, reference = (getattr(paged_infer.kernels, found) for found in (name, f"{name}_reference"))
+        FUSED[name] = FusedKernel(ours, reference, arguments, **options)
+        return arguments
+
+    return enter
+
+
+# -- Keys and values -------------------------------------------------------------------------------------------------
+
+
+def _store_indexed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Torch's shortest way, for a step without padding: a slot of -1 would be an error."""
     k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
 
-STORES: dict[str, Store] = {"store_kv": store_kv, STORE_INDEXED: store_indexed, STORE_REFERENCE: store_kv_reference}
+STORES: dict[str, Function] = {
+    "torch, two index_copy_": _store_indexed,
+    "torch, leaving out slot -1": paged_infer.kernels.store_kv_reference,
+}
+CACHES = ("k_cache", "v_cache")
 
 
-def fused_comparisons(device: torch.device) -> list[Comparison]:
-    return [
-        comparison
-        for tokens in TOKENS
-        for comparison in (
-            _comparison("store_kv", tokens, LAYERS * 4 * KV_HEADS * HEAD_DIM, tuple(STORES), partial(_stores, device)),
-            _with_torch("add_rms_norm", tokens, 4 * HIDDEN, partial(_norms, device)),
-            _with_torch("silu_mul", tokens, 3 * INTERMEDIATE, partial(_activations, device)),
-            _with_torch("qk_norm_rope", tokens, 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM, partial(_ropes, device)),
-            *([_with_torch("sample", tokens, VOCAB, partial(_samples, device))] if tokens == TOKENS[0] else []),
-        )
-    ]  # fmt: skip
+def _caches(shape: Shape, tensors: Tensors) -> Arguments:
+    """A cache in which each token has a block to itself, as decodes have, in shuffled order."""
+    size = (shape.tokens, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    block = torch.randperm(shape.tokens, generator=torch.Generator().manual_seed(3))
+    slots = block * shape.block_size + block % shape.block_size
+    if shape.has_padding:
+        slots[1] = -1
+    return {name: tensors.random(*size) for name in CACHES} | {"slot_mapping": slots.to(tensors.device)}
 
 
-def _with_torch(name: str, tokens: int, elements: int, setups: Callable[[int], Mapping[str, Setup]]) -> Comparison:
-    return _comparison(name, tokens, elements, (name, "torch"), setups)
+@described(written=CACHES, tolerance=0.0, elements=lambda s: 4 * s.num_kv_heads * s.head_dim, peers=STORES, layers=32)
+def store_kv(shape: Shape, tensors: Tensors) -> Arguments:
+    size = (shape.tokens, shape.num_kv_heads, shape.head_dim)
+    return {name: tensors.random(*size) for name in "kv"} | _caches(shape, tensors)
 
 
-def _comparison(
-    name: str, tokens: int, elements: int, names: tuple[str, ...], setups: Callable[[int], Mapping[str, Setup]]
-) -> Comparison:
-    num_bytes = 2 * elements * tokens  # read and written once, in bfloat16
-    title = f"{name}, {tokens:,} tokens" + (f", {LAYERS} layers" if name == "store_kv" else "")
-    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, partial(setups, tokens), names)
+@described(written=("caches",), tolerance=0.0)
+def copy_blocks(shape: Shape, tensors: Tensors) -> Arguments:
+    """Blocks 2, 3, 4 to 5, 6, 7."""
+    size = (8, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    sources, destinations = (torch.arange(n, n + 3, device=tensors.device) for n in (2, 5))
+    return {"caches": [tensors.random(*size) for _ in "kv"], "sources": sources, "destinations": destinations}
 
 
-def _stores(device: torch.device, tokens: int) -> Mapping[str, Setup]:
-    return {name: partial(_store_step, device, tokens, store) for name, store in STORES.items()}
+# -- Between the matrices --------------------------------------------------------------------------------------------
 
 
-def _store_step(device: torch.device, tokens: int, store: Store) -> Ready:
-    """All layers of a step, each into a cache of its own; what comes back is the last one."""
-    k, v = (_random(device, tokens, KV_HEADS, HEAD_DIM, seed=seed) for seed in (1, 2))
-    shape = (tokens, 16, KV_HEADS, HEAD_DIM)  # each token in a block of its own, as decodes are
-    caches = [tuple(torch.zeros(shape, dtype=k.dtype, device=device) for _ in "kv") for _ in range(LAYERS)]
-    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(3)).to(device)
-    slots = order * 16 + order % 16
-
-    def call() -> Tensor:
-        for k_cache, v_cache in caches:
-            store(k, v, k_cache, v_cache, slots)
-        return caches[-1][0]
-
-    return Ready(call)
+@described(elements=lambda s: 4 * s.hidden)
+def add_rms_norm(shape: Shape, tensors: Tensors) -> Arguments:
+    x, residual = (tensors.random(shape.tokens, shape.hidden) for _ in range(2))
+    return {"x": x, "residual": residual, "weight": tensors.random(shape.hidden), "eps": 1e-6}
 
 
-def _norms(device: torch.device, tokens: int) -> Mapping[str, Setup]:
-    x, residual = (_random(device, tokens, HIDDEN, seed=seed) for seed in (1, 2))
-    weight = _random(device, HIDDEN)
-    return _pair(add_rms_norm, add_rms_norm_reference, x, residual, weight, 1e-6)
+@described(elements=lambda s: 3 * s.intermediate)
+def silu_mul(shape: Shape, tensors: Tensors) -> Arguments:
+    return {"gate_up": tensors.random(shape.tokens, 2 * shape.intermediate)}
 
 
-def _activations(device: torch.device, tokens: int) -> Mapping[str, Setup]:
-    return _pair(silu_mul, silu_mul_reference, _random(device, tokens, 2 * INTERMEDIATE))
+def _pair_size(x: Tensor) -> Tensor:
+    """Of both elements of a rotated pair: two large terms may cancel to a small one."""
+    return x.abs() + x.roll(x.shape[-1] // 2, dims=-1).abs()
 
 
-def _ropes(device: torch.device, tokens: int) -> Mapping[str, Setup]:
-    angles = _random(device, tokens, 1, HEAD_DIM // 2).float().repeat(1, 1, 2)
-    caches = [_random(device, tokens, 1, KV_HEADS, HEAD_DIM) for _ in "kv"]
-    return _pair(
-        qk_norm_rope,
-        qk_norm_rope_reference,
-        _random(device, tokens, HEADS + 2 * KV_HEADS, HEAD_DIM),
-        angles.cos().bfloat16(),
-        angles.sin().bfloat16(),
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        norm_weight=_random(device, HEADS + KV_HEADS, HEAD_DIM),
-        k_cache=caches[0],
-        v_cache=caches[1],
-        slot_mapping=torch.arange(tokens, device=device),
-    )
+@described(
+    written=CACHES,
+    error=partial(largest_error, size=_pair_size),
+    elements=lambda s: 2 * (s.num_heads + 2 * s.num_kv_heads) * s.head_dim,
+)
+def qk_norm_rope(shape: Shape, tensors: Tensors) -> Arguments:
+    tokens, dim, num_qk = shape.tokens, shape.head_dim, shape.num_heads + shape.num_kv_heads
+    frequencies = 1e4 ** (-2 * torch.arange(dim // 2).double() / dim)
+    angles = torch.arange(tokens)[:, None, None] * frequencies  # [T, 1, D / 2]
+    cos, sin = (x.to(tensors.device, tensors.dtype) for x in (angles.cos(), angles.sin()))
+    return {
+        "qkv": tensors.random(tokens, num_qk + shape.num_kv_heads, dim),
+        "cos": torch.cat((cos, cos), -1),
+        "signed_sin": torch.cat((-sin, sin), -1),
+        "norm_weight": tensors.random(num_qk, dim),
+        **shape.heads,
+        **_caches(shape, tensors),
+    }
 
 
-def _samples(device: torch.device, tokens: int) -> Mapping[str, Setup]:
-    rows = torch.arange(tokens, device=device)
-    logits, temperatures = _random(device, tokens, VOCAB), torch.ones(tokens, device=device)
-
-    def scores(draw: Callable[..., tuple[Tensor, Tensor]]) -> Ready:
-        return Ready(lambda: draw(logits, temperatures, rows, torch.zeros_like(rows), rows + 100)[1])
-
-    return {"sample": partial(scores, sample), "torch": partial(scores, sample_reference)}
-
-
-def _pair(ours: Callable[..., Any], reference: Callable[..., Any], *args: Any, **options: Any) -> Mapping[str, Setup]:
-    def ready(function: Callable[..., Any]) -> Ready:
-        def call() -> Tensor:
-            out = function(*args, **options)
-            return out[0] if isinstance(out, tuple) else out
-
-        return Ready(call)
-
-    return {ours.__name__: partial(ready, ours), "torch": partial(ready, reference)}
+def score_lost(arguments: Arguments, outputs: list[Tensor], exact: list[Tensor]) -> float:
+    """How far the sampled token's score in float64 is below the best: a rounding may decide between equals."""
+    logits, temperatures, *row = arguments.values()
+    tokens, device = outputs[0][:, None], logits.device
+    keys = row_keys(*(x.tolist() for x in row)).to(device)
+    log_noise = noise(keys, torch.arange(logits.shape[1], dtype=torch.int32, device=device)).double().log()
+    is_greedy = (temperatures == 0)[:, None]
+    scores = logits.double() / temperatures.where(temperatures > 0, 1)[:, None] - log_noise.masked_fill(is_greedy, 0)
+    lost = scores.amax(1, keepdim=True) - scores.gather(1, tokens.clamp(min=0))
+    return float(lost.where(tokens >= 0, math.inf).max())
 
 
-def _random(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    rng = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.bfloat16, device=device, generator=rng)
+@described(error=score_lost, tolerance=1e-4, elements=lambda s: s.vocab)
+def sample(shape: Shape, tensors: Tensors) -> Arguments:
+    number = torch.arange(shape.rows, device=tensors.device)
+    return {
+        "logits": 4 * tensors.random(shape.rows, shape.vocab),
+        "temperatures": number / shape.rows * 2,  # the first is greedy
+        "seeds": number * 7919,
+        "sample_indices": number % 2,
+        "positions": number + 100,
+    }
 
 
-# -- Counting --------------------------------------------------------------------------------------------------------
-
-
-def count_store_calls(device: torch.device) -> list[LaunchCount]:
-    """What the stores of one decode step of 32 rows cost, counted while they run: ATen operations, and on CUDA what
-    torch's profiler sees on the device. On a CPU a kernel's launches are counted where they are made.
-    """
-    counts = []
-    for name, store in STORES.items():
-        call = _store_step(device, TOKENS[0], store).call
-        is_kernel = store is store_kv
-        launches: int | None = None
-        if device.type == "cuda":
-            call()  # compiled, and set up, before it is counted
-            launches = _profiled_launches(call)
-        elif is_kernel:
-            launches = _kernel_launches(call)
-        counts.append(LaunchCount(name, None if is_kernel else _operations(call), launches))
-    return counts
-
-
-def _operations(call: Callable[[], object]) -> int:
-    """ATen operations that ``call`` makes; views of a tensor, which do nothing on a device, are left out."""
-    with _CountOperations() as mode:
-        call()
-    return mode.count
-
-
-class _CountOperations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def _kernel_launches(call: Callable[[], object]) -> int:
-    """Triton launches of ``call``, none of which is run."""
-    grids = []
-    with launches_go_to(lambda kernel, grid, args, named: grids.append(grid), (9, 0)):
-        call()
-    return len(grids)
-
-
-def _profiled_launches(call: Callable[[], object]) -> int:
-    """Kernels and copies that the device runs for ``call``."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in seen.events() or [])
+def _in_float64(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_float64(one) for one in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

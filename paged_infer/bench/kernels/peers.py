@@ -1,8 +1,9 @@
-"""The attention kernels that ours are compared to: a peer is a function from a problem to a call.
+"""The attention kernels that are compared: a peer is a function from a problem to a call.
 
     peer(problem) -> Ready(call, note)      raises Unavailable, or anything, with the reason why it cannot run
 
-What can be prepared beforehand (dense copies, flashinfer's plans, repeated keys) is not timed.
+A new one is a function and its entry in ``PREFILL`` or ``DECODE``. What can be prepared beforehand (dense copies,
+flashinfer's plans, repeated keys) is not timed.
 """
 
 from __future__ import annotations
@@ -34,24 +35,30 @@ class Unavailable(Exception):
 class Ready:
     """A call that computes the attention: [T, H, D], or [B, H, N, D] of rows that are all alike."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Any]
     note: str = ""
 
 
 Peer = Callable[[PagedProblem], Ready]
 
 
+def packed(out: Any) -> Tensor:
+    """The attention of what may come with a log-sum-exp: [B, H, N, D] as [T, H, D]; [T, H, D] as it is."""
+    out = out[0] if isinstance(out, tuple) else out
+    return out.transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out
+
+
 # -- Ours
 
 
-def our_flash(problem: PagedProblem) -> Ready:
+def our_flash(problem: PagedProblem, **options: Any) -> Ready:
     q, k, v = problem.dense
-    return Ready(lambda: _first(flash_attention(q, k, v)))
+    return Ready(lambda: flash_attention(q, k, v, **options))
 
 
-def our_paged(problem: PagedProblem) -> Ready:
+def our_paged(problem: PagedProblem, **options: Any) -> Ready:
     arguments = problem.arguments
-    return Ready(lambda: _first(paged_attention(**arguments)))
+    return Ready(lambda: paged_attention(**arguments, **options))
 
 
 # -- torch
@@ -65,10 +72,9 @@ def sdpa(backend: SDPBackend) -> Peer:
         group = q.shape[1] // k.shape[1]
 
         def call(keys: Tensor, values: Tensor) -> Tensor:
+            is_grouped = keys.shape[1] != q.shape[1]
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    q, keys, values, is_causal=True, enable_gqa=keys.shape[1] != q.shape[1]
-                )
+                return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=is_grouped)
 
         try:
             call(k, v)
@@ -105,9 +111,9 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def varlen(problem: PagedProblem) -> Ready:
     """torch.nn.attention.varlen: packed sequences, keys packed too."""
     varlen_attn, causal = _varlen()
-    k, v = problem.packed
     starts, longest = problem.query_start_loc, problem.hints["max_query_len"]
-    return Ready(lambda: _first(varlen_attn(problem.q, k, v, starts, starts, longest, longest, **causal)))
+    arguments = (problem.q, *problem.packed, starts, starts, longest, longest)
+    return Ready(lambda: varlen_attn(*arguments, **causal))
 
 
 def varlen_paged(problem: PagedProblem) -> Ready:
@@ -115,24 +121,11 @@ def varlen_paged(problem: PagedProblem) -> Ready:
     varlen_attn, causal = _varlen()
     if "block_table" not in inspect.signature(varlen_attn).parameters:
         raise Unavailable(f"torch {torch.__version__} has no block_table in varlen_attn")
-    hints = problem.hints
     key_starts = F.pad(problem.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    return Ready(
-        lambda: _first(
-            varlen_attn(
-                problem.q,
-                problem.k_cache,
-                problem.v_cache,
-                problem.query_start_loc,
-                key_starts,
-                hints["max_query_len"],
-                hints["max_seq_len"],
-                seqused_k=problem.seq_lens,
-                block_table=problem.block_tables,
-                **causal,
-            )
-        )
-    )
+    longest = (problem.hints["max_query_len"], problem.hints["max_seq_len"])
+    arguments = (problem.q, problem.k_cache, problem.v_cache, problem.query_start_loc, key_starts, *longest)
+    options = causal | {"seqused_k": problem.seq_lens, "block_table": problem.block_tables}
+    return Ready(lambda: varlen_attn(*arguments, **options))
 
 
 def _varlen() -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -203,11 +196,6 @@ def _pages(problem: PagedProblem) -> tuple[Tensor, Tensor, Tensor]:
     rows = [problem.block_tables[row, :count] for row, count in enumerate(counts.tolist())]
     starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     return starts, torch.cat(rows), (problem.seq_lens - 1) % block_size + 1
-
-
-def _first(out: Any) -> Tensor:
-    """The attention of what may come with a log-sum-exp."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 PREFILL: dict[str, Peer] = {

@@ -1,9 +1,10 @@
-"""Inputs on which attention kernels are checked and timed: keys in blocks, shuffled over a pool of NaN."""
+"""Inputs on which kernels are checked, timed and compiled: random tensors, and keys in blocks shuffled over a pool."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,17 +14,29 @@ import torch
 from torch import Tensor
 
 
+class Tensors:
+    """Random tensors of one dtype. On the meta device they have shapes and no numbers, which is enough to compile."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+        self._rng = None if self.device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self.device, generator=self._rng)
+
+
 @dataclass(frozen=True)
 class PagedProblem:
     """Arguments of ``paged_attention``, and the same keys and values densely, for kernels without block tables."""
 
     q: Tensor  # [T, H, D]
-    k_cache: Tensor  # [num_blocks, block_size, H_kv, D]; NaN in every slot without a token
+    k_cache: Tensor  # [num_blocks, block_size, H_kv, D]
     v_cache: Tensor
     block_tables: Tensor  # [B, max_blocks] int32
     seq_lens: Tensor  # [B] int32
     query_start_loc: Tensor  # [B + 1] int32
     sequences: tuple[tuple[int, int], ...]  # (tokens before, queries)
+    slots: Tensor  # [sum of lengths] int64: where the tokens of each sequence are in the caches, one after another
 
     @property
     def hints(self) -> dict[str, int]:
@@ -32,7 +45,7 @@ class PagedProblem:
         return {
             "num_decodes": sum(queries == 1 for queries in query_lens),
             "max_query_len": max(query_lens),
-            "max_seq_len": max(before + queries for before, queries in self.sequences),
+            "max_seq_len": max(map(sum, self.sequences)),
         }
 
     @property
@@ -41,24 +54,10 @@ class PagedProblem:
         names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
         return {name: getattr(self, name) for name in names} | self.hints
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the keys and values that the sequences hold: each is read once at least."""
-        tokens = sum(before + queries for before, queries in self.sequences)
-        return 2 * tokens * math.prod(self.k_cache.shape[2:]) * self.k_cache.element_size()
-
-    def keys_and_values(self, row: int) -> tuple[Tensor, Tensor]:
-        """[length, H_kv, D] of one sequence, fetched through its table."""
-        block_size, length = self.k_cache.shape[1], sum(self.sequences[row])
-        token = torch.arange(length, device=self.q.device)
-        slots = self.block_tables[row, token // block_size].long() * block_size + token % block_size
-        return self.k_cache.flatten(0, 1)[slots], self.v_cache.flatten(0, 1)[slots]
-
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [sum of lengths, H_kv, D], one sequence after the other."""
-        rows = [self.keys_and_values(row) for row in range(len(self.sequences))]
-        return torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])
+        """Keys and values [sum of lengths, H_kv, D], one sequence after another."""
+        return self.k_cache.flatten(0, 1)[self.slots], self.v_cache.flatten(0, 1)[self.slots]
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +70,7 @@ class PagedProblem:
 
 
 def paged_problem(
-    sequences: Sequence[tuple[int, int]],
+    sequences: ReadOnlyList[tuple[int, int]],
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -85,40 +84,32 @@ def paged_problem(
     """Random queries, keys and values for rows of (tokens before, queries), decodes first.
 
     Args:
-        poison: put NaN in every slot that holds no token. Benches leave it out.
+        poison: put NaN in every slot that holds no token, and in a block to which surplus table entries point.
+            Benches leave it out: most peers multiply by what they mask.
     """
     ordered = sorted(sequences, key=lambda sequence: sequence[1] > 1)
-    lengths = [before + queries for before, queries in ordered]
+    lengths = [sum(sequence) for sequence in ordered]
     needed = [-(-length // block_size) for length in lengths]
-    num_blocks = sum(needed) + poison  # with one free block, to which surplus table entries point
-    generator = torch.Generator(device).manual_seed(seed)
+    order = torch.randperm(sum(needed) + poison, generator=torch.Generator().manual_seed(seed)).int()
+    tables = torch.full((len(ordered), max(needed) + poison), int(order[-1]), dtype=torch.int32)
+    slots = []
+    for row, blocks in enumerate(order[: sum(needed)].split(needed)):
+        tables[row, : len(blocks)] = blocks
+        slots.append((blocks.long()[:, None] * block_size + torch.arange(block_size)).flatten()[: lengths[row]])
+    tensors, all_slots = Tensors(dtype, device, seed), torch.cat(slots).to(device)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
+    def cache() -> Tensor:
+        shape = (len(order), block_size, num_kv_heads, head_dim)
+        pool = torch.full(shape, math.nan if poison else 0.0, dtype=dtype, device=device)
+        pool.flatten(0, 1)[all_slots] = tensors.random(len(all_slots), num_kv_heads, head_dim)
+        return pool
 
-    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
-    tables = torch.full((len(ordered), max(needed) + poison), order[-1], dtype=torch.int32)
-    ends = list(accumulate(needed))
-    for row, (end, count) in enumerate(zip(ends, needed, strict=True)):
-        tables[row, :count] = torch.tensor(order[end - count : end], dtype=torch.int32)
-    k_cache, v_cache = (random(num_blocks, block_size, num_kv_heads, head_dim) for _ in "kv")
-    if poison:
-        is_stray = torch.ones(num_blocks * block_size, dtype=torch.bool)
-        for row, length in enumerate(lengths):
-            token = torch.arange(length)
-            is_stray[tables[row, token // block_size].long() * block_size + token % block_size] = False
-        for cache in (k_cache, v_cache):
-            cache.flatten(0, 1)[is_stray.to(device)] = math.nan
-    starts = [0, *accumulate(queries for _, queries in ordered)]
-    return PagedProblem(
-        q=random(starts[-1], num_heads, head_dim),
-        k_cache=k_cache,
-        v_cache=v_cache,
-        block_tables=tables.to(device),
-        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
-        query_start_loc=torch.tensor(starts, dtype=torch.int32, device=device),
-        sequences=tuple(ordered),
-    )
+    def index(numbers: Iterable[int]) -> Tensor:
+        return torch.tensor([*numbers], dtype=torch.int32, device=device)
+
+    starts = index(accumulate((queries for _, queries in ordered), initial=0))
+    q = tensors.random(sum(queries for _, queries in ordered), num_heads, head_dim)
+    return PagedProblem(q, cache(), cache(), tables.to(device), index(lengths), starts, tuple(ordered), all_slots)
 
 
 def attention_float64(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
@@ -137,11 +128,9 @@ def attention_float64(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, w
     return out
 
 
-def paged_attention_float64(problem: PagedProblem, window: int | None = None) -> Tensor:
+def paged_attention_float64(problem: PagedProblem, window: int | None = None, *, causal: bool = True) -> Tensor:
     """``attention_float64`` of every row of ``problem``: [T, H, D] float64."""
-    rows, start = [], 0
-    for row, (_, queries) in enumerate(problem.sequences):
-        q = problem.q[start : start + queries]
-        rows.append(attention_float64(q, *problem.keys_and_values(row), window=window))
-        start += queries
-    return torch.cat(rows)
+    queries = problem.q.split([queries for _, queries in problem.sequences])
+    keys, values = (x.split([sum(sequence) for sequence in problem.sequences]) for x in problem.packed)
+    rows = zip(queries, keys, values, strict=True)
+    return torch.cat([attention_float64(q, k, v, causal=causal, window=window) for q, k, v in rows])

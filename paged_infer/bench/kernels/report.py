@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from paged_infer.bench.kernels.checks import CheckResult
+from paged_infer.bench.kernels.fused import FUSED
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 
-OURS = (
-    "flash_attention", "paged_attention", "store_kv", "add_rms_norm", "silu_mul", "qk_norm_rope", "sample",
-)  # fmt: skip
+OURS = ("flash_attention", "paged_attention", *FUSED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from paged_infer.kernels.attention.flash_attention import flash_attention
-from paged_infer.kernels.attention.paged_attention import paged_attention
-from paged_infer.kernels.fused.copy_blocks import copy_blocks
-from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope
-from paged_infer.kernels.fused.rms_norm import add_rms_norm
-from paged_infer.kernels.fused.sample import sample
-from paged_infer.kernels.fused.silu_mul import silu_mul
-from paged_infer.kernels.fused.store_kv import store_kv
+from paged_infer.bench.kernels.fused import FUSED, Shape
+from paged_infer.bench.kernels.peers import our_flash, our_paged
+from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 200, 256)
 
@@ -75,84 +69,64 @@ def full_variants() -> list[Variant]:
     return variants + [Variant("sample", t, v) for t, v in product(wide, (1003, 151_936))]
 
 
+QUICK = {
+    *("flash bfloat16 128 causal", "flash float32 64 causal", "prefill bfloat16 128 group 4 block 16"),
+    *("prefill float32 128 group 4 block 16", "decode bfloat16 128 group 4 block 16", "store_kv bfloat16 1024"),
+    *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
+    *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
+}
+
+
 def quick_variants() -> list[Variant]:
     """Each kernel once or twice: attention in bfloat16, and with full float32 products."""
-    return [
-        Variant("flash", "bfloat16", 128, {"causal": True}),
-        Variant("flash", "float32", 64, {"causal": True}),
-        Variant("prefill", "bfloat16", 128, {"group": 4, "block": 16}),
-        Variant("prefill", "float32", 128, {"group": 4, "block": 16}),
-        Variant("decode", "bfloat16", 128, {"group": 4, "block": 16}),
-        Variant("decode", "float32", 64, {"group": 4, "block": 16}),
-        Variant("store_kv", "bfloat16", 1024),
-        Variant("copy_blocks", "bfloat16", 1024),
-        Variant("add_rms_norm", "bfloat16", 4096),
-        Variant("qk_norm_rope", "bfloat16", 128, {"store": True}),
-        Variant("silu_mul", "bfloat16", 14_336),
-        Variant("sample", "float32", 151_936),
-    ]
+    return [variant for variant in full_variants() if variant.label in QUICK]
 
 
-def _empty(variant: Variant, *shape: int, dtype: str = "") -> Tensor:
-    return torch.empty(*shape, dtype=getattr(torch, dtype or variant.dtype), device="meta")
+# -- Calls -----------------------------------------------------------------------------------------------------------
 
 
 def _flash(variant: Variant) -> None:
-    q, kv = _empty(variant, 2, 32, 4096, variant.width), _empty(variant, 2, 8, 4096, variant.width)
     options = variant.options
-    flash_attention(q, kv, kv, causal="full" not in options, window=options.get("window"), return_lse="lse" in options)
+    problem = _problem(variant, [(0, 4096)] * 2)
+    our_flash(problem, causal="full" not in options, window=options.get("window"), return_lse="lse" in options).call()
 
 
 def _paged(variant: Variant) -> None:
     options, is_decode = variant.options, variant.family == "decode"
     rows, queries = options.get("rows", 8), 1 if is_decode else options.get("queries", 512)
-    cache = _empty(variant, 4096, options.get("block", 16), 8, variant.width)
-    paged_attention(
-        _empty(variant, rows * queries, 8 * options["group"], variant.width),
-        cache,
-        cache,
-        block_tables=_empty(variant, rows, 512, dtype="int32"),
-        seq_lens=_empty(variant, rows, dtype="int32"),
-        query_start_loc=_empty(variant, rows + 1, dtype="int32"),
-        window=options.get("window"),
-        num_decodes=rows if is_decode else 0,
-        max_query_len=queries,
-        max_seq_len=8192,
-        return_lse="lse" in options,
-    )
+    problem = _problem(variant, [(8192 - queries, queries)] * rows)
+    our_paged(problem, window=options.get("window"), return_lse="lse" in options).call()
 
 
-def _store_kv(variant: Variant) -> None:
-    k, cache = _empty(variant, 32, 1, variant.width), _empty(variant, 64, 16, 1, variant.width)
-    store_kv(k, k, cache, cache, _empty(variant, 32, dtype="int64"))
-
-
-def _qk_norm_rope(variant: Variant) -> None:
-    angles, stored = _empty(variant, 32, 1, variant.width), "store" in variant.options
-    caches = _empty(variant, 64, 16, 8, variant.width) if stored else None
-    qk_norm_rope(
-        _empty(variant, 32, 48, variant.width),
-        angles,
-        angles,
-        num_heads=32,
+def _problem(variant: Variant, sequences: list[tuple[int, int]]) -> PagedProblem:
+    return paged_problem(
+        sequences,
+        num_heads=8 * variant.options.get("group", 4),
         num_kv_heads=8,
-        norm_weight=_empty(variant, 40, variant.width) if stored else None,
-        k_cache=caches,
-        v_cache=caches,
-        slot_mapping=_empty(variant, 32, dtype="int64") if stored else None,
+        head_dim=variant.width,
+        block_size=variant.options.get("block", 16),
+        dtype=getattr(torch, variant.dtype),
+        device="meta",
+        poison=False,
     )
+
+
+def _fused(variant: Variant, **sizes: Any) -> None:
+    kernel = FUSED[variant.family]
+    arguments = kernel.arguments(Shape(**sizes), Tensors(getattr(torch, variant.dtype), "meta"))
+    if "plain" in variant.options:  # a rotation alone
+        arguments |= dict.fromkeys(("norm_weight", "k_cache", "v_cache", "slot_mapping"))
+    kernel.function(**arguments)
 
 
 CALLS: dict[str, Callable[[Variant], object]] = {
     "flash": _flash,
     "prefill": _paged,
     "decode": _paged,
-    "store_kv": _store_kv,
-    "copy_blocks": lambda v: copy_blocks(2 * [_empty(v, 64, v.width)], *2 * [_empty(v, 4, dtype="int64")]),
-    "add_rms_norm": lambda v: add_rms_norm(_empty(v, 32, v.width), _empty(v, 32, v.width), _empty(v, v.width), 1e-6),
-    "qk_norm_rope": _qk_norm_rope,
-    "silu_mul": lambda v: silu_mul(_empty(v, 32, 2 * v.width)),
-    "sample": lambda v: sample(
-        _empty(v, 8, v.width), _empty(v, 8, dtype="float32"), *3 * [_empty(v, 8, dtype="int64")]
-    ),
+    "store_kv": lambda v: _fused(v, num_kv_heads=1, head_dim=v.width),
+    "copy_blocks": lambda v: _fused(v, block_size=1, num_kv_heads=1, head_dim=v.width),
+    "add_rms_norm": lambda v: _fused(v, hidden=v.width),
+    "qk_norm_rope": lambda v: _fused(v, head_dim=v.width),
+    "silu_mul": lambda v: _fused(v, intermediate=v.width),
+    "sample": lambda v: _fused(v, rows=8, vocab=v.width),
 }

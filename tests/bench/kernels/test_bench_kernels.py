@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,9 +16,9 @@ from paged_infer.bench.kernels import attention_traffic
 from paged_infer.bench.kernels import checks as kernel_checks
 from paged_infer.bench.kernels import cli as kernels_cli
 from paged_infer.bench.kernels import comparisons as kernels
-from paged_infer.bench.kernels import fused as kernel_fused
 from paged_infer.bench.kernels import peers as kernel_peers
 from paged_infer.bench.kernels.checks import CheckResult
+from paged_infer.bench.kernels.fused import FUSED, Shape
 from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable
 from paged_infer.bench.kernels.problems import attention_float64, paged_attention_float64, paged_problem
 from paged_infer.bench.kernels.report import OURS, KernelReport, LaunchCount
@@ -48,7 +49,6 @@ def test_a_problem_holds_nan_wherever_no_token_lies(block_size):
     assert problem.hints == {"num_decodes": 1, "max_query_len": 9, "max_seq_len": 21}
     filled = ~problem.k_cache[..., 0, 0].isnan()
     assert int(filled.sum()) == 21 + 9
-    assert problem.kv_bytes == 2 * 30 * 2 * 16 * 4
     names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
     out = paged_attention_reference(**{name: getattr(problem, name) for name in names}, window=5)
     torch.testing.assert_close(out.double(), paged_attention_float64(problem, window=5), atol=1e-5, rtol=1e-5)
@@ -93,21 +93,23 @@ def test_on_a_cpu_the_command_checks_and_counts_and_times_nothing(on_cpu):
     report = KernelReport.read(folder / "bench-kernels-cpu.json")
     assert (report.device, report.roofline, report.measurements) == ("cpu", None, [])
     assert all(check.passed for check in report.checks)
-    assert {check.kernel for check in report.checks} == {*OURS, "copy_blocks"}
+    assert {check.kernel for check in report.checks} == set(OURS)
     # One launch a layer, where torch needs two operations, or five to leave out padding: counted, for 32 layers.
     assert report.launches == [
         LaunchCount("store_kv", None, 32),
-        LaunchCount(kernel_fused.STORE_INDEXED, 64, None),
-        LaunchCount(kernel_fused.STORE_REFERENCE, 160, None),
+        LaunchCount("torch, two index_copy_", 64, None),
+        LaunchCount("torch, leaving out slot -1", 160, None),
     ]
     assert all(reach.measured is None for reach in report.reaches())
 
 
 @needs_interpreter
 def test_a_wrong_kernel_stops_the_bench_before_anything_is_timed(tmp_path, monkeypatch):
-    right = kernel_checks.silu_mul
-    monkeypatch.setattr(kernel_checks, "silu_mul", lambda x: right(x) * 1.01)
-    monkeypatch.setattr(kernel_checks, "CHECKS", (kernel_checks._stores, kernel_checks._norms))
+    right = FUSED["silu_mul"]
+    wrong = replace(right, function=lambda gate_up: right.function(gate_up) * 1.01)
+    monkeypatch.setitem(FUSED, "silu_mul", wrong)
+    checks = {name: kernel_checks.CHECKS[name] for name in ("store_kv", "copy_blocks", "add_rms_norm", "silu_mul")}
+    monkeypatch.setattr(kernel_checks, "CHECKS", checks)
     result = CliRunner().invoke(app, ["bench", "kernels", "--device", "cpu", "--figures", str(tmp_path)])
     assert result.exit_code == 1
     assert "error: differs from float64, so nothing is timed: silu_mul (float32: 0.00" in result.output
@@ -178,7 +180,7 @@ def test_kernels_take_turns_and_the_median_is_reported(monkeypatch):
         return Timing((next(seconds[turns[-1]]),), "cuda graph")
 
     monkeypatch.setattr(kernels, "time_cuda_graph", timed)
-    monkeypatch.setattr(kernels, "_packed", lambda out: torch.ones(1))
+    monkeypatch.setattr(kernels, "packed", lambda out: torch.ones(1))
     entries = kernels.run_comparison({name: partial(Ready, lambda name=name: name) for name in "ab"})
     assert turns == ["a", "b"] * 3
     assert [entry.seconds for entry in entries] == [2.0, 7.0]
@@ -224,7 +226,7 @@ def test_operations_and_bytes_are_counted_as_the_header_says():
     assert prefill.work == 4 * 32 * 128 * 4 * (4096 * 4096 / 2)
     decode = comparisons["decode, batch 32, context 4,096"]
     problem = paged_problem([(4095, 1)], num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, poison=False)
-    assert decode.work == 32 * problem.kv_bytes
+    assert decode.work == 32 * sum(x.nbytes for x in problem.packed)
     sizes = {tuple(comparison.sizes.values()) for comparison in comparisons.values() if comparison.group == "decode"}
     assert sizes == {(b, n * 1024) for b in (1, 8, 32, 128) for n in (1, 2, 4, 8, 16, 32)}
 
@@ -247,10 +249,8 @@ def test_races_that_the_time_or_the_memory_does_not_allow_are_left_out_and_said(
 def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkeypatch, capsys):
     """The whole bench on small sizes, interpreted: every comparison is run and shown, and what is broken is said."""
     for module, sizes in (
-        (kernels, {"HEADS": 4, "KV_HEADS": 2, "PREFILL_TOKENS": 32, "LENGTHS": (16, 32), "BATCHES": (2,)}),
-        (kernels, {"CONTEXTS": (32,), "ROUNDS": 1}),
-        (kernel_fused, {"LAYERS": 2, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16, "HIDDEN": 32}),
-        (kernel_fused, {"INTERMEDIATE": 48, "VOCAB": 500, "TOKENS": (3, 5)}),
+        (kernels, {"PREFILL_TOKENS": 32, "LENGTHS": (16, 32), "BATCHES": (2,), "CONTEXTS": (32,), "ROUNDS": 1}),
+        (kernels, {"MODEL": Shape(**SMALL, hidden=32, intermediate=48, vocab=500), "FUSED_TOKENS": (3, 5)}),
         (kernel_peers, {"FLEX_LENGTHS": ()}),
     ):
         for name, value in sizes.items():
@@ -283,8 +283,8 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     def silu_mul(gate_up: torch.Tensor) -> float:
         return 1 / 0
 
-    monkeypatch.setattr(kernel_fused, "silu_mul", silu_mul)
-    monkeypatch.setattr(kernel_fused, "TOKENS", (3,))
+    monkeypatch.setitem(FUSED, "silu_mul", replace(FUSED["silu_mul"], function=silu_mul))
+    monkeypatch.setattr(kernels, "FUSED_TOKENS", (3,))
     monkeypatch.setattr(kernels, "attention_comparisons", lambda device: [])
     with pytest.raises(typer.Exit) as exit_:
         kernels_cli._run_comparisons(KernelReport("cuda", {"device": "-"}), CPU, math.inf, "no limit", path)

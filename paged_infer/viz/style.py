@@ -48,9 +48,15 @@ def new_picture(width_in: float = 7.0, height_in: float = 3.0) -> Picture:
 
 
 def tidy_axes(
-    axes: Axes, hide: str = "top right", grid: Literal["both", "x", "y"] | None = "both", **ticks: Any
+    axes: Axes,
+    hide: str = "top right",
+    grid: Literal["both", "x", "y"] | None = "both",
+    title: str | None = None,
+    **ticks: Any,
 ) -> None:
-    """Hide spines, and put a faint grid behind the data. ``ticks``: as ``tick_params`` takes them."""
+    """Hide spines, put a faint grid behind the data, and a title on the left. ``ticks``: as for ``tick_params``."""
+    if title is not None:
+        axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.spines[hide.split()].set_visible(False)
     axes.tick_params(**ticks)
     if grid:

@@ -196,7 +196,7 @@ import gpu, notebook_script
 from paged_infer.bench import workloads
 from paged_infer.bench.kernels import checks, cli, comparisons, compile_table, figure, launches
 from paged_infer.bench.peers import peers, transformers_peers
-from paged_infer.bench.speed import baselines, cli, ladder, ladder_figure, optimisations, speed_figure, tables
+from paged_infer.bench.speed import baselines, cli, ladder, optimisations, speed_figure, tables
 from paged_infer.bench.tables import print_table
 print_table("ages", ("who", "years"), [("Mia", "7")], ["bold red"])
 import paged_infer.llm

@@ -15,7 +15,7 @@ from paged_infer.bench.scheduling.memory_waste import (
     MemoryReport,
     SharingReport,
 )
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture, tidy_axes
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture, tidy_axes
 
 PART_COLOURS = {
     "tokens": BASELINE_COLOURS["paged"],
@@ -43,8 +43,6 @@ def fragmentation_figure(report: MemoryReport) -> Picture:
     panels[0][1].set_yticklabels([])
     _block_size_panel(panels[1][0], report.datasets, report.block_size)
     _sharing_panel(panels[1][1], report.sharing)
-    for axes in panels.flat:
-        tidy_axes(axes, grid=None, labelsize=8.5)
     patches = [Patch(color=PART_COLOURS[part], label=name) for part, name in PART_NAMES.items()]
     figure.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False, fontsize=8.5)
     return figure
@@ -69,7 +67,7 @@ def _stack_panel(axes: Axes, dataset: DatasetReport, paper: Mapping[str, Mapping
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 137 if paper else 118)
     axes.set_xticks(range(0, 101, 20), [f"{percent} %" for percent in range(0, 101, 20)])
-    axes.set_title(f"{dataset.name}: share of all KV memory", fontsize=9, color=INK, loc="left")
+    tidy_axes(axes, grid=None, title=f"{dataset.name}: share of all KV memory", labelsize=8.5)
 
 
 def _stack(axes: Axes, row: float, shares: Mapping[str, float], height: float, alpha: float) -> None:
@@ -92,8 +90,7 @@ def _block_size_panel(axes: Axes, datasets: list[DatasetReport], block_size: int
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_ylim(0, 104)
     axes.set_yticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_title("paged: blocks in use that hold tokens", fontsize=9, color=INK, loc="left")
+    tidy_axes(axes, title="paged: blocks in use that hold tokens", labelsize=8.5)
     axes.set_xlabel("block size, tokens", fontsize=8.5, color=INK)
 
 
@@ -112,5 +109,5 @@ def _sharing_panel(axes: Axes, sharing: list[SharingReport]) -> None:
     axes.set_ylim(0, 130 * max(one.saved for one in sharing))
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_title("blocks saved by sharing a prompt", fontsize=9, color=INK, loc="left")
+    tidy_axes(axes, grid=None, title="blocks saved by sharing a prompt", labelsize=8.5)
     axes.set_xlabel("samples of a request, n", fontsize=8.5, color=INK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from matplotlib.axes import Axes
 
@@ -37,17 +38,21 @@ def policies_figure(report: PoliciesReport) -> Picture:
     marks = (0.5, 0.9, 0.99, 0.999)
     gaps.set_xticks([_nines(mark) for mark in (*marks, 1.0)], [*(f"{100 * mark:g} %" for mark in marks), "all"])
     gaps.set_xlim(_nines(0.5), _nines(1.0) + 0.1)
-    gaps.set_title("gap between tokens, ms, by rank", fontsize=9, color=INK, loc="left")
-    firsts.set_title("first token within so many seconds", fontsize=9, color=INK, loc="left")
     firsts.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     firsts.set_ylim(0, 1.02)
     firsts.set_xlim(left=0)
-    for axes in (stalls, gaps, firsts):
-        tidy_axes(axes, grid=None if axes is stalls else "both", labelsize=8)
-    handles, names = firsts.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    tidy_axes(stalls, grid=None, title="longest wait (hatched: for the 2nd token)", labelsize=8)
+    tidy_axes(gaps, title="gap between tokens, ms, by rank", labelsize=8)
+    tidy_axes(firsts, title="first token within so many seconds", labelsize=8)
+    _legend(figure, firsts)
     figure.suptitle(f"{report.served_by}: {report.load}", fontsize=9, color=INK)
     return figure
+
+
+def _legend(figure: Picture, axes: Axes) -> None:
+    """A line below the panels that names the lines of ``axes``."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
 
 
 def _nines(share: float) -> float:
@@ -57,11 +62,11 @@ def _nines(share: float) -> float:
 
 def _styles(policies: list[PolicyReport]) -> dict[str, tuple[str, str]]:
     styles: dict[str, tuple[str, str]] = {}
-    seen: dict[str, int] = {}
+    seen = Counter[str]()
     for policy in policies:
         kind = policy.name.split(",")[0]
-        styles[policy.name] = POLICY_COLOURS.get(kind, INK), DELAYED[seen.get(kind, 0) % len(DELAYED)]
-        seen[kind] = seen.get(kind, 0) + 1
+        styles[policy.name] = POLICY_COLOURS.get(kind, INK), DELAYED[seen[kind] % len(DELAYED)]
+        seen[kind] += 1
     return styles
 
 
@@ -83,7 +88,6 @@ def _stall_panel(axes: Axes, policies: list[PolicyReport], styles: dict[str, tup
     axes.set_xticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("longest wait (hatched: for the 2nd token)", fontsize=9, color=INK, loc="left")
 
 
 def arrival_figure(report: ArrivalReport) -> Picture:
@@ -96,10 +100,8 @@ def arrival_figure(report: ArrivalReport) -> Picture:
         _draw_arrival(axes, run, BASELINE_COLOURS["static"] if whole else next(chunked))
     log_heights(axes)
     axes.set_xlabel("seconds since the prompt arrived (a dot: its first token)", fontsize=8.5, color=INK)
-    axes.set_title("longest wait of a running request for its next token, ms", fontsize=9, color=INK, loc="left")
-    tidy_axes(axes, labelsize=8.5)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    tidy_axes(axes, title="longest wait of a running request for its next token, ms", labelsize=8.5)
+    _legend(figure, axes)
     title = f"{report.num_prompt_tokens:,} tokens arrive while {report.num_running} requests decode"
     figure.suptitle(f"{title} ({report.served_by})", fontsize=9.5, color=INK)
     return figure

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from paged_infer.bench.metrics import Percentiles
 from paged_infer.bench.speed.measure import Entry, SpeedReport
 from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
 
-WHOLE, STREAMED, OPEN = BASELINE_COLOURS["paged"], "#6fa8d6", BASELINE_COLOURS["nano-vllm"]
+# The server's two lines in its own colour; that of one request at a time in the cached baseline's.
+CLOSED = (BASELINE_COLOURS["paged"], "#6fa8d6", BASELINE_COLOURS["cached"])
+OPEN = BASELINE_COLOURS["nano-vllm"]
 
 
 def serving_figure(report: SpeedReport) -> Picture:
@@ -20,16 +21,15 @@ def serving_figure(report: SpeedReport) -> Picture:
     closed = _series(report, "client")
     opened = _series(report, "a second")
     for index, (name, entries) in enumerate(closed.items()):
-        colour = _colour(name, index)
+        colour = CLOSED[min(index, 2)]
         loads = [entry.load or 0.0 for entry in entries]
         rates = [entry.metrics.output_tokens_per_s for entry in entries]
         speed.plot(loads, rates, "o-", color=colour, label=name, markersize=4, linewidth=1.6)
-        _waits(latency, loads, [entry.metrics.latency_s for entry in entries], colour)
-        _waits(first, loads, [entry.metrics.ttft_s for entry in entries], colour)
+        _waits(latency, entries, "latency_s", colour)
+        _waits(first, entries, "ttft_s", colour)
     for entries in opened.values():
-        loads = [entry.load or 0.0 for entry in entries]
-        _waits(arrivals, loads, [entry.metrics.ttft_s for entry in entries], OPEN, "first token")
-        _waits(arrivals, loads, [entry.metrics.latency_s for entry in entries], INK, "whole answer")
+        _waits(arrivals, entries, "ttft_s", OPEN, "first token")
+        _waits(arrivals, entries, "latency_s", INK, "whole answer")
     for entry in report.entries:
         if entry.load is None:
             rate = entry.metrics.output_tokens_per_s
@@ -60,24 +60,16 @@ def _series(report: SpeedReport, kind: str) -> dict[str, list[Entry]]:
     return series
 
 
-def _colour(name: str, index: int) -> str:
-    """The server's two lines in its own colour; that of one request at a time in the cached baseline's."""
-    return (WHOLE, STREAMED, BASELINE_COLOURS["cached"])[min(index, 2)]
-
-
-def _waits(
-    axes: Axes, loads: list[float], times: list[Percentiles | None], colour: str, label: str | None = None
-) -> None:
-    known = [(load, one) for load, one in zip(loads, times, strict=True) if one is not None]
-    if not known:
-        return
-    places = [load for load, _ in known]
-    middle, worst = [1e3 * one.p50 for _, one in known], [1e3 * one.p99 for _, one in known]
-    axes.plot(places, middle, "o-", color=colour, label=label, markersize=4, linewidth=1.6)
-    axes.plot(places, worst, "o-", color=colour, alpha=0.35, markersize=3, linewidth=1.2)
+def _waits(axes: Axes, entries: list[Entry], metric: str, colour: str, label: str | None = None) -> None:
+    """Over the load; nothing where no entry knows it."""
+    known = [(entry.load or 0.0, times) for entry in entries if (times := getattr(entry.metrics, metric)) is not None]
+    if known:
+        places = [load for load, _ in known]
+        middle, worst = [1e3 * one.p50 for _, one in known], [1e3 * one.p99 for _, one in known]
+        axes.plot(places, middle, "o-", color=colour, label=label, markersize=4, linewidth=1.6)
+        axes.plot(places, worst, "o-", color=colour, alpha=0.35, markersize=3, linewidth=1.2)
 
 
 def _axes(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.set_xlabel(below, fontsize=8, color=INK)
-    tidy_axes(axes, grid="y", labelsize=7.5)
+    tidy_axes(axes, grid="y", title=title, labelsize=7.5)

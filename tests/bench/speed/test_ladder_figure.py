@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from paged_infer.bench.metrics import Metrics
-from paged_infer.bench.speed.ladder_figure import ladder_figure
 from paged_infer.bench.speed.measure import Entry, SpeedReport
+from paged_infer.bench.speed.speed_figure import ladder_figure
 from paged_infer.viz.style import BASELINE_COLOURS
 
 

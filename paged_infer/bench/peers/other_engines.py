@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, S
     check_importable(names)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
-        systems = {}
+        systems: dict[str, System] = {}
         for name in names:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(name, options, theirs), daemon=False)
@@ -62,15 +63,13 @@ def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, S
             theirs.close()
             stack.callback(_end, process, ours)
             _answer(name, ours, START_LIMIT_S)
-            systems[name] = _system(name, ours)
+            systems[name] = partial(_send, name, ours)
         yield systems
 
 
-def _system(name: str, connection: Connection) -> System:
-    def run(workload: Workload) -> Run:
-        connection.send(workload)
-        return _answer(name, connection, None)
-
+def _send(name: str, connection: Connection, workload: Workload) -> Run:
+    connection.send(workload)
+    run: Run = _answer(name, connection, None)
     return run
 
 
@@ -95,26 +94,23 @@ def _end(process: Any, connection: Connection) -> None:
 
 
 def _serve(name: str, options: PeerOptions, connection: Connection) -> None:
-    """The peer's process: build the engine, then serve workloads until the pipe is closed."""
+    """The peer's process: build the engine, then serve workloads until the pipe is closed or something fails."""
     try:
         generate = {"vllm": _vllm, "nano-vllm": _nano_vllm, "mini-sglang": _mini_sglang}[name](options)
         connection.send("ready")
-    except Exception as error:  # a peer may raise anything; a user needs one line
-        connection.send(RuntimeError(_first_line(error)))
-        return
-    while True:
-        try:
-            workload: Workload = connection.recv()
-        except EOFError:
-            return
-        try:
+        while (workload := _receive(connection)) is not None:
             connection.send(generate(workload))
-        except Exception as error:
-            connection.send(RuntimeError(_first_line(error)))
+    except Exception as error:  # a peer may raise anything; a user needs one line
+        connection.send(RuntimeError(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+def _receive(connection: Connection) -> Workload | None:
+    """None once the other end is closed."""
+    try:
+        workload: Workload = connection.recv()
+    except EOFError:
+        return None
+    return workload
 
 
 def _vllm(options: PeerOptions) -> System:

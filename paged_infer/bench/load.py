@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 from paged_infer.bench.lengths import RequestLengths
@@ -25,7 +25,10 @@ from paged_infer.control.sequence import Sequence
 from paged_infer.params import SamplingParams
 
 if TYPE_CHECKING:
+    from paged_infer.bench.workloads import Workload
     from paged_infer.engine.engine import LLMEngine
+
+_RUNS = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +102,14 @@ class SimulatedSystem:
 
 
 class EngineSystem:
-    """A model in real time, greedy on random prompts that share no prefix."""
+    """A model in real time: greedy on random prompts that share no prefix, or on the requests of ``workload``."""
 
-    def __init__(self, engine: LLMEngine, seed: int = 0) -> None:
+    def __init__(self, engine: LLMEngine, seed: int = 0, workload: Workload | None = None) -> None:
         self.engine = engine
+        self.sequences: list[Sequence] = []
         self._rng = random.Random(seed)
-        self._num_requests = 0
-        self._live: list[tuple[Sequence, int]] = []  # with the number of its tokens after the last step
+        self._requests = None if workload is None else zip(workload.prompts, workload.params, strict=True)
+        self._salt = None if workload is None else f"run {next(_RUNS)}"  # it finds no prefix of an earlier run
         self._began_s = time.perf_counter()
 
     @property
@@ -117,24 +121,22 @@ class EngineSystem:
         return self.engine.has_unfinished_requests
 
     def submit(self, lengths: RequestLengths) -> Sequence:
-        vocab_size = self.engine.decoder.config.vocab_size
-        prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
-        return self.send(prompt, SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True))
-
-    def send(self, prompt: list[int], params: SamplingParams, cache_salt: str | None = None) -> Sequence:
-        request = self.engine.prepare(f"bench {self._num_requests}", prompt, params, cache_salt=cache_salt)
+        """Of a workload, its next request, which has these lengths."""
+        if self._requests is not None:
+            prompt, params = next(self._requests)
+        else:
+            vocab_size = self.engine.decoder.config.vocab_size
+            prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
+            params = SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
+        request = self.engine.prepare(f"bench {len(self.sequences)}", prompt, params, cache_salt=self._salt)
         self.engine.submit(request)
-        self._num_requests += 1
         (sequence,) = request.sequences
-        self._live.append((sequence, 0))
+        self.sequences.append(sequence)
         return sequence
 
     def step(self, next_arrival_s: float) -> Iterable[Sequence]:
         """Returns a sequence once for each token that it got."""
-        self.engine.step()
-        grown = [s for s, known in self._live for _ in range(s.num_output_tokens - known)]
-        self._live = [(s, s.num_output_tokens) for s, _ in self._live if not s.is_finished]
-        return grown
+        return self.engine.step().grown
 
     def wait_until(self, moment_s: float) -> None:
         time.sleep(max(0.0, moment_s - self.now_s))

@@ -96,11 +96,6 @@ class Run:
         return sum(self.num_outputs)
 
     @property
-    def tokens_per_s(self) -> float:
-        """Output tokens a second."""
-        return self.num_tokens / self.seconds
-
-    @property
     def peak_kv_bytes(self) -> int | None:
         return None if self.usage is None else self.usage.peak_slots * self.kv_bytes_per_token
 

@@ -159,15 +159,10 @@ def _show_control(report: ControlReport) -> None:
         f"largest pool / smallest = {report.flatness:.2f};  trace = {report.trace_share:.2%} of a step of "
         f"{report.step_ms:.1f} ms ({report.step_is})"
     )
-    rows = [
-        (
-            f"{one.num_tokens:,}",
-            f"{one.first_us:.0f}",
-            f"{1e3 * one.first_us / one.num_tokens:.0f}",
-            f"{one.next_block_us:.1f}",
-        )
-        for one in report.lookups
-    ]
+    rows = []
+    for found in report.lookups:
+        ns_a_token = 1e3 * found.first_us / found.num_tokens
+        rows.append((f"{found.num_tokens:,}", f"{found.first_us:.0f}", f"{ns_a_token:.0f}", f"{found.next_block_us:.1f}"))
     print_table("prefix lookup", ("prompt tokens", "microseconds", "ns a token", "one block\nlater, us"), rows)
 
 

@@ -6,7 +6,7 @@ And what other benches share. ``python -m`` runs it where rich is not installed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -162,16 +162,17 @@ def step(
     from paged_infer.bench.speed.tables import print_step
     from paged_infer.kernels.attention_backends import fastest_backend
 
-    with errors(), ExitStack() as stack:
+    with errors():
         if common.engine.device not in ("auto", "cpu"):
             raise ValueError(f"device={common.engine.device!r}: bench step measures a CPU")
         backend = common.engine.attention_backend
         backend = fastest_backend(torch.device("cpu")) if backend == "auto" else backend
-        before, llm = (
-            stack.enter_context(common.open(2 * lengths.longest, device="cpu", attention_backend=name))
-            for name in (beside, backend)
-        )
-        report = measure_step((before, llm), lengths.draw(llm, num_requests, common.seed), common.repeats)
+        options: dict[str, EngineOptions] = {
+            name: {"device": "cpu", "attention_backend": name} for name in (beside, backend)
+        }
+        with common.open_each(2 * lengths.longest, options) as engines:
+            workload = lengths.draw(engines[backend], num_requests, common.seed)
+            report = measure_step(list(engines.values()), workload, common.repeats)
     print_step(report)
     save_report(report, common.figures / "bench-step.json")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import replace
 
@@ -11,26 +10,8 @@ from paged_infer.bench.load import Arrival, EngineSystem, serve
 from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
-from paged_infer.control.sequence import Sequence
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.llm import LLM
-
-_RUNS = itertools.count()
-
-
-class WorkloadSystem(EngineSystem):
-    """Submits a workload's own requests, in their order."""
-
-    def __init__(self, engine: LLMEngine, workload: Workload) -> None:
-        super().__init__(engine)
-        self.sequences: list[Sequence] = []
-        self._requests = zip(workload.prompts, workload.params, strict=True)
-        self._salt = f"run {next(_RUNS)}"  # no prefix of an earlier run is found in the cache
-
-    def submit(self, lengths: RequestLengths) -> Sequence:
-        prompt, params = next(self._requests)
-        self.sequences.append(self.send(prompt, params, self._salt))
-        return self.sequences[-1]
 
 
 def run_engine(
@@ -42,7 +23,7 @@ def run_engine(
     """
     engine.reset_stats()
     before = replace(engine.scheduler.stats)
-    server = WorkloadSystem(engine, workload)
+    server = EngineSystem(engine, workload=workload)
     moments = arrive_s or [0.0] * len(workload.prompts)
     arrivals = [
         Arrival(at_s, RequestLengths(len(prompt), params.max_tokens or 0))

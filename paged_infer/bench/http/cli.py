@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paged_infer.bench.options import Repeats
+from paged_infer.bench.options import Clients, Lengths, Rates, Repeats
 from paged_infer.bench.speed import cli as speed_cli
-from paged_infer.bench.speed.request_options import Clients, Lengths, Rates
 from paged_infer.cli_options import Figures, ModelOption, Seed, Without, as_arguments, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
 
@@ -73,7 +72,8 @@ def serve(
     """
     with speed_cli.errors(), _ended_by_sigterm():
         if naive not in ("cached", "none"):
-            raise ValueError(f"naive={naive!r}: must be cached or none")
+            one_at_a_time = "cached (compare it to paged-infer serve --max-num-seqs 1)"
+            raise ValueError(f"naive={naive!r}: must be {one_at_a_time} or none")
         if base_url is None:
             opened = _ours(load, lengths, engine, model, naive == "cached", torch_threads)
         elif model is not None or engine != EngineConfig():

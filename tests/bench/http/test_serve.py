@@ -255,7 +255,10 @@ def test_a_server_that_runs_already_is_asked_alone(served: str, tmp_path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--naive", "static"], "naive='static'"),
+        (
+            ["--naive", "naive"],
+            "naive='naive': must be cached (compare it to paged-infer serve --max-num-seqs 1) or none",
+        ),
         (["--shortest", "9", "--longest", "3"], "shortest=9"),
         (["--base-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["--base-url", "http://127.0.0.1:9", "--model", "x"], "its model and engine are its own"),

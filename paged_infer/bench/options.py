@@ -1,10 +1,10 @@
-"""The options that the speed benches share, and how they open an engine and its peers."""
+"""The options that the speed benches share, how they open an engine and its peers, and draw their requests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -16,7 +16,10 @@ from paged_infer.config import EngineConfig, EngineOptions
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
+    from paged_infer.bench.workloads import Workload
     from paged_infer.llm import LLM
+
+CPU_REQUESTS, CPU_SCALE = 32, 0.125  # of the throughput workload, where there is no GPU
 
 BenchModel = Annotated[
     str | None,
@@ -32,6 +35,19 @@ Peers = Annotated[
         "--peer",
         help="Compared to the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
         "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
+    ),
+]
+NumRequests = Annotated[int, typer.Option(help="Requests at once.", min=1)]
+Clients = Annotated[
+    list[int] | None,
+    typer.Option(help="Clients of a closed loop; may be repeated. Default: 4, 8, 16, 32; for load also 1.", min=1),
+]
+Rates = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Poisson arrivals a second; may be repeated. Default: 0.3, 0.6, 0.9 and 1.2 times the rate at which the "
+        "most clients were served.",
+        min=0.001,
     ),
 ]
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
@@ -85,3 +101,53 @@ class Common:
         share = round(self.engine.gpu_memory_utilization / (1 + num_engines + (len(chosen) > num_engines)), 3)
         with self.open(longest, gpu_memory_utilization=share) as llm, open_peers(chosen, llm, share) as peers:
             yield llm, peers
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Of random prompts and outputs, each uniform in the range."""
+
+    shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16
+    longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128
+
+    def draw(self, llm: LLM, num_requests: int, seed: int) -> Workload:
+        from paged_infer.bench.workloads import random_ids
+
+        return random_ids(llm.engine.decoder.config.vocab_size, num_requests, self.shortest, self.longest, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class NanoRequests:
+    """Those of nano-vLLM's bench, or a share of them."""
+
+    num_requests: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Default: 256 on a GPU, {CPU_REQUESTS} on a CPU; for optimisations half as many there.", min=1
+        ),
+    ] = None
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the lengths, 100..1024 tokens in and out. Default: 1 on a GPU; "
+            f"{CPU_SCALE:g} on a CPU, so that a run with the storyteller or qwen3-30m takes less than two minutes.",
+            min=0.001,
+        ),
+    ] = None
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.6
+
+    def on(self, on_gpu: bool, cpu_requests: int = CPU_REQUESTS) -> NanoRequests:
+        """With the defaults for a device."""
+        num_requests = self.num_requests or (256 if on_gpu else cpu_requests)
+        return replace(self, num_requests=num_requests, scale=self.scale or (1.0 if on_gpu else CPU_SCALE))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its output together."""
+        return 2 * max(1, round(1024 * (self.scale or 1.0)))
+
+    def draw(self, llm: LLM, seed: int) -> Workload:
+        from paged_infer.bench.workloads import nano_vllm_requests
+
+        vocab_size = llm.engine.decoder.config.vocab_size
+        return nano_vllm_requests(vocab_size, self.num_requests or 256, self.scale or 1.0, self.temperature, seed)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paged_infer.bench.options import Common, Peers
+from paged_infer.bench.options import CPU_REQUESTS, Clients, Common, Lengths, NanoRequests, NumRequests, Peers, Rates
 from paged_infer.bench.report import save_report
-from paged_infer.bench.speed.request_options import CPU_REQUESTS, Clients, Lengths, NanoRequests, NumRequests, Rates
 from paged_infer.cli_options import Without, fail, with_option_groups
 from paged_infer.config import EngineOptions
 

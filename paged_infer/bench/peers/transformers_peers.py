@@ -126,18 +126,12 @@ def _generate_batch(model: Any, workload: Workload) -> Run:
     pages = sum(-(-(len(p) + n) // PAGE_SIZE) for p, n in zip(workload.prompts, limits, strict=True))
     on_gpu = model.device.type == "cuda"
     sizes = {} if on_gpu else {"num_blocks": pages + num_requests, "max_batch_tokens": BATCH_TOKENS}
-    arguments = {
-        "generation_config": GenerationConfig(
-            max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=0, **_sampling(workload)
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(
-            page_size=PAGE_SIZE, max_requests_per_batch=num_requests, **sizes
-        ),
-        "block": True,
-        "timeout": 5,
-    }
+    generation = GenerationConfig(max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=0, **_sampling(workload))
+    batching = ContinuousBatchingConfig(page_size=PAGE_SIZE, max_requests_per_batch=num_requests, **sizes)
     before = model.config._attn_implementation
-    with model.continuous_batching_context_manager(**arguments) as manager:
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=batching, block=True, timeout=5
+    ) as manager:
         start = time.perf_counter()
         ids = [
             manager.add_request(prompt, max_new_tokens=limit, record_timestamps=True, eos_token_id=ends)

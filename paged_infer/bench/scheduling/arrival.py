@@ -6,7 +6,6 @@ in chunks       d d d d [P d][P d][P d][P d] d d d     each step takes longer, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,13 +46,6 @@ class ArrivalReport(JsonReport):
     served_by: str
     machine: dict[str, Any]  # empty where the clock was simulated
     runs: list[ArrivalRun]
-
-
-def longest_sequence(policies: Iterable[PolicyOptions], num_running: int, num_prompt_tokens: int) -> int:
-    """Tokens of the prompt and what follows it, or of a running request that goes on during all its chunks."""
-    spare = min((one.max_num_batched_tokens - num_running for one in policies), default=num_prompt_tokens)
-    num_steps = TOKENS_BEFORE + TOKENS_AFTER + num_prompt_tokens // max(1, spare)
-    return max(num_prompt_tokens, RUNNING_PROMPT + num_steps) + 2 * TOKENS_AFTER
 
 
 def watch_arrival(
@@ -99,15 +91,18 @@ def run_arrival(simulate: bool, num_running: int, num_prompt_tokens: int, chunks
     Raises:
         ValueError: the running requests alone fill a chunk.
     """
-    chunked = [PolicyOptions(f"chunked, {size} tokens a step", "chunked", size) for size in chunks]
-    whole_tokens = longest_sequence(chunked, 0, num_prompt_tokens)
-    policies = [PolicyOptions("whole prompt (prefill_first)", "prefill_first", whole_tokens), *chunked]
-    smallest = min(one.max_num_batched_tokens for one in policies)
+    # The longest sequence is the prompt and what follows it, or a running request that goes on during all its chunks.
+    num_steps = TOKENS_BEFORE + TOKENS_AFTER + num_prompt_tokens // max(1, min(chunks) - num_running)
+    longest = max(num_prompt_tokens, RUNNING_PROMPT + num_steps) + 2 * TOKENS_AFTER
+    smallest = min(longest, *chunks)
     if smallest < 2 * num_running:
         raise ValueError(
             f"a step of {smallest} tokens with {num_running} running requests: at least {2 * num_running} are needed"
         )
-    longest = longest_sequence(policies, num_running, num_prompt_tokens)
+    policies = [
+        PolicyOptions("whole prompt (prefill_first)", "prefill_first", longest),
+        *(PolicyOptions(f"chunked, {size} tokens a step", "chunked", size) for size in chunks),
+    ]
     served_by, machine = (SIMULATED, {}) if simulate else ("random 3M decoder", describe_machine())
     with folder_of("qwen3-3m", "dummy") as model:
         systems = open_systems(policies, simulate, num_running + 1, longest, model=model, load_format="dummy")

@@ -161,8 +161,8 @@ def _show_control(report: ControlReport) -> None:
     )
     rows = []
     for found in report.lookups:
-        ns_a_token = 1e3 * found.first_us / found.num_tokens
-        rows.append((f"{found.num_tokens:,}", f"{found.first_us:.0f}", f"{ns_a_token:.0f}", f"{found.next_block_us:.1f}"))
+        tokens, us = found.num_tokens, found.first_us
+        rows.append((f"{tokens:,}", f"{us:.0f}", f"{1e3 * us / tokens:.0f}", f"{found.next_block_us:.1f}"))
     print_table("prefix lookup", ("prompt tokens", "microseconds", "ns a token", "one block\nlater, us"), rows)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_infer.bench.metrics import Metrics, Percentiles, System
-from paged_infer.bench.speed.measure import REFERENCE, Bench, Entry, SpeedReport, interleave
+from paged_infer.bench.speed.measure import REFERENCE, Bench, Entry, SpeedReport, gave_same, interleave
 from paged_infer.bench.workloads import Workload
 from paged_infer.llm import LLM
 
@@ -49,7 +49,7 @@ def run_ladder(
             workload,
             None,
             same_counts=all(run.num_outputs == expected.num_outputs for run in its_runs),
-            same_tokens=all(run.token_ids == expected.token_ids for run in its_runs),
+            same_tokens=gave_same(its_runs, expected),
             load=float(len(workload.prompts)),
         )
         for name, its_runs in runs.items()

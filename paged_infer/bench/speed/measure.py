@@ -109,12 +109,12 @@ class Bench:
         runs = interleave(systems, workload, self.repeats, self.on_run)
         self._record_overhead(runs.get(ENGINE, []), workload)
         floor, entries = self.floor(workload), []
-        expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))].token_ids
+        expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))]
         for name, its_runs in runs.items():
             first = firsts[name]
             counted, compared = ([first, *its_runs],) * 2 if show_firsts else (its_runs, [first])
             same_counts = gave_all(counted, workload)
-            same_tokens = all(run.token_ids == expected for run in compared) if len(firsts) > 1 else None
+            same_tokens = gave_same(compared, expected) if len(firsts) > 1 else None
             shown = Metrics.of([first], floor) if show_firsts else None
             entries.append(
                 Entry.of(name, its_runs, workload, floor, same_counts=same_counts, same_tokens=same_tokens, first=shown)
@@ -219,3 +219,8 @@ def gave_all(runs: list[Run], workload: Workload) -> bool:
     """Whether each request got exactly the number of tokens that it asked for."""
     asked = lengths(workload)[1]
     return all(run.num_outputs == asked for run in runs)
+
+
+def gave_same(runs: list[Run], expected: Run) -> bool:
+    """Whether all of them gave the tokens of ``expected``."""
+    return all(run.token_ids == expected.token_ids for run in runs)

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from paged_infer.bench.metrics import Run
 from paged_infer.bench.speed.engine_runs import watched_engine
-from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, interleave
+from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, gave_same, interleave
 from paged_infer.bench.workloads import Workload
 from paged_infer.llm import LLM
 
 PLAIN = "no drafts"
-COMMAND = "speculation"
 
 
 def open_texts(workload: Workload, max_tokens: int, temperature: float) -> Workload:
@@ -50,14 +48,10 @@ def measure_speculation(
                 its_runs,
                 requests,
                 bench.floor(requests) if name == PLAIN else None,  # drafting may go below it
-                same_tokens=_same_tokens(runs[PLAIN][0], its_runs),
+                same_tokens=gave_same(its_runs, runs[PLAIN][0]),
                 load=float(size),
                 series=name,
             )
             for name, its_runs in runs.items()
         ]
-    return bench.report(COMMAND, workload, None, entries)
-
-
-def _same_tokens(expected: Run, runs: list[Run]) -> bool:
-    return all(run.token_ids == expected.token_ids for run in runs)
+    return bench.report("speculation", workload, None, entries)

@@ -58,7 +58,7 @@ def test_each_optimisation_says_what_none_says(eager: bool, ahead: bool, expecte
 def test_graphs_and_running_ahead_are_what_a_gpu_gets_unless_told_otherwise() -> None:
     llm = LLM(num_blocks=100, **OPTIONS)
     graphs = llm.engine.executor.runner.graphs
-    assert graphs is not None and graphs.sizes[-1] == 24 and llm.engine._looks_ahead
+    assert graphs is not None and graphs.sizes[-1] == 24 and llm.engine._async_scheduling
     assert graphs.num_bytes > 0
 
 

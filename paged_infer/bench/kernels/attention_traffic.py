@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -50,15 +49,15 @@ class TrafficReport(JsonReport):
 def count_traffic(
     *,
     head_dim: int = 64,
-    lengths: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
-    fast_sizes: Sequence[int] = (2**12, 2**14, 2**16),
+    lengths: ReadOnlyList[int] = (64, 128, 256, 512, 1024, 2048),
+    fast_sizes: ReadOnlyList[int] = (2**12, 2**14, 2**16),
     fixed_length: int = 2048,
-    fast_sweep: Sequence[int] = FAST_SWEEP,
+    fast_sweep: ReadOnlyList[int] = FAST_SWEEP,
 ) -> TrafficReport:
     """Run standard and tiled attention on random inputs and keep their counts; about five seconds."""
     differences = [0.0]
 
-    def run(num_tokens: int, sizes: Sequence[int]) -> list[TrafficCount]:
+    def run(num_tokens: int, sizes: ReadOnlyList[int]) -> list[TrafficCount]:
         generator = torch.Generator().manual_seed(0)
         q, k, v = torch.randn(3, num_tokens, head_dim, generator=generator)
         standard, traffic = naive_attention(q, k, v)
@@ -78,6 +77,15 @@ def count_traffic(
     )
 
 
+def save_attention_traffic(folder: Path = Path("figures")) -> Path:
+    """Count, then write attention_traffic.png and its numbers in attention_traffic.json; returns the picture's path."""
+    report = count_traffic()
+    picture = folder / "attention_traffic.png"
+    report.save(picture.with_suffix(".json"))
+    attention_traffic_figure(report).save(picture)
+    return picture
+
+
 def attention_traffic_figure(report: TrafficReport) -> Picture:
     """Elements moved against N (left) and against the fast memory's size (right); pale bands: theory."""
     figure = new_picture(7.8, 3.2)
@@ -88,30 +96,17 @@ def attention_traffic_figure(report: TrafficReport) -> Picture:
         tidy_axes(axes, "top right left", which="both", length=0, labelsize=8.5, labelcolor=INK)
         axes.spines["bottom"].set_color(INK)
         axes.minorticks_off()
-    figure.suptitle(
-        f"elements that attention moves to and from HBM: counted (dots) over theory (bands), d = {report.head_dim}",
-        fontsize=9.5,
-        color=INK,
-    )
+    title = "elements that attention moves to and from HBM: counted (dots) over theory (bands)"
+    figure.suptitle(f"{title}, d = {report.head_dim}", fontsize=9.5, color=INK)
     return figure
-
-
-def save_attention_traffic(folder: Path = Path("figures")) -> Path:
-    """Count, then write attention_traffic.png and its numbers in attention_traffic.json; returns the picture's path."""
-    report = count_traffic()
-    picture = folder / "attention_traffic.png"
-    report.save(picture.with_suffix(".json"))
-    attention_traffic_figure(report).save(picture)
-    return picture
 
 
 def _length_panel(axes: Axes, report: TrafficReport) -> None:
     lengths = sorted({count.num_tokens for count in report.by_length})
-    lines: list[tuple[int | None, str]] = [(None, STANDARD_COLOUR), *_tile_colours(report).items()]
-    for fast_elements, colour in lines:
+    for fast_elements, colour in {None: STANDARD_COLOUR, **_tile_colours(report)}.items():
         moved = [count.num_moved for count in report.by_length if count.fast_elements == fast_elements]
-        axes.loglog(lengths, [_theory(n, report.head_dim, fast_elements) for n in lengths], "-", **_faint(colour))
-        axes.loglog(lengths, moved, "o-", color=colour, markersize=4, linewidth=1.6)
+        theory = [_theory(n, report.head_dim, fast_elements) for n in lengths]
+        _counted_over_theory(axes, lengths, moved, theory, colour)
         name = "standard" if fast_elements is None else f"tiles, {_binary(fast_elements)}"
         _annotate(axes, name, (lengths[-1], moved[-1]), (7, -1 if fast_elements is None else -5), colour)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
@@ -124,20 +119,26 @@ def _memory_panel(axes: Axes, report: TrafficReport) -> None:
     N, d = standard.num_tokens, report.head_dim
     sizes = [count.fast_elements or 0 for count in tiled]
     moved = [count.num_moved for count in tiled]
-    colours = _tile_colours(report)
-    axes.loglog(sizes, [_theory(N, d, size) for size in sizes], "-", **_faint(TILE_COLOURS[1]))
-    axes.loglog(sizes, moved, "-", color=TILE_COLOURS[1], linewidth=1.6)
+    colours, line_colour = _tile_colours(report), TILE_COLOURS[1]
+    _counted_over_theory(axes, sizes, moved, [_theory(N, d, size) for size in sizes], line_colour, "-")
     for size, count in zip(sizes, moved, strict=True):
-        axes.loglog(size, count, "o", color=colours.get(size, TILE_COLOURS[1]), markersize=5)
+        axes.loglog(size, count, "o", color=colours.get(size, line_colour), markersize=5)
     axes.axhline(standard.num_moved, color=STANDARD_COLOUR, linewidth=1.6)
     axes.axhline(4 * N * d, color=INK, linewidth=0.8, linestyle=":")
     axes.axvline(H100_FAST_ELEMENTS, ymax=0.86, color=INK, linewidth=0.8, linestyle=":")
     _annotate(axes, "standard, Θ(N² + N d)", (sizes[-1], standard.num_moved), (0, 5), STANDARD_COLOUR, "right")
-    _annotate(axes, "tiles, Θ(N²d²/M)", (sizes[0], moved[len(moved) // 3]), (0, -6), TILE_COLOURS[1])
+    _annotate(axes, "tiles, Θ(N²d²/M)", (sizes[0], moved[len(moved) // 3]), (0, -6), line_colour)
     _annotate(axes, "inputs and output once, 4 N d", (sizes[0], 4 * N * d), (0, 5), INK)
     _annotate(axes, "one SM of an H100,\n16-bit numbers", (H100_FAST_ELEMENTS, N * d / 4), (5, 0), INK)
     axes.set_xticks(sizes[::2], [_binary(size) for size in sizes[::2]])
     axes.set_title(f"against fast memory M, in elements (N = {N:,})", fontsize=9, color=INK, loc="left")
+
+
+def _counted_over_theory(
+    axes: Axes, xs: list[int], moved: list[int], theory: list[float], colour: str, style: str = "o-"
+) -> None:
+    axes.loglog(xs, theory, "-", color=colour, linewidth=5.0, alpha=0.2, solid_capstyle="butt")
+    axes.loglog(xs, moved, style, color=colour, markersize=4, linewidth=1.6)
 
 
 def _theory(N: int, d: int, fast_elements: int | None) -> float:
@@ -145,13 +146,9 @@ def _theory(N: int, d: int, fast_elements: int | None) -> float:
     return 4 * (N * N + N * d) if fast_elements is None else 10 * N * N * d * d / fast_elements
 
 
-def _tile_colours(report: TrafficReport) -> dict[int, str]:
+def _tile_colours(report: TrafficReport) -> dict[int | None, str]:
     sizes = sorted({count.fast_elements for count in report.by_length if count.fast_elements})
     return {size: TILE_COLOURS[i % len(TILE_COLOURS)] for i, size in enumerate(sizes)}
-
-
-def _faint(colour: str) -> dict[str, Any]:
-    return {"color": colour, "linewidth": 5.0, "alpha": 0.2, "solid_capstyle": "butt"}
 
 
 def _annotate(

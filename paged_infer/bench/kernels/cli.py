@@ -112,7 +112,9 @@ def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
 
 
 def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
+    from paged_infer.bench.kernels.attention_traffic import save_attention_traffic
     from paged_infer.bench.kernels.checks import run_checks
+    from paged_infer.bench.kernels.launches import count_store_calls
     from paged_infer.bench.kernels.report import KernelReport
     from paged_infer.execution.machine import describe_machine, machine_line
     from paged_infer.kernels.triton_runtime import triton
@@ -133,15 +135,12 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
         errors = ", ".join(f"{c.kernel} ({c.case}: {c.error:.2g}, allowed {c.tolerance:.2g})" for c in wrong)
         typer.echo(f"error: differs from float64, so nothing is timed: {errors}", err=True)
         raise typer.Exit(1)
+    report.launches.extend(count_store_calls())
+    report.save(path)
+    _show_launches(report)
     if on_gpu:
         _run_comparisons(report, device, deadline_s, f"the time limit of {time_limit:g} s", path)
     else:
-        from paged_infer.bench.kernels.attention_traffic import save_attention_traffic
-        from paged_infer.bench.kernels.launches import count_store_calls
-
-        report.launches.extend(count_store_calls(device))
-        report.save(path)
-        _show_launches(report)
         print(f"what attention moves, counted: {save_attention_traffic(figures)}")
     print(f"numbers: {path}", flush=True)
 
@@ -150,15 +149,11 @@ def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: flo
     """Time everything; the report is saved after each comparison, so that nothing is lost if one ends the process."""
     from paged_infer.bench.kernels.comparisons import attention_comparisons, fused_comparisons, run_comparisons
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
-    from paged_infer.bench.kernels.launches import count_store_calls
     from paged_infer.bench.roofline import measure
 
     report.roofline = measure(device)
-    attention = attention_comparisons(device)
-    fused = fused_comparisons(device)
-    report.launches.extend(count_store_calls(device))
-    _show_launches(report)
-    for measurement in run_comparisons([*attention, *fused], deadline_s, limit):
+    comparisons = [*attention_comparisons(device), *fused_comparisons(device)]
+    for measurement in run_comparisons(comparisons, deadline_s, limit):
         report.measurements.append(measurement)
         report.save(path)
         print(f"{time.strftime('%H:%M:%S')} {measurement.title}", flush=True)
@@ -187,14 +182,10 @@ def _show_checks(report: KernelReport) -> None:
 
 
 def _show_launches(report: KernelReport) -> None:
-    from paged_infer.bench.kernels.fused import FUSED
-    from paged_infer.bench.kernels.launches import SHAPE
+    from paged_infer.bench.kernels.launches import STEP
 
-    counts = [(count.aten_operations, count.launches) for count in report.launches]
-    cells = [["-" if n is None else f"{n:,}" for n in pair] for pair in counts]
-    rows = [(count.name, *pair) for count, pair in zip(report.launches, cells, strict=True)]
-    step = f"{SHAPE.tokens} rows, {FUSED['store_kv'].layers} layers"
-    title = f"storing one decode step, {step} (-: not counted on this device)"
+    rows = [(c.name, *(_number(n, 1, 0) for n in (c.aten_operations, c.launches))) for c in report.launches]
+    title = f"storing one decode step, {STEP} (-: not counted)"
     print_table(title, ("stored by", "ATen operations", "launches"), rows)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_infer.bench.kernels.fused import FUSED, Arguments, Function, Shape
+from paged_infer.bench.kernels.fused import FUSED, Function, Shape
 from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable, packed
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.bench.kernels.report import Entry, Measurement
@@ -125,16 +125,14 @@ def _fused_comparison(device: torch.device, name: str, tokens: int) -> Compariso
     kernel, shape = FUSED[name], replace(MODEL, tokens=tokens, rows=tokens)
     num_bytes = 2 * kernel.layers * kernel.elements(shape) * tokens  # type: ignore[misc]
 
-    def layers() -> list[Arguments]:
+    def peer(function: Function, shape: Shape) -> Ready:
+        """The arguments are made again for each, with the same numbers: a store changes them."""
         tensors = Tensors(torch.bfloat16, device)
-        return [kernel.arguments(shape, tensors) for _ in range(kernel.layers)]
-
-    def peer(function: Function, problem: list[Arguments]) -> Ready:
-        return Ready(partial(kernel.run, function, problem))
+        return Ready(partial(kernel.run, function, [kernel.arguments(shape, tensors) for _ in range(kernel.layers)]))
 
     peers = {contender: partial(peer, function) for contender, function in kernel.contenders.items()}
     title = f"{name}, {tokens:,} tokens" + (f", {kernel.layers} layers" if kernel.layers > 1 else "")
-    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, layers, peers)
+    return Comparison("fused", title, {"tokens": tokens}, num_bytes, num_bytes, lambda: shape, peers)
 
 
 def run_comparison(setups: Mapping[str, Callable[[], Ready]]) -> list[Entry]:

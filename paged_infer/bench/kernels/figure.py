@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -21,7 +22,7 @@ PEERS = {
     "gather + SDPA": "#9aa3b0",
 }
 
-Value = Callable[[Measurement, str], float | None]
+Value = Callable[[Measurement, str], tuple[float | None, float]]  # and its unit
 
 
 def prefill_figure(report: KernelReport) -> Picture:
@@ -30,15 +31,10 @@ def prefill_figure(report: KernelReport) -> Picture:
     Raises:
         ValueError: the report holds no prefill that ran.
     """
-    dims = sorted({m.sizes["head_dim"] for m in _run(report, "prefill")}, reverse=True)
+    height = None if report.roofline is None else report.roofline.matmul_flops_per_s / 1e12
     figure = new_picture(7.8, 3.5)
-    for number, (axes, head_dim) in enumerate(zip(_panels(figure, len(dims)), dims, strict=True)):
-        comparisons = report.group("prefill", head_dim=head_dim)
-        _lines(axes, comparisons, "length", lambda m, name: _scaled(m.rate(name), 1e12))
-        if report.roofline is not None:
-            _limit(axes, report.roofline.matmul_flops_per_s / 1e12, "a matmul of 8192³" if number == 0 else "")
-        axes.set_title(f"head_dim {head_dim}", fontsize=9, color=INK, loc="left")
-    _finish(figure, report, "causal prefill: TFLOP/s", "tokens in a sequence")
+    _panels(figure, report, "prefill", "head_dim", "length", lambda m, name: (m.rate(name), 1e12))
+    _finish(figure, report, "causal prefill: TFLOP/s", "tokens in a sequence", (height, "a matmul of 8192³"))
     return figure
 
 
@@ -48,81 +44,56 @@ def decode_figure(report: KernelReport) -> Picture:
     Raises:
         ValueError: the report holds no decode that ran.
     """
-    batches = sorted({m.sizes["batch"] for m in _run(report, "decode")})
     figure = new_picture(7.8, 3.3)
-    for number, (axes, batch) in enumerate(zip(_panels(figure, len(batches)), batches, strict=True)):
-        comparisons = report.group("decode", batch=batch)
-        _lines(axes, comparisons, "context", lambda m, name: _scaled(report.share_of_copy(m, name), 0.01))
-        _limit(axes, 100.0, "a copy" if number == 0 else "")
-        axes.set_title(f"batch {batch}", fontsize=9, color=INK, loc="left")
-    _finish(figure, report, "decode, keys and values read: % of a copy's bytes per second", "tokens in the cache")
+    _panels(figure, report, "decode", "batch", "context", lambda m, name: (report.share_of_copy(m, name), 0.01))
+    title = "decode, keys and values read: % of a copy's bytes per second"
+    _finish(figure, report, title, "tokens in the cache", (100, "a copy"))
     return figure
 
 
-def _run(report: KernelReport, group: str) -> list[Measurement]:
-    comparisons = [m for m in report.group(group) if any(entry.seconds is not None for entry in m.entries)]
-    if not comparisons:
+def _panels(figure: Picture, report: KernelReport, group: str, by: str, along: str, value: Value) -> None:
+    """A panel for each size ``by`` at which a kernel ran, with lines along another size."""
+    ran = {m.sizes[by] for m in report.group(group) if any(entry.seconds is not None for entry in m.entries)}
+    if not ran:
         raise ValueError(f"this report holds no {group} that ran: nothing to draw")
-    return comparisons
+    sizes = sorted(ran, reverse=by == "head_dim")
+    for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
+        comparisons = sorted(report.group(group, **{by: size}), key=lambda m: m.sizes[along])
+        _lines(axes, {m.sizes[along]: m for m in comparisons}, value)
+        axes.set_title(f"{by} {size}", fontsize=9, color=INK, loc="left")
 
 
-def _panels(figure: Picture, number: int) -> Sequence[Axes]:
-    panels: Sequence[Axes] = figure.subplots(1, number, sharey=True, squeeze=False)[0]
-    return panels
-
-
-def _lines(axes: Axes, comparisons: list[Measurement], size: str, value: Value) -> None:
+def _lines(axes: Axes, comparisons: dict[int, Measurement], value: Value) -> None:
     """A line for each kernel that ran at one size at least; ours last, on top."""
-    for name in [*PEERS, *OURS]:
-        points = [(m.sizes[size], value(m, name)) for m in sorted(comparisons, key=lambda m: m.sizes[size])]
-        known = [(x, y) for x, y in points if y is not None]
-        if not known:
-            continue
-        is_ours = name in OURS
-        axes.plot(
-            [x for x, _ in known],
-            [y for _, y in known],
-            "o-" if len(known) > 2 else "o:",
-            color=OURS[name] if is_ours else PEERS[name],
-            linewidth=2.2 if is_ours else 1.2,
-            markersize=4.5 if is_ours else 3.0,
-            label=name,
-        )
+    for name, colour in (PEERS | OURS).items():
+        values = {size: value(m, name) for size, m in comparisons.items()}
+        points = {size: number / unit for size, (number, unit) in values.items() if number is not None}
+        if points:
+            width, marker = (2.2, 4.5) if name in OURS else (1.2, 3.0)
+            style: dict[str, Any] = {"color": colour, "linewidth": width, "markersize": marker, "label": name}
+            axes.plot([*points], [*points.values()], "o-" if len(points) > 2 else "o:", **style)
     axes.set_xscale("log", base=2)
-    ticks = sorted({m.sizes[size] for m in comparisons})
-    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
+    axes.set_xticks([*comparisons], [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in comparisons])
     axes.minorticks_off()
 
 
-def _limit(axes: Axes, height: float, name: str) -> None:
-    """What the chip can do at most, measured; named below its line."""
-    axes.axhline(height, color=INK, linewidth=0.9, linestyle=":")
-    axes.annotate(name, (0.02, height), (0, -10), ("axes fraction", "data"), "offset points", fontsize=8, color=INK)
-    axes.set_ylim(top=max(1.05 * height, axes.get_ylim()[1]))
-
-
-def _finish(figure: Picture, report: KernelReport, title: str, below: str) -> None:
+def _finish(figure: Picture, report: KernelReport, title: str, below: str, limit: tuple[float | None, str]) -> None:
+    """Axes, legend and title, and the limit of the chip: a height, and what is so fast."""
+    named: dict[str, Any] = {}
+    height, name = limit
     for axes in figure.axes:
         axes.set_ylim(bottom=0)
+        if height is not None:
+            axes.axhline(height, color=INK, linewidth=0.9, linestyle=":")
+            axes.set_ylim(top=max(1.05 * height, axes.get_ylim()[1]))
         tidy_axes(axes, "top right left", "y", which="both", length=0, labelsize=8, labelcolor=INK)
         axes.spines["bottom"].set_color(INK)
         axes.set_xlabel(below, fontsize=8, color=INK)
-    named = {}
-    for axes in figure.axes:
-        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            named[name] = line
-    order = [name for name in [*OURS, *PEERS] if name in named]
-    figure.legend(
-        [named[name] for name in order],
-        order,
-        loc="outside lower center",
-        ncols=min(5, len(order)),
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-    )
+        named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [label for label in OURS | PEERS if label in named]
+    style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "labelcolor": INK}
+    figure.legend([named[label] for label in order], order, ncols=min(5, len(order)), **style)
     figure.suptitle(f"{title}   ({report.machine['device']}, bfloat16, 32 / 8 heads)", fontsize=9.5, color=INK)
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
+    if height is not None:  # named once, below its line
+        where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        figure.axes[0].annotate(name, (0.02, height), (0, -10), fontsize=8, color=INK, **where)

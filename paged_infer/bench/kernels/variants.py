@@ -99,16 +99,9 @@ def _paged(variant: Variant) -> None:
 
 
 def _problem(variant: Variant, sequences: list[tuple[int, int]]) -> PagedProblem:
-    return paged_problem(
-        sequences,
-        num_heads=8 * variant.options.get("group", 4),
-        num_kv_heads=8,
-        head_dim=variant.width,
-        block_size=variant.options.get("block", 16),
-        dtype=getattr(torch, variant.dtype),
-        device="meta",
-        poison=False,
-    )
+    heads, block_size = 8 * variant.options.get("group", 4), variant.options.get("block", 16)
+    sizes = {"num_heads": heads, "num_kv_heads": 8, "head_dim": variant.width, "block_size": block_size}
+    return paged_problem(sequences, **sizes, dtype=getattr(torch, variant.dtype), device="meta", poison=False)
 
 
 def _fused(variant: Variant, **sizes: Any) -> None:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-try:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-except ImportError:  # a machine that only measures: .ci/gpu.py lists the packages that it has
-    HAS_RICH = False
-else:
-    HAS_RICH = True
-
 LOG_WIDTH = 160  # of what goes to a file: nothing is cut off
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> None:
     """The first column is text, the others are aligned to the right. ``marks``: a rich style for each row."""
     print()
-    if not HAS_RICH:
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:  # a machine that only measures: .ci/gpu.py lists the packages that it has
         print(plain_table(title, header, rows), flush=True)
         return
     print(title)

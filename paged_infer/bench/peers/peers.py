@@ -42,13 +42,12 @@ def open_peers(names: list[str], llm: LLM, memory_share: float) -> Iterator[dict
     check_peers(names)
     systems: dict[str, System] = {}
     with ExitStack() as stack:
-        if any(name in TRANSFORMERS for name in names):
+        if shown := [TRANSFORMERS[name] for name in names if name in TRANSFORMERS]:
             from paged_infer.bench.peers.transformers_peers import transformers_peers
 
-            ours = transformers_peers(llm)
-            systems |= {TRANSFORMERS[name]: ours[TRANSFORMERS[name]] for name in names if name in TRANSFORMERS}
-        engines = [name for name in names if name in ENGINES]
-        if engines:
+            found = transformers_peers(llm)
+            systems |= {name: found[name] for name in shown}
+        if engines := [name for name in names if name in ENGINES]:
             parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             engine = llm.engine
             options = PeerOptions(

@@ -112,9 +112,9 @@ class Bench:
         expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))]
         for name, its_runs in runs.items():
             first = firsts[name]
-            counted, compared = ([first, *its_runs],) * 2 if show_firsts else (its_runs, [first])
-            same_counts = gave_all(counted, workload)
-            same_tokens = gave_same(compared, expected) if len(firsts) > 1 else None
+            served = [first, *its_runs] if show_firsts else its_runs
+            same_counts = gave_all(served, workload)
+            same_tokens = gave_same(served if show_firsts else [first], expected) if len(firsts) > 1 else None
             shown = Metrics.of([first], floor) if show_firsts else None
             entries.append(
                 Entry.of(name, its_runs, workload, floor, same_counts=same_counts, same_tokens=same_tokens, first=shown)

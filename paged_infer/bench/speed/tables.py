@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 from paged_infer.bench.metrics import Metrics, Percentiles
 from paged_infer.bench.speed.measure import ENGINE, Entry, SpeedReport
@@ -52,7 +51,8 @@ def print_speed(report: SpeedReport) -> None:
     _print_known("milliseconds: p50 / p90 / p99", (first, *TIMES), times, marks)
     if report.command == "speculation":
         _print_drafts(report)
-    for line in _ratios(report) + _floor_lines(report) + _span_lines(report):
+    ratios = [_ratio_line(*pair) for pair in _compared(report)]
+    for line in ratios + _floor_lines(report) + _span_lines(report):
         print(line)
 
 
@@ -86,20 +86,22 @@ def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
 
-def _ratios(report: SpeedReport) -> list[str]:
+def _compared(report: SpeedReport) -> list[tuple[Entry, Entry]]:
+    """Pairs of entries: what is compared, and to what."""
+    entries = report.entries
     if report.command == "load":
         return []
-    if report.command == "serve":
-        return _serve_ratios(report)
-    if report.command == "speculation":  # each method compared to none, on as many requests
-        plain = {entry.load: entry for entry in report.entries if entry.series == report.entries[0].series}
-        return [ratio_line(e, plain[e.load]) for e in report.entries if e is not plain[e.load]]
-    if report.command == "optimisations":  # each engine compared to the one before, and the last to the first
-        first, *_, last = report.entries
-        pairs = [(after, before) for before, after in pairwise(report.entries)]
-        return [ratio_line(after, before) for after, before in [*pairs, (last, first)]]
+    if report.command == "serve":  # the most clients of each closed loop, to the same requests without HTTP
+        closed = [one for one in entries if "client" in one.name]
+        most = max(one.load or 0.0 for one in closed)
+        return [(one, other) for other in entries if other.load is None for one in closed if one.load == most]
+    if report.command == "speculation":  # each method to none, on as many requests
+        plain = {entry.load: entry for entry in entries if entry.series == entries[0].series}
+        return [(entry, plain[entry.load]) for entry in entries if entry is not plain[entry.load]]
+    if report.command == "optimisations":  # each engine to the one before, and the last to the first
+        return [*zip(entries[1:], entries, strict=False), (entries[-1], entries[0])]
     ours = report[ENGINE]
-    return [ratio_line(ours, other) for other in report.entries if other is not ours]
+    return [(ours, other) for other in entries if other is not ours]
 
 
 def _print_drafts(report: SpeedReport) -> None:
@@ -113,15 +115,7 @@ def _print_drafts(report: SpeedReport) -> None:
     print_table("with drafts", ("load", "accepted", "steps", "tokens a step and request"), rows, [""] * len(rows))
 
 
-def _serve_ratios(report: SpeedReport) -> list[str]:
-    """The most clients of each closed loop, compared to the same requests without HTTP."""
-    closed = [one for one in report.entries if "client" in one.name]
-    most = [one for one in closed if one.load == max(other.load or 0.0 for other in closed)]
-    offline = [one for one in report.entries if one.load is None]
-    return [ratio_line(one, other) for other in offline for one in most]
-
-
-def ratio_line(ours: Entry, other: Entry) -> str:
+def _ratio_line(ours: Entry, other: Entry) -> str:
     """Of the medians, and the least and most of each pair of consecutive runs."""
     each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)]  # one may run once
     ratio = other.metrics.seconds / ours.metrics.seconds

@@ -157,21 +157,16 @@ def run_comparison(setups: Mapping[str, Callable[[], Ready]]) -> list[Entry]:
     del expected
     samples_s: dict[str, list[float]] = {name: [] for name in ready}
     notes: dict[str, str] = {}
-    for _ in range(ROUNDS):
-        for name, kernel in ready.items():
-            if name in reasons:
-                continue
-            try:
+    for name, kernel in [*ready.items()] * ROUNDS:
+        try:
+            if name not in reasons:
                 timing = time_cuda_graph(kernel.call, repeats=REPEATS)
-            except Exception as error:
-                reasons[name] = _reason(error)
-                continue
-            samples_s[name] += timing.samples_s
-            notes[name] = ", ".join(filter(None, (timing.method, kernel.note)))
-    return [
-        Entry(name, None, reasons[name]) if name in reasons else Entry(name, median(samples_s[name]), notes[name])
-        for name in setups
-    ]
+                samples_s[name] += timing.samples_s
+                notes[name] = ", ".join(filter(None, (timing.method, kernel.note)))
+        except Exception as error:
+            reasons[name] = _reason(error)
+    timed = {name: Entry(name, median(samples_s[name]), notes[name]) for name in ready if name not in reasons}
+    return [timed[name] if name in timed else Entry(name, None, reasons[name]) for name in setups]
 
 
 def _distance(out: Tensor, expected: Tensor) -> float:

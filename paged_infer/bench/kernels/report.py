@@ -50,7 +50,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class LaunchCount:
-    """What one step's stores cost: ATen operations, and launches on the device (None: not counted here)."""
+    """What one step's stores cost: launches of our kernel, or ATen operations of torch (None: not counted)."""
 
     name: str
     aten_operations: int | None

@@ -141,3 +141,15 @@ def serving(settings: Settings | None = None, **options: Any) -> Iterator[Served
             served.check_idle()
     finally:
         served.stop()
+
+
+def poll(served: Served, job_id: str) -> dict[str, Any]:
+    """The result of a job, once it has ended."""
+    answers: list[dict[str, Any]] = []
+
+    def has_ended() -> bool:
+        answers.append(served.http.get(f"/result/{job_id}").json())
+        return answers[-1]["status"] != "running"
+
+    until(has_ended)
+    return answers[-1]

@@ -8,8 +8,7 @@ import threading
 from typing import Any
 
 import pytest
-from serving import Served, error_of, serving
-from test_jobs import poll
+from serving import Served, error_of, poll, serving
 from test_server_metrics import samples
 
 MESSAGE = "the logits of position 7 are not finite"
@@ -24,15 +23,16 @@ def fail_at_step(served: Served, num_tokens: int) -> None:
     step = engine.step
 
     def failing(*arguments: Any) -> Any:
-        outputs = step(*arguments)
+        report = step(*arguments)
         for live in list(engine._live.values()):
             first = live.request.sequences[0]
             if first.params.seed == BAD["seed"] and first.num_output_tokens >= num_tokens:
                 failed = engine.abort(live.request.request_id)
                 for one in failed.outputs:
                     one.finish_reason, one.error = "error", MESSAGE
-                outputs = [one for one in outputs if one.request_id != failed.request_id] + [failed]
-        return outputs
+                others = [one for one in report.outputs if one.request_id != failed.request_id]
+                report.outputs = [*others, failed]
+        return report
 
     engine.step = failing  # type: ignore[method-assign]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from holding import until
-from serving import Served, serving
+from serving import Served, poll, serving
 
 from paged_infer import SamplingParams
 from paged_infer.server.routes import jobs
@@ -16,17 +15,6 @@ from paged_infer.server.routes.jobs import Jobs
 from paged_infer.server.service import Settings
 
 LONG = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
-
-
-def poll(served: Served, job_id: str) -> dict[str, Any]:
-    answers: list[dict[str, Any]] = []
-
-    def has_ended() -> bool:
-        answers.append(served.http.get(f"/result/{job_id}").json())
-        return answers[-1]["status"] != "running"
-
-    until(has_ended)
-    return answers[-1]
 
 
 def test_a_job_is_answered_at_once_and_its_result_waits(served, storyteller) -> None:

@@ -46,7 +46,7 @@ class AsyncLLM:
         max_num_waiting: most sequences that may wait for their turn; one more request is a ``QueueFullError``.
         step_timeout: the longest that one step may take, in seconds; the first step may include compilation. After
             that the device counts as hung, and every request ends with an ``EngineDeadError``. None: no limit.
-        options: see ``EngineConfig``.
+        options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
         TypeError: an unknown option; the message lists the known ones.

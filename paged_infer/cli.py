@@ -58,7 +58,7 @@ def compare(
     seed: Seed = 0,
     figures: Annotated[Path, typer.Option(help="Folder for ladder.png and ladder.json.")] = Path("figures"),
 ) -> None:
-    """The same prompts through the ladder's four baselines and through transformers: same tokens, what cost?
+    """The same prompts through the ladder's four baselines and through transformers: same tokens, at what cost?
 
     Exits with status 1 if any of them gives other tokens.
     """

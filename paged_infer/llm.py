@@ -35,7 +35,7 @@ class LLM:
 
     Args:
         model: None for the storyteller, a local folder, or a hub id, in Hugging Face format.
-        options: see ``EngineConfig``.
+        options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
         TypeError: an unknown option; the message lists the known ones.
@@ -85,7 +85,7 @@ class LLM:
 
         Args:
             prompts: a text, token ids (a list, or a 1-D array or tensor of integers), or a list of either.
-            sampling_params: one for all, or one a prompt; None is ``SamplingParams()``.
+            sampling_params: one for all, or one per prompt; None is ``SamplingParams()``.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
 
@@ -110,7 +110,7 @@ class LLM:
 
         Args:
             prompts: as ``generate`` takes them.
-            beam_search_params: one for all, or one a prompt.
+            beam_search_params: one for all, or one per prompt.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
 
@@ -288,7 +288,7 @@ def pair_prompts(
     if not isinstance(params, ReadOnlyList) or not all(isinstance(one, kind) for one in params):
         raise ValueError(f"{name}={params!r}: must be {kind.__name__}, or a list of them")
     if len(params) != len(each):
-        raise ValueError(f"{len(params)} {name} for {len(each)} prompts: one, or one a prompt")
+        raise ValueError(f"{len(params)} {name} for {len(each)} prompts: one, or one per prompt")
     return list(zip(each, params, strict=True))
 
 

@@ -34,7 +34,7 @@ Peers = Annotated[
     typer.Option(
         "--peer",
         help="Compared to the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
-        "mini-sglang, or none; may be repeated. Default: transformers' static and generate_batch.",
+        "mini-sglang, or none; may be repeated. Default: static and generate_batch, for latency generate.",
     ),
 ]
 NumRequests = Annotated[int, typer.Option(help="Requests at once.", min=1)]
@@ -107,8 +107,8 @@ class Common:
 class Lengths:
     """Of random prompts and outputs, each uniform in the range."""
 
-    shortest: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.", min=1)] = 16
-    longest: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.", min=1)] = 128
+    shortest: Annotated[int, typer.Option(help="Shortest prompt, and shortest output, in tokens.", min=1)] = 16
+    longest: Annotated[int, typer.Option(help="Longest prompt, and longest output, in tokens.", min=1)] = 128
 
     def draw(self, llm: LLM, num_requests: int, seed: int) -> Workload:
         from paged_infer.bench.workloads import random_ids
@@ -123,13 +123,13 @@ class NanoRequests:
     num_requests: Annotated[
         int | None,
         typer.Option(
-            help=f"Default: 256 on a GPU, {CPU_REQUESTS} on a CPU; for optimisations half as many there.", min=1
+            help=f"Default: 256 on a GPU, {CPU_REQUESTS} on a CPU; for optimisations {CPU_REQUESTS // 2} there.", min=1
         ),
     ] = None
     scale: Annotated[
         float | None,
         typer.Option(
-            help="Of the lengths, 100..1024 tokens in and out. Default: 1 on a GPU; "
+            help="Factor of the lengths, which are 100..1024 tokens in and out. Default: 1 on a GPU; "
             f"{CPU_SCALE:g} on a CPU, so that a run with the storyteller or qwen3-30m takes less than two minutes.",
             min=0.001,
         ),

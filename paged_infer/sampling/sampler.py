@@ -17,12 +17,12 @@ batched with. Rows of one kind are sampled together, each kind in the cheapest w
 If K was too few (many tokens share the k-th place, or the distribution is flat), the row is drawn again from eight
 times as many, up to the whole vocabulary. Noise belongs to a token, so none of this changes what is drawn.
 
-**Where a new sampling rule goes.** First into ``reference.py``, which tests hold every path to. A rule that judges a
-token by its own probability, relative to the largest at most, goes next to min_p in ``_probs``, and rows that use it
-must not reach the kernel (``_path``). A rule that needs the whole row (a mean, a deviation, an entropy: top_n_sigma,
-typical_p) goes with the logits processors: ``_probs`` sees only the K candidates of a row with top_k, so there the rule
-would compute its statistics from them and keep the wrong tokens, silently. Either way ``is_kernel_enough`` must be
-False for such rows.
+**Where a new sampling rule goes.** A rule that compares a token's probability with the largest one goes next to min_p:
+first into ``reference.py``, which tests hold every path to, then into ``_probs``, and rows that use it must not reach
+the kernel (``_path``). A rule that needs the whole row (a sum, a deviation: epsilon, top_n_sigma, typical_p)
+goes with the logits processors, which the reference starts after: ``_probs`` sees only the K candidates of a row with
+top_k, so there the rule would compute its statistics from them and keep the wrong tokens, silently. Either way
+``is_kernel_enough`` must be False for such rows.
 """
 
 from __future__ import annotations

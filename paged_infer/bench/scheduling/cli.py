@@ -91,7 +91,7 @@ def sharing(
     ],
     model: ModelOption = None,
     width: Annotated[
-        list[int] | None, typer.Option(help="Samples or beams of a request; may be repeated.", min=2)
+        list[int] | None, typer.Option(help="Samples or beams of a request; may be repeated. Default: 2, 4, 6.", min=2)
     ] = None,
     num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each sample or beam.", min=1)] = 64,
@@ -122,10 +122,12 @@ def sharing(
 def control(
     num_seqs: Annotated[int, typer.Option(help="Sequences that run in every step.", min=1)] = 256,
     num_steps: Annotated[int, typer.Option(help="Steps timed in each pool.", min=2)] = 400,
-    pool: Annotated[list[int] | None, typer.Option(help="Blocks of a pool; may be repeated.", min=1)] = None,
+    pool: Annotated[
+        list[int] | None, typer.Option(help="Blocks of a pool; may be repeated. Default: 1000 to 1000000.", min=1)
+    ] = None,
     step_ms: Annotated[
         float | None,
-        typer.Option(help="A model's step, for the trace's share; default: the storyteller's here.", min=0.001),
+        typer.Option(help="A model's step, for the trace's share. Default: the storyteller's here.", min=0.001),
     ] = None,
     seed: Seed = 0,
     figures: Figures = Path("figures"),
@@ -170,13 +172,15 @@ def _show_control(report: ControlReport) -> None:
 def policies(
     simulate: Simulate = False,
     num_requests: Annotated[int, typer.Option(help="Requests in all.", min=2)] = 200,
-    rate: Annotated[float | None, typer.Option(help="Arrivals a second; default: 10 or 12.", min=0.001)] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Arrivals a second. Default: 12; 10 with --simulate.", min=0.001)
+    ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences at once.", min=1)] = 128,
     chunk_tokens: Annotated[
-        int | None, typer.Option(help="Tokens a step for chunked; default: a quarter of the others'.", min=1)
+        int | None, typer.Option(help="Tokens a step for chunked. Default: a quarter of the others'.", min=1)
     ] = None,
     delay: Annotated[
-        list[float] | None, typer.Option(help="Delay factor of prefill_first; may be repeated.", min=0)
+        list[float] | None, typer.Option(help="Delay factor of prefill_first; may be repeated. Default: 0, 0.5.", min=0)
     ] = None,
     seed: Seed = 0,
     figures: Figures = Path("figures"),
@@ -208,7 +212,7 @@ def arrival(
     num_running: Annotated[int, typer.Option(help="Requests that decode when it arrives.", min=1)] = 8,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt that arrives.", min=2)] = 4096,
     chunk_tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens a step for chunked; may be repeated.", min=2)
+        list[int] | None, typer.Option(help="Tokens a step for chunked; may be repeated. Default: 128, 512.", min=2)
     ] = None,
     figures: Figures = Path("figures"),
 ) -> None:

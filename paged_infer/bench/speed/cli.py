@@ -51,7 +51,7 @@ def latency(
 @app.command()
 @with_option_groups
 def throughput(common: Common, requests: NanoRequests, peer: Peers = None) -> None:
-    """nano-vLLM's workload: random requests at once, end tokens ignored; tokens per second, compared to the floor.
+    """nano-vLLM's workload: random requests at once, end tokens ignored; tokens per second, and share of the limit.
 
     The systems' tokens are compared on a few requests, greedy. Exits with status 1 if one of them gives another number
     of tokens or, in float32, other tokens.
@@ -190,7 +190,9 @@ def speculation(
     draft_model: Annotated[
         Path | None, typer.Option(help="A folder. Default: the storyteller's own; for another model, none.")
     ] = None,
-    at_once: Annotated[list[int] | None, typer.Option(help="So many requests at once; may be repeated.", min=1)] = None,
+    at_once: Annotated[
+        list[int] | None, typer.Option(help="Requests at once; may be repeated. Default: 1, 4, 16.", min=1)
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.", min=2)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
 ) -> None:

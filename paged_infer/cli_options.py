@@ -161,7 +161,8 @@ def _engine_option(one: Field[Any], hint: Any) -> Any:
     plain = [kind for kind in kinds if kind in (bool, int, float, str, type(None))]
     kind = functools.reduce(lambda left, right: left | right, plain if len(plain) == len(kinds) else {*plain, str})
     panel = "Engine switches" if bool in kinds else "Engine"  # apart, because --flag and --no-flag need wide columns
-    return Annotated[kind, typer.Option(help=_engine_help().get(one.name), rich_help_panel=panel)]
+    metavar = "" if bool in kinds else None
+    return Annotated[kind, typer.Option(help=_engine_help().get(one.name), rich_help_panel=panel, metavar=metavar)]
 
 
 @functools.cache

@@ -73,7 +73,7 @@ class EngineConfig(Checked):
         async_scheduling: schedule and launch a step while the previous one is still being computed, and read that one's
             tokens afterwards. None: on a GPU, which would otherwise wait for the host.
         enforce_eager: launch every kernel of a decode step separately instead of replaying CUDA graphs. None: graphs on
-            a GPU with ``attention_backend="triton"``. False: graphs, or an error where they cannot be used.
+            a GPU with the "triton" backend. False: graphs, or an error where they cannot be used.
         speculative_config: draft tokens and verify them in one step; the text stays the same (in float32).
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
             ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.

@@ -33,7 +33,9 @@ from paged_infer.values import as_integer
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 
-LONG_TEXT = 4096  # characters; about a millisecond of tokenizing, and no event loop should stand still for much more
+LONG_TEXT = (
+    4096  # characters: about a millisecond of tokenizing, and an event loop should not be blocked for much longer
+)
 LAST_STEP_S = 30.0
 T = TypeVar("T")
 
@@ -43,9 +45,9 @@ class AsyncLLM:
 
     Args:
         model: as ``LLM`` takes it.
-        max_num_waiting: most sequences that may wait for their turn; one more request is a ``QueueFullError``.
+        max_num_waiting: the most sequences that may be waiting; another request then raises ``QueueFullError``.
         step_timeout: the longest that one step may take, in seconds; the first step may include compilation. After
-            that the device counts as hung, and every request ends with an ``EngineDeadError``. None: no limit.
+            that the device is considered hung, and every request ends with an ``EngineDeadError``. None: no limit.
         options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
@@ -68,24 +70,24 @@ class AsyncLLM:
         check_timeout("step_timeout", step_timeout)
         self._llm = LLM(model, **options)
         if self.tokenizer is not None:
-            self.tokenizer.encode("warm up")  # the first call settles how the tokenizer truncates: not in two threads
+            self.tokenizer.encode("warm up")  # the first call sets up truncation, which must not happen in two threads
             _ = self.tokenizer.max_token_characters  # cached here: too slow to compute in the event loop
         self.max_num_waiting = limit
         self._thread = EngineThread(self._llm.engine, limit, step_timeout)
         self._submit_lock = threading.Lock()  # requests are numbered and queued in the same order
-        self._streams: dict[str, RequestStream] = {}  # those under way; guarded by _submit_lock
+        self._streams: dict[str, RequestStream] = {}  # unfinished ones; guarded by _submit_lock
         self._numbers = itertools.count()
         self._tokenizing = TextQueue()
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._tokenizing)  # at exit, too
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None where the checkpoint has none and serves token ids."""
+        """None if the checkpoint has none; then prompts must be token ids."""
         return self._llm.tokenizer
 
     @property
     def name(self) -> str:
-        """What to call the model."""
+        """The model's name; see ``LLM.name``."""
         return self._llm.name
 
     @property
@@ -95,12 +97,12 @@ class AsyncLLM:
 
     @property
     def trace(self) -> Trace | None:
-        """What happened in every step, where ``trace=True`` asked for it; ``run`` reads it between two steps."""
+        """A record of every step, with ``trace=True``; otherwise None. Use ``run`` to read it between two steps."""
         return self._llm.trace
 
     @property
     def error(self) -> EngineDeadError | None:
-        """Why nothing is served any more; None while all is well."""
+        """Why the engine has stopped; None while it runs."""
         return self._thread.error
 
     @property
@@ -110,7 +112,7 @@ class AsyncLLM:
 
     @property
     def observers(self) -> list[Callable[[StepReport], None]]:
-        """Called on the engine's thread after every step and abort: be quick. One that raises is dropped."""
+        """Called on the engine's thread after every step and abort: must be fast. One that raises is removed."""
         return self._thread.observers
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -126,13 +128,13 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the whole output so far as it grows; the last one is ``finished``.
 
-        To close the generator, or to cancel the task that iterates it, aborts the request and frees its blocks.
+        Closing the generator, or cancelling the task that iterates over it, aborts the request and frees its blocks.
 
         Args:
             prompt: a text or token ids: a list, or a 1-D array or tensor of integers.
-            params: ``SamplingParams``, or ``BeamSearchParams``, of which only the end is yielded.
-            request_id: a name of one's own; no other request under way may have it.
-            stream: yield after every token that the reader is in time for; False yields the end only, at less cost.
+            params: ``SamplingParams``, or ``BeamSearchParams``: a beam search yields its final output only.
+            request_id: must differ from that of every other unfinished request. None: the engine chooses one.
+            stream: yield after every token (a slow reader skips some); False: only the final output, at less cost.
             cache_salt: share cached blocks only with requests of the same salt.
 
         Raises:
@@ -156,7 +158,7 @@ class AsyncLLM:
         stream: bool = True,
         cache_salt: str | None = None,
     ) -> RequestStream:
-        """What ``generate`` does before its first output, errors included: afterwards the request is queued.
+        """Queue a request: what ``generate`` does before its first output, errors included.
 
         The caller must ``close`` the returned stream.
         """
@@ -179,7 +181,7 @@ class AsyncLLM:
         return answers
 
     async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]], *, truncates: bool = False) -> list[int]:
-        """Token ids of a conversation in the form of the tokenizer's chat template, ready for the answer.
+        """Token ids of a conversation formatted by the tokenizer's chat template, ready for the answer.
 
         Args:
             truncates: the request keeps only the end of its prompt, so no conversation is too long.
@@ -201,7 +203,7 @@ class AsyncLLM:
         return await asyncio.wrap_future(self._tokenizing.submit(function, text, num_characters))
 
     def abort(self, request_id: str) -> None:
-        """From any thread: end a request. Its reader gets what there is, with finish_reason "abort"."""
+        """From any thread: end a request. Its reader gets the output so far, with finish_reason "abort"."""
         self._thread.abort(request_id)
 
     def _closed(self, answers: RequestStream, is_over: bool) -> None:
@@ -214,26 +216,26 @@ class AsyncLLM:
     # -- looking inside ---------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int | float]:
-        """See ``LLMEngine.stats``. Read while the engine runs: its counts may be of different moments of one step."""
+        """See ``LLMEngine.stats``. Read while the engine runs: its counts may be from different moments of a step."""
         return self._llm.stats()
 
     async def run(self, function: Callable[[LLMEngine], T]) -> T:
-        """``function(engine)``, called on the engine's thread between two steps, when everything holds still."""
+        """``function(engine)``, called on the engine's thread between two steps, when no state changes."""
         return await asyncio.wrap_future(self._thread.call(function))
 
     async def check_integrity(self) -> None:
         """Raises RuntimeError if a block leaks or is shared by accident."""
         await self.run(LLMEngine.check_integrity)
 
-    # -- the end ----------------------------------------------------------------------------------------------------
+    # -- shutdown ---------------------------------------------------------------------------------------------------
 
     async def shutdown(
         self, finish: bool = False, timeout_s: float | None = None, last_step_s: float = LAST_STEP_S
     ) -> None:
-        """Take no more requests; let those under way finish, for ``timeout_s`` at most, or abort them at once.
+        """Accept no more requests; let the unfinished ones finish, for ``timeout_s`` at most, or abort them now.
 
-        Every request ends in either case. Returns when the engine's thread has ended, or when the step under way has
-        not returned ``last_step_s`` seconds later; ``is_abandoned`` is then true.
+        Every request ends in either case. Returns when the engine's thread has ended, or when the current step has
+        not returned after another ``last_step_s`` seconds; ``is_abandoned`` is then true.
         """
         self._thread.stop(finish)
         if finish:
@@ -244,7 +246,7 @@ class AsyncLLM:
         self._tokenizing.close()
 
     def abandon(self) -> None:
-        """From any thread: stop waiting for the step under way. Unfinished requests end with an EngineDeadError."""
+        """From any thread: stop waiting for the current step. Unfinished requests end with an EngineDeadError."""
         self._thread.abandon("its last step did not return")
 
     async def __aenter__(self) -> AsyncLLM:

@@ -1,8 +1,8 @@
 """The first three rungs of the ladder, on the same Decoder and Sampler as the engine and with the same outputs.
 
-    naive    one request at a time, no cache: every step computes the whole sequence again, O(S^2) work a token
-    cached   one request at a time, a contiguous cache reserved at full length: O(S) work, memory wasted
-    static   requests in one left-padded batch that starts and leaves together: rows that are done wait for the last
+    naive    one request at a time, no cache: every step recomputes the whole sequence, O(S^2) work per token
+    cached   one request at a time, a contiguous cache reserved at full length: O(S) work per token, wasted memory
+    static   requests in one left-padded batch that starts and ends together: finished rows wait for the last
 
 Each takes an ``LLM`` (whose decoder and tokenizer it uses, not its engine) or whatever ``LLM`` takes as a model.
 """
@@ -74,7 +74,7 @@ def generate_static(
     batch_size: int | None = None,
     usage: KVUsage | None = None,
 ) -> list[RequestOutput]:
-    """Left-padded batches of ``batch_size`` sequences (None: all in one). Else as ``generate_cached``."""
+    """Left-padded batches of ``batch_size`` sequences (None: all in one). Otherwise as ``generate_cached``."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
     batch = _Batch(model_or_llm, prompts, sampling_params, usage)
@@ -122,17 +122,17 @@ class _Batch:
         for sequence in sequences:
             sequence.transition_to(SequenceState.RUNNING)
 
-        columns = range(width)  # the first step brings the prompts, the others one token a row
+        columns = range(width)  # the first step computes the prompts, the others one token per row
         token_ids = [t for s, pad in zip(sequences, pad_lens, strict=True) for t in [0] * pad + s.token_ids]
         while not all(s.is_finished for s in sequences):
-            positions = [  # a row that is done idles at its last position: the model may have no further one
+            positions = [  # a finished row stays at its last position: the model may have no further one
                 min(max(0, column - pad), s.max_total_tokens - 1)
                 for s, pad in zip(sequences, pad_lens, strict=True)
                 for column in columns
             ]
             step = self._step(positions, columns.stop, batch)
             hidden = self.decoder(self._tensor(token_ids), cache, step).view(batch, len(columns), -1)
-            logits = self.decoder.logits(hidden[:, -1])  # of every row, those that are done too
+            logits = self.decoder.logits(hidden[:, -1])  # of every row, finished ones included
             growing = [row for row, s in enumerate(sequences) if not s.is_finished]
             if len(columns) > 1 or width == 1:
                 for row in growing:
@@ -163,7 +163,7 @@ class _Batch:
             request.finished_time_s = now if request.is_finished else None
 
     def _keep_prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> None:
-        """From hidden states of the prompt (and perhaps more), [>= num_prompt_tokens, hidden], once a request."""
+        """From hidden states of the prompt (and perhaps more), [>= num_prompt_tokens, hidden]; once per request."""
         request = self._request_of[sequence.sequence_id]
         num_top = sequence.params.prompt_logprobs
         if num_top is None or request.request_id in self._prompt_logprobs:

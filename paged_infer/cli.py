@@ -53,14 +53,14 @@ app.command()(serve)
 def compare(
     engine: Engine,
     model: Model = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests, all there from the start.", min=1)] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens that any of them may generate.", min=1)] = 128,
+    num_prompts: Annotated[int, typer.Option(help="Number of requests, all submitted at the start.", min=1)] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each of them.", min=1)] = 128,
     seed: Seed = 0,
     figures: Annotated[Path, typer.Option(help="Folder for ladder.png and ladder.json.")] = Path("figures"),
 ) -> None:
-    """The same prompts through the ladder's four baselines and through transformers: same tokens, at what cost?
+    """Run the same prompts through the ladder's four baselines and transformers: same tokens, at what cost?
 
-    Exits with status 1 if any of them gives other tokens.
+    Exits with status 1 if any of them generates different tokens.
     """
     try:
         llm = open_llm(model, **engine.options)
@@ -93,7 +93,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Continue each prompt. A single one is shown as it grows.
+    """Continue each prompt. A single one is printed as it grows.
 
     Exits with status 1 if one of them failed; the reason is printed on standard error.
     """
@@ -128,13 +128,13 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
 ) -> None:
-    """Talk with a model that has a chat template. The storyteller tells stories, and answers questions about them.
+    """Chat with a model that has a chat template. The storyteller tells stories, and answers questions about them.
 
-    The line /new begins a new conversation; Ctrl-D ends it.
+    Type /new to start a new conversation, Ctrl-D to quit.
     """
     try:
         llm = open_llm(model, **engine.options)
-        stop = ["\nQ:"] if llm.is_storyteller else []  # left to itself it goes on to question itself
+        stop = ["\nQ:"] if llm.is_storyteller else []  # otherwise it continues with the next question
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
         llm.chat_prompt(
             [{"role": "user", "content": "hello"}]
@@ -181,7 +181,7 @@ def info(
         int, typer.Option(help="Unseen stories to measure the storyteller's recall and perplexity on.", min=0)
     ] = 100,
 ) -> None:
-    """The device, the model, what a token costs in KV memory, and how many blocks fit."""
+    """Show the device, the model, the KV memory per token, and how many blocks fit."""
     try:
         llm = open_llm(model, **engine.options)
     except ValueError as error:
@@ -233,7 +233,7 @@ def info_table(llm: LLM) -> Table:
         "model": f"{llm.name} ({config.family}), {str(engine.decoder.dtype).removeprefix('torch.')} on {engine.device}",
         "weights": f"{config.num_parameters:,} parameters x {item_bytes} bytes"
         f" = {config.num_parameters * item_bytes / MIB:,.1f} MiB",
-        "KV bytes a token": "2 x layers x kv_heads x head_dim x bytes"
+        "KV bytes per token": "2 x layers x kv_heads x head_dim x bytes"
         f" = 2 x {config.num_layers} x {config.num_kv_heads} x {config.head_dim} x {item_bytes}"
         f" = {memory.kv_bytes_per_token:,}",
         "block": f"{memory.block_size} tokens x {memory.kv_bytes_per_token:,} bytes = {block_bytes:,} bytes",

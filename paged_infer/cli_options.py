@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """``console``, created on first use: a machine that only runs benchmarks may lack rich."""
+    """``console``, created on first use: a machine that only runs benchmarks may not have rich."""
     if name != "console":
         raise AttributeError(name)
     from rich.console import Console
@@ -48,7 +48,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled tex
 
 
 class Without:
-    """``Annotated[EngineConfig, Without(name="reason")]``: fields of a group that are no options of a command."""
+    """``Annotated[EngineConfig, Without(name="reason")]``: fields of a group that are not options of a command."""
 
     def __init__(self, **reasons: str) -> None:
         self.reasons = reasons
@@ -156,7 +156,7 @@ JSON_OPTIONS = ("speculative_config",)
 
 
 def _engine_option(one: Field[Any], hint: Any) -> Any:
-    """The type and help of an option of ``EngineConfig``; a value of another type than these is passed as text."""
+    """The type and help of an option of ``EngineConfig``; a value of any other type is passed as text."""
     kinds = typing.get_args(hint) or (hint,)
     plain = [kind for kind in kinds if kind in (bool, int, float, str, type(None))]
     kind = functools.reduce(lambda left, right: left | right, plain if len(plain) == len(kinds) else {*plain, str})

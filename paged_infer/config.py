@@ -53,16 +53,16 @@ class EngineConfig(Checked):
             weights on the device, from ``seed``: for measuring speed, where only the shape matters.
         device: "cpu", "cuda", or "auto", which is "cuda" if there is one.
         attention_backend: how the paged cache is read: "triton", "c", "sdpa", "torch", your own "module:function", or
-            "auto" for the fastest there is; see ``kernels.attention_backends``.
+            "auto" for the fastest one available; see ``kernels.attention_backends``.
         block_size: tokens in a block of the paged cache.
         num_blocks: blocks in the pool. None: on a CPU what ``max_num_seqs`` requests of ``max_model_len`` tokens need,
             at most 1 GiB; on a GPU what ``gpu_memory_utilization`` leaves after the weights and one step's activations.
         gpu_memory_utilization: share of the GPU's memory that this process may use.
         max_model_len: longest sequence in tokens, prompt and output together. None: the smaller of the model's limit
             and the pool.
-        max_num_seqs: most sequences that run at once.
-        max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in chunks.
-        enable_prefix_caching: let requests with a common beginning share its blocks, computed once.
+        max_num_seqs: the most sequences that run at once.
+        max_num_batched_tokens: the most tokens computed in one step; longer prompts are computed in chunks.
+        enable_prefix_caching: let requests with a common prefix share its blocks, computed once.
         preemption_mode: how a preempted request continues: "recompute" computes its blocks again, "swap" moves them to
             CPU memory and back.
         swap_space: GiB of CPU memory for swapping, at most the pool's size. None: 1, with ``preemption_mode="swap"``.
@@ -78,10 +78,10 @@ class EngineConfig(Checked):
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
             ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.
         trace: keep a record of every step, in ``LLM.trace``; it grows.
-        seed: requests without a seed get theirs from this one.
+        seed: requests without a seed derive theirs from this one.
 
     Raises:
-        ValueError: a value out of its range or not of its type; the message names the option, the value and the limit.
+        ValueError: a value is out of range or of the wrong type; the message names the option, the value and the limit.
     """
 
     dtype: str = "auto"
@@ -132,13 +132,13 @@ class EngineConfig(Checked):
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
-        """``speculative_config``, which is kept as an object."""
+        """``speculative_config`` as an object."""
         assert not isinstance(self.speculative_config, Mapping)
         return self.speculative_config
 
     @property
     def options(self) -> EngineOptions:
-        """What differs from the defaults, as ``LLM`` takes it."""
+        """The options that differ from their defaults, as keyword arguments of ``LLM``."""
         values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return cast(EngineOptions, {field.name: value for field, value in values if value != field.default})
 

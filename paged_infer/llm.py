@@ -24,14 +24,14 @@ from paged_infer.values import as_integer, as_token_ids
 
 
 class LLM:
-    """A model that generates text, through paged memory and continuous batching.
+    """A model that generates text, with a paged KV cache and continuous batching.
 
     >>> llm = LLM()                                              # the bundled storyteller
     >>> llm.generate("Once upon a time")[0].outputs[0].text      # doctest: +SKIP
 
-    Calls from several threads run one after the other; ``AsyncLLM`` runs them together. A request that fails (NaN in
+    Calls from several threads run one after the other; ``AsyncLLM`` batches them. A request that fails (NaN in
     its logits, for example) ends with finish_reason "error" and the reason in ``error``: no call raises, and all other
-    requests go on.
+    requests continue.
 
     Args:
         model: None for the storyteller, a local folder, or a hub id, in Hugging Face format.
@@ -51,7 +51,7 @@ class LLM:
         self._name = self.folder.resolve().name if is_path else str(model)
         self.engine = LLMEngine(self.folder, config)
         self._num_requests = 0
-        self._mail: dict[str, RequestOutput] = {}  # the newest output of each request of the calls under way
+        self._latest_outputs: dict[str, RequestOutput] = {}  # the latest output of each unfinished call's requests
         self._streams: list[
             tuple[weakref.ref[Any], Request]
         ] = []  # generators, perhaps already collected, and their requests
@@ -60,7 +60,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None where the checkpoint has none and serves token ids."""
+        """None if the checkpoint has none; then prompts must be token ids."""
         return self.engine.tokenizer
 
     @property
@@ -85,7 +85,7 @@ class LLM:
 
         Args:
             prompts: a text, token ids (a list, or a 1-D array or tensor of integers), or a list of either.
-            sampling_params: one for all, or one per prompt; None is ``SamplingParams()``.
+            sampling_params: one for all prompts, or a list with one for each; None is ``SamplingParams()``.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
 
@@ -106,11 +106,11 @@ class LLM:
         """Search for the best continuations of each prompt, as transformers' ``generate(num_beams=...)`` does.
 
         Each output's ``outputs`` are its ``beam_width`` answers, best first, with ``score`` and ``cumulative_logprob``.
-        All prompts are searched at once, on blocks that the beams share; see ``control.beam_search``.
+        All prompts are searched together, and their beams share blocks; see ``control.beam_search``.
 
         Args:
             prompts: as ``generate`` takes them.
-            beam_search_params: one for all, or one per prompt.
+            beam_search_params: one for all prompts, or a list with one for each.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
 
@@ -134,8 +134,8 @@ class LLM:
                     done = pending & {output.request_id for output in self._step()}
                     pending -= done
                     bar.update(len(done))
-            return [self._mail[request.request_id] for request in requests]
-        finally:  # an interrupt or a failed step leaves nothing behind
+            return [self._latest_outputs[request.request_id] for request in requests]
+        finally:  # after an interrupt or a failed step, too
             self._drop(requests)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -161,24 +161,24 @@ class LLM:
                 if is_first:
                     self._drop_abandoned_streams()
                     self.engine.submit(request, streamed=True)
-                while request.request_id not in self._mail and not request.is_finished:
+                while request.request_id not in self._latest_outputs and not request.is_finished:
                     self._step()
-                return self._mail.pop(request.request_id, None)
+                return self._latest_outputs.pop(request.request_id, None)
             except BaseException:
                 self._drop([request])
                 raise
             finally:
-                if interrupt.came:  # it acts at the end of this block, and a second one may follow
+                if interrupt.came:  # it is handled at the end of this block, and a second one may follow
                     self._drop([request])
 
     def _step(self) -> list[RequestOutput]:
-        """One engine step. A stream and a ``generate`` may be under way together: each finds its own in the mail."""
+        """One engine step. A stream and a ``generate`` may overlap, so its outputs are kept for their own callers."""
         self._is_stepping = True
         try:
             outputs = self.engine.step().outputs
         finally:
             self._is_stepping = False
-        self._mail.update((output.request_id, output) for output in outputs)
+        self._latest_outputs.update((output.request_id, output) for output in outputs)
         return outputs
 
     def _drop(self, requests: list[Request]) -> None:
@@ -188,7 +188,7 @@ class LLM:
             for request in requests:
                 if self.engine.serves(request):
                     self.engine.abort(request.request_id)
-                self._mail.pop(request.request_id, None)
+                self._latest_outputs.pop(request.request_id, None)
 
     def _drop_abandoned_streams(self) -> None:
         """Abort the requests whose generators were collected or have ended."""
@@ -206,13 +206,13 @@ class LLM:
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, in the form of the tokenizer's chat template.
+        """Answer one conversation, or each of several, formatted by the tokenizer's chat template.
 
         ``messages`` are dicts with "role" ("system", "developer", "user", "assistant", "tool") and "content", a str or
         a list of ``{"type": "text", "text": str}``.
 
         Raises:
-            ValueError: as ``generate``; or a message is malformed, or the template refuses it or leaves it out.
+            ValueError: as ``generate``; or a message is malformed, or the template rejects it or leaves it out.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm)  # type: ignore[arg-type]
@@ -220,12 +220,12 @@ class LLM:
     def chat_prompt(self, messages: ReadOnlyList[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the answer."""
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer, so it cannot chat: give token ids to generate()")
+            raise ValueError("this checkpoint has no tokenizer, so it cannot chat: pass token ids to generate()")
         return self.tokenizer.apply_chat_template(messages)
 
     @property
     def trace(self) -> Trace | None:
-        """What happened in every step, where ``LLM(..., trace=True)`` asked for it."""
+        """A record of every step, with ``LLM(..., trace=True)``; otherwise None."""
         return self.engine.scheduler.trace
 
     def stats(self) -> dict[str, int | float]:
@@ -271,7 +271,7 @@ def pair_prompts(
     """Each prompt with its parameters.
 
     Raises:
-        ValueError: ``prompts`` is neither text nor a list, or as many parameters as prompts were not given.
+        ValueError: ``prompts`` is neither text nor a list, or the number of parameters is not that of the prompts.
     """
     if hasattr(prompts, "tolist"):  # an array or tensor
         prompts = as_token_ids(prompts)  # type: ignore[arg-type]
@@ -288,7 +288,7 @@ def pair_prompts(
     if not isinstance(params, ReadOnlyList) or not all(isinstance(one, kind) for one in params):
         raise ValueError(f"{name}={params!r}: must be {kind.__name__}, or a list of them")
     if len(params) != len(each):
-        raise ValueError(f"{len(params)} {name} for {len(each)} prompts: one, or one per prompt")
+        raise ValueError(f"{len(params)} {name} for {len(each)} prompts: pass one for all, or one for each")
     return list(zip(each, params, strict=True))
 
 

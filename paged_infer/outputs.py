@@ -1,4 +1,4 @@
-"""What a caller gets back. Plain Python: nothing here imports torch."""
+"""The outputs of requests. Plain Python: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds on one clock; None until the moment has come."""
+    """Times of one request, in seconds on one clock; None until it happens."""
 
     arrival_time_s: float
     first_scheduled_time_s: float | None = None  # of its first step
@@ -74,7 +74,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request as it stands: its prompt, and a CompletionOutput for each of its samples or beams, the best first."""
+    """The output of a request so far: its prompt, and a CompletionOutput for each sample or beam, best first."""
 
     request_id: str
     prompt: str | None

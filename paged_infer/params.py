@@ -1,4 +1,4 @@
-"""What a caller asks of one request. Plain Python: nothing here imports torch."""
+"""The parameters of one request. Plain Python: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class _Checks(Checked):
 class SamplingParams(_Checks):
     """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
 
-    The order of work on a row of logits is: ``logit_bias``, ``min_tokens`` (end tokens cannot be drawn), the
-    three penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``, then one draw. Logprobs are of the raw
+    A row of logits is processed in this order: ``logit_bias``, ``min_tokens`` (end tokens are masked), the
+    three penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``, then one sample. Logprobs are of the raw
     distribution, before any of these.
 
     Args:
-        n: samples drawn for the prompt, each with its own noise. More than one needs ``temperature > 0``.
+        n: samples for the prompt, each with its own noise. More than one needs ``temperature > 0``.
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities reach ``top_p``.
@@ -50,14 +50,14 @@ class SamplingParams(_Checks):
             number.
         max_tokens: the most tokens to generate; None means as many as ``max_model_len`` leaves.
         min_tokens: no end-of-sequence token, stop token or stop string is honoured before this many tokens.
-        stop: strings that end the output; the text ends before the first of them. A lone str is one of them.
-            One that is a special token of the tokenizer ends the output when that token is sampled.
+        stop: strings that end the output; the text ends before the first of them. A str is one stop string.
+            A stop string that is a special token ends the output when that token is sampled.
         stop_token_ids: tokens that end the output; like the end-of-sequence token, they are in
             ``token_ids``, not in ``text``.
         ignore_eos: do not stop at the end-of-sequence token.
         logprobs: for each output token, return the log-probabilities of this many top tokens and of the
             token itself.
-        prompt_logprobs: the same for each prompt token but the first.
+        prompt_logprobs: the same for each prompt token except the first.
         truncate_prompt_tokens: keep only the last k tokens of the prompt; -1 keeps as many as the
             context allows.
 
@@ -65,7 +65,7 @@ class SamplingParams(_Checks):
     may be numpy or torch scalars; they are kept as int and float.
 
     Raises:
-        ValueError: a value out of its range or not of its type; the message names the value and the limit.
+        ValueError: a value is out of range or of the wrong type; the message names the value and the limit.
     """
 
     n: int = 1
@@ -149,17 +149,17 @@ class BeamSearchParams(_Checks):
     Args:
         beam_width: beams kept at every step, and answers returned (transformers' ``num_beams``); 1 is greedy.
         max_tokens: the most tokens to generate.
-        length_penalty: an answer's score is its sum of logprobs over its length to this power, so above 0 longer
-            answers gain. Within [-10, 10], so that no power of a length overflows.
-        early_stopping: when ``beam_width`` answers are there, True stops at once; False when the best beam, ended
-            here, would not beat the worst of them; "never" when it could not if it went on for nothing to
-            ``max_tokens`` (the same as False unless ``length_penalty > 0``).
+        length_penalty: an answer's score is its sum of logprobs over its length to this power, so values
+            above 0 favour longer answers. Within [-10, 10], so that no power of a length overflows.
+        early_stopping: once there are ``beam_width`` answers, True stops; False stops when the best beam, if it ended
+            here, would not beat the worst of them; "never" stops when it could not even by reaching ``max_tokens``
+            without losing probability (the same as False unless ``length_penalty > 0``).
         min_tokens: no end-of-sequence or stop token before this many tokens.
         stop_token_ids: tokens that end an answer as the end-of-sequence token does.
         ignore_eos: do not end at the end-of-sequence token.
 
     Raises:
-        ValueError: a value out of its range or not of its type; the message names the value and the limit.
+        ValueError: a value is out of range or of the wrong type; the message names the value and the limit.
     """
 
     beam_width: int
@@ -184,7 +184,7 @@ class BeamSearchParams(_Checks):
 
     @property
     def limits(self) -> SamplingParams:
-        """What a beam has in common with a sample: how many there are, and where one ends."""
+        """The parameters that beams have in common with samples: their number, and where one ends."""
         return SamplingParams(
             n=self.beam_width,
             max_tokens=self.max_tokens,

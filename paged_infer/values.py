@@ -1,8 +1,8 @@
 """Convert options and prompts to plain Python values, also from numpy and torch.
 
 numpy and torch are recognised by their interface, not imported: a scalar has ``ndim`` 0 and ``item()``, an array or
-tensor has ``ndim`` and ``tolist()``. Only int, float, bool and str are kept, so code that follows (pickles, JSON,
-comparisons) meets no other type.
+tensor has ``ndim`` and ``tolist()``. Only int, float, bool and str are kept, so later code (pickles, JSON,
+comparisons) sees no other type.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Checked:
     """
 
     __slots__ = ()
-    _prefix: ClassVar[str] = ""  # of a field's name in an error
+    _prefix: ClassVar[str] = ""  # before a field's name in an error
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

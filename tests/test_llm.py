@@ -186,7 +186,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"swap_space": -1}, "swap_space=-1: must be a finite number >= 0"),
         ({"swap_space": math.nan}, "swap_space=nan"),
         ({"swap_space": 2.0}, "swap_space=2.0 with preemption_mode='recompute': nothing is swapped"),
-        ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB holds no block of 18432 bytes"),
+        ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space=0 GiB is less than a block of 18432 bytes"),
         ({"scheduling_policy": "fifo"}, "scheduling_policy='fifo': must be a Policy or one of chunked"),
         ({"scheduler_delay_factor": 2}, "scheduler_delay_factor=2 with scheduling_policy='chunked'"),
         ({"scheduler_delay_factor": "x"}, "scheduler_delay_factor='x'"),
@@ -250,7 +250,7 @@ def test_a_checkpoint_without_tokenizer_serves_ids_and_says_so_when_given_text(l
     assert llm.tokenizer is None and output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 3
     assert all(entry.decoded_token is None for row in output.outputs[0].logprobs for entry in row.values())
     for call, message in (
-        (lambda: generate(llm, "text", GREEDY), "has no tokenizer: give token ids"),
+        (lambda: generate(llm, "text", GREEDY), "has no tokenizer: pass token ids"),
         (lambda: generate(llm, [5], SamplingParams(stop="x")), "stop=.*has no tokenizer"),
         (lambda: llm.chat([{"role": "user", "content": "x"}]), "has no tokenizer, so it cannot chat"),
     ):

@@ -1,8 +1,8 @@
-"""One step after another: schedule, launch (``advance``), and settle with the results.
+"""Schedule one step after another, record its launch (``advance``), and settle it with its results.
 
 The policy decides which sequences run in a step, and with how many tokens, by the methods of a ``StepPlan``. When the
-pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always gets through: every
-request that fits the pool finishes. The beams of one search give theirs back together.
+pool is exhausted the youngest running sequence gives back all its blocks, so the oldest always makes progress:
+every request that fits in the pool finishes. The beams of one search give theirs back together.
 
 The samples of one request hold a limited share of ``max_num_seqs`` (``sample_share``). Whenever some of them are
 admitted, the rest move to the end of the waiting queue, so a request with many samples does not starve others.
@@ -43,7 +43,7 @@ class SchedulerStats:
     blocks_copied: int = 0
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
-    num_drafts: int = 0  # how often a sequence had drafts in a step
+    num_drafts: int = 0  # sequences with drafts, summed over steps
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # drafts that became tokens
 
@@ -67,20 +67,20 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Plans each step, and keeps all sequences under way up to date with the results.
+    """Plans each step, and updates all sequences with its results.
 
     Args:
         manager: the block tables, which only the scheduler changes.
-        max_num_seqs: most sequences running at once (holding blocks), not just in one step.
-        max_num_batched_tokens: most tokens computed in one step.
-        enable_prefix_caching: let requests that start alike share the blocks of their common beginning.
+        max_num_seqs: the most sequences running at once (holding blocks), not just in one step.
+        max_num_batched_tokens: the most tokens computed in one step.
+        enable_prefix_caching: let requests with a common prefix share its blocks.
         preemption_mode: one of ``PREEMPTION_MODES``: a preempted sequence computes its blocks again, or has them moved
             to the manager's swap space and back. If that is full, it computes them again.
-        policy: what a step is made of; ``Chunked()`` if None.
+        policy: chooses what each step computes; ``Chunked()`` if None.
         proposer: drafts for sequences that decode. A step with drafts must be settled before the next is planned.
         trace: keeps a record of every step.
 
-    ``policy``, ``proposer`` and the limits are attributes, read anew for each step.
+    ``policy``, ``proposer`` and the limits are attributes, read for each step.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Scheduler:
         return bool(self.waiting or self.swapped) or any(not one.is_length_capped for one in self.running)
 
     @property
-    def is_under_way(self) -> bool:
+    def has_step_in_flight(self) -> bool:
         """Whether a step is in flight."""
         return bool(self._in_flight)
 
@@ -155,7 +155,7 @@ class Scheduler:
         """Choose the next step's work and give it blocks. ``advance`` must follow; a step without it has failed.
 
         A step can be planned while the one before is still being computed: call ``advance`` for that one first, and
-        ``settle`` when its tokens are known. Until then its sequences go on with placeholders.
+        ``settle`` when its tokens are known. Until then its sequences continue with placeholders.
 
         ``now``: the caller's clock, seconds.
         """
@@ -173,7 +173,7 @@ class Scheduler:
         plan = self._planned = StepPlan(self.queues, limits, self.stats.steps, now)
         self.policy.plan(plan)
         if not plan.scheduled and plan.resume_at_s is None and not self._in_flight:
-            Chunked().plan(plan)  # sequences that a policy forgets, say in swap space, would otherwise wait for ever
+            Chunked().plan(plan)  # otherwise sequences that a policy forgets, such as swapped ones, would wait forever
         if self.proposer is not None:
             plan.speculate(self.proposer)
         self.stats.preemptions += len(plan.preempted)
@@ -220,21 +220,21 @@ class Scheduler:
         """The step has been launched: its tokens count as computed, and those that it samples are placeholders."""
         plan, self._planned = self._planned, None
         if plan is None or plan.index != step.index:
-            raise RuntimeError(f"step {step.index} is not the one that was scheduled last")
+            raise RuntimeError(f"step {step.index} is not the last one scheduled")
         num_published = self.manager.num_uncommitted - sum(flight.num_published for flight in self._in_flight)
         trace_step = self.trace.steps[-1] if self.trace is not None else None
         self._in_flight.append(StepInFlight(plan, self.queues, num_published, trace_step))
 
     def settle(self, step: ScheduledStep, result: StepResult, now: float = 0.0) -> list[Sequence]:
-        """Take the results of the oldest step in flight, at ``now``. Sequences that it ends give back their blocks.
+        """Apply the results of the oldest step in flight, at ``now``. Sequences that end give back their blocks.
 
-        If the next step, already in flight, goes on with one of them, what it samples for that sequence is dropped.
-        Blocks freed here are only given to steps still to be scheduled, and a device carries out steps in order: what
-        the step in flight writes there comes before the writes of the new owner.
+        If the next step, already in flight, continues one of them, what it samples for that sequence is dropped.
+        Blocks freed here are only given to steps still to be scheduled, and a device runs steps in order: what the
+        step in flight writes there comes before the writes of the new owner.
 
         Returns:
             The sequences that got a token, once for each token, in the step's order; all beams of a search get theirs
-            at once.
+            together.
         """
         if not self._in_flight or self._in_flight[0].plan.index != step.index:
             raise RuntimeError(f"step {step.index} is not the oldest one in flight")
@@ -251,14 +251,14 @@ class Scheduler:
         return grown
 
     def _step_searches(self, flight: StepInFlight, result: StepResult) -> list[Sequence]:
-        """Offer the candidates to their searches, and step those that have them all. Returns the beams that grew."""
+        """Pass the candidates to their searches, and step those that have them all. Returns the beams that grew."""
         grown: list[Sequence] = []
-        offered: dict[str, BeamSearch] = {}  # by request id
+        touched: dict[str, BeamSearch] = {}  # by request id
         for beam in flight.beams:
             if not beam.is_finished and beam not in flight.restarted:
-                search = offered[beam.request_id] = self.searches[beam.request_id]
-                search.offer(beam, result.candidates[beam.sequence_id])
-        for search in offered.values():
+                search = touched[beam.request_id] = self.searches[beam.request_id]
+                search.add_candidates(beam, result.candidates[beam.sequence_id])
+        for search in touched.values():
             if search.is_complete:
                 grown += step_beam_search(search, self.queues)
         for sequence, _ in flight.plan.scheduled:
@@ -269,18 +269,18 @@ class Scheduler:
         """All steps planned or in flight have failed, with unknown progress: restart what was built on them."""
         plan, self._planned = self._planned, None
         if self._in_flight:
-            lost = [*self.running, *self.swapped]
+            affected = [*self.running, *self.swapped]
             for sequence in (one for flight in self._in_flight for one in flight.sampling):
                 sequence.drop_placeholders()
             self._in_flight.clear()
         elif plan is not None:
-            lost = plan.undo()
+            affected = plan.undo()
         else:
             return
         self.manager.roll_back()
         self.manager.transfers = BlockTransfers()  # planning itself may have failed
-        group = (one for loser in lost for one in loser.sequence_group)
-        for sequence in dict.fromkeys(group):  # not a set: every rank that runs this must free blocks in one order
+        group = (one for sequence in affected for one in sequence.sequence_group)
+        for sequence in dict.fromkeys(group):  # not a set: every rank must free blocks in the same order
             self.queues.restart(sequence)
         self.queues.release_draining()
 
@@ -298,4 +298,4 @@ class Scheduler:
         """Raises RuntimeError unless law 2 holds, and at most ``max_num_seqs`` sequences hold blocks."""
         self.queues.check_integrity()
         if (num_seqs := len(self.queues.holders)) > self.max_num_seqs:
-            raise RuntimeError(f"{num_seqs} sequences run; max_num_seqs={self.max_num_seqs}")
+            raise RuntimeError(f"{num_seqs} sequences are running: max_num_seqs={self.max_num_seqs}")

@@ -34,7 +34,7 @@ from paged_infer.text.tokenizer import Tokenizer
 
 
 class EngineParts(NamedTuple):
-    """What ``LLMEngine`` is made of. ``tokenizer`` is None where the checkpoint has none."""
+    """The parts of an ``LLMEngine``. ``tokenizer`` is None if the checkpoint has none."""
 
     tokenizer: Tokenizer | None
     memory: MemoryPlan
@@ -57,7 +57,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     profiler = MemoryProfiler.start(CudaMeter(device)) if is_measured else None
     decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed)
     tokenizer = Tokenizer.from_pretrained(folder)
-    draft = load_draft(config, decoder, ops)  # before the profile, which counts its weights, too
+    draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights
     profile = None
     if profiler is not None:
         profile = profiler.finish(config, decoder, backend, ops, has_graphs=has_graphs)
@@ -89,7 +89,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
 
 
 def dtype_of(name: str, folder: Path, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere."""
+    """The dtype named ``name``; "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere."""
     if name == "auto":
         name = "float32" if device.type == "cpu" else saved_dtype(folder)
     return getattr(torch, name)

@@ -28,7 +28,7 @@ class Deferral:
         if not self.is_open:
             self.came = True
             return
-        self.is_open = False  # before the handler raises: the unwinding is not interrupted
+        self.is_open = False  # before the handler raises: the unwinding must not be interrupted
         self.act(signum, frame)
         self.is_open = True  # the application's own handler raised nothing
 

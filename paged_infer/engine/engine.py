@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """A request in the engine, and what its reader will get."""
+    """An unfinished request and what its caller will get."""
 
     request: Request
     completions: list[OutputProcessor]
@@ -49,9 +49,9 @@ class StepReport:
     """What one step changed.
 
     Attributes:
-        outputs: of requests that finished (or were aborted, for an observer), and of streamed ones that got a token.
+        outputs: of requests that finished (or were aborted, for an observer), and of streamed ones with a new token.
         grown: the sequences that got a token, once for each token.
-        now: when that was, in ``time.perf_counter`` seconds.
+        now: when the step ended, in ``time.perf_counter`` seconds.
     """
 
     outputs: list[RequestOutput] = field(default_factory=list)
@@ -77,7 +77,7 @@ class LLMEngine:
 
     @property
     def decoder(self) -> Decoder:
-        """The model, for those that compute with it outside of steps: baselines, benches, notebooks."""
+        """The model, for code that runs it outside of steps: baselines, benches, notebooks."""
         return self.executor.runner.decoder
 
     @property
@@ -110,8 +110,8 @@ class LLMEngine:
         """Queue a prepared request. A streamed one is reported after every step, others when they finish.
 
         Raises:
-            ValueError: a request of this id is still being served; a beam search, whose text is not settled before its
-                end, is to be streamed; or the text of the prompt is needed, and its tokens have none.
+            ValueError: the request id is in use; a beam search is streamed, although its text may change until it
+                ends; or the tokens of the prompt cannot be decoded.
         """
         if streamed and request.beam_params is not None:
             raise ValueError("a beam search cannot be streamed: its beams change until it ends")
@@ -120,7 +120,7 @@ class LLMEngine:
         try:
             completions = [OutputProcessor(s, self.tokenizer, streamed) for s in request.sequences]
         except Exception as error:  # a tokenizer can raise anything
-            raise ValueError(f"the prompt {_no_text(error)}") from error
+            raise ValueError(f"the prompt {_decoding_error(error)}") from error
         live = _Live(request, completions, streamed)
         if request.params.prompt_logprobs is not None:
             live.prompt_logprobs = [None] * len(request.prompt_token_ids)
@@ -134,12 +134,12 @@ class LLMEngine:
         self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
     def serves(self, request: Request) -> bool:
-        """Whether this very request is being served, and not another of the same id."""
+        """Whether this request, and not another with the same id, is unfinished."""
         return request.request_id in self._live and self._live[request.request_id].request is request
 
     @defer_sigint()
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request at once, wherever it is, and free its blocks. None if it is not (or no longer) served."""
+        """End a request immediately, whatever its state, and free its blocks. None if it is unknown or has finished."""
         live = self._live.pop(request_id, None)
         if live is None:
             return None
@@ -155,7 +155,7 @@ class LLMEngine:
         """Run one step, and report what it changed.
 
         With ``async_scheduling`` the report is of the previous step: the one that this call plans and launches is still
-        in flight then. Where the policy waits for a batch to fill, this waits with it:
+        in flight then. While the policy waits for a batch to fill, this calls
         ``sleep(seconds)``, which may return early.
         """
         report = StepReport()
@@ -177,7 +177,7 @@ class LLMEngine:
     def _launch(
         self, sleep: Callable[[float], object]
     ) -> tuple[tuple[ScheduledStep, RunningStep] | None, StepResult | None]:
-        """Plan a step and launch it, if any sequence can run. Waits for its result unless the next may precede that."""
+        """Plan a step and launch it, if any sequence can run. Wait for its result if the next plan depends on it."""
         if not self.scheduler.has_work:
             return None, None
         step = self.scheduler.schedule(time.perf_counter())
@@ -185,8 +185,10 @@ class LLMEngine:
             if step.resume_at_s is not None:
                 with interruptible():
                     sleep(max(0.0, step.resume_at_s - time.perf_counter()))
-            elif not self.scheduler.is_under_way:
-                raise RuntimeError("requests wait and none can run: one was admitted that does not fit the pool")
+            elif not self.scheduler.has_step_in_flight:
+                raise RuntimeError(
+                    "requests are waiting and none can run: one was admitted that does not fit in the pool"
+                )
             return None, None
         with interruptible():
             running = self.executor.launch(step)
@@ -213,7 +215,7 @@ class LLMEngine:
             if live.request.first_token_time_s is None:
                 live.request.first_token_time_s = now
             num_before = sequence.num_output_tokens - num_new
-            with self._made_text_of(sequence):
+            with self._decoding(sequence):
                 self._advance(live, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
             report.grown += [sequence] * (sequence.num_output_tokens - num_before)
             if live.streamed or sequence.is_finished:
@@ -221,13 +223,13 @@ class LLMEngine:
         report.outputs += [output for live in moved.values() if (output := self._reported(live, now)) is not None]
 
     @contextmanager
-    def _made_text_of(self, sequence: Sequence) -> Iterator[None]:
-        """What goes wrong where tokens become text ends their own request alone."""
+    def _decoding(self, sequence: Sequence) -> Iterator[None]:
+        """An error in decoding ends only the request of ``sequence``."""
         try:
             yield
         except Exception as error:  # a tokenizer can raise anything
             logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
-            self.scheduler.fail(sequence, f"its tokens {_no_text(error)}")
+            self.scheduler.fail(sequence, f"its tokens {_decoding_error(error)}")
 
     def _advance(self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int) -> None:
         """Decode the sequence's newest tokens to text."""
@@ -249,24 +251,24 @@ class LLMEngine:
             report = result.prompt_logprobs.get(sequence.sequence_id)
             if report is not None and live.prompt_logprobs is not None:
                 first, entries = report
-                with self._made_text_of(sequence):
+                with self._decoding(sequence):
                     live.prompt_logprobs[first : first + len(entries)] = [
                         named_logprobs(entry, self.tokenizer) for entry in entries
                     ]
 
     def _record_usage(self, step: ScheduledStep) -> None:
-        """What is held while the step is in memory, before the sequences that it ends give back their blocks."""
+        """Record what is held during the step, before the sequences that end with it free their blocks."""
         pool, block_size = self.manager.pool, self.memory.block_size
         stored = self.scheduler.num_stored_tokens(step)
         self.usage.record(pool.num_used * block_size, stored, pool.num_references * block_size)
 
     def _output(self, live: _Live) -> RequestOutput:
-        """The request's output so far. If its tokens cannot be decoded, it ends with the text decoded before."""
+        """The request's output so far. If its tokens cannot be decoded, it fails with the text decoded until then."""
         try:
             return request_output(live.request, live.completions, live.prompt_logprobs)
         except Exception as error:  # a tokenizer can raise anything
             logger.exception("the tokens of request %s could not be decoded", live.request.request_id)
-            self.scheduler.fail(live.request.sequences[0], f"its tokens {_no_text(error)}", although_ended=True)
+            self.scheduler.fail(live.request.sequences[0], f"its tokens {_decoding_error(error)}", although_ended=True)
             self._live.pop(live.request.request_id, None)
             live.request.finished_time_s = live.request.finished_time_s or time.perf_counter()
             for completion in live.completions:
@@ -276,7 +278,7 @@ class LLMEngine:
     # -- looking inside ---------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int | float]:
-        """Counts since the engine was made, and the queues and blocks as they are now."""
+        """Counts since the engine was created, and the current state of its queues and blocks."""
         return {
             **asdict(self.scheduler.stats),
             "acceptance_rate": self.scheduler.stats.acceptance_rate,
@@ -292,15 +294,15 @@ class LLMEngine:
         }
 
     def reset_stats(self) -> None:
-        """Begin to measure ``peak_kv_bytes``, ``kv_fill`` and ``sharing_saved`` anew."""
+        """Restart the measurement of ``peak_kv_bytes``, ``kv_fill`` and ``sharing_saved``."""
         self.usage = KVUsage()
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if law 2 (nothing leaks, nothing is shared by accident) does not hold right now."""
         self.scheduler.check_integrity()
         if not self._live and self.manager.pool.num_used:
-            raise RuntimeError(f"no request is served and {self.manager.pool.num_used} blocks are held")
+            raise RuntimeError(f"no request is unfinished, but {self.manager.pool.num_used} blocks are held")
 
 
-def _no_text(error: Exception) -> str:
+def _decoding_error(error: Exception) -> str:
     return f"could not be decoded: {type(error).__name__}: {error}"

@@ -1,10 +1,10 @@
-"""The thread that owns an LLMEngine: commands in, outputs out, asleep when there is nothing to do.
+"""The thread that owns an LLMEngine: commands in, outputs out, asleep while it is idle.
 
     any thread                      this thread                              an event loop
     ----------                      -----------                              -------------
     add / abort / call  --inbox-->  [commands, one step, report] repeated  --one call a step-->  OutputChannel
 
-Commands take effect between two steps, in the order in which they were given. After a step, all outputs for one event
+Commands take effect between two steps, in the order of their arrival. After a step, all outputs for one event
 loop are delivered by a single ``call_soon_threadsafe``, however many requests they belong to.
 
 A step that does not return cannot be stopped, only abandoned (``abandon``): another thread ends every request with an
@@ -36,7 +36,7 @@ class EngineDeadError(RuntimeError):
 
 
 class QueueFullError(RuntimeError):
-    """The queue is full. The same request may be accepted a moment later."""
+    """The queue is full. The same request may be accepted later."""
 
 
 @dataclass(slots=True)
@@ -62,9 +62,9 @@ class EngineThread:
 
     Args:
         engine: used by this thread alone from now on, except to ``prepare`` requests, one at a time.
-        max_num_waiting: most sequences (samples or beams) that may wait, those preempted included, when one more
+        max_num_waiting: the most sequences (samples or beams) that may be waiting, preempted ones included, when a
             request is added.
-        step_timeout_s: the longest that a step, with the commands before it, may take; then it is abandoned. None: no
+        step_timeout_s: the longest that a step, with the commands before it, may take before it is abandoned. None: no
             limit.
     """
 
@@ -78,8 +78,8 @@ class EngineThread:
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
         self._inbox: list[_Add | _Abort | _Call] = []  # guarded by _wake, as are _num_waiting and _stopping
-        self._num_waiting = 0  # sequences in the engine, as they stood when it last did something, and in the inbox
-        self._taken: list[_Add | _Abort | _Call] = []  # taken from the inbox, perhaps not yet carried out
+        self._num_waiting = 0  # sequences waiting in the engine, as last counted, and those in the inbox
+        self._taken: list[_Add | _Abort | _Call] = []  # taken from the inbox, perhaps not yet processed
         self._stopping = False
         self._channels: dict[str, OutputChannel] = {}  # changed by the thread alone
         hung = f"a step has taken longer than step_timeout={step_timeout_s} s"
@@ -93,26 +93,26 @@ class EngineThread:
         """Queue a prepared request; its outputs come through ``channel``.
 
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: too many sequences are waiting.
             EngineDeadError: the engine has stopped.
         """
         with self._wake:
             self.check_alive()
             if self._num_waiting >= self._max_num_waiting:
                 raise QueueFullError(
-                    f"{self._num_waiting} sequences wait already: max_num_waiting={self._max_num_waiting}"
+                    f"{self._num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
                 )
             self._num_waiting += len(request.sequences)
             self._post(_Add(request, channel, streamed))
 
     def abort(self, request_id: str) -> None:
-        """End the request, if it is still served; its reader gets the output so far, with finish_reason "abort"."""
+        """End the request, if it is unfinished; its reader gets the output so far, with finish_reason "abort"."""
         with self._wake:
             if not self.gone.is_set():
                 self._post(_Abort(request_id))
 
     def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
-        """Run ``function(engine)`` between two steps; when the thread has ended, in the caller's own.
+        """Run ``function(engine)`` between two steps; in the caller's own thread once this one has ended.
 
         If the thread was abandoned, the future raises an EngineDeadError.
         """
@@ -128,7 +128,7 @@ class EngineThread:
         return command.answer
 
     def stop(self, finish: bool = False) -> None:
-        """Add no more; end when what runs has finished, or else abort it and end at once. Does not wait."""
+        """Accept no more requests; abort the unfinished ones, or with ``finish`` let them finish. Does not wait."""
         with self._wake:
             if self.error is None:
                 self.error = EngineDeadError("the engine has been shut down")
@@ -143,7 +143,7 @@ class EngineThread:
         return self.ended.is_set()
 
     def abandon(self, reason: str) -> None:
-        """From any thread: stop waiting for the step under way. Unfinished requests end with an EngineDeadError."""
+        """From any thread: stop waiting for the current step. Unfinished requests end with an EngineDeadError."""
         with self._wake:
             if self.gone.is_set():
                 return
@@ -195,7 +195,7 @@ class EngineThread:
         self.watchdog.begin()
 
     def _process_commands(self) -> bool:
-        """Wait for work, and carry out the commands that have come. False when it is time to end."""
+        """Wait for work, and process the commands in the inbox. False when the thread is to end."""
         self.watchdog.pause()
         with self._wake:
             while not (self._inbox or self.engine.has_unfinished_requests or self.error):
@@ -264,7 +264,7 @@ class EngineThread:
         self._deliver(deliveries)  # last: a request's metrics are counted before its reader gets the output
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
-        """One call for each event loop that has a reader among them: usually one."""
+        """Deliver by one call for each event loop; usually there is only one."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
         for delivery in deliveries:
             by_loop.setdefault(delivery[0].loop, []).append(delivery)

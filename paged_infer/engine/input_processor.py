@@ -21,7 +21,7 @@ Params = SamplingParams | BeamSearchParams
 
 
 class InputProcessor:
-    """Checks and tokenizes what one engine is asked for, and numbers its sequences. Queues nothing."""
+    """Checks and tokenizes the requests of one engine, and numbers their sequences. Does not queue them."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._encode(prompt, params) if isinstance(prompt, str) else as_token_ids(prompt)
         if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs text, and this checkpoint has no tokenizer")
+            raise ValueError(f"stop={params.stop!r} needs text, but this checkpoint has no tokenizer")
         if beam_params is not None:
             check_beams(
                 beam_params,
@@ -72,7 +72,7 @@ class InputProcessor:
 
     def _encode(self, text: str, params: SamplingParams) -> list[int]:
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: give token ids, not text")
+            raise ValueError("this checkpoint has no tokenizer: pass token ids, not text")
         if params.truncate_prompt_tokens is None:
             self.check_length(len(text))
         return self.tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""How much of the KV memory in use holds tokens."""
+"""How much of the KV memory in use contains tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class KVUsage:
     unshared_slot_steps: int = 0
 
     def record(self, num_slots: int, num_tokens: int, num_unshared_slots: int | None = None) -> None:
-        """``num_unshared_slots``: slots that would be held without sharing; None where nothing is shared."""
+        """Add one step. ``num_unshared_slots``: slots that would be held without sharing; None if nothing is shared."""
         self.peak_slots = max(self.peak_slots, num_slots)
         self.slot_steps += num_slots
         self.token_steps += num_tokens
@@ -23,7 +23,7 @@ class KVUsage:
 
     @property
     def fill(self) -> float:
-        """Share of the slots held that hold a token, over all steps; 1 while none was held."""
+        """Share of the held slots that contain a token, over all steps; 1 if none was ever held."""
         return self.token_steps / self.slot_steps if self.slot_steps else 1.0
 
     @property

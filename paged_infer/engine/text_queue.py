@@ -1,4 +1,4 @@
-"""A bounded queue for long texts: one thread tokenizes them one at a time, shorter ones first."""
+"""A bounded queue for long texts: one thread tokenizes them one at a time, shorter ones first (with aging)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from paged_infer.engine.engine_thread import QueueFullError
 
 MAX_NUM_CHARACTERS = 1 << 24  # in the queue: a few seconds of tokenizing
-PATIENCE = 16  # see TextQueue
+AGING_FACTOR = 16  # see TextQueue
 
 
 @dataclass(order=True, slots=True)
@@ -29,19 +29,19 @@ class _Job:
 class TextQueue:
     """Calls functions on texts in a thread, the shortest text first.
 
-    Shorter texts that arrive later may overtake a long one, but only until ``PATIENCE`` times its own length has been
-    processed since it arrived. So no text starves.
+    Shorter texts that arrive later may overtake a long one, but only until ``AGING_FACTOR`` times its own length has
+    been processed since it arrived. So no text starves.
 
     Args:
-        max_num_characters: the most characters in the queue, the text under way included. A text that finds the queue
-            empty is accepted whatever its length.
+        max_num_characters: the most characters in the queue, including the text being processed. An empty queue accepts
+            a text of any length.
     """
 
     def __init__(self, max_num_characters: int = MAX_NUM_CHARACTERS) -> None:
         self._max_num_characters = max_num_characters
         self._lock = threading.Lock()
         self._jobs: list[_Job] = []  # a heap; guarded by the lock, as are the next two
-        self._num_characters = 0  # waiting or under way
+        self._num_characters = 0  # waiting or being processed
         self._num_done = 0  # characters processed so far
         self._numbers = itertools.count()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -57,10 +57,10 @@ class TextQueue:
             waiting = self._num_characters
             if waiting and waiting + num_characters > self._max_num_characters:
                 raise QueueFullError(
-                    f"{waiting} characters wait to be tokenized: {num_characters} more would exceed the limit of "
-                    f"{self._max_num_characters}"
+                    f"{waiting} characters are waiting to be tokenized: {num_characters} more would exceed the limit "
+                    f"of {self._max_num_characters}"
                 )
-            rank = self._num_done + PATIENCE * num_characters
+            rank = self._num_done + AGING_FACTOR * num_characters
             job = _Job(rank, next(self._numbers), function, text, num_characters, future)
             heapq.heappush(self._jobs, job)
             self._num_characters += num_characters

@@ -14,7 +14,7 @@ class Watchdog:
     """Calls ``on_timeout`` once, from a thread of its own, when work takes longer than ``timeout_s``.
 
     Args:
-        timeout_s: None for no limit; then no thread is started.
+        timeout_s: None for no limit, and no thread.
         on_timeout: called once, from the watchdog's thread.
         clock: monotonic time in seconds.
     """
@@ -25,7 +25,7 @@ class Watchdog:
         self.timeout_s = timeout_s
         self.clock = clock
         self._on_timeout = on_timeout
-        self._began_s: float | None = None  # when the work under way began
+        self._began_s: float | None = None  # when the current work began
         self._over = threading.Event()
         if timeout_s is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -43,7 +43,7 @@ class Watchdog:
         self._over.set()
 
     def check(self) -> None:
-        """Call ``on_timeout`` if the work under way has exceeded the limit; called periodically."""
+        """Call ``on_timeout`` if the current work has exceeded the limit; called periodically."""
         began_s = self._began_s
         if self.timeout_s is None or began_s is None or self._over.is_set():
             return

@@ -1,16 +1,16 @@
-"""CUDA graphs for decode steps: the whole step, from token ids to drawn tokens, as one launch.
+"""CUDA graphs for decode steps: the whole step, from token ids to sampled tokens, as one launch.
 
 A decode step of a small model is hundreds of kernels of a few microseconds each, and the host needs longer to launch
-them than the device to run them. A graph holds the launches, addresses and all, and replays them at once:
+them than the device to run them. A graph records the launches with their arguments, and replays them all in one launch:
 
-    pending_row, token_ids -> where a token is pending, take it from what the step before drew
-                       -> decoder -> head -> logits [size, V] -> sampling kernel -> drawn [size]
+    pending_row, token_ids -> replace pending tokens by what the previous step sampled
+                       -> decoder -> head -> logits [size, V] -> sampling kernel -> sampled [size]
 
 All of it works on the tensors of ``input_buffers``. There is a graph for each of a list of batch sizes, and a step
-takes the smallest that holds it. They are captured from the largest down and share one pool of memory: intermediate
+uses the smallest that holds it. They are captured from the largest down and share one memory pool: intermediate
 results are dead when a step ends, and steps run one after the other.
 
-What is baked in must hold for every step: one query a row, and no row longer than ``max_model_len``.
+What is captured must hold for every step: one query per row, and no row longer than ``max_model_len``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Capture = Callable[[Callable[[], None]], Replay]
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """Rows of the graphs, so that each number up to ``largest`` has one that is at least as large, and not by much.
+    """Batch sizes to capture: for any number of rows up to ``largest``, one is as large and not much larger.
 
     1, 2, 4, every 8th up to 256, every 16th up to 512, every 32nd up to 1024 and so on; and ``largest`` itself.
 
@@ -50,22 +50,22 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def uses_graphs(enforce_eager: bool | None, device: torch.device, backend: AttentionBackend) -> bool:
-    """Whether decode steps are to be captured.
+    """Whether decode steps are captured.
 
     Raises:
-        ValueError: graphs are asked for (``enforce_eager=False``) where there can be none.
+        ValueError: graphs are requested (``enforce_eager=False``) but cannot be used.
     """
     can_be_captured = device.type == "cuda" and backend is triton_backend
     if enforce_eager is False and not can_be_captured:
         raise ValueError(
-            f"enforce_eager=False asks for CUDA graphs, which need a GPU and attention_backend='triton'; the device is "
+            f"enforce_eager=False requests CUDA graphs, which need a GPU and attention_backend='triton'; the device is "
             f"{device}"
         )
     return can_be_captured and not enforce_eager
 
 
 def decode_graphs(decoder: Decoder, cache: PagedCache, max_num_seqs: int, max_model_len: int) -> DecodeGraphs:
-    """Those of an engine on a GPU, captured now, and what memory they took."""
+    """Capture the graphs of an engine on a GPU, and measure the memory that they take."""
     before = _free_bytes(decoder.device)
     with _no_collection():
         graphs = DecodeGraphs(
@@ -82,7 +82,7 @@ def decode_graphs(decoder: Decoder, cache: PagedCache, max_num_seqs: int, max_mo
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A collection could drop an earlier engine's graphs in the middle of a capture, where the driver forbids it."""
+    """Disable garbage collection: to drop an earlier engine's graphs during a capture is a driver error."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -100,10 +100,10 @@ def _free_bytes(device: torch.device) -> int:
 
 
 class CudaCapture:
-    """Runs a function once, which compiles its kernels and makes the libraries' workspaces, then captures it.
+    """Runs a function once, which compiles its kernels and allocates the libraries' workspaces, then captures it.
 
-    All captures of one object share a pool of memory. Both runs are on a stream of their own: nothing may be captured
-    on the default one.
+    All captures of one object share a memory pool. Both runs use a separate stream: the default one cannot be
+    captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -127,10 +127,10 @@ class DecodeGraphs:
     """Decode steps of up to ``max_rows`` sequences, captured when this is made.
 
     Args:
-        sample: ``kernels.sample``, or None: then tokens are drawn outside, from the logits.
+        sample: ``kernels.sample``, or None: then the caller samples from the logits.
         max_rows: the most sequences in a step.
         max_model_len: the longest sequence.
-        capture: ``CudaCapture``; what it is given, and its replays, read and write the same tensors each time.
+        capture: ``CudaCapture``, or a function like it; the step that it gets uses the same tensors each time.
     """
 
     def __init__(
@@ -147,18 +147,18 @@ class DecodeGraphs:
         self.draws = sample is not None
         self._sample = sample
         self._max_model_len = max_model_len
-        self.num_bytes = 0  # that they took, where it was measured
+        self.num_bytes = 0  # that they take, if measured
         self.sizes = batch_sizes(max_rows)
         self.buffers = InputBuffers(
             max_rows, -(-max_model_len // cache.block_size), decoder.config.vocab_size, decoder.dtype, decoder.device
         )
-        self._last: Tensor | None = None  # what ``run`` returned last: it lies in the buffers already
+        self._last: Tensor | None = None  # what ``run`` returned last: already in the buffers
         with torch.inference_mode():
             largest_first = {size: capture(self._step_of(size)) for size in reversed(self.sizes)}
         self._replays = [largest_first[size] for size in self.sizes]
 
     def fits(self, step: ScheduledStep) -> bool:
-        """Whether ``step`` is nothing but decodes, each of which draws one token."""
+        """Whether ``step`` has only decodes, each of which samples one token."""
         return len(step.sequences) <= self.buffers.max_rows and all(
             len(s.token_ids) == 1
             and isinstance(s.sample, SamplingRow)
@@ -173,13 +173,13 @@ class DecodeGraphs:
         """One step, queued on the device.
 
         Args:
-            sequences: of a step that ``fits``; R of them.
-            last: tokens that the step before drew, on the device, at most ``max_rows``; None: none are pending.
-            last_rows: by sequence id, which of those tokens is its own.
+            sequences: R sequences of a step that ``fits``.
+            last: tokens that the previous step sampled, on the device, at most ``max_rows``; None: none are pending.
+            last_rows: by sequence id, the index of its token in ``last``.
 
         Returns:
-            logits [R, V], and tokens int64 [R] if there is a sampling kernel: what it drew by temperature and seed
-            alone, -1 where a row cannot be drawn from. Both are overwritten by the next run.
+            logits [R, V], and tokens int64 [R] if there is a sampling kernel: sampled by temperature and seed
+            alone, -1 if a row cannot be sampled. Both are overwritten by the next run.
         """
         if last is not None and last is not self._last:
             self.buffers.drawn[: len(last)].copy_(last)
@@ -194,7 +194,7 @@ class DecodeGraphs:
         self._replays[which]()
 
     def _step_of(self, size: int) -> Callable[[], None]:
-        """What is captured for ``size`` rows. Nothing in it waits for the device or copies from the host."""
+        """The step to capture for ``size`` rows. It neither waits for the device nor copies from the host."""
         buffers = self.buffers
         columns = {name: column[:size] for name, column in buffers.columns.items()}
         block_tables, query_start_loc = buffers.block_tables[:size], buffers.query_start_loc[: size + 1]

@@ -1,4 +1,4 @@
-"""A small model that drafts for a large one: it takes every step first, and goes on alone where drafts are wanted.
+"""A small model that drafts for a large one: it runs every step first, then continues alone to produce the drafts.
 
     step           A: t7 + 3 places     B: 5 tokens of its prompt
     draft model    A: t7 -> a           B: the same 5          a forward pass of all that is known, in its own cache,
@@ -8,11 +8,11 @@
     step, filled   A: t7 a b c          B: 5 tokens
 
 Its cache has the shape of the large one's pool: the same blocks, tables, copies and swaps, and it computes whatever the
-large one computes. So what holds for a block there holds for it here, too (shared, found by its hash, swapped out and
+large one computes. So whatever is true of a block there is true of it here (shared, found by its hash, swapped out and
 in), and no second block manager is needed.
 
-It draws with the sequence's own parameters and noise: where the two models' distributions are alike, so are the draws.
-Two independent draws would be the same only with probability sum(p_i q_i), which is small even where p = q.
+It samples with the sequence's own parameters and noise: where the two models' distributions are similar, so are the
+samples. Two independent samples would be the same only with probability sum(p_i q_i), which is small even where p = q.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_draft(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | None:
-    """The decoder of ``config.speculation.model``, in the target's dtype and on its device; None if none is asked for.
+    """The decoder of ``config.speculation.model``, in the target's dtype and on its device; None without a draft model.
 
     Raises:
-        ValueError: a checkpoint that cannot be used, or whose tokens are not the target's.
+        ValueError: the checkpoint cannot be used, or its vocabulary is not the target's.
     """
     if config.speculation is None or config.speculation.model is None:
         return None
@@ -48,7 +48,7 @@ def load_draft(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | Non
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(
             f"speculative_config: model={str(folder)!r} has a vocabulary of {draft.config.vocab_size} tokens, "
-            f"and the model it drafts for one of {target.config.vocab_size}"
+            f"but the target model has one of {target.config.vocab_size}"
         )
     return draft
 
@@ -57,15 +57,15 @@ class DraftModel:
     """Fills in the drafts of scheduled steps; it gets every step before the ``ModelRunner`` does."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
-        """``cache``: as many blocks, of as many tokens, as the large model's."""
+        """``cache``: with the number of blocks and the block size of the target model's."""
         self.runner = ModelRunner(decoder, cache, sampler)
         self._has_warned = False
 
     def fill_in(self, step: ScheduledStep) -> ScheduledStep:
-        """The step with tokens in the places of its drafts. All of its tokens are computed here, too.
+        """The step with its drafts filled in. The draft model computes all of its tokens, too.
 
-        Where the draft model's logits hold NaN or +inf, the draft is token 0. A wrong draft costs that sequence speed
-        and nothing else.
+        If the draft model's logits contain NaN or +inf, the draft is token 0. A wrong draft only slows its
+        sequence down.
         """
         drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}
@@ -73,7 +73,7 @@ class DraftModel:
         while now:
             result = self.runner.execute(ScheduledStep(step.index, now, transfers))
             if result.failed and not self._has_warned:
-                logger.warning("the draft model's logits hold NaN or +inf: token 0 is proposed there instead")
+                logger.warning("the draft model's logits contain NaN or +inf: token 0 is drafted instead")
                 self._has_warned = True
             drawn = result.token_ids
             for sequence_id, token_id in drawn.items():
@@ -88,7 +88,7 @@ class DraftModel:
 
 
 def _known(sequence: ScheduledSequence) -> ScheduledSequence:
-    """The sequence without its drafts, of which the first is drawn."""
+    """The sequence without its drafts; it samples the first of them."""
     return ScheduledSequence(
         sequence.sequence_id,
         sequence.token_ids[: sequence.num_known_tokens],
@@ -99,7 +99,7 @@ def _known(sequence: ScheduledSequence) -> ScheduledSequence:
 
 
 def _after_drafts(sequence: ScheduledSequence, drafts: list[int]) -> ScheduledSequence:
-    """The last of the drafts, after which the next is drawn, if more are wanted."""
+    """The latest draft, to be computed; it samples the next one unless it is the last."""
     assert isinstance(sequence.sample, SamplingRow)
     is_last = len(drafts) == sequence.num_drafts
     return ScheduledSequence(

@@ -1,4 +1,4 @@
-"""The seam between an engine and the devices that compute its steps.
+"""The interface between an engine and the devices that compute its steps.
 
     engine   -- ScheduledStep -->  Executor.launch        -> RunningStep
              <-- StepResult -----  RunningStep.result()      waits for the device
@@ -27,7 +27,7 @@ class Executor(Protocol):
     """Computes the steps of one engine, in the order in which they are launched."""
 
     def launch(self, step: ScheduledStep) -> RunningStep:
-        """Begin ``step``. May return before it is computed, and before the steps launched earlier are."""
+        """Start ``step``. May return before it, or an earlier step, has been computed."""
 
 
 class InProcessExecutor:

@@ -1,13 +1,13 @@
-"""The inputs of a decode step in one stretch of memory: filled on the host, sent in one copy, read by CUDA graphs.
+"""The inputs of a decode step in one contiguous buffer: filled on the host, sent in one copy, read by CUDA graphs.
 
     host, pinned, twice    [ token_ids | positions | slot_mapping | .. | seq_lens | block_tables ]
-                                                   |  one copy, as far as the last table in use
+                                                   |  one copy, up to the last block table in use
     device, once           [ token_ids | positions | slot_mapping | .. | seq_lens | block_tables ]
 
 A captured graph reads and writes the addresses that it was captured with, so its inputs and outputs stay where they are
-for the engine's life. The host has two copies, taken in turn: the device may still be fetching the one of the step
-before while the next step is packed. A batch smaller than the graph is filled up with rows of length 0 and slot -1,
-which read nothing, store nothing, and their tokens are ignored.
+for the engine's life. The host alternates between two copies: the device may still be reading the previous
+step's while the next step is packed. A batch smaller than the graph is padded with rows of length 0 and slot -1. They
+read and store nothing, and their tokens are ignored.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ COLUMNS = {
     "temperatures": torch.float32,
     "seq_lens": torch.int32,
 }
-_ALIGNMENT_BYTES = 128  # kernels load 16 bytes at a time only from addresses that they know to be aligned
+_ALIGNMENT_BYTES = 128  # kernels load 16 bytes at a time only from addresses known to be aligned
 
 
 class InputBuffers:
     """Persistent tensors of decode steps of up to ``max_rows`` sequences, on ``device``.
 
     Args:
-        max_blocks: of the longest sequence's block table.
-        vocab_size: V, of the logits.
+        max_blocks: length of the longest block table.
+        vocab_size: V, the width of the logits.
         dtype: of the logits.
     """
 
@@ -53,28 +53,30 @@ class InputBuffers:
         self.max_rows, self.max_blocks = max_rows, max_blocks
         self._memory = torch.zeros(_num_bytes(max_rows, max_blocks), dtype=torch.uint8, device=device)
         self.columns, self.block_tables = _views(self._memory, max_rows, max_blocks)
-        for name in ("pending_row", "slot_mapping"):  # until the first step, all rows only fill up
+        for name in ("pending_row", "slot_mapping"):  # until the first step, all rows are padding
             self.columns[name].fill_(-1)
-        # Every row has one query, those that only fill up included: this never changes.
+        # Every row has one query, padding included, so this never changes.
         self.query_start_loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)  # by the step before, then by this one
+        self.drawn = torch.zeros(
+            max_rows, dtype=torch.int64, device=device
+        )  # by the previous step, then overwritten by this one
         self.logits = torch.zeros(max_rows, vocab_size, dtype=dtype, device=device)
         self._hosts = [_HostCopy(max_rows, max_blocks, device) for _ in range(2)]
 
     @property
     def num_bytes(self) -> int:
-        """What they take on the device."""
+        """Bytes on the device."""
         tensors = (self._memory, self.query_start_loc, self.drawn, self.logits)
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def fill(
         self, sequences: Sequence[ScheduledSequence], num_rows: int, block_size: int, last_rows: Mapping[int, int]
     ) -> None:
-        """Send what a step of these sequences needs; rows up to ``num_rows`` fill up the batch.
+        """Send the inputs of a step of these sequences, padded to ``num_rows`` rows.
 
         Args:
             sequences: one token each, and a ``SamplingRow``.
-            last_rows: by sequence id, the row of ``drawn`` that holds its token where that is pending.
+            last_rows: by sequence id, the row of ``drawn`` that has its pending token.
         """
         host = self._hosts[0]
         self._hosts.reverse()
@@ -86,7 +88,7 @@ class InputBuffers:
 
 
 class _HostCopy:
-    """The same stretch on the host, as arrays; and when the device has fetched it."""
+    """The same buffer on the host, as arrays, with an event for when the device has read it."""
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
@@ -100,7 +102,7 @@ class _HostCopy:
         self._sent = torch.cuda.Event() if is_cuda else None
 
     def wait(self) -> None:
-        """Until the copy that was begun last has been made; hardly ever, as another step was begun since."""
+        """Wait until its last copy to the device is done; usually it is, as another step was launched since."""
         if self._sent is not None:
             self._sent.synchronize()
 
@@ -143,13 +145,13 @@ class _HostCopy:
 
 
 def _num_bytes(max_rows: int, max_blocks: int, num_tables: int | None = None) -> int:
-    """Of all columns and of the first tables."""
+    """Bytes of all columns and of the first ``num_tables`` block tables."""
     columns = sum(_padded(max_rows * dtype.itemsize) for dtype in COLUMNS.values())
     return columns + (max_rows if num_tables is None else num_tables) * max_blocks * torch.int32.itemsize
 
 
 def _views(memory: Tensor, max_rows: int, max_blocks: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Columns by name [max_rows], and block tables int32 [max_rows, max_blocks], within bytes."""
+    """Views of ``memory``: columns by name [max_rows], and block tables int32 [max_rows, max_blocks]."""
     columns, at = {}, 0
     for name, dtype in COLUMNS.items():
         columns[name] = memory[at : at + max_rows * dtype.itemsize].view(dtype)

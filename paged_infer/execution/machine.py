@@ -1,4 +1,4 @@
-"""What a number was measured on, printed and stored beside it."""
+"""The machine of a measurement, printed and stored with the result."""
 
 from __future__ import annotations
 

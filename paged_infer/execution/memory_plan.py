@@ -16,7 +16,7 @@ CPU_POOL_BYTES = 2**30
 class MemoryPlan:
     """Sizes of the paged cache. ``pool_bytes`` = num_blocks * block_size * kv_bytes_per_token.
 
-    Where a draft model has a cache of the same blocks, its bytes are among those of a token.
+    ``kv_bytes_per_token`` includes the cache of a draft model, which has the same blocks.
     """
 
     num_blocks: int
@@ -24,7 +24,7 @@ class MemoryPlan:
     max_model_len: int
     kv_bytes_per_token: int
     num_swap_blocks: int = 0
-    profile: MemoryProfile | None = None  # where the pool was given what a GPU had left
+    profile: MemoryProfile | None = None  # if the pool was given what a GPU had left
 
     @property
     def pool_bytes(self) -> int:
@@ -34,15 +34,15 @@ class MemoryPlan:
 def plan_memory(
     config: EngineConfig, decoder: Decoder, profile: MemoryProfile | None = None, draft: Decoder | None = None
 ) -> MemoryPlan:
-    """Fill in what the options leave open.
+    """Choose the sizes that the options leave open.
 
     Args:
-        profile: what a GPU has left. None: on a CPU, or where ``num_blocks`` sets the size of the pool.
-        draft: a model that drafts, with a cache of as many blocks.
+        profile: what a GPU has left. None: on a CPU, or if ``num_blocks`` sets the size of the pool.
+        draft: the draft model, with a cache of as many blocks.
 
     Raises:
-        ValueError: ``max_model_len`` exceeds the positions of the model or of its draft model, or not one block fits
-            the device.
+        ValueError: ``max_model_len`` exceeds the positions of the model or of its draft model, or not even one
+            block fits on the device.
     """
     limit = decoder.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
@@ -52,12 +52,12 @@ def plan_memory(
     num_blocks = config.num_blocks
     if num_blocks is None:
         bytes_per_block = per_token * config.block_size
-        crowd = config.max_num_seqs * -(-longest // config.block_size)
-        room = CPU_POOL_BYTES if profile is None else profile.available_kv_bytes
-        num_blocks = min(crowd, room // bytes_per_block)
+        most = config.max_num_seqs * -(-longest // config.block_size)
+        available = CPU_POOL_BYTES if profile is None else profile.available_kv_bytes
+        num_blocks = min(most, available // bytes_per_block)
         if num_blocks < 1:
             raise ValueError(
-                f"one block of {bytes_per_block} bytes does not fit the {room} bytes left for the cache"
+                f"one block of {bytes_per_block} bytes does not fit in the {available} bytes left for the cache"
                 + ("" if profile is None else f": {profile}")
             )
     max_model_len = config.max_model_len or min(limit, num_blocks * config.block_size)
@@ -77,13 +77,13 @@ def plan_memory(
 
 
 def _num_swap_blocks(config: EngineConfig, num_blocks: int, bytes_per_block: int) -> int:
-    """What ``swap_space`` holds, and never more than the pool does."""
+    """The blocks that ``swap_space`` holds, at most the pool's number."""
     if config.preemption_mode != "swap":
         return 0
     fitting = int((1 if config.swap_space is None else config.swap_space) * 2**30) // bytes_per_block
     if not fitting:
         raise ValueError(
-            f"swap_space={config.swap_space} GiB holds no block of {bytes_per_block} bytes, "
-            f"and preemption_mode='swap' needs at least 1"
+            f"swap_space={config.swap_space} GiB is less than a block of {bytes_per_block} bytes: "
+            f"preemption_mode='swap' needs at least 1"
         )
     return min(num_blocks, fitting)

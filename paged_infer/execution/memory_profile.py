@@ -44,7 +44,7 @@ class Meter(Protocol):
         ...
 
     def peak_of(self, run: Callable[[], object]) -> int:
-        """The most bytes in tensors while ``run`` runs, beyond those before."""
+        """Peak bytes in tensors during ``run``, beyond those before."""
         ...
 
 
@@ -72,14 +72,14 @@ class CudaMeter:
         return peak
 
     def _settle(self) -> None:
-        """Let the allocator give back what it keeps, so that the driver sees it as free."""
+        """Return the allocator's cached memory to the driver, which then reports it as free."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryProfile:
-    """Bytes of a device, and what of them is spoken for. ``free`` is from before the weights were loaded."""
+    """Bytes of a device, and how they are used. ``free`` is from before the weights were loaded."""
 
     total: int
     free: int
@@ -91,7 +91,7 @@ class MemoryProfile:
 
     @property
     def budget(self) -> int:
-        """What this engine may use: its share, or what others leave of it."""
+        """What this engine may use: its share of the total, but no more than was free."""
         return min(int(self.total * self.gpu_memory_utilization), self.free)
 
     @property
@@ -117,7 +117,7 @@ class MemoryProfiler:
     def finish(
         self, config: EngineConfig, decoder: Decoder, backend: AttentionBackend, ops: Ops, *, has_graphs: bool
     ) -> MemoryProfile:
-        """Run what needs the most memory, and write down what it took."""
+        """Run what needs the most memory, and record how much it took."""
         weights = self.meter.allocated() - self.allocated
         cache = PagedCache(decoder.kv_spec(), 1, config.block_size, backend, decoder.device, ops)
         longest = config.max_model_len or decoder.config.max_position_embeddings
@@ -140,10 +140,10 @@ class MemoryProfiler:
 
 
 def run_largest_step(config: EngineConfig, decoder: Decoder, cache: PagedCache, longest: int) -> Tensor:
-    """``max_num_batched_tokens`` tokens of as few prompts as hold them: hidden [T, hidden]. Nothing is stored."""
+    """``max_num_batched_tokens`` tokens in as few prompts as possible: hidden [T, hidden]. Nothing is stored."""
     num_tokens, device = config.max_num_batched_tokens, decoder.device
     full, rest = divmod(num_tokens, longest)
-    lengths = [rest] * (rest > 0) + [longest] * full  # a prompt of one token comes first, as AttentionMetadata has it
+    lengths = [rest] * (rest > 0) + [longest] * full  # a prompt of one token comes first, as AttentionMetadata requires
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.arange(num_tokens) - torch.repeat_interleave(bounds[:-1], torch.tensor(lengths))
     max_blocks = -(-max(lengths) // cache.block_size)
@@ -161,7 +161,7 @@ def run_largest_step(config: EngineConfig, decoder: Decoder, cache: PagedCache, 
 
 
 def run_costliest_sampling(config: EngineConfig, decoder: Decoder, ops: Ops) -> Tensor:
-    """``max_num_seqs`` rows with a penalty and a nucleus in a flat distribution, which is sorted whole: tokens [R]."""
+    """``max_num_seqs`` rows with a penalty and a nucleus in a flat distribution, sorted in full: tokens [R]."""
     hidden = torch.zeros(config.max_num_seqs, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0)
     rows = [SamplingRow(params, seed, 0, 1, 1, output_token_ids=[0]) for seed in range(config.max_num_seqs)]
@@ -169,7 +169,7 @@ def run_costliest_sampling(config: EngineConfig, decoder: Decoder, ops: Ops) -> 
 
 
 def run_largest_decode(config: EngineConfig, decoder: Decoder, cache: PagedCache, longest: int) -> None:
-    """What is going to be captured, launched instead."""
+    """Launch what will be captured later."""
 
     def launched(step: Callable[[], None]) -> Callable[[], None]:
         step()

@@ -1,4 +1,4 @@
-"""From a ScheduledStep to drawn tokens, and to the best ones for beams: pack, run the decoder, sample.
+"""From a ScheduledStep to sampled tokens and beam candidates: pack, run the decoder, sample.
 
 sequences   A: 1 token   B: 1 token   C: 3 tokens of its prompt, the last ones
 token_ids       [ a9 | b4 | c0 c1 c2 ]          T = 5, no padding
@@ -27,16 +27,16 @@ from paged_infer.sampling.beam_candidates import beam_candidates
 from paged_infer.sampling.logprobs import logprobs_of, token_logprobs
 from paged_infer.sampling.sampler import CANNOT_SAMPLE, AsyncTokens, Sampler, copy_to_host
 
-_PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are made in slices
+_PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are computed in slices
 
 
 @dataclass(slots=True)
 class RunningStep:
-    """A step that has been given to the device. ``result`` waits for what it draws."""
+    """A step that has been launched. ``result`` waits for the tokens that it samples."""
 
     step: ScheduledStep
     _known: StepResult
-    _logits: Tensor | None  # [R, vocab], one row a draw
+    _logits: Tensor | None  # [R, vocab], one row for each sampled token
     _draws: list[tuple[int, SamplingRow]]
     _drawn: AsyncTokens | None
     _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = (
@@ -45,7 +45,7 @@ class RunningStep:
 
     @torch.inference_mode()
     def result(self) -> StepResult:
-        """What it drew."""
+        """Wait for the sampled tokens, and check them."""
         if self._checked is not None:
             sequences, is_finite = self._checked
             flags = iter(is_finite.token_ids())
@@ -60,7 +60,7 @@ class RunningStep:
             while first < len(token_ids):
                 sequence_id, _ = self._draws[first]
                 end = first + 1 + len(drafts.get(sequence_id, ()))
-                last = first  # of the draws that count
+                last = first  # of the samples that are kept
                 if end > first + 1:
                     last += num_accepted(drafts[sequence_id], token_ids[first:end])
                     self._known.accepted[sequence_id] = token_ids[first:last]
@@ -75,7 +75,7 @@ class RunningStep:
 
 
 class ModelRunner:
-    """Carries out scheduled steps on one decoder and its paged cache; decodes by ``graphs``, if there are any."""
+    """Runs scheduled steps on one decoder and its paged cache; decode steps by ``graphs``, if there are any."""
 
     def __init__(
         self, decoder: Decoder, cache: PagedCache, sampler: Sampler, graphs: DecodeGraphs | None = None
@@ -84,23 +84,23 @@ class ModelRunner:
         self.cache = cache
         self.sampler = sampler
         self.graphs = graphs
-        self._last_tokens: Tensor | None = None  # [R] what the step before drew, on the device
-        self._last_rows: dict[int, int] = {}  # by sequence id: which row of it
+        self._last_tokens: Tensor | None = None  # [R] sampled by the previous step, on the device
+        self._last_rows: dict[int, int] = {}  # by sequence id: its row in _last_tokens
 
     def execute(self, step: ScheduledStep) -> StepResult:
-        """Compute every scheduled token and draw one for each sequence that asks; see ``launch``."""
+        """Compute every scheduled token, and sample one for each sequence that needs one; see ``launch``."""
         return self.launch(step).result()
 
     @torch.inference_mode()
     def launch(self, step: ScheduledStep) -> RunningStep:
-        """Give the step to the device, which carries steps out in order. On a CPU it is computed here and now.
+        """Launch the step on the device, which runs steps in order. On a CPU, this returns once it is computed.
 
-        Tokens that are pending are taken from what the step before drew, where they lie.
+        Pending tokens are read from what the previous step sampled, without leaving the device.
         """
         self.cache.move_blocks(step.transfers)
         if self.graphs is not None and self.graphs.fits(step):
             return self._replay(step, self.graphs)
-        # Single tokens first, as AttentionMetadata has it, and among them rows of like length together.
+        # Single tokens first, as AttentionMetadata requires, and sorted so that rows of similar length are adjacent.
         sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
         token_ids, meta = self._pack(sequences)
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
@@ -145,7 +145,7 @@ class ModelRunner:
         return self._fill_in(self._to_device(token_ids), sequences, query_start_loc), meta
 
     def _fill_in(self, token_ids: Tensor, sequences: list[ScheduledSequence], query_start_loc: np.ndarray) -> Tensor:
-        """Put what the step before drew in the place of tokens that are pending: [T]."""
+        """Replace pending tokens by what the previous step sampled: [T]."""
         pending = [row for row, sequence in enumerate(sequences) if sequence.token_ids[-1] == PLACEHOLDER]
         if pending and self._last_tokens is not None:
             rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
@@ -158,7 +158,7 @@ class ModelRunner:
         return to_device(torch.from_numpy(array), self.decoder.device)
 
     def _replay(self, step: ScheduledStep, graphs: DecodeGraphs) -> RunningStep:
-        """A step of decodes alone, as one launch. What the kernel in it cannot draw is drawn from its logits."""
+        """Run a decode step as one launch. If its sampling kernel does not cover all rows, sample from its logits."""
         draws = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SamplingRow)]
         logits, tokens = graphs.run(step.sequences, self._last_tokens, self._last_rows)
         rows = [row for _, row in draws]
@@ -178,8 +178,8 @@ class ModelRunner:
         meta: AttentionMetadata,
         result: StepResult,
     ) -> RunningStep:
-        drawing: list[int] = []  # the sequence of each token that is drawn; forks draw from the same logits
-        behind: list[int] = []  # how many of its tokens come after the one that is drawn from: drafts
+        drawing: list[int] = []  # the sequence of each sampled token; forks sample from the same logits
+        num_after: list[int] = []  # how many of its tokens, all drafts, come after the one whose logits are sampled
         draws: list[tuple[int, SamplingRow]] = []
         for row, sequence in enumerate(sequences):
             if isinstance(sequence.sample, SamplingRow):
@@ -187,23 +187,23 @@ class ModelRunner:
                 draws += [(sequence.sequence_id, own) for own in rows]
                 draws += sequence.forks
                 drawing += [row] * (len(rows) + len(sequence.forks))
-                behind += [*range(sequence.num_drafts, 0, -1), *[0] * (1 + len(sequence.forks))]
+                num_after += [*range(sequence.num_drafts, 0, -1), *[0] * (1 + len(sequence.forks))]
         self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
         if not draws:
             return RunningStep(step, result, None, [], None)
-        logits = self._logits(drawing, hidden, meta, behind)
+        logits = self._logits(drawing, hidden, meta, num_after)
         drawn = self.sampler.sample(logits, [row for _, row in draws])
         self._last_tokens = drawn.tokens
         return RunningStep(step, result, logits, draws, drawn)
 
     def _logits(
-        self, rows: list[int], hidden: Tensor, meta: AttentionMetadata, behind: list[int] | None = None
+        self, rows: list[int], hidden: Tensor, meta: AttentionMetadata, num_after: list[int] | None = None
     ) -> Tensor:
-        """Those after the last token of each of these sequences, or after the one so many before it: [R, V]."""
+        """Logits [R, V] of the last token of each of these sequences, or of the one ``num_after`` tokens before it."""
         if rows != list(range(hidden.shape[0])):
             places = meta.query_start_loc[1:][rows].long() - 1
-            if behind is not None and any(behind):
-                places -= self._to_device(np.asarray(behind))
+            if num_after is not None and any(num_after):
+                places -= self._to_device(np.asarray(num_after))
             hidden = hidden[places]
         return self.decoder.logits(hidden)
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from paged_infer.engine.text_queue import PATIENCE, QueueFullError, TextQueue
+from paged_infer.engine.text_queue import AGING_FACTOR, QueueFullError, TextQueue
 
 
 class Line:
@@ -40,7 +40,7 @@ def test_short_texts_come_first_and_equals_in_order() -> None:
 def test_a_long_text_is_overtaken_only_by_so_much() -> None:
     line = Line()
     long = line.put("long", 100)
-    line.queue._num_done += PATIENCE * 100  # as much has been worked on since
+    line.queue._num_done += AGING_FACTOR * 100  # as much has been worked on since
     late = line.put("late", 1)
     assert line.let_go(long, late) == ["long", "late"]
 
@@ -48,7 +48,7 @@ def test_a_long_text_is_overtaken_only_by_so_much() -> None:
 def test_what_waits_is_bounded_and_a_cancelled_text_makes_room() -> None:
     line = Line(max_num_characters=100)
     first = line.put("first", 60)
-    with pytest.raises(QueueFullError, match=r"60 characters wait .* 41 more .* limit of 100"):
+    with pytest.raises(QueueFullError, match=r"60 characters are waiting .* 41 more .* limit of 100"):
         line.put("second", 41)
     third = line.put("third", 40)
     first.cancel()

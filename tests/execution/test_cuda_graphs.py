@@ -249,7 +249,7 @@ def a_row(params: SamplingParams, num_output_tokens: int = 5) -> SamplingRow:
 
 
 def test_graphs_that_cannot_be_are_an_error_and_eager_is_what_a_cpu_does(make_llm) -> None:
-    with pytest.raises(ValueError, match=r"enforce_eager=False asks for CUDA graphs.*the device is cpu"):
+    with pytest.raises(ValueError, match=r"enforce_eager=False requests CUDA graphs.*the device is cpu"):
         make_llm(enforce_eager=False)
     with pytest.raises(ValueError, match="enforce_eager='yes'"):
         make_llm(enforce_eager="yes")

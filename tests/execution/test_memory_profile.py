@@ -96,7 +96,7 @@ def test_the_pool_holds_the_crowd_or_what_there_is_room_for(make_llm) -> None:
     tight = changed(free=20 * GIB + 5 * per_block + 1)
     plan = plan_memory(config, decoder, tight)
     assert plan.num_blocks == 5 and plan.profile is tight
-    with pytest.raises(ValueError, match=rf"one block of {per_block} bytes does not fit the {per_block - 1}"):
+    with pytest.raises(ValueError, match=rf"one block of {per_block} bytes does not fit in the {per_block - 1}"):
         plan_memory(config, decoder, changed(free=20 * GIB + per_block - 1))
 
 

@@ -92,7 +92,7 @@ def test_long_texts_let_shorter_ones_pass_and_are_bounded(text_checkpoint) -> No
             await asyncio.sleep(0)
         shorter = asyncio.create_task(last(engine, "ab " * 1500, CUT))
         await asyncio.sleep(0)
-        with pytest.raises(QueueFullError, match="94500 characters wait"):
+        with pytest.raises(QueueFullError, match="94500 characters are waiting"):
             await last(engine, "ab " * 10_000, CUT)
         gone = long.pop()
         gone.cancel()

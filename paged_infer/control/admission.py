@@ -23,7 +23,7 @@ MAX_NUM_SAMPLES = 16_384  # per request; vLLM's VLLM_MAX_N_SEQUENCES
 
 
 class ContextLengthError(ValueError):
-    """The prompt leaves no room for an answer. A class of its own, because servers report it with a code of its own."""
+    """The prompt leaves no room for an answer. A separate class, because servers report it with a separate code."""
 
 
 def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_model_len: int) -> list[int]:
@@ -35,7 +35,7 @@ def truncated(prompt_token_ids: ReadOnlyList[int], params: SamplingParams, max_m
 
 
 def check_num_characters(num_characters: int, max_token_characters: int | None, max_model_len: int) -> None:
-    """Refuse a text before tokenization if it is too long for the context, whatever its tokens are.
+    """Refuse a text before tokenization if it is too long for the context, whatever its tokens.
 
     Args:
         max_token_characters: the most characters that one token can stand for; None if there is no bound.
@@ -45,8 +45,8 @@ def check_num_characters(num_characters: int, max_token_characters: int | None, 
     """
     if max_token_characters is not None and num_characters > max_token_characters * (max_model_len - 1):
         raise ContextLengthError(
-            f"the prompt has {num_characters} characters: it must be shorter than max_model_len={max_model_len} "
-            f"tokens, each of at most {max_token_characters} characters"
+            f"the prompt has {num_characters} characters: too long for max_model_len={max_model_len} tokens of at most "
+            f"{max_token_characters} characters each"
         )
 
 
@@ -80,7 +80,7 @@ def check_request(
     _check_end_tokens(params, eos_token_ids, vocab_size)
     for name, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if number is not None and number > vocab_size:
-            raise ValueError(f"{name}={number} is more than the vocabulary's {vocab_size} tokens")
+            raise ValueError(f"{name}={number} exceeds the vocabulary's {vocab_size} tokens")
     if num_prompt >= max_model_len:
         raise ContextLengthError(
             f"the prompt has {num_prompt} tokens: it must be shorter than max_model_len={max_model_len}"
@@ -105,7 +105,7 @@ def _check_end_tokens(params: SamplingParams, eos_token_ids: Collection[int], vo
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     if len(ends) >= vocab_size and ends.issuperset(range(vocab_size)):
         raise ValueError(
-            f"min_tokens={params.min_tokens}: stop_token_ids and the end-of-sequence tokens are all {vocab_size} "
+            f"min_tokens={params.min_tokens}: stop_token_ids and the end-of-sequence tokens cover all {vocab_size} "
             "tokens of the vocabulary, so no token could be sampled before min_tokens"
         )
 
@@ -121,7 +121,7 @@ def check_beams(params: BeamSearchParams, num_end_tokens: int, *, vocab_size: in
     needed = num_candidates(params.beam_width, range(num_end_tokens))
     if needed > vocab_size:
         raise ValueError(
-            f"beam_width={params.beam_width} with {num_end_tokens} end token(s) ranks {needed} tokens a step: "
+            f"beam_width={params.beam_width} with {num_end_tokens} end token(s) ranks {needed} tokens per step: "
             f"the vocabulary has {vocab_size}"
         )
 
@@ -131,7 +131,7 @@ def check_budget(policy: Policy, max_num_batched_tokens: int, max_model_len: int
     if not policy.chunks_prompts and max_num_batched_tokens < max_model_len:
         raise ValueError(
             f"max_num_batched_tokens={max_num_batched_tokens} is less than max_model_len={max_model_len}, and "
-            f"{type(policy).__name__} does not spread a prompt over several steps"
+            f"{type(policy).__name__} does not split prompts into chunks"
         )
 
 

@@ -1,4 +1,4 @@
-"""Carries out what a ``BeamSearch`` decides: which sequence each branch continues in, and how the search ends.
+"""Applies what a ``BeamSearch`` decides: which sequence each branch continues in, and how the search ends.
 
 The best branch of a beam keeps its sequence and its blocks. Any other branch takes the sequence of a beam without
 branches, and shares the blocks of its parent. So there are always as many sequences as beams, and when the search is

@@ -1,10 +1,10 @@
-"""Beam search: which beams go on, which are answers, and when it is over. The definitions are transformers'.
+"""Beam search: which beams continue, which become answers (finished hypotheses), and when it ends, as in transformers.
 
     beams (2)         all continuations, best first         one that ends is an answer, if among the first 2
-    A  -1.0           A b -1.2   B a -1.9   A <eos> -2.0    A b and B a go on
-    B  -1.5    or:    A b -1.2   A <eos> -1.3   A c -1.6    A b and A c go on, A <eos> is an answer, B is dropped
+    A  -1.0           A b -1.2   B a -1.9   A <eos> -2.0    A b and B a continue
+    B  -1.5    or:    A b -1.2   A <eos> -1.3   A c -1.6    A b and A c continue, A <eos> is an answer, B is dropped
 
-A beam is a sequence of the request. This module only decides; ``beam_moves`` carries the decisions out.
+A beam is a sequence of the request. This module only decides; ``beam_moves`` applies its decisions.
 
 An answer's score is its sum of logprobs over its length to the power ``length_penalty`` (Wu et al. 2016, section 7, in
 the form of transformers' ``GenerationMixin._beam_search``).
@@ -47,8 +47,8 @@ class BeamSearch:
         self.answers: list[Answer] = []  # best first, at most ``beam_width``
         self._candidates: dict[int, Candidates] = {}  # by sequence id, of beams that have computed all their tokens
 
-    def offer(self, beam: Sequence, candidates: Candidates) -> None:
-        """Take the best next tokens of ``beam``.
+    def add_candidates(self, beam: Sequence, candidates: Candidates) -> None:
+        """Add the best next tokens of ``beam``.
 
         At the end of the prompt only the first beam has them: the others are still equal to it.
         """
@@ -56,11 +56,11 @@ class BeamSearch:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all beams have offered. With a short budget, or after a preemption, they do so in different steps."""
+        """Whether all beams have candidates. With a short budget or a preemption these come in different steps."""
         return bool(self._candidates) and not any(one.num_uncomputed_tokens for one in self.beams)
 
     def advance(self) -> list[Branch]:
-        """Choose the new beams, best first, and keep the answers; no beam if the search is over."""
+        """Choose the new beams, best first, and keep the answers; no beams if the search is over."""
         parents = [beam for beam in self.beams if beam.sequence_id in self._candidates]
         branches = [
             Branch(parent, token_id, parent.cumulative_logprob + logprob)
@@ -86,7 +86,7 @@ class BeamSearch:
         self.answers = sorted([*self.answers, answer], key=lambda a: -a.score)[: len(self.beams)]
 
     def _is_over(self, best: Branch) -> bool:
-        """Whether there are enough answers, and ``early_stopping`` does not expect a better one."""
+        """Whether there are enough answers, and by ``early_stopping`` none can be better."""
         if len(self.answers) < len(self.beams):
             return False
         if self.params.early_stopping is True or len(self.beams) == 1:  # transformers' one beam is greedy decoding
@@ -100,5 +100,5 @@ class BeamSearch:
 
 
 def num_candidates(beam_width: int, end_token_ids: ReadOnlyList[int]) -> int:
-    """How many next tokens to rank, so that ``beam_width`` go on even if every beam can end with each end token."""
+    """How many next tokens to rank, so that ``beam_width`` continue even if every beam can end with each end token."""
     return max(2, 1 + len(end_token_ids)) * beam_width

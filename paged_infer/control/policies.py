@@ -1,10 +1,10 @@
-"""What the next step is made of: four policies with one interface, so that they can be compared on the same requests.
+"""What each step computes: four policies with one interface, so that they can be compared on the same requests.
 
     a step is      A and B decode, C D E wait, C has a long prompt
     static         [ a b ] ... until both have ended, then [ C D E ]          the batch drains together
     dynamic        the same, but a batch waits to be full or for its window
-    prefill_first  [ C D ] [ E ] [ a b c d e ]                                 A and B stand still meanwhile
-    chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 none stands still
+    prefill_first  [ C D ] [ E ] [ a b c d e ]                                 A and B stall meanwhile
+    chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 nothing stalls
 
 A policy is one method, ``plan(step)``, that calls the methods of a ``StepPlan`` in any order: ``schedule_running``,
 ``resume_swapped``, ``admit_waiting``. They keep the laws whatever the order; fairness is up to the policy. If it leaves
@@ -44,14 +44,14 @@ class Chunked(Policy):
 
 
 class PrefillFirst(Policy):
-    """Whole prompts before any decode (vLLM V0): early first tokens, and decodes that stand still.
+    """Whole prompts before any decode (vLLM V0): early first tokens, and stalled decodes.
 
     Orca also takes whole prompts at once, but computes them in one step with the decodes, which wait for them all the
     same (Agrawal et al. 2024, Sarathi-Serve, section 3.2).
 
     ``delay_factor``: after a step of prompts, the next one waits for that many times as long as the first one took,
-    and decodes go on. vLLM V0 counts from the arrival of the longest waiting request instead. With a standing queue
-    that is always long enough ago, so decodes starve as without a delay.
+    and decodes continue. vLLM V0 counts from the arrival of the longest waiting request instead. While the
+    queue never empties, that is always long enough ago, so decodes starve as without a delay.
     """
 
     chunks_prompts = False
@@ -94,7 +94,7 @@ class Static(Policy):
         if not step.scheduled:
             self._filling = False
             step.schedule_running()
-        if not step.scheduled and not step.running:  # the last row found no room, because of finished rows
+        if not step.scheduled and not step.running:  # the last row was preempted: finished rows hold the blocks
             self._fill(step)
 
     def _fill(self, step: StepPlan) -> None:

@@ -1,4 +1,4 @@
-"""Where each sequence stands, and the blocks that go with its place.
+"""The queues, and the blocks that each move of a sequence takes or frees.
 
     add --> waiting --> running --> (finished)
                ^         |   ^
@@ -24,7 +24,7 @@ from paged_infer.control.trace_step import Arrive, End, Transition
 
 
 class Queues:
-    """All sequences under way. Every change of a sequence's state goes through here, with its blocks."""
+    """All unfinished sequences. Every change of a sequence's state goes through here, with its blocks."""
 
     def __init__(self, manager: BlockManager) -> None:
         self.manager = manager
@@ -32,7 +32,7 @@ class Queues:
         self.running: list[Sequence] = []
         self.swapped: deque[Sequence] = deque()
         self.draining: list[Sequence] = []
-        self.drains_together = False  # whether finished sequences are to drain; the policy's
+        self.drains_together = False  # whether finished sequences are to drain; set by the policy
         self._num_queued = 0
 
     @property
@@ -54,7 +54,7 @@ class Queues:
         return sample_share(max_num_seqs) - running - draining
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue new sequences after all that wait."""
+        """Queue new sequences after all waiting ones."""
         for sequence in sequences:
             self._append(sequence)
             self.manager.events.append(Arrive(sequence.sequence_id, sequence.request_id, sequence.num_prompt_tokens))
@@ -85,7 +85,7 @@ class Queues:
         child.fork_from(parent, num_tokens, self.manager.block_size)
 
     def preempt(self, group: ReadOnlyList[Sequence], *, swaps: bool) -> None:
-        """Take all blocks of a running sequence group: to swap space, or if that is full or not wanted, for good."""
+        """Free all blocks of a running sequence group; with ``swaps``, move them to swap space first if it has room."""
         for sequence in group:
             self.running.remove(sequence)
             sequence.num_preemptions += 1
@@ -116,7 +116,7 @@ class Queues:
         self.manager.events.append(Transition(sequence.sequence_id, state))
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take the sequence out of its queue, and free what it holds."""
+        """Remove the sequence from its queue, and free what it holds."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
             self.manager.free(sequence.sequence_id)
@@ -127,7 +127,7 @@ class Queues:
             self.waiting.remove(sequence)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End the sequence, whatever its state. Its blocks are free at once, unless its batch drains together.
+        """End the sequence, whatever its state. Its blocks are freed immediately, unless its batch drains together.
 
         Finishing twice changes nothing, except that an abort or an error frees the blocks of a draining sequence.
         """
@@ -162,7 +162,7 @@ class Queues:
                 one.error = f"request {one.request_id!r} failed after {one.num_output_tokens} tokens: {error}"
 
     def release_draining(self) -> None:
-        """Free the blocks of a batch's finished sequences once none of it runs any more."""
+        """Free the blocks of a batch's finished sequences once no sequence runs."""
         if not self.running:
             for sequence in self.draining:
                 self.manager.free(sequence.sequence_id)

@@ -1,4 +1,4 @@
-"""A request: a prompt, how to sample, and the sequences that come of it."""
+"""A request: a prompt, how to sample, and its sequences."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ Tokens that several sequences of a request have in common are computed once, by 
 prompt. Beams then start together. Samples start as ``max_num_seqs`` and the pool allow; a later one takes the prompt
 from the prefix cache, or computes it again.
 
-A token that has been sampled but not yet read (it may still be on its way from a GPU) stands among the tokens as a
+A token that has been sampled but not yet read (it may still be in transit from a GPU) is represented by a
 ``PLACEHOLDER``. The next step can be planned with it, but it cannot be hashed or decoded.
 
-The beams of a search need each other at every token. They run together and are preempted together, as a *sequence
+The beams of a search depend on each other at every token. They run together and are preempted together, as a *sequence
 group* (Kwon et al. 2023, section 4.5). Otherwise one beam could hold the blocks that another of the group waits for.
 """
 
@@ -163,7 +163,7 @@ class Sequence:
     def append_output_token(self, token_id: int) -> tuple[str, int | None] | None:
         """Append one more token; returns what ``check_stop`` finds.
 
-        It does not finish the sequence: that is for the owner of its blocks.
+        It does not finish the sequence: that is up to the owner of its blocks.
         """
         self.append_placeholder()
         return self.resolve_placeholder(token_id)
@@ -185,7 +185,7 @@ class Sequence:
         del self.token_ids[len(self.token_ids) - num_tokens :]
 
     def drop_placeholders(self) -> None:
-        """Give up the tokens that have been sampled and not read."""
+        """Drop the tokens that have been sampled but not read."""
         del self.token_ids[self.num_known_tokens :]
         self.num_placeholders = 0
 

@@ -82,11 +82,11 @@ class SpeculativeConfig(Checked):
             raise self._refuse("model", "draft_model needs a folder or hub id")
         for name in ("prompt_lookup_max", "prompt_lookup_min"):
             if getattr(self, name) is not None:
-                raise self._refuse(name, "only ngram looks anything up")
+                raise self._refuse(name, "used by ngram only")
 
     def _check_ngram(self) -> None:
         if self.model is not None:
-            raise self._refuse("model", "ngram has no draft model")
+            raise self._refuse("model", "ngram uses no draft model")
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         self._keep("prompt_lookup_min", low if low is not None else 5 if high is None else high)
         self._keep("prompt_lookup_max", high if high is not None else self.prompt_lookup_min)
@@ -157,7 +157,7 @@ def rows_after(row: SamplingRow, drafts: ReadOnlyList[int]) -> list[SamplingRow]
     ]
 
 
-def num_accepted(drafts: ReadOnlyList[int], draws: ReadOnlyList[int]) -> int:
+def num_accepted(drafts: ReadOnlyList[int], sampled: ReadOnlyList[int]) -> int:
     """How many drafts, from the first on, equal what was sampled at their positions."""
-    pairs = enumerate(zip(drafts, draws, strict=False))
-    return next((place for place, (draft, draw) in pairs if draft != draw), len(drafts))
+    pairs = enumerate(zip(drafts, sampled, strict=False))
+    return next((place for place, (draft, token) in pairs if draft != token), len(drafts))

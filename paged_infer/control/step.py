@@ -1,4 +1,4 @@
-"""What one engine step computes: plain picklable data, made by the scheduler and carried out by the runner.
+"""What one engine step computes: plain picklable data, made by the scheduler and run by an executor.
 
 None of it is changed once it is made. It is not declared frozen because that makes creating it six times slower, and
 one is created for every running sequence in every step.
@@ -43,7 +43,7 @@ class SamplingRow:
 
 @dataclass(slots=True)
 class TopKRow:
-    """Asks for the ``num_top`` most probable next tokens of a beam, but none of ``banned_token_ids``."""
+    """Requests the ``num_top`` most probable next tokens of a beam, but none of ``banned_token_ids``."""
 
     num_top: int
     banned_token_ids: tuple[int, ...] = ()
@@ -123,7 +123,7 @@ class ScheduledStep:
 
     @property
     def allows_async_scheduling(self) -> bool:
-        """Whether the next step can be planned, and begun, before this one's tokens have been read.
+        """Whether the next step can be planned, and launched, before this one's tokens have been read.
 
         Not if the next sample depends on earlier tokens (penalties), if beams are ranked, if logprobs are reported, or
         if drafts are yet to be accepted.
@@ -160,9 +160,9 @@ class StepResult:
 
     Attributes:
         token_ids: the token that was sampled, for each of ``ScheduledStep.sampling``; -1 for a failed sequence.
-        accepted: for each sequence that had drafts, those that equal the samples; ``token_ids`` has the sample after.
+        accepted: for each sequence that had drafts, those that equal the samples; ``token_ids`` has the next sample.
         logprobs: of each new token, if requested.
-        prompt_logprobs: with the index of the first token that they are for.
+        prompt_logprobs: of prompt tokens, with the index of the first.
         candidates: for each of ``ScheduledStep.beam_rows``, its best next tokens.
         failed: why the sequence failed.
     """

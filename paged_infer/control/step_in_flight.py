@@ -1,7 +1,7 @@
-"""A step that has been launched: what it adds to its sequences, and what becomes of its results.
+"""A step that has been launched: what it adds to its sequences, and how its results are applied.
 
 While it is in flight, sequences may end or restart, and others may share the blocks that it fills. Only its results
-show whether a sequence failed (its logits are NaN): ``fail`` then works out which requests that concerns.
+show whether a sequence failed (its logits are NaN): ``fail`` then determines which requests are affected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paged_infer.control.trace_step import TraceStep
 
 
 class StepInFlight:
-    """From launch to results. Its tokens count as computed, and those that it samples stand as placeholders.
+    """From launch to results. Its tokens count as computed, and those that it samples are placeholders.
 
     Attributes:
         sampling: sequences that get a token.
@@ -25,7 +25,7 @@ class StepInFlight:
         restarted: sequences restarted since: their results in this step are dropped.
         suspect: blocks that may hold the NaN of a failed sequence.
         num_accepted: drafts accepted, by the id of each sequence that had some in the step.
-        num_published: hashes that are certain once the step has succeeded.
+        num_published: hashes that are committed once the step has succeeded.
     """
 
     def __init__(self, plan: StepPlan, queues: Queues, num_published: int, trace_step: TraceStep | None) -> None:
@@ -79,7 +79,7 @@ class StepInFlight:
             self.plan.publish(sequence, num_known - 1, num_known)
 
     def _accept(self, sequence: Sequence, num_accepted: int) -> None:
-        """Count the sequence's accepted drafts as computed, and give back the blocks of the others."""
+        """Count the sequence's accepted drafts as computed, and free the blocks of the others."""
         start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_accepted
         sequence.num_computed_tokens = end
         self.plan.publish(sequence, start, end)

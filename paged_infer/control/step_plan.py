@@ -1,7 +1,7 @@
 """One step while it is being planned. A policy fills it by three methods, in any order:
 
-    schedule_running()   running sequences go on: they take blocks, if need be those of the youngest not scheduled yet
-    resume_swapped()     swapped sequences come back        }  never at the cost of a running one,
+    schedule_running()   running sequences continue; if blocks are short, they preempt the youngest not scheduled yet
+    resume_swapped()     swapped sequences return           }  never at the cost of a running one,
     admit_waiting()      waiting sequences are admitted     }  and not in a step that had to preempt
 
 Then ``speculate()`` adds drafts to sequences that decode, from the budget and blocks that are left.
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
-from paged_infer.control.blocks.manager import Allocation, Returning, Table
+from paged_infer.control.blocks.manager import Allocation, SwapIn, Table
 from paged_infer.control.queues import Queues
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.sequence_state import SequenceState
@@ -46,8 +46,8 @@ class StepPlan:
 
     Attributes:
         now: the caller's clock, seconds.
-        resume_at_s: when to plan again; set by a policy that leaves the step empty on purpose.
-        max_num_seqs: most sequences running at once; a policy may lower it.
+        resume_at_s: when to plan again; set by a policy that intentionally leaves the step empty.
+        max_num_seqs: the most sequences running at once; a policy may lower it.
         budget: tokens that the step may still compute.
         scheduled: sequences and their numbers of tokens.
         running, waiting, swapped: the queues, by arrival; a policy may reorder ``waiting``.
@@ -67,7 +67,7 @@ class StepPlan:
         self.drafts: dict[int, list[int]] = {}  # by sequence id; see control.speculation
         self.preempted: list[Sequence] = []
         self.admitted: list[Sequence] = []  # admitted, resumed or forked: to restart if the step fails
-        self.transfers = queues.manager.transfers  # kept here in case planning fails half-way
+        self.transfers = queues.manager.transfers  # kept here in case planning fails midway
         self.num_hit_tokens = 0
         self.num_looked_up_tokens = 0
         self._closed = False  # to admissions, because a sequence was preempted
@@ -105,11 +105,11 @@ class StepPlan:
             group = list(self.swapped[0].sequence_group)
             if not self._has_place(group) or not self._fits(group[0].num_uncomputed_tokens):
                 break
-            if not self._manager.swap_in(*map(self._returning, group)):
+            if not self._manager.swap_in(*map(self._swap_in_of, group)):
                 break
             for sequence in group:
                 self._start(sequence)
-            for sequence in group:  # those beyond the budget go on in the next step, like all that run
+            for sequence in group:  # those beyond the budget continue in the next step, like all running ones
                 if self.budget and sequence.num_uncomputed_tokens:
                     self._schedule_first(sequence)
 
@@ -169,7 +169,7 @@ class StepPlan:
                 self._manager.trim(sequence.sequence_id, sequence.num_computed_tokens)
         return [*self.admitted, *copied, *self.preempted]
 
-    # -- room -------------------------------------------------------------------------------------------------------
+    # -- capacity ---------------------------------------------------------------------------------------------------
 
     def _head(self) -> Sequence | None:
         """The first sequence of the queue that may be admitted, or None.
@@ -215,7 +215,7 @@ class StepPlan:
         return (self._manager.blocks_for(sequence.num_tokens) + own) * block_size
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for ``num_tokens`` more, if need be by preempting the youngest; False if that does not help."""
+        """Reserve blocks for ``num_tokens`` more, preempting the youngest if necessary; False if that does not help."""
         start = sequence.num_computed_tokens
         while not self._manager.reserve(sequence.sequence_id, start, start + num_tokens):
             victims = list(self.running[-1].sequence_group)
@@ -234,16 +234,16 @@ class StepPlan:
         """Hashes of the sequence's full blocks; none without prefix caching."""
         return sequence.hash_chain(self._manager.block_size) if self._limits.enable_prefix_caching else []
 
-    def _returning(self, sequence: Sequence) -> Returning:
+    def _swap_in_of(self, sequence: Sequence) -> SwapIn:
         num_stored = sequence.num_computed_tokens
         chain = self._chain(sequence)[: num_stored // self._manager.block_size]
-        return Returning(sequence.sequence_id, chain, num_stored, sequence.num_tokens)
+        return SwapIn(sequence.sequence_id, chain, num_stored, sequence.num_tokens)
 
     def _find_prefix(self, sequence: Sequence) -> Table:
         """Cached full blocks that the sequence can start with, but never all of its tokens.
 
-        Nor any after the tokens that others fork from: a block with a hash is never written. A request that reports
-        its prompt's logprobs has to compute every row.
+        Excludes blocks after the tokens that others fork from: a block with a hash is never written. A request that
+        reports its prompt's logprobs has to compute every row.
         """
         if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
             return ()

@@ -63,7 +63,7 @@ class Replay:
             self.pool.share(block)
         for block in blocks:
             if block not in hits and (taken := self.pool.take()) != block:
-                raise RuntimeError(f"the trace has block {block} taken where the replayed pool gives block {taken}")
+                raise RuntimeError(f"the trace takes block {block} where the replayed pool takes block {taken}")
         table = self.tables.get(sequence_id, ())
         for block in reversed(table[first:]):
             self.pool.release(block)
@@ -71,7 +71,7 @@ class Replay:
 
 
 class Trace:
-    """Every step since the engine was made. ``num_blocks``: the pool's size."""
+    """Every step since the engine was created. ``num_blocks``: the pool's size."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks

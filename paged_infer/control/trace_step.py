@@ -85,7 +85,7 @@ class TraceStep:
     num_copies: int
     num_swapped_out: int
     num_swapped_in: int
-    num_evictions: int  # since the engine was made
+    num_evictions: int  # since the engine was created
     events: tuple[Event, ...]
     ended_s: float | None = None
     rejected: dict[int, int] = field(default_factory=dict)  # drafts rejected, by sequence id

@@ -316,7 +316,7 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
         ({"method": "eagle", "num_speculative_tokens": 4}, "method='eagle' is not known; known: ngram, draft_model"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens=0: must be an integer >= 1"),
         ({"method": "ngram", "num_speculative_tokens": True}, "num_speculative_tokens=True"),
-        ({"method": "ngram", "num_speculative_tokens": 4, "model": "x"}, "model='x': ngram has no draft model"),
+        ({"method": "ngram", "num_speculative_tokens": 4, "model": "x"}, "model='x': ngram uses no draft model"),
         (
             {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 0},
             "prompt_lookup_min=0: must be an integer >= 1",
@@ -328,7 +328,7 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
         ({"method": "draft_model", "num_speculative_tokens": 4}, "model=None: draft_model needs a folder"),
         (
             {"method": "draft_model", "model": "x", "num_speculative_tokens": 4, "prompt_lookup_max": 4},
-            "prompt_lookup_max=4: only ngram looks",
+            "prompt_lookup_max=4: used by ngram only",
         ),
     ],
 )

@@ -8,16 +8,16 @@ Two prompts that begin with the same 32 tokens:
     A   ( 7, 2, 5 )        blocks 7 and 2 are full and hashed, so B finds them: they are counted twice,
     B   ( 7, 2, 9 )        and never written again. Block 5 is partly filled, and A's alone.
 
-A second sample C of A's prompt begins with all that A has, and copies what it must write to:
+A second sample C of A's prompt starts with all of A's blocks. The first to write to a shared one gets a copy of it:
 
     fork   A ( 7, 2, 5 )   C ( 7, 2, 5 )        block 5 is held twice, with room for both
     write  A ( 7, 2, 6 )   C ( 7, 2, 5 )        A writes first, so A gets a copy (5 -> 6); then 5 is C's alone
 
-So does a beam that goes on in two ways, at any token: the other takes the place of a beam that goes on in none.
+Beams fork in the same way, at any token: the second continuation of A replaces a beam that has none.
 
     fork   A ( 7, 2, 6 )   B ( 7, 3, 4 ) -> ( 7, 2, 6 )        3 and 4 are free, if no other table holds them
 
-A table is a tuple, replaced when it changes, so a step may keep the one that it was given.
+A table is a tuple, replaced when it changes, so a step may keep the one it was given.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Allocation(enum.Enum):
     NEVER = "never"
 
 
-class Returning(NamedTuple):
+class SwapIn(NamedTuple):
     """A sequence to swap in: ``num_stored`` of its ``num_tokens`` tokens are in swap space.
 
     ``chain``: hashes of its full stored blocks; empty without prefix caching.
@@ -60,9 +60,9 @@ class Returning(NamedTuple):
 class BlockManager:
     """Block tables of all sequences over one pool, and a swap space.
 
-    ``watermark``: share of the pool that admissions leave free while sequences hold blocks, so that these need not take
-    the blocks back a step later. In ``bench memory`` 1 % (vLLM V0's share), 2 % and 3 % mean 0.9, 0.7 and 0.5
-    preemptions a ShareGPT-like request, and 96.8, 96.4 and 95.9 % of the pool in use.
+    ``watermark``: share of the pool that admissions leave free while sequences hold blocks, so that these can grow in
+    the next step without preempting. In ``bench memory`` 1 % (vLLM V0's share), 2 % and 3 % mean 0.9, 0.7 and 0.5
+    preemptions per ShareGPT-like request, and 96.8, 96.4 and 95.9 % of the pool in use.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, num_swap_blocks: int = 0, watermark: float = 0.02) -> None:
@@ -74,7 +74,7 @@ class BlockManager:
         self.block_size = block_size
         self.swap = SwapSpace(num_swap_blocks)
         self.watermark_blocks = int(watermark * num_blocks)
-        self.transfers = BlockTransfers()  # to carry out before the next step computes
+        self.transfers = BlockTransfers()  # to perform before the next step computes
         self.events: list[Event] = []  # since the scheduler last took them
         self._tables: dict[int, Table] = {}
         # (block, hash) published for steps that have not succeeded yet. Such a block may meanwhile have been evicted.
@@ -87,7 +87,7 @@ class BlockManager:
     def can_allocate(self, num_tokens: int, prefix: ReadOnlyList[int] = ()) -> Allocation:
         """Whether a sequence without blocks can have its first ``num_tokens`` tokens stored.
 
-        ``prefix``: blocks that it would share. Those of them that are free now count as taken.
+        ``prefix``: blocks that it would share. Those that are free now count as taken.
         """
         needed = self.blocks_for(num_tokens)
         if needed > self.pool.num_blocks:
@@ -97,7 +97,7 @@ class BlockManager:
 
     @property
     def num_spare_blocks(self) -> int:
-        """Free blocks that new sequences may take: those above the watermark, which an idle pool does not have."""
+        """Free blocks that new sequences may take: those above the watermark, or all of an idle pool."""
         return self.pool.num_free - (self.watermark_blocks if self.pool.num_used else 0)
 
     def missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
@@ -129,7 +129,7 @@ class BlockManager:
         return True
 
     def _hold(self, sequence_id: int, kept: Table, blocks: Table, hits: Table = ()) -> None:
-        """Set the table to ``kept`` and ``blocks``; ``hits`` are those of them that were not taken from the pool."""
+        """Set the table to ``kept`` and ``blocks``, of which ``hits`` were not taken from the pool."""
         self._tables[sequence_id] = kept + blocks
         self.events.append(Hold(sequence_id, len(kept), blocks, hits))
 
@@ -166,7 +166,7 @@ class BlockManager:
     # -- prefix caching ---------------------------------------------------------------------------------------------
 
     def find_prefix(self, chain: ReadOnlyList[bytes]) -> Table:
-        """Blocks of the longest beginning of ``chain`` that can be found; a hash for each block."""
+        """Blocks of the longest cached prefix of ``chain``, which has a hash for each block."""
         found = []
         for block_hash in chain:
             block = self.pool.find(block_hash)
@@ -195,7 +195,7 @@ class BlockManager:
                 self.events.append(Publish(table[index]))
 
     def commit(self, num_published: int | None = None) -> None:
-        """The oldest step in flight has succeeded: the first ``num_published`` hashes stay, or all."""
+        """The oldest step in flight has succeeded: keep the first ``num_published`` uncommitted hashes, or all."""
         del self._uncommitted[:num_published]
         self.swap.reuse_emptied()
 
@@ -232,54 +232,54 @@ class BlockManager:
         """
         tables = {i: self._tables[i][: self.blocks_for(num_tokens)] for i, num_tokens in group}
         blocks = list(dict.fromkeys(chain.from_iterable(tables.values())))
-        places = self.swap.take(len(blocks))
-        if places is None:
+        swap_blocks = self.swap.take(len(blocks))
+        if swap_blocks is None:
             return False
-        place_of = dict(zip(blocks, places, strict=True))
-        self.transfers.swap_outs += place_of.items()
+        swap_block_of = dict(zip(blocks, swap_blocks, strict=True))
+        self.transfers.swap_outs += swap_block_of.items()
         for sequence_id, table in tables.items():
-            self.swap.put(sequence_id, tuple(place_of[block] for block in table))
+            self.swap.put(sequence_id, tuple(swap_block_of[block] for block in table))
             self.free(sequence_id)
         return True
 
-    def swap_in(self, *group: Returning) -> bool:
-        """Move the group back into the pool. False, and nothing moves, unless all known tokens of all have room.
+    def swap_in(self, *group: SwapIn) -> bool:
+        """Move the group back into the pool. False, and nothing moves, unless all its known tokens fit.
 
         A block with a copy still in the pool is found by its hash, and not moved.
         """
         if self._blocks_to_return(group) > self.num_spare_blocks:
             return False
-        block_of: dict[int, int] = {}  # by place
+        block_of: dict[int, int] = {}  # by swap block
         for one in group:
-            places = self.swap.places(one.sequence_id)
-            block_of = {**self._residents(places, one.chain), **block_of}
-            hits = tuple(block_of[place] for place in places if place in block_of)
+            swap_blocks = self.swap.table(one.sequence_id)
+            block_of = {**self._residents(swap_blocks, one.chain), **block_of}
+            hits = tuple(block_of[swap_block] for swap_block in swap_blocks if swap_block in block_of)
             for block in hits:  # before taking any: these may be free, and next to be evicted
                 self.pool.share(block)
-            for place in places:
-                if place not in block_of:
-                    block_of[place] = self.pool.take()
-                    self.transfers.swap_ins.append((place, block_of[place]))
-            self._hold(one.sequence_id, (), tuple(block_of[place] for place in places), hits=hits)
+            for swap_block in swap_blocks:
+                if swap_block not in block_of:
+                    block_of[swap_block] = self.pool.take()
+                    self.transfers.swap_ins.append((swap_block, block_of[swap_block]))
+            self._hold(one.sequence_id, (), tuple(block_of[swap_block] for swap_block in swap_blocks), hits=hits)
             self.swap.drop(one.sequence_id)
             self.publish(one.sequence_id, one.chain, 0, len(one.chain))
         return True
 
-    def _residents(self, places: Table, hashes: ReadOnlyList[bytes]) -> dict[int, int]:
-        """Place -> the block in the pool with the same contents. ``hashes``: those of the full places."""
-        found = ((place, self.pool.find(h)) for place, h in zip(places, hashes, strict=False))
-        return {place: block for place, block in found if block is not None}
+    def _residents(self, swap_blocks: Table, hashes: ReadOnlyList[bytes]) -> dict[int, int]:
+        """Swap block -> the block in the pool with the same contents. ``hashes``: those of the full ones."""
+        found = ((swap_block, self.pool.find(h)) for swap_block, h in zip(swap_blocks, hashes, strict=False))
+        return {swap_block: block for swap_block, block in found if block is not None}
 
-    def _blocks_to_return(self, group: ReadOnlyList[Returning]) -> int:
+    def _blocks_to_return(self, group: ReadOnlyList[SwapIn]) -> int:
         """How many free blocks ``swap_in`` takes, and the copies of shared blocks that the group will write to."""
-        tables = [self.swap.places(one.sequence_id) for one in group]
+        tables = [self.swap.table(one.sequence_id) for one in group]
         resident: dict[int, int] = {}
         growth = 0
         written: Counter[int] = Counter()
-        for one, places in zip(group, tables, strict=True):
-            resident |= self._residents(places, one.chain)
-            growth += self.blocks_for(one.num_tokens) - len(places)
-            written.update(places[one.num_stored // self.block_size :])
+        for one, swap_blocks in zip(group, tables, strict=True):
+            resident |= self._residents(swap_blocks, one.chain)
+            growth += self.blocks_for(one.num_tokens) - len(swap_blocks)
+            written.update(swap_blocks[one.num_stored // self.block_size :])
         missing = len({*chain.from_iterable(tables)} - resident.keys())
         unheld = sum(self.pool.reference_count(block) == 0 for block in {*resident.values()})
         return missing + unheld + growth + written.total() - len(written)
@@ -289,7 +289,7 @@ class BlockManager:
         self.pool.check_integrity(list(self._tables.values()))
         others = self._tables.keys() - num_stored.keys()
         if others:
-            raise RuntimeError(f"sequences {sorted(others)[:8]} hold blocks and do not run")
+            raise RuntimeError(f"sequences {sorted(others)[:8]} hold blocks but are not running")
         uncommitted = {block for block, _ in self._uncommitted}
         for sequence_id, num_tokens in num_stored.items():
             if self.missing_blocks(sequence_id, num_tokens):
@@ -297,4 +297,4 @@ class BlockManager:
             unfilled = self._tables.get(sequence_id, ())[num_tokens // self.block_size :]
             for block in unfilled:
                 if self.pool.hash_of(block) is not None and block not in uncommitted:
-                    raise RuntimeError(f"block {block} of sequence {sequence_id} has a hash and is not yet full")
+                    raise RuntimeError(f"block {block} of sequence {sequence_id} has a hash but is not full")

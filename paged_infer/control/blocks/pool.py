@@ -113,7 +113,7 @@ class BlockPool:
         return self._block_of.get(block_hash)
 
     def publish(self, block: int, block_hash: bytes) -> bool:
-        """Give the held ``block`` its hash. False, and nothing happens, if the block or the hash is taken already."""
+        """Give the held ``block`` its hash. False, without effect, if it has one or another block has this hash."""
         if block_hash in self._block_of or block in self._hash_of:
             return False
         self._block_of[block_hash] = block
@@ -128,10 +128,10 @@ class BlockPool:
             self._blank.append(block)
 
     def check_integrity(self, tables: list[tuple[int, ...]]) -> None:
-        """Law 2: each block is free or held, and held exactly as often as it stands in ``tables``.
+        """Law 2: each block is free or held, and held exactly as often as it appears in ``tables``.
 
         Raises:
-            RuntimeError: the message names the blocks that break it.
+            RuntimeError: it does not hold; the message names the blocks.
         """
         held = [0] * self.num_blocks
         for table in tables:
@@ -141,20 +141,22 @@ class BlockPool:
         if wrong:
             raise RuntimeError(
                 f"blocks {wrong[:8]} are counted {[self._counts[b] for b in wrong[:8]]} times "
-                f"but stand in {[held[b] for b in wrong[:8]]} tables"
+                f"but appear in {[held[b] for b in wrong[:8]]} block tables"
             )
         free = {*self._blank, *self._cached}
         if len(free) != self.num_free:
-            raise RuntimeError("a block stands twice among the free ones")
+            raise RuntimeError("a block is listed twice as free")
         wrong = [block for block in range(self.num_blocks) if (block in free) != (held[block] == 0)]
         if wrong:
             raise RuntimeError(f"blocks {wrong[:8]} are both free and held, or neither")
         if {block: block_hash for block_hash, block in self._block_of.items()} != self._hash_of:
-            raise RuntimeError("a hash leads to a block that does not carry it")
+            raise RuntimeError("a hash maps to a block that does not have it")
         wrong = [*(self._cached.keys() - self._hash_of.keys()), *(self._hash_of.keys() & set(self._blank))]
         if wrong:
-            raise RuntimeError(f"free blocks {wrong[:8]} lie in the wrong list for what they hold")
+            raise RuntimeError(
+                f"free blocks {wrong[:8]} are in the wrong free list: blank blocks have no hash, cached ones have one"
+            )
         if self.num_shared != sum(count > 1 for count in held):
-            raise RuntimeError(f"{self.num_shared} blocks are counted as shared")
+            raise RuntimeError(f"num_shared={self.num_shared} contradicts the block tables")
         if self.num_references != sum(held):
-            raise RuntimeError(f"{self.num_references} places in tables are counted; there are {sum(held)}")
+            raise RuntimeError(f"num_references={self.num_references}, but the block tables have {sum(held)} entries")

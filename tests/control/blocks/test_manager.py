@@ -82,7 +82,7 @@ def test_missing_blocks_counts_what_growth_would_take() -> None:
 def test_integrity_notices_strangers_and_tokens_without_slots() -> None:
     manager = BlockManager(4, 2)
     manager.reserve(7, 0, 3)
-    with pytest.raises(RuntimeError, match=r"sequences \[7\] hold blocks and do not run"):
+    with pytest.raises(RuntimeError, match=r"sequences \[7\] hold blocks but are not running"):
         manager.check_integrity({})
     with pytest.raises(RuntimeError, match="sequence 7 has 5 tokens stored in too few blocks"):
         manager.check_integrity({7: 5})
@@ -144,7 +144,7 @@ def test_integrity_notices_a_findable_block_that_is_not_full() -> None:
     manager.publish(1, [b"a", b"b"], 0, 2)
     manager.check_integrity({1: 0})  # its step is still out
     manager.commit()
-    with pytest.raises(RuntimeError, match="has a hash and is not yet full"):
+    with pytest.raises(RuntimeError, match="has a hash but is not full"):
         manager.check_integrity({1: 3})
 
 

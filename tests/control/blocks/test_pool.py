@@ -135,7 +135,7 @@ def test_what_is_withdrawn_is_not_found_held_or_free() -> None:
     ("tamper", "message"),
     [
         (lambda pool: pool._hash_of.clear(), "a hash maps"),
-        (lambda pool: (pool._hash_of.clear(), pool._block_of.clear()), "wrong list"),
+        (lambda pool: (pool._hash_of.clear(), pool._block_of.clear()), "wrong free list"),
         (lambda pool: setattr(pool, "num_shared", 1), "shared"),
     ],
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "LLM": "paged_infer.llm",
     "AsyncLLM": "paged_infer.async_llm",
     "SamplingParams": "paged_infer.params",
@@ -30,9 +30,9 @@ __all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "RequestOu
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

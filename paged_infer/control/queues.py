@@ -146,16 +146,16 @@ class Queues:
         self.manager.events.append(End(sequence.sequence_id, reason))
         self.release_draining()
 
-    def fail(self, sequence: Sequence, error: str, *, although_ended: bool = False) -> None:
+    def fail(self, sequence: Sequence, error: str, *, include_finished: bool = False) -> None:
         """End the request of a failed sequence: all of its unfinished samples or beams.
 
         Its keys and values may be NaN, also in blocks of earlier steps, so all its blocks leave the prefix cache.
 
-        ``although_ended``: the finished ones get this error, too. The failed sequence itself always does.
+        ``include_finished``: the finished ones get this error, too. The failed sequence itself always does.
         """
         for one in sequence.siblings or (sequence,):
             self.manager.forget(one.block_hashes)
-            gets_error = although_ended or one is sequence or not one.is_finished
+            gets_error = include_finished or one is sequence or not one.is_finished
             self.finish(one, "error")
             if gets_error:
                 one.finish_reason, one.stop_reason = "error", None

@@ -100,7 +100,7 @@ class Scheduler:
         if max_num_batched_tokens < 1:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens}: must be at least 1")
         if preemption_mode not in PREEMPTION_MODES:
-            raise ValueError(f"preemption_mode={preemption_mode!r} is not known; known: {', '.join(PREEMPTION_MODES)}")
+            raise ValueError(f"preemption_mode={preemption_mode!r}: must be one of {', '.join(PREEMPTION_MODES)}")
         self.manager = manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -139,9 +139,9 @@ class Scheduler:
         self.queues.finish(sequence, reason, stop_reason)
         self._drop_search(sequence)
 
-    def fail(self, sequence: Sequence, error: str, *, although_ended: bool = False) -> None:
+    def fail(self, sequence: Sequence, error: str, *, include_finished: bool = False) -> None:
         """See ``Queues.fail``."""
-        self.queues.fail(sequence, error, although_ended=although_ended)
+        self.queues.fail(sequence, error, include_finished=include_finished)
         self._drop_search(sequence)
 
     def _drop_search(self, sequence: Sequence) -> None:

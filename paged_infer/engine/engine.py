@@ -268,7 +268,9 @@ class LLMEngine:
             return request_output(live.request, live.completions, live.prompt_logprobs)
         except Exception as error:  # a tokenizer can raise anything
             logger.exception("the tokens of request %s could not be decoded", live.request.request_id)
-            self.scheduler.fail(live.request.sequences[0], f"its tokens {_decoding_error(error)}", although_ended=True)
+            self.scheduler.fail(
+                live.request.sequences[0], f"its tokens {_decoding_error(error)}", include_finished=True
+            )
             self._live.pop(live.request.request_id, None)
             live.request.finished_time_s = live.request.finished_time_s or time.perf_counter()
             for completion in live.completions:

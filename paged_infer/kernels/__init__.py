@@ -1,4 +1,4 @@
-"""The kernels, each with a readable reference in plain torch, and what an attention backend of one's own needs.
+"""The kernels, each with a readable reference in plain torch, and what a custom attention backend needs.
 
 The public names are imported when they are first used: ``import paged_infer.kernels`` alone imports no torch.
 """
@@ -40,22 +40,22 @@ _KERNELS = {
     "silu_mul": "fused.silu_mul",
     "store_kv": "fused.store_kv",
 }
-_HOMES = {
+_MODULES = {
     **_KERNELS,
     **{f"{name}_reference": module for name, module in _KERNELS.items()},
     "AttentionMetadata": "attention.metadata",
     "register_attention_backend": "attention_backends",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

@@ -39,7 +39,7 @@ class Compiled:
 
     @property
     def is_clean(self) -> bool:
-        """No register spilled, and the block fits its chip."""
+        """Whether no register is spilled, and the block fits in its chip's shared memory."""
         return self.spill_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[self.arch]
 
 
@@ -67,7 +67,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         RuntimeError: triton is missing, or was imported as an interpreter.
     """
     if not HAS_TRITON or INTERPRETED:
-        raise RuntimeError("compiling ahead of time needs triton, started with TRITON_INTERPRET=0")
+        raise RuntimeError("ahead-of-time compilation needs triton, and a process started with TRITON_INTERPRET=0")
     compiled: list[Compiled] = []
     kernels: set[Any] = set()
 

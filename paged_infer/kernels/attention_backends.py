@@ -45,7 +45,7 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {"c": paged_attention_c, "sdpa
 
 
 def register_attention_backend(name: str) -> Callable[[AttentionBackend], AttentionBackend]:
-    """Decorator that registers a function as ``attention_backend=name``, in place of an earlier one of that name."""
+    """Decorator that registers a function as ``attention_backend=name``, replacing an earlier one of that name."""
 
     def register(function: AttentionBackend) -> AttentionBackend:
         ATTENTION_BACKENDS[name] = function
@@ -78,7 +78,7 @@ def triton_backend(
 
 
 def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend, Ops]:
-    """The backend of that name, and the set of elementwise operations that goes with it.
+    """The backend named ``name``, and the set of elementwise operations that goes with it.
 
     "auto" is the fastest on ``device``: "triton" on CUDA, "c" on a CPU with a C compiler, else "sdpa". "torch" and
     "sdpa" come with operations in plain torch, "triton" with Triton kernels, "c" with C functions, and any other
@@ -97,7 +97,7 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
     backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)
     if backend is None:
         known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
-        raise ValueError(f"attention_backend={name!r} is not known; known: {known}")
+        raise ValueError(f"attention_backend={name!r}: must be one of {known}")
     return backend, _OPS[name if name in _OPS else _fastest_or_warn(device)]
 
 

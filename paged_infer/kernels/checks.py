@@ -29,4 +29,6 @@ def check_slots(slot_mapping: Tensor, k_cache: Tensor) -> None:
         num_slots = k_cache.shape[0] * k_cache.shape[1]
         lowest, highest = (int(x) for x in slot_mapping.aminmax())
         if lowest < -1 or highest >= num_slots:
-            raise ValueError(f"slots {lowest}..{highest} must lie within -1..{num_slots - 1}, the cache's last")
+            raise ValueError(
+                f"slots {lowest}..{highest} must be within -1..{num_slots - 1}, the last slot of the cache"
+            )

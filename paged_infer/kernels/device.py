@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is a GPU, else the CPU.
+    """The device named ``name``; "auto" is CUDA if there is a GPU, else the CPU.
 
     Raises:
         ValueError: the device cannot be used.

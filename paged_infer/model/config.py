@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paged_infer.model.config_keys import ASKS_FOR_MORE, CHANGES_NOTHING, GENERATION_DEFAULTS
+from paged_infer.model.config_keys import GENERATION_DEFAULTS, KEYS_WITHOUT_EFFECT, UNSUPPORTED_KEYS
 from paged_infer.model.config_reader import ConfigReader, read_json
 from paged_infer.model.families import FAMILIES
 from paged_infer.model.rope_config import Llama3RopeScaling
@@ -49,7 +49,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    dtype: str = "float32"  # that the checkpoint was saved in, by its config.json
+    dtype: str = "float32"  # of the saved weights, by config.json
 
     @property
     def num_parameters(self) -> int:
@@ -89,9 +89,9 @@ class ModelConfig:
         """
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
-            raise ValueError(f"model_type={family!r} is not known; known: {', '.join(sorted(FAMILIES))}")
+            raise ValueError(f"model_type={family!r} : must be one of {', '.join(sorted(FAMILIES))}")
         reader = ConfigReader(raw)
-        reader.only(**ASKS_FOR_MORE)
+        reader.only(**UNSUPPORTED_KEYS)
         settings = FAMILIES[family](reader)
         config = cls(
             family=family,
@@ -106,9 +106,9 @@ class ModelConfig:
             )
         if not config.learned_positions and config.head_dim % 2:
             raise ValueError(f"head_dim={config.head_dim}: must be even, because RoPE rotates pairs")
-        if unread := [key for key in reader.unread() if key not in CHANGES_NOTHING]:
-            logger.warning("config.json: nothing reads %s, here or in transformers", ", ".join(unread))
-        _name_defaults(raw if generation is None else generation, is_own_file=generation is not None)
+        if unread := [key for key in reader.unread() if key not in KEYS_WITHOUT_EFFECT]:
+            logger.warning("config.json: %s: without effect, here and in transformers", ", ".join(unread))
+        _warn_about_defaults(raw if generation is None else generation, is_own_file=generation is not None)
         return config
 
 
@@ -130,7 +130,7 @@ def _end_tokens(of_model: Any, generation: Mapping[str, Any] | None, vocab_size:
         raise ValueError(f"eos_token_id={eos!r}: must be an integer >= 0 or a list of them")
     if eos is None and of_model is not None:
         logger.warning(
-            "generation_config.json names no eos_token_id, so no token ends a text, as in transformers; "
+            "generation_config.json sets no eos_token_id, so no token ends a text, as in transformers; "
             "config.json's %s is not used",
             of_model,
         )
@@ -139,18 +139,18 @@ def _end_tokens(of_model: Any, generation: Mapping[str, Any] | None, vocab_size:
     return tuple(dict.fromkeys(i for i in ids if i < vocab_size))
 
 
-def _name_defaults(generation: Mapping[str, Any], *, is_own_file: bool) -> None:
+def _warn_about_defaults(generation: Mapping[str, Any], *, is_own_file: bool) -> None:
     """Warn once about defaults that transformers' ``generate`` would apply and that a request has to set itself."""
     asked = {
         key: value
         for key, value in generation.items()
         if value is not None
         and value != GENERATION_DEFAULTS.get(key)
-        and (key in GENERATION_DEFAULTS or (is_own_file and key not in CHANGES_NOTHING))
+        and (key in GENERATION_DEFAULTS or (is_own_file and key not in KEYS_WITHOUT_EFFECT))
     }
     if asked:
         logger.warning(
-            "%s asks for %s: not applied by default; set it in SamplingParams, where there is such a parameter",
+            "%s sets %s: not applied by default; set it in SamplingParams, if there is such a parameter",
             "generation_config.json" if is_own_file else "config.json",
             ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items())),
         )

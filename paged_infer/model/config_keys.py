@@ -6,7 +6,7 @@ from typing import Any
 
 # In transformers, each of these changes what the model computes in a way that this decoder does not support. Only the
 # values below are accepted.
-ASKS_FOR_MORE: dict[str, Any] = {
+UNSUPPORTED_KEYS: dict[str, Any] = {
     "quantization_config": None,
     "compression_config": None,
     "transformers_weights": None,  # weights under another file name
@@ -59,7 +59,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 }
 
 # Training, bookkeeping, other tasks' heads, how transformers computes or reports, and what every request sets here.
-CHANGES_NOTHING = frozenset(GENERATION_DEFAULTS) | {
+KEYS_WITHOUT_EFFECT = frozenset(GENERATION_DEFAULTS) | {
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_commit_hash",

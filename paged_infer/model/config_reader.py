@@ -70,7 +70,7 @@ class ConfigReader:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a checkpoint's JSON file; a ValueError that names the file if there is none."""
     if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name} there, so it is not a checkpoint in Hugging Face format")
+        raise ValueError(f"{path.parent}: has no {path.name}, so it is not a checkpoint in Hugging Face format")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,5 +78,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+        raise ValueError(f"{path}: contains a JSON {type(value).__name__}, not an object")
     return value

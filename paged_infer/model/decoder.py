@@ -1,14 +1,15 @@
 """The decoder: token ids in, logits out. One model for every family and every baseline.
 
 It is independent of requests, batches and memory: T tokens arrive packed, and ``cache.attend`` is the only place where
-a token reads earlier tokens. Any cache will do.
+a token reads earlier tokens. Any cache works.
 
     token_ids [T] -> embedding -> layer 0 .. L-1 -> norm -> hidden [T, hidden] -> logits [R, vocab] of chosen rows
                                     |
                                     +-- x + attention(norm(x)):  q, k, v -> cache.attend(layer, q, k, v, step)
                                     +-- x + mlp(norm(x))
 
-The norms take the sums: an addition and the norm after it are one pass over memory (``kernels.op_sets``).
+Residual additions are part of the norms: an addition and the norm after it are one pass over memory
+(``kernels.op_sets``).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 def _activation(config: ConfigReader, key: str, default: str) -> str:
     name = config.value(key, default)
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"{key}={name!r} is not known; known: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{key}={name!r} : must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -36,9 +36,9 @@ def _windows(config: ConfigReader, num_layers: int, window: int | None, first: i
         raise ValueError(f"layer_types={kinds!r}: must be a list of num_hidden_layers={num_layers} names")
     unknown = {str(kind) for kind in kinds} - {"sliding_attention", "full_attention"}
     if unknown:
-        raise ValueError(f"layer_types holds {sorted(unknown)}; known: full_attention, sliding_attention")
+        raise ValueError(f"layer_types has {sorted(unknown)}: each must be full_attention or sliding_attention")
     if window is None and "sliding_attention" in kinds:
-        raise ValueError("layer_types holds sliding_attention, but no sliding_window is in use")
+        raise ValueError("layer_types has sliding_attention, but no sliding_window is in use")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -117,7 +117,7 @@ def _qwen3(config: ConfigReader) -> dict[str, Any]:
 
 
 def _gpt2(config: ConfigReader) -> dict[str, Any]:
-    # transformers' cache, which all families share, would keep no more than such a window.
+    # In transformers, a sliding_window would still limit the cache, which all families share.
     config.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, sliding_window=None)
     short = {
         "n_embd": "hidden_size",

@@ -82,7 +82,7 @@ class DenseMethod:
 class PackedMethod(DenseMethod):
     """``DenseMethod`` with a second copy of W, laid out for the CPU's kernels (``kernels.cpu.linear``) by ``prepack``.
 
-    Where ``pack`` finds that W gains nothing by a copy, torch multiplies. Weights must not change after ``prepack``.
+    If ``pack`` returns None (a copy would gain nothing), torch multiplies. Weights must not change after ``prepack``.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -117,7 +117,7 @@ class Linear(nn.Module):
         self.use(method, torch.get_default_dtype())
 
     def use(self, method: LinearMethod, dtype: torch.dtype) -> None:
-        """Take ``method``; its parameters, new and unset, replace those of the one before."""
+        """Set the method. Its parameters, new and unset, replace those of the previous one."""
         bias = self.bias
         self._parameters.clear()
         self.method = method

@@ -48,9 +48,9 @@ def read_rope(config: ConfigReader, max_position_embeddings: int) -> dict[str, A
     elif kind == "llama3":
         settings["rope_llama3"] = _llama3(config, rope, max_position_embeddings)
     elif kind != "default":
-        raise ValueError(f"rope_type={kind!r} is not known; known: default, linear, llama3")
+        raise ValueError(f"rope_type={kind!r} : must be one of default, linear, llama3")
     if unread := rope.unread():
-        raise ValueError(f"{name} holds {', '.join(unread)}, which rope_type={kind!r} does not use")
+        raise ValueError(f"{name} has {', '.join(unread)}, which rope_type={kind!r} does not use")
     return settings
 
 
@@ -62,7 +62,7 @@ def _chosen(config: ConfigReader) -> tuple[str, ConfigReader]:
         raise ValueError(f"{name}={raw!r}: must be an object")
     nested = sorted(key for key, value in raw.items() if isinstance(value, dict))
     if nested:
-        raise ValueError(f"{name} is nested ({', '.join(nested)}); only one rope for all layers is supported")
+        raise ValueError(f"{name} is nested ({', '.join(nested)}); only one RoPE for all layers is supported")
     if scaling and parameters and scaling != parameters:
         logger.warning("rope_scaling=%s replaces rope_parameters=%s, as in transformers", scaling, parameters)
     return name, ConfigReader(raw, name)

@@ -18,7 +18,7 @@ def beam_candidates(logits: Tensor, rows: Sequence[TopKRow]) -> list[Candidates 
     Processes slices of rows, so peak memory does not grow with R.
 
     Args:
-        logits: [R, V], any float type; left as they are.
+        logits: [R, V], any float type; not modified.
         rows: the request of each of the R rows; at most V tokens.
     """
     found: list[Candidates | None] = []
@@ -30,7 +30,7 @@ def beam_candidates(logits: Tensor, rows: Sequence[TopKRow]) -> list[Candidates 
             if row.banned_token_ids:
                 logprobs[place, list(row.banned_token_ids)] = -math.inf
         values, ids = logprobs.topk(max(row.num_top for row in part), dim=1)  # [r, K] each
-        each = zip(part, ids.tolist(), values.tolist(), strict=True)  # one wait for the device each
+        each = zip(part, ids.tolist(), values.tolist(), strict=True)  # each waits once for the device
         found += [
             list(zip(i[: row.num_top], v[: row.num_top], strict=True)) if math.isfinite(v[0]) else None
             for row, i, v in each

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paged_infer.control.step import SamplingRow
 
-# A repetition penalty is held within these, so that float32 neither rounds it to 0 nor to inf.
+# A repetition penalty is clamped to these, so that float32 neither rounds it to 0 nor to inf.
 SMALLEST, LARGEST = 1e-20, 1e20
 
 
@@ -25,7 +25,7 @@ def apply_logits_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tens
     """Apply logit_bias, then the min_tokens mask, then penalties.
 
     Args:
-        logits: [R, V], any float type, any device; left as they are.
+        logits: [R, V], any float type, any device; not modified.
         rows: the parameters of each of the R rows. Token ids in them are within the vocabulary.
 
     Returns:

@@ -36,7 +36,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
     Processes slices of rows, so peak memory does not grow with R.
 
     Args:
-        logits: [R, V], any float type; left as they are.
+        logits: [R, V], any float type; not modified.
         token_ids: R token ids within the vocabulary.
         num_top: for each row, how many of the most probable tokens to add; the whole vocabulary at most.
 

@@ -2,7 +2,7 @@
 
 ::
 
-    logits [R, V] --process--> logit_bias, min_tokens, penalties       (only the rows that ask; on a copy)
+    logits [R, V] --process--> logit_bias, min_tokens, penalties       (only rows that need it; on a copy)
                   --keep-----> temperature, min_p, top_k, top_p        (drops tokens, moves no noise)
                   --draw-----> argmax(p / E), E exponential noise      (greedy rows: argmax of the logits)
 
@@ -48,8 +48,7 @@ from paged_infer.sampling.logprobs import largest, logprobs_of
 # logits of any use, one beyond gives the same distribution as the limit.
 SMALLEST, LARGEST = 1e-20, 1e20
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-CANNOT_SAMPLE = "its logits cannot be sampled: they hold NaN or +inf, or only -inf"
-
+CANNOT_SAMPLE = "its logits cannot be sampled: they contain NaN or +inf, or only -inf"
 
 _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 # (logits [r, V], their r rows, num_candidates) -> the winners. A winner's score is not finite where the row cannot be
@@ -92,8 +91,8 @@ class Sampler:
     """Samples one token for every row. It has no state: the same rows give the same tokens.
 
     Args:
-        kernel: ``kernels.sample``, to draw rows without top_k, top_p and min_p in two launches; None for torch.
-        argmax: how greedy rows are drawn where ``kernel`` is None.
+        kernel: ``kernels.sample``, to sample rows without top_k, top_p and min_p in two launches; None for torch.
+        argmax: how greedy rows are sampled if ``kernel`` is None.
     """
 
     def __init__(self, kernel: Kernel | None = None, argmax: Argmax = argmax_reference) -> None:
@@ -101,11 +100,11 @@ class Sampler:
         self._argmax = argmax
 
     def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-        """Draw a token from each row of ``logits``.
+        """Sample a token from each row of ``logits``.
 
         Args:
-            logits: [R, V], any float type, any device; left as they are.
-            rows: how to draw from each of the R rows. Token ids in them lie within the vocabulary.
+            logits: [R, V], any float type, any device; not modified.
+            rows: how to sample each of the R rows. Token ids in them are within the vocabulary.
 
         Raises:
             ValueError: R is not ``len(rows)``.
@@ -192,7 +191,7 @@ def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:
 
 
 def _in_slices(draw: _Draw, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int) -> _Drawn:
-    """Draw a few rows at a time, so that their candidates fit a CPU's caches, or a small part of a GPU's memory."""
+    """Draw a few rows at a time, so that their candidates fit in a CPU's caches, or a small part of a GPU's memory."""
     max_elements = torch.get_num_threads() << 16 if logits.device.type == "cpu" else 1 << 26
     step = max(1, max_elements // num_candidates)
     if step >= len(rows):
@@ -282,7 +281,7 @@ def _nucleus(candidates: Tensor, rows: Sequence[SamplingRow], probs: Tensor) -> 
 
 
 def _race(probs: Tensor, ids: Tensor, rows: Sequence[SamplingRow]) -> _Drawn:
-    """Draw one token a row, in proportion to ``probs`` [r, K] of the tokens ``ids`` [K] or [r, K]."""
+    """Draw one token per row, in proportion to ``probs`` [r, K] of the tokens ``ids`` [K] or [r, K]."""
     keys = row_keys([r.seed for r in rows], [r.sample_index for r in rows], [r.position for r in rows])
     scores, winners = (probs / noise(keys.to(probs.device), ids.to(torch.int32))).max(dim=1)
     return (winners if ids.dim() == 1 else ids.gather(1, winners.unsqueeze(1)).squeeze(1)), scores

@@ -42,10 +42,10 @@ def serve(
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that clients use for the model; may be repeated.")
     ] = None,
-    max_num_waiting: Annotated[int, typer.Option(help="Most waiting sequences; one more request is a 429.")] = 1024,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body; a larger one is a 413.")] = 1 << 20,
-    max_n: Annotated[int, typer.Option(help="Most samples or beams per prompt; more is a 400.", min=1)] = 128,
-    max_num_logprobs: Annotated[int, typer.Option(help="Most logprobs that one request could get; more is a 400.")] = 1
+    max_num_waiting: Annotated[int, typer.Option(help="Most waiting sequences; further requests get a 429.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request body; a larger one gets a 413.")] = 1 << 20,
+    max_n: Annotated[int, typer.Option(help="Most samples or beams per prompt; more get a 400.", min=1)] = 128,
+    max_num_logprobs: Annotated[int, typer.Option(help="Most logprobs that one request could get; more get a 400.")] = 1
     << 22,
     receive_timeout: Annotated[
         float, typer.Option(help="Seconds that a request's head, and then its body, may take to arrive.")

@@ -28,7 +28,7 @@ from paged_infer.server.service import Service, Settings
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
 LAST_STEP_S = 5.0  # for the running step to return, after the shutdown timeout
-HURRY_S = 1.0  # the same, after a second signal
+FORCED_STEP_S = 1.0  # the same, after a second signal
 SWITCH_S = 0.0005
 RESERVED_FILES = 32  # file descriptors that are not used for connections
 FULL_EVERY_S = 60.0  # refused connections are logged at most this often
@@ -56,19 +56,19 @@ class Server(uvicorn.Server):
         self._engine = engine
         self.service: Service = config.app.state.service  # type: ignore[union-attr]
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._hurry_since_s: float | None = None  # when the second signal came; time.monotonic()
-        self._silent: dict[Any, tuple[Any, float]] = {}  # idle connection -> its last request, since when
+        self._forced_since_s: float | None = None  # when the second signal came; time.monotonic()
+        self._idle: dict[Any, tuple[Any, float]] = {}  # idle connection -> its last request, since when
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called between two instructions of the main thread, so it only sets flags."""
         if self.service.is_closing:
-            self._hurry_since_s = self._hurry_since_s or time.monotonic()
+            self._forced_since_s = self._forced_since_s or time.monotonic()
         self.service.is_closing = True
 
     @property
-    def is_hurried(self) -> bool:
+    def is_forced(self) -> bool:
         """Whether a second signal has come."""
-        return self._hurry_since_s is not None
+        return self._forced_since_s is not None
 
     def stop(self) -> None:
         """Like the first signal, from any thread."""
@@ -80,19 +80,19 @@ class Server(uvicorn.Server):
             await self._drain()
             return True
         if counter % TICKS_A_SECOND == 0:
-            self._hang_up(asyncio.get_running_loop().time())
+            self._close_idle_connections(asyncio.get_running_loop().time())
         return await super().on_tick(counter)
 
-    def _hang_up(self, now_s: float) -> None:
+    def _close_idle_connections(self, now_s: float) -> None:
         """Close connections that have been idle too long. uvicorn does so only before a request's first byte."""
-        silent = {}
+        idle = {}
         for connection in self.server_state.connections:
             cycle = getattr(connection, "cycle", None)  # uvicorn's name for a request and its answer
             if cycle is None or cycle.response_complete:
-                last, since_s = self._silent.get(connection, (cycle, now_s))
-                silent[connection] = (cycle, since_s if last is cycle else now_s)
-        self._silent = silent
-        for connection, (_, since_s) in silent.items():
+                last, since_s = self._idle.get(connection, (cycle, now_s))
+                idle[connection] = (cycle, since_s if last is cycle else now_s)
+        self._idle = idle
+        for connection, (_, since_s) in idle.items():
             if now_s - since_s > self.service.settings.receive_timeout_s:
                 connection.transport.close()
 
@@ -103,14 +103,14 @@ class Server(uvicorn.Server):
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._shutdown_timeout_s
         while self.server_state.tasks and clock() < deadline and not self._engine.error:
-            if self.is_hurried:
+            if self.is_forced:
                 break
             await asyncio.sleep(POLL_S)
         # Abort the remaining requests: each gets an error.
         ending = asyncio.create_task(self._engine.shutdown(finish=False, last_step_s=LAST_STEP_S))
         while not ending.done():
             await asyncio.wait({ending}, timeout=POLL_S)
-            if self._hurry_since_s is not None and time.monotonic() > self._hurry_since_s + HURRY_S:
+            if self._forced_since_s is not None and time.monotonic() > self._forced_since_s + FORCED_STEP_S:
                 self._engine.abandon()
         ending.result()
 
@@ -200,4 +200,4 @@ def serve(
     finally:
         sys.setswitchinterval(usual_s)
         gc.unfreeze()  # otherwise the libraries report leaks when the interpreter exits
-    return server.service.is_closing and not server.is_hurried and not engine.is_abandoned
+    return server.service.is_closing and not server.is_forced and not engine.is_abandoned

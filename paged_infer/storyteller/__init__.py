@@ -1,7 +1,7 @@
-"""The bundled small model: it writes stories of a grammar of its own and answers questions about them.
+"""The bundled small model: it writes stories from its own grammar and answers questions about them.
 
 `PATH` is its folder in Hugging Face format, and `DRAFT_PATH` that of a smaller model that drafts for it. `tell(seed)`
-writes a story of the grammar, and `evaluate(llm)` measures how near a model has come to that grammar. Importing this
+writes a story of the grammar, and `evaluate(llm)` measures how close a model has come to that grammar. Importing this
 package imports neither torch nor transformers.
 """
 

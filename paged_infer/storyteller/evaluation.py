@@ -1,4 +1,4 @@
-"""How well a model has learned the grammar: does it remember, and how near is it to the best possible perplexity?"""
+"""How well a model has learned the grammar: recall of facts, and perplexity against the best possible."""
 
 import math
 from collections import Counter
@@ -29,8 +29,8 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
 
     - `recall`: share of the questions whose greedy answer equals the true answer exactly.
     - `recall_by_kind`: (right, asked) for the questions that begin with the same two words.
-    - `perplexity`: exp of the mean nats a token that the model spends on the documents.
-    - `grammar_perplexity`: the same for the grammar itself, which no model can beat but by chance.
+    - `perplexity`: exp of the model's mean nats per token on the documents.
+    - `grammar_perplexity`: the same for the grammar itself, which no model can beat except by chance.
 
     Both perplexities are over the same tokens: all of a document after its leading `<|endoftext|>`, so the first
     word is predicted too, and the closing `<|endoftext|>`, the decision to end, is counted.
@@ -38,7 +38,7 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
     from paged_infer.params import SamplingParams
 
     if num_stories < 1:
-        raise ValueError(f"num_stories is {num_stories}, but must be at least 1")
+        raise ValueError(f"num_stories={num_stories}: must be at least 1")
     stories = [tell(FIRST_EVALUATION_SEED + i) for i in range(num_stories)]
 
     asked = [quiz for story in stories for quiz in quizzes(story)]

@@ -16,7 +16,7 @@ def check_text(text: str, where: str = "") -> None:
     except UnicodeEncodeError as error:
         lone = text[error.start]
         raise ValueError(
-            f"{where}character {lone!r} at position {error.start} is half of a surrogate pair, not text"
+            f"{where}character {lone!r} at position {error.start} is an unpaired surrogate, not text"
         ) from None
 
 
@@ -34,7 +34,7 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         if missing:
             raise ValueError(f"messages[{index}] has no {missing[0]!r}; it has {sorted(map(str, message))}")
         if message["role"] not in ROLES:
-            raise ValueError(f"messages[{index}]['role'] is {message['role']!r}; known: {', '.join(ROLES)}")
+            raise ValueError(f"messages[{index}]['role']={message['role']!r}: must be one of {', '.join(ROLES)}")
         where = f"messages[{index}]['content']"
         text = content_text(message["content"], where)
         check_text(text, f"{where}: ")
@@ -71,7 +71,7 @@ def fitted_messages(
         render: applies the template; raises ValueError where the template raises.
 
     Raises:
-        ValueError: the template refuses the messages, or leaves one out; the error names it.
+        ValueError: the template rejects the messages, or leaves one out; the error names it.
     """
     candidates = [messages]
     if any(message["role"] == "developer" for message in messages):
@@ -98,7 +98,7 @@ def _first_lost(messages: list[dict[str, Any]], render: Callable[[list[dict[str,
     marks = [f"{MARK}{index}m" if message["content"] else "" for index, message in enumerate(messages)]
     try:
         text = render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
-    except ValueError:  # the template depends on the contents, or refuses the messages in any case
+    except ValueError:  # the template depends on the contents, or rejects the messages in any case
         text, marks = render(messages), [message["content"].strip() for message in messages]
     text = text.lower()
     return next((index for index, mark in enumerate(marks) if mark.lower() not in text), None)

@@ -16,23 +16,23 @@ class StreamingDecoder:
     """Turns the growing ids of one sequence into text that, once returned, never changes.
 
     The pieces of all ``push`` calls and of ``finish`` join to exactly ``tokenizer.decode(all ids)``, or, after
-    ``prompt_token_ids``, to ``continuation(tokenizer, prompt, all ids)``. Held back is:
+    ``prompt_token_ids``, to ``continuation(tokenizer, prompt, all ids)``. It holds back:
 
     - a trailing U+FFFD, which may be the first bytes of a character that a later token completes;
     - with byte-fallback tokens (``<0xNN>``), the whole open run of them, since the decoder turns a run that is not
-      UTF-8 into one U+FFFD a byte: only a token of another kind, or an invalid byte, settles the run;
+      UTF-8 into one U+FFFD per byte: only a token of another kind, or an invalid byte, settles the run;
     - the last grapheme cluster (Unicode annex 29) while its last character may still grow into a larger one: symbols
       and emoji (So, Sk, extended pictographs, regional indicators), format characters such as ZWJ (Cf), marks (Mn,
-      Mc, Me), conjoining jamo, and letters without case that are not wide (Thai, Devanagari, Arabic, ...). It goes out
-      with the text that shows that it is closed, or once it is longer than 32 code points.
+      Mc, Me), conjoining jamo, and letters without case that are not wide (Thai, Devanagari, Arabic, ...). It is
+      returned with the text that closes it, or once it is longer than 32 code points.
 
-    Everything else (ASCII, Latin, Cyrillic, Greek, digits, CJK, kana, Hangul syllables) goes out at once, so most text
-    streams with no delay. One case is left: a mark that comes in a later token than such a base (``e`` + U+0301, the
-    keycap ``1`` + U+FE0F + U+20E3) begins a piece of its own.
+    Everything else (ASCII, Latin, Cyrillic, Greek, digits, CJK, kana, Hangul syllables) is returned immediately, so
+    most text streams without delay. One case remains: a mark that comes in a later token than such a base
+    (``e`` + U+0301, the keycap ``1`` + U+FE0F + U+20E3) begins a separate piece.
 
-    Like vLLM's incremental detokenizer it decodes a short window of the newest ids, and a token costs O(1), amortised:
+    Like vLLM's incremental detokenizer, it decodes a short window of the newest ids; a token costs O(1), amortised:
 
-        window_ids   [ t t t t t t t ]   ->   text   [ context: is out | held ]
+        window_ids   [ t t t t t t t ]   ->   text   [ returned: context | held ]
     """
 
     WINDOW = 8  # tokens that a window grows by before it is cut
@@ -42,7 +42,7 @@ class StreamingDecoder:
         self._tokenizer = tokenizer
         self._byte_of = tokenizer.byte_tokens
         self._window_ids: list[int] = []
-        self._num_out = 0  # characters of the window's text that have gone out
+        self._num_out = 0  # characters of the window's text that have been returned
         self._cut_at = self.WINDOW
         self._run_length = 0  # byte tokens at the end of the window that no other token has closed
         self._run_utf8 = codecs.getincrementaldecoder("utf-8")()
@@ -90,7 +90,7 @@ class StreamingDecoder:
     def _push_byte(self, token_id: int, byte: int) -> str:
         self._run_length += 1
         if not self._run_is_valid and self._run_length > 2:
-            return REPLACEMENT  # the window's held U+FFFD goes out and this byte's is held instead
+            return REPLACEMENT  # the window's held U+FFFD is returned, and this byte's is held instead
         self._window_ids.append(token_id)
         try:
             self._run_utf8.decode(bytes([byte]))
@@ -99,7 +99,7 @@ class StreamingDecoder:
         if self._run_is_valid or self._run_length < 2:
             return ""
         # The run cannot become valid: all of it is U+FFFD, and so is every byte that extends it. From here
-        # a window of two invalid bytes, the first out and the second held, stands for the run.
+        # a window of two invalid bytes, the first returned and the second held, represents the run.
         piece = self._give_out(self._tokenizer.decode(self._window_ids)[:-1])
         invalid_id = next(i for i, b in self._byte_of.items() if b == 0xFF)
         self._window_ids, self._num_out, self._cut_at = [invalid_id, invalid_id], 1, self.WINDOW

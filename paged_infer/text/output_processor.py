@@ -38,7 +38,7 @@ class OutputProcessor:
         self._text = ""
         self._stop_string: str | None = None
         self._logprobs: list[TokenLogprobs] | None = None if sequence.params.logprobs is None else []
-        self.is_broken = False  # its tokens could not be decoded: the text so far is final
+        self.is_broken = False  # if its tokens could not be decoded: the text so far is final
 
     def advance(self, logprobs: ReadOnlyList[TokenLogprobs] = (), num_new: int = 1) -> str | None:
         """Process the sequence's newest tokens and the ``logprobs`` of each, if requested.
@@ -102,7 +102,7 @@ class OutputProcessor:
         """The sample so far. While it grows, text that may begin a stop string is held back."""
         sequence = self._sequence
         finish_reason, stop_reason = sequence.finish_reason, sequence.stop_reason
-        if self._stop_string is not None:  # seen in the text, perhaps in the same step as another ending
+        if self._stop_string is not None:  # found in the text, perhaps in the same step as another end
             finish_reason, stop_reason = "stop", self._stop_string
         cumulative = sequence.cumulative_logprob if sequence.is_beam else None
         if self._logprobs is not None:
@@ -125,10 +125,7 @@ class OutputProcessor:
             return self._text
         if self._decoder is None:
             return continuation(self._tokenizer, self._prompt_token_ids(), self._visible_token_ids())
-        if finish_reason in (
-            "abort",
-            "error",
-        ):  # it ended between two tokens: flush the characters that are still held back
+        if finish_reason in ("abort", "error"):  # between two tokens: flush the characters that are held back
             self._text += self._decoder.finish()
             return self._text
         if finish_reason is not None:

@@ -32,7 +32,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | PathLike[str]) -> Tokenizer | None:
-        """The tokenizer of a local checkpoint folder or of a hub id; None for a folder that holds no tokenizer.
+        """The tokenizer of a local checkpoint folder or of a hub id; None for a folder without one.
 
         Without a tokenizer the engine serves token ids. Files that cannot be read are a ValueError.
         """
@@ -91,7 +91,7 @@ class Tokenizer:
         """Token ids of a conversation as the model was trained to read it, ready for the assistant's turn.
 
         A content is a str or a list of text parts. The role "developer" becomes "system" if the template leaves such a
-        message out or refuses it.
+        message out or rejects it.
 
         Raises:
             ValueError: no template, an empty conversation, a message that is malformed or that the template leaves
@@ -112,7 +112,7 @@ class Tokenizer:
             return self._hf.apply_chat_template(messages, return_dict=False, **options)
         except Exception as error:  # a template is a program: it can raise anything
             if type(error) is TemplateError:  # its own raise_exception
-                raise ValueError(f"the chat template refuses these messages: {error}") from error
+                raise ValueError(f"the chat template rejects these messages: {error}") from error
             kind = type(error).__name__
             raise ValueError(f"the chat template fails on these messages: {kind}: {error}") from error
 

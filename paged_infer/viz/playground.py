@@ -9,7 +9,7 @@ from typing import Any
 
 from paged_infer.viz.style import Picture
 
-NUM_STEPS = 40  # of a slider between two floats that names no step
+NUM_STEPS = 40  # of a slider between two floats without a given step
 
 
 class Playground:

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from paged_infer.control.blocks.snapshot import Cell
-from paged_infer.control.blocks.snapshot import pool_cells as held_or_findable
+from paged_infer.control.blocks.snapshot import pool_cells as held_or_hashed
 from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.control.trace_step import Hold
@@ -64,7 +64,7 @@ def pool_cells(trace: Trace, step: int) -> list[Cell]:
 
 
 def pool_map_figure(trace: Trace, step: int = -1) -> Picture:
-    """Every block while ``trace.steps[step]`` runs: owners by colour, how full, shared, findable, cached or free.
+    """Every block while ``trace.steps[step]`` runs: owners by colour, how full, shared, hashed, cached or free.
 
     The tokens that this step stores count as stored. Cells are in the order of physical blocks.
     """
@@ -113,7 +113,7 @@ def _cells(trace: Trace, step: int, replay: Replay) -> list[Cell]:
         (sequence_id, table, replay.computed[sequence_id] + now.get(sequence_id, 0))
         for sequence_id, table in sorted(replay.tables.items())
     )
-    cells = held_or_findable(tables, replay.pool, trace.block_size)
+    cells = held_or_hashed(tables, replay.pool, trace.block_size)
     return [cells.get(block) or Cell(block, (), 0, False) for block in range(trace.num_blocks)]
 
 
@@ -160,7 +160,7 @@ def _draw_free(axes: Axes, cells: Sequence[Cell], grid: Grid) -> None:
 
 
 def _draw_signs(axes: Axes, cells: Sequence[Cell], grid: Grid) -> None:
-    """A frame around what is held more than once, a dark corner on what is held and can be found."""
+    """A frame around blocks with several owners, a dark corner on held blocks that have a hash."""
     shared = [_box(cell, grid) for cell in cells if len(cell.owners) > 1]
     _add(axes, "shared", shared, facecolors="none", edgecolors=INK, linewidths=1.1)
     width, height = grid.cell_in
@@ -201,7 +201,7 @@ def _write_owners(axes: Axes, cells: Sequence[Cell], grid: Grid, names: Mapping[
 
 
 def _write(axes: Axes, x: float, y: float, text: str, width: float, height: float) -> None:
-    """As large as fits so many points, or not at all."""
+    """As large as fits in this many points, or not at all."""
     size = next((s for s in FONT_SIZES if DIGIT * s * len(text) <= 0.86 * width and s <= 0.95 * height), None)
     if size is not None:
         halo = HALO if "×" in text else None
@@ -223,7 +223,7 @@ def _title(cells: Sequence[Cell], place: int, replay: Replay, block_size: int) -
 
 
 def _key(trace: Trace) -> list[tuple[Any, str]]:
-    """The same for every step, so that the map stays where it is while one walks through them."""
+    """The same for every step, so that the map does not move from one step to the next."""
     colour = OWNER_COLOURS[0]
     key: list[tuple[Any, str]] = [((Patch(facecolor=colour), Patch(facecolor=_tint(colour))), "tokens, empty slots")]
     if any(step.num_shared_blocks for step in trace.steps):

@@ -15,12 +15,12 @@ LONGEST_NAME = 10
 
 
 def owner_colour(sequence_id: int) -> str:
-    """A sequence's own colour; the eight that come one after the other have different ones."""
+    """The colour of a sequence; eight consecutive sequences have different ones."""
     return OWNER_COLOURS[sequence_id % len(OWNER_COLOURS)]
 
 
 def sequence_names(trace: Trace) -> dict[int, str]:
-    """Of each sequence: its request's id, and where the request has several samples, ".0", ".1", ... after it."""
+    """For each sequence its request's id, followed by ".0", ".1", ... if the request has several samples."""
     arrivals = [event for step in trace.steps for event in step.events if isinstance(event, Arrive)]
     num_samples = Counter(event.request_id for event in arrivals)
     seen: Counter[str] = Counter()
@@ -36,8 +36,8 @@ def sequence_names(trace: Trace) -> dict[int, str]:
 class Span:
     """Steps ``first`` to ``last``, both included, that a sequence spent in one state (a key of ``timeline.LOOKS``).
 
-    A step that computes known tokens is a span of its own; it computes ``num_tokens``, and where the sequence came in
-    with it, ``num_found`` more were there already: in the prefix cache, or stored by the sample it was forked from.
+    A step that computes known tokens is a separate span; it computes ``num_tokens``, and if the sequence was admitted
+    in it, ``num_found`` more were already stored: in the prefix cache, or by the sample it was forked from.
     """
 
     state: str
@@ -49,7 +49,7 @@ class Span:
 
 @dataclass(slots=True)
 class Life:
-    """One sequence from arrival to end. ``preempted``: the steps in which its blocks were taken from it."""
+    """One sequence from arrival to end. ``preempted``: the steps in which it lost its blocks."""
 
     sequence_id: int
     name: str
@@ -58,7 +58,7 @@ class Life:
     furthest: int = 0  # most tokens that it has ever had stored; tokens before it are recomputed
 
     def state_at(self, place: int) -> str | None:
-        """What it was doing in step ``place``; None before it came and after it left."""
+        """What it was doing in step ``place``; None before it arrived and after it ended."""
         return next((span.state for span in self.spans if span.first <= place <= span.last), None)
 
     def add(self, place: int, state: str, num_tokens: int, num_found: int) -> None:
@@ -89,7 +89,7 @@ def sequence_lives(trace: Trace) -> list[Life]:
     return list(lives.values())
 
 
-def _state(life: Life, step: TraceStep, replay: Replay, is_fresh: bool) -> str:
+def _state(life: Life, step: TraceStep, replay: Replay, is_new: bool) -> str:
     sequence_id = life.sequence_id
     state = replay.states.get(sequence_id)
     if state is None:
@@ -100,4 +100,4 @@ def _state(life: Life, step: TraceStep, replay: Replay, is_fresh: bool) -> str:
         if replay.computed[sequence_id] < life.furthest:
             return "recompute"
         return "prefill" if sequence_id in step.prefills else "decode"
-    return "prefill" if is_fresh else "stalled"  # one that was forked in this step draws without computing
+    return "prefill" if is_new else "stalled"  # a sequence forked in this step samples without computing

@@ -32,7 +32,7 @@ class Picture(Figure):
     """A figure without a window: the same in scripts, servers and notebooks, where it is shown as a PNG."""
 
     def save(self, path: Path) -> None:
-        """Write a PNG, making its folder if need be."""
+        """Write a PNG, creating its folder if necessary."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self._repr_png_())
 
@@ -43,7 +43,7 @@ class Picture(Figure):
 
 
 def new_picture(width_in: float = 7.0, height_in: float = 3.0) -> Picture:
-    """An empty picture of that size in inches, at 100 dots an inch."""
+    """An empty picture of that size in inches, at 100 dots per inch."""
     return Picture(figsize=(width_in, height_in), dpi=DPI, layout="constrained", facecolor="white")
 
 

@@ -18,7 +18,7 @@ from paged_infer.viz.sequence_lives import Life, Span, owner_colour, sequence_li
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture
 
 WIDTH_IN = 7.4
-MARGIN_IN = 0.75  # what names and numbers take of the width
+MARGIN_IN = 0.75  # width taken by names and numbers
 DIGIT_PX = 6.0  # of a number in a bar
 SMALLEST_TEXT_ROW_PX = 12.0
 NARROWEST_PREFILL_PX = 2.5  # a prefill among hundreds of steps would be too thin to be seen
@@ -66,7 +66,7 @@ def timeline_figure(trace: Trace, *, by: str = "step", cursor: int | None = None
 
 
 def timeline_height_in(num_rows: int) -> float:
-    """Inches for so many sequences: rows shrink as they become many."""
+    """Inches for this many sequences: more rows are smaller."""
     return 1.55 + max(3, num_rows) * _row_in(num_rows)
 
 
@@ -153,7 +153,7 @@ def _draw_rows(axes: Axes, lives: Sequence[Life], edges: Sequence[float], owners
 
 
 def _write_counts(axes: Axes, row: int, spans: Sequence[Span], edges: Sequence[float], px: float) -> None:
-    """Each prefill's tokens in its bar; where those of a run have no room there, their sum where decoding begins."""
+    """Each prefill's tokens in its bar; if those of a run do not fit there, their sum where decoding begins."""
 
     def has_room(span: Span, text: str) -> bool:
         return len(text) * DIGIT_PX + 3 <= (edges[span.last + 1] - edges[span.first]) * px
@@ -233,7 +233,7 @@ def _edges(trace: Trace, by: str) -> tuple[list[float], str]:
     if by == "step":
         return [place - 0.5 for place in range(len(trace.steps) + 1)], "step"
     if by != "time":
-        raise ValueError(f"by={by!r} is not known; known: step, time")
+        raise ValueError(f"by={by!r}: must be step or time")
     last = trace.steps[-1]
     times = [step.began_s for step in trace.steps] + [last.began_s if last.ended_s is None else last.ended_s]
     unit, name = (1.0, "seconds") if times[-1] - times[0] >= 2 else (1e-3, "milliseconds")

@@ -313,7 +313,7 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
         ({"method": "ngram"}, "num_speculative_tokens missing"),
         ({}, "method and num_speculative_tokens missing"),
         ("ngram", "speculative_config='ngram': must be a dict"),
-        ({"method": "eagle", "num_speculative_tokens": 4}, "method='eagle' is not known; known: ngram, draft_model"),
+        ({"method": "eagle", "num_speculative_tokens": 4}, "method='eagle': must be one of ngram, draft_model"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens=0: must be an integer >= 1"),
         ({"method": "ngram", "num_speculative_tokens": True}, "num_speculative_tokens=True"),
         ({"method": "ngram", "num_speculative_tokens": 4, "model": "x"}, "model='x': ngram uses no draft model"),

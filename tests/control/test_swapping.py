@@ -144,7 +144,7 @@ def test_the_watermark_spares_preemptions() -> None:
 
 
 def test_a_mode_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match="preemption_mode='drop' is not known; known: recompute, swap"):
+    with pytest.raises(ValueError, match="preemption_mode='drop': must be one of recompute, swap"):
         Scheduler(BlockManager(4, 4), 4, 16, preemption_mode="drop")
     with pytest.raises(ValueError, match="watermark=1"):
         BlockManager(4, 4, watermark=1)

@@ -72,7 +72,7 @@ def test_half_a_head_is_waited_for_only_so_long(http: str) -> None:
         until(lambda: len(served.server.server_state.connections) == 4)
 
         def hang_up(later_s: float) -> None:
-            served.in_loop(lambda: served.server._hang_up(served.loop.time() + later_s))
+            served.in_loop(lambda: served.server._close_idle_connections(served.loop.time() + later_s))
 
         hang_up(0.0)
         hang_up(patient.receive_timeout_s - LIMIT_S)

@@ -67,7 +67,7 @@ def test_evaluate_counts_answers_and_nats():
 
 
 def test_evaluate_refuses_no_stories():
-    with pytest.raises(ValueError, match="num_stories is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="num_stories=0: must be at least 1"):
         evaluate(Oracle(), num_stories=0)
 
 

@@ -125,7 +125,7 @@ class TestChatTemplate:
             ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\['content'\]\[0\]: a part of"),
             ([{"role": "user", "content": ["fox"]}], r"messages\[0\]\['content'\]\[0\]: a part of type 'str'"),
             ([{"role": "user", "content": "a\ud83d"}], r"messages\[0\]\['content'\]: character '\\ud83d'"),
-            ([{"role": "tool", "content": "x"}], "refuses these messages: a tool cannot begin"),
+            ([{"role": "tool", "content": "x"}], "rejects these messages: a tool cannot begin"),
         ],
     )
     def test_malformed_messages_are_named(self, tokenizer: Tokenizer, messages: Any, message: str) -> None:
@@ -174,7 +174,7 @@ class TestChatTemplate:
         assert tokenizer.decode(tokenizer.apply_chat_template([user])) == "(fox) "
         with pytest.raises(ValueError, match=r"leaves out this 'tool' message"):
             tokenizer.apply_chat_template([user, tool])
-        with pytest.raises(ValueError, match="refuses these messages: no bracket"):
+        with pytest.raises(ValueError, match="rejects these messages: no bracket"):
             tokenizer.apply_chat_template([{**user, "content": "fox"}])
 
     @pytest.mark.parametrize(

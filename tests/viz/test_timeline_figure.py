@@ -150,7 +150,7 @@ def test_time_makes_steps_as_wide_as_they_were():
     assert strip.get_xlabel() == "seconds"
     assert rows.get_xlim() == (0, len(trace.steps) - 1 + 0.25)
     assert (0.0, 1.0) in [(left, right) for left, _, right, _ in boxes(rows, "prefill")]
-    with pytest.raises(ValueError, match=r"by='date' is not known; known: step, time"):
+    with pytest.raises(ValueError, match=r"by='date': must be step or time"):
         timeline_figure(trace, by="date")
 
 

@@ -59,7 +59,7 @@ def check_paged_attention(
         if index.shape[-1] > 1 and index.stride(-1) != 1:
             raise ValueError(f"{name} must have dense rows; got strides {index.stride()}")
     if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows exceed the {MAX_ROWS} of a launch")
+        raise ValueError(f"{rows} rows exceed the {MAX_ROWS} that one launch can have")
     if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise ValueError(f"out must be like q; got {shapes(q=q, out=out)}, {out.dtype} on {out.device}")
     if out is not None and q.shape[2] > 1 and out.stride(2) != 1:
@@ -73,17 +73,17 @@ def check_index_values(
     num_blocks, block_size = k_cache.shape[:2]
     bounds = query_start_loc
     if bounds[0] != 0 or bounds[-1] != num_queries or any(b > e for b, e in pairwise(bounds)):
-        raise ValueError(f"query_start_loc must rise from 0 to the {num_queries} queries of q; got {bounds}")
+        raise ValueError(f"query_start_loc must increase from 0 to the {num_queries} queries of q; got {bounds}")
     room = block_tables.shape[1] * block_size
     if seq_lens and not 0 <= min(seq_lens) <= max(seq_lens) <= room:
         raise ValueError(
-            f"seq_lens {seq_lens} must lie within 0..{room}: tables hold {block_tables.shape[1]} blocks of {block_size}"
+            f"seq_lens {seq_lens} must be within 0..{room}: tables hold {block_tables.shape[1]} blocks of {block_size}"
         )
     for row, table in enumerate(block_tables.tolist()):
         used = table[: -(-seq_lens[row] // block_size)]
         if used and not 0 <= min(used) <= max(used) < num_blocks:
             raise ValueError(
-                f"block table {row} is {used[:16]}: it points outside the {num_blocks} blocks of "
+                f"block table {row} is {used[:16]}: it refers to blocks outside the {num_blocks} of "
                 f"the cache {list(k_cache.shape)}"
             )
 
@@ -92,7 +92,7 @@ def _check_heads(num_heads: int, num_kv_heads: int, dim: int, given: str) -> Non
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {given}")
     if not 1 <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={dim} must lie within 1..{MAX_HEAD_DIM}; got {given}")
+        raise ValueError(f"head_dim={dim} must be within 1..{MAX_HEAD_DIM}; got {given}")
 
 
 def _check_alike(**tensors: Tensor) -> None:
@@ -107,6 +107,6 @@ def _check_alike(**tensors: Tensor) -> None:
 
 def _check_numbers(scale: float | None, window: int | None) -> None:
     if scale is not None and not 0 < scale <= MAX_SCALE:
-        raise ValueError(f"scale={scale}: must be above 0, and at most {MAX_SCALE:g}")
+        raise ValueError(f"scale={scale}: must be > 0 and <= {MAX_SCALE:g}")
     if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"window={window!r}: must be an integer of at least 1, the token itself")
+        raise ValueError(f"window={window!r}: must be an integer >= 1, since it counts the token itself")

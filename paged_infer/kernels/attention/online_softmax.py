@@ -220,7 +220,7 @@ def tile_sizes(fast_elements: int, head_dim: int) -> tuple[int, int]:
     block_q = fast_elements // (5 * head_dim + 2)
     if block_q < 1:
         raise ValueError(
-            f"fast memory of {fast_elements} elements holds no tile of head_dim {head_dim}: "
+            f"fast memory of {fast_elements} elements is too small for a tile of head_dim {head_dim}: "
             f"{5 * head_dim + 2} are needed"
         )
     return block_q, min(block_q, head_dim)

@@ -62,8 +62,8 @@ def paged_attention(
         max_query_len = max(query_lens, default=0)
     elif not 0 <= num_decodes <= seq_lens.shape[0] or max_query_len < 0:
         raise ValueError(
-            f"num_decodes={num_decodes} must lie within 0..{seq_lens.shape[0]} rows, and max_query_len={max_query_len} "
-            "be at least 0"
+            f"num_decodes={num_decodes} must be within 0..{seq_lens.shape[0]} rows, and max_query_len={max_query_len} "
+            "must be at least 0"
         )
     if max_seq_len is None:
         max_seq_len = block_tables.shape[1] * k_cache.shape[1]

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch  # loads the OpenMP runtime that the kernels share
 
-from paged_infer.kernels.cpu.cache import CacheRefused, KernelCache
+from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _SIGNATURES = {
 }
 
 
-class CannotBuild(Exception):
+class BuildError(Exception):
     """There is no C compiler, or it fails; the message gives the reason."""
 
 
@@ -59,20 +59,20 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     """The built kernels, for tensors of ``dtype``, one of ``DTYPES``.
 
     Raises:
-        CannotBuild: there is no compiler, or it fails.
+        BuildError: there is no compiler, or it fails.
     """
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        raise CannotBuild("no C compiler (cc, gcc, clang, or one named by CC) was found")
+        raise BuildError("no C compiler (cc, gcc, clang, or one named by CC) was found")
     flags = [*FLAGS, DTYPES[dtype]]
     try:
         try:
             loaded = _load_or_build(compiler, [*flags, "-fopenmp"])
-        except CannotBuild as error:  # Apple's clang has no OpenMP: one thread is better than none
+        except BuildError as error:  # Apple's clang has no OpenMP: one thread is better than none
             loaded = _load_or_build(compiler, flags)
             _warn_once(f"the C kernels run on one thread, without OpenMP: {error}")
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise CannotBuild(f"{compiler}: {error}") from None
+        raise BuildError(f"{compiler}: {error}") from None
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
@@ -85,7 +85,7 @@ def unavailable_reason(dtype: torch.dtype = torch.float32) -> str | None:
     """The reason why the kernels cannot be used on this machine, or None if they can."""
     try:
         library(dtype)
-    except CannotBuild as error:
+    except BuildError as error:
         return str(error)
     return None
 
@@ -96,8 +96,8 @@ def _load_or_build(compiler: str, flags: list[str]) -> ctypes.CDLL:
         with KernelCache.opened() as cache:
             loaded = cache.load(key)
             return _build(compiler, flags, key, cache) if loaded is None else loaded
-    except CacheRefused as refused:
-        _warn_not_kept(refused)
+    except CacheUnavailable as refused:
+        _warn_not_cached(refused)
     return _build(compiler, flags, key, None)
 
 
@@ -108,12 +108,12 @@ def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None)
         command = [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(built), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
         if done.returncode != 0:
-            raise CannotBuild(f"{compiler} failed: {_error_line(done.stderr)}")
+            raise BuildError(f"{compiler} failed: {_error_line(done.stderr)}")
         if cache is not None:
             try:
                 return cache.store(key, built.read_bytes())
             except OSError as error:
-                _warn_not_kept(CacheRefused(f"{cache.folder}: {error}"))
+                _warn_not_cached(CacheUnavailable(f"{cache.folder}: {error}"))
         return ctypes.CDLL(str(built))
 
 
@@ -123,7 +123,7 @@ def _error_line(stderr: str) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[-1])[:500]
 
 
-def _warn_not_kept(refused: CacheRefused) -> None:
+def _warn_not_cached(refused: CacheUnavailable) -> None:
     _warn_once(f"the C kernels are compiled again in each process, as no cache folder can be used: {refused}")
 
 

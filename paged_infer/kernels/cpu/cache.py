@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEPT_S = 30 * 24 * 3600  # since a file was last loaded; other machines and compilers may share the folder
-_OURS = re.compile(r"kernels-(?P<key>[0-9a-f]+)(-(?P<digest>[0-9a-f]+))?\.so(?P<aside>\.[0-9a-f]+)?")
+_OURS = re.compile(r"kernels-(?P<key>[0-9a-f]+)(-(?P<digest>[0-9a-f]+))?\.so(?P<temporary>\.[0-9a-f]+)?")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-class CacheRefused(Exception):
+class CacheUnavailable(Exception):
     """The folder cannot be used; the message names it and the reason."""
 
 
@@ -47,7 +47,7 @@ class KernelCache:
         """Create the folder if it is missing, check it, and hold it open.
 
         Raises:
-            CacheRefused: it cannot be created or opened, or it is not private to this user.
+            CacheUnavailable: it cannot be created or opened, or it is not private to this user.
         """
         folder = _folder()
         try:
@@ -55,10 +55,10 @@ class KernelCache:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             reason = "it is a symbolic link" if os.path.islink(folder) else error.strerror
-            raise CacheRefused(f"{folder}: {reason}") from None
+            raise CacheUnavailable(f"{folder}: {reason}") from None
         try:
             if (reason := _not_ours(os.fstat(descriptor))) is not None:
-                raise CacheRefused(f"{folder}: {reason}")
+                raise CacheUnavailable(f"{folder}: {reason}")
             yield cls(folder, descriptor)
         finally:
             os.close(descriptor)
@@ -67,7 +67,7 @@ class KernelCache:
         """The library that was built for ``key``; None if it is missing or damaged."""
         for name in sorted(os.listdir(self.descriptor)):
             match = _OURS.fullmatch(name)
-            if match and match["key"] == key and not match["aside"] and self._is_whole(name, match["digest"]):
+            if match and match["key"] == key and not match["temporary"] and self._is_whole(name, match["digest"]):
                 with contextlib.suppress(OSError):  # removed since, or mounted noexec
                     return self._load(name)
         return None
@@ -79,13 +79,13 @@ class KernelCache:
             OSError: it cannot be written, or cannot be loaded from there.
         """
         name = f"kernels-{key}-{_digest(library)}.so"
-        aside = f"{name}.{secrets.token_hex(8)}"
+        temporary = f"{name}.{secrets.token_hex(8)}"
         try:
-            with open(aside, "xb", opener=self._open) as file:
+            with open(temporary, "xb", opener=self._open) as file:
                 file.write(library)
-            os.rename(aside, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+            os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
         finally:
-            self._remove(aside)
+            self._remove(temporary)
         self._clean(key)
         return self._load(name)
 
@@ -116,7 +116,7 @@ class KernelCache:
             match = _OURS.fullmatch(name)
             if match is None:
                 continue
-            is_damaged = match["key"] == key and not match["aside"] and not self._is_whole(name, match["digest"])
+            is_damaged = match["key"] == key and not match["temporary"] and not self._is_whole(name, match["digest"])
             if is_damaged or self._is_forgotten(name):
                 self._remove(name)
 
@@ -134,14 +134,14 @@ class KernelCache:
 
 def _folder() -> Path:
     if not hasattr(os, "O_NOFOLLOW"):
-        raise CacheRefused("this platform cannot open a folder safely (no O_NOFOLLOW)")
+        raise CacheUnavailable("this platform cannot open a folder safely (no O_NOFOLLOW)")
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the XDG specification: a relative one is ignored
         return Path(base) / "paged_infer"
     try:
         return Path.home() / ".cache" / "paged_infer"
     except RuntimeError:
-        raise CacheRefused("there is no home folder, and XDG_CACHE_HOME is not an absolute path") from None
+        raise CacheUnavailable("there is no home folder, and XDG_CACHE_HOME is not an absolute path") from None
 
 
 def _not_ours(status: os.stat_result) -> str | None:

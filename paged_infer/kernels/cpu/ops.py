@@ -97,7 +97,7 @@ def qk_norm_rope_c(
 
 
 def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """``kernels.store_kv``: rows [T, H_kv, D] to their slots, which must lie within the cache; -1: not stored."""
+    """``kernels.store_kv``: rows [T, H_kv, D] to their slots, which must be within the cache; -1: not stored."""
     dim = k.shape[-1]
     dense = suits(k, v, k_cache, v_cache) and k.stride(1) == v.stride(1) == dim and v.shape == k.shape
     dense = dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64

@@ -48,7 +48,7 @@ def copy_blocks(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Ten
     addresses = tuple(cache.data_ptr() for cache in caches)
     block_bytes = tuple(math.prod(cache.shape[1:]) * cache.element_size() for cache in caches)
     is_aligned = all(number % 16 == 0 for number in (*addresses, *block_bytes))
-    word_bytes = 4 if is_aligned else 1  # 16 bytes a thread either way, where the addresses allow it
+    word_bytes = 4 if is_aligned else 1  # 16 bytes per thread either way, if the addresses allow it
     table = _table(addresses, tuple(count // word_bytes for count in block_bytes), sources.device)
     launch(
         _copy_blocks_kernel,
@@ -108,6 +108,6 @@ def _check(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Tensor) 
         read, written = sources.tolist(), destinations.tolist()
         outside = [block for block in (*read, *written) if not 0 <= block < num_blocks]
         if outside:
-            raise ValueError(f"blocks {outside} must lie within 0..{num_blocks - 1}, the caches' last")
+            raise ValueError(f"blocks {outside} must be within 0..{num_blocks - 1}, the caches' last")
         if len(set(written)) < len(written) or set(written) & set(read):
-            raise ValueError(f"a destination of {written} comes twice, or is one of the sources {read}")
+            raise ValueError(f"a destination in {written} is repeated, or is one of the sources {read}")

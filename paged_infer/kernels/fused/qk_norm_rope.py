@@ -60,7 +60,7 @@ def qk_norm_rope(
         HEAD_DIM=head_dim,
         HEADS=heads,
         HALF_BLOCK=half_block,
-        num_warps=max(1, heads * half_block // 256),  # 16 bytes of 2-byte elements a thread, in each half
+        num_warps=max(1, heads * half_block // 256),  # 16 bytes of 2-byte elements per thread, in each half
     )
     return qk
 
@@ -168,7 +168,7 @@ def _check(
     if not (alike and dense and integer and qkv.dtype in FLOATS):
         raise ValueError(
             "qk_norm_rope expects one device, one dtype of float32, float16 and bfloat16, int64 or int32 slots, rows "
-            "without gaps, contiguous weights and caches; got " + layouts(**tensors)
+            "with stride 1, contiguous weights and caches; got " + layouts(**tensors)
         )
     if slot_mapping is not None and k_cache is not None:
         check_slots(slot_mapping, k_cache)

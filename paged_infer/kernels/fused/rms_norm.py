@@ -46,7 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         *(x, residual, weight, normed, total, x.stride(0), 0 if residual is None else residual.stride(0)),
         *(width, eps),
         BLOCK=block,
-        num_warps=min(16, max(1, block // 256)),  # 16 bytes of 2-byte elements a thread
+        num_warps=min(16, max(1, block // 256)),  # 16 bytes of 2-byte elements per thread
     )
     return normed, x if total is None else total
 
@@ -92,6 +92,6 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
     alike = len({(t.dtype, t.device) for t in tensors.values()}) == 1
     if not (alike and x.dtype in FLOATS and all(t.stride(-1) == 1 for t in tensors.values())):
         raise ValueError(
-            "add_rms_norm expects one device, one dtype of float32, float16 and bfloat16, rows without gaps; got "
+            "add_rms_norm expects one device, one dtype of float32, float16 and bfloat16, rows with stride 1; got "
             + layouts(**tensors)
         )

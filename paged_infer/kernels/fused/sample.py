@@ -211,6 +211,6 @@ def _check(logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: 
     dense = logits.stride(1) == 1 and all(x.is_contiguous() for x in rows.values())
     if not (kinds and dense and on_one_device(**tensors)):
         raise ValueError(
-            "sample expects one device, float32, float16 or bfloat16 logits without gaps in a row, float32 "
+            "sample expects one device, float32, float16 or bfloat16 logits with stride 1 in a row, float32 "
             "temperatures, int64 seeds, int64 or int32 sample_indices and positions; got " + layouts(**tensors)
         )

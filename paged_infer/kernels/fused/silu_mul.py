@@ -26,7 +26,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"silu_mul expects gate_up [T, 2 I]; got {list(gate_up.shape)}")
     if gate_up.dtype not in FLOATS or gate_up.stride(1) != 1:
         raise ValueError(
-            "silu_mul expects float32, float16 or bfloat16 without gaps in a row; got "
+            "silu_mul expects float32, float16 or bfloat16 with stride 1 in a row; got "
             f"{gate_up.dtype}, strides {gate_up.stride()}"
         )
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -37,7 +37,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         (num_tokens, triton.cdiv(width, block)),
         *(gate_up, out, gate_up.stride(0), width),
         BLOCK=block,
-        num_warps=max(1, block // 256),  # 16 bytes of 2-byte elements a thread
+        num_warps=max(1, block // 256),  # 16 bytes of 2-byte elements per thread
     )
     return out
 

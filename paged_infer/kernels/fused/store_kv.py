@@ -38,7 +38,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         (num_tokens, triton.cdiv(width, block)),
         *(k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), width),
         BLOCK=block,
-        num_warps=min(8, max(1, block // 256)),  # 16 bytes of 2-byte elements a thread
+        num_warps=min(8, max(1, block // 256)),  # 16 bytes of 2-byte elements per thread
     )
 
 

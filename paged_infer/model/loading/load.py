@@ -80,7 +80,7 @@ def empty_decoder(
     needed, available = config.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
     if needed > available:
         raise ValueError(
-            f"{config.num_parameters} parameters as {dtype} need {needed} bytes, and {device} has {available} available"
+            f"{config.num_parameters} parameters as {dtype} need {needed} bytes, but {device} has {available} available"
         )
     with torch.device("meta"):
         decoder = Decoder(config, ops).to(dtype)
@@ -146,7 +146,7 @@ def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], 
                 problems.append(f"unexpected tensor {tensor.name} {list(tensor.shape)}")
             continue
         if name in found:
-            problems.append(f"tensor {tensor.name} is there twice")
+            problems.append(f"tensor {tensor.name} is stored twice")
         elif tensor.shape != shapes[name]:
             problems.append(f"{tensor.name} is {list(tensor.shape)}, not {list(shapes[name])}")
         elif name in floats and tensor.dtype not in _FLOATS:
@@ -188,7 +188,7 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
 
 @torch.inference_mode()
 def fill_at_random(decoder: Decoder, seed: int) -> None:
-    """Matrices normal with a standard deviation of 0.02, norms 1, biases 0; drawn in place on the decoder's device."""
+    """Matrices normal with a standard deviation of 0.02, norms 1, biases 0; generated in place, on the device."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     for name, parameter in decoder.named_parameters():
         if name.endswith("bias"):

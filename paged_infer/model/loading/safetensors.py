@@ -28,7 +28,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's safetensors: model.safetensors if it exists, or else the files that the index names.
 
     Raises:
-        ValueError: the files that are missing, or an index that names none.
+        ValueError: files are missing, or the index names none; the message names them.
     """
     index_path, paths = folder / INDEX, [folder / "model.safetensors"]
     if index_path.is_file() and not paths[0].is_file():
@@ -39,7 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
         paths = [folder / name for name in sorted(names)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"{folder}: weight file {', '.join(missing)} is not there (only safetensors are read)")
+        raise ValueError(f"{folder}: weight file {', '.join(missing)} is missing (only safetensors are read)")
     return paths
 
 
@@ -47,7 +47,7 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
     """All tensors by the headers of the weight files, in order; no weights are read.
 
     Raises:
-        ValueError: a file is missing, truncated or unreadable, or the folder also holds an adapter.
+        ValueError: a file is missing, truncated or unreadable, or the folder also has an adapter.
     """
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: has an adapter (adapter_config.json), which is not supported: merge it first")

@@ -108,16 +108,16 @@ class DeltaTracker:
         rows: ReadOnlyList[TokenLogprobs | None],
         tokenizer: Tokenizer | None,
         *,
-        goes_on: bool,
+        continues_text: bool,
         by_id: bool,
     ) -> dict[str, Any]:
         """The ``logprobs`` of ``/v1/completions``. A token without a row, such as the prompt's first, gets null.
 
         A token has the same name in ``tokens`` and in ``top_logprobs``, see ``token_names``; ``by_id``: vLLM's form for
-        all. Its offset is the position of its first character in the returned text. ``goes_on``: these tokens continue
-        a prompt that is not returned.
+        all. Its offset is the position of its first character in the returned text. ``continues_text``: these tokens
+        continue a prompt that is not returned.
         """
-        self._has_begun |= goes_on
+        self._has_begun |= continues_text
         namer = None if by_id else tokenizer
         names = [token_names([token_id, *(row or ())], namer) for token_id, row in zip(token_ids, rows, strict=True)]
         offsets = []

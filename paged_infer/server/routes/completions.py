@@ -81,9 +81,11 @@ class _CompletionBuilder(ResponseBuilder):
         logprobs = None
         if self.body.logprobs is not None:
             has_text = tokenizer is not None and not all(map(tokenizer.is_silent, output.prompt_token_ids))
-            goes_on = has_text and not self.body.echo
+            continues_text = has_text and not self.body.echo
             by_id = bool(self.body.return_tokens_as_token_ids)
-            logprobs = tracker.completion_logprobs(token_ids, all_rows, tokenizer, goes_on=goes_on, by_id=by_id)
+            logprobs = tracker.completion_logprobs(
+                token_ids, all_rows, tokenizer, continues_text=continues_text, by_id=by_id
+            )
         return {"text": text, "logprobs": logprobs}
 
     def about_choice(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _listed(queue: Iterable[Sequence]) -> list[dict[str, Any]]:
 
 
 def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
-    """What changed from ``old`` to ``new``. A cell is [block, owners, tokens, findable], or [block] if it is blank."""
+    """What changed from ``old`` to ``new``. A cell is [block, owners, tokens, is_hashed], or [block] if it is blank."""
     known = {} if old is None else old.cells
     held = [list(cell) for block, cell in new.cells.items() if known.get(block) != cell]
     blank = [[block] for block in known if block not in new.cells]

@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Chooser:
-    """Draws from finite choices and remembers how likely the whole series of draws was.
+    """Draws from finite choices, and keeps the probability of all draws together.
 
-    The grammar may look at nothing random but this object. As long as different draws always end in
+    The grammar must have no other source of randomness. As long as different draws always end in
     different texts, `logprob` is therefore exactly the log-probability of the text, in nats.
     """
 
@@ -41,7 +41,7 @@ class Chooser:
         """One of the keys of `options`, with probability proportional to its value."""
         total = math.fsum(options.values())
         mark = self._random() * total
-        chosen = list(options)[-1]  # where rounding leaves a last crumb of the mark
+        chosen = list(options)[-1]  # in case rounding leaves none chosen
         for option, weight in options.items():
             mark -= weight
             if mark < 0.0:

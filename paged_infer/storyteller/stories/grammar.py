@@ -2,7 +2,7 @@
 
 Every decision is a draw of one `Chooser`, and different draws end in different texts, so a story has exactly one
 derivation and its log-probability is the sum of its draws. No model, however good, can do better than
-exp(-logprob / num_tokens) in perplexity on text from this grammar: that is what the trained model is held against.
+exp(-logprob / num_tokens) in perplexity on text from this grammar: that is the bound for the trained model.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from paged_infer.storyteller.stories.scenes import SCENES, find
 from paged_infer.storyteller.stories.themes import LAST_WORDS, THEMES
 from paged_infer.storyteller.stories.world import Person, Question, Thing, World
 
-END = "<|endoftext|>"  # stands before a document and after it; never inside
+END = "<|endoftext|>"  # before and after a document, never inside
 # Training uses smaller seeds; evaluation begins here.
 FIRST_EVALUATION_SEED = 1_000_000_000
 
-# Kind of story -> (how often, least scenes in its middle, most, chance that one more follows after the least).
+# Kind of story -> (its share, fewest scenes in its middle, most, chance of another one after the fewest).
 KINDS: dict[str, tuple[float, int, int, float]] = {
     "short story": (0.25, 0, 0, 0.5),
     "story": (0.67, 0, 8, 0.55),
@@ -36,12 +36,12 @@ class Story:
 
 
 def ask(question: Question) -> str:
-    """The two lines in which a question and its answer stand in a document."""
+    """The two lines of a question and its answer in a document."""
     return f"Q: {question.question}\nA: {question.answer}\n"
 
 
 def tell(seed: int) -> Story:
-    """The story of that seed."""
+    """The story of this seed."""
     return write(Chooser.from_seed(seed))
 
 

@@ -1,4 +1,4 @@
-"""The words the stories are made of. Every list is a tuple, so that a seed means the same story for ever.
+"""The words the stories are made of. Every list is a tuple, so that a seed always gives the same story.
 
 Three rules keep the stories learnable and their facts exact: no word needs the article "an"; no noun is two of
 thing, container, countable and animal; and where things are kept (`CONTAINERS`, `SPOTS`) is never where things
@@ -93,7 +93,7 @@ DAYTIMES = (
 )  # fmt: skip
 CONNECTIVES = ("A little later", "Soon after that", "Before long", "Then")
 
-# Countables by the way one comes by them.
+# Countables, by how a person gets them.
 FRUITS = ("apples", "plums", "pears", "cherries")
 GROUND = ("shells", "pebbles", "acorns", "chestnuts")
 BAKED = ("cookies", "buns", "pancakes", "cakes")

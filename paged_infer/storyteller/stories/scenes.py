@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from paged_infer.storyteller.stories import lexicon
 from paged_infer.storyteller.stories.world import Count, Person, Thing, World
 
-# Moments in which nothing is learned but something is felt.
+# Moments that add mood but no facts.
 INTERLUDES: tuple[str, ...] = (
     "it began to pour. {a} and {b} ran under the nearest roof and told each other ghost stories until it stopped.",
     "a rainbow stood over the hill. {a} ran towards it, but the rainbow ran faster.",

@@ -9,7 +9,7 @@ from paged_infer.storyteller.stories.chooser import Chooser
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a story and the one true answer, as both stand after `Q: ` and `A: `."""
+    """A question about a story and the one true answer, as written after `Q: ` and `A: `."""
 
     question: str
     answer: str
@@ -53,7 +53,7 @@ class Person:
 
 @dataclass
 class Thing:
-    """One object. It either stands somewhere (`place`) or a person has it (`holder`), never both."""
+    """One object. It is either somewhere (`place`) or held by a person (`holder`), never both."""
 
     noun: str
     colour: str | None = None
@@ -139,7 +139,7 @@ class World:
         return [thing for thing in self.things if thing.holder is not None]
 
     def questions(self) -> list[Question]:
-        """Every question that the world can answer now, in the order in which its facts were born."""
+        """Every question that the world can answer now, in the order of its facts."""
         found: list[Question] = []
         for thing in self.things:
             if thing.colour is not None:

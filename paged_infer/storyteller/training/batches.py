@@ -1,4 +1,4 @@
-"""Endless training rows: one document a row, rows of like length together, so that little is padding."""
+"""Endless training rows: one document per row, in batches of similar length to keep padding small."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the rows, the rest of which are stories, one a row; and what their tokens weigh in the loss.
+    """Shares of the rows, the rest of which are stories, one per row; and the weights of their tokens in the loss.
 
     `packed` rows are several documents in a row of `CONTEXT` tokens, so that every position is trained.
     `headless` is the share of documents that begin without `<|endoftext|>`.
@@ -28,7 +28,7 @@ class Mix:
     most_facts: int = 5
     headless: float = 0.0
     answer_weight: float = 1.0
-    drill_weight: float = 1.0  # of the tokens of memory games outside answers, which cannot be guessed
+    drill_weight: float = 1.0  # of tokens of memory games outside answers, which cannot be predicted
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Rows:
         return weights
 
     def batches(self, mix: Mix, tokens: int) -> list[Batch]:
-        """Some batches of about `tokens` positions each, rows of like length together, in random order."""
-        num_rows = 128 if tokens < 4000 else 256  # enough of them that neighbours are of like length
+        """Some batches of about `tokens` positions each, of rows of similar length, in random order."""
+        num_rows = 128 if tokens < 4000 else 256  # enough for neighbours of similar length
         rows = sorted((self.row(mix) for _ in range(num_rows)), key=lambda row: len(row[0]))
         batches, group = [], list[tuple[list[int], list[float]]]()
         for row in rows:
@@ -110,7 +110,7 @@ class Rows:
 
 
 def stream(rows: Rows, phases: list[tuple[int, Mix]], tokens: int) -> Iterator[Batch]:
-    """`steps` batches for each of `phases` (steps, mix), written ahead in a thread."""
+    """`steps` batches for each of `phases` (steps, mix), prepared in a thread."""
     queue: Queue[Batch] = Queue(maxsize=64)
 
     def write() -> None:

@@ -2,7 +2,7 @@
 
 Two layers learn the distribution of six: the loss is the distance from the storyteller's distribution at every token
 (distillation, Hinton et al. 2015, at temperature 1), not from the one token that came next. A draft is accepted where
-both models draw the same token with the same noise, so it is the distributions that should agree.
+both models sample the same token with the same noise, so it is the distributions that should agree.
 """
 
 import torch
@@ -25,7 +25,7 @@ DRAFT_SHAPE = {
 
 
 def distance_from(teacher: Qwen3ForCausalLM) -> Loss:
-    """(the same twice) the mean over tokens of KL(teacher || student), in nats."""
+    """The mean over tokens of KL(teacher || student), in nats: twice, to minimize and to log."""
 
     def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         counted = batch.weights > 0  # [B, S - 1]: not the padding

@@ -1,5 +1,5 @@
-"""Memory games: short lists of facts, all of them asked. Training starts with these, since nothing else in them
-can be learned than to look back and copy; the stories then use what was learned."""
+"""Memory games: short lists of facts, then questions about all of them. Training starts with these, since all that
+they can teach is to look back and copy; the stories then use what was learned."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Game:
 
 
 def drill(seed: int, most_facts: int = 5) -> Game:
-    """The memory game of that seed: two to `most_facts` facts in plain sentences, then every question about them."""
+    """The memory game of this seed: two to `most_facts` facts in plain sentences, then every question about them."""
     chooser = Chooser.from_seed(seed)
     world = World(chooser)
     for _ in range(2):

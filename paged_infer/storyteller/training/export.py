@@ -15,9 +15,9 @@ from paged_infer.storyteller.training.vocabulary import save_tokenizer
 
 
 def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write config, weights (rounded to bfloat16) and tokenizer to `folder`, file by file in one move each.
+    """Write config, weights (rounded to bfloat16) and tokenizer to `folder`; each file is replaced atomically.
 
-    config.json still names float32, so that engines compute in it: the bundled weights are small, not the arithmetic.
+    config.json still names float32, so that engines compute in it: only the stored weights are bfloat16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = tokenizer.token_to_id(END)
@@ -49,7 +49,7 @@ def plot(log: list[dict[str, float]], path: Path) -> None:
         figure, left = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained")
         left.plot(millions, [entry["loss"] for entry in log], color="tab:blue")
         left.set(xlabel="tokens trained on (millions)", yscale="log", xlim=(0, None))
-        left.set_ylabel("loss (nats a token)", color="tab:blue")
+        left.set_ylabel("loss (nats per token)", color="tab:blue")
         right = left.twinx()
         right.plot(millions, [100 * entry["recall"] for entry in log], color="tab:orange")
         right.set_ylim(0, 102)

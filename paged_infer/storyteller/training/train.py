@@ -30,14 +30,14 @@ Loss = Callable[[Qwen3ForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]]  #
 
 # The options that both training commands have.
 Out = Annotated[Path, typer.Option(help="Folder for the model.")]
-Seed = Annotated[int, typer.Option(help="Of the weights and of the data.")]
-Steps = Annotated[int, typer.Option(help="All optimizer steps.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens a step.")]
+Seed = Annotated[int, typer.Option(help="Seed of the weights and the data.")]
+Steps = Annotated[int, typer.Option(help="Optimizer steps in total.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens per step.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
 
 
 def new_model(vocab_size: int, seed: int, shape: dict[str, int] = SHAPE) -> Qwen3ForCausalLM:
-    """A Qwen3 of 3.1M parameters (or of another shape), initialized so that it soon learns to look back.
+    """A Qwen3 of 3.1M parameters (or of another shape), initialized so that it learns early to look back.
 
     Two things help: weights of about 1 / sqrt(hidden), where 0.02 is usual, and `begin_by_matching`.
     """
@@ -61,9 +61,9 @@ def new_model(vocab_size: int, seed: int, shape: dict[str, int] = SHAPE) -> Qwen
 
 @torch.no_grad()
 def begin_by_matching(model: Qwen3ForCausalLM) -> None:
-    """Let the first head of each layer attend to whatever resembles the present token, and copy it.
+    """Let the first head of each layer attend to whatever resembles the current token, and copy it.
 
-    Its queries are made like its keys, both in the slowly turning half of the rotary dimensions, so that distance
+    Its queries are made equal to its keys, both in the slowly turning half of the rotary dimensions, so that distance
     does not blur the match; its output undoes its values. This is "mimetic" initialization (Trockman and Kolter, 2023).
     """
     for layer in model.model.layers:
@@ -98,7 +98,7 @@ def weighted_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, 
 
 
 class Probe:
-    """The share of answers in unseen stories that the model would give greedily, measured in one go."""
+    """The share of answers in unseen stories that the model gets right greedily, measured without generating."""
 
     def __init__(self, rows: Rows, num_batches: int = 2) -> None:
         unseen = Rows(rows.tokenizer, seed=0)
@@ -108,7 +108,7 @@ class Probe:
 
     @torch.no_grad()
     def recall(self, model: Qwen3ForCausalLM) -> float:
-        """An answer counts when each of its tokens is the likeliest after the true ones before it."""
+        """An answer counts if each of its tokens is the most probable one given the true tokens before it."""
         right = asked = 0
         for batch in self.batches:
             with torch.autocast("cpu", torch.bfloat16):
@@ -134,7 +134,7 @@ def fit(
     log_every: int,
     loss_of: Loss = weighted_loss,
 ) -> list[dict[str, float]]:
-    """Train `model` for the steps of all `phases` and write it to `out`, also every 500 steps meanwhile.
+    """Train `model` for the steps of all `phases` and write it to `out`, at the end and every 500 steps.
 
     The learning rates rise over 50 steps and fall linearly to 0 over the last `decay_steps`. Returns the loss and
     the recall of unseen facts, measured every `log_every` steps.
@@ -142,8 +142,8 @@ def fit(
     steps = sum(count for count, _ in phases)
     rows = Rows(tokenizer, seed)
     probe = Probe(rows)
-    tools = optimizers(model)
-    rates = [tool.param_groups[0]["lr"] for tool in tools]
+    all_optimizers = optimizers(model)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in all_optimizers]
     log: list[dict[str, float]] = []
     losses: list[float] = []
     tokens = 0
@@ -152,10 +152,10 @@ def fit(
         loss, plain = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for tool, rate in zip(tools, rates, strict=True):
-            tool.param_groups[0]["lr"] = rate * min(1.0, step / 50, (steps - step + 1) / decay_steps)
-            tool.step()
-            tool.zero_grad()
+        for optimizer, rate in zip(all_optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50, (steps - step + 1) / decay_steps)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(plain.item())
         tokens += int((batch.weights > 0).sum())
         if step % log_every == 0:
@@ -174,7 +174,7 @@ def main(
     figures: Annotated[Path, typer.Option(help="Folder for the loss curve.")] = Path("figures"),
     seed: Seed = 0,
     steps: Steps = 2400,
-    decay_steps: Annotated[int, typer.Option(help="Of them at last, while the rates fall to 0.")] = 900,
+    decay_steps: Annotated[int, typer.Option(help="Final steps, over which the learning rates fall to 0.")] = 900,
     batch_tokens: BatchTokens = 1600,
     log_every: Annotated[int, typer.Option(help="Steps between two measurements of recall.")] = 50,
     threads: Threads = 1,
@@ -190,7 +190,7 @@ def main(
 
 
 def phases(steps: int) -> list[tuple[int, Mix]]:
-    """(steps, mix of rows): memory games, of which only the answers weigh much, then stories."""
+    """(steps, mix of rows): memory games, in which mainly the answers count, then stories."""
     games = [
         Mix(drills=0.8, most_facts=3, answer_weight=5.0, drill_weight=0.1),
         Mix(drills=0.7, most_facts=4, answer_weight=5.0, drill_weight=0.3),

@@ -15,7 +15,7 @@ from paged_infer import LLM, SamplingParams
 from paged_infer.kernels import attention_backends
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.kernels.cpu import build as c_runtime
-from paged_infer.kernels.cpu.build import CannotBuild, library, unavailable_reason
+from paged_infer.kernels.cpu.build import BuildError, library, unavailable_reason
 
 __all__ = ["cache_folder", "copying", "temp"]  # fixtures
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_it_is_built_once_and_then_loaded(cache_folder: Path, temp: Path, copyin
 def test_without_a_compiler_it_says_so(monkeypatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(c_runtime.shutil, "which", lambda name: None)
-    with pytest.raises(CannotBuild, match="no C compiler"):
+    with pytest.raises(BuildError, match="no C compiler"):
         library()
     assert "no C compiler" in (unavailable_reason() or "")
 

@@ -14,7 +14,7 @@ from c_building import cache_folder, compiler_script, copying, forget, temp
 
 from paged_infer.kernels.cpu import cache as c_cache
 from paged_infer.kernels.cpu.build import library, unavailable_reason
-from paged_infer.kernels.cpu.cache import CacheRefused, KernelCache
+from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 __all__ = ["cache_folder", "copying", "temp"]  # fixtures
 
@@ -124,7 +124,7 @@ def test_a_folder_of_another_user_is_not_used(built: Path, folder: Path, monkeyp
     owner = folder.stat().st_uid
     monkeypatch.setattr(c_cache.os, "geteuid", lambda: owner + 1)
     with (
-        pytest.raises(CacheRefused, match=f"belongs to user {owner}, and this is user {owner + 1}"),
+        pytest.raises(CacheUnavailable, match=f"belongs to user {owner}, and this is user {owner + 1}"),
         KernelCache.opened(),
     ):
         pass

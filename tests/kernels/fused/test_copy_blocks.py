@@ -82,9 +82,9 @@ GOOD: dict[str, Any] = {"caches": CACHES, "sources": torch.tensor([0, 0]), "dest
         ({"caches": [CACHES[0], torch.zeros(3, 2, 2, 4)]}, r"cache 1 \[3, 2, 2, 4\]"),
         ({"caches": [torch.zeros(4, 2, 4, 2).mT]}, r"strides \(16, 8, 1, 2\)"),
         ({"caches": [torch.zeros(4, 2, device="meta")]}, "cache 0 torch.float32 on meta"),
-        ({"destinations": torch.tensor([1, 4])}, r"blocks \[4\] must lie within 0\.\.3"),
-        ({"sources": torch.tensor([0, -1])}, r"blocks \[-1\] must lie within 0\.\.3"),
-        ({"destinations": torch.tensor([1, 1])}, r"\[1, 1\] comes twice"),
+        ({"destinations": torch.tensor([1, 4])}, r"blocks \[4\] must be within 0\.\.3"),
+        ({"sources": torch.tensor([0, -1])}, r"blocks \[-1\] must be within 0\.\.3"),
+        ({"destinations": torch.tensor([1, 1])}, r"\[1, 1\] is repeated"),
         ({"destinations": torch.tensor([1, 0])}, r"one of the sources \[0, 0\]"),
     ],
 )

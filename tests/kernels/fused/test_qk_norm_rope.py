@@ -156,7 +156,7 @@ GOOD: dict[str, Any] = {
         ({"slot_mapping": torch.ones(3)}, "slot_mapping torch.float32"),
         ({"v_cache": torch.zeros(2, 2, 1, 8, device="meta")}, "v_cache torch.float32 on meta"),
         ({"qkv": torch.ones(3, 8, 4).mT}, r"qkv .* strides \(32, 1, 4\)"),
-        ({"slot_mapping": torch.tensor([0, 1, 4])}, r"slots 0\.\.4 must lie within -1\.\.3"),
+        ({"slot_mapping": torch.tensor([0, 1, 4])}, r"slots 0\.\.4 must be within -1\.\.3"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_shape(wrong, message) -> None:

@@ -87,8 +87,8 @@ GOOD: dict[str, Any] = {
         ({"k": torch.zeros(3, 2, 4, device="meta")}, "k torch.float32 on meta"),
         ({"k": torch.zeros(3, 4, 2).mT}, r"strides \(8, 1, 2\)"),
         ({"k_cache": torch.zeros(2, 2, 4, 4)[:, :, ::2]}, r"k_cache .* strides \(32, 16, 8, 1\)"),
-        ({"slot_mapping": torch.tensor([0, -1, 4])}, r"slots -1\.\.4 must lie within -1\.\.3"),
-        ({"slot_mapping": torch.tensor([0, -2, 3])}, r"slots -2\.\.3 must lie within -1\.\.3"),
+        ({"slot_mapping": torch.tensor([0, -1, 4])}, r"slots -1\.\.4 must be within -1\.\.3"),
+        ({"slot_mapping": torch.tensor([0, -2, 3])}, r"slots -2\.\.3 must be within -1\.\.3"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_shape(wrong, message) -> None:

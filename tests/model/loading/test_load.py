@@ -91,12 +91,12 @@ def other_head(tensors: dict[str, Tensor]) -> None:
          "model.layers.0.mlp.down_proj.weight is [272, 192], not [192, 272]"),
         ("gpt2", lambda t: t.update({"transformer.h.2.attn.c_attn.weight": torch.zeros(576, 192)}),
          "transformer.h.2.attn.c_attn.weight is [576, 192], not [192, 576]"),
-        ("gpt2", bias_twice, "ln_1.bias is there twice"),
+        ("gpt2", bias_twice, "ln_1.bias is stored twice"),
         ("gpt2", other_head, "lm_head.weight differs from the embedding"),
         ("qwen3", other_head, "lm_head.weight differs from the embedding"),
         ("mistral", lambda t: t.pop("lm_head.weight"), "missing tensor lm_head.weight [1003, 192]"),
         ("qwen3", lambda t: t.pop("model.embed_tokens.weight"), "missing tensor model.embed_tokens.weight [1003, 192]"),
-        ("qwen3", lambda t: t.update({"norm.weight": torch.ones(192)}), "norm.weight is there twice"),
+        ("qwen3", lambda t: t.update({"norm.weight": torch.ones(192)}), "norm.weight is stored twice"),
         ("qwen3", lambda t: t.update({"model.layers.0.attn.bias": torch.ones(4)}),
          "unexpected tensor model.layers.0.attn.bias [4]"),
         ("mistral", lambda t: t.update({"model.norm.weight": torch.ones(192, dtype=torch.int8)}),
@@ -160,7 +160,7 @@ def test_a_config_of_an_absurd_size_is_refused_before_anything_is_allocated(
 def test_dummy_weights_that_no_memory_holds_are_refused_in_bytes(changes, checkpoint, tmp_path, make_llm) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     rewrite_config(folder, **changes)
-    with pytest.raises(ValueError, match=r"parameters as torch.float32 need \d{13,} bytes, and cpu has \d+ available"):
+    with pytest.raises(ValueError, match=r"parameters as torch.float32 need \d{13,} bytes, but cpu has \d+ available"):
         make_llm(folder, load_format="dummy")
 
 
@@ -170,7 +170,7 @@ def test_weights_that_do_not_fit_are_refused_and_those_that_just_fit_are_not(che
     monkeypatch.setattr(weights, "available_bytes", lambda device: num_bytes)
     load_decoder(folder, torch.float32)
     monkeypatch.setattr(weights, "available_bytes", lambda device: num_bytes - 1)
-    with pytest.raises(ValueError, match=f"need {num_bytes} bytes, and cpu has {num_bytes - 1} available"):
+    with pytest.raises(ValueError, match=f"need {num_bytes} bytes, but cpu has {num_bytes - 1} available"):
         load_decoder(folder, torch.float32)
 
 

@@ -42,7 +42,7 @@ def test_a_tensor_in_two_shards_is_named(checkpoint, tmp_path) -> None:
     first, second = sorted(folder.glob("model-*.safetensors"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     save_file({**load_file(second), name: tensor}, second)
-    with pytest.raises(ValueError, match=f"{name} is there twice"):
+    with pytest.raises(ValueError, match=f"{name} is stored twice"):
         load_decoder(folder, torch.float32)
 
 
@@ -57,14 +57,14 @@ def test_an_unreadable_index_is_named(text: str, checkpoint, tmp_path) -> None:
 def test_weights_in_another_format_are_said_to_be_missing(checkpoint, tmp_path) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model\.safetensors is not there \(only safetensors are read\)"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing \(only safetensors are read\)"):
         load_decoder(folder, torch.float32)
 
 
 def test_an_index_that_names_no_file_name_is_refused(checkpoint, tmp_path) -> None:
     folder = copy_of(checkpoint("qwen2"), tmp_path)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
-    with pytest.raises(ValueError, match="weight file 5 is not there"):
+    with pytest.raises(ValueError, match="weight file 5 is missing"):
         load_decoder(folder, torch.float32)
 
 

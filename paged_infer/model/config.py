@@ -89,7 +89,7 @@ class ModelConfig:
         """
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
-            raise ValueError(f"model_type={family!r} : must be one of {', '.join(sorted(FAMILIES))}")
+            raise ValueError(f"model_type={family!r}: must be one of {', '.join(sorted(FAMILIES))}")
         reader = ConfigReader(raw)
         reader.only(**UNSUPPORTED_KEYS)
         settings = FAMILIES[family](reader)

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 def _activation(config: ConfigReader, key: str, default: str) -> str:
     name = config.value(key, default)
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"{key}={name!r} : must be one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{key}={name!r}: must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -48,7 +48,7 @@ def read_rope(config: ConfigReader, max_position_embeddings: int) -> dict[str, A
     elif kind == "llama3":
         settings["rope_llama3"] = _llama3(config, rope, max_position_embeddings)
     elif kind != "default":
-        raise ValueError(f"rope_type={kind!r} : must be one of default, linear, llama3")
+        raise ValueError(f"rope_type={kind!r}: must be one of default, linear, llama3")
     if unread := rope.unread():
         raise ValueError(f"{name} has {', '.join(unread)}, which rope_type={kind!r} does not use")
     return settings

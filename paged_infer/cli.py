@@ -136,9 +136,7 @@ def chat(
         llm = open_llm(model, **engine.options)
         stop = ["\nQ:"] if llm.is_storyteller else []  # otherwise it continues with the next question
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
-        llm.chat_prompt(
-            [{"role": "user", "content": "hello"}]
-        )  # without a template this raises, before the first question
+        llm.chat_prompt([{"role": "user", "content": "hello"}])  # raises now if there is no template
     except ValueError as error:
         fail(error)
     if llm.is_storyteller:

@@ -52,9 +52,8 @@ class LLM:
         self.engine = LLMEngine(self.folder, config)
         self._num_requests = 0
         self._latest_outputs: dict[str, RequestOutput] = {}  # the latest output of each unfinished call's requests
-        self._streams: list[
-            tuple[weakref.ref[Any], Request]
-        ] = []  # generators, perhaps already collected, and their requests
+        # Generators, perhaps already collected, and their requests.
+        self._streams: list[tuple[weakref.ref[Any], Request]] = []
         self._lock = threading.RLock()  # held by the thread that steps the engine
         self._is_stepping = False
 

@@ -176,10 +176,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones(checkpoint)
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization=nan"),
         ({"dtype": "int8"}, "dtype='int8': must be one of auto, float32"),
-        (
-            {"attention_backend": "flash9"},
-            "attention_backend='flash9': must be one of auto, c, sdpa, torch, triton",
-        ),
+        ({"attention_backend": "flash9"}, "attention_backend='flash9': must be one of auto, c, sdpa, torch, triton"),
         ({"device": "tpu9"}, "device='tpu9'"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),
         ({"preemption_mode": "drop"}, "preemption_mode='drop': must be one of recompute, swap"),

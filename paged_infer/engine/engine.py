@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Live:
+class _RequestState:
     """An unfinished request and what its caller will get."""
 
     request: Request
@@ -73,7 +73,7 @@ class LLMEngine:
         by_default = self.device.type == "cuda" and config.speculation is None
         self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling
         self._running: tuple[ScheduledStep, RunningStep] | None = None  # launched, its result not yet read
-        self._live: dict[str, _Live] = {}
+        self._request_states: dict[str, _RequestState] = {}
 
     @property
     def decoder(self) -> Decoder:
@@ -86,7 +86,7 @@ class LLMEngine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self._live)
+        return bool(self._request_states)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -115,16 +115,16 @@ class LLMEngine:
         """
         if streamed and request.beam_params is not None:
             raise ValueError("a beam search cannot be streamed: its beams change until it ends")
-        if request.request_id in self._live:
+        if request.request_id in self._request_states:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
         try:
             completions = [OutputProcessor(s, self.tokenizer, streamed) for s in request.sequences]
         except Exception as error:  # a tokenizer can raise anything
             raise ValueError(f"the prompt {_decoding_error(error)}") from error
-        live = _Live(request, completions, streamed)
+        state = _RequestState(request, completions, streamed)
         if request.params.prompt_logprobs is not None:
-            live.prompt_logprobs = [None] * len(request.prompt_token_ids)
-        self._live[request.request_id] = live
+            state.prompt_logprobs = [None] * len(request.prompt_token_ids)
+        self._request_states[request.request_id] = state
         self.scheduler.add(request.sequences, request.beam_params)
 
     def add_request(
@@ -135,18 +135,19 @@ class LLMEngine:
 
     def serves(self, request: Request) -> bool:
         """Whether this request, and not another with the same id, is unfinished."""
-        return request.request_id in self._live and self._live[request.request_id].request is request
+        state = self._request_states.get(request.request_id)
+        return state is not None and state.request is request
 
     @defer_sigint()
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request immediately, whatever its state, and free its blocks. None if it is unknown or has finished."""
-        live = self._live.pop(request_id, None)
-        if live is None:
+        state = self._request_states.pop(request_id, None)
+        if state is None:
             return None
-        for sequence in live.request.sequences:
+        for sequence in state.request.sequences:
             self.scheduler.finish(sequence, "abort")
-        live.request.finished_time_s = time.perf_counter()
-        return self._output(live)
+        state.request.finished_time_s = time.perf_counter()
+        return self._output(state)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -205,22 +206,22 @@ class LLMEngine:
         """Append a step's tokens to their sequences, decode them, and add what changed to ``report``."""
         now = time.perf_counter()
         grown = self.scheduler.settle(step, result, now)
-        moved: dict[str, _Live] = {}
+        changed: dict[str, _RequestState] = {}
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(result)
         if result.failed or result.prompt_logprobs:
-            moved = {i: live for i, live in self._live.items() if live.request.error is not None}
+            changed = {i: state for i, state in self._request_states.items() if state.request.error is not None}
         for sequence, num_new in Counter(grown).items():
-            live = self._live[sequence.request_id]
-            if live.request.first_token_time_s is None:
-                live.request.first_token_time_s = now
+            state = self._request_states[sequence.request_id]
+            if state.request.first_token_time_s is None:
+                state.request.first_token_time_s = now
             num_before = sequence.num_output_tokens - num_new
             with self._decoding(sequence):
-                self._advance(live, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
+                self._advance(state, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
             report.grown += [sequence] * (sequence.num_output_tokens - num_before)
-            if live.streamed or sequence.is_finished:
-                moved[sequence.request_id] = live
-        report.outputs += [output for live in moved.values() if (output := self._reported(live, now)) is not None]
+            if state.streamed or sequence.is_finished:
+                changed[sequence.request_id] = state
+        report.outputs += [output for state in changed.values() if (output := self._reported(state, now)) is not None]
 
     @contextmanager
     def _decoding(self, sequence: Sequence) -> Iterator[None]:
@@ -231,28 +232,30 @@ class LLMEngine:
             logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
             self.scheduler.fail(sequence, f"its tokens {_decoding_error(error)}")
 
-    def _advance(self, live: _Live, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int) -> None:
+    def _advance(
+        self, state: _RequestState, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int
+    ) -> None:
         """Decode the sequence's newest tokens to text."""
-        stop = live.completions[sequence.sample_index].advance(logprobs, num_new)
+        stop = state.completions[sequence.sample_index].advance(logprobs, num_new)
         if stop is not None:
             self.scheduler.finish(sequence, "stop", stop)
 
-    def _reported(self, live: _Live, now: float) -> RequestOutput | None:
-        if live.request.is_finished:
-            live.request.finished_time_s = now
-            del self._live[live.request.request_id]
-        elif not live.streamed:
+    def _reported(self, state: _RequestState, now: float) -> RequestOutput | None:
+        if state.request.is_finished:
+            state.request.finished_time_s = now
+            del self._request_states[state.request.request_id]
+        elif not state.streamed:
             return None
-        return self._output(live)
+        return self._output(state)
 
     def _keep_prompt_logprobs(self, result: StepResult) -> None:
-        for live in self._live.values():
-            sequence = live.request.sequences[0]
+        for state in self._request_states.values():
+            sequence = state.request.sequences[0]
             report = result.prompt_logprobs.get(sequence.sequence_id)
-            if report is not None and live.prompt_logprobs is not None:
+            if report is not None and state.prompt_logprobs is not None:
                 first, entries = report
                 with self._decoding(sequence):
-                    live.prompt_logprobs[first : first + len(entries)] = [
+                    state.prompt_logprobs[first : first + len(entries)] = [
                         named_logprobs(entry, self.tokenizer) for entry in entries
                     ]
 
@@ -262,20 +265,20 @@ class LLMEngine:
         stored = self.scheduler.num_stored_tokens(step)
         self.usage.record(pool.num_used * block_size, stored, pool.num_references * block_size)
 
-    def _output(self, live: _Live) -> RequestOutput:
+    def _output(self, state: _RequestState) -> RequestOutput:
         """The request's output so far. If its tokens cannot be decoded, it fails with the text decoded until then."""
         try:
-            return request_output(live.request, live.completions, live.prompt_logprobs)
+            return request_output(state.request, state.completions, state.prompt_logprobs)
         except Exception as error:  # a tokenizer can raise anything
-            logger.exception("the tokens of request %s could not be decoded", live.request.request_id)
+            logger.exception("the tokens of request %s could not be decoded", state.request.request_id)
             self.scheduler.fail(
-                live.request.sequences[0], f"its tokens {_decoding_error(error)}", include_finished=True
+                state.request.sequences[0], f"its tokens {_decoding_error(error)}", include_finished=True
             )
-            self._live.pop(live.request.request_id, None)
-            live.request.finished_time_s = live.request.finished_time_s or time.perf_counter()
-            for completion in live.completions:
+            self._request_states.pop(state.request.request_id, None)
+            state.request.finished_time_s = state.request.finished_time_s or time.perf_counter()
+            for completion in state.completions:
                 completion.is_broken = True
-            return request_output(live.request, live.completions, live.prompt_logprobs)
+            return request_output(state.request, state.completions, state.prompt_logprobs)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
@@ -302,7 +305,7 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Raises RuntimeError if law 2 (nothing leaks, nothing is shared by accident) does not hold right now."""
         self.scheduler.check_integrity()
-        if not self._live and self.manager.pool.num_used:
+        if not self._request_states and self.manager.pool.num_used:
             raise RuntimeError(f"no request is unfinished, but {self.manager.pool.num_used} blocks are held")
 
 

@@ -39,9 +39,8 @@ class RunningStep:
     _logits: Tensor | None  # [R, vocab], one row for each sampled token
     _draws: list[tuple[int, SamplingRow]]
     _drawn: AsyncTokens | None
-    _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = (
-        None  # (sequences, a flag for each of their tokens: whether its hidden state is finite)
-    )
+    # (sequences, a flag for each of their tokens: whether its hidden state is finite)
+    _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = None
 
     @torch.inference_mode()
     def result(self) -> StepResult:

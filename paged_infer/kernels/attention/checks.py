@@ -73,7 +73,7 @@ def check_index_values(
     num_blocks, block_size = k_cache.shape[:2]
     bounds = query_start_loc
     if bounds[0] != 0 or bounds[-1] != num_queries or any(b > e for b, e in pairwise(bounds)):
-        raise ValueError(f"query_start_loc must increase from 0 to the {num_queries} queries of q; got {bounds}")
+        raise ValueError(f"query_start_loc must rise from 0 to the {num_queries} queries of q; got {bounds}")
     room = block_tables.shape[1] * block_size
     if seq_lens and not 0 <= min(seq_lens) <= max(seq_lens) <= room:
         raise ValueError(
@@ -83,7 +83,7 @@ def check_index_values(
         used = table[: -(-seq_lens[row] // block_size)]
         if used and not 0 <= min(used) <= max(used) < num_blocks:
             raise ValueError(
-                f"block table {row} is {used[:16]}: it refers to blocks outside the {num_blocks} of "
+                f"block table {row} is {used[:16]}: it points outside the {num_blocks} blocks of "
                 f"the cache {list(k_cache.shape)}"
             )
 

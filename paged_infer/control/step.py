@@ -95,8 +95,8 @@ class BlockTransfers:
     """Whole blocks to move before a step computes: first all that go out, then all that come in, then the copies.
 
     Attributes:
-        swap_outs: (block, place in swap space).
-        swap_ins: (place in swap space, block).
+        swap_outs: (block, swap block).
+        swap_ins: (swap block, block).
         copies: (source, destination). All sources are read before any destination is written.
     """
 

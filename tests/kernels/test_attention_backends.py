@@ -14,9 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"'flash9': must be one of auto, c, sdpa, .*torch, triton, module:function"
-    ):
+    with pytest.raises(ValueError, match=r"'flash9': must be one of auto, c, sdpa, .*torch, triton, module:function"):
         attention_backend("flash9", CPU)
 
 

@@ -120,7 +120,7 @@ class Linear(nn.Module):
         """Set the method. Its parameters, new and unset, replace those of the previous one."""
         bias = self.bias
         self._parameters.clear()
-        self.method = method
+        self.method, self.product = method, None
         method.create(self, dtype)
         self.register_parameter("bias", bias)
 

@@ -124,6 +124,16 @@ def test_packed_is_what_the_loader_uses_and_keeps_the_dense_weights(checkpoint) 
     torch.testing.assert_close(logits(decoder, IDS), logits(dense, IDS), atol=1e-4, rtol=1e-4)
 
 
+def test_a_layer_that_takes_a_method_again_forgets_what_was_packed() -> None:
+    packed, x = PackedMethod(C_OPS.pack), torch.randn(3, 400)
+    linear = Linear(400, 400, bias=False, method=packed).requires_grad_(False)
+    linear.weight.zero_()
+    linear.method.prepack(linear)
+    linear.use(packed, torch.float32)
+    linear.weight.copy_(torch.eye(400))
+    assert torch.equal(linear(x), x)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_shards_of_the_mlp_add_up_to_the_mlp(family, checkpoint) -> None:
     """Tensor parallelism of two ranks: rows of gate and of up each, columns of down, and a sum of both ranks."""

@@ -139,7 +139,9 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the whole output so far after every token; closing the iterator aborts it."""
-        (request,) = self.prepare([prompt], sampling_params)  # here, not in the generator: bad input raises at once
+        (request,) = self.prepare(
+            [prompt], sampling_params
+        )  # here, not in the generator, so that bad input raises in this call
         outputs = self._stream(request)
         self._streams.append((weakref.ref(outputs), request))
         return outputs

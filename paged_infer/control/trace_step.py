@@ -39,12 +39,12 @@ class Free(NamedTuple):  # its block table is empty
     sequence_id: int
 
 
-class Adopt(NamedTuple):  # it starts with so many tokens from the prefix cache
+class Adopt(NamedTuple):  # it starts with this many tokens from the prefix cache
     sequence_id: int
     num_tokens: int
 
 
-class Fork(NamedTuple):  # it starts with so many tokens that another sequence of its request has stored
+class Fork(NamedTuple):  # it starts with this many tokens that another sequence of its request has stored
     sequence_id: int
     parent_id: int
     num_tokens: int

@@ -1,7 +1,7 @@
 """Defer Ctrl-C while the engine's state changes: a step is planned and recorded whole, or not at all.
 
 defer_sigint()                   SIGINT is recorded, and acts when the outermost of these ends
-  interruptible()                 where no state changes (a forward pass, a sleep): it acts at once
+  interruptible()                 where no state changes (a forward pass, a sleep): it acts immediately
     KeyboardInterrupt  ---->      from here on it is deferred again, so a second one cannot interrupt the ``finally``
                                   blocks of the first
 """
@@ -64,7 +64,7 @@ def defer_sigint() -> Iterator[Deferral]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within ``defer_sigint``: let SIGINT, also a pending one, act at once, until the first one raises."""
+    """Within ``defer_sigint``: let SIGINT, also a pending one, act immediately, until the first one raises."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not isinstance(handler, Deferral):
         yield

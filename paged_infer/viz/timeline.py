@@ -164,19 +164,19 @@ def _write_counts(axes: Axes, row: int, spans: Sequence[Span], edges: Sequence[f
     groups = [list(group) for _, group in groupby(spans, lambda span: span.state in PREFILLS)]
     for run, following in zip(groups, [*groups[1:], []], strict=True):
         texts = [_tokens(span.num_tokens, span.num_found) for span in run]
-        back = [span for span in run if span.num_found and span.state == "decode"]  # all was there
-        beside = {id(span): f"+{span.num_found}" for span in back}
+        back = [span for span in run if span.num_found and span.state == "decode"]  # all its tokens were stored already
+        label_of = {id(span): f"+{span.num_found}" for span in back}
         if run[0].state in PREFILLS:
-            beside.clear()
+            label_of.clear()
             if all(map(has_room, run, texts)):
                 for span, text in zip(run, texts, strict=True):
                     write((edges[span.first] + edges[span.last + 1]) / 2, text, "center", INK)
             elif following and following[0].state == "decode":
                 found = sum(span.num_found for span in run)
-                beside[id(following[0])] = _tokens(sum(span.num_tokens for span in run), found)
+                label_of[id(following[0])] = _tokens(sum(span.num_tokens for span in run), found)
         for span in [*run, *following[:1]]:
-            if id(span) in beside and has_room(span, beside[id(span)] + " "):
-                write(edges[span.first] + 3 / px, beside[id(span)], "left", "white")
+            if id(span) in label_of and has_room(span, label_of[id(span)] + " "):
+                write(edges[span.first] + 3 / px, label_of[id(span)], "left", "white")
 
 
 def _tokens(num_tokens: int, num_found: int) -> str:

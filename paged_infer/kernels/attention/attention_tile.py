@@ -21,7 +21,7 @@ def padded(dim: int) -> int:
 
 
 def max_registers(dtype: torch.dtype) -> int | None:
-    """Limit of registers per thread, or None. In float32 the assembler by itself spills a few for more occupancy."""
+    """Limit of registers per thread, or None. In float32 the assembler on its own spills a few for more occupancy."""
     return 255 if dtype == torch.float32 else None
 
 

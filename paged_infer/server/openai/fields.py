@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 ACCEPTED = {
     "metadata": "requests are not stored",
-    "prompt_cache_key": "the prefix cache matches equal prefixes by itself",
+    "prompt_cache_key": "the prefix cache matches equal prefixes automatically",
     "prompt_cache_options": "the prefix cache keeps as many blocks as fit",
     "prompt_cache_retention": "the prefix cache keeps as many blocks as fit",
     "safety_identifier": "there are no accounts",

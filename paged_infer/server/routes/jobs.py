@@ -129,7 +129,7 @@ def _jobs_of(request: Request) -> Jobs:
     "/generate", status_code=202, responses={202: JOB, **documented(400, 401, 404, 408, 413, 422, 429, 500, 503)}
 )
 async def generate(body: GenerateRequest, request: Request) -> Response:
-    """Queue a prompt and return at once the id under which `/result/{id}` returns the answer."""
+    """Queue a prompt, and return immediately the id under which `/result/{id}` returns the answer."""
     service_of(request).check_model(body.model)
     job = await _jobs_of(request).begin(body)
     return json_response(job.describe(), 202, {"Location": f"/result/{job.id}"})

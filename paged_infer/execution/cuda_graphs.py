@@ -144,7 +144,7 @@ class DecodeGraphs:
         capture: Capture,
     ) -> None:
         self.decoder, self.cache = decoder, cache
-        self.draws = sample is not None
+        self.has_sampler = sample is not None
         self._sample = sample
         self._max_model_len = max_model_len
         self.num_bytes = 0  # that they take, if measured
@@ -182,11 +182,11 @@ class DecodeGraphs:
             alone, -1 if a row cannot be sampled. Both are overwritten by the next run.
         """
         if last is not None and last is not self._last:
-            self.buffers.drawn[: len(last)].copy_(last)
+            self.buffers.sampled[: len(last)].copy_(last)
         which = bisect_left(self.sizes, len(sequences))
         self.buffers.fill(sequences, self.sizes[which], self.cache.block_size, last_rows)
         self.replay(which)
-        self._last = self.buffers.drawn[: len(sequences)]
+        self._last = self.buffers.sampled[: len(sequences)]
         return self.buffers.logits[: len(sequences)], self._last
 
     def replay(self, which: int) -> None:
@@ -198,12 +198,12 @@ class DecodeGraphs:
         buffers = self.buffers
         columns = {name: column[:size] for name, column in buffers.columns.items()}
         block_tables, query_start_loc = buffers.block_tables[:size], buffers.query_start_loc[: size + 1]
-        drawn, logits = buffers.drawn[:size], buffers.logits[:size]
+        sampled, logits = buffers.sampled[:size], buffers.logits[:size]
 
         def step() -> None:
             pending_row = columns["pending_row"]
             # A failed row left -1. Its request ends, so any valid token will do here.
-            pending = buffers.drawn.index_select(0, pending_row.clamp_min(0)).clamp_min(0)
+            pending = buffers.sampled.index_select(0, pending_row.clamp_min(0)).clamp_min(0)
             token_ids = torch.where(pending_row >= 0, pending, columns["token_ids"])
             meta = AttentionMetadata(
                 positions=columns["positions"],
@@ -219,6 +219,6 @@ class DecodeGraphs:
             if self._sample is not None:
                 names = ("temperatures", "seeds", "sample_indices", "sample_positions")
                 tokens, _ = self._sample(logits, *(columns[name] for name in names))
-                drawn.copy_(tokens)
+                sampled.copy_(tokens)
 
         return step

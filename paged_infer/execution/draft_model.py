@@ -75,10 +75,10 @@ class DraftModel:
             if result.failed and not self._has_warned:
                 logger.warning("the draft model's logits contain NaN or +inf: token 0 is drafted instead")
                 self._has_warned = True
-            drawn = result.token_ids
-            for sequence_id, token_id in drawn.items():
+            sampled = result.token_ids
+            for sequence_id, token_id in sampled.items():
                 drafts[sequence_id].append(max(0, token_id))
-            now = [_after_drafts(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in drawn]
+            now = [_after_drafts(s, drafts[s.sequence_id]) for s in drafting if s.sequence_id in sampled]
             transfers = BlockTransfers()
         filled = [
             replace(s, token_ids=[*s.token_ids[: s.num_known_tokens], *drafts[s.sequence_id]]) if s.num_drafts else s

@@ -57,7 +57,7 @@ class InputBuffers:
             self.columns[name].fill_(-1)
         # Every row has one query, padding included, so this never changes.
         self.query_start_loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.drawn = torch.zeros(
+        self.sampled = torch.zeros(
             max_rows, dtype=torch.int64, device=device
         )  # by the previous step, then overwritten by this one
         self.logits = torch.zeros(max_rows, vocab_size, dtype=dtype, device=device)
@@ -66,7 +66,7 @@ class InputBuffers:
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
-        tensors = (self._memory, self.query_start_loc, self.drawn, self.logits)
+        tensors = (self._memory, self.query_start_loc, self.sampled, self.logits)
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def fill(
@@ -76,7 +76,7 @@ class InputBuffers:
 
         Args:
             sequences: one token each, and a ``SamplingRow``.
-            last_rows: by sequence id, the row of ``drawn`` that has its pending token.
+            last_rows: by sequence id, the row of ``sampled`` that has its pending token.
         """
         host = self._hosts[0]
         self._hosts.reverse()

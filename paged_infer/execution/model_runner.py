@@ -37,8 +37,8 @@ class RunningStep:
     step: ScheduledStep
     _known: StepResult
     _logits: Tensor | None  # [R, vocab], one row for each sampled token
-    _draws: list[tuple[int, SamplingRow]]
-    _drawn: AsyncTokens | None
+    _sampling_rows: list[tuple[int, SamplingRow]]
+    _sampled: AsyncTokens | None
     # (sequences, a flag for each of their tokens: whether its hidden state is finite)
     _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = None
 
@@ -51,13 +51,13 @@ class RunningStep:
             for sequence in sequences:
                 if not all(list(islice(flags, sequence.num_tokens))):
                     self._known.failed[sequence.sequence_id] = CANNOT_SAMPLE
-        if self._drawn is not None and self._logits is not None:
-            token_ids = self._drawn.token_ids()
-            logprobs = logprobs_of(self._logits, [row for _, row in self._draws], token_ids)
+        if self._sampled is not None and self._logits is not None:
+            token_ids = self._sampled.token_ids()
+            logprobs = logprobs_of(self._logits, [row for _, row in self._sampling_rows], token_ids)
             drafts = {s.sequence_id: s.drafts for s in self.step.sequences if s.num_drafts}
             first = 0
             while first < len(token_ids):
-                sequence_id, _ = self._draws[first]
+                sequence_id, _ = self._sampling_rows[first]
                 end = first + 1 + len(drafts.get(sequence_id, ()))
                 last = first  # of the samples that are kept
                 if end > first + 1:
@@ -106,7 +106,7 @@ class ModelRunner:
         result = StepResult()
         self._rank(sequences, hidden, meta, result)
         self._report_prompts(sequences, hidden, meta, result)
-        running = self._draw(step, sequences, hidden, meta, result)
+        running = self._sample(step, sequences, hidden, meta, result)
         if meta.max_query_len > 1 or any(sequence.sample is None for sequence in sequences):
             # Not every row's logits are computed, and a block may be shared before its owner is sampled. A masked NaN
             # key reaches even earlier tokens: 0 * NaN is NaN.
@@ -158,18 +158,18 @@ class ModelRunner:
 
     def _replay(self, step: ScheduledStep, graphs: DecodeGraphs) -> RunningStep:
         """Run a decode step as one launch. If its sampling kernel does not cover all rows, sample from its logits."""
-        draws = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SamplingRow)]
+        sampling_rows = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SamplingRow)]
         logits, tokens = graphs.run(step.sequences, self._last_tokens, self._last_rows)
-        rows = [row for _, row in draws]
-        if graphs.draws and self.sampler.is_kernel_enough(rows, logits.shape[1]):
-            drawn = copy_to_host(tokens, tokens)
+        rows = [row for _, row in sampling_rows]
+        if graphs.has_sampler and self.sampler.is_kernel_enough(rows, logits.shape[1]):
+            sampled = copy_to_host(tokens, tokens)
         else:
-            drawn = self.sampler.sample(logits, rows)
-        self._last_tokens = drawn.tokens
-        self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
-        return RunningStep(step, StepResult(), logits, draws, drawn)
+            sampled = self.sampler.sample(logits, rows)
+        self._last_tokens = sampled.tokens
+        self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(sampling_rows)}
+        return RunningStep(step, StepResult(), logits, sampling_rows, sampled)
 
-    def _draw(
+    def _sample(
         self,
         step: ScheduledStep,
         sequences: list[ScheduledSequence],
@@ -177,23 +177,23 @@ class ModelRunner:
         meta: AttentionMetadata,
         result: StepResult,
     ) -> RunningStep:
-        drawing: list[int] = []  # the sequence of each sampled token; forks sample from the same logits
+        sequence_of: list[int] = []  # the sequence of each sampled token; forks sample from the same logits
         num_after: list[int] = []  # how many of its tokens, all drafts, come after the one whose logits are sampled
-        draws: list[tuple[int, SamplingRow]] = []
+        sampling_rows: list[tuple[int, SamplingRow]] = []
         for row, sequence in enumerate(sequences):
             if isinstance(sequence.sample, SamplingRow):
                 rows = rows_after(sequence.sample, sequence.drafts) if sequence.num_drafts else (sequence.sample,)
-                draws += [(sequence.sequence_id, own) for own in rows]
-                draws += sequence.forks
-                drawing += [row] * (len(rows) + len(sequence.forks))
+                sampling_rows += [(sequence.sequence_id, own) for own in rows]
+                sampling_rows += sequence.forks
+                sequence_of += [row] * (len(rows) + len(sequence.forks))
                 num_after += [*range(sequence.num_drafts, 0, -1), *[0] * (1 + len(sequence.forks))]
-        self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(draws)}
-        if not draws:
+        self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(sampling_rows)}
+        if not sampling_rows:
             return RunningStep(step, result, None, [], None)
-        logits = self._logits(drawing, hidden, meta, num_after)
-        drawn = self.sampler.sample(logits, [row for _, row in draws])
-        self._last_tokens = drawn.tokens
-        return RunningStep(step, result, logits, draws, drawn)
+        logits = self._logits(sequence_of, hidden, meta, num_after)
+        sampled = self.sampler.sample(logits, [row for _, row in sampling_rows])
+        self._last_tokens = sampled.tokens
+        return RunningStep(step, result, logits, sampling_rows, sampled)
 
     def _logits(
         self, rows: list[int], hidden: Tensor, meta: AttentionMetadata, num_after: list[int] | None = None

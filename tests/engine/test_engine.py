@@ -206,8 +206,8 @@ class EngineMachine(RuleBasedStateMachine):
     def fail(self, late: bool) -> None:
         """The device refuses a step, or (where steps are begun ahead) no row of one under way can be drawn from."""
         _, begun = self.engine._running or (None, None)
-        if late and begun is not None and begun._drawn is not None:
-            begun._drawn.host = torch.full_like(begun._drawn.host, -1)
+        if late and begun is not None and begun._sampled is not None:
+            begun._sampled.host = torch.full_like(begun._sampled.host, -1)
             self.may_fail = True
             self.step(1)
             self.may_fail = False

@@ -142,7 +142,7 @@ def test_what_is_captured_is_all_that_a_step_needs(ahead, make_llm) -> None:
     expected = said(make_llm("qwen3", attention_backend="torch", block_size=2), params, PROMPTS[:3])
     assert_alike(said(captured, params, PROMPTS[:3]), expected)
     graphs = captured.engine.executor.runner.graphs
-    assert graphs.draws and graphs.num_replays == 6 and recorder.num_operations > 30
+    assert graphs.has_sampler and graphs.num_replays == 6 and recorder.num_operations > 30
 
 
 def test_on_a_gpu_a_layer_is_five_launches_that_no_value_decides(checkpoint) -> None:

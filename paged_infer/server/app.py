@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -62,15 +63,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.service.answering.shutdown(wait=False)
 
 
-async def observe_loop_delay(observe: Callable[[float], None], every_s: float = LOOP_DELAY_EVERY_S) -> None:
+async def observe_loop_delay(
+    observe: Callable[[float], None],
+    every_s: float = LOOP_DELAY_EVERY_S,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> None:
     """Call ``observe`` for each of the moments ``every_s`` apart, with the event loop's delay there in seconds.
 
     A blocked loop misses several moments, and each is observed: a request that arrived then would have waited as long.
     """
-    clock = asyncio.get_running_loop().time
     due_s = clock() + every_s
     while True:
-        await asyncio.sleep(due_s - clock())
+        await sleep(due_s - clock())
         now_s = clock()
         while due_s <= now_s:
             observe(now_s - due_s)

@@ -202,7 +202,7 @@ def test_bounds_are_those_that_a_share_of_the_values_does_not_exceed() -> None:
     assert bounds({}) is None and bounds({0.1: 0}) is None
 
 
-def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed() -> None:
     """Moments 10 ms apart, in a loop that stands still from 5 ms to 105 ms, and after that does not."""
     seen: list[float] = []
     clock = SimpleNamespace(now_s=0.0, wakes_s=iter((0.105, 0.11, 0.12)))
@@ -213,10 +213,8 @@ def test_a_loop_that_stands_still_is_late_for_each_moment_that_it_missed(monkeyp
         if clock.now_s is None:
             raise asyncio.CancelledError
 
-    loop = SimpleNamespace(time=lambda: clock.now_s)
-    monkeypatch.setattr("paged_infer.server.app.asyncio", SimpleNamespace(sleep=sleep, get_running_loop=lambda: loop))
     with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(observe_loop_delay(seen.append, every_s=0.01))
+        asyncio.run(observe_loop_delay(seen.append, every_s=0.01, clock=lambda: clock.now_s, sleep=sleep))
     missed = [0.105 - 0.01 * number for number in range(1, 11)]
     assert seen == pytest.approx([*missed, 0.0, 0.0], abs=1e-9)
 

@@ -28,6 +28,7 @@ from paged_infer.kernels.attention.attention_tile import (
     seen_by_tile,
 )
 from paged_infer.kernels.attention.checks import check_dense_attention
+from paged_infer.kernels.attention.tiles import flash_tiles
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
 
@@ -112,29 +113,6 @@ def _row_major(x: Tensor) -> Tensor:
 def common_alignment(*tensors: Tensor) -> int:
     """The largest power of two, at most 16, that divides all strides but the last: the width of a load."""
     return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
-
-
-def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages): as large as registers and shared memory allow without a spill.
-
-    ``paged-infer bench kernels --compile-only`` prints what the compiler spills, for every architecture.
-    """
-    if gpu == (0, 0):  # the interpreter: small, so that small shapes have several tiles
-        return 16, 16, 4, 1
-    if dtype == torch.float32:  # float32 has no tensor cores: products take many registers
-        tiles = (32, 64, 8, 2) if dim <= 64 else (16, 32 if dim <= 128 else 16, 8, 2)
-    elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
-        tiles = (128, 128, 8, 3) if dim == 64 else (128, 128, 8, 2)
-    elif dim <= 64:
-        tiles = (128, 32, 8, 3) if gpu[0] == 10 else (128, 64, 8, 3)
-    elif dim <= 128:
-        tiles = (128, 32, 8, 3) if gpu[0] == 8 and dim < 128 else (128, 64, 8, 3)
-    else:  # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block
-        tiles = (64, 64, 8, 2) if dim == 256 and gpu in ((8, 0), (9, 0), (10, 0)) else (64, 32, 8, 2)
-    block_m, block_n, num_warps, num_stages = tiles
-    if window is not None:  # the loop along the edge of the window needs more registers
-        block_n = max(16, block_n // 2)
-    return block_m, block_n, num_warps, num_stages
 
 
 @triton.jit

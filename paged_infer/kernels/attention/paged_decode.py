@@ -20,9 +20,9 @@ from torch import Tensor
 
 from paged_infer.kernels.attention.attention_tile import LOG2_E, finish_softmax, padded
 from paged_infer.kernels.attention.paged_prefill import attend_blocks
+from paged_infer.kernels.attention.tiles import decode_tiles, num_splits
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, num_processors, tl, triton
 
-MAX_SPLITS = 64
 _COMBINED_AT_ONCE = 16
 
 
@@ -64,28 +64,6 @@ def paged_decode(
             CHUNK=min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
             NUM_HEADS=num_heads, STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1), D=dim, BLOCK_D=padded(dim),
         )  # fmt: skip
-
-
-def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processors: int) -> int:
-    """Programs per row and KV head: enough for four on each processor, but at least about 256 keys for each."""
-    if gpu == (0, 0):  # the interpreter: few, and small enough that short contexts are split
-        return max(1, min(3, max_keys // 32))
-    wanted = triton.cdiv(4 * processors, max(1, num_programs))
-    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, 256)))
-
-
-def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
-    """(BLOCK_G, BLOCK_N, num_warps, num_stages): the heads of a group, at least 16 in a product; small tiles of keys.
-
-    A group that is too large for the registers takes several programs, which read the same keys.
-    """
-    block_g = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
-    if gpu == (0, 0):
-        return block_g, 16, 4, 1
-    if dtype == torch.float32:
-        return block_g, 16, 4, 4
-    # The address of a key is itself loaded, so only two of six stages hold tiles of keys.
-    return block_g, 64 if dim <= 64 else 32, 4, 6
 
 
 # Values that change between steps must not compile the kernel again.

@@ -6,7 +6,6 @@ blocks, so each is looked up:   key 37  ->  table[37 // 16] = block 5  ->  slot 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.attention_tile import (
@@ -18,7 +17,7 @@ from paged_infer.kernels.attention.attention_tile import (
     padded,
     seen_by_tile,
 )
-from paged_infer.kernels.attention.flash_attention import flash_tiles
+from paged_infer.kernels.attention.tiles import prefill_tiles
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
 
@@ -41,15 +40,6 @@ def paged_prefill(
         STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
         num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
     )  # fmt: skip
-
-
-def prefill_tiles(
-    gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None, max_query_len: int
-) -> tuple[int, int, int, int]:
-    """The tiles of the dense kernel, with fewer keys, as each needs an address, and no more rows than queries."""
-    block_m, block_n, num_warps, num_stages = flash_tiles(gpu, dim, dtype, window)
-    block_n = min(block_n, 32 if gpu[0] == 8 and dim > 64 else 64)
-    return min(block_m, max(16, triton.next_power_of_2(max_query_len))), block_n, num_warps, num_stages
 
 
 @triton.jit

@@ -1,0 +1,78 @@
+"""How large a tile each attention kernel takes, on which chip: chosen from the shapes alone, before a launch.
+
+``paged-infer bench kernels --compile-only`` prints what the compiler spills with each tile, for every architecture.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from paged_infer.kernels.triton_runtime import triton
+
+MAX_SPLITS = 64
+
+
+class Tile(NamedTuple):
+    """The constants of a compiled attention kernel."""
+
+    block_m: int  # queries of one head; in a decode, query heads of one KV head
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int  # of the pipeline that loads keys and values
+
+
+def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
+    """For ``flash_attention``: as large as registers and shared memory allow without a spill."""
+    if gpu == (0, 0):  # the interpreter: small, so that small shapes have several tiles
+        return Tile(16, 16, 4, 1)
+    if dtype == torch.float32:  # float32 has no tensor cores: products take many registers
+        tile = Tile(32, 64, 8, 2) if dim <= 64 else Tile(16, 32 if dim <= 128 else 16, 8, 2)
+    elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
+        tile = Tile(128, 128, 8, 3) if dim == 64 else Tile(128, 128, 8, 2)
+    elif dim <= 64:
+        tile = Tile(128, 32, 8, 3) if gpu[0] == 10 else Tile(128, 64, 8, 3)
+    elif dim <= 128:
+        tile = Tile(128, 32, 8, 3) if gpu[0] == 8 and dim < 128 else Tile(128, 64, 8, 3)
+    else:  # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block
+        tile = Tile(64, 64, 8, 2) if dim == 256 and gpu in ((8, 0), (9, 0), (10, 0)) else Tile(64, 32, 8, 2)
+    if window is not None:  # the loop along the edge of the window needs more registers
+        tile = tile._replace(block_n=max(16, tile.block_n // 2))
+    return tile
+
+
+def prefill_tiles(
+    gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None, max_query_len: int
+) -> Tile:  # fmt: skip
+    """The dense kernel's, with fewer keys, as each needs an address, and no more rows than queries."""
+    tile = flash_tiles(gpu, dim, dtype, window)
+    block_m = min(tile.block_m, max(16, triton.next_power_of_2(max_query_len)))
+    return tile._replace(block_m=block_m, block_n=min(tile.block_n, 32 if gpu[0] == 8 and dim > 64 else 64))
+
+
+def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> Tile:
+    """The query heads of a group, at least 16 in a product; small tiles of keys.
+
+    A group that is too large for the registers takes several programs, which read the same keys.
+    """
+    block_m = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
+    if gpu == (0, 0):
+        return Tile(block_m, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tile(block_m, 16, 4, 4)
+    # The address of a key is itself loaded, so only two of six stages hold tiles of keys.
+    return Tile(block_m, 64 if dim <= 64 else 32, 4, 6)
+
+
+def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processors: int) -> int:
+    """Programs of a decode per row and KV head: enough for four on each processor, each with at least about 256 keys.
+
+    Args:
+        num_programs: without splits.
+        max_keys: that a row may attend to.
+    """
+    if gpu == (0, 0):  # the interpreter: few, and small enough that short contexts are split
+        return max(1, min(3, max_keys // 32))
+    wanted = triton.cdiv(4 * processors, max(1, num_programs))
+    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, 256)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -18,7 +17,7 @@ class Timing:
     """One sample for each repeat, and the way they were taken."""
 
     samples_s: tuple[float, ...]
-    method: str  # "clock", "cuda graph", or "cuda events, no graph: <why>"
+    method: str  # "clock", "cuda graph", or "cuda events, no graph: <reason>"
 
     @property
     def median_s(self) -> float:
@@ -45,15 +44,24 @@ def time_calls(fn: Call, *, repeats: int = 20, warm_up: int = 1) -> Timing:
     return Timing(tuple(samples_s), "clock")
 
 
-def time_cuda_graph(fn: Call, *, flush_l2: bool = True, repeats: int = 20, warm_up: int = 3) -> Timing:
+# Why a capture failed in this process: none is tried after that. torch 2.11 does not undo a capture that failed: its
+# allocator waits for the end (pytorch PR 180395 repairs it), and cached memory is never released again.
+_failed_capture: str | None = None
+
+
+def time_cuda_graph(
+    fn: Call, *, can_be_captured: bool = True, flush_l2: bool = True, repeats: int = 20, warm_up: int = 3
+) -> Timing:
     """GPU time of ``fn`` alone on the current device: captured in a CUDA graph, each replay between two events.
 
     The host launches one graph instead of every kernel, and before each replay the GPU gets a longer job (clearing its
-    L2 cache); replay and events queue up after it: no launch gap is timed. What cannot be captured is called
-    plainly, and ``method`` gives the reason; host gaps inside ``fn`` then count.
+    L2 cache); replay and events queue up after it: no launch gap is timed. Without a graph ``fn`` is called plainly
+    and ``method`` gives the reason; host gaps inside ``fn`` then count.
 
     Args:
         fn: launches work on the current stream; always on the same tensors, as a graph does.
+        can_be_captured: False where ``fn`` waits for the device. A capture that fails is not tried twice: all later
+            timings of this process are without a graph.
         flush_l2: start each replay with nothing of ``fn``'s in the L2 cache. A decode step finds the weights and caches
             of the other layers there, so cold is what an engine sees. False: warm, from one replay just before.
         warm_up: calls before the capture, for compilers and libraries that set themselves up when first called.
@@ -63,7 +71,8 @@ def time_cuda_graph(fn: Call, *, flush_l2: bool = True, repeats: int = 20, warm_
     """
     if not torch.cuda.is_available():
         raise RuntimeError("time_cuda_graph needs a CUDA device; time_calls times the CPU")
-    replay, method = _capture(fn, warm_up)
+    _warm_up(fn, warm_up)
+    replay, method = _capture(fn) if can_be_captured else (fn, "cuda events, no graph: it waits for the host")
     flush = _l2_flusher()
     events = []
     for _ in range(repeats):
@@ -79,38 +88,38 @@ def time_cuda_graph(fn: Call, *, flush_l2: bool = True, repeats: int = 20, warm_
     return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in events), method)
 
 
-def _capture(fn: Call, warm_up: int) -> tuple[Call, str]:
-    """A call that repeats what ``fn`` does, and how it does it."""
+def _warm_up(fn: Call, times: int) -> None:
+    """On a stream of its own, as torch asks for what is to be captured."""
     stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(stream)
-    with torch.cuda.stream(side):  # torch's rule: what is to be captured warms up on a stream of its own
-        for _ in range(max(1, warm_up)):
+    with torch.cuda.stream(side):
+        for _ in range(max(1, times)):
             fn()
     stream.wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            fn()
-    except Exception as error:
-        _recover(stream)
-        first = error.__context__ or error  # ending the broken capture raises another error, which explains less
-        return fn, f"cuda events, no graph: {type(first).__name__}: {first}".splitlines()[0]
-    return graph.replay, "cuda graph"
+
+
+def _capture(fn: Call) -> tuple[Call, str]:
+    """A call that repeats what ``fn`` does, and how it does it."""
+    global _failed_capture
+    if _failed_capture is None:
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                fn()
+            return graph.replay, "cuda graph"
+        except Exception as error:
+            first = error.__context__ or error  # ending the broken capture raises another error, which explains less
+            _failed_capture = f"{type(first).__name__}: {first}".splitlines()[0]
+            _recover(stream)
+    return fn, f"cuda events, no graph: a capture failed in this process: {_failed_capture}"
 
 
 def _recover(stream: torch.cuda.Stream) -> None:
-    """Undo what a failed capture changes in torch.
-
-    The capture's stream stays current, and the random generator may wait for the capture's end, so that the next
-    ``randn`` raises "Offset increment outside graph capture". One more capture, of next to nothing, ends that.
-    """
+    """Undo what can be undone: the capture's stream is still current, and the random generator still captures."""
     torch.cuda.set_stream(stream)
-    with suppress(RuntimeError):
-        nothing = torch.zeros(1, device="cuda")
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            nothing.zero_()
-    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())  # same seed and offset, without the mark of a capture
 
 
 def _l2_flusher() -> Call:

@@ -29,7 +29,7 @@ def kernels(
         bool, typer.Option(help="With --compile-only: each kernel once or twice, a tenth of all variants.")
     ] = False,
     time_limit: Annotated[
-        float, typer.Option(help="Seconds; comparisons that have not begun by then are left out.", min=0)
+        float, typer.Option(help="Seconds; timings that have not begun by then are left out.", min=0)
     ] = 900,
     figures: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("figures"),
 ) -> None:
@@ -146,7 +146,7 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
 
 
 def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
-    """Time everything; the report is saved after each comparison, so that nothing is lost if one ends the process."""
+    """Time everything; the report is saved after each timing, so that nothing is lost if one ends the process."""
     from paged_infer.bench.kernels.comparisons import attention_comparisons, fused_comparisons, run_comparisons
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
     from paged_infer.bench.roofline import measure
@@ -154,9 +154,9 @@ def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: flo
     report.roofline = measure(device)
     comparisons = [*attention_comparisons(device), *fused_comparisons(device)]
     for measurement in run_comparisons(comparisons, deadline_s, limit):
-        report.measurements.append(measurement)
+        if report.record(measurement):
+            print(f"{time.strftime('%H:%M:%S')} {measurement.title}", flush=True)
         report.save(path)
-        print(f"{time.strftime('%H:%M:%S')} {measurement.title}", flush=True)
     _show_comparisons(report)
     for name, draw in (("prefill", prefill_figure), ("decode", decode_figure)):
         try:
@@ -194,8 +194,8 @@ def _show_comparisons(report: KernelReport) -> None:
         ("prefill", "head_dim", "length", "TFLOP/s, 4 * heads * head_dim * tokens * length / 2"),
         ("decode", "batch", "context", "GB/s of keys and values read, and their share of a copy's"),
     ):
-        for value in dict.fromkeys(m.sizes[by] for m in report.group(group)):
-            comparisons = report.group(group, **{by: value})
+        for value in sorted({m.sizes[by] for m in report.group(group)}):
+            comparisons = sorted(report.group(group, **{by: value}), key=lambda m: m.sizes[along])
             names = dict.fromkeys(entry.name for m in comparisons for entry in m.entries)
             rows = [(name, *(_speed(report, m, name) for m in comparisons)) for name in names]
             header = ("", *(f"{m.sizes[along]:,}" for m in comparisons))

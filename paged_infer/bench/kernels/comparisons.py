@@ -7,6 +7,7 @@ head_dim * 2. A fused kernel counts each number once, read and written. Sizes ar
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 from paged_infer.bench.kernels.fused import FUSED, Function, Shape
 from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable, packed
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
-from paged_infer.bench.kernels.report import Entry, Measurement
+from paged_infer.bench.kernels.report import LEFT_OUT, LONG_PREFILL, TARGET_DECODES, Entry, Measurement
 from paged_infer.bench.timing import time_cuda_graph
 
 MODEL = Shape()
@@ -51,32 +52,44 @@ class Comparison:
         entries = [Entry(name, None, why) for name in self.peers]
         return Measurement(self.group, self.title, self.sizes, self.work, entries, was_run=False)
 
-    def run(self) -> Measurement:
+    def run(self, deadline_s: float = math.inf, limit: str = "") -> Iterator[Measurement]:
+        """What is known after each timing."""
         free, _ = torch.cuda.mem_get_info()
         if self.num_bytes > LARGEST_SHARE * free:
-            return self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
+            yield self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
+            return
         problem = self.problem()
-        entries = run_comparison({name: partial(peer, problem) for name, peer in self.peers.items()})
-        return Measurement(self.group, self.title, self.sizes, self.work, entries)
+        for entries in compare({name: partial(peer, problem) for name, peer in self.peers.items()}, deadline_s, limit):
+            yield Measurement(self.group, self.title, self.sizes, self.work, entries)
 
 
 def run_comparisons(comparisons: list[Comparison], deadline_s: float, limit: str) -> Iterator[Measurement]:
-    """Each in turn, while ``time.perf_counter()`` is below ``deadline_s``; the rest are skipped."""
+    """Each in turn, a measurement after each of its timings; past ``deadline_s`` of ``perf_counter`` nothing begins."""
     for comparison in comparisons:
         if time.perf_counter() > deadline_s:
-            yield comparison.skipped(f"left out: {limit} had passed")
+            yield comparison.skipped(f"{LEFT_OUT}{limit} had passed")
         else:
-            yield comparison.run()
+            yield from comparison.run(deadline_s, limit)
             torch.cuda.empty_cache()
 
 
 def attention_comparisons(device: torch.device) -> list[Comparison]:
-    """Prefills and decodes, those that have a target first."""
-    return [
-        *(_prefill_comparison(device, length, 128) for length in LENGTHS),
+    """Prefills and decodes, in order of worth: if the time ends, what has a target is there."""
+    comparisons = [
         *(_decode_comparison(device, batch, context) for batch in BATCHES for context in CONTEXTS),
-        *(_prefill_comparison(device, length, 64) for length in LENGTHS),
+        *(_prefill_comparison(device, length, head_dim) for head_dim in (128, 64) for length in LENGTHS),
     ]
+    return sorted(comparisons, key=_rank)
+
+
+def _rank(comparison: Comparison) -> int:
+    """Those with a target first, decodes before prefills; head_dim 64 last."""
+    sizes = comparison.sizes
+    if comparison.group == "decode":
+        return 0 if (sizes["batch"], sizes["context"]) in TARGET_DECODES else 2
+    if sizes["head_dim"] != 128:
+        return 4
+    return 1 if sizes["length"] >= LONG_PREFILL else 3
 
 
 def fused_comparisons(device: torch.device) -> list[Comparison]:
@@ -128,7 +141,8 @@ def _fused_comparison(device: torch.device, name: str, tokens: int) -> Compariso
     def peer(function: Function, shape: Shape) -> Ready:
         """The arguments are made again for each, with the same numbers: a store changes them."""
         tensors = Tensors(torch.bfloat16, device)
-        return Ready(partial(kernel.run, function, [kernel.arguments(shape, tensors) for _ in range(kernel.layers)]))
+        layers = [kernel.arguments(shape, tensors) for _ in range(kernel.layers)]
+        return Ready(partial(kernel.run, function, layers), can_be_captured=kernel.can_be_captured(function))
 
     peers = {contender: partial(peer, function) for contender, function in kernel.contenders.items()}
     title = f"{name}, {tokens:,} tokens" + (f", {kernel.layers} layers" if kernel.layers > 1 else "")
@@ -136,14 +150,37 @@ def _fused_comparison(device: torch.device, name: str, tokens: int) -> Compariso
 
 
 def run_comparison(setups: Mapping[str, Callable[[], Ready]]) -> list[Entry]:
-    """Set up, compare and time; all outputs are compared to the first.
+    """``compare``, to its end."""
+    *_, entries = compare(setups)
+    return entries
 
-    A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason.
+
+def compare(
+    setups: Mapping[str, Callable[[], Ready]], deadline_s: float = math.inf, limit: str = ""
+) -> Iterator[list[Entry]]:
+    """Set up, compare and time; all outputs are compared to the first. Yields all entries after each timing.
+
+    A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason. So is one
+    whose turn comes when ``time.perf_counter()`` is past ``deadline_s``, which ``limit`` describes.
     """
     ready: dict[str, Ready] = {}
     reasons: dict[str, str] = {}
+    samples_s: dict[str, list[float]] = {}
+    methods: dict[str, str] = {}
     expected: Tensor | None = None
+
+    def entries() -> list[Entry]:
+        return [
+            Entry(name, None, reasons.get(name, "was not timed"))
+            if name in reasons or name not in samples_s
+            else Entry(name, median(samples_s[name]), ", ".join(filter(None, (methods[name], ready[name].note))))
+            for name in setups
+        ]
+
     for name, prepare in setups.items():
+        if time.perf_counter() > deadline_s:
+            reasons[name] = f"{LEFT_OUT}{limit} had passed"
+            continue
         try:
             kernel = prepare()
             out = packed(kernel.call())
@@ -155,18 +192,23 @@ def run_comparison(setups: Mapping[str, Callable[[], Ready]]) -> list[Entry]:
         except Exception as error:  # a peer may raise anything: it is in the report
             reasons[name] = _reason(error)
     del expected
-    samples_s: dict[str, list[float]] = {name: [] for name in ready}
-    notes: dict[str, str] = {}
+    yield entries()
     for name, kernel in [*ready.items()] * ROUNDS:
+        if name in reasons:
+            continue
+        if time.perf_counter() > deadline_s:
+            if name not in samples_s:
+                reasons[name] = f"{LEFT_OUT}{limit} had passed"
+            continue
         try:
-            if name not in reasons:
-                timing = time_cuda_graph(kernel.call, repeats=REPEATS)
-                samples_s[name] += timing.samples_s
-                notes[name] = ", ".join(filter(None, (timing.method, kernel.note)))
+            timing = time_cuda_graph(kernel.call, can_be_captured=kernel.can_be_captured, repeats=REPEATS)
+            # After a capture that failed nothing is captured: such samples are not mixed with those of a graph.
+            if methods.setdefault(name, timing.method) == timing.method:
+                samples_s.setdefault(name, []).extend(timing.samples_s)
         except Exception as error:
             reasons[name] = _reason(error)
-    timed = {name: Entry(name, median(samples_s[name]), notes[name]) for name in ready if name not in reasons}
-    return [timed[name] if name in timed else Entry(name, None, reasons[name]) for name in setups]
+        yield entries()
+    yield entries()
 
 
 def _distance(out: Tensor, expected: Tensor) -> float:

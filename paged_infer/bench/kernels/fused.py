@@ -66,11 +66,16 @@ class FusedKernel:
     elements: Callable[[Shape], int] | None = None  # read and written once for a token; None: not timed
     peers: Mapping[str, Function] | None = None  # timed with it; None: the reference, as "torch"
     layers: int = 1  # calls that are timed together, each with its own arguments
+    reference_waits: bool = False  # the reference reads values of tensors on the host: no CUDA graph can hold it
 
     @property
     def contenders(self) -> dict[str, Function]:
         """What is timed, by name; ours first."""
         return {self.function.__name__: self.function, **(self.peers or {"torch": self.reference})}
+
+    def can_be_captured(self, function: Function) -> bool:
+        """Whether a CUDA graph can hold a call of ``function``, one of the contenders."""
+        return not (self.reference_waits and function is self.reference)
 
     def outputs(self, function: Function, arguments: Arguments) -> list[Tensor]:
         """The tensors that a call of ``function`` returns, then those that it changes."""
@@ -131,7 +136,14 @@ def _caches(shape: Shape, tensors: Tensors) -> Arguments:
     return {name: tensors.random(*size) for name in CACHES} | {"slot_mapping": slots.to(tensors.device)}
 
 
-@described(written=CACHES, tolerance=0.0, elements=lambda s: 4 * s.num_kv_heads * s.head_dim, peers=STORES, layers=32)
+@described(
+    written=CACHES,
+    tolerance=0.0,
+    elements=lambda s: 4 * s.num_kv_heads * s.head_dim,
+    peers=STORES,
+    layers=32,
+    reference_waits=True,
+)
 def store_kv(shape: Shape, tensors: Tensors) -> Arguments:
     size = (shape.tokens, shape.num_kv_heads, shape.head_dim)
     return {name: tensors.random(*size) for name in "kv"} | _caches(shape, tensors)
@@ -168,6 +180,7 @@ def _pair_size(x: Tensor) -> Tensor:
     written=CACHES,
     error=partial(largest_error, size=_pair_size),
     elements=lambda s: 2 * (s.num_heads + 2 * s.num_kv_heads) * s.head_dim,
+    reference_waits=True,
 )
 def qk_norm_rope(shape: Shape, tensors: Tensors) -> Arguments:
     tokens, dim, num_qk = shape.tokens, shape.head_dim, shape.num_heads + shape.num_kv_heads
@@ -196,7 +209,7 @@ def score_lost(arguments: Arguments, outputs: list[Tensor], exact: list[Tensor])
     return float(lost.where(tokens >= 0, math.inf).max())
 
 
-@described(error=score_lost, tolerance=1e-4, elements=lambda s: s.vocab)
+@described(error=score_lost, tolerance=1e-4, elements=lambda s: s.vocab, reference_waits=True)
 def sample(shape: Shape, tensors: Tensors) -> Arguments:
     number = torch.arange(shape.rows, device=tensors.device)
     return {

@@ -23,7 +23,7 @@ from paged_infer.bench.kernels.problems import PagedProblem
 from paged_infer.kernels.attention.flash_attention import flash_attention
 from paged_infer.kernels.attention.paged_attention import paged_attention
 
-FLEX_LENGTHS = (4096, 16_384)
+FLEX_SIZES = ((4096, 128),)  # (length, head_dim)
 WORKSPACE_BYTES = 256 * 2**20
 
 
@@ -37,6 +37,7 @@ class Ready:
 
     call: Callable[[], Any]
     note: str = ""
+    can_be_captured: bool = True  # False: it waits for the host, so no CUDA graph can hold it
 
 
 Peer = Callable[[PagedProblem], Ready]
@@ -88,14 +89,14 @@ def sdpa(backend: SDPBackend) -> Peer:
 
 
 def flex(problem: PagedProblem) -> Ready:
-    """flex_attention, compiled for each length: the fastest way, but slow to compile, so at two lengths only."""
+    """flex_attention, compiled for each shape: the fastest way, but slow to compile, so for one shape only."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q, k, v = problem.dense
     length = q.shape[2]
-    if length not in FLEX_LENGTHS:
-        lengths = " and ".join(f"{n:,}" for n in FLEX_LENGTHS)
-        raise Unavailable(f"is compiled for each length: timed at {lengths} only")
+    if (length, q.shape[3]) not in FLEX_SIZES:
+        sizes = " and ".join(f"{n:,} tokens of head_dim {dim}" for n, dim in FLEX_SIZES)
+        raise Unavailable(f"is compiled for each shape: timed at {sizes} only")
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=str(q.device))
     compiled = _compiled_flex()
     return Ready(lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True))

@@ -21,7 +21,7 @@ from paged_infer.bench.kernels.checks import CheckResult
 from paged_infer.bench.kernels.fused import FUSED, Shape
 from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable
 from paged_infer.bench.kernels.problems import attention_float64, paged_attention_float64, paged_problem
-from paged_infer.bench.kernels.report import OURS, KernelReport, LaunchCount
+from paged_infer.bench.kernels.report import OURS, Entry, KernelReport, LaunchCount, Measurement
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.timing import Timing, time_calls
 from paged_infer.cli import app
@@ -36,7 +36,7 @@ SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 @pytest.fixture
 def by_the_clock(monkeypatch):
     """Comparisons on the CPU: once each, by the clock."""
-    monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, repeats: time_calls(fn, repeats=1, warm_up=0))
+    monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, **_: time_calls(fn, repeats=1, warm_up=0))
 
 
 # -- Problems and checks
@@ -175,7 +175,7 @@ def test_whoever_cannot_run_or_gives_other_numbers_is_named_with_the_reason(by_t
 def test_kernels_take_turns_and_the_median_is_reported(monkeypatch):
     turns, seconds = [], {"a": iter([1.0, 5.0, 2.0]), "b": iter([7.0, 7.0, 7.0])}
 
-    def timed(fn, repeats):
+    def timed(fn, **_):
         turns.append(fn())
         return Timing((next(seconds[turns[-1]]),), "cuda graph")
 
@@ -191,7 +191,7 @@ def test_kernels_take_turns_and_the_median_is_reported(monkeypatch):
     ("sequences", "peers"), [([(0, 20)] * 2, PREFILL), ([(30, 1)] * 3, DECODE)], ids=["prefill", "decode"]
 )
 def test_every_peer_here_agrees_or_says_why_it_does_not_run(sequences, peers, by_the_clock, monkeypatch):
-    monkeypatch.setattr(kernel_peers, "FLEX_LENGTHS", ())  # compiling it takes its time
+    monkeypatch.setattr(kernel_peers, "FLEX_SIZES", ())  # compiling it takes its time
     problem = paged_problem(sequences, dtype=torch.float16, poison=False, **SMALL)
     entries = kernels.run_comparison({name: partial(peer, problem) for name, peer in peers.items()})
     assert [entry.name for entry in entries] == list(peers)
@@ -236,13 +236,58 @@ def test_races_that_the_time_or_the_memory_does_not_allow_are_left_out_and_said(
     comparisons = kernels.attention_comparisons(CPU)
     large = next(comparison for comparison in comparisons if comparison.sizes == {"batch": 128, "context": 32_768})
     late = list(kernels.run_comparisons(comparisons[:1], deadline_s=0.0, limit="the time limit of 5 s"))
-    skipped = [large.run(), *late]
+    skipped = [*large.run(), *late]
     notes = [{entry.note for entry in measurement.entries} for measurement in skipped]
     assert notes == [{"needs 16.0 GiB, the device has 1.0 free"}, {"left out: the time limit of 5 s had passed"}]
-    assert [len(measurement.entries) for measurement in skipped] == [len(DECODE), len(PREFILL)]
+    assert [len(measurement.entries) for measurement in skipped] == [len(DECODE), len(DECODE)]
     report = KernelReport("cuda", {}, measurements=skipped)
     assert report.failures() == []
-    assert len(report.absences()) == len(DECODE) + len(PREFILL)
+    assert len(report.absences()) == 2 * len(DECODE)
+
+
+def test_comparisons_come_in_order_of_worth():
+    titles = [comparison.title for comparison in kernels.attention_comparisons(CPU)]
+    assert titles[:5] == [
+        "decode, batch 32, context 4,096", "decode, batch 1, context 32,768", "prefill, head_dim 128, 4 x 4,096 tokens",
+        "prefill, head_dim 128, 2 x 8,192 tokens", "prefill, head_dim 128, 1 x 16,384 tokens",
+    ]  # fmt: skip
+    assert all("head_dim 64" in title for title in titles[-len(kernels.LENGTHS) :])
+    assert len(set(titles)) == len(titles) == len(kernels.BATCHES) * len(kernels.CONTEXTS) + 2 * len(kernels.LENGTHS)
+
+
+def test_flex_attention_is_compiled_for_one_shape_only():
+    assert kernel_peers.FLEX_SIZES == ((4096, 128),)
+    with pytest.raises(Unavailable, match="timed at 4,096 tokens of head_dim 128 only"):
+        kernel_peers.flex(paged_problem([(0, 8)], **SMALL))
+
+
+def test_each_timing_is_known_before_the_next_begins(by_the_clock):
+    called = []
+    setups = {name: lambda name=name: Ready(lambda: called.append(name) or torch.ones(1)) for name in "ab"}
+    steps = [
+        ("".join(called), [entry.name for entry in entries if entry.seconds is not None])
+        for entries in kernels.compare(setups)
+    ]
+    assert steps[:3] == [("ab", []), ("aba", ["a"]), ("abab", ["a", "b"])]
+
+
+def test_past_the_deadline_no_timing_begins_and_what_was_timed_stays(monkeypatch, by_the_clock):
+    now = iter([0.0, 0.0, 0.0, 5.0, 5.0, 5.0, 5.0, 5.0])  # two are set up; the first is timed once
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(now))
+    setups = {name: lambda: Ready(lambda: torch.ones(1)) for name in ("flash_attention", "paged_attention")}
+    monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, **_: Timing((7.0,), "cuda graph"))
+    *_, entries = kernels.compare(setups, 1.0, "the time limit of 1 s")
+    left_out = Entry("paged_attention", None, "left out: the time limit of 1 s had passed")
+    assert entries == [Entry("flash_attention", 7.0, "cuda graph"), left_out]
+    measurement = Measurement("prefill", "a title", {}, 1.0, entries)
+    assert KernelReport("cuda", {}, measurements=[measurement]).failures() == []
+
+
+def test_a_comparison_that_goes_on_takes_the_place_of_its_earlier_self():
+    report = KernelReport("cuda", {})
+    first, second, other = (Measurement("fused", title, {}, work, []) for title, work in (("a", 1), ("a", 2), ("b", 3)))
+    assert [report.record(measurement) for measurement in (first, second, other)] == [True, False, True]
+    assert report.measurements == [second, other]
 
 
 @needs_interpreter
@@ -251,12 +296,12 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     for module, sizes in (
         (kernels, {"PREFILL_TOKENS": 32, "LENGTHS": (16, 32), "BATCHES": (2,), "CONTEXTS": (32,), "ROUNDS": 1}),
         (kernels, {"MODEL": Shape(**SMALL, hidden=32, intermediate=48, vocab=500), "FUSED_TOKENS": (3, 5)}),
-        (kernel_peers, {"FLEX_LENGTHS": ()}),
+        (kernel_peers, {"FLEX_SIZES": ()}),
     ):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
     made_up = iter(range(1, 1000))
-    monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, repeats: Timing((next(made_up) * 1e-6,), "cuda graph"))
+    monkeypatch.setattr(kernels, "time_cuda_graph", lambda fn, **_: Timing((next(made_up) * 1e-6,), "cuda graph"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**34, 2**34))
     monkeypatch.setattr(roofline, "measure", lambda device: Roofline(4e12, 3e12, 8e14, "bfloat16", "made up"))
     monkeypatch.setitem(kernel_peers.DECODE, "flashinfer", lambda problem: Ready(lambda: problem.q * 0))

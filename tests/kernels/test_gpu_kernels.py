@@ -116,6 +116,7 @@ def test_a_graph_of_a_decode_step_follows_its_lengths_and_pads_its_rows() -> Non
         )  # fmt: skip
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which fills what the step reads
     with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()

@@ -59,14 +59,15 @@ def flash_attention(
     num_keys = k.shape[2]
     out = _row_major(torch.empty_like(q))
     lse = torch.empty((batch, num_heads, num_queries) if return_lse else 0, device=q.device)
-    block_m, block_n, num_warps, num_stages = flash_tiles(capability(q.device), dim, q.dtype, window)
+    group = num_heads // k.shape[1]
+    block_m, block_n, num_warps, num_stages = flash_tiles(capability(q.device), dim, q.dtype, group, window)
     num_tiles = triton.cdiv(num_queries, block_m)
     launch(
         _flash_kernel,
         (num_tiles * batch * num_heads,),
         q, k, v, out, lse,
         *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
-        num_heads, num_heads // k.shape[1], num_queries, num_keys,
+        num_heads, group, num_queries, num_keys,
         (dim**-0.5 if scale is None else scale) * LOG2_E,
         min(window or 0, num_keys + num_queries),  # a wider window hides nothing, and may not fit 32 bits
         CAUSAL=causal, HAS_WINDOW=window is not None, SAVE_LSE=return_lse,

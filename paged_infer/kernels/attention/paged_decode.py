@@ -34,11 +34,10 @@ def paged_decode(
     num_heads, dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
-    gpu = capability(q.device)
-    block_g, block_n, num_warps, num_stages = decode_tiles(gpu, dim, q.dtype, group)
+    (block_g, block_n, num_warps, num_stages), rule = decode_tiles(capability(q.device), dim, q.dtype, group)
     head_tiles = triton.cdiv(group, block_g)
     max_keys = min(max_seq_len, window or max_seq_len)
-    splits = num_splits(gpu, num_rows * num_kv_heads * head_tiles, max_keys, num_processors(q.device))
+    splits = num_splits(rule, num_rows * num_kv_heads * head_tiles, max_keys, num_processors(q.device))
     is_split = splits > 1
     parts = (num_rows, splits, num_heads)
     partial_out = torch.empty((*parts, dim) if is_split else 0, dtype=torch.float32, device=q.device)

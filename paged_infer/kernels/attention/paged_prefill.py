@@ -27,14 +27,15 @@ def paged_prefill(
 ) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the rows from ``first_row`` on."""
     num_heads, dim = q.shape[1:]
-    block_m, block_n, num_warps, num_stages = prefill_tiles(capability(q.device), dim, q.dtype, window, max_query_len)
+    group, gpu = num_heads // k_cache.shape[2], capability(q.device)
+    block_m, block_n, num_warps, num_stages = prefill_tiles(gpu, dim, q.dtype, group, window, max_query_len)
     launch(
         _prefill_kernel,
         (triton.cdiv(max_query_len, block_m), num_heads, seq_lens.shape[0] - first_row),
         q, k_cache, v_cache, out, lse, block_tables, seq_lens, query_start_loc,
         block_tables.stride(0), first_row, scale * LOG2_E, window or 0,
         HAS_WINDOW=window is not None, SAVE_LSE=lse.numel() > 0,
-        NUM_HEADS=num_heads, GROUP=num_heads // k_cache.shape[2],
+        NUM_HEADS=num_heads, GROUP=group,
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
         D=dim, BLOCK_D=padded(dim), BLOCK_M=block_m, BLOCK_N=block_n,
         STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),

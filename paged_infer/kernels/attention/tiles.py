@@ -1,30 +1,64 @@
 """How large a tile each attention kernel takes, on which chip: chosen from the shapes alone, before a launch.
 
-``paged-infer bench kernels --compile-only`` prints what the compiler spills with each tile, for every architecture.
+A table that was measured decides first (``tile_table``), then these functions. ``paged-infer bench kernels
+--compile-only`` prints what the compiler spills with each tile, for every architecture.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
 
 import torch
 
+from paged_infer.kernels.attention.tile_table import Key, SplitRule, Tile, measured
 from paged_infer.kernels.triton_runtime import triton
 
-MAX_SPLITS = 64
+INTERPRETED_SPLITS = SplitRule(per_processor=2**20, min_keys=32, max_splits=3)  # few, and short contexts are split too
 
 
-class Tile(NamedTuple):
-    """The constants of a compiled attention kernel."""
-
-    block_m: int  # queries of one head; in a decode, query heads of one KV head
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int  # of the pipeline that loads keys and values
+def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, window: int | None) -> Tile:
+    """For ``flash_attention``."""
+    chosen = measured(gpu, _key("flash", dim, dtype, group, window is not None))
+    return _flash_tiles(gpu, dim, dtype, window) if chosen is None else chosen[0]
 
 
-def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
-    """For ``flash_attention``: as large as registers and shared memory allow without a spill."""
+def prefill_tiles(
+    gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, window: int | None, max_query_len: int
+) -> Tile:  # fmt: skip
+    """For ``paged_prefill``: no more rows than queries."""
+    chosen = measured(gpu, _key("prefill", dim, dtype, group, window is not None))
+    tile = _prefill_tiles(gpu, dim, dtype, window) if chosen is None else chosen[0]
+    return tile._replace(block_m=min(tile.block_m, max(16, triton.next_power_of_2(max_query_len))))
+
+
+def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> tuple[Tile, SplitRule]:
+    """For ``paged_decode``, with the rule by which its rows are split."""
+    tile, splits = measured(gpu, _key("decode", dim, dtype, group, False)) or (None, None)
+    default = INTERPRETED_SPLITS if gpu == (0, 0) else SplitRule()
+    return tile or _decode_tiles(gpu, dim, dtype, group), splits or default
+
+
+def num_splits(rule: SplitRule, num_programs: int, max_keys: int, processors: int) -> int:
+    """Programs of a decode per row and KV head: enough for every processor, but none with next to nothing to do.
+
+    Args:
+        num_programs: without splits.
+        max_keys: that a row may attend to.
+    """
+    wanted = triton.cdiv(rule.per_processor * processors, max(1, num_programs))
+    return max(1, min(wanted, rule.max_splits, triton.cdiv(max_keys, rule.min_keys)))
+
+
+@cache
+def _key(kernel: str, dim: int, dtype: torch.dtype, group: int, has_window: bool) -> Key:
+    return Key(kernel, str(dtype).removeprefix("torch."), dim, group, has_window)
+
+
+# -- Where the table is silent -----------------------------------------------------------------------------------------
+
+
+def _flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
+    """As large as registers and shared memory allow without a spill."""
     if gpu == (0, 0):  # the interpreter: small, so that small shapes have several tiles
         return Tile(16, 16, 4, 1)
     if dtype == torch.float32:  # float32 has no tensor cores: products take many registers
@@ -42,16 +76,13 @@ def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int 
     return tile
 
 
-def prefill_tiles(
-    gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None, max_query_len: int
-) -> Tile:  # fmt: skip
-    """The dense kernel's, with fewer keys, as each needs an address, and no more rows than queries."""
-    tile = flash_tiles(gpu, dim, dtype, window)
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(max_query_len)))
-    return tile._replace(block_m=block_m, block_n=min(tile.block_n, 32 if gpu[0] == 8 and dim > 64 else 64))
+def _prefill_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
+    """The dense kernel's, with fewer keys, as each needs an address."""
+    tile = _flash_tiles(gpu, dim, dtype, window)
+    return tile._replace(block_n=min(tile.block_n, 32 if gpu[0] == 8 and dim > 64 else 64))
 
 
-def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> Tile:
+def _decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> Tile:
     """The query heads of a group, at least 16 in a product; small tiles of keys.
 
     A group that is too large for the registers takes several programs, which read the same keys.
@@ -63,16 +94,3 @@ def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int)
         return Tile(block_m, 16, 4, 4)
     # The address of a key is itself loaded, so only two of six stages hold tiles of keys.
     return Tile(block_m, 64 if dim <= 64 else 32, 4, 6)
-
-
-def num_splits(gpu: tuple[int, int], num_programs: int, max_keys: int, processors: int) -> int:
-    """Programs of a decode per row and KV head: enough for four on each processor, each with at least about 256 keys.
-
-    Args:
-        num_programs: without splits.
-        max_keys: that a row may attend to.
-    """
-    if gpu == (0, 0):  # the interpreter: few, and small enough that short contexts are split
-        return max(1, min(3, max_keys // 32))
-    wanted = triton.cdiv(4 * processors, max(1, num_programs))
-    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, 256)))

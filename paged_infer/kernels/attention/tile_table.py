@@ -1,0 +1,202 @@
+"""Tiles that were measured: kernels/tiles/sm90.json is read once in a process. Where it is silent, ``tiles`` decides.
+
+    {"arch": 90, "measured": "NVIDIA H200, triton 3.6.0, 2026-12-01", "entries": [
+     {"kernel": "decode", "dtype": "bfloat16", "head_dim": 128, "group": 4,
+      "block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 6,
+      "splits": {"per_processor": 4, "min_keys": 256, "max_splits": 64}}
+    ]}
+
+``paged-infer bench kernels --sweep`` writes such a file. ``PAGED_INFER_TILES=file.json`` replaces the package's table
+of the architecture that the file names. A tile that no kernel could run is refused when the table is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
+
+FOLDER = Path(__file__).parents[1] / "tiles"
+VARIABLE = "PAGED_INFER_TILES"
+KERNELS = ("flash", "prefill", "decode")
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_HEAD_DIM = 256
+
+
+class Tile(NamedTuple):
+    """The constants of a compiled attention kernel."""
+
+    block_m: int  # queries of one head; in a decode, query heads of one KV head
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int  # of the pipeline that loads keys and values
+
+
+class SplitRule(NamedTuple):
+    """Into how many splits a decode cuts its rows."""
+
+    per_processor: int = 4  # programs that each processor should have
+    min_keys: int = 256  # a split has about so many, at least
+    max_splits: int = 64
+
+
+class Key(NamedTuple):
+    """What an entry is for."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    group: int  # query heads of one KV head
+    window: bool = False  # flash and prefill; a decode cuts its window before the tiles
+
+
+Chosen = tuple[Tile, SplitRule | None]  # the rule: of a decode
+_LIMITS = {"block_m": (16, 128), "block_n": (16, 128), "num_warps": (1, 16), "num_stages": (1, 10)}
+_forced: dict[str, Chosen] = {}
+
+
+@contextmanager
+def forced(kernel: str, tile: Tile, splits: SplitRule | None = None) -> Iterator[None]:
+    """All calls of ``kernel`` inside this block take ``tile`` and, if it is given, ``splits``: for a sweep.
+
+    Raises:
+        ValueError: the kernel is none of ``KERNELS``, or the tile is outside the kernels' limits.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(KERNELS)}")
+    _check_tile(tile)
+    before = _forced.copy()
+    _forced[kernel] = (tile, splits)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
+    """What is forced, or the entry of the table for ``gpu``; None if there is neither.
+
+    Raises:
+        ValueError: the table cannot be read; the message names the file and the entry.
+    """
+    if key.kernel in _forced:
+        return _forced[key.kernel]
+    return None if gpu == (0, 0) else tables().get(gpu[0] * 10 + gpu[1], {}).get(key)
+
+
+@cache
+def tables() -> Mapping[int, Mapping[Key, Chosen]]:
+    """All tables by architecture (90: sm90): those of the package, and in their place that of ``VARIABLE``."""
+    paths = sorted(FOLDER.glob("sm*.json"))
+    found = {}
+    for path in paths:
+        arch, entries = read_table(path)
+        if path.name != f"sm{arch}.json":
+            raise ValueError(f'{path}: "arch" is {arch}, so its name must be sm{arch}.json')
+        found[arch] = entries
+    if given := os.environ.get(VARIABLE):
+        if not Path(given).is_file():
+            raise ValueError(f"{VARIABLE}={given}: there is no such file")
+        found.update([read_table(Path(given))])
+    return found
+
+
+def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
+    """The architecture and the entries of a table.
+
+    Raises:
+        ValueError: it is malformed, or an entry cannot be run; the message names the file and the entry.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        arch, entries = table["arch"], table["entries"]
+        if arch not in SHARED_LIMIT or not isinstance(entries, list):
+            known = ", ".join(map(str, SHARED_LIMIT))
+            raise ValueError(f'"arch" must be one of {known}, and "entries" a list; got arch {arch!r}')
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no table of tiles: {reason}") from error
+    found: dict[Key, Chosen] = {}
+    for number, entry in enumerate(entries, 1):
+        try:
+            key, chosen = _read_entry(entry, arch)
+            if key in found:
+                raise ValueError("an earlier entry has the same key")
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {number}, {json.dumps(entry)}: {error}") from error
+        found[key] = chosen
+    return arch, found
+
+
+def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_on: str) -> None:
+    """A file for ``kernels/tiles/``."""
+    lines = []
+    for key, (tile, splits) in entries.items():
+        entry = key._asdict() | tile._asdict() | ({} if splits is None else {"splits": splits._asdict()})
+        lines.append(f"  {json.dumps(entry)}")
+    head = f' "arch": {arch},\n "measured": {json.dumps(measured_on)},\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n{head} "entries": [\n' + ",\n".join(lines) + "\n ]\n}\n", encoding="utf-8")
+
+
+def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:
+    allowed = {*Key._fields, *Tile._fields, "splits"}
+    if not isinstance(entry, dict) or not allowed >= entry.keys() >= allowed - {"window", "splits"}:
+        raise ValueError(f"expected {', '.join(Key._fields + Tile._fields)} and, of a decode, splits")
+    key = Key(**{name: entry[name] for name in Key._fields if name in entry})
+    tile = Tile(**{name: entry[name] for name in Tile._fields})
+    if key.kernel not in KERNELS or key.dtype not in DTYPES or not isinstance(key.window, bool):
+        raise ValueError(f"kernel must be in {KERNELS}, dtype in {DTYPES}, and window true or false")
+    if not _is_whole(key.head_dim, 1, MAX_HEAD_DIM) or not _is_whole(key.group, 1, 2**16):
+        raise ValueError(f"head_dim must be a number of 1..{MAX_HEAD_DIM}, and group of 1 or more")
+    if key.kernel == "decode" and key.window:
+        raise ValueError("a decode's tile does not depend on a window")
+    _check_tile(tile)
+    _check_shared_memory(key, tile, arch)
+    return key, (tile, _read_splits(key, entry.get("splits")))
+
+
+def _read_splits(key: Key, given: Any) -> SplitRule | None:
+    if key.kernel != "decode":
+        if given is not None:
+            raise ValueError("only a decode has splits")
+        return None
+    if not isinstance(given, dict) or given.keys() != set(SplitRule._fields):
+        raise ValueError(f"splits of a decode: expected {', '.join(SplitRule._fields)}")
+    if not all(_is_whole(number, 1, 2**20) for number in given.values()):
+        raise ValueError("splits: each must be a whole number of 1 or more")
+    return SplitRule(**given)
+
+
+def _check_tile(tile: Tile) -> None:
+    for name, (least, most) in _LIMITS.items():
+        number = getattr(tile, name)
+        if not _is_whole(number, least, most) or (name != "num_stages" and number.bit_count() != 1):
+            kind = "a number" if name == "num_stages" else "a power of two"
+            raise ValueError(f"{name}={number!r}: must be {kind} of {least}..{most}")
+
+
+def _check_shared_memory(key: Key, tile: Tile, arch: int) -> None:
+    """Refuse what cannot fit: one tile of keys and of values, and in 16-bit dense attention one for each stage.
+
+    This is a lower bound. How many stages hold tiles of keys in the other kernels is the compiler's decision.
+    """
+    itemsize = getattr(torch, key.dtype).itemsize
+    stages = tile.num_stages if key.kernel == "flash" and itemsize == 2 else 1
+    padded = max(16, 1 << (key.head_dim - 1).bit_length())
+    needed = 2 * stages * tile.block_n * padded * itemsize
+    if needed > (limit := SHARED_LIMIT[arch]):
+        raise ValueError(f"needs at least {needed:,} bytes of shared memory a block, sm{arch} has {limit:,}")
+
+
+def _is_whole(number: Any, least: int, most: int) -> bool:
+    return type(number) is int and least <= number <= most

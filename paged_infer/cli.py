@@ -72,11 +72,12 @@ def compare(
         workload = story_beginnings(llm, num_prompts, max_tokens, seed)
         systems = {**our_baselines(llm), **transformers_baselines(llm)}
         with speed_cli.progress(len(systems)) as advance:
-            report = run_ladder(llm, systems, workload, on_run=advance)
+            save = speed_cli.save_to(figures, "ladder")
+            report = run_ladder(llm, systems, workload, on_run=advance, save=save)
     except ValueError as error:
         fail(error)
     speed_cli.show(report, figures, "ladder")
-    if not all(entry.same_tokens for entry in report.entries):
+    if not all(entry.is_right for entry in report.entries):
         raise typer.Exit(1)
 
 

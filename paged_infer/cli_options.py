@@ -99,7 +99,7 @@ class _Group:
         """Its fields that are not omitted, each with a type hint or the group that it is."""
         hints = _type_hints(self.kind)
         for one in fields(self.kind):
-            if one.name not in self.omitted:
+            if one.init and one.name not in self.omitted:
                 yield one, _Group.of(hints[one.name], self.omitted) or hints[one.name]
 
     def parameters(self) -> Iterator[inspect.Parameter]:

@@ -40,7 +40,8 @@ OMITTED = {
     "bench ladder": OWN_SEED,
     "bench step": OWN_SEED,
     "bench optimisations": OWN_SEED
-    | {"attention_backend", "enforce_eager", "async_scheduling", "speculative_config"},  # what its engines differ in
+    # what its engines differ in
+    | {"attention_backend", "enforce_eager", "async_scheduling", "max_num_batched_tokens", "speculative_config"},
     "bench speculation": OWN_SEED | {"speculative_config", "async_scheduling"},  # what its engines differ in
     "bench serve": OWN_SEED | {"max_num_seqs"},  # as many as the most clients
     "bench sharing": OWN_SEED | {"enable_prefix_caching"},  # off: it would share, too

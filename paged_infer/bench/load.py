@@ -107,6 +107,7 @@ class EngineSystem:
     def __init__(self, engine: LLMEngine, seed: int = 0, workload: Workload | None = None) -> None:
         self.engine = engine
         self.sequences: list[Sequence] = []
+        self.step_s: list[float] = []  # on its clock, when each step returned
         self._rng = random.Random(seed)
         self._requests = None if workload is None else zip(workload.prompts, workload.params, strict=True)
         self._salt = None if workload is None else f"run {next(_RUNS)}"  # it finds no prefix of an earlier run
@@ -136,7 +137,9 @@ class EngineSystem:
 
     def step(self, next_arrival_s: float) -> Iterable[Sequence]:
         """Returns a sequence once for each token that it got."""
-        return self.engine.step().grown
+        grown = self.engine.step().grown
+        self.step_s.append(self.now_s)
+        return grown
 
     def wait_until(self, moment_s: float) -> None:
         time.sleep(max(0.0, moment_s - self.now_s))

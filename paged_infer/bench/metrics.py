@@ -79,7 +79,8 @@ class Run:
     usage: KVUsage | None = None
     kv_bytes_per_token: int = 0
     span_s: dict[str, float] = field(default_factory=dict)  # where an engine's steps spent it; see ``step_spans``
-    overhead_share: float | None = None  # of the steps' time, in which nothing was computed
+    step_s: list[float] = field(default_factory=list)  # when each of an engine's steps returned, on a clock of its own
+    overhead_share: float | None = None  # of the steps' time, in which nothing was computed; on a GPU of some steps
     texts: list[str] = field(default_factory=list)
     is_whole: bool = False  # answers came whole: the time of the first token is not known
     loop_delay_s: Percentiles | None = None  # of a server's event loop

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,6 +53,14 @@ Rates = Annotated[
     ),
 ]
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds, from the start of the command: no further repeat is begun that would end later. The first one "
+        "is always run, and the report has the number that were.",
+        min=0.0,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +70,15 @@ class Common:
     model: BenchModel = None
     engine: Engine = field(default_factory=EngineConfig)
     repeats: Repeats = 3
+    time_limit: TimeLimit = None
     seed: Seed = 0
     figures: Figures = Path("figures")
+    began_s: float = field(default_factory=time.perf_counter, init=False)  # no option
+
+    @property
+    def deadline_s(self) -> float:
+        """When the time limit ends, by ``time.perf_counter``."""
+        return math.inf if self.time_limit is None else self.began_s + self.time_limit
 
     @contextmanager
     def open(self, longest: int, **options: Unpack[EngineOptions]) -> Iterator[LLM]:

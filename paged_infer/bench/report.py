@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from itertools import repeat
@@ -23,9 +24,11 @@ class JsonReport:
         return asdict(self)  # type: ignore[call-overload]
 
     def save(self, path: Path) -> None:
-        """Write the report, making its folder if need be."""
+        """Write the report, making its folder if need be. At any moment the file is this report or the one before."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from itertools import chain, cycle, islice
 
 from paged_infer.llm import LLM
 from paged_infer.params import SamplingParams
@@ -38,6 +39,25 @@ class Workload:
             for one in self.params[:num_requests]
         ]
         return Workload(f"the first {len(params)}, greedy", self.prompts[:num_requests], params, self.seed)
+
+    def warm_ups(self) -> list[Workload]:
+        """Short workloads that have this one's kinds of steps, which select kernels: all of them are compiled, and the
+        libraries' are loaded, before a run of this one is timed.
+
+        All prompts at once, with two tokens to generate for each: its chunks of prompts. Then one request alone for
+        each power of two up to the longest sequence, and for that: the tiles of a chunk (``prefill_tiles``) and the
+        splits of a decode (``num_splits``) follow from the longest of a step.
+        """
+        few = [replace(one, max_tokens=min(2, one.max_tokens or 2)) for one in self.params]
+        longest = max(len(p) + (one.max_tokens or 0) for p, one in zip(self.prompts, self.params, strict=True))
+        longest = max(1, longest - 2)
+        lengths = [*(2**n for n in range(4, longest.bit_length()) if 2**n < longest), longest]
+        token_ids = list(islice(cycle(chain.from_iterable(self.prompts)), longest))
+        alone = replace(self.params[0], max_tokens=2)
+        return [
+            Workload("all prompts, two tokens each", self.prompts, few, self.seed),
+            *(Workload(f"{n} tokens in, 2 out", [token_ids[:n]], [alone], self.seed) for n in lengths),
+        ]
 
 
 def nano_vllm_requests(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,10 +28,28 @@ def transformers_peers(llm: LLM) -> dict[str, System]:
     per_token = kv_bytes_per_token(llm.engine.decoder.kv_spec())
 
     return {
-        "transformers": partial(_generate, model, batch_size=1, kv_bytes_per_token=per_token),
-        "transformers static": partial(_generate, model, batch_size=None, kv_bytes_per_token=per_token),
+        "transformers": Generate(model, 1, per_token),
+        "transformers static": Generate(model, None, per_token),
         "transformers generate_batch": partial(_generate_batch, model),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """``generate`` as a system. ``batch_size`` None: all requests in one batch."""
+
+    model: Any
+    batch_size: int | None
+    kv_bytes_per_token: int
+
+    def __call__(self, workload: Workload) -> Run:
+        return _generate(self.model, workload, self.batch_size, self.kv_bytes_per_token)
+
+    @torch.inference_mode()
+    def next_logits(self, token_ids: list[int]) -> torch.Tensor:
+        """[V], after all of these tokens."""
+        logits: torch.Tensor = self.model(torch.tensor([token_ids], device=self.model.device)).logits[0, -1]
+        return logits
 
 
 def transformers_baselines(llm: LLM) -> dict[str, System]:

@@ -6,7 +6,7 @@ And what other benches share. ``python -m`` runs it where rich is not installed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +43,7 @@ def latency(
     with errors(), common.open_with_peers(prompt_tokens + max_tokens, peer, ("generate",)) as (llm, peers):
         workload = one_request(llm.engine.decoder.config.vocab_size, prompt_tokens, max_tokens, common.seed)
         systems = {**_engine(llm), **peers}
-        with bench_of(llm, common.repeats, common.repeats * len(systems)) as bench:
+        with _bench(llm, common, common.repeats * len(systems)) as bench:
             report = bench.latency(systems, workload)
     show(report, common.figures)
 
@@ -59,7 +59,7 @@ def throughput(common: Common, requests: NanoRequests, peer: Peers = None) -> No
     requests = requests.on(_on_gpu(common))
     with errors(), common.open_with_peers(requests.longest, peer, ("static", "generate_batch")) as (llm, peers):
         systems = {**_engine(llm), **peers}
-        with bench_of(llm, common.repeats, common.repeats * len(systems)) as bench:
+        with _bench(llm, common, common.repeats * len(systems)) as bench:
             report = bench.throughput(systems, requests.draw(llm, common.seed))
     show(report, common.figures)
 
@@ -73,6 +73,7 @@ def optimisations(
             attention_backend="each engine has its own",
             enforce_eager="each engine has its own",
             async_scheduling="each engine has its own",
+            max_num_batched_tokens="each engine has its own",
             speculative_config="an engine with drafts cannot run ahead",
         ),
     ],
@@ -80,9 +81,9 @@ def optimisations(
 ) -> None:
     """The throughput workload on a series of engines, each with one optimisation more: how much faster is it?
 
-    On a GPU: every kernel launched by itself, then CUDA graphs, then asynchronous scheduling. On a CPU: attention in
-    torch, in batches, in C, then asynchronous scheduling. Exits with status 1 if an engine gives other tokens where it
-    must not.
+    On a GPU: every kernel launched by itself, then CUDA graphs, then asynchronous scheduling, then steps of up to 8,192
+    tokens instead of 2,048. On a CPU: attention in torch, in batches, in C, then asynchronous scheduling. Exits with
+    status 1 if an engine gives other tokens where it must not.
     """
     import torch
 
@@ -94,7 +95,7 @@ def optimisations(
     options = engine_options(torch.device("cuda" if on_gpu else "cpu"))
     with errors(), common.open_each(requests.longest, options) as engines:
         last = [*engines.values()][-1]
-        with bench_of(last, common.repeats, common.repeats * len(engines)) as bench:
+        with _bench(last, common, common.repeats * len(engines)) as bench:
             systems = {name: watched_engine(llm) for name, llm in engines.items()}
             report = bench.throughput(systems, requests.draw(last, common.seed), "optimisations")
     show(report, common.figures)
@@ -113,7 +114,7 @@ def load(
     counts = clients or [1, 4, 8, 16, 32]
     with errors(), common.open(2 * lengths.longest) as llm:
         workload = lengths.draw(llm, num_requests, common.seed)
-        with bench_of(llm, common.repeats, common.repeats * (len(counts) + len(rate or RATE_SHARES))) as bench:
+        with _bench(llm, common, common.repeats * (len(counts) + len(rate or RATE_SHARES))) as bench:
             report = bench.load(workload, counts, rate, RATE_SHARES)
     show(report, common.figures)
 
@@ -142,7 +143,10 @@ def ladder(
             del systems["naive"], systems["cached"]
         with progress(common.repeats * (len(systems) - 1) + 1) as advance:
             workload = lengths.draw(llm, num_requests, common.seed)
-            report = run_ladder(llm, systems, workload, common.repeats, on_run=advance)
+            save, deadline_s = save_to(common.figures), common.deadline_s
+            report = run_ladder(
+                llm, systems, workload, common.repeats, on_run=advance, save=save, deadline_s=deadline_s
+            )
     show(report, common.figures)
 
 
@@ -171,9 +175,16 @@ def step(
         }
         with common.open_each(2 * lengths.longest, options) as engines:
             workload = lengths.draw(engines[backend], num_requests, common.seed)
-            report = measure_step(list(engines.values()), workload, common.repeats)
+            path = common.figures / "bench-step.json"
+            report = measure_step(
+                list(engines.values()),
+                workload,
+                common.repeats,
+                save=lambda report: report.save(path),
+                deadline_s=common.deadline_s,
+            )
     print_step(report)
-    save_report(report, common.figures / "bench-step.json")
+    save_report(report, path)
 
 
 @app.command()
@@ -219,7 +230,7 @@ def speculation(
         plain = engines[PLAIN]
         beginnings = story_beginnings(plain, max(batches), max_tokens, common.seed)
         workload = open_texts(beginnings, max_tokens, temperature)
-        with bench_of(plain, common.repeats, common.repeats * len(engines) * len(batches)) as bench:
+        with _bench(plain, common, common.repeats * len(engines) * len(batches)) as bench:
             report = measure_speculation(bench, engines, workload, batches)
     show(report, common.figures)
 
@@ -230,9 +241,18 @@ def show(report: SpeedReport, figures: Path, name: str = "") -> None:
     from paged_infer.bench.speed.tables import print_speed
 
     print_speed(report)
-    save_report(report, figures / f"{name or 'bench-' + report.command}.json", speed_figure)
+    save_report(report, _path(report, figures, name), speed_figure)
     if not report.is_right:
         raise typer.Exit(1)
+
+
+def save_to(figures: Path, name: str = "") -> Callable[[SpeedReport], None]:
+    """Saves a report's numbers where ``show`` will, so that those of an unfinished command are there."""
+    return lambda report: report.save(_path(report, figures, name))
+
+
+def _path(report: SpeedReport, figures: Path, name: str) -> Path:
+    return figures / f"{name or 'bench-' + report.command}.json"
 
 
 def _on_gpu(common: Common) -> bool:
@@ -248,9 +268,15 @@ def _engine(llm: LLM) -> dict[str, System]:
     return {ENGINE: watched_engine(llm)}
 
 
+def _bench(llm: LLM, common: Common, num_runs: int) -> AbstractContextManager[Bench]:
+    """``bench_of`` what a command has in common with the others."""
+    save, deadline_s = save_to(common.figures), common.deadline_s
+    return bench_of(llm, common.repeats, num_runs, save=save, deadline_s=deadline_s)
+
+
 @contextmanager
-def bench_of(llm: LLM, repeats: int, num_runs: int) -> Iterator[Bench]:
-    """Describe the machine and measure its roofline before anything runs."""
+def bench_of(llm: LLM, repeats: int, num_runs: int, **others: Any) -> Iterator[Bench]:
+    """Describe the machine and measure its roofline before anything runs. ``others``: of ``Bench``."""
     from paged_infer.bench.roofline import measure
     from paged_infer.bench.speed.measure import Bench
     from paged_infer.execution.machine import describe_machine
@@ -258,7 +284,7 @@ def bench_of(llm: LLM, repeats: int, num_runs: int) -> Iterator[Bench]:
     machine = describe_machine()
     roofline = measure(llm.engine.device, dtype=llm.engine.decoder.dtype)
     with progress(num_runs) as advance:
-        yield Bench(llm, roofline, repeats, on_run=advance, machine=machine)
+        yield Bench(llm, roofline, repeats, on_run=advance, machine=machine, **others)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def run_engine(
         usage=engine.usage,
         kv_bytes_per_token=engine.memory.kv_bytes_per_token,
         span_s=span_s,
+        step_s=server.step_s,
         overhead_share=cpu_overhead_share(span_s) if engine.device.type == "cpu" else None,
         acceptance_rate=num_accepted / num_drafted if num_drafted else None,
         num_steps=stats.steps - before.steps,

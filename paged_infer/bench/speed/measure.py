@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 from paged_infer.bench.floor import Floor, ModelCost
@@ -13,7 +15,9 @@ from paged_infer.bench.metrics import Metrics, Run, System
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.speed.engine_runs import run_engine
-from paged_infer.bench.speed.step_spans import cuda_busy_s
+from paged_infer.bench.speed.recorded_steps import busy_share
+from paged_infer.bench.speed.rounds import Runs, interleave, nothing
+from paged_infer.bench.speed.same_tokens import TokenComparison, compare_tokens
 from paged_infer.bench.workloads import Workload
 from paged_infer.execution.machine import describe_machine
 from paged_infer.llm import LLM
@@ -27,8 +31,9 @@ CHECKED_REQUESTS, CHECKED_TOKENS = 4, 16
 class Entry:
     """One system, or one load: medians over its repeats.
 
-    ``same_tokens``: greedy on a few requests, equal to the reference's. ``span_s``: where the engine's steps spent
-    their time, in the run of median length. ``load``: clients, or arrivals a second; ``series``: a line of a picture.
+    ``same_tokens``: equal to the reference's, in ``throughput`` greedy on a few requests; if not, ``compared`` has by
+    how much. ``span_s``: where the engine's steps spent their time, in the run of median length. ``load``: clients, or
+    arrivals a second; ``series``: a line of a picture.
     """
 
     name: str
@@ -40,16 +45,27 @@ class Entry:
     span_s: dict[str, float] = field(default_factory=dict)
     load: float | None = None
     series: str = ""
+    compared: TokenComparison | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """As many tokens as requested, and the same ones as the reference's, or but for near ties."""
+        is_same = self.same_tokens is not False or (self.compared is not None and self.compared.is_right)
+        return self.same_counts and is_same
 
     @classmethod
     def of(cls, name: str, runs: list[Run], workload: Workload, floor: Floor | None, **others: Any) -> Entry:
         usual = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
         others.setdefault("same_counts", gave_all(runs, workload))
+        if compared := others.get("compared"):
+            others["same_tokens"] = compared.is_same
         return cls(name, Metrics.of(runs, floor), [run.seconds for run in runs], span_s=usual.span_s, **others)
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedReport(JsonReport):
+    """``repeats``: as asked for; an entry's ``runs_s`` are those that were run."""
+
     command: str
     model: str
     dtype: str = ""
@@ -63,63 +79,118 @@ class SpeedReport(JsonReport):
     roofline: Roofline | None = None  # None: not measured
     floor: Floor | None = None
     entries: list[Entry] = field(default_factory=list)
+    is_complete: bool = True  # False: saved after a run, and the command has not reached its end
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Entry:
         return next(entry for entry in self.entries if entry.name == name)
 
     @property
     def is_right(self) -> bool:
-        """Every system gave as many tokens as requested and, in float32, the same ones."""
+        """Every system gave as many tokens as requested and, in float32, the same ones (see ``TokenComparison``)."""
         exact = self.dtype == "float32"
-        return all(e.same_counts and not (exact and e.same_tokens is False) for e in self.entries)
+        return all(entry.is_right if exact else entry.same_counts for entry in self.entries)
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every command measures on: the engine, and the machine and its roofline as they were before anything ran."""
+    """What every command measures on: the engine, and the machine and its roofline as they were before anything ran.
+
+    ``save`` gets the report of all runs so far after each of them. ``deadline_s``, by ``perf_counter``: see
+    ``interleave``.
+    """
 
     llm: LLM
     roofline: Roofline | None
     repeats: int
-    on_run: Callable[[str], None] = lambda name: None
+    on_run: Callable[[str], None] = nothing
     machine: dict[str, Any] = field(default_factory=describe_machine)
+    save: Callable[[SpeedReport], None] | None = None  # None: nothing is saved
+    deadline_s: float = math.inf
 
     def throughput(self, systems: Mapping[str, System], workload: Workload, command: str = "throughput") -> SpeedReport:
-        """All requests at once. Each system's tokens are compared first, which also warms it up."""
+        """All requests at once. Each system's tokens are compared first, and it is warmed up; see ``run_warm_ups``.
+
+        On a GPU some of the engine's steps are then recorded, which gives its overhead.
+        """
         sample = workload.sample(CHECKED_REQUESTS, CHECKED_TOKENS)
-        firsts = {name: system(sample) for name, system in systems.items()}
-        return self._report_systems(command, systems, workload, firsts)
+        firsts = {name: [system(sample)] for name, system in systems.items()}
+        run_warm_ups(systems, workload)
+        compared = self.compare(systems, sample, firsts)
+
+        def report_of(runs: Runs) -> SpeedReport:
+            floor = self.floor(workload)
+            entries = [
+                Entry.of(name, its_runs, workload, floor, compared=compared.get(name))
+                for name, its_runs in runs.items()
+                if its_runs
+            ]
+            return self.report(command, workload, floor, entries)
+
+        runs = self.interleave(systems, workload, report_of)
+        note = self._record_overhead(runs.get(ENGINE, []), workload)
+        return replace(report_of(runs), notes=note)
 
     def latency(self, systems: Mapping[str, System], workload: Workload) -> SpeedReport:
         """One request, repeated: the first run of each system, then the settled ones. All of their tokens are compared,
         so ``workload`` is greedy.
         """
-        firsts = {name: system(workload) for name, system in systems.items()}
-        return self._report_systems("latency", systems, workload, firsts, show_firsts=True)
+        firsts: Runs = {}
 
-    def _report_systems(
+        def report_of(runs: Runs) -> SpeedReport:
+            floor, entries = self.floor(workload), []
+            served = {name: [*first, *runs.get(name, [])] for name, first in firsts.items()}
+            compared = self.compare(systems, workload, served)
+            for name, (first, *settled) in served.items():
+                more = {"same_counts": gave_all(served[name], workload), "compared": compared.get(name)}
+                entry = Entry.of(name, settled or [first], workload, floor, **more, first=Metrics.of([first], floor))
+                entries.append(entry if settled else replace(entry, runs_s=[]))
+            return self.report("latency", workload, floor, entries)
+
+        for name, system in systems.items():
+            firsts[name] = [system(workload)]
+            self._save(report_of({}))
+        return report_of(self.interleave(systems, workload, report_of))
+
+    def compare(
+        self, systems: Mapping[str, System], workload: Workload, runs: Mapping[str, list[Run]]
+    ) -> dict[str, TokenComparison]:
+        """Every system's runs of ``workload``, held to the reference's first one: {} if it is alone, or to come."""
+        reference = REFERENCE if REFERENCE in systems else next(iter(systems))
+        if len(systems) == 1 or not runs.get(reference):
+            return {}
+        view, expected = getattr(systems[reference], "next_logits", None), runs[reference][0].token_ids
+        return {
+            name: compare_tokens(self.llm, workload, expected, [run.token_ids for run in its_runs], view)
+            for name, its_runs in runs.items()
+        }
+
+    def interleave(
         self,
-        command: str,
         systems: Mapping[str, System],
         workload: Workload,
-        firsts: Mapping[str, Run],
-        show_firsts: bool = False,
-    ) -> SpeedReport:
-        """Run the systems in turn, after their first runs, which served ``workload`` if they are to be shown."""
-        runs = interleave(systems, workload, self.repeats, self.on_run)
-        self._record_overhead(runs.get(ENGINE, []), workload)
-        floor, entries = self.floor(workload), []
-        expected = firsts[REFERENCE if REFERENCE in firsts else next(iter(firsts))]
-        for name, its_runs in runs.items():
-            first = firsts[name]
-            served = [first, *its_runs] if show_firsts else its_runs
-            same_counts = gave_all(served, workload)
-            same_tokens = gave_same(served if show_firsts else [first], expected) if len(firsts) > 1 else None
-            shown = Metrics.of([first], floor) if show_firsts else None
-            entries.append(
-                Entry.of(name, its_runs, workload, floor, same_counts=same_counts, same_tokens=same_tokens, first=shown)
-            )
-        return self.report(command, workload, floor, entries)
+        report_of: Callable[[Runs], SpeedReport],
+        *,
+        num_phases: int = 1,
+        once: Collection[str] = (),
+    ) -> Runs:
+        """See ``rounds.interleave``. What is left of the time is shared with the other phases that are to come."""
+
+        now_s = perf_counter()
+        deadline_s = now_s + (self.deadline_s - now_s) / num_phases
+        return interleave(
+            systems,
+            workload,
+            self.repeats,
+            self.on_run,
+            save=lambda runs: self._save(report_of(runs)),
+            deadline_s=deadline_s,
+            once=once,
+        )
+
+    def _save(self, report: SpeedReport) -> None:
+        if self.save is not None:
+            self.save(replace(report, is_complete=False))
 
     def load(
         self, workload: Workload, clients: list[int], rates: list[float] | None, rate_shares: list[float]
@@ -129,29 +200,46 @@ class Bench:
         Args:
             rates: arrivals a second; None: ``rate_shares`` of the rate at which the most clients were served.
         """
-        engine = self.llm.engine
-        run_engine(engine, workload.sample(max(clients), CHECKED_TOKENS))  # warm up
-        entries = []
-        closed = closed_loops(partial(run_engine, engine), clients)
-        runs = interleave(closed, workload, self.repeats, self.on_run)
-        for (name, its_runs), num_clients in zip(runs.items(), clients, strict=True):
-            floor = self.floor(workload, num_clients)
-            entries.append(Entry.of(name, its_runs, workload, floor, load=float(num_clients)))
+        run = partial(run_engine, self.llm.engine)
+        run(workload.sample(max(clients), CHECKED_TOKENS))
+        run_warm_ups({ENGINE: run}, workload)
+        num_clients = dict(zip(closed_loops(run, clients), clients, strict=True))
+
+        def entries_of(runs: Runs, loads: Mapping[str, float]) -> list[Entry]:
+            return [
+                Entry.of(
+                    name,
+                    runs[name],
+                    workload,
+                    self.floor(workload, num_clients[name]) if name in num_clients else None,
+                    load=float(load),
+                )
+                for name, load in loads.items()
+                if runs[name]
+            ]
+
+        def report_of(runs: Runs, before: list[Entry], loads: Mapping[str, float]) -> SpeedReport:
+            return self.report("load", workload, None, before + entries_of(runs, loads))
+
+        closed = partial(report_of, before=[], loads=num_clients)
+        entries = closed(self.interleave(closed_loops(run, clients), workload, closed, num_phases=2)).entries
         served_per_s = len(workload.prompts) / entries[-1].metrics.seconds
         rates = rates or [share * served_per_s for share in rate_shares]
-        opened = open_loops(partial(run_engine, engine), workload, rates)
-        runs = interleave(opened, workload, self.repeats, self.on_run)
-        for (name, its_runs), rate in zip(runs.items(), rates, strict=True):
-            entries.append(Entry.of(name, its_runs, workload, None, load=rate))
-        return self.report("load", workload, None, entries)
+        systems = open_loops(run, workload, rates)
+        opened = partial(report_of, before=entries, loads=dict(zip(systems, rates, strict=True)))
+        return opened(self.interleave(systems, workload, opened))
 
-    def _record_overhead(self, runs: list[Run], workload: Workload) -> None:
-        """On a CUDA device, by one more run that is recorded; on the CPU every run has its own."""
+    def _record_overhead(self, runs: list[Run], workload: Workload) -> list[str]:
+        """On a CUDA device, from some recorded steps; on the CPU every run has its own. Returns why it failed."""
         if not runs or self.llm.engine.device.type != "cuda":
-            return
-        busy_s = cuda_busy_s(lambda: run_engine(self.llm.engine, workload))
-        for run in runs:
-            run.overhead_share = 1 - busy_s / run.seconds
+            return []
+        try:
+            shares = busy_share(self.llm.engine, workload, [run.step_s for run in runs])
+        except Exception as error:  # of the profiler; every number is there without it
+            return [f"the engine's overhead was not recorded: {type(error).__name__}: {error}"]
+        for run, share in zip(runs, shares, strict=True):
+            run.overhead_share = 1 - share
+        return []
 
     def floor(self, workload: Workload, num_clients: int | None = None) -> Floor:
         prompts, outputs = lengths(workload)
@@ -187,16 +275,14 @@ class Bench:
         )
 
 
-def interleave(
-    systems: Mapping[str, System], workload: Workload, repeats: int, on_run: Callable[[str], None] = lambda name: None
-) -> dict[str, list[Run]]:
-    """``repeats`` runs of each, in turn: a busy phase of the machine affects all of them."""
-    runs: dict[str, list[Run]] = {name: [] for name in systems}
-    for _ in range(repeats):
-        for name, system in systems.items():
-            runs[name].append(system(workload))
-            on_run(name)
-    return runs
+def run_warm_ups(systems: Mapping[str, System], workload: Workload) -> None:
+    """Run every kind of step of ``workload`` on each system, so that nothing is compiled in a run that is timed.
+
+    transformers compiles nothing: it gets the first of them only.
+    """
+    for name, system in systems.items():
+        for one in workload.warm_ups()[: 1 if name.startswith(REFERENCE) else None]:
+            system(one)
 
 
 def closed_loops(run: Callable[..., Run], clients: list[int], suffix: str = "") -> dict[str, System]:
@@ -219,8 +305,3 @@ def gave_all(runs: list[Run], workload: Workload) -> bool:
     """Whether each request got exactly the number of tokens that it asked for."""
     asked = lengths(workload)[1]
     return all(run.num_outputs == asked for run in runs)
-
-
-def gave_same(runs: list[Run], expected: Run) -> bool:
-    """Whether all of them gave the tokens of ``expected``."""
-    return all(run.token_ids == expected.token_ids for run in runs)

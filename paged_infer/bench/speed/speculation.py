@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
+from paged_infer.bench.metrics import System
 from paged_infer.bench.speed.engine_runs import watched_engine
-from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, gave_same, interleave
+from paged_infer.bench.speed.measure import Bench, Entry, SpeedReport, run_warm_ups
+from paged_infer.bench.speed.rounds import Runs
 from paged_infer.bench.workloads import Workload
 from paged_infer.llm import LLM
 
@@ -36,22 +39,34 @@ def measure_speculation(
         engines: by the names of their methods; ``PLAIN`` is one of them, and the others are held to its tokens.
     """
     systems = {name: watched_engine(llm) for name, llm in engines.items()}
-    entries = []
-    for size in batches:
+    entries: list[Entry] = []
+    for number, size in enumerate(batches):
         requests = replace(workload, prompts=workload.prompts[:size], params=workload.params[:size])
+        run_warm_ups(systems, requests)
         for system in systems.values():
-            system(requests.sample(size, 8))  # warm
-        runs = interleave(systems, requests, bench.repeats, bench.on_run)
-        entries += [
-            Entry.of(
-                f"{name}, {size} at once",
-                its_runs,
-                requests,
-                bench.floor(requests) if name == PLAIN else None,  # drafting may go below it
-                same_tokens=gave_same(its_runs, runs[PLAIN][0]),
-                load=float(size),
-                series=name,
-            )
-            for name, its_runs in runs.items()
-        ]
+            system(requests.sample(size, 8))
+        report_of = partial(_report, bench, systems, requests, entries[:])
+        runs = bench.interleave(systems, requests, report_of, num_phases=len(batches) - number)
+        entries = report_of(runs).entries
     return bench.report("speculation", workload, None, entries)
+
+
+def _report(
+    bench: Bench, systems: Mapping[str, System], requests: Workload, before: list[Entry], runs: Runs
+) -> SpeedReport:
+    size = len(requests.prompts)
+    compared = bench.compare(systems, requests, runs)
+    entries = [
+        Entry.of(
+            f"{name}, {size} at once",
+            its_runs,
+            requests,
+            bench.floor(requests) if name == PLAIN else None,  # drafting may go below it
+            compared=compared.get(name),
+            load=float(size),
+            series=name,
+        )
+        for name, its_runs in runs.items()
+        if its_runs
+    ]
+    return bench.report("speculation", requests, None, before + entries)

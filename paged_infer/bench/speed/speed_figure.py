@@ -42,9 +42,14 @@ def ladder_figure(report: SpeedReport) -> Picture:
         tidy_axes(axes, "top right left", "x", title=title, axis="y", length=0)
         axes.margins(x=0.22)
     speed.invert_yaxis()
-    same = "same tokens on every rung" if all(entry.same_tokens for entry in report.entries) else "TOKENS DIFFER"
-    figure.suptitle(f"{report.model}: {report.workload} ({same})", fontsize=9.5, color=INK)
+    figure.suptitle(f"{report.model}: {report.workload} ({_agreement(report)})", fontsize=9.5, color=INK)
     return figure
+
+
+def _agreement(report: SpeedReport) -> str:
+    if all(entry.same_tokens for entry in report.entries):
+        return "same tokens on every rung"
+    return "same tokens but for near ties" if all(entry.is_right for entry in report.entries) else "TOKENS DIFFER"
 
 
 def _rates(entries: list[Entry]) -> list[float]:

@@ -6,7 +6,8 @@ Python and what has no name here. Clocking costs all backends alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlyList
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,39 +41,69 @@ class BackendParts:
     step_ms: float
     part_ms: list[float]
 
+    num_runs: int | None = None  # None: as many as the report's ``repeats``
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport(JsonReport):
+    """``repeats``: as asked for."""
+
     model: str
     workload: str
     repeats: int
     machine: dict[str, Any]
     backends: list[BackendParts]
+    is_complete: bool = True  # False: saved after a run, and the command has not reached its end
 
 
-def measure_step(llms: ReadOnlyList[LLM], workload: Workload, repeats: int) -> StepReport:
-    """Serve the workload with each engine in turn, ``repeats`` times, after a run that is not counted."""
+def measure_step(
+    llms: ReadOnlyList[LLM],
+    workload: Workload,
+    repeats: int,
+    save: Callable[[StepReport], None] | None = None,
+    deadline_s: float = math.inf,
+) -> StepReport:
+    """Serve the workload with each engine in turn, ``repeats`` times, after a run that is not counted.
+
+    ``save`` gets the report of all runs so far after each of them; ``deadline_s``: see ``interleave``.
+    """
     machine = describe_machine()
-    runs: dict[str, list[tuple[int, float, list[float]]]] = {}
+    runs: dict[str, list[StepRun]] = {llm.engine.config.attention_backend: [] for llm in llms}
+
+    def report(is_complete: bool) -> StepReport:
+        backends = [_parts(backend, its_runs) for backend, its_runs in runs.items() if its_runs]
+        return StepReport(llms[0].name, workload.name, repeats, machine, backends, is_complete)
+
+    round_s = 0.0
     for repeat in range(repeats + 1):
+        began_s = perf_counter()
+        if repeat > 1 and began_s + round_s > deadline_s:
+            break
         for llm in llms:
             run = _run(llm, workload, salt=f"run {repeat}")
             if repeat:
-                runs.setdefault(llm.engine.config.attention_backend, []).append(run)
-    backends = [
-        BackendParts(
-            backend,
-            its_runs[0][0],
-            round(median(step_ms for _, step_ms, _ in its_runs), 4),
-            [round(median(column), 4) for column in zip(*(parts for _, _, parts in its_runs), strict=True)],
-        )
-        for backend, its_runs in runs.items()
-    ]
-    return StepReport(llms[0].name, workload.name, repeats, machine, backends)
+                runs[llm.engine.config.attention_backend].append(run)
+                if save is not None:
+                    save(report(is_complete=False))
+        round_s = perf_counter() - began_s
+    return report(is_complete=True)
 
 
-def _run(llm: LLM, workload: Workload, salt: str) -> tuple[int, float, list[float]]:
-    """The number of steps, and milliseconds a step: in all, and of each part."""
+StepRun = tuple[int, float, list[float]]
+"""The number of steps, and milliseconds a step: in all, and of each part."""
+
+
+def _parts(backend: str, runs: list[StepRun]) -> BackendParts:
+    return BackendParts(
+        backend,
+        runs[0][0],
+        round(median(step_ms for _, step_ms, _ in runs), 4),
+        [round(median(column), 4) for column in zip(*(parts for _, _, parts in runs), strict=True)],
+        len(runs),
+    )
+
+
+def _run(llm: LLM, workload: Workload, salt: str) -> StepRun:
     before = llm.stats()["steps"]
     began = perf_counter()
     with watch_parts(llm) as seconds:

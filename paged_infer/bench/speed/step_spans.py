@@ -98,6 +98,7 @@ def cuda_busy_s(run: Callable[[], object]) -> float:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    torch.cuda.synchronize()  # nothing that was launched before is recorded
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()

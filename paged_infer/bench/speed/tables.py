@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from paged_infer.bench.metrics import Metrics, Percentiles
@@ -33,27 +34,29 @@ def print_speed(report: SpeedReport) -> None:
     title = (
         f"{report.model} ({report.dtype}{random_weights}): {report.workload}\n"
         f"seed {report.seed}, {report.num_prompt_tokens:,} tokens in, {report.num_output_tokens:,} out; "
-        f"medians of {report.repeats} interleaved runs"
+        f"medians of {report.repeats} interleaved runs{', INCOMPLETE' * (not report.is_complete)}"
     )
     rows, times, marks = [], [], []
     for entry in report.entries:
         if entry.first is not None:
             name = f"{entry.name}, first run"
-            rows.append((name, *_cells(entry.first), "", ""))
+            rows.append((name, *_cells(entry.first), "", "", ""))
             times.append((name, *_times(entry.first)))
             marks.append("dim")
-        same = UNKNOWN if entry.same_tokens is None else _yes(entry.same_tokens)
-        rows.append((entry.name, *_cells(entry.metrics), _yes(entry.same_counts), same))
+        rows.append(
+            (entry.name, *_cells(entry.metrics), _num_runs(entry, report), _yes(entry.same_counts), _same(entry))
+        )
         times.append((entry.name, *_times(entry.metrics)))
-        marks.append("" if entry.same_counts and entry.same_tokens is not False else "bold red")
+        marks.append("" if entry.is_right else "bold red")
     first = FIRST_COLUMN.get(report.command, "system")
-    _print_known(title, (first, *COLUMNS, "all tokens", "same tokens"), rows, marks)
+    _print_known(title, (first, *COLUMNS, "runs", "all tokens", "same tokens"), rows, marks)
     _print_known("milliseconds: p50 / p90 / p99", (first, *TIMES), times, marks)
     if report.command == "speculation":
         _print_drafts(report)
     ratios = [_ratio_line(*pair) for pair in _compared(report)]
-    for line in ratios + _floor_lines(report) + _span_lines(report):
+    for line in ratios + _token_lines(report) + _floor_lines(report) + _span_lines(report) + report.notes:
         print(line)
+    sys.stdout.flush()
 
 
 def _print_known(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], marks: list[str]) -> None:
@@ -86,6 +89,25 @@ def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
 
+def _num_runs(entry: Entry, report: SpeedReport) -> str:
+    """Of those asked for, if they are fewer."""
+    asked = report.repeats
+    return UNKNOWN if len(entry.runs_s) >= asked else f"{len(entry.runs_s)} of {asked}"
+
+
+def _same(entry: Entry) -> str:
+    if entry.same_tokens is None:
+        return UNKNOWN
+    is_tie = not entry.same_tokens and entry.compared is not None and entry.compared.is_right
+    return "near ties" if is_tie else _yes(entry.same_tokens)
+
+
+def _token_lines(report: SpeedReport) -> list[str]:
+    """By how much tokens differ, where they do."""
+    compared = [(entry.name, entry.compared) for entry in report.entries if entry.compared is not None]
+    return [f"{name}: {comparison.line()}" for name, comparison in compared if not comparison.is_same]
+
+
 def _compared(report: SpeedReport) -> list[tuple[Entry, Entry]]:
     """Pairs of entries: what is compared, and to what."""
     entries = report.entries
@@ -99,9 +121,8 @@ def _compared(report: SpeedReport) -> list[tuple[Entry, Entry]]:
         plain = {entry.load: entry for entry in entries if entry.series == entries[0].series}
         return [(entry, plain[entry.load]) for entry in entries if entry is not plain[entry.load]]
     if report.command == "optimisations":  # each engine to the one before, and the last to the first
-        return [*zip(entries[1:], entries, strict=False), (entries[-1], entries[0])]
-    ours = report[ENGINE]
-    return [(ours, other) for other in entries if other is not ours]
+        return [*zip(entries[1:], entries, strict=False), *[(entries[-1], entries[0])] * (len(entries) > 1)]
+    return [(ours, other) for ours in entries if ours.name == ENGINE for other in entries if other is not ours]
 
 
 def _print_drafts(report: SpeedReport) -> None:
@@ -118,6 +139,7 @@ def _print_drafts(report: SpeedReport) -> None:
 def _ratio_line(ours: Entry, other: Entry) -> str:
     """Of the medians, and the least and most of each pair of consecutive runs."""
     each = [theirs / mine for theirs, mine in zip(other.runs_s, ours.runs_s, strict=False)]  # one may run once
+    each = each or [other.metrics.seconds / ours.metrics.seconds]
     ratio = other.metrics.seconds / ours.metrics.seconds
     return f"{ours.name} / {other.name} = {ratio:.2f} ({min(each):.2f} to {max(each):.2f})"
 
@@ -151,7 +173,10 @@ def _span_lines(report: SpeedReport) -> list[str]:
 
 def print_step(report: StepReport) -> None:
     """Milliseconds a step and the share of each part, a column a backend."""
-    title = f"{report.model}: {report.workload}; milliseconds a step, medians of {report.repeats} interleaved runs"
+    fewest = min((one.num_runs or report.repeats for one in report.backends), default=0)
+    num_runs = f"{report.repeats}" if fewest == report.repeats else f"{fewest} of {report.repeats}"
+    title = f"{report.model}: {report.workload}; milliseconds a step, medians of {num_runs} interleaved runs"
+    title += ", INCOMPLETE" * (not report.is_complete)
     rows = []
     for place, part in enumerate(PARTS):
         cells = [f"{one.part_ms[place]:.3f} ({one.part_ms[place] / one.step_ms:.0%})" for one in report.backends]

@@ -18,10 +18,15 @@ from typing import Any
 
 import torch
 
+from paged_infer.kernels.machine_code import MachineCode, read_machine_code
 from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to, triton
 
-# Shared memory limit of a block, in bytes (CUDA programming guide, table of technical specifications).
+# CUDA programming guide, table of technical specifications: shared memory limit of a block in bytes, and the warps and
+# blocks that a processor (SM) holds.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+_MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_MAX_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+_REGISTERS, _RESERVED_SHARED = 65_536, 1024  # of a processor; of each block, for the system
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,23 @@ class Compiled:
     num_warps: int
     num_stages: int
     ptx: str
+    ttgir: str
+    cubin: bytes
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that a processor holds at once: registers, shared memory and warps allow no more."""
+        registers_per_warp = -(-self.registers * 32 // 256) * 256  # they are handed out in units of 256
+        return min(
+            _REGISTERS // registers_per_warp // self.num_warps,
+            (SHARED_LIMIT[self.arch] + _RESERVED_SHARED) // (self.shared_bytes + _RESERVED_SHARED),
+            _MAX_WARPS[self.arch] // self.num_warps,
+            _MAX_BLOCKS[self.arch],
+        )
+
+    def machine_code(self) -> MachineCode:
+        """Its machine code, read. Takes about 50 ms."""
+        return read_machine_code(self.cubin, self.ttgir)
 
     @property
     def is_clean(self) -> bool:
@@ -77,7 +99,8 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         registers, spill_bytes = _resources(binary.asm["cubin"])
         meta = binary.metadata
         sizes = (registers, spill_bytes, meta.shared, meta.num_warps, meta.num_stages)
-        compiled.append(Compiled(kernel.fn.__name__, arch, *sizes, binary.asm["ptx"]))
+        code = (binary.asm["ptx"], binary.asm["ttgir"], binary.asm["cubin"])
+        compiled.append(Compiled(kernel.fn.__name__, arch, *sizes, *code))
 
     triton.runtime.driver.set_active(_Driver(arch))
     try:

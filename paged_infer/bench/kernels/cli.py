@@ -16,6 +16,7 @@ from paged_infer.bench.tables import print_table
 if TYPE_CHECKING:
     import torch
 
+    from paged_infer.bench.kernels.compile_table import CompiledRow
     from paged_infer.bench.kernels.report import KernelReport, Measurement
 
 
@@ -77,6 +78,7 @@ def _refuse(message: str) -> NoReturn:
 
 def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
     from paged_infer.bench.kernels.compile_table import CHIPS, compile_table, save_table
+    from paged_infer.bench.kernels.variants import QUICK
     from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
     from paged_infer.kernels.triton_runtime import HAS_TRITON
 
@@ -87,25 +89,42 @@ def _compile_only(quick: bool, arch: list[int] | None, path: Path) -> None:
         _refuse(f"arch={unknown[0]}: known chips are {', '.join(map(str, SHARED_LIMIT))}")
     start_s = time.perf_counter()
     try:
-        rows = compile_table(quick, chips)
+        rows = compile_table(QUICK if quick else None, chips)
     except RuntimeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     save_table(rows, path)
-    header = ("variant", "kernel", "registers", "spilled", "shared", "warps", "stages")
+    header = (
+        "variant",
+        "kernel",
+        "registers",
+        "spilled",
+        "shared",
+        "warps",
+        "stages",
+        "blocks/SM",
+        "buffers",
+        "in flight",
+    )
     for chip in dict.fromkeys(row.arch for row in rows):
         of_chip = [row for row in rows if row.arch == chip]
         limit = max(row.shared_limit for row in of_chip)
         title = f"sm{chip}: registers and spilled bytes of a thread, shared bytes of a block (limit {limit:,})"
-        sizes = [(r.registers, r.spill_bytes, f"{r.shared_bytes:,}", r.num_warps, r.num_stages) for r in of_chip]
-        cells = [(row.variant, row.kernel, *map(str, size)) for row, size in zip(of_chip, sizes, strict=True)]
-        print_table(title, header, cells, ["bold red" if row.problem else "" for row in of_chip])
+        print_table(
+            title, header, [_cells(row) for row in of_chip], ["bold red" if row.problem else "" for row in of_chip]
+        )
     unclean = [row for row in rows if row.problem]
     for row in unclean:
         print(f"sm{row.arch} {row.variant} ({row.kernel}): {row.problem}")
     print(f"{len(rows)} kernels in {time.perf_counter() - start_s:.0f} s, {len(unclean)} not clean; table: {path}")
     if unclean:
         raise typer.Exit(1)
+
+
+def _cells(row: CompiledRow) -> tuple[str, ...]:
+    sizes = (row.registers, row.spill_bytes, f"{row.shared_bytes:,}", row.num_warps, row.num_stages, row.blocks_per_sm)
+    waits = " ".join("-" if left is None else str(left) for left in row.in_flight)
+    return (row.variant, row.kernel, *map(str, sizes), str(row.kv_buffers or ""), waits)
 
 
 # -- Run here --------------------------------------------------------------------------------------------------------

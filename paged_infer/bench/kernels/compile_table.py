@@ -1,6 +1,6 @@
-"""Every kernel compiled for chips that are not here: registers, spilled bytes and shared memory, as a table.
+"""Every kernel compiled for chips that are not here: registers, shared memory and what the machine code does.
 
-    variant  "flash bfloat16 128 causal"  x  chip sm80, sm90, sm100   ->   registers, spills, shared memory
+    variant  "flash bfloat16 128 causal"  x  chip sm80, sm90, sm100   ->   registers, spills, copies in flight
 
 ``compile_table`` starts a child process with TRITON_INTERPRET=0 (in this one Triton may be an interpreter already),
 which uses one process a core. Triton keeps what it compiled in its cache folder, so a second run only reads. No GPU is
@@ -15,16 +15,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from paged_infer.bench.kernels.variants import Variant, full_variants, quick_variants
+from paged_infer.bench.kernels.variants import Variant, full_variants
 from paged_infer.kernels.ahead_of_time import SHARED_LIMIT, compiling_for
 from paged_infer.kernels.triton_runtime import HAS_TRITON
 
@@ -45,6 +46,13 @@ class CompiledRow:
     num_warps: int = 0
     num_stages: int = 0
     uses_tf32: bool = False
+    blocks_per_sm: int = 0  # that registers, shared memory and warps allow
+    tensor_ops: int = 0  # this and the next five: see ``MachineCode``
+    wide_copies: int = 0
+    tma_copies: int = 0
+    spills: int = 0
+    in_flight: list[int | None] = field(default_factory=list)
+    kv_buffers: int = 0
     seconds: float = 0.0
     error: str = ""
 
@@ -61,21 +69,26 @@ class CompiledRow:
         return ", ".join(problems)
 
 
-def compile_table(quick: bool = False, chips: ReadOnlyList[int] = CHIPS) -> list[CompiledRow]:
-    """Compile all variants (or ``quick``, a few of each kernel) for ``chips``, in a child process.
+def compile_table(labels: Collection[str] | None = None, chips: ReadOnlyList[int] = CHIPS) -> list[CompiledRow]:
+    """Compile the variants with these labels (default: all) for ``chips``, in a child process.
 
     Args:
+        labels: ``Variant.label`` of each; ``QUICK`` has a few of each kernel.
         chips: keys of ``SHARED_LIMIT``: 90 is sm90.
 
     Raises:
+        ValueError: no variant has such a label.
         RuntimeError: triton is missing, or the child ended before its work.
     """
+    if unknown := set(labels or ()) - {variant.label for variant in full_variants()}:
+        raise ValueError(f"labels={sorted(unknown)}: no variant has such a label")
     if not HAS_TRITON:
         raise RuntimeError("triton is not installed: it is what compiles the kernels")
     root = Path(__file__).resolve().parents[3]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    wanted = None if labels is None else sorted(labels)
     child = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import print_rows; print_rows({quick}, {tuple(chips)})"],
+        [sys.executable, "-c", f"from {__name__} import print_rows; print_rows({wanted}, {tuple(chips)})"],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         text=True,
@@ -98,9 +111,10 @@ def load_table(path: Path) -> list[CompiledRow]:
 # -- In the child, where triton compiles -----------------------------------------------------------------------------
 
 
-def print_rows(quick: bool, chips: ReadOnlyList[int]) -> None:
+def print_rows(labels: Collection[str] | None, chips: ReadOnlyList[int]) -> None:
     """Compile, and print all rows as JSON; a bar on standard error counts the variants."""
-    tasks = list(product(quick_variants() if quick else full_variants(), chips))
+    wanted = [variant for variant in full_variants() if labels is None or variant.label in labels]
+    tasks = list(product(wanted, chips))
     # A server that has imported torch and triton once, and forks: a worker is there at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -121,7 +135,7 @@ def compile_variant(variant: Variant, arch: int) -> list[CompiledRow]:
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return [CompiledRow(variant.label, variant.family, arch, error=message)]
     seconds = (time.perf_counter() - start) / max(1, len(compiled))
-    sizes = ("registers", "spill_bytes", "shared_bytes", "num_warps", "num_stages")
+    sizes = ("registers", "spill_bytes", "shared_bytes", "num_warps", "num_stages", "blocks_per_sm")
     return [
         CompiledRow(
             variant=variant.label,
@@ -129,6 +143,7 @@ def compile_variant(variant: Variant, arch: int) -> list[CompiledRow]:
             arch=arch,
             shared_limit=SHARED_LIMIT[arch],
             uses_tf32="tf32" in one.ptx,
+            **asdict(one.machine_code()),
             seconds=round(seconds, 2),
             **{name: getattr(one, name) for name in sizes},
         )

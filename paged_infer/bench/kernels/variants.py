@@ -69,17 +69,13 @@ def full_variants() -> list[Variant]:
     return variants + [Variant("sample", t, v) for t, v in product(wide, (1003, 151_936))]
 
 
+# Each kernel once or twice: attention in bfloat16, and with full float32 products.
 QUICK = {
     *("flash bfloat16 128 causal", "flash float32 64 causal", "prefill bfloat16 128 group 4 block 16"),
     *("prefill float32 128 group 4 block 16", "decode bfloat16 128 group 4 block 16", "store_kv bfloat16 1024"),
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
 }
-
-
-def quick_variants() -> list[Variant]:
-    """Each kernel once or twice: attention in bfloat16, and with full float32 products."""
-    return [variant for variant in full_variants() if variant.label in QUICK]
 
 
 # -- Calls -----------------------------------------------------------------------------------------------------------

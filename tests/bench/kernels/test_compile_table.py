@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from paged_infer.bench.kernels import compile_table as kernel_table
 from paged_infer.bench.kernels import variants as kernel_variants
 from paged_infer.bench.kernels.compile_table import CHIPS, CompiledRow, load_table, save_table
-from paged_infer.bench.kernels.variants import CALLS, HEAD_DIMS, full_variants, quick_variants
+from paged_infer.bench.kernels.variants import CALLS, HEAD_DIMS, QUICK, full_variants
 from paged_infer.cli import app
 from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
 from paged_infer.kernels.triton_runtime import HAS_TRITON
@@ -79,10 +79,12 @@ def test_the_command_prints_a_table_for_each_chip(quick):
 
 
 def test_the_lists_hold_every_family_head_dim_and_block_size():
-    for variants in (quick_variants(), full_variants()):
+    full = full_variants()
+    quick = [variant for variant in full if variant.label in QUICK]
+    for variants in (quick, full):
         assert {variant.family for variant in variants} == set(CALLS)
         assert len({variant.label for variant in variants}) == len(variants)
-    full = full_variants()
+    assert len(quick) == len(QUICK)
     flash = [variant for variant in full if variant.family == "flash"]
     assert {v.width for v in flash if v.dtype == "float32"} == set(HEAD_DIMS)
     for family in ("prefill", "decode"):
@@ -104,7 +106,7 @@ def test_the_lists_hold_every_family_head_dim_and_block_size():
 def test_what_is_not_clean_is_said_and_fails_the_command(changes, said, tmp_path, monkeypatch):
     bad = replace(GOOD, **changes)
     assert GOOD.problem == "" and bad.problem == said
-    monkeypatch.setattr(kernel_table, "compile_table", lambda quick, chips: [GOOD, bad])
+    monkeypatch.setattr(kernel_table, "compile_table", lambda labels, chips: [GOOD, bad])
     arguments = ["bench", "kernels", "--compile-only", "--figures", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
@@ -132,7 +134,12 @@ def test_a_call_that_cannot_be_compiled_is_a_row_that_says_why(monkeypatch):
 def test_a_child_that_ends_early_is_an_error_and_not_a_short_table(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="the compiling process ended with status 1"):
-        kernel_table.compile_table(quick=True)
+        kernel_table.compile_table(QUICK)
+
+
+def test_a_label_that_no_variant_has_is_refused():
+    with pytest.raises(ValueError, match=r"labels=\['flash bfloat17'\]: no variant has such a label"):
+        kernel_table.compile_table(["flash bfloat17"])
 
 
 def test_without_triton_the_command_is_refused_in_one_line(tmp_path, monkeypatch):

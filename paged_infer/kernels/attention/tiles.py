@@ -39,13 +39,17 @@ def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int)
 
 
 def num_splits(rule: SplitRule, num_programs: int, max_keys: int, processors: int) -> int:
-    """Programs of a decode per row and KV head: enough for every processor, but none with next to nothing to do.
+    """Programs of a decode per row and KV head: at most as many as the processors hold at once.
+
+    All programs of a split decode start together. One more would start when the first of them ends, and the whole
+    decode would wait for it: hence no rounding up. A processor holds at least the four of the rule's default
+    (``Compiled.blocks_per_sm``).
 
     Args:
         num_programs: without splits.
         max_keys: that a row may attend to.
     """
-    wanted = triton.cdiv(rule.per_processor * processors, max(1, num_programs))
+    wanted = rule.per_processor * processors // max(1, num_programs)
     return max(1, min(wanted, rule.max_splits, triton.cdiv(max_keys, rule.min_keys)))
 
 
@@ -64,7 +68,7 @@ def _flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int
     if dtype == torch.float32:  # float32 has no tensor cores: products take many registers
         tile = Tile(32, 64, 8, 2) if dim <= 64 else Tile(16, 32 if dim <= 128 else 16, 8, 2)
     elif gpu[0] == 9 and dim in (64, 128):  # no padding, and registers to spare
-        tile = Tile(128, 128, 8, 3) if dim == 64 else Tile(128, 128, 8, 2)
+        tile = Tile(128, 128, 8, 3)
     elif dim <= 64:
         tile = Tile(128, 32, 8, 3) if gpu[0] == 10 else Tile(128, 64, 8, 3)
     elif dim <= 128:
@@ -77,9 +81,15 @@ def _flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int
 
 
 def _prefill_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
-    """The dense kernel's, with fewer keys, as each needs an address."""
+    """The dense kernel's, with fewer keys, as each needs an address, and stages for these addresses.
+
+    Of five stages three hold keys and values (two on 8.x and 12.x).
+    """
     tile = _flash_tiles(gpu, dim, dtype, window)
-    return tile._replace(block_n=min(tile.block_n, 32 if gpu[0] == 8 and dim > 64 else 64))
+    block_n = min(tile.block_n, 32 if gpu[0] in (8, 12) and dim > 64 else 64)
+    has_room = dim <= 128 or gpu in ((8, 0), (9, 0), (10, 0))  # the others have 99 KiB of shared memory a block
+    num_stages = 5 if gpu != (0, 0) and dtype != torch.float32 and has_room else tile.num_stages
+    return tile._replace(block_n=block_n, num_stages=num_stages)
 
 
 def _decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> Tile:

@@ -104,12 +104,12 @@ def test_the_interpreter_reads_no_table(given):
 
 
 def test_a_decodes_split_rule_is_the_tables(given):
-    """132 processors (of an H100), 8 KV heads, so 32 programs: 2 on each processor need 9 splits, 4 need 17."""
+    """132 processors (of an H100), 8 KV heads, so 32 programs: 2 on each processor allow 8 splits, 4 allow 16."""
     sequences = [(32_767, 1)] * 4
     splits = [grid_of_decode(sequences)]
     given(DECODE)
     splits.append(grid_of_decode(sequences))
-    assert splits == [17, 9]
+    assert splits == [16, 8]
     rule = SplitRule(per_processor=4, min_keys=512, max_splits=16)
     assert num_splits(rule, 8, 4096, 132) == 8  # 512 keys each
     assert num_splits(rule, 8, 10**6, 132) == 16

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two test processes: no test depends on time, and each uses one thread of torch. (A notebook may use all threads.)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: test nightly check format demo notebooks gpu clean
+.PHONY: test nightly check format demo notebooks gpu gpu-first clean
 
 test: $(READY)
 	$(PYTEST)
@@ -34,9 +34,18 @@ demo: $(READY)
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
 
-# On a CUDA machine, with the Python that is there: no .venv, no network. Results come to figures/gpu-<device>/.
+# On a CUDA machine, with the Python that is there: no .venv, no network. Results come to OUT, by default
+# figures/gpu-<device>. LIMIT: seconds, for all of it. STEPS: some of sweep, throughput, trace, kernels, kernel-tests,
+# engine-tests, ladder; all of them by default.
+FROM_SOURCE = PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
+GPU_OPTIONS = $(if $(OUT),--out "$(OUT)") $(if $(LIMIT),--limit $(LIMIT))
+
 gpu:
-	PYTHONPATH=. $(PYTHON) .ci/gpu.py
+	$(FROM_SOURCE) .ci/gpu.py $(GPU_OPTIONS) $(if $(STEPS),--steps "$(STEPS)")
+
+# Does it work, and how fast? A line for each result, in under three minutes.
+gpu-first:
+	$(FROM_SOURCE) .ci/gpu_first.py $(GPU_OPTIONS)
 
 # The package itself is installed in place, without its dependencies: requirements.txt has named them.
 $(READY): pyproject.toml requirements.txt

@@ -1,169 +1,128 @@
-"""Everything that a CUDA machine should check, in one command under nine minutes: ``make gpu``.
+"""What a CUDA machine should measure and check, in one command under nine minutes.
 
-    tests, compiled  ->  bench kernels, ladder, throughput, optimisations  ->  compile-only table  ->  notebooks
+    make gpu OUT=FOLDER STEPS="kernel-tests throughput" LIMIT=480
 
-It runs from the source tree (``PYTHONPATH=. python .ci/gpu.py``), and needs no network and nothing but torch, triton,
-transformers, matplotlib, pytest, typer and tqdm. Every step is a process of its own with a limit of its own, and one
-that fails does not stop the others. Results and logs go to figures/gpu-<device>/, and all of it to one tar file.
+It runs from the source tree and needs no network and nothing but torch, triton, transformers, matplotlib, pytest, typer
+and tqdm. Steps run in the order given, by default that of their worth. Results come to ``OUT``, by default
+figures/gpu-<device>, as one tar and a summary (``step_results``). Without CUDA what a CPU can do runs small, and the
+other steps are skipped with a reason.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from step_results import Results
+from step_runner import RESERVE_S, ROOT, SHORTEST_S, Step, environment, run_steps
 
-from paged_infer.bench.tables import plain_table
-
-ROOT = Path(__file__).resolve().parents[1]
-TOTAL_LIMIT_S = 525
-MODULE = (sys.executable, "-m")
+LIMIT_S = 480
+NAMES = ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")  # in order of worth
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A command, and how long it may take."""
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    environment: Mapping[str, str] = field(default_factory=dict)
+Out = Annotated[Path | None, typer.Option(help="Folder for the results. Default: figures/gpu-<device>.")]
+Limit = Annotated[float, typer.Option(help="Seconds, for all of it.", min=RESERVE_S + 2 * SHORTEST_S)]
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
+class Device:
+    """What torch finds, as a process of its own reports: this one must not hold memory of a GPU."""
+
     name: str
-    outcome: str  # "ok", or what went wrong
-    seconds: float
-    log: str  # its path below the results' folder; empty if it did not run
+    has_cuda: bool
+    versions: str
 
     @property
-    def passed(self) -> bool:
-        return self.outcome == "ok"
+    def title(self) -> str:
+        return f"{self.name}, {self.versions}" + ("" if self.has_cuda else ": no CUDA device")
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "figures" / f"gpu-{slug(self.name)}"
 
 
-def gpu_steps(out: Path) -> list[Step]:
-    """What to run; numbers and pictures go to ``out``."""
-    tests = (
-        *MODULE, "pytest", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
-        "-m", "gpu", "-q", "-rfE", "--durations=5", "-W", "ignore::pytest.PytestUnknownMarkWarning",
-        str(ROOT / "tests/kernels/test_gpu_kernels.py"), str(ROOT / "tests/bench/test_roofline.py"),
-        str(ROOT / "tests/engine/test_gpu_engine.py"),
-    )  # fmt: skip
-    kernels = (*MODULE, "paged_infer.bench.kernels.cli", "--figures", str(out))
-    speed = (*MODULE, "paged_infer.bench.speed.cli")
-    shape = ("--model", "qwen3-0.6b", "--load-format", "dummy")
-    to_out = ("--figures", str(out))
-    compile_only = (*kernels, "--compile-only", "--quick")
-    notebook = (sys.executable, str(ROOT / ".ci/notebook_script.py"), "--figures", str(out))
-    return [
-        Step("kernel-tests", tests, 180),
-        Step("bench-kernels", (*kernels, "--time-limit", "160"), 210),
-        Step("bench-ladder", (*speed, "ladder", "--dtype", "float32", "--peer", "static", *to_out), 90),
-        Step("bench-throughput", (*speed, "throughput", *shape, "--peer", "none", *to_out), 120),
-        Step("bench-optimisations", (*speed, "optimisations", *shape, "--repeats", "2", *to_out), 150),
-        Step("compile-only", compile_only, 60),
-        *(
-            Step(f"notebook-{path.stem}", (*notebook, str(path)), 60)
-            for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
-        ),
-    ]
+FIND_DEVICE = """
+import json, platform, torch
+has_cuda = torch.cuda.is_available()
+name = torch.cuda.get_device_name() if has_cuda else "cpu"
+versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+print(json.dumps({"name": name, "has_cuda": has_cuda, "versions": versions}))
+"""
 
 
-def run_steps(steps: Sequence[Step], out: Path, total_limit_s: float = TOTAL_LIMIT_S) -> list[StepResult]:
-    """Run each step to its end, or to its limit, or to that of all; its output goes to ``out``/logs."""
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    deadline_s = time.perf_counter() + total_limit_s
-    results = []
-    for step in steps:
-        limit_s = min(step.limit_s, deadline_s - time.perf_counter())
-        if limit_s < 1:
-            results.append(StepResult(step.name, f"not run: {total_limit_s:g} s had passed", 0.0, ""))
-        else:
-            print(f"{time.strftime('%H:%M:%S')} {step.name} (at most {limit_s:.0f} s)", flush=True)
-            results.append(_run_step(step, limit_s, out))
-    return results
+def find_device() -> Device:
+    """
+    Raises:
+        ValueError: this Python cannot import torch, or torch cannot find out.
+    """
+    command = [sys.executable, "-c", FIND_DEVICE]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    if found.returncode != 0:
+        raise ValueError(f"{sys.executable} cannot look for a GPU: {(found.stderr.strip() or '?').splitlines()[-1]}")
+    return Device(**json.loads(found.stdout.splitlines()[-1]))
 
 
-def _run_step(step: Step, limit_s: float, out: Path) -> StepResult:
-    log = Path("logs") / f"{step.name}.log"
-    start_s = time.perf_counter()
-    with (out / log).open("w", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(step.command)}\n")
-        file.flush()
-        child = subprocess.Popen(
-            step.command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=_environment() | dict(step.environment),
-            start_new_session=True,  # so that its own children can be ended with it
-        )
-        try:
-            status = child.wait(limit_s)
-            outcome = "ok" if status == 0 else f"failed, exit status {status}"
-        except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit_s:.0f} s"
-        finally:
-            _end(child)
-    return StepResult(step.name, outcome, round(time.perf_counter() - start_s, 1), str(log))
+def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bool) -> list[Step]:
+    """The steps of these names; numbers and pictures go to ``figures``. One name may stand for several processes.
 
+    Raises:
+        ValueError: there is no step of a name.
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"STEPS={unknown[0]}: no such step; there are {', '.join(NAMES)}")
+    kernels = _module("paged_infer.bench.kernels.cli", "--figures", str(figures))
+    compiles = "" if has_cuda else "needs CUDA, for which it compiles kernels"
+    times = "" if has_cuda else "needs CUDA: on a CPU kernels are interpreted"
+    on_cpu = [] if has_cuda else ["--num-requests", "4", "--repeats", "1"]
+    lengths = [] if has_cuda else ["--shortest", "4", "--longest", "16"]
+    qwen3 = ["--model", "qwen3-0.6b", "--load-format", "dummy"] if has_cuda else []
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End what is left of a step: the group of processes that was started for it; SIGTERM first."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, sign)
-        except ProcessLookupError:
-            break  # none is left
-        try:
-            child.wait(5)
-        except subprocess.TimeoutExpired:
-            continue
+    def speed(name: str, *options: str) -> tuple[str, ...]:
+        return _module("paged_infer.bench.speed.cli", name, *options, "--figures", str(figures))
 
-
-def _environment() -> dict[str, str]:
-    """The package from the source tree, pictures without a window, and no look at the network."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONUNBUFFERED": "1",
-        "MPLBACKEND": "Agg",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+    parallel = ["-n", "8", "--dist", "worksteal"] if has_xdist else []
+    steps = {
+        "sweep": [Step("sweep", (*kernels, "--sweep", "--time-limit", "{seconds}"), 100, skipped=times)],
+        "throughput": [
+            Step("throughput", speed("throughput", *qwen3, "--peer", "none", *on_cpu), 50),
+            Step("optimisations", speed("optimisations", *qwen3, *(on_cpu or ["--repeats", "2"])), 70),
+        ],
+        "trace": [Step("trace", speed("trace", *qwen3), 30)],
+        "kernels": [Step("kernels", (*kernels, "--time-limit", "{seconds}"), 80)],
+        "kernel-tests": [
+            Step("kernel-tests", _tests("kernels/test_gpu_kernels.py", *parallel), 45, skipped=compiles),
+            # It breaks a capture on purpose, after which torch 2.11 frees no cached memory in that process.
+            Step("roofline-tests", _tests("bench/test_roofline.py"), 15),
+        ],
+        # They measure free memory: nothing may run beside them.
+        "engine-tests": [Step("engine-tests", _tests("engine/test_gpu_engine.py"), 45, skipped=compiles)],
+        "ladder": [Step("ladder", speed("ladder", "--dtype", "float32", "--peer", "static", *on_cpu, *lengths), 30)],
     }
+    return [step for name in dict.fromkeys(names) for step in steps[name]]
 
 
-def write_summary(results: Sequence[StepResult], out: Path) -> str:
-    """summary.json and summary.txt in ``out``; returns the text."""
-    rows = [(r.name, r.outcome, f"{r.seconds:.0f}", r.log and str(out / r.log)) for r in results]
-    text = plain_table(f"{out.name}:", ("step", "outcome", "seconds", "log"), rows)
-    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    summary = json.dumps([asdict(result) for result in results], indent=1)
-    (out / "summary.json").write_text(summary + "\n", encoding="utf-8")
-    return text
+def _module(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", *arguments)
 
 
-def pack(out: Path) -> Path:
-    """Everything in ``out`` as <out>.tar.gz beside it."""
-    path = out.with_name(f"{out.name}.tar.gz")
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(out, out.name)
-    return path
+def _tests(path: str, *options: str) -> tuple[str, ...]:
+    """pytest without what a bare machine lacks: no conftest (it needs hypothesis), no configuration, no cache."""
+    return _module(
+        "pytest", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "-rfE",
+        "--tb=short", "-o", "faulthandler_timeout=60", "--durations=5",
+        "-W", "ignore::pytest.PytestUnknownMarkWarning", *options, str(ROOT / "tests" / path),
+    )  # fmt: skip
 
 
 def slug(name: str) -> str:
@@ -174,22 +133,32 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-@app.command()
-def main(out: Annotated[Path, typer.Option(help="Folder in which gpu-<device>/ is made.")] = ROOT / "figures") -> None:
-    """Kernel tests, benches and notebooks on this CUDA device. Status 1 if any step failed, 2 without CUDA."""
-    import torch
+def refuse(error: ValueError) -> NoReturn:
+    """One line on standard error, and exit status 2."""
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2)
 
-    if not torch.cuda.is_available():
-        typer.echo("error: there is no CUDA device here: nothing to run", err=True)
-        raise typer.Exit(2)
-    name = torch.cuda.get_device_name()
-    folder = out.resolve() / f"gpu-{slug(name)}"
-    print(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}: results in {folder}", flush=True)
-    results = run_steps(gpu_steps(folder), folder)
-    print(write_summary(results, folder))
-    print(f"everything in one file: {pack(folder)}")
-    if not all(result.passed for result in results):
-        raise typer.Exit(1)
+
+@app.command()
+def main(
+    out: Out = None,
+    steps: Annotated[str, typer.Option(help="Names, separated by spaces.")] = " ".join(NAMES),
+    limit: Limit = LIMIT_S,
+) -> None:
+    """Sweep, benches, trace and tests on this machine. Status 1 if a step failed, 2 if the command is wrong."""
+    start_s = time.monotonic()
+    try:
+        names = steps.split() or NAMES
+        gpu_steps(names, Path(), False, False)  # before torch is asked, which takes seconds
+        device = find_device()
+    except ValueError as error:
+        refuse(error)
+    has_xdist = importlib.util.find_spec("xdist") is not None
+    folder = (out or device.folder).resolve()
+    print(f"{device.title}: results in {folder}", flush=True)
+    results = Results(folder, device.title)
+    chosen = gpu_steps(names, results.figures, device.has_cuda, has_xdist)
+    raise typer.Exit(run_steps(chosen, results, limit - (time.monotonic() - start_s)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""The first minutes on a CUDA machine: does it work, and how fast is it? ``make gpu-first OUT=FOLDER LIMIT=170``.
+
+    machine     what it is; the rates of a copy, of a read and of a matrix product
+    kernels     every kernel in bfloat16 and in float32 against float64, in processes side by side
+    engines     Qwen3-0.6B's shape eager, with graphs, and ahead: tokens, tokens/s, memory of the graphs
+    throughput  nano-vLLM's workload with 64 requests, then with 256
+
+Each stage (``first_stages``) is a process of its own. A result is one line on the screen and in OUT/first.jsonl; logs
+and the summary are beside it (``step_results``). Without CUDA everything runs small, and what cannot is skipped.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import typer
+from gpu import Limit, Out, find_device, refuse
+from step_results import Results
+from step_runner import ROOT, Step, run_steps
+
+LIMIT_S = 170
+SHARES = {"machine": 20, "kernels": 45, "engines": 40, "throughput": 50}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def stages(lines: Path, has_cuda: bool) -> list[Step]:
+    """Each adds its results to ``lines``."""
+    one_thread = {} if has_cuda else {"OMP_NUM_THREADS": "1"}  # what a busy machine computes small shapes with best
+    script = str(ROOT / ".ci/first_stages.py")
+    return [
+        Step(name, (sys.executable, script, name, str(lines)), share, environment=one_thread, is_shown=True)
+        for name, share in SHARES.items()
+    ]
+
+
+@app.command()
+def main(out: Out = None, limit: Limit = LIMIT_S) -> None:
+    """Machine, kernels, engines and throughput: a line for each result. Status 1 if a stage failed."""
+    start_s = time.monotonic()
+    try:
+        device = find_device()
+    except ValueError as error:
+        refuse(error)
+    folder = (out or device.folder).resolve()
+    print(f"{device.title}: results in {folder}", flush=True)
+    results = Results(folder, device.title, prefix="first-")
+    lines = folder / "first.jsonl"
+    lines.write_text("", encoding="utf-8")  # those of an earlier run
+    chosen = stages(lines, device.has_cuda)
+    raise typer.Exit(run_steps(chosen, results, limit - (time.monotonic() - start_s)))
+
+
+if __name__ == "__main__":
+    app()

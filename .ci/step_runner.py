@@ -1,0 +1,205 @@
+"""Runs steps one after the other within a time limit; what they leave is kept, whenever this process is killed.
+
+Each step is a process of its own, with a share of the time; what it leaves over goes to those after it. Results are
+saved (``step_results``) after every step, every 15 s while one runs, and when the command is interrupted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from step_results import OK, RUNNING, SKIPPED, Results, StepResult
+
+ROOT = Path(__file__).resolve().parents[1]
+SAVE_EVERY_S = 15.0
+# pytest prints its failures when SIGINT ends it, and nothing on SIGTERM. In a call of a library that hangs, Python
+# handles neither; SIGTERM then ends the process all the same.
+ENDING = ((signal.SIGINT, 8.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
+RESERVE_S = 15.0  # to end the last step, and to save and print the results
+SHORTEST_S = 5.0  # with less, a step is not begun
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command. ``{seconds}`` in it becomes the time after which it should end by itself."""
+
+    name: str
+    command: tuple[str, ...]
+    share: float  # of the time, compared with the other steps'
+    environment: Mapping[str, str] = field(default_factory=dict)
+    skipped: str = ""  # why it cannot run here
+    is_shown: bool = False  # standard output goes to the screen, and only the rest to the step's log
+
+
+def limit_of(step: Step, later: Sequence[Step], left_s: float) -> float:
+    """Seconds for ``step``, if it shares ``left_s`` with the steps that come later and can run."""
+    return left_s * step.share / (step.share + sum(one.share for one in later if not one.skipped))
+
+
+def told_s(limit_s: float) -> int:
+    """Seconds after which a step should end by itself, so that it is not ended in the middle of a measurement."""
+    return max(1, int(limit_s - max(8.0, 0.15 * limit_s)))
+
+
+def run_steps(steps: Sequence[Step], results: Results, limit_s: float) -> int:
+    """Run every step that can run, all within ``limit_s``, and print what came of them.
+
+    Returns the exit status: 1 if a step failed, 128 and its number after a signal.
+    """
+    deadline_s = time.monotonic() + limit_s - RESERVE_S
+    results.steps = [StepResult(step.name) for step in steps]
+    status = 0
+    with interruptible():
+        try:
+            for index, (step, result) in enumerate(zip(steps, results.steps, strict=True)):
+                results.save()
+                result.limit_s = round(limit_of(step, steps[index + 1 :], deadline_s - time.monotonic()), 1)
+                if step.skipped:
+                    result.limit_s, result.outcome = 0, f"{SKIPPED}{step.skipped}"
+                elif result.limit_s < SHORTEST_S:
+                    result.outcome = "not run: no time was left"
+                else:
+                    _run_step(step, result, results)
+        except Interrupted as signalled:
+            status = 128 + signalled.number
+            results.close(str(signalled))
+        finally:
+            results.save()
+    print(f"results: {results.tar}\n{results.printed()}", flush=True)
+    results.remove_work()
+    return status or int(results.have_failed)
+
+
+def _run_step(step: Step, result: StepResult, results: Results) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {step.name} (at most {result.limit_s:.0f} s)", flush=True)
+    result.outcome, result.log = RUNNING, f"logs/{step.name}.log"
+    command = [part.replace("{seconds}", str(told_s(result.limit_s))) for part in step.command]
+    start_s = time.monotonic()
+    with (results.work / result.log).open("w", encoding="utf-8") as log:
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=None if step.is_shown else log,
+            stderr=log,
+            cwd=ROOT,
+            env=environment() | dict(step.environment),
+            start_new_session=True,  # so that its own children can be ended with it
+            preexec_fn=_prepare_child,
+        )
+        try:
+            result.outcome = _wait(child, start_s, result, results)
+        except Interrupted as signalled:
+            results.close(str(signalled))
+            results.save()  # before anything that takes time
+            raise
+        finally:
+            _end_group(child)
+            result.seconds = round(time.monotonic() - start_s, 1)
+
+
+def _wait(child: subprocess.Popen[bytes], start_s: float, result: StepResult, results: Results) -> str:
+    """Save again and again while the step runs; returns its outcome."""
+    results.save()
+    while (left_s := start_s + result.limit_s - time.monotonic()) > 0:
+        try:
+            status = child.wait(min(left_s, SAVE_EVERY_S))
+        except subprocess.TimeoutExpired:
+            result.seconds = round(time.monotonic() - start_s, 1)
+            results.save()
+        else:
+            return OK if status == 0 else f"failed, exit status {status}"
+    return f"stopped after {result.limit_s:.0f} s"
+
+
+# -- Signals and processes
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+ASK_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """The first signal that asks this process to end raises ``Interrupted``; later ones are ignored."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        for one in ASK_TO_END:
+            signal.signal(one, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    previous = {number: signal.signal(number, interrupt) for number in ASK_TO_END}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """If the parent is killed, this process is, too, and does not keep the GPU."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prepare_child() -> None:
+    """Between fork and exec. What a shell runs in the background ignores SIGINT, and so would its children."""
+    for number in ASK_TO_END:
+        signal.signal(number, signal.SIG_DFL)
+    end_with_parent()
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    """End what is left of a step: the group of processes that was started for it."""
+    for number, wait_s in ENDING:
+        if child.poll() is not None and not _has_members(child.pid):
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        until_s = time.monotonic() + wait_s
+        while (child.poll() is None or _has_members(child.pid)) and time.monotonic() < until_s:
+            time.sleep(0.02)
+
+
+def _has_members(group: int) -> bool:
+    """Whether a process of the group runs. One that has ended and that nobody has waited for does not count."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
+
+
+def environment() -> dict[str, str]:
+    """The package from the source tree before a caller's paths, pictures without a window, no look at the network."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "MPLBACKEND": "Agg",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

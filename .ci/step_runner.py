@@ -62,7 +62,6 @@ def run_steps(steps: Sequence[Step], results: Results, limit_s: float) -> int:
     with interruptible():
         try:
             for index, (step, result) in enumerate(zip(steps, results.steps, strict=True)):
-                results.save()
                 result.limit_s = round(limit_of(step, steps[index + 1 :], deadline_s - time.monotonic()), 1)
                 if step.skipped:
                     result.limit_s, result.outcome = 0, f"{SKIPPED}{step.skipped}"
@@ -88,6 +87,7 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
     with (results.work / result.log).open("w", encoding="utf-8") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
+        results.save()  # what the steps before it left, and that this one runs
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -111,7 +111,6 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
 
 def _wait(child: subprocess.Popen[bytes], start_s: float, result: StepResult, results: Results) -> str:
     """Save again and again while the step runs; returns its outcome."""
-    results.save()
     while (left_s := start_s + result.limit_s - time.monotonic()) > 0:
         try:
             status = child.wait(min(left_s, SAVE_EVERY_S))

@@ -74,14 +74,16 @@ def find_device() -> Device:
 
 
 def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bool) -> list[Step]:
-    """The steps of these names; numbers and pictures go to ``figures``. One name may stand for several processes.
+    """The steps of these names, which may stand for several processes, and last what was predicted beside the numbers.
+
+    Numbers and pictures go to ``figures``.
 
     Raises:
         ValueError: there is no step of a name.
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"STEPS={unknown[0]}: no such step; there are {', '.join(NAMES)}")
-    kernels = _module("paged_infer.bench.kernels.cli", "--figures", str(figures))
+    bounded = ("--time-limit", "{seconds}", "--figures", str(figures))
     compiles = "" if has_cuda else "needs CUDA, for which it compiles kernels"
     times = "" if has_cuda else "needs CUDA: on a CPU kernels are interpreted"
     on_cpu = [] if has_cuda else ["--num-requests", "4", "--repeats", "1"]
@@ -89,39 +91,43 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
     qwen3 = ["--model", "qwen3-0.6b", "--load-format", "dummy"] if has_cuda else []
 
     def speed(name: str, *options: str) -> tuple[str, ...]:
-        return _module("paged_infer.bench.speed.cli", name, *options, "--figures", str(figures))
+        return _module("paged_infer.bench.speed.cli", name, *options, *bounded)
 
     parallel = ["-n", "8", "--dist", "worksteal"] if has_xdist else []
     steps = {
-        "sweep": [Step("sweep", (*kernels, "--sweep", "--time-limit", "{seconds}"), 100, skipped=times)],
+        "sweep": [Step("sweep", _module("paged_infer.bench.kernels.cli", "--sweep", *bounded), 100, skipped=times)],
         "throughput": [
             Step("throughput", speed("throughput", *qwen3, "--peer", "none", *on_cpu), 50),
             Step("optimisations", speed("optimisations", *qwen3, *(on_cpu or ["--repeats", "2"])), 70),
         ],
         "trace": [Step("trace", speed("trace", *qwen3), 30)],
-        "kernels": [Step("kernels", (*kernels, "--time-limit", "{seconds}"), 80)],
+        "kernels": [Step("kernels", _module("paged_infer.bench.kernels.cli", *bounded), 80)],
         "kernel-tests": [
-            Step("kernel-tests", _tests("kernels/test_gpu_kernels.py", *parallel), 45, skipped=compiles),
-            # It breaks a capture on purpose, after which torch 2.11 frees no cached memory in that process.
-            Step("roofline-tests", _tests("bench/test_roofline.py"), 15),
+            Step("kernel-tests", _tests("kernels/test_gpu_kernels.py", options=parallel), 45, skipped=compiles),
+            # They break a capture on purpose, after which torch 2.11 frees no cached memory in that process.
+            Step("timing-tests", _tests("bench/test_roofline.py", "bench/test_failed_capture.py"), 15),
         ],
         # They measure free memory: nothing may run beside them.
         "engine-tests": [Step("engine-tests", _tests("engine/test_gpu_engine.py"), 45, skipped=compiles)],
         "ladder": [Step("ladder", speed("ladder", "--dtype", "float32", "--peer", "static", *on_cpu, *lengths), 30)],
     }
-    return [step for name in dict.fromkeys(names) for step in steps[name]]
+    compares = "" if has_cuda else "needs CUDA, for which they were made"
+    command = (sys.executable, str(ROOT / ".ci/predictions.py"), str(figures))
+    predictions = Step("predictions", command, 8, skipped=compares, is_shown=True)
+    chosen = [step for name in dict.fromkeys(names) for step in steps[name]]
+    return [*chosen, predictions] if {"throughput", "kernels"} & set(names) else chosen
 
 
 def _module(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", *arguments)
 
 
-def _tests(path: str, *options: str) -> tuple[str, ...]:
+def _tests(*paths: str, options: Sequence[str] = ()) -> tuple[str, ...]:
     """pytest without what a bare machine lacks: no conftest (it needs hypothesis), no configuration, no cache."""
     return _module(
         "pytest", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "-rfE",
         "--tb=short", "-o", "faulthandler_timeout=60", "--durations=5",
-        "-W", "ignore::pytest.PytestUnknownMarkWarning", *options, str(ROOT / "tests" / path),
+        "-W", "ignore::pytest.PytestUnknownMarkWarning", *options, *(str(ROOT / "tests" / path) for path in paths),
     )  # fmt: skip
 
 

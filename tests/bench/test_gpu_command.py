@@ -38,11 +38,11 @@ def invoke(*arguments: str):
 def test_steps_come_in_the_order_of_their_worth_or_as_asked_for():
     assert NAMES == ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")
     assert list(all_steps()) == [
-        "sweep", "throughput", "optimisations", "trace", "kernels", "kernel-tests", "roofline-tests", "engine-tests",
-        "ladder",
+        "sweep", "throughput", "optimisations", "trace", "kernels", "kernel-tests", "timing-tests", "engine-tests",
+        "ladder", "predictions",
     ]  # fmt: skip
     asked = gpu_steps(["ladder", "kernel-tests", "ladder"], Path("figures"), True, True)
-    assert [step.name for step in asked] == ["ladder", "kernel-tests", "roofline-tests"]
+    assert [step.name for step in asked] == ["ladder", "kernel-tests", "timing-tests"]
 
 
 @pytest.mark.parametrize("has_cuda", [True, False])
@@ -55,6 +55,9 @@ def test_every_command_is_one_that_exists(has_cuda):
         "paged_infer.bench.speed.cli": typer.main.get_command(speed_cli.app),
     }
     for step in all_steps(has_cuda=has_cuda).values():
+        if step.name == "predictions":
+            assert step.command == (sys.executable, str(ROOT / ".ci/predictions.py"), "figures")
+            continue
         python, dash, module, *arguments = (part.replace("{seconds}", "60") for part in step.command)
         assert (python, dash) == (sys.executable, "-m") and importlib.util.find_spec(module) is not None
         assert all(Path(argument).is_file() for argument in arguments if argument.endswith(".py"))
@@ -78,7 +81,7 @@ def test_what_breaks_a_capture_or_measures_free_memory_has_a_process_of_its_own(
     }
     assert files == {
         "kernel-tests": ["test_gpu_kernels.py"],
-        "roofline-tests": ["test_roofline.py"],
+        "timing-tests": ["test_roofline.py", "test_failed_capture.py"],
         "engine-tests": ["test_gpu_engine.py"],
     }
 
@@ -87,7 +90,7 @@ def test_kernel_tests_run_in_parallel_where_xdist_is_installed_and_engine_tests_
     for has_xdist in (True, False):
         steps = all_steps(has_xdist=has_xdist)
         assert ("--dist" in steps["kernel-tests"].command) == has_xdist
-        assert "-n" not in steps["engine-tests"].command + steps["roofline-tests"].command
+        assert "-n" not in steps["engine-tests"].command + steps["timing-tests"].command
     command = " ".join(all_steps()["kernel-tests"].command)
     assert "-n 8 --dist worksteal" in command
     assert "--tb=short -o faulthandler_timeout=60" in command
@@ -95,13 +98,13 @@ def test_kernel_tests_run_in_parallel_where_xdist_is_installed_and_engine_tests_
 
 def test_without_cuda_what_a_cpu_can_do_runs_and_the_rest_names_its_reason():
     skipped = {name: step.skipped for name, step in all_steps(has_cuda=False).items() if step.skipped}
-    assert list(skipped) == ["sweep", "kernel-tests", "engine-tests"]
+    assert list(skipped) == ["sweep", "kernel-tests", "engine-tests", "predictions"]
     assert all(reason.startswith("needs CUDA") for reason in skipped.values())
     assert not any(step.skipped for step in all_steps().values())
 
 
 def test_tests_need_neither_conftest_nor_configuration(tmp_path):
-    for name, expected in (("roofline-tests", " passed"), ("kernel-tests", " skipped")):
+    for name, expected in (("timing-tests", " passed"), ("kernel-tests", " skipped")):
         if expected == " skipped" and torch.cuda.is_available():
             continue
         command = all_steps(has_xdist=False)[name].command
@@ -114,7 +117,7 @@ def test_tests_need_neither_conftest_nor_configuration(tmp_path):
 
 def test_the_ladder_step_writes_its_numbers_and_its_picture(tmp_path):
     steps = {step.name: step for step in gpu_steps(["ladder"], tmp_path, False, False)}
-    command = steps["ladder"].command
+    command = [part.replace("{seconds}", "600") for part in steps["ladder"].command]
     small = ["--num-requests", "2", "--shortest", "2", "--longest", "4"]
     result = CliRunner().invoke(speed_cli.app, [*command[command.index("ladder") :], *small])
     assert result.exit_code == 0, result.output
@@ -197,7 +200,7 @@ def test_what_a_gpu_machine_runs_imports_nothing_that_a_bare_machine_lacks():
 import sys
 sys.modules |= dict.fromkeys({missing!r})  # an import of any of them fails
 sys.path.append({str(ROOT / ".ci")!r})
-import gpu, gpu_first, first_stages
+import gpu, gpu_first, first_stages, predictions
 from paged_infer.bench import workloads
 from paged_infer.bench.kernels import checks, cli, comparisons, figure, launches
 from paged_infer.bench.peers import peers, transformers_peers

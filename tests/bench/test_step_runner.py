@@ -165,7 +165,7 @@ def test_that_hangs():
     pathlib.Path({str(hangs)!r}).touch()
     time.sleep(10_000)
 """)
-    command = gpu._tests(str(tests), *parallel)
+    command = gpu._tests(str(tests), options=parallel)
 
     def fails_and_hangs() -> bool:
         return hangs.exists() and "F" in (results.work / "logs/tests.log").read_text().partition("\n")[2]

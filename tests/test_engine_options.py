@@ -39,6 +39,7 @@ OMITTED = {
     "bench load": OWN_SEED,
     "bench ladder": OWN_SEED,
     "bench step": OWN_SEED,
+    "bench trace": OWN_SEED,
     "bench optimisations": OWN_SEED
     # what its engines differ in
     | {"attention_backend", "enforce_eager", "async_scheduling", "max_num_batched_tokens", "speculative_config"},

@@ -1,4 +1,4 @@
-"""``paged-infer bench latency | throughput | optimisations | load | ladder | step | speculation``.
+"""``paged-infer bench latency | throughput | optimisations | load | ladder | step | speculation | trace``.
 
 And what other benches share. ``python -m`` runs it where rich is not installed.
 """
@@ -15,7 +15,7 @@ import typer
 from paged_infer.bench.options import CPU_REQUESTS, Clients, Common, Lengths, NanoRequests, NumRequests, Peers, Rates
 from paged_infer.bench.report import save_report
 from paged_infer.cli_options import Without, fail, with_option_groups
-from paged_infer.config import EngineOptions
+from paged_infer.config import EngineConfig, EngineOptions
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
 LONGEST_PROMPT = 96  # of ``story_beginnings``
+CPU_STEP_TOKENS = 256  # of ``trace``
 RATE_SHARES = [0.3, 0.6, 0.9, 1.2]  # of the rate at which the most clients were served
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -233,6 +234,30 @@ def speculation(
         with _bench(plain, common, common.repeats * len(engines) * len(batches)) as bench:
             report = measure_speculation(bench, engines, workload, batches)
     show(report, common.figures)
+
+
+@app.command()
+@with_option_groups
+def trace(
+    common: Annotated[Common, Without(repeats="a record is no measurement", time_limit="it takes a few seconds")],
+    requests: NanoRequests,
+    prompt_steps: Annotated[int, typer.Option(help="Steps with chunks of prompts to record.", min=0)] = 5,
+    decode_steps: Annotated[int, typer.Option(help="Decode steps after them to record.", min=1)] = 10,
+) -> None:
+    """Record some steps of the throughput workload with torch.profiler, into bench-trace.json.gz (Chrome's format).
+
+    On a CPU, max_num_batched_tokens is 256 unless it is given, so that the prompts take more than one step.
+    """
+    from paged_infer.bench.speed.trace import print_recorded, record_steps
+
+    on_gpu = _on_gpu(common)
+    requests = requests.on(on_gpu)
+    is_default = common.engine.max_num_batched_tokens == EngineConfig().max_num_batched_tokens
+    options: EngineOptions = {"max_num_batched_tokens": CPU_STEP_TOKENS} if is_default and not on_gpu else {}
+    with errors(), common.open(requests.longest, **options) as llm:
+        path = common.figures / "bench-trace.json.gz"
+        recorded = record_steps(llm.engine, requests.draw(llm, common.seed), prompt_steps, decode_steps, path)
+    print_recorded(recorded)
 
 
 def show(report: SpeedReport, figures: Path, name: str = "") -> None:

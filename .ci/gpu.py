@@ -100,7 +100,7 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
             Step("throughput", speed("throughput", *qwen3, "--peer", "none", *on_cpu), 50),
             Step("optimisations", speed("optimisations", *qwen3, *(on_cpu or ["--repeats", "2"])), 70),
         ],
-        "trace": [Step("trace", speed("trace", *qwen3), 30)],
+        "trace": [Step("trace", _module("paged_infer.bench.speed.cli", "trace", *qwen3, *bounded[2:]), 30)],
         "kernels": [Step("kernels", _module("paged_infer.bench.kernels.cli", *bounded), 80)],
         "kernel-tests": [
             Step("kernel-tests", _tests("kernels/test_gpu_kernels.py", options=parallel), 45, skipped=compiles),

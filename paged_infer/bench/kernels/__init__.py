@@ -1,12 +1,9 @@
 """``paged-infer bench kernels``: the Triton kernels checked, timed, counted, and compiled for chips that are not here.
 
-    problems, fused              what kernels are run on: each described once
-    checks                       against float64
-    peers, comparisons           timed in turn with other implementations
-    launches, attention_traffic  counted
-    variants, compile_table      compiled ahead of time
-    report, figure, cli          shown
-
-A sweep over tile sizes belongs in a file of its own above ``comparisons``: a problem of ``problems`` or ``fused``, and
-one setup for each tile in ``run_comparison``.
+problems, fused              what kernels are run on: each described once
+checks                       against float64
+peers, comparisons           timed in turn with other implementations
+launches, attention_traffic  counted
+variants, compile_table      compiled ahead of time
+report, figure, cli          shown
 """

@@ -29,6 +29,9 @@ def kernels(
     quick: Annotated[
         bool, typer.Option(help="With --compile-only: each kernel once or twice, a tenth of all variants.")
     ] = False,
+    sweep: Annotated[
+        bool, typer.Option(help="Try other tiles and split rules for attention, and write the best as a table.")
+    ] = False,
     time_limit: Annotated[
         float, typer.Option(help="Seconds; timings that have not begun by then are left out.", min=0)
     ] = 900,
@@ -38,13 +41,22 @@ def kernels(
 
     On a CPU they are interpreted: checked on small shapes, and not timed. Exits with status 1 if a kernel is wrong or
     did not run, or (--compile-only) if a variant spills registers or exceeds its chip's shared memory.
+    --sweep times tiles and split rules beside today's instead, and writes those that win as tiles-sm<arch>.json.
     """
+    if sweep and compile_only:
+        _refuse("--sweep does not go with --compile-only")
     if compile_only:
         _compile_only(quick, arch, figures / "kernels-compiled.json")
         return
     if quick or arch:
         _refuse("--quick and --arch go with --compile-only")
-    _bench(_choose(device), time_limit, figures)
+    chosen = _choose(device)
+    if sweep:
+        from paged_infer.bench.kernels.sweep_cli import run_sweep
+
+        run_sweep(chosen, time_limit, figures)
+    else:
+        _bench(chosen, time_limit, figures)
 
 
 def _choose(name: str) -> torch.device:

@@ -45,8 +45,8 @@ class Workload:
         libraries' are loaded, before a run of this one is timed.
 
         All prompts at once, with two tokens to generate for each: its chunks of prompts. Then one request alone for
-        each power of two up to the longest sequence, and for that: the tiles of a chunk (``prefill_tiles``) and the
-        splits of a decode (``num_splits``) follow from the longest of a step.
+        each power of two up to the longest sequence, and for that: the tiles of a chunk (``prefill_tiles``) and
+        whether a decode can be split (``split_bounds``) follow from the longest of a step.
         """
         few = [replace(one, max_tokens=min(2, one.max_tokens or 2)) for one in self.params]
         longest = max(len(p) + (one.max_tokens or 0) for p, one in zip(self.prompts, self.params, strict=True))

@@ -74,6 +74,7 @@ def triton_backend(
         q, k_cache, v_cache, window=window,
         block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,
         num_decodes=step.num_decodes, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
+        shared=step.plan,
     )  # fmt: skip
 
 

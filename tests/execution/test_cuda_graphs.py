@@ -148,7 +148,8 @@ def test_what_is_captured_is_all_that_a_step_needs(ahead, make_llm) -> None:
 def test_on_a_gpu_a_layer_is_five_launches_that_no_value_decides(checkpoint) -> None:
     """On tensors without values, with tiles as for sm90: whatever looked at a length or a token would fail here.
 
-    One more where a long context is cut into splits; none to store, as the rotation does, and none for prompts.
+    One more where a context may be cut into splits, which one launch plans for all layers; none to store, as the
+    rotation does, and none for prompts.
     """
     config = ModelConfig.from_pretrained(checkpoint("qwen3"))
     with torch.device("meta"):
@@ -164,15 +165,25 @@ def test_on_a_gpu_a_layer_is_five_launches_that_no_value_decides(checkpoint) -> 
     def note(kernel, *_) -> None:
         launched[-1].append(kernel.fn.__name__)
 
-    with launches_go_to(note, (9, 0)):
-        graphs = DecodeGraphs(decoder, cache, TRITON_OPS.sample, max_rows=300, max_model_len=512, capture=capture)
-    layer = ["_add_rms_norm_kernel", "_qk_norm_rope_kernel", "_decode_kernel", "_combine_kernel"]
-    layer += ["_add_rms_norm_kernel", "_silu_mul_kernel"]
+    layer = [
+        "_add_rms_norm_kernel",
+        "_qk_norm_rope_kernel",
+        "_decode_kernel",
+        "_add_rms_norm_kernel",
+        "_silu_mul_kernel",
+    ]
     end = ["_add_rms_norm_kernel", "_race_kernel", "_final_kernel"]
-    smallest, largest = launched[-1], launched[0]
-    assert len(launched) == len(graphs.sizes)
-    assert smallest == layer * config.num_layers + end
-    assert largest == [name for name in smallest if name != "_combine_kernel"]
+    short = layer * config.num_layers + end
+    for max_model_len, is_split in ((256, False), (512, True)):
+        launched.clear()
+        with launches_go_to(note, (9, 0)):
+            sample = TRITON_OPS.sample
+            graphs = DecodeGraphs(decoder, cache, sample, max_rows=300, max_model_len=max_model_len, capture=capture)
+        assert len(launched) == len(graphs.sizes)
+        for names in launched:
+            assert [name for name in names if name not in ("_plan_kernel", "_combine_kernel")] == short
+            assert names.count("_plan_kernel") == is_split
+            assert names.count("_combine_kernel") == config.num_layers * is_split
 
 
 def test_a_capture_that_reads_the_host_or_waits_for_the_device_is_found() -> None:

@@ -29,7 +29,7 @@ def paged_attention(
     block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     scale: float | None = None, window: int | None = None,
     num_decodes: int | None = None, max_query_len: int | None = None, max_seq_len: int | None = None,
-    out: Tensor | None = None, return_lse: bool = False,
+    out: Tensor | None = None, return_lse: bool = False, shared: dict[Any, Any] | None = None,
 ) -> Any:  # fmt: skip
     """Causal attention of packed queries over paged keys and values, in Triton: one kernel for decodes, one for chunks.
 
@@ -49,6 +49,7 @@ def paged_attention(
         out: the tensor to write to, [T, H, D] with dense rows.
         return_lse: return (out, lse), where lse is log(sum(exp(scores))) of each query: float32 [T, H], -inf for a
             query that sees no key.
+        shared: what calls with the same rows (index tensors and hints) share, as the layers of a step do.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or (without hints) an index is out of range.
@@ -73,7 +74,8 @@ def paged_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and may overflow 32 bits
     rows = (block_tables, seq_lens, query_start_loc)
-    paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len)
+    shared = {} if shared is None else shared
+    paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len, shared)
     paged_prefill(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_query_len)
     return (out, lse) if return_lse else out
 

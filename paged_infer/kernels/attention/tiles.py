@@ -38,21 +38,6 @@ def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int)
     return tile or _decode_tiles(gpu, dim, dtype, group), splits or default
 
 
-def num_splits(rule: SplitRule, num_programs: int, max_keys: int, processors: int) -> int:
-    """Programs of a decode per row and KV head: at most as many as the processors hold at once.
-
-    All programs of a split decode start together. One more would start when the first of them ends, and the whole
-    decode would wait for it: hence no rounding up. A processor holds at least the four of the rule's default
-    (``Compiled.blocks_per_sm``).
-
-    Args:
-        num_programs: without splits.
-        max_keys: that a row may attend to.
-    """
-    wanted = rule.per_processor * processors // max(1, num_programs)
-    return max(1, min(wanted, rule.max_splits, triton.cdiv(max_keys, rule.min_keys)))
-
-
 @cache
 def _key(kernel: str, dim: int, dtype: torch.dtype, group: int, has_window: bool) -> Key:
     return Key(kernel, str(dtype).removeprefix("torch."), dim, group, has_window)
@@ -88,7 +73,9 @@ def _prefill_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: i
     tile = _flash_tiles(gpu, dim, dtype, window)
     block_n = min(tile.block_n, 32 if gpu[0] in (8, 12) and dim > 64 else 64)
     has_room = dim <= 128 or gpu in ((8, 0), (9, 0), (10, 0))  # the others have 99 KiB of shared memory a block
-    num_stages = 5 if gpu != (0, 0) and dtype != torch.float32 and has_room else tile.num_stages
+    has_registers = gpu[0] != 8 or dim > 64 or window is None  # triton 3.9 spills there with more than three stages
+    has_stages = gpu != (0, 0) and dtype != torch.float32 and has_room and has_registers
+    num_stages = 5 if has_stages else tile.num_stages
     return tile._replace(block_n=block_n, num_stages=num_stages)
 
 

@@ -24,8 +24,8 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 GOOD = CompiledRow("flash bfloat16 128", "flash", 90, 200, 0, 163_840, SHARED_LIMIT[90], 8, 2)
 # Every family's kernels, as their names stand in the table.
 KERNELS = {
-    "flash", "prefill", "decode", "combine", "store_kv", "copy_blocks", "add_rms_norm", "qk_norm_rope", "silu_mul",
-    "race", "final",
+    "flash", "prefill", "plan", "decode", "combine", "store_kv", "copy_blocks", "add_rms_norm", "qk_norm_rope",
+    "silu_mul", "race", "final",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from paged_infer.bench.kernels.peers import our_flash, our_paged
 from paged_infer.bench.kernels.problems import paged_problem
 from paged_infer.kernels.attention import tile_table
 from paged_infer.kernels.attention.tile_table import Key, SplitRule, Tile, forced, read_table, tables, write_table
-from paged_infer.kernels.attention.tiles import decode_tiles, flash_tiles, num_splits, prefill_tiles
+from paged_infer.kernels.attention.tiles import decode_tiles, flash_tiles, prefill_tiles
 from paged_infer.kernels.triton_runtime import INTERPRETED, launches_go_to
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -104,24 +104,20 @@ def test_the_interpreter_reads_no_table(given):
 
 
 def test_a_decodes_split_rule_is_the_tables(given):
-    """132 processors (of an H100), 8 KV heads, so 32 programs: 2 on each processor allow 8 splits, 4 allow 16."""
+    """132 processors (of an H100), 8 KV heads: 4 programs on each are 66 splits beside the 4 rows, 2 are 33."""
     sequences = [(32_767, 1)] * 4
-    splits = [grid_of_decode(sequences)]
+    items = [grid_of_decode(sequences)]
     given(DECODE)
-    splits.append(grid_of_decode(sequences))
-    assert splits == [16, 8]
-    rule = SplitRule(per_processor=4, min_keys=512, max_splits=16)
-    assert num_splits(rule, 8, 4096, 132) == 8  # 512 keys each
-    assert num_splits(rule, 8, 10**6, 132) == 16
-    assert num_splits(rule, 10**6, 10**6, 132) == 1
+    items.append(grid_of_decode(sequences))
+    assert items == [4 + 66, 4 + 33]
 
 
 def grid_of_decode(sequences: list[tuple[int, int]]) -> int:
-    grids = []
+    grids = {}
     problem = paged_problem(sequences, **LLAMA, device="meta", poison=False)
-    with launches_go_to(lambda kernel, grid, args, named: grids.append(grid), SM90):
+    with launches_go_to(lambda kernel, grid, args, named: grids.update({kernel.fn.__name__: grid}), SM90):
         our_paged(problem).call()
-    return grids[0][2]
+    return grids["_decode_kernel"][1]
 
 
 def test_a_forced_tile_comes_before_the_table_and_ends_with_its_block(given):

@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 class SplitRule(NamedTuple):
     """Into how many splits a decode cuts its rows."""
 
-    per_processor: int = 4  # programs that each processor should have
+    per_processor: int = 4  # programs of a split decode that a processor holds at once
     min_keys: int = 256  # a split has about so many, at least
     max_splits: int = 64
 

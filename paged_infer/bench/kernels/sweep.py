@@ -208,15 +208,20 @@ def sweep(
         options = {candidate.label: candidate for candidate in candidates(case.kernel)}
         entries = [Entry(name, None, f"{LEFT_OUT}{limit} had passed") for name in (TODAY, *options, AGAIN)]
         if time.perf_counter() <= deadline_s:
-            problem = case.problem(device)
-            exact = paged_attention_float64(problem)
-            setups = {
-                name: partial(_checked, case, problem, exact, options.get(name), built.get((case.key, name)))
-                for name in (TODAY, *options, AGAIN)
-            }
-            for entries in compare(setups, deadline_s, limit):
-                yield _result(case, entries, built)
-            del problem, exact, setups
+            try:
+                problem = case.problem(device)
+                exact = paged_attention_float64(problem)
+            except torch.OutOfMemoryError as error:
+                reason = f"no room for the problem in float64: {error}".splitlines()[0]
+                entries = [Entry(entry.name, None, reason) for entry in entries]
+            else:
+                setups = {
+                    name: partial(_checked, case, problem, exact, options.get(name), built.get((case.key, name)))
+                    for name in (TODAY, *options, AGAIN)
+                }
+                for entries in compare(setups, deadline_s, limit):
+                    yield _result(case, entries, built)
+                del problem, exact, setups
             torch.cuda.empty_cache()
         yield _result(case, entries, built, is_finished=True)
 

@@ -138,14 +138,16 @@ def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
 
 
 def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_on: str) -> None:
-    """A file for ``kernels/tiles/``."""
+    """A file for ``kernels/tiles/``. At any moment it is this table or the one before."""
     lines = []
     for key, (tile, splits) in entries.items():
         entry = key._asdict() | tile._asdict() | ({} if splits is None else {"splits": splits._asdict()})
         lines.append(f"  {json.dumps(entry)}")
     head = f' "arch": {arch},\n "measured": {json.dumps(measured_on)},\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n{head} "entries": [\n' + ",\n".join(lines) + "\n ]\n}\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f'{{\n{head} "entries": [\n' + ",\n".join(lines) + "\n ]\n}\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:

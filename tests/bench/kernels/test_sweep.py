@@ -157,6 +157,18 @@ def test_each_timing_is_a_result_and_past_the_deadline_none_begins(two_candidate
     assert late.was_left_out
 
 
+def test_a_batch_that_the_device_has_no_room_for_does_not_end_the_sweep(two_candidates, monkeypatch):
+    def too_large(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory: 2 GiB\nmore about it")
+
+    monkeypatch.setattr(sweeping, "paged_attention_float64", too_large)
+    results = list(sweep([decode_case()] * 2, CPU, {}, math.inf, ""))
+    assert [result.is_finished for result in results] == [True, True]
+    notes = {trial.note for result in results for trial in result.trials}
+    assert notes == {"no room for the problem in float64: CUDA out of memory: 2 GiB"}
+    assert two_candidates == []
+
+
 # -- Winners
 
 

@@ -186,6 +186,23 @@ def test_what_a_sweep_writes_is_what_is_read(tmp_path):
     }
     write_table(tmp_path / "new" / "sm90.json", 90, entries, "a machine")
     assert read_table(tmp_path / "new" / "sm90.json") == (90, entries)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sm90.json"]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "sm90.json"
+    write_table(path, 90, {Key("flash", "float16", 64, 1): (Tile(64, 64, 4, 3), None)}, "a machine")
+    before = path.read_text()
+
+    def full(self, text, encoding):
+        with self.open("w", encoding=encoding) as file:
+            file.write(text[:20])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_table(path, 90, {}, "a machine")
+    assert path.read_text() == before
 
 
 def test_a_table_of_an_installed_package_is_found(tmp_path):

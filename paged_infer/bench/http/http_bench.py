@@ -20,7 +20,8 @@ from typing import Any
 from paged_infer.bench.http.client import Job, Replies, ask
 from paged_infer.bench.metrics import Percentiles, Run, System, TokenTimes
 from paged_infer.bench.speed.baselines import our_baselines
-from paged_infer.bench.speed.measure import CHECKED_TOKENS, Bench, Entry, SpeedReport, closed_loops, lengths, open_loops
+from paged_infer.bench.speed.engine_runs import closed_loops, open_loops
+from paged_infer.bench.speed.measure import CHECKED_TOKENS, Bench, Entry, SpeedReport, lengths
 from paged_infer.bench.speed.rounds import interleave
 from paged_infer.bench.workloads import Workload
 from paged_infer.execution.machine import describe_machine

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import replace
+from functools import partial
 
 from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.load import Arrival, EngineSystem, serve
+from paged_infer.bench.load import Arrival, EngineSystem, poisson_moments, serve
 from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
@@ -51,3 +53,14 @@ def run_engine(
 def watched_engine(llm: LLM) -> System:
     """The engine as a system: all requests at once."""
     return lambda workload: run_engine(llm.engine, workload)
+
+
+def closed_loops(run: Callable[..., Run], clients: list[int], suffix: str = "") -> dict[str, System]:
+    """``run`` with so many clients, each of which sends its next request when its last one has ended."""
+    return {f"{n} client{'s' * (n > 1)}{suffix}": partial(run, num_clients=n) for n in clients}
+
+
+def open_loops(run: Callable[..., Run], workload: Workload, rates: list[float], suffix: str = "") -> dict[str, System]:
+    """``run`` with Poisson arrivals, so many a second, whether or not earlier requests have ended."""
+    moments = {rate: poisson_moments(len(workload.prompts), rate, workload.seed) for rate in rates}
+    return {f"{rate:.3g} a second{suffix}": partial(run, arrive_s=arrive_s) for rate, arrive_s in moments.items()}

@@ -10,11 +10,10 @@ from time import perf_counter
 from typing import Any
 
 from paged_infer.bench.floor import Floor, ModelCost
-from paged_infer.bench.load import poisson_moments
 from paged_infer.bench.metrics import Metrics, Run, System
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
-from paged_infer.bench.speed.engine_runs import run_engine
+from paged_infer.bench.speed.engine_runs import closed_loops, open_loops, run_engine
 from paged_infer.bench.speed.recorded_steps import busy_share
 from paged_infer.bench.speed.rounds import Runs, interleave, nothing
 from paged_infer.bench.speed.same_tokens import TokenComparison, compare_tokens
@@ -127,7 +126,8 @@ class Bench:
             ]
             return self.report(command, workload, floor, entries)
 
-        runs = self.interleave(systems, workload, report_of)
+        is_recorded = ENGINE in systems and self.llm.engine.device.type == "cuda"
+        runs = self.interleave(systems, workload, report_of, reserved=float(is_recorded))
         note = self._record_overhead(runs.get(ENGINE, []), workload)
         return replace(report_of(runs), notes=note)
 
@@ -173,6 +173,7 @@ class Bench:
         *,
         num_phases: int = 1,
         once: Collection[str] = (),
+        reserved: float = 0.0,
     ) -> Runs:
         """See ``rounds.interleave``. What is left of the time is shared with the other phases that are to come."""
 
@@ -186,6 +187,7 @@ class Bench:
             save=lambda runs: self._save(report_of(runs)),
             deadline_s=deadline_s,
             once=once,
+            reserved=reserved,
         )
 
     def _save(self, report: SpeedReport) -> None:
@@ -283,17 +285,6 @@ def run_warm_ups(systems: Mapping[str, System], workload: Workload) -> None:
     for name, system in systems.items():
         for one in workload.warm_ups()[: 1 if name.startswith(REFERENCE) else None]:
             system(one)
-
-
-def closed_loops(run: Callable[..., Run], clients: list[int], suffix: str = "") -> dict[str, System]:
-    """``run`` with so many clients, each of which sends its next request when its last one has ended."""
-    return {f"{n} client{'s' * (n > 1)}{suffix}": partial(run, num_clients=n) for n in clients}
-
-
-def open_loops(run: Callable[..., Run], workload: Workload, rates: list[float], suffix: str = "") -> dict[str, System]:
-    """``run`` with Poisson arrivals, so many a second, whether or not earlier requests have ended."""
-    moments = {rate: poisson_moments(len(workload.prompts), rate, workload.seed) for rate in rates}
-    return {f"{rate:.3g} a second{suffix}": partial(run, arrive_s=arrive_s) for rate, arrive_s in moments.items()}
 
 
 def lengths(workload: Workload) -> tuple[list[int], list[int]]:

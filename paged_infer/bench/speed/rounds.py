@@ -24,6 +24,7 @@ def interleave(
     *,
     save: Callable[[Runs], None] = nothing,
     deadline_s: float = math.inf,
+    reserved: float = 0.0,
     once: Collection[str] = (),
 ) -> Runs:
     """At most ``repeats`` rounds, in each of which every system runs once.
@@ -33,12 +34,13 @@ def interleave(
         save: called with all runs so far after each run, so that they outlive the process.
         deadline_s: by ``perf_counter``. No round but the first is begun that would end later, if it took as long as
             the one before.
+        reserved: how many rounds' time is kept free before that, for what follows.
         once: systems that take part in the first round only.
     """
     runs: Runs = {name: [] for name in systems}
     round_s = 0.0
     for number in range(repeats):
-        if number and perf_counter() + round_s > deadline_s:
+        if number and perf_counter() + (1 + reserved) * round_s > deadline_s:
             break
         round_s = 0.0
         for name, system in systems.items():

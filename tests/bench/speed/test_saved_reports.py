@@ -224,6 +224,13 @@ def test_no_round_is_begun_that_would_end_after_the_limit(monkeypatch, deadline_
     assert runs == {"a": ["a"] * num_rounds, "b": ["b"] * num_rounds}
 
 
+def test_time_is_kept_free_for_what_follows_the_rounds(monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(rounds, "perf_counter", clock)
+    interleave({"a": clock.system("a")}, None, 9, deadline_s=5.0, reserved=1.0)  # type: ignore[arg-type]
+    assert clock.order == ["a"] * 4
+
+
 def test_what_runs_once_does_not_count_for_the_rounds_to_come(monkeypatch) -> None:
     clock = Clock()
     monkeypatch.setattr(rounds, "perf_counter", clock)

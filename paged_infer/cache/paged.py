@@ -76,18 +76,20 @@ class PagedCache:
         copy([*self.keys, *self.values], sources, destinations)
 
     def swap_out(self, pairs: Pairs) -> None:
-        """Copy each (block, swap block) from the pool to swap space."""
+        """Copy each (block, swap block) from the pool to swap space. The host waits: it places the blocks there."""
         if pairs:
-            blocks, swap_blocks = torch.tensor(pairs).unbind(1)
+            blocks, swap_blocks = torch.tensor(pairs).T.contiguous()
+            blocks = to_device(blocks, self.keys[0].device)
             for pool, swap in self._pools_and_swaps():
-                swap[swap_blocks] = pool[blocks.to(pool.device)].cpu()
+                swap[swap_blocks] = pool[blocks].cpu()
 
     def swap_in(self, pairs: Pairs) -> None:
         """Copy each (swap block, block) from swap space to the pool."""
         if pairs:
-            swap_blocks, blocks = torch.tensor(pairs).unbind(1)
+            swap_blocks, blocks = torch.tensor(pairs).T.contiguous()
+            blocks = to_device(blocks, self.keys[0].device)
             for pool, swap in self._pools_and_swaps():
-                pool[blocks.to(pool.device)] = swap[swap_blocks].to(pool.device)
+                pool[blocks] = to_device(swap[swap_blocks], pool.device)
 
     def _pools_and_swaps(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip((*self.keys, *self.values), self._swap, strict=True)

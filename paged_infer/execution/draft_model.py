@@ -66,6 +66,8 @@ class DraftModel:
 
         If the draft model's logits contain NaN or +inf, the draft is token 0. A wrong draft only slows its
         sequence down.
+
+        The host waits for each draft: a step lists the tokens that it verifies.
         """
         drafting = [sequence for sequence in step.sequences if sequence.num_drafts]
         drafts: dict[int, list[int]] = {sequence.sequence_id: [] for sequence in drafting}

@@ -7,7 +7,9 @@ hidden rows        0    1         4   -> logits [3, vocab] -> one new token for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -32,7 +34,7 @@ _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are 
 
 @dataclass(slots=True)
 class RunningStep:
-    """A step that has been launched. ``result`` waits for the tokens that it samples."""
+    """A step that has been launched. ``result`` waits for what it computes."""
 
     step: ScheduledStep
     _known: StepResult
@@ -41,10 +43,13 @@ class RunningStep:
     _sampled: AsyncTokens | None
     # (sequences, a flag for each of their tokens: whether its hidden state is finite)
     _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = None
+    _reports: list[Callable[[StepResult], None]] = field(default_factory=list)  # what the host waits for to read it
 
     @torch.inference_mode()
     def result(self) -> StepResult:
-        """Wait for the sampled tokens, and check them."""
+        """Wait for the sampled tokens and check them; read what else is reported."""
+        for report in self._reports:
+            report(self._known)
         if self._checked is not None:
             sequences, is_finite = self._checked
             flags = iter(is_finite.token_ids())
@@ -94,19 +99,23 @@ class ModelRunner:
     def launch(self, step: ScheduledStep) -> RunningStep:
         """Launch the step on the device, which runs steps in order. On a CPU, this returns once it is computed.
 
-        Pending tokens are read from what the previous step sampled, without leaving the device.
+        Pending tokens are read from what the previous step sampled, without leaving the device. The host waits for the
+        device only to swap blocks out and where the candidates of a row with top_k or top_p may be too few
+        (``sampling.sampler``).
         """
         self.cache.move_blocks(step.transfers)
         if self.graphs is not None and self.graphs.fits(step):
             return self._replay(step, self.graphs)
         # Single tokens first, as AttentionMetadata requires, and sorted so that rows of similar length are adjacent.
         sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
-        token_ids, meta = self._pack(sequences)
+        token_ids, meta, ends = self._pack(sequences)
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
-        result = StepResult()
-        self._rank(sequences, hidden, meta, result)
-        self._report_prompts(sequences, hidden, meta, result)
-        running = self._sample(step, sequences, hidden, meta, result)
+        running = self._sample(step, sequences, hidden, ends)
+        self._rank(sequences, hidden, ends, running)
+        for sequence, end in zip(sequences, ends, strict=True):
+            if sequence.num_prompt_logprobs is not None:
+                own = hidden[int(end) - sequence.num_tokens : int(end)]
+                running._reports.append(partial(self._report_prompt, sequence, own))
         if meta.max_query_len > 1 or any(sequence.sample is None for sequence in sequences):
             # Not every row's logits are computed, and a block may be shared before its owner is sampled. A masked NaN
             # key reaches even earlier tokens: 0 * NaN is NaN.
@@ -114,7 +123,8 @@ class ModelRunner:
             running._checked = sequences, copy_to_host(is_finite, is_finite)
         return running
 
-    def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata]:
+    def _pack(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata, np.ndarray]:
+        """Token ids [T], what attention needs, and where each sequence's tokens end, [B] on the host."""
         block_size = self.cache.block_size
         query_lens = np.fromiter((s.num_tokens for s in sequences), np.int64, len(sequences))
         starts = np.fromiter((s.num_computed_tokens for s in sequences), np.int64, len(sequences))
@@ -141,16 +151,16 @@ class ModelRunner:
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens.max()),
         )
-        return self._fill_in(self._to_device(token_ids), sequences, query_start_loc), meta
+        ends = query_start_loc[1:].astype(np.int64)
+        return self._fill_in(self._to_device(token_ids), sequences, ends), meta, ends
 
-    def _fill_in(self, token_ids: Tensor, sequences: list[ScheduledSequence], query_start_loc: np.ndarray) -> Tensor:
+    def _fill_in(self, token_ids: Tensor, sequences: list[ScheduledSequence], ends: np.ndarray) -> Tensor:
         """Replace pending tokens by what the previous step sampled: [T]."""
         pending = [row for row, sequence in enumerate(sequences) if sequence.token_ids[-1] == PLACEHOLDER]
         if pending and self._last_tokens is not None:
             rows = np.asarray([self._last_rows[sequences[row].sequence_id] for row in pending])
-            ends = self._to_device(query_start_loc[1:][pending].astype(np.int64) - 1)
             # A failed row left -1. Its request ends, so any valid token will do here.
-            token_ids[ends] = self._last_tokens[self._to_device(rows)].clamp_min(0)
+            token_ids[self._to_device(ends[pending] - 1)] = self._last_tokens[self._to_device(rows)].clamp_min(0)
         return token_ids
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -170,12 +180,7 @@ class ModelRunner:
         return RunningStep(step, StepResult(), logits, sampling_rows, sampled)
 
     def _sample(
-        self,
-        step: ScheduledStep,
-        sequences: list[ScheduledSequence],
-        hidden: Tensor,
-        meta: AttentionMetadata,
-        result: StepResult,
+        self, step: ScheduledStep, sequences: list[ScheduledSequence], hidden: Tensor, ends: np.ndarray
     ) -> RunningStep:
         sequence_of: list[int] = []  # the sequence of each sampled token; forks sample from the same logits
         num_after: list[int] = []  # how many of its tokens, all drafts, come after the one whose logits are sampled
@@ -189,55 +194,48 @@ class ModelRunner:
                 num_after += [*range(sequence.num_drafts, 0, -1), *[0] * (1 + len(sequence.forks))]
         self._last_rows = {sequence_id: row for row, (sequence_id, _) in enumerate(sampling_rows)}
         if not sampling_rows:
-            return RunningStep(step, result, None, [], None)
-        logits = self._logits(sequence_of, hidden, meta, num_after)
+            return RunningStep(step, StepResult(), None, [], None)
+        logits = self._logits(ends[sequence_of] - 1 - np.asarray(num_after), hidden)
         sampled = self.sampler.sample(logits, [row for _, row in sampling_rows])
         self._last_tokens = sampled.tokens
-        return RunningStep(step, result, logits, sampling_rows, sampled)
+        return RunningStep(step, StepResult(), logits, sampling_rows, sampled)
 
-    def _logits(
-        self, rows: list[int], hidden: Tensor, meta: AttentionMetadata, num_after: list[int] | None = None
-    ) -> Tensor:
-        """Logits [R, V] of the last token of each of these sequences, or of the one ``num_after`` tokens before it."""
-        if rows != list(range(hidden.shape[0])):
-            places = meta.query_start_loc[1:][rows].long() - 1
-            if num_after is not None and any(num_after):
-                places -= self._to_device(np.asarray(num_after))
-            hidden = hidden[places]
+    def _logits(self, tokens: np.ndarray, hidden: Tensor) -> Tensor:
+        """Logits [R, V] after these of the step's tokens, [R].
+
+        They are on the host, as a list that indexes a CUDA tensor would wait for all that was launched before.
+        """
+        if not np.array_equal(tokens, np.arange(hidden.shape[0])):
+            hidden = hidden[self._to_device(tokens)]
         return self.decoder.logits(hidden)
 
-    def _rank(
-        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: AttentionMetadata, result: StepResult
-    ) -> None:
+    def _rank(self, sequences: list[ScheduledSequence], hidden: Tensor, ends: np.ndarray, running: RunningStep) -> None:
         asking = {row: s.sample for row, s in enumerate(sequences) if isinstance(s.sample, TopKRow)}
-        if asking:
-            found = beam_candidates(self._logits([*asking], hidden, meta), [*asking.values()])
-            for row, candidates in zip(asking, found, strict=True):
+        if not asking:
+            return
+        logits = self._logits(ends[[*asking]] - 1, hidden)
+
+        def report(result: StepResult) -> None:
+            for row, candidates in zip(asking, beam_candidates(logits, [*asking.values()]), strict=True):
                 if candidates is None:
                     result.failed[sequences[row].sequence_id] = CANNOT_SAMPLE
                 else:
                     result.candidates[sequences[row].sequence_id] = candidates
 
-    def _report_prompts(
-        self, sequences: list[ScheduledSequence], hidden: Tensor, meta: AttentionMetadata, result: StepResult
-    ) -> None:
-        if all(sequence.num_prompt_logprobs is None for sequence in sequences):
-            return
-        bounds = meta.query_start_loc.tolist()
-        for row, sequence in enumerate(sequences):
-            if sequence.num_prompt_logprobs is None:
-                continue
-            targets = list(sequence.next_prompt_token_ids)
-            entries: list[TokenLogprobs] = []
-            is_sound = True
-            for first in range(0, len(targets), _PROMPT_LOGITS_ROWS):
-                part = targets[first : first + _PROMPT_LOGITS_ROWS]
-                begin = bounds[row] + first
-                logits = self.decoder.logits(hidden[begin : begin + len(part)])
-                found = token_logprobs(logits, part, [sequence.num_prompt_logprobs] * len(part))
-                entries += [entry for entry in found if entry is not None]
-                is_sound = is_sound and None not in found
-            if is_sound:
-                result.prompt_logprobs[sequence.sequence_id] = sequence.num_computed_tokens + 1, entries
-            else:
-                result.failed[sequence.sequence_id] = CANNOT_SAMPLE
+        running._reports.append(report)
+
+    def _report_prompt(self, sequence: ScheduledSequence, hidden: Tensor, result: StepResult) -> None:
+        """Logprobs of the prompt tokens that follow those of ``sequence``, from their hidden states [N, hidden]."""
+        targets = list(sequence.next_prompt_token_ids)
+        entries: list[TokenLogprobs] = []
+        is_sound = True
+        for first in range(0, len(targets), _PROMPT_LOGITS_ROWS):
+            part = targets[first : first + _PROMPT_LOGITS_ROWS]
+            logits = self.decoder.logits(hidden[first : first + len(part)])
+            found = token_logprobs(logits, part, [sequence.num_prompt_logprobs or 0] * len(part))
+            entries += [entry for entry in found if entry is not None]
+            is_sound = is_sound and None not in found
+        if is_sound:
+            result.prompt_logprobs[sequence.sequence_id] = sequence.num_computed_tokens + 1, entries
+        else:
+            result.failed[sequence.sequence_id] = CANNOT_SAMPLE

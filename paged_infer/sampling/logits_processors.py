@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_infer.control.step import SamplingRow
+from paged_infer.kernels.device import to_device
 
 # A repetition penalty is clamped to these, so that float32 neither rounds it to 0 nor to inf.
 SMALLEST, LARGEST = 1e-20, 1e20
@@ -51,9 +52,9 @@ def apply_logits_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tens
     edited = logits.to(wide, copy=True, memory_format=torch.contiguous_format)
     flat = edited.view(-1)
     if biased:
-        flat[torch.tensor(biased, device=flat.device)] += torch.tensor(biases, dtype=wide, device=flat.device)
+        flat[to_device(torch.tensor(biased), flat.device)] += to_device(torch.tensor(biases, dtype=wide), flat.device)
     if masked:
-        flat[torch.tensor(masked, device=flat.device)] = -math.inf
+        flat[to_device(torch.tensor(masked), flat.device)] = -math.inf
     if penalised:
         apply_penalties(flat, rows, penalised, vocab_size)
     return edited
@@ -76,7 +77,7 @@ def apply_penalties(flat: Tensor, rows: Sequence[SamplingRow], penalised: list[i
     offsets = np.array(penalised, dtype=np.int64) * vocab_size
 
     def on_device(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(flat.device)
+        return to_device(torch.from_numpy(values), flat.device)
 
     repetition = np.clip([p.repetition_penalty for p in params], SMALLEST, LARGEST)
     if (repetition != 1.0).any():

@@ -115,7 +115,10 @@ class Sampler:
         return SampledTokens(token_ids, logprobs_of(logits, rows, token_ids))
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> AsyncTokens:
-        """Sample a token for each row, at least one, without waiting for the GPU; see ``__call__``."""
+        """Sample a token for each row, at least one; see ``__call__``.
+
+        Rows with top_k or top_p wait once for a GPU (``_draw_again``), others not at all.
+        """
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
@@ -236,7 +239,11 @@ def _draw_top_p(logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int
 def _draw_again(
     draw: _Draw, cut_off: Tensor, drawn: _Drawn, logits: Tensor, rows: Sequence[SamplingRow], num_candidates: int
 ) -> _Drawn:
-    """Draw the rows that had too few candidates (bool ``cut_off`` of r) again, from eight times as many."""
+    """Draw the rows that had too few candidates (bool ``cut_off`` of r) again, from eight times as many.
+
+    The host has to wait to see which rows those are. That costs less than a sort of the whole vocabulary in each step,
+    which would need no look.
+    """
     index = cut_off.flatten().nonzero().flatten()
     if len(index) > 0:
         tokens, scores = drawn
@@ -283,9 +290,9 @@ def _nucleus(candidates: Tensor, rows: Sequence[SamplingRow], probs: Tensor) -> 
 def _race(probs: Tensor, ids: Tensor, rows: Sequence[SamplingRow]) -> _Drawn:
     """Draw one token per row, in proportion to ``probs`` [r, K] of the tokens ``ids`` [K] or [r, K]."""
     keys = row_keys([r.seed for r in rows], [r.sample_index for r in rows], [r.position for r in rows])
-    scores, winners = (probs / noise(keys.to(probs.device), ids.to(torch.int32))).max(dim=1)
+    scores, winners = (probs / noise(to_device(keys, probs.device), ids.to(torch.int32))).max(dim=1)
     return (winners if ids.dim() == 1 else ids.gather(1, winners.unsqueeze(1)).squeeze(1)), scores
 
 
 def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)  # [r, 1]
+    return to_device(torch.tensor(values, dtype=dtype), device).unsqueeze(1)  # [r, 1]

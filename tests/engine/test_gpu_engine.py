@@ -71,27 +71,42 @@ def test_nothing_is_compiled_while_decodes_are_served() -> None:
     assert compiled == []
 
 
-def test_the_host_waits_for_nothing_while_it_launches_a_decode() -> None:
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_the_host_waits_for_nothing_while_it_launches(eager: bool) -> None:
     """torch raises at whatever makes the host wait for the device, but for events."""
-    llm = LLM(num_blocks=400, **OPTIONS)
-    engine = llm.engine
-    said(llm, KINDS["seeded"])  # warm
-    launch = engine.executor.runner.launch
-    checked = []
+    llm = LLM(num_blocks=400, enforce_eager=eager, enable_prefix_caching=False, **OPTIONS)
+    runner = llm.engine.executor.runner
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.9, "n": 2},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.1},
+        {"temperature": 0.8, "logit_bias": {7: 2.0}, "min_tokens": 3, "stop_token_ids": [7]},
+        {"temperature": 0, "logprobs": 2, "prompt_logprobs": 1},
+        {"temperature": 0.8, "min_p": 0.05},
+    ]
+    mixed = [SamplingParams(seed=i, max_tokens=20, **kinds[i % len(kinds)]) for i in range(NUM_REQUESTS)]
+    for params in (KINDS["seeded"], mixed):
+        said(llm, params)  # warm
+    launch = runner.launch
+    checked = {"graph": 0, "with a chunk": 0, "chunks beside decodes": 0, "decodes": 0}
 
     def watched(step):  # type: ignore[no-untyped-def]
-        if not engine.executor.runner.graphs.fits(step):
-            return launch(step)
+        lengths = {min(s.num_tokens, 2) for s in step.sequences}
+        is_graph = runner.graphs is not None and runner.graphs.fits(step)
+        kind = {(1, 2): "chunks beside decodes", (2,): "with a chunk"}.get(tuple(sorted(lengths)), "decodes")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            checked.append(step.index)
-            return launch(step)
+            running = launch(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        checked["graph" if is_graph else kind] += 1
+        return running
 
-    engine.executor.runner.launch = watched  # type: ignore[method-assign]
-    said(llm, KINDS["seeded"])
-    assert len(checked) > 20
+    runner.launch = watched  # type: ignore[method-assign]
+    for params in (KINDS["seeded"], mixed):
+        said(llm, params)
+    assert (checked["graph"] > 20) != eager and (checked["decodes"] > 20) == eager, checked
+    assert checked["chunks beside decodes"] > 2, checked
 
 
 def test_the_profile_leaves_room_for_everything_that_is_then_taken() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.kernels.checks import INDICES, layouts, on_one_device, shapes
+from paged_infer.kernels.device import to_device
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 WORDS_PER_PROGRAM = 1024  # of 4 bytes: 4 KiB
@@ -30,8 +31,8 @@ WORDS_PER_PROGRAM = 1024  # of 4 bytes: 4 KiB
 def copy_blocks(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Tensor) -> None:
     """Copy block ``sources[i]`` of every cache to its block ``destinations[i]``.
 
-    The first call with these caches creates the table of addresses, which is kept. The host waits for it, so make that
-    call before a CUDA graph is captured.
+    The first call with these caches sends the table of addresses, which is kept: make that call before a CUDA graph is
+    captured.
 
     Args:
         caches: tensors [num_blocks, ...] with the same num_blocks, contiguous, changed in place.
@@ -69,7 +70,7 @@ def copy_blocks_reference(caches: ReadOnlyList[Tensor], sources: Tensor, destina
 @functools.lru_cache(maxsize=8)
 def _table(addresses: tuple[int, ...], num_words: tuple[int, ...], device: torch.device) -> Tensor:
     """[caches, 2] int64: the address of each cache, and the number of words in one of its blocks."""
-    return torch.tensor(list(zip(addresses, num_words, strict=True)), dtype=torch.int64, device=device)
+    return to_device(torch.tensor(list(zip(addresses, num_words, strict=True)), dtype=torch.int64), device)
 
 
 @triton.jit

@@ -208,7 +208,7 @@ def profile_rows(profile: MemoryProfile, config: EngineConfig) -> dict[str, str]
         "- weights": f"{_mib(profile.weights)}, measured",
         "- activations": f"{_mib(profile.activations)}, measured in a step of {config.max_num_batched_tokens:,} tokens",
         "- sampling": f"{_mib(profile.logits)}, measured on {config.max_num_seqs:,} rows of logits, sorted whole",
-        "- graphs reserved": f"{_mib(profile.graphs)}: their largest step, measured, and an allowance for each graph",
+        "- graphs reserved": f"{_mib(profile.graphs)}: their largest step, measured, and allowances",
         "= room for the pool": _mib(profile.available_kv_bytes),
     }
 

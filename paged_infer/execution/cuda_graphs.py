@@ -83,7 +83,6 @@ def decode_graphs(decoder: Decoder, cache: PagedCache, max_num_seqs: int, max_mo
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Disable garbage collection: to drop an earlier engine's graphs during a capture is a driver error."""
-    gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -93,9 +92,19 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _free_bytes(device: torch.device) -> int:
+def release_unused(device: torch.device) -> None:
+    """Return memory that is not in use to the driver, which then reports it as free.
+
+    Tensors in a reference cycle, such as those of an earlier engine's graphs, are in use until they are collected,
+    which could otherwise happen between two readings.
+    """
+    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
+
+
+def _free_bytes(device: torch.device) -> int:
+    release_unused(device)
     return torch.cuda.mem_get_info(device)[0]
 
 

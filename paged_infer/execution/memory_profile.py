@@ -6,7 +6,7 @@
 
 Everything is run once on a cache of one block, before the pool takes the rest (vLLM sizes its pool in this way too).
 Graphs are captured after the pool has been made, as they hold its address; what they will take is what their largest
-step takes when it is launched kernel by kernel, and an allowance for what the driver keeps of each graph.
+step takes when it is launched kernel by kernel, and allowances for cuBLAS and for what the driver keeps of each graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.config import EngineConfig
 from paged_infer.control.step import SamplingRow
-from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
+from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes, release_unused
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.op_sets import Ops
@@ -29,7 +29,11 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.params import SamplingParams
 from paged_infer.sampling.sampler import Sampler
 
-DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # an allowance, not a measurement; what was taken is known after the capture
+# Allowances, not measurements; what was taken is known after the capture.
+DRIVER_BYTES_PER_GRAPH = 8 * 2**20
+# torch keeps a workspace of cuBLAS for each stream that multiplies: 32 MiB on Hopper and Blackwell, about 8 on others.
+# The captures' stream is not the one that the profile runs on, so the profile does not see its workspace.
+CAPTURE_WORKSPACE_BYTES = 32 * 2**20
 
 
 class Meter(Protocol):
@@ -55,26 +59,21 @@ class CudaMeter:
         self._device = device
 
     def free_and_total(self) -> tuple[int, int]:
-        self._settle()
+        release_unused(self._device)
         return torch.cuda.mem_get_info(self._device)
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self._device)
 
     def peak_of(self, run: Callable[[], object]) -> int:
-        self._settle()
+        release_unused(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         before = self.allocated()
         run()
         torch.cuda.synchronize(self._device)
         peak = torch.cuda.max_memory_allocated(self._device) - before
-        self._settle()
+        release_unused(self._device)
         return peak
-
-    def _settle(self) -> None:
-        """Return the allocator's cached memory to the driver, which then reports it as free."""
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ class MemoryProfiler:
             activations = self.meter.peak_of(lambda: run_largest_step(config, decoder, cache, longest))
             logits = self.meter.peak_of(lambda: run_costliest_sampling(config, decoder, ops))
         if has_graphs:
-            graphs = DRIVER_BYTES_PER_GRAPH * len(batch_sizes(config.max_num_seqs))
+            graphs = CAPTURE_WORKSPACE_BYTES + DRIVER_BYTES_PER_GRAPH * len(batch_sizes(config.max_num_seqs))
             graphs += self.meter.peak_of(lambda: run_largest_decode(config, decoder, cache, longest))
         return MemoryProfile(
             total=self.total,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+from collections.abc import Iterator
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from captured import Recorder, call_again, unchecked, with_graphs  # noqa: F401
 from paged_infer import SamplingParams
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.step import SamplingRow
+from paged_infer.execution import cuda_graphs
 from paged_infer.execution.cuda_graphs import DecodeGraphs, batch_sizes
+from paged_infer.execution.memory_profile import CudaMeter
 from paged_infer.kernels.attention_backends import triton_backend
 from paged_infer.kernels.op_sets import TRITON_OPS
 from paged_infer.kernels.triton_runtime import launches_go_to
@@ -254,6 +259,58 @@ def test_the_kernel_is_enough_only_where_it_draws_what_the_sampler_would() -> No
 
 def a_row(params: SamplingParams, num_output_tokens: int = 5) -> SamplingRow:
     return SamplingRow(params, 0, 0, 9, num_output_tokens)
+
+
+# -- Their memory
+
+
+class Held:
+    """So many bytes of a stand-in device, until this is collected."""
+
+    alive: ClassVar[WeakSet[Held]] = WeakSet()
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.alive.add(self)
+
+    def drop_in_a_cycle(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def memory(monkeypatch) -> Iterator[None]:
+    """A device of 10,000 bytes, and no collection but those that are asked for."""
+    gc.collect()
+    Held.alive.clear()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    free = lambda device: (10_000 - sum(held.num_bytes for held in Held.alive), 10_000)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("memory")
+def test_the_bytes_of_graphs_leave_out_what_was_garbage_before_or_after(make_llm, monkeypatch) -> None:
+    held = []
+
+    def capture(fn):
+        held.append(Held(7))
+        Held(1000).drop_in_a_cycle()  # as a capture's warm-up may
+        return fn
+
+    monkeypatch.setattr(cuda_graphs, "CudaCapture", lambda device: capture)
+    engine = make_llm(attention_backend="torch").engine
+    Held(5000).drop_in_a_cycle()  # an earlier engine's
+    graphs = cuda_graphs.decode_graphs(engine.decoder, engine.executor.runner.cache, 8, 32)
+    assert graphs.num_bytes == 7 * len(graphs.sizes) == 7 * len(held)
+
+
+@pytest.mark.usefixtures("memory")
+def test_garbage_is_free_to_a_profile() -> None:
+    Held(5000).drop_in_a_cycle()
+    assert CudaMeter(torch.device("cpu")).free_and_total() == (10_000, 10_000)
 
 
 # -- The option

@@ -9,7 +9,12 @@ import pytest
 from paged_infer.cli import profile_rows
 from paged_infer.config import EngineConfig
 from paged_infer.execution.memory_plan import plan_memory
-from paged_infer.execution.memory_profile import DRIVER_BYTES_PER_GRAPH, MemoryProfile, MemoryProfiler
+from paged_infer.execution.memory_profile import (
+    CAPTURE_WORKSPACE_BYTES,
+    DRIVER_BYTES_PER_GRAPH,
+    MemoryProfile,
+    MemoryProfiler,
+)
 from paged_infer.kernels.attention_backends import torch_backend
 from paged_infer.kernels.op_sets import TORCH_OPS
 
@@ -83,7 +88,7 @@ def test_every_line_is_measured_by_running_what_needs_it(max_num_seqs, max_num_b
     assert steps[1] == (max_num_seqs, max_num_seqs)  # the largest graph first
     num_graphs = len(steps) - 1
     assert (profile.weights, profile.activations, profile.logits) == (100 * MIB, MIB, 2 * MIB)
-    assert profile.graphs == 3 * MIB + num_graphs * DRIVER_BYTES_PER_GRAPH
+    assert profile.graphs == 3 * MIB + num_graphs * DRIVER_BYTES_PER_GRAPH + CAPTURE_WORKSPACE_BYTES
     without = MemoryProfiler.start(meter).finish(config, decoder, torch_backend, TORCH_OPS, has_graphs=False)
     assert without.graphs == 0
 

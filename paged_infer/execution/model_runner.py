@@ -104,10 +104,12 @@ class ModelRunner:
         (``sampling.sampler``).
         """
         self.cache.move_blocks(step.transfers)
+        # Single tokens first, as AttentionMetadata requires. Longest first: a GPU starts rows in order, so the last to
+        # start are short ones, which fill its processors to the end; and batched products pad less where rows of
+        # similar length are adjacent.
+        sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, -s.num_computed_tokens - s.num_tokens))
         if self.graphs is not None and self.graphs.fits(step):
-            return self._replay(step, self.graphs)
-        # Single tokens first, as AttentionMetadata requires, and sorted so that rows of similar length are adjacent.
-        sequences = sorted(step.sequences, key=lambda s: (s.num_tokens > 1, s.num_computed_tokens))
+            return self._replay(step, sequences, self.graphs)
         token_ids, meta, ends = self._pack(sequences)
         hidden = self.decoder(token_ids, self.cache, meta)  # [T, hidden]
         running = self._sample(step, sequences, hidden, ends)
@@ -166,10 +168,10 @@ class ModelRunner:
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(array), self.decoder.device)
 
-    def _replay(self, step: ScheduledStep, graphs: DecodeGraphs) -> RunningStep:
+    def _replay(self, step: ScheduledStep, sequences: list[ScheduledSequence], graphs: DecodeGraphs) -> RunningStep:
         """Run a decode step as one launch. If its sampling kernel does not cover all rows, sample from its logits."""
-        sampling_rows = [(s.sequence_id, s.sample) for s in step.sequences if isinstance(s.sample, SamplingRow)]
-        logits, tokens = graphs.run(step.sequences, self._last_tokens, self._last_rows)
+        sampling_rows = [(s.sequence_id, s.sample) for s in sequences if isinstance(s.sample, SamplingRow)]
+        logits, tokens = graphs.run(sequences, self._last_tokens, self._last_rows)
         rows = [row for _, row in sampling_rows]
         if graphs.has_sampler and self.sampler.is_kernel_enough(rows, logits.shape[1]):
             sampled = copy_to_host(tokens, tokens)

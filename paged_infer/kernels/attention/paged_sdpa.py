@@ -86,16 +86,16 @@ _SPLIT_ELEMENTS = 1 << 16
 
 
 def similar_rows(lengths: ReadOnlyList[int], worth_a_split: int) -> list[slice]:
-    """Cut rows of ascending length into runs, where a cut saves at least ``worth_a_split`` tokens of padding.
+    """Cut rows of descending length into runs, where a cut saves at least ``worth_a_split`` tokens of padding.
 
-    >>> similar_rows([3, 4, 90, 100], worth_a_split=50)
+    >>> similar_rows([100, 90, 4, 3], worth_a_split=50)
     [slice(0, 2, None), slice(2, 4, None)]
     """
     runs, uncut = [], [slice(0, len(lengths))] if lengths else []
     while uncut:
         run = uncut.pop()
         part = np.asarray(lengths[run])
-        saved = np.arange(1, len(part)) * (part[-1] - part[:-1])  # by a cut after each row but the last
+        saved = np.arange(len(part) - 1, 0, -1) * (part[:1] - part[1:])  # by a cut after each row but the last
         if len(saved) and saved.max() >= worth_a_split:
             cut = run.start + int(saved.argmax()) + 1
             uncut += [slice(cut, run.stop), slice(run.start, cut)]

@@ -200,14 +200,14 @@ def info(
         console.print(f"on {stories} stories: {', '.join(kinds)}", highlight=False)
 
 
-def profile_rows(profile: MemoryProfile, config: EngineConfig) -> dict[str, str]:
+def profile_rows(profile: MemoryProfile, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, str]:
     """Where a GPU's memory goes, row by row; the last row is what the others leave for the pool."""
     share = f"gpu_memory_utilization x total = {profile.gpu_memory_utilization:g} x {_mib(profile.total)}"
     return {
         "GPU memory": f"{share}, of {_mib(profile.free)} that were free: {_mib(profile.budget)}",
         "- weights": f"{_mib(profile.weights)}, measured",
-        "- activations": f"{_mib(profile.activations)}, measured in a step of {config.max_num_batched_tokens:,} tokens",
-        "- sampling": f"{_mib(profile.logits)}, measured on {config.max_num_seqs:,} rows of logits, sorted whole",
+        "- activations": f"{_mib(profile.activations)}, measured in a step of {max_num_batched_tokens:,} tokens",
+        "- sampling": f"{_mib(profile.logits)}, measured on {max_num_seqs:,} rows of logits, sorted whole",
         "- graphs reserved": f"{_mib(profile.graphs)}: their largest step, measured, and allowances",
         "= room for the pool": _mib(profile.available_kv_bytes),
     }
@@ -242,7 +242,7 @@ def info_table(llm: LLM) -> Table:
     }
     graphs = engine.executor.runner.graphs
     if memory.profile is not None:
-        rows |= profile_rows(memory.profile, engine.config)
+        rows |= profile_rows(memory.profile, memory.max_num_batched_tokens, engine.config.max_num_seqs)
     if graphs is not None:
         rows["graphs"] = (
             f"{len(graphs.sizes)}, for {graphs.sizes[0]:,} to {graphs.sizes[-1]:,} rows: {_mib(graphs.num_bytes)} taken"

@@ -29,7 +29,7 @@ class EngineOptions(TypedDict, total=False):
     gpu_memory_utilization: float
     max_model_len: int | None
     max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     enable_prefix_caching: bool
     preemption_mode: str
     swap_space: float | None
@@ -61,7 +61,8 @@ class EngineConfig(Checked):
         max_model_len: longest sequence in tokens, prompt and output together. None: the smaller of the model's limit
             and the pool.
         max_num_seqs: the most sequences that run at once.
-        max_num_batched_tokens: the most tokens computed in one step; longer prompts are computed in chunks.
+        max_num_batched_tokens: the most tokens computed in one step; longer prompts are computed in chunks. None: 8192
+            on a GPU of at least 70 GiB, 2048 elsewhere.
         enable_prefix_caching: let requests with a common prefix share its blocks, computed once.
         preemption_mode: how a preempted request continues: "recompute" computes its blocks again, "swap" moves them to
             CPU memory and back.
@@ -93,7 +94,7 @@ class EngineConfig(Checked):
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     preemption_mode: str = "recompute"
     swap_space: float | None = None
@@ -110,9 +111,9 @@ class EngineConfig(Checked):
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs"):
             self._check_integer(name, 1)
-        for name in ("num_blocks", "max_model_len"):
+        for name in ("num_blocks", "max_model_len", "max_num_batched_tokens"):
             self._check_integer(name, 1, optional=True)
         for name in ("enable_prefix_caching", "trace"):
             self._check_flag(name)

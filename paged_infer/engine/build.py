@@ -63,7 +63,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
         profile = profiler.finish(config, decoder, backend, ops, has_graphs=has_graphs)
     memory = plan_memory(config, decoder, profile, draft)
     policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
-    check_budget(policy, config.max_num_batched_tokens, memory.max_model_len)
+    check_budget(policy, memory.max_num_batched_tokens, memory.max_model_len)
     size, num_swap_blocks = (memory.num_blocks, memory.block_size), memory.num_swap_blocks
 
     def cache_of(decoder: Decoder) -> PagedCache:
@@ -77,7 +77,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     scheduler = Scheduler(
         BlockManager(*size, num_swap_blocks=num_swap_blocks),
         config.max_num_seqs,
-        config.max_num_batched_tokens,
+        memory.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         preemption_mode=config.preemption_mode,
         policy=policy,

@@ -1,4 +1,4 @@
-"""How large the block pool is and how long a sequence may get, from the device and the options."""
+"""How large the block pool is, and how long a sequence and a step may get, from the device and the options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.config import EngineConfig
-from paged_infer.execution.memory_profile import MemoryProfile
+from paged_infer.execution.memory_profile import MemoryProfile, max_num_batched_tokens
 from paged_infer.model.decoder import Decoder
 
 CPU_POOL_BYTES = 2**30
@@ -14,7 +14,7 @@ CPU_POOL_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes of the paged cache. ``pool_bytes`` = num_blocks * block_size * kv_bytes_per_token.
+    """Sizes of the paged cache and of a step. ``pool_bytes`` = num_blocks * block_size * kv_bytes_per_token.
 
     ``kv_bytes_per_token`` includes the cache of a draft model, which has the same blocks.
     """
@@ -22,6 +22,7 @@ class MemoryPlan:
     num_blocks: int
     block_size: int
     max_model_len: int
+    max_num_batched_tokens: int
     kv_bytes_per_token: int
     num_swap_blocks: int = 0
     profile: MemoryProfile | None = None  # if the pool was given what a GPU had left
@@ -70,6 +71,7 @@ def plan_memory(
         num_blocks,
         config.block_size,
         max_model_len,
+        max_num_batched_tokens(config, decoder.device),
         per_token,
         _num_swap_blocks(config, num_blocks, per_token * config.block_size),
         profile,

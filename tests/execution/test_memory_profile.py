@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from paged_infer.cli import profile_rows
 from paged_infer.config import EngineConfig
+from paged_infer.execution import memory_profile
 from paged_infer.execution.memory_plan import plan_memory
 from paged_infer.execution.memory_profile import (
     CAPTURE_WORKSPACE_BYTES,
     DRIVER_BYTES_PER_GRAPH,
     MemoryProfile,
     MemoryProfiler,
+    max_num_batched_tokens,
 )
 from paged_infer.kernels.attention_backends import torch_backend
 from paged_infer.kernels.op_sets import TORCH_OPS
@@ -70,8 +74,11 @@ def test_what_others_hold_bounds_the_share_and_no_room_is_never_less_than_none()
 
 
 @pytest.mark.parametrize("max_num_seqs", [3, 8])
-@pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64, 65, 128])
-def test_every_line_is_measured_by_running_what_needs_it(max_num_seqs, max_num_batched_tokens, make_llm) -> None:
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64, 65, 128, None])
+def test_every_line_is_measured_by_running_what_needs_it(
+    max_num_seqs, max_num_batched_tokens, make_llm, monkeypatch
+) -> None:
+    monkeypatch.setattr(memory_profile, "_default_num_batched_tokens", lambda device: 96)
     decoder = make_llm().engine.decoder
     config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=64)
     steps: list[tuple[int, int]] = []
@@ -84,13 +91,37 @@ def test_every_line_is_measured_by_running_what_needs_it(max_num_seqs, max_num_b
         profile = profiler.finish(config, decoder, torch_backend, TORCH_OPS, has_graphs=True)
     finally:
         del decoder.forward
-    assert steps[0] == (max_num_batched_tokens, -(-max_num_batched_tokens // 64))
+    num_tokens = max_num_batched_tokens or 96
+    assert steps[0] == (num_tokens, -(-num_tokens // 64))
     assert steps[1] == (max_num_seqs, max_num_seqs)  # the largest graph first
     num_graphs = len(steps) - 1
     assert (profile.weights, profile.activations, profile.logits) == (100 * MIB, MIB, 2 * MIB)
     assert profile.graphs == 3 * MIB + num_graphs * DRIVER_BYTES_PER_GRAPH + CAPTURE_WORKSPACE_BYTES
     without = MemoryProfiler.start(meter).finish(config, decoder, torch_backend, TORCH_OPS, has_graphs=False)
     assert without.graphs == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "total", "expected"),
+    [("cpu", None, 2048), ("cuda", 24, 2048), ("cuda:1", 69, 2048), ("cuda", 70, 8192), ("cuda", 139, 8192)],
+)
+def test_steps_are_large_by_default_where_there_is_room(device, total, expected, monkeypatch) -> None:
+    def properties(asked: torch.device) -> SimpleNamespace:
+        assert asked == torch.device(device)
+        return SimpleNamespace(total_memory=total * GIB)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert max_num_batched_tokens(EngineConfig(), torch.device(device)) == expected
+    assert max_num_batched_tokens(EngineConfig(max_num_batched_tokens=300), torch.device(device)) == 300
+
+
+@pytest.mark.parametrize(("option", "expected"), [(None, 96), (70, 70)])
+def test_the_scheduler_gets_the_default_of_the_device(option, expected, make_llm, monkeypatch) -> None:
+    monkeypatch.setattr(memory_profile, "_default_num_batched_tokens", lambda device: 96)
+    engine = make_llm(max_num_batched_tokens=option).engine
+    assert engine.memory.max_num_batched_tokens == engine.scheduler.max_num_batched_tokens == expected
+    with pytest.raises(ValueError, match=f"max_num_batched_tokens={expected} is less than max_model_len=128"):
+        make_llm(max_num_batched_tokens=option, scheduling_policy="static", max_model_len=128)
 
 
 def test_the_pool_holds_the_crowd_or_what_there_is_room_for(make_llm) -> None:
@@ -106,7 +137,7 @@ def test_the_pool_holds_the_crowd_or_what_there_is_room_for(make_llm) -> None:
 
 
 def test_info_prints_the_lines_and_they_add_up() -> None:
-    rows = profile_rows(PROFILE, EngineConfig())
+    rows = profile_rows(PROFILE, 2048, 256)
     numbers = [float(text.split(" MiB")[0].split()[-1].replace(",", "")) for text in rows.values()]
     budget = float(rows["GPU memory"].split(": ")[-1].removesuffix(" MiB").replace(",", ""))
     assert budget - sum(numbers[1:5]) == numbers[5] == 52 * 1024

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
+from paged_infer.kernels.attention.paged_sdpa import similar_rows
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
 BACKENDS = ["torch", "sdpa", "c", "triton"]
@@ -139,6 +140,23 @@ def test_layers_with_and_without_a_window_do_not_share_a_plan() -> None:
         batch.window = window
         out = ATTENTION_BACKENDS["sdpa"](batch.q, batch.keys, batch.values, step, window=window)
         torch.testing.assert_close(out.double(), batch.expected(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [
+        ([], []),
+        ([7], [1]),
+        ([100, 90, 4, 3], [2, 2]),
+        ([1000, 100, 90, 4, 3], [1, 2, 2]),
+        ([60, 59, 58], [3]),
+        ([100, 60], [2]),  # a cut would save 40
+    ],
+)
+def test_rows_longest_first_are_cut_where_that_saves_padding(lengths: list[int], runs: list[int]) -> None:
+    slices = similar_rows(lengths, worth_a_split=50)
+    assert [run.stop - run.start for run in slices] == runs
+    assert [length for run in slices for length in lengths[run]] == lengths
 
 
 # -- the public function ----------------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from step_results import Results
-from step_runner import RESERVE_S, ROOT, SHORTEST_S, Step, environment, run_steps
+from step_runner import ONE_THREAD, RESERVE_S, ROOT, SHORTEST_S, Step, environment, run_steps
 
 LIMIT_S = 480
 NAMES = ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")  # in order of worth
@@ -86,8 +86,10 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
     bounded = ("--time-limit", "{seconds}", "--figures", str(figures))
     compiles = "" if has_cuda else "needs CUDA, for which it compiles kernels"
     times = "" if has_cuda else "needs CUDA: on a CPU kernels are interpreted"
-    on_cpu = [] if has_cuda else ["--num-requests", "4", "--repeats", "1"]
+    few = [] if has_cuda else ["--num-requests", "4"]
+    on_cpu = [] if has_cuda else [*few, "--repeats", "1"]
     lengths = [] if has_cuda else ["--shortest", "4", "--longest", "16"]
+    scale = [] if has_cuda else ["--scale", "0.03"]
     qwen3 = ["--model", "qwen3-0.6b", "--load-format", "dummy"] if has_cuda else []
 
     def speed(name: str, *options: str) -> tuple[str, ...]:
@@ -97,10 +99,12 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
     steps = {
         "sweep": [Step("sweep", _module("paged_infer.bench.kernels.cli", "--sweep", *bounded), 100, skipped=times)],
         "throughput": [
-            Step("throughput", speed("throughput", *qwen3, "--peer", "none", *on_cpu), 50),
-            Step("optimisations", speed("optimisations", *qwen3, *(on_cpu or ["--repeats", "2"])), 70),
+            Step("throughput", speed("throughput", *qwen3, "--peer", "none", *on_cpu, *scale), 50),
+            Step("optimisations", speed("optimisations", *qwen3, *(on_cpu or ["--repeats", "2"]), *scale), 70),
         ],
-        "trace": [Step("trace", _module("paged_infer.bench.speed.cli", "trace", *qwen3, *bounded[2:]), 30)],
+        "trace": [
+            Step("trace", _module("paged_infer.bench.speed.cli", "trace", *qwen3, *few, *scale, *bounded[2:]), 30)
+        ],
         "kernels": [Step("kernels", _module("paged_infer.bench.kernels.cli", *bounded), 80)],
         "kernel-tests": [
             Step("kernel-tests", _tests("kernels/test_gpu_kernels.py", options=parallel), 45, skipped=compiles),
@@ -115,7 +119,9 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
     command = (sys.executable, str(ROOT / ".ci/predictions.py"), str(figures))
     predictions = Step("predictions", command, 8, skipped=compares, is_shown=True)
     chosen = [step for name in dict.fromkeys(names) for step in steps[name]]
-    return [*chosen, predictions] if {"throughput", "kernels"} & set(names) else chosen
+    if {"throughput", "kernels"} & set(names):
+        chosen.append(predictions)
+    return chosen if has_cuda else [replace(step, environment=ONE_THREAD) for step in chosen]
 
 
 def _module(*arguments: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import typer
 from gpu import Limit, Out, find_device, refuse
 from step_results import Results
-from step_runner import ROOT, Step, run_steps
+from step_runner import ONE_THREAD, ROOT, Step, run_steps
 
 LIMIT_S = 170
 SHARES = {"machine": 20, "kernels": 45, "engines": 40, "throughput": 50}
@@ -28,10 +28,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def stages(lines: Path, has_cuda: bool) -> list[Step]:
     """Each adds its results to ``lines``."""
-    one_thread = {} if has_cuda else {"OMP_NUM_THREADS": "1"}  # what a busy machine computes small shapes with best
     script = str(ROOT / ".ci/first_stages.py")
     return [
-        Step(name, (sys.executable, script, name, str(lines)), share, environment=one_thread, is_shown=True)
+        Step(
+            name,
+            (sys.executable, script, name, str(lines)),
+            share,
+            environment={} if has_cuda else ONE_THREAD,
+            is_shown=True,
+        )
         for name, share in SHARES.items()
     ]
 

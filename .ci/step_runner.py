@@ -27,6 +27,7 @@ SAVE_EVERY_S = 15.0
 ENDING = ((signal.SIGINT, 8.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
 RESERVE_S = 15.0  # to end the last step, and to save and print the results
 SHORTEST_S = 5.0  # with less, a step is not begun
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small shapes on a busy CPU are computed best so
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
             cwd=ROOT,
             env=environment() | dict(step.environment),
             start_new_session=True,  # so that its own children can be ended with it
-            preexec_fn=_prepare_child,
+            preexec_fn=end_with_parent,
         )
         try:
             result.outcome = _wait(child, start_s, result, results)
@@ -138,7 +139,10 @@ ASK_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """The first signal that asks this process to end raises ``Interrupted``; later ones are ignored."""
+    """The first signal that asks this process to end raises ``Interrupted``; later ones are ignored.
+
+    Children then have the signals' usual effects, also where a shell has started this process to ignore SIGINT.
+    """
 
     def interrupt(number: int, _: FrameType | None) -> None:
         for one in ASK_TO_END:
@@ -161,13 +165,6 @@ def end_with_parent() -> None:
     """If the parent is killed, this process is, too, and does not keep the GPU."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _prepare_child() -> None:
-    """Between fork and exec. What a shell runs in the background ignores SIGINT, and so would its children."""
-    for number in ASK_TO_END:
-        signal.signal(number, signal.SIG_DFL)
-    end_with_parent()
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
@@ -198,6 +195,7 @@ def environment() -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash in a library leaves a traceback
         "MPLBACKEND": "Agg",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

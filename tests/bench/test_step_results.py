@@ -64,6 +64,16 @@ def read_tar(path: Path) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
 
 
+def can_lock(path: Path) -> bool:
+    """Whether the process that holds it has ended."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def assert_sound(out: Path) -> list[StepResult]:
     """Few files, none below a folder; a tar that can be read, with the files of all steps that the summary calls ok."""
     assert len(list(out.rglob("*"))) <= 4
@@ -124,8 +134,7 @@ def test_what_the_running_step_has_saved_is_kept_and_the_step_is_ended(number, t
     until(is_in_the_tar)
     running.send_signal(number)
     said, _ = running.communicate(timeout=LIMIT_S)
-    with lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as soon as the step has ended
+    until(lambda: can_lock(lock), lambda: "the step has not ended")
     outcomes = [step.outcome for step in assert_sound(out)]
     kept = read_tar(out / "results.tar.gz")
     assert kept["figures/two.txt"] == b"two was saved\n"

@@ -58,7 +58,8 @@ def our_flash(problem: PagedProblem, **options: Any) -> Ready:
 
 
 def our_paged(problem: PagedProblem, **options: Any) -> Ready:
-    arguments = problem.arguments
+    """The first call plans the splits of a decode; the others share the plan, as the layers of a step do."""
+    arguments = problem.arguments | {"shared": {}}
     return Ready(lambda: paged_attention(**arguments, **options))
 
 

@@ -26,7 +26,7 @@ from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.timing import Timing, time_calls
 from paged_infer.cli import app
 from paged_infer.kernels.attention.paged_attention import paged_attention_reference
-from paged_infer.kernels.triton_runtime import INTERPRETED
+from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to
 
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs triton, interpreting")
 CPU = torch.device("cpu")
@@ -243,6 +243,17 @@ def test_races_that_the_time_or_the_memory_does_not_allow_are_left_out_and_said(
     report = KernelReport("cuda", {}, measurements=skipped)
     assert report.failures() == []
     assert len(report.absences()) == 2 * len(DECODE)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_the_plan_of_a_decode_is_made_once_as_flashinfers_is():
+    problem = paged_problem([(4095, 1)] * 2, num_heads=8, num_kv_heads=2, head_dim=64, device="meta", poison=False)
+    launched = []
+    with launches_go_to(lambda kernel, *_: launched.append(kernel.fn.__name__), (9, 0)):
+        ready = kernel_peers.our_paged(problem)
+        ready.call()
+        ready.call()
+    assert launched == ["_plan_kernel", *["_decode_kernel", "_combine_kernel"] * 2]
 
 
 def test_comparisons_come_in_order_of_worth():

@@ -90,6 +90,7 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
     on_cpu = [] if has_cuda else [*few, "--repeats", "1"]
     lengths = [] if has_cuda else ["--shortest", "4", "--longest", "16"]
     scale = [] if has_cuda else ["--scale", "0.03"]
+    one_prompt_step = [] if has_cuda else ["--prompt-steps", "1"]  # there are no more on so few tokens
     qwen3 = ["--model", "qwen3-0.6b", "--load-format", "dummy"] if has_cuda else []
 
     def speed(name: str, *options: str) -> tuple[str, ...]:
@@ -103,7 +104,11 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
             Step("optimisations", speed("optimisations", *qwen3, *(on_cpu or ["--repeats", "2"]), *scale), 70),
         ],
         "trace": [
-            Step("trace", _module("paged_infer.bench.speed.cli", "trace", *qwen3, *few, *scale, *bounded[2:]), 30)
+            Step(
+                "trace",
+                _module("paged_infer.bench.speed.cli", "trace", *qwen3, *few, *scale, *one_prompt_step, *bounded[2:]),
+                30,
+            )
         ],
         "kernels": [Step("kernels", _module("paged_infer.bench.kernels.cli", *bounded), 80)],
         "kernel-tests": [

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,11 @@ HAS_TRITON = not isinstance(triton, _Absent)
 # Whether kernels are interpreted in this process. This is fixed when triton is imported, and its library with it.
 INTERPRETED = HAS_TRITON and type(tl.cdiv).__name__ == "InterpretedFunction"
 
+# triton 3.6 converts an array of one number to an int, which numpy 2.4 refuses: a loop up to a loaded length fails.
+_INTERPRETER_FAILS = (
+    INTERPRETED and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+)
+
 # (kernel, grid, positional arguments, keyword arguments) -> None, called instead of a launch; see ``launches_go_to``.
 LaunchHook = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _hook: LaunchHook | None = None
@@ -59,7 +65,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
         _hook(kernel, grid, args, named)
         return
     device = args[0].device
-    if device.type == "cpu" and not INTERPRETED:
+    if device.type == "cpu" and not can_run_on(device):
         raise RuntimeError(_no_interpreter_reason())
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -69,6 +75,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
 
 
 def _no_interpreter_reason() -> str:
+    if _INTERPRETER_FAILS:
+        return (
+            f"the interpreter of triton {triton.__version__} does not work with numpy {np.__version__}: install "
+            "triton 3.7 or newer, or numpy older than 2.4"
+        )
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
         return "triton kernels on CPU tensors need its interpreter: start Python with TRITON_INTERPRET=1"
     return "triton was imported before paged_infer.kernels: import paged_infer first, or set TRITON_INTERPRET=1"
@@ -76,7 +87,9 @@ def _no_interpreter_reason() -> str:
 
 def can_run_on(device: torch.device) -> bool:
     """Whether ``launch`` works there: compiled on CUDA, interpreted on CPU."""
-    return HAS_TRITON and (INTERPRETED if device.type == "cpu" else device.type == "cuda" and not INTERPRETED)
+    if device.type == "cpu":
+        return INTERPRETED and not _INTERPRETER_FAILS
+    return HAS_TRITON and device.type == "cuda" and not INTERPRETED
 
 
 def capability(device: torch.device) -> tuple[int, int]:

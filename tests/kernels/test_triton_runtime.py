@@ -46,6 +46,13 @@ def test_a_process_that_compiles_does_not_run_kernels_on_a_cpu(monkeypatch) -> N
         launch(None, (1,), torch.zeros(1))
 
 
+def test_an_interpreter_that_fails_with_this_numpy_is_not_used(monkeypatch) -> None:
+    monkeypatch.setattr(triton_runtime, "_INTERPRETER_FAILS", True)
+    assert not can_run_on(CPU)
+    with pytest.raises(RuntimeError, match=r"does not work with numpy .*: install triton 3\.7 or newer"):
+        launch(None, (1,), torch.zeros(1))
+
+
 def test_a_launch_of_nothing_is_none() -> None:
     seen = []
     with launches_go_to(lambda *call: seen.append(call), (9, 0)):

@@ -1,114 +1,131 @@
-"""Checkers of chapter 04, prefill, decode and the roofline."""
+"""Checkers of chapter 04, the KV cache."""
 
 from __future__ import annotations
 
-import math
+import torch
 
-from checks import checker, expect
+from checks import checker, expect, expect_tensor
 
 
-def _number(found, asked: str) -> float:
+def _expect_pair(found, asked: str, parts: str) -> tuple:
     expect(found is not None, f"{asked} gives None: is the `return` missing?")
-    return float(found)
+    expect(isinstance(found, tuple) and len(found) == 2, f"{asked} has to give two things, {parts}")
+    return found
 
 
 @checker
-def throughput(answer):
-    """Output tokens a second of a run: [(arrival, [times]), ...] -> float."""
-    run = [(10.0, [11.0, 12.0]), (11.0, [13.0, 14.0, 15.0]), (14.0, [16.0])]  # 6 tokens in 6 s
-    found = _number(answer([(at, list(times)) for at, times in run]), "throughput of three requests")
-
-    def is_near(value):
-        return math.isclose(found, value, rel_tol=1e-6)
-
-    rates = [len(times) / (times[-1] - at) for at, times in run]
-    expect(not is_near(sum(rates)), "the rates of the requests are added up, but they did not run all the time")
-    expect(not is_near(sum(rates) / 3), "this is the mean rate of a request; the server told them at the same time")
-    expect(not is_near(6 / 16), "the clock starts at 0; the run starts with the first arrival, at 10 s")
-    expect(not is_near(6 / 5), "the run starts with the first arrival, not with the first token")
-    expect(not is_near(6 / 8), "times in which two requests ran count once: the run lasted 6 s")
-    expect(is_near(1.0), f"6 tokens between 10 s and 16 s are 1 a second, and this says {found:.4f}")
-    shuffled = _number(answer([(3.0, [4.0, 9.0]), (1.0, [2.0])]), "throughput")
+def rows_computed(answer):
+    """Rows through a token-wise operation: [(prompt, output), ...] -> (without a cache, with one)."""
+    naive, cached = _expect_pair(answer([(3, 3)]), "rows_computed of [(3, 3)]", "rows without and with a cache")
+    expect(cached != 6, "with a cache, (3, 3) computes 5 rows and not 6: the last token is never fed back")
+    expect(naive != 15, "the naive steps have 3, 4 and 5 tokens, not 4, 5 and 6: the first sees the prompt alone")
+    expect(naive != 18, "not every naive step has all 6 tokens: they have 3, 4 and 5")
+    expect(naive == 12, f"without a cache, (3, 3) computes 3 + 4 + 5 = 12 rows, and this says {naive}")
+    expect(cached == 5, f"with a cache, (3, 3) computes 3 + 1 + 1 = 5 rows, and this says {cached}")
     expect(
-        math.isclose(shuffled, 3 / 8, rel_tol=1e-6),
-        f"the first to arrive, or the last to end, need not be first or last in the list: {shuffled:.4f} for 3/8",
+        answer([(7, 1)]) == (7, 7),
+        f"a single output costs the prompt either way, 7 rows, and this says {answer([(7, 1)])}",
+    )
+    several = [(3, 3), (10, 4), (1, 6)]
+    right = (sum(p + i for p, n in several for i in range(n)), sum(p + n - 1 for p, n in several))
+    found = answer(list(several))
+    expect(found != answer([(14, 13)]), "requests are independent: their lengths cannot be added up first")
+    expect(found == right, f"{several} give {found} instead of {right}")
+
+
+@checker
+def attend_chunk(answer):
+    """Causal attention of the last T of S tokens, one head: q [T, D], keys and values [S, D] -> [T, D]."""
+    rng = torch.Generator().manual_seed(3)
+    q, keys, values = (torch.randn(n, 4, generator=rng) for n in (3, 7, 7))
+
+    def attention(seen, scale=0.5):
+        weights = (q @ keys.T * scale).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        return weights @ values
+
+    found = answer(q.clone(), keys.clone(), values.clone())
+    expect_tensor(found, q, "attend_chunk of q [3, 4] and keys [7, 4]")
+
+    def is_near(wrong):
+        return torch.allclose(found, wrong, atol=1e-4)
+
+    all_seen, last = torch.ones(3, 7).bool(), torch.ones(3, 7).tril(diagonal=4).bool()
+    expect(
+        not is_near(attention(torch.ones(3, 7).tril().bool())),
+        "the triangle lies at the top left: the first query sees one key, and it stands at place 4, so it sees five",
+    )
+    expect(not is_near(attention(all_seen)), "there is no mask: the first query sees keys of tokens after it")
+    expect(not is_near(attention(last, scale=1.0)), "the scores are not divided by the root of D")
+    expect(
+        not is_near(attention(torch.ones(3, 7).tril(diagonal=3).bool())), "a token does not see itself: one key too few"
+    )
+    expect(not is_near(attention(torch.ones(3, 7).tril(diagonal=5).bool())), "each query sees one key after its own")
+    right = attention(last)
+    for row in range(3):
+        expect(torch.allclose(found[row], right[row], atol=1e-4), f"query {row} of 3 should see keys 0 to {4 + row}")
+    one = answer(q[:1].clone(), keys.clone(), values.clone())
+    expect(torch.allclose(one, attention(all_seen)[:1], atol=1e-4), "a single query, a decode step, sees all 7 keys")
+    square = answer(q.clone(), keys[:3].clone(), values[:3].clone())
+    first = square[0] if isinstance(square, torch.Tensor) else None
+    expect(
+        first is not None and torch.allclose(first, values[0], atol=1e-4),
+        "with T = S, a whole prompt, the first token sees itself alone and gets its own value",
     )
 
 
 @checker
-def step_floor_s(answer):
-    """Roofline of a mixed step: seconds."""
-    pieces, parameters, weight_bytes, kv, bandwidth = [(100, 1), (300, 1), (0, 8)], 1000, 2000, 5, 100.0
-
-    def ask(peak):
-        found = answer(list(pieces), parameters, weight_bytes, kv, bandwidth, peak)
-        return _number(found, "step_floor_s of three pieces")
-
-    reading = (2000 + 5 * 400) / 100.0
-    bound = ask(1e9)  # computing costs nothing: bandwidth-bound
-
-    def is_near(value, found=bound):
-        return math.isclose(found, value, rel_tol=1e-6)
-
-    expect(not is_near((3 * 2000 + 5 * 400) / 100), "each text reads the weights for itself: a step reads them once")
-    expect(not is_near(2000 / 100), "the caches are not read: the pieces have 400 tokens before them")
-    expect(is_near(reading), f"reading 2,000 + 5 * 400 bytes at 100 a second is 40, and this says {bound:.4f}")
-    balanced, compute = ask(1000.0), ask(100.0)
+def left_padding(answer):
+    """Positions [B, W] and mask [B, W, W] of a left-padded batch."""
+    lengths = [2, 5, 4]
+    found = _expect_pair(answer(list(lengths)), "left_padding of [2, 5, 4]", "positions and a mask")
+    pads = torch.tensor([5 - n for n in lengths])
+    columns = torch.arange(5)
+    positions = (columns - pads[:, None]).clamp(min=0)
+    causal = columns <= columns[:, None]
+    real = columns >= pads[:, None]  # [B, W]
+    own = torch.eye(5).bool()
+    mask = (causal & real[:, None]) | own
+    expect_tensor(found[0], positions, "the positions of left_padding of [2, 5, 4]")
+    expect_tensor(found[1], mask, "the mask of left_padding of [2, 5, 4]")
+    expect(not found[0].equal(columns.expand(3, 5)), "positions count columns: row 0 begins in column 3, at position 0")
+    expect(bool((found[0] >= 0).all()), "positions of padding are negative, and a table of positions has no such row")
+    right_pad = torch.stack([torch.where(columns < n, columns, 0) for n in lengths])
+    expect(not found[0].equal(right_pad), "these are positions of rows padded on the right")
     expect(
-        not is_near(60.0, balanced),
-        "reading and computing are added up; they go on at the same time, and the longer one counts",
+        found[0].equal(positions),
+        f"row 0, of 2 tokens, has positions {found[0][0].tolist()} instead of [0, 0, 0, 0, 1]",
     )
-    expect(is_near(40.0, balanced), f"40 s of reading and 20 s of computing take 40, and this says {balanced:.4f}")
-    expect(not is_near(100.0, compute), "a multiply-add is two operations: 2 * parameters for each token")
-    expect(not is_near(60.0, compute), "operations are counted for each text; 8 tokens of a piece are 8 times one")
-    expect(not is_near(40.0, compute), "with a slow multiplier the step is compute-bound, and this says 40 still")
-    expect(is_near(200.0, compute), f"2 * 1,000 * 10 operations at 100 a second take 200, and this says {compute:.4f}")
+    expect(not (found[1] & ~causal).any(), "a query sees a key after its own: the mask is not causal")
+    expect(bool(found[1].any(dim=-1).all()), "a padding query sees nothing, and a softmax over nothing is NaN")
+    hidden = found[1] & real[:, :, None] & ~real[:, None]
+    expect(not hidden.any(), "a real query sees padding: row 0's keys 0 to 2 are to be hidden from it")
+    expect(not (found[1] & ~real[:, :, None] & ~own).any(), "a padding query sees more than itself")
+    expect(found[1].equal(mask), "a real query does not see all real tokens up to its own")
 
 
 @checker
-def largest_batch(answer):
-    """The most texts that fit memory and TPOT, as an int."""
-
-    def ask(memory, tpot, weights=1000):
-        found = answer(memory, weights, 2, 50, 100.0, tpot)  # a text's cache: 100 bytes
-        return _number(found, "largest_batch")
-
-    by_memory = ask(1550, 1e6)
-    expect(by_memory != 15, "the weights need memory, too: 1,550 bytes less 1,000 leave room for 5 texts of 100")
-    expect(by_memory != 6, "5.5 texts fit, and half a text cannot be served: round down")
-    expect(by_memory != 999_990, "memory is not asked: the caches must be held before they are read")
-    expect(by_memory == int(by_memory), f"{by_memory} is not a whole number of texts")
-    expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and this says {by_memory:g}")
-    by_time = ask(10_000, 13.0)
-    expect(by_time != 90, "the promised TPOT is not asked: reading 10,000 bytes at 100 a second takes 100 s, not 13")
-    expect(by_time != 13, "the weights are read in every step, too: of 1,300 bytes in 13 s, 1,000 are theirs")
-    expect(by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; this says {by_time:g}")
-    for memory, tpot in ((900, 1e6), (10_000, 5.0)):
-        found = ask(memory, tpot)
-        expect(found >= 0, f"{found:g} texts: where not even the weights fit, the answer is 0")
-        expect(found == 0, f"memory {memory} and TPOT {tpot:g} s have room for nobody, and this says {found:g}")
-
-
-@checker
-def honest_tpot(answer):
-    """The mean of the visible gaps, from a TPOT that was divided by all of them."""
-    token_s = [1.0, 2.0, 4.0, 7.0, 11.0]
-    reported = (11.0 - 4.0) / 4  # two hidden
-    found = _number(answer(reported, 5, 2), "honest_tpot of 5 tokens, 2 hidden")
-
-    def is_near(value):
-        return math.isclose(found, value, rel_tol=1e-6)
-
-    expect(not is_near(reported), "this is the reported one: it was divided by 4 gaps, of which 2 were seen")
-    expect(not is_near(reported * 5 / 3), "5 tokens have 4 gaps and 3 visible tokens have 2: gaps, not tokens")
-    expect(not is_near(reported * 2 / 4), "the wrong way round: fewer gaps in the same time are longer ones")
-    expect(not is_near((11.0 - 1.0) / 4), "the hidden gaps cannot be known from this; only those that were seen")
-    right = (token_s[-1] - token_s[2]) / 2
-    expect(is_near(right), f"7 s and 2 gaps are 3.5 s each, and this says {found:.4f}")
-    same = _number(answer(0.25, 9, 0), "honest_tpot with nothing hidden")
-    expect(math.isclose(same, 0.25), f"nothing hidden changes nothing: 0.25, and this says {same:.4f}")
-    try:
-        last = answer(0.0, 5, 4)
-    except ZeroDivisionError:
-        last = "a division by zero"
-    expect(last is None, f"with 4 of 5 tokens hidden one is visible and there is no gap: None, and this gives {last}")
+def reserved_bytes(answer):
+    """Bytes a static batch reserves, and bytes that hold tokens after its prefill."""
+    layers, heads, dim, itemsize, prompts, max_tokens = 3, 2, 8, 4, [5, 20, 11], 30
+    per_token = 2 * layers * heads * dim * itemsize
+    found = _expect_pair(
+        answer(layers, heads, dim, itemsize, list(prompts), max_tokens),
+        "reserved_bytes",
+        "bytes reserved and bytes held",
+    )
+    reserved, held = found
+    right = (3 * 50 * per_token, 36 * per_token)
+    expect((2 * reserved, 2 * held) != right, "half of it is missing: a token leaves a key and a value")
+    expect(reserved != 3 * 20 * per_token, "only the prompts have room: the answers are written to the same rows")
+    expect(
+        reserved != (36 + 90) * per_token,
+        "each row has room for its own prompt; in a rectangle all are as long as the longest",
+    )
+    expect(reserved != 50 * per_token, "this is one row: the batch has three")
+    expect(
+        reserved == right[0], f"reserved {reserved} instead of 3 rows * (20 + 30) columns * {per_token} = {right[0]}"
+    )
+    expect(held != 60 * per_token, "padding is counted as if it were tokens: 5 + 20 + 11 are real")
+    expect(held == right[1], f"{held} bytes hold tokens instead of 36 * {per_token} = {right[1]}")
+    other = answer(4, 1, 16, 2, [7], 1)
+    expect(other == (8 * 256, 7 * 256), f"one prompt of 7 in 16 bits gives {other} instead of {(8 * 256, 7 * 256)}")

@@ -1,186 +1,114 @@
-"""Checkers of chapter 05, FlashAttention."""
+"""Checkers of chapter 05, prefill, decode and the roofline."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-
-from checks import checker, expect, expect_tensor
+from checks import checker, expect
 
 
-def _state(scores, values):
-    """(peak [n], total [n], out [n, D]) of scores [n, m] and values [m, D], all at once; m may be 0."""
-    if not scores.shape[1]:
-        n = scores.shape[0]
-        return torch.full((n,), -math.inf), torch.zeros(n), torch.zeros(n, values.shape[1])
-    peak = scores.amax(dim=1)
-    weights = (scores - peak[:, None]).exp()
-    return peak, weights.sum(dim=1), weights @ values
+def _number(found, asked: str) -> float:
+    expect(found is not None, f"{asked} gives None: is the `return` missing?")
+    return float(found)
 
 
 @checker
-def merge_states(answer):
-    """Two states (peak [n], total [n], out [n, D]) of different keys -> the state of all keys."""
-    generator = torch.Generator().manual_seed(4)
-    scores = 3 * torch.randn(5, 9, generator=generator)  # n, D and the number of keys differ
-    scores[:, 4] += torch.tensor([6.0, -6.0, 6.0, -6.0, 0.0])  # now the left half has the peak, now the right
-    values = torch.randn(9, 2, generator=generator)
-    halves = _state(scores[:, :6], values[:6]), _state(scores[:, 6:], values[6:])
-    whole = _state(scores, values)
+def throughput(answer):
+    """Output tokens a second of a run: [(arrival, [times]), ...] -> float."""
+    run = [(10.0, [11.0, 12.0]), (11.0, [13.0, 14.0, 15.0]), (14.0, [16.0])]  # 6 tokens in 6 s
+    found = _number(answer([(at, list(times)) for at, times in run]), "throughput of three requests")
 
-    def merged(left, right):
-        found = answer(*(tuple(part.clone() for part in state) for state in (left, right)))
-        expect(found is not None, "merge_states gives None: is the `return` missing?")
-        expect(
-            isinstance(found, (tuple, list)) and len(found) == 3,
-            "merge_states gives something else than the three parts of a state: peak, total and out",
-        )
-        for part, like, name in zip(found, left, ("peak", "total", "out"), strict=True):
-            expect_tensor(part, like, f"the {name} of two states of 5 rows with D = 2")
-        return found
+    def is_near(value):
+        return math.isclose(found, value, rel_tol=1e-6)
 
-    (left, right), found = halves, merged(*halves)
-    expect(torch.equal(found[0], whole[0]), "the peak is not the larger of the two peaks")
+    rates = [len(times) / (times[-1] - at) for at, times in run]
+    expect(not is_near(sum(rates)), "the rates of the requests are added up, but they did not run all the time")
+    expect(not is_near(sum(rates) / 3), "this is the mean rate of a request; the server told them at the same time")
+    expect(not is_near(6 / 16), "the clock starts at 0; the run starts with the first arrival, at 10 s")
+    expect(not is_near(6 / 5), "the run starts with the first arrival, not with the first token")
+    expect(not is_near(6 / 8), "times in which two requests ran count once: the run lasted 6 s")
+    expect(is_near(1.0), f"6 tokens between 10 s and 16 s are 1 a second, and this says {found:.4f}")
+    shuffled = _number(answer([(3.0, [4.0, 9.0]), (1.0, [2.0])]), "throughput")
     expect(
-        not torch.allclose(found[1], left[1] + right[1], rtol=1e-5),
-        "the totals were added as they are, but each is measured against its own peak: shrink both first",
+        math.isclose(shuffled, 3 / 8, rel_tol=1e-6),
+        f"the first to arrive, or the last to end, need not be first or last in the list: {shuffled:.4f} for 3/8",
     )
-    expect(torch.allclose(found[1], whole[1], rtol=1e-5), "the total is not that of all keys together")
-    expect(
-        not torch.allclose(found[2], left[2] + right[2], rtol=1e-5),
-        "the outs were added as they are, but each is measured against its own peak: shrink both first",
-    )
-    outputs = left[2] / left[1][:, None], right[2] / right[1][:, None]
-    expect(
-        not torch.allclose(found[2], sum(outputs) / 2, rtol=1e-4),
-        "the two outputs were averaged, but the half with the larger weights counts for more",
-    )
-    expect(
-        not torch.allclose(found[2], whole[2] / whole[1][:, None], rtol=1e-4),
-        "out was divided by the total already: a state holds the sum, so that it can be merged again",
-    )
-    expect(torch.allclose(found[2], whole[2], rtol=1e-4, atol=1e-6), "out is not that of all keys together")
-    empty = _state(scores[:, :0], values[:0])
-    for name, pair in {"left": (empty, right), "right": (left, empty), "left and the right": (empty, empty)}.items():
-        seen = [state for state in pair if state is not empty]
-        like = seen[0] if seen else empty
-        parts = merged(*pair)
-        expect(
-            not any(part.isnan().any() for part in parts),
-            f"with the {name} having seen nothing there is NaN: -inf - (-inf) was taken",
-        )
-        expect(
-            all(torch.allclose(part, good, rtol=1e-5) for part, good in zip(parts, like, strict=True)),
-            f"with the {name} having seen nothing the state is not that of the rest",
-        )
 
 
 @checker
-def causal_traffic(answer):
-    """N queries, M keys, d, block_q -> elements that causal tiles move."""
+def step_floor_s(answer):
+    """Roofline of a mixed step: seconds."""
+    pieces, parameters, weight_bytes, kv, bandwidth = [(100, 1), (300, 1), (0, 8)], 1000, 2000, 5, 100.0
 
-    def seen_by_blocks(N, M, block_q):
-        return [M - N + min(start + block_q, N) for start in range(0, N, block_q)]
+    def ask(peak):
+        found = answer(list(pieces), parameters, weight_bytes, kv, bandwidth, peak)
+        return _number(found, "step_floor_s of three pieces")
 
-    for N, M, d, block_q in ((8, 8, 2, 4), (12, 20, 3, 4), (13, 20, 3, 4), (1, 7, 5, 16)):
-        found = answer(N, M, d, block_q)
-        asked = f"causal_traffic({N}, {M}, {d}, {block_q})"
-        expect(found is not None, f"{asked} gives None: is the `return` missing?")
-        blocks = seen_by_blocks(N, M, block_q)
-        right = 2 * N * d + 2 * d * sum(blocks)
-        likely = {
-            2 * N * d
-            + 2 * d * len(blocks) * M: "every block reads all keys: the mask hides those after its last query",
-            2 * N * d + d * sum(blocks): "only the keys are read, or only the values: each is d numbers wide",
-            2 * d * sum(blocks): "the keys and values alone: q is read and the output written, too",
-            N * d + 2 * d * sum(blocks): "q is read once and the output is written once, and one of them is missing",
-            2 * N * d
-            + 2
-            * d
-            * sum(seen_by_blocks(N, N, block_q)): "the M - N tokens before the first query are seen by all queries",
-            2 * N * d + 2 * d * sum(min(M - N + start + block_q, M + block_q) for start in range(0, N, block_q)): (
-                "the last block is not full, and sees no key after the last query"
-            ),
-            2 * N * d + 2 * d * sum(blocks[: N // block_q]): "the last block is not full, but it reads keys, too",
-        }
-        fault = likely.get(found, f"{right} is what tiled_attention counts")
-        expect(found == right, f"{asked} gives {found}: {fault}")
+    reading = (2000 + 5 * 400) / 100.0
+    bound = ask(1e9)  # computing costs nothing: bandwidth-bound
+
+    def is_near(value, found=bound):
+        return math.isclose(found, value, rel_tol=1e-6)
+
+    expect(not is_near((3 * 2000 + 5 * 400) / 100), "each text reads the weights for itself: a step reads them once")
+    expect(not is_near(2000 / 100), "the caches are not read: the pieces have 400 tokens before them")
+    expect(is_near(reading), f"reading 2,000 + 5 * 400 bytes at 100 a second is 40, and this says {bound:.4f}")
+    balanced, compute = ask(1000.0), ask(100.0)
+    expect(
+        not is_near(60.0, balanced),
+        "reading and computing are added up; they go on at the same time, and the longer one counts",
+    )
+    expect(is_near(40.0, balanced), f"40 s of reading and 20 s of computing take 40, and this says {balanced:.4f}")
+    expect(not is_near(100.0, compute), "a multiply-add is two operations: 2 * parameters for each token")
+    expect(not is_near(60.0, compute), "operations are counted for each text; 8 tokens of a piece are 8 times one")
+    expect(not is_near(40.0, compute), "with a slow multiplier the step is compute-bound, and this says 40 still")
+    expect(is_near(200.0, compute), f"2 * 1,000 * 10 operations at 100 a second take 200, and this says {compute:.4f}")
 
 
 @checker
-def key_tiles(answer):
-    """first, last, window, block_k -> the beginnings of the tiles that hold a seen key."""
-    for first, last, window, block_k in (
-        (0, 15, 100, 16),
-        (32, 47, 16, 16),
-        (20, 27, 5, 8),
-        (5, 9, 3, 4),
-        (64, 79, 1, 16),
-        (17, 17, 2, 16),
-        (23, 40, 9, 5),
-    ):
-        found = answer(first, last, window, block_k)
-        asked = f"key_tiles({first}, {last}, {window}, {block_k})"
-        expect(found is not None, f"{asked} gives None: is the `return` missing?")
-        found = [int(begin) for begin in found]
-        seen = {key for query in range(first, last + 1) for key in range(max(0, query - window + 1), query + 1)}
-        right = sorted({key // block_k * block_k for key in seen})
-        keys = range(max(0, last - window + 1), last + 1)
-        last_only = sorted({key // block_k * block_k for key in keys})
-        one_more = sorted({key // block_k * block_k for key in {*seen, max(0, first - window)}})
-        expect(
-            all(begin % block_k == 0 for begin in found),
-            f"{asked} gives {found}: tiles begin at multiples of {block_k}",
-        )
-        expect(not any(begin < 0 for begin in found), f"{asked} gives {found}: no key stands before 0")
-        expect(
-            found == right or found != last_only,
-            f"{asked} gives {found}: that is what query {last} sees; query {first} looks further back",
-        )
-        expect(
-            found == right or found != one_more,
-            f"{asked} gives {found}: a window counts the query itself, so it reaches back {window - 1}",
-        )
-        expect(
-            found == right or not set(right) < set(found) or max(found) <= last,
-            f"{asked} gives {found}: no key after query {last} is seen",
-        )
-        expect(found == right or sorted(found) != right, f"{asked} gives {found}: each tile once, in order")
-        expect(found == right, f"{asked} gives {found} instead of {right}")
+def largest_batch(answer):
+    """The most texts that fit memory and TPOT, as an int."""
+
+    def ask(memory, tpot, weights=1000):
+        found = answer(memory, weights, 2, 50, 100.0, tpot)  # a text's cache: 100 bytes
+        return _number(found, "largest_batch")
+
+    by_memory = ask(1550, 1e6)
+    expect(by_memory != 15, "the weights need memory, too: 1,550 bytes less 1,000 leave room for 5 texts of 100")
+    expect(by_memory != 6, "5.5 texts fit, and half a text cannot be served: round down")
+    expect(by_memory != 999_990, "memory is not asked: the caches must be held before they are read")
+    expect(by_memory == int(by_memory), f"{by_memory} is not a whole number of texts")
+    expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and this says {by_memory:g}")
+    by_time = ask(10_000, 13.0)
+    expect(by_time != 90, "the promised TPOT is not asked: reading 10,000 bytes at 100 a second takes 100 s, not 13")
+    expect(by_time != 13, "the weights are read in every step, too: of 1,300 bytes in 13 s, 1,000 are theirs")
+    expect(by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; this says {by_time:g}")
+    for memory, tpot in ((900, 1e6), (10_000, 5.0)):
+        found = ask(memory, tpot)
+        expect(found >= 0, f"{found:g} texts: where not even the weights fit, the answer is 0")
+        expect(found == 0, f"memory {memory} and TPOT {tpot:g} s have room for nobody, and this says {found:g}")
 
 
 @checker
-def row_softmax(answer):
-    """x [R, W] -> softmax of each row, by a Triton kernel."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(6)
-    for rows, width in ((3, 8), (4, 5), (2, 1), (1, 33)):
-        x = (torch.randn(rows, width, generator=generator) - 3).to(device)  # peaks below 0, so that a 0 shows
-        found = answer(x.clone())
-        asked = f"row_softmax of x [{rows}, {width}]"
-        expect_tensor(found, x, asked)
-        right, room = x.softmax(dim=1), 1 << (width - 1).bit_length()
-        padded = torch.nn.functional.pad(x, (0, room - width)).softmax(dim=1)[:, :width]
-        expect(
-            room == width or not torch.allclose(found, padded, atol=1e-5),
-            f"{asked}: the {room - width} masked columns were read as 0 and counted in the sum; let them read as -inf",
-        )
-        expect(not found.isnan().any(), f"{asked} has NaN")
-        expect(
-            rows == 1 or not torch.allclose(found, x.softmax(dim=0), atol=1e-5),
-            f"{asked}: columns add up to 1 instead of rows",
-        )
-        expect(torch.allclose(found, right, atol=1e-5), f"{asked} is off by up to {(found - right).abs().max():.2g}")
-    large = torch.tensor([[200.0, 199.0, -200.0]], device=device)
-    found = answer(large.clone())
-    expect_tensor(found, large, "row_softmax of [200, 199, -200]")
-    expect(
-        torch.allclose(found, large.softmax(dim=1), atol=1e-5),
-        "scores of 200 overflow: subtract the row's peak before the exponential",
-    )
-    hidden = torch.tensor([[1.0, -math.inf, 2.0]], device=device)
-    expect(
-        torch.allclose(answer(hidden.clone()), hidden.softmax(dim=1), atol=1e-5),
-        "a score of -inf, a hidden key, has to get the weight 0 and leave the others right",
-    )
+def honest_tpot(answer):
+    """The mean of the visible gaps, from a TPOT that was divided by all of them."""
+    token_s = [1.0, 2.0, 4.0, 7.0, 11.0]
+    reported = (11.0 - 4.0) / 4  # two hidden
+    found = _number(answer(reported, 5, 2), "honest_tpot of 5 tokens, 2 hidden")
+
+    def is_near(value):
+        return math.isclose(found, value, rel_tol=1e-6)
+
+    expect(not is_near(reported), "this is the reported one: it was divided by 4 gaps, of which 2 were seen")
+    expect(not is_near(reported * 5 / 3), "5 tokens have 4 gaps and 3 visible tokens have 2: gaps, not tokens")
+    expect(not is_near(reported * 2 / 4), "the wrong way round: fewer gaps in the same time are longer ones")
+    expect(not is_near((11.0 - 1.0) / 4), "the hidden gaps cannot be known from this; only those that were seen")
+    right = (token_s[-1] - token_s[2]) / 2
+    expect(is_near(right), f"7 s and 2 gaps are 3.5 s each, and this says {found:.4f}")
+    same = _number(answer(0.25, 9, 0), "honest_tpot with nothing hidden")
+    expect(math.isclose(same, 0.25), f"nothing hidden changes nothing: 0.25, and this says {same:.4f}")
+    try:
+        last = answer(0.0, 5, 4)
+    except ZeroDivisionError:
+        last = "a division by zero"
+    expect(last is None, f"with 4 of 5 tokens hidden one is visible and there is no gap: None, and this gives {last}")

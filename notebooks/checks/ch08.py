@@ -1,147 +1,132 @@
-"""Checkers of chapter 08, continuous batching."""
+"""Checkers of chapter 08, the paged KV cache."""
 
 from __future__ import annotations
 
-import random
+import torch
 
-from checks import checker, expect
-from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import RequestFactory, carry_out
-from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.control.policies import Policy
-from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.trace import Trace
+from checks import checker, expect, expect_tensor
 
 
 @checker
-def kept_waiting(answer):
-    """Steps that each row of a static batch is kept after its last token: outputs, seats -> list."""
-    outputs = [2, 6, 3, 1, 4, 9, 5]  # batches [2, 6, 3], [1, 4, 9] and [5]
-    right = [4, 0, 3, 8, 5, 0, 0]
-    found = answer(list(outputs), 3)
-    expect(found is not None, "kept_waiting gives None: is the `return` missing?")
-    found = list(found)
-    asked = f"outputs {outputs} with 3 seats"
-    expect(len(found) == 7, f"{asked}: a list of {len(found)} and not of 7: the last batch counts, full or not")
+def slots_between(answer):
+    """Slots of tokens start to end: table, block_size -> list of ints."""
+    table = [7, 2, 5, 0]
+
+    def right(start, end, size):
+        return [table[i // size] * size + i % size for i in range(start, end)]
+
+    found = answer(list(table), 2, 7, 3)
+    expect(found is not None, "slots_between gives None: is the `return` missing?")
+    found = [int(slot) for slot in found]
+    expect(found != list(range(2, 7)), "these are the tokens' own positions: the table says where their blocks lie")
     expect(
-        found != [9 - tokens for tokens in outputs],
-        f"{asked}: a row waits for the longest of its own batch, not of all requests",
+        found != [table[i // 3] for i in range(2, 7)],
+        "these are blocks: a slot is block * block_size + the place in the block",
     )
-    expect(found != [6, 6, 6, 9, 9, 9, 5], f"{asked}: this is how long each batch lasts, own steps included")
-    for row, (steps, wanted) in enumerate(zip(found, right, strict=True)):
-        expect(steps == wanted, f"{asked}: request {row} is kept for {wanted} steps and not {steps}")
-
-
-@checker
-def promise(answer):
-    """The largest budget within a gap, and the first token of a newcomer: five integers -> (tokens, microseconds)."""
-    names = ("gap_us", "num_running", "num_prompt", "per_step_us", "per_token_us")
-    case = (100_000, 8, 1500, 17_000, 130)  # chunks of 630, 630 and 240
-    asked = "promise(" + ", ".join(f"{name}={value:_}" for name, value in zip(names, case, strict=True)) + ")"
-    found = answer(*case)
-    expect(found is not None, "promise gives None: is the `return` missing?")
-    budget, ttft_us = found
-    expect(budget != 769, f"{asked}: a step of {budget} tokens takes {17_000 + 130 * 769:,} us, over the promise")
-    expect(budget != 639, f"{asked}: a step of 639 tokens takes {17_000 + 130 * 639:,} us, over the promise")
-    expect(budget != 630, f"{asked}: the budget counts who decodes too; 630 is what they leave to the prompt")
-    expect(budget == 638, f"{asked}: the budget is 638, and not {budget}")
     expect(
-        ttft_us != 2 * 99_940 + 17_000 + 130 * 232,
-        f"{asked}: who decodes takes 8 tokens of each step; the prompt gets 630",
+        found != [table[i // 3] + i % 3 for i in range(2, 7)],
+        "a block's first slot is block * block_size, and not block",
     )
-    expect(ttft_us != 3 * 99_940, f"{asked}: the last chunk has 240 tokens, so its step is not a full one")
+    first = table[2 // 3] * 3 + 2
     expect(
-        ttft_us != 2 * 99_940 + 17_000 + 130 * 240, f"{asked}: in the step of the last chunk, too, 8 requests decode"
+        found != list(range(first, first + 5)), "only the first token was looked up: the next block may lie anywhere"
     )
-    expect(ttft_us == 249_120, f"{asked}: the first token comes after 249,120 us, and not {ttft_us:,}")
-    even = answer(50_000, 10, 300, 10_000, 1000)  # a budget of 40, chunks of 30: ten full steps
-    expect(
-        tuple(even) == (40, 500_000),
-        f"a prompt of 300 in chunks of 30 takes ten full steps of 50,000 us, and this says {even[1]:,}",
-    )
-
-
-@checker
-def preempt(answer):
-    """Who gives back blocks in a step: held, needed, free -> places, in the order in which they go."""
-
-    def found(held, needed, free):
-        gone = answer(list(held), list(needed), free)
-        expect(gone is not None, "preempt gives None: is the `return` missing?")
-        return list(gone)
-
-    def check(held, needed, free, right, why):
-        gone = found(held, needed, free)
-        asked = f"held {held}, needed {needed}, free {free}"
-        expect(gone == right, f"{asked}: {why}; {right} go, and not {gone}")
-
-    check([3, 2, 2], [1, 1, 1], 3, [], "there are enough for all")
-    gone = found([3, 2, 2], [1, 1, 0], 0)
-    expect(gone[:1] != [0], "the oldest is preempted: it is the one who never is")
-    check([3, 2, 2], [1, 1, 0], 0, [2], "the youngest gives back 2 blocks, enough for the other two")
-    check([3, 1, 1], [2, 0, 0], 0, [2, 1], "one block is not enough for the oldest's two")
-    check([4, 3], [0, 1], 0, [1], "the youngest who needs a block and finds none goes itself")
-    check([3, 2, 2], [1, 1, 1], 0, [2], "who was preempted is served no more, and needs nothing")
-    check([2, 2, 1], [1, 2, 1], 1, [2, 1], "1 had one block of 2's, needed two, and was then the youngest")
-    rng = random.Random(0)
-    for _ in range(200):
-        held = [rng.randint(1, 6) for _ in range(rng.randint(1, 6))]
-        needed = [rng.randint(0, 3) for _ in held]
-        free = rng.randint(0, 3)
-        check(held, needed, free, _preempted(held, needed, free), "a case drawn at random")
-
-
-def _preempted(held, needed, free):
-    last, gone, place = len(held) - 1, [], 0  # places 0 to ``last`` run
-    while place <= last:
-        if needed[place] <= free:
-            free -= needed[place]
-            place += 1
-        else:
-            free += held[last]
-            gone.append(last)
-            last -= 1
-    return gone
-
-
-@checker
-def Alternate(answer):
-    """Prompts whole, in steps of their own, and never twice in a row while anybody decodes."""
-    expect(isinstance(answer, type) and issubclass(answer, Policy), "Alternate is to be a class, a Policy")
-    expect(not answer.chunks_prompts, "prompts are to be computed whole: keep chunks_prompts = False")
-    arrivals = {0: [(4, 9), (5, 3)], 2: [(8, 4)], 3: [(6, 4)], 4: [(7, 2)], 12: [(40, 3), (41, 2)], 30: [(9, 5)]}
-    manager, trace, crowd = BlockManager(100, 4), Trace(100), RequestFactory(200)
-    scheduler = Scheduler(manager, 4, 64, policy=answer(), trace=trace)
-    could_wait = []  # of each step, whether somebody waited although there was a seat
-    for place in range(200):
-        for lengths in arrivals.get(place, ()):
-            scheduler.add(crowd.request(RequestLengths(*lengths)))
-        room = bool(scheduler.waiting) and len(scheduler.running) < 4
-        decoding = bool(scheduler.running)
-        carry_out(scheduler, scheduler.schedule(float(place)), place + 1.0)
-        could_wait.append(room)
-        _look_at(trace, place, decoding, could_wait)
-    left = len(scheduler.waiting) + len(scheduler.running)
-    expect(not left, f"after 200 steps {left} of the 8 requests have not ended")
-
-
-def _look_at(trace, place, decoding, could_wait):
-    """One step of a policy that takes turns, by what it computed."""
-    step, before = trace.steps[place], trace.steps[place - 1] if place else None
-    num_prompts = len(step.prefills)
-    expect(
-        num_prompts in (0, len(step.sequence_ids)),
-        f"step {place} computes {num_prompts} prompt(s) and {len(step.sequence_ids) - num_prompts} decode(s)",
-    )
-    if before is None:
-        return
-    if num_prompts and decoding:
+    expect(len(found) != 6, "token 7 is not asked for: the stretch ends before `end`")
+    for start, end, size in ((2, 7, 3), (0, 12, 3), (5, 6, 4), (4, 4, 2), (3, 16, 4), (0, 4, 1)):
+        found = [int(slot) for slot in answer(list(table), start, end, size)]
+        wanted = right(start, end, size)
         expect(
-            not before.prefills,
-            f"steps {place - 1} and {place} both compute prompts, while somebody who decodes stands still",
+            found == wanted, f"table {table}, start {start}, end {end}, block_size {size}: {found} instead of {wanted}"
         )
-    if could_wait[place] and not num_prompts:
+
+
+@checker
+def read_back(answer):
+    """Keys of a sequence in the order of its tokens: k_cache [N, block_size, H_kv, D] -> [length, H_kv, D]."""
+    k_cache = torch.arange(6 * 3 * 2 * 5, dtype=torch.float32).view(6, 3, 2, 5)
+    for entries, length in (([4, 1, 3, -1], 7), ([2, 0, 5, 9], 9), ([5, 77, -3, 0], 1)):
+        table = torch.tensor(entries, dtype=torch.int32)
+        right = torch.stack([k_cache[entries[i // 3], i % 3] for i in range(length)])
+        asked = f"read_back of a table {entries}, block_size 3, length {length}"
+        try:
+            found = answer(k_cache.clone(), table.clone(), length)
+        except IndexError:
+            expect(False, f"{asked} looks up a surplus entry, which may be anything: use the first blocks alone")
+        if isinstance(found, torch.Tensor) and found.dim() == 3 and found.shape[0] > length:
+            expect(False, f"{asked} gives {found.shape[0]} tokens: slots past the length hold nothing of this sequence")
+        if isinstance(found, torch.Tensor) and found.dim() == 4:
+            expect(False, f"{asked} still has blocks as an axis: flatten blocks and places into tokens")
+        expect_tensor(found, right, asked)
+        run = k_cache.flatten(0, 1)[:length]
+        expect(length == 1 or not found.equal(run), "these are the pool's first slots: the table was not asked")
+        for token in range(length):
+            expect(
+                found[token].equal(right[token]),
+                f"{asked}: token {token} is not what lies in block {entries[token // 3]} at place {token % 3}",
+            )
+
+
+@checker
+def empty_slots(answer):
+    """Slots that are held and hold nothing: lengths, block_size -> int."""
+    lengths, size = [5, 8, 1, 4], 4
+    found = answer(list(lengths), size)
+    expect(found is not None, "empty_slots gives None: is the `return` missing?")
+    expect(int(found) != 14, "a full last block was counted as empty: a length of 8 fills two blocks of 4 exactly")
+    expect(int(found) != 7, "lengths were rounded down: the tokens of the last block need a block, too")
+    expect(int(found) != 2, "the lengths were added up first: two sequences never share a block")
+    for lengths, size in (([5, 8, 1, 4], 4), ([16], 16), ([17], 16), ([3, 9, 30], 1), ([], 8), ([1] * 10, 256)):
+        wanted = sum(-length % size for length in lengths)
+        found = int(answer(list(lengths), size))
+        expect(found == wanted, f"lengths {lengths}, block_size {size}: {found} empty slots instead of {wanted}")
+
+
+@checker
+def grow_in_order(answer):
+    """Each gets all that it misses or nothing, in order, up to the first that cannot."""
+
+    def right(tables, free, lengths, size):
+        for row, length in enumerate(lengths):
+            missing = max(0, -(-length // size) - len(tables[row]))
+            if missing > len(free):
+                return row
+            tables[row] += free[:missing]
+            del free[:missing]
+        return len(lengths)
+
+    cases = [
+        ([[0], [1, 2], [3]], [9, 4, 7, 5], [5, 8, 9], 4),  # 1, 0 and 2 more: all fit
+        ([[0], [1], [2]], [9, 4], [8, 16, 8], 4),  # 1, then 3 of 1: stops, though the third would fit
+        ([[0, 1], []], [5], [3, 4], 4),  # holds more than it needs
+        ([[], []], [6, 5, 4], [12, 1], 4),  # takes the last block; the second finds none
+    ]
+    for tables, free, lengths, size in cases:
+        asked = f"tables {tables}, free {free}, lengths {lengths}, block_size {size}"
+        wanted_tables, wanted_free = [list(t) for t in tables], list(free)
+        wanted = right(wanted_tables, wanted_free, lengths, size)
+        found_tables, found_free = [list(t) for t in tables], list(free)
+        try:
+            found = answer(found_tables, found_free, list(lengths), size)
+        except IndexError:
+            expect(False, f"{asked}: a block was taken from an empty list; count what is missing first")
+        expect(found is not None, "grow_in_order gives None: is the `return` missing?")
+        partly = wanted < len(tables) and len(found_tables[wanted]) > len(wanted_tables[wanted])
+        expect(not partly, f"{asked}: sequence {wanted} cannot have all it misses, so it must get nothing")
         expect(
-            bool(before.prefills),
-            f"steps {place - 1} and {place} compute no prompt, although somebody waits and a seat is free",
+            all(set(old) <= set(new) for old, new in zip(tables, found_tables, strict=True)),
+            f"{asked}: a block was taken from a sequence that holds it",
         )
+        later = wanted < len(tables) and any(
+            len(found_tables[i]) > len(wanted_tables[i]) for i in range(wanted, len(tables))
+        )
+        expect(
+            not later,
+            f"{asked}: sequence {wanted} cannot grow, and one after it was served: an earlier one may starve so",
+        )
+        expect(
+            sorted(sum(found_tables, found_free)) == sorted(sum(tables, list(free))),
+            f"{asked}: afterwards a block is lost, or in two places",
+        )
+        expect(found_tables == wanted_tables, f"{asked}: tables {found_tables} instead of {wanted_tables}")
+        expect(found_free == wanted_free, f"{asked}: free {found_free} instead of {wanted_free}")
+        expect(int(found) == wanted, f"{asked}: {found} could grow, and not {wanted}")

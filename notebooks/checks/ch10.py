@@ -1,113 +1,147 @@
-"""Checkers of chapter 10, the whole ladder."""
+"""Checkers of chapter 10, continuous batching."""
 
 from __future__ import annotations
 
-import math
+import random
 
 from checks import checker, expect
-
-
-def _triple(found, asked: str, parts: str) -> tuple:
-    expect(found is not None, f"{asked} gives None: is the `return` missing?")
-    expect(isinstance(found, tuple) and len(found) == 3, f"{asked} has to give three things, {parts}")
-    return found
-
-
-@checker
-def decoder_calls(answer):
-    """Calls of the decoder: one at a time, in static batches, continuous, with so many seats."""
-    parts = "calls one at a time, in static batches, continuous"
-    one, static, continuous = _triple(answer([8, 2, 3, 3], 2), "decoder_calls of [8, 2, 3, 3] and 2", parts)
-    expect(one == 16, f"one at a time, [8, 2, 3, 3] take a call for each token, 16, and this says {one}")
-    expect(static != 8, "there are two static batches one after the other: the second waits for the first")
-    expect(static != 5, "a static batch lasts as long as its longest request, not its shortest")
-    expect(static == 11, f"static batches [8, 2] and [3, 3] take 8 + 3 calls, and this says {static}")
-    expect(continuous != 11, "continuous is as slow as static here: a seat is free as soon as its request ends")
-    expect(continuous == 8, f"continuous, 2, 3 and 3 fit beside the 8: 8 calls, and this says {continuous}")
-    tail = answer([2, 2, 9], 2)[2]
-    expect(
-        tail != 7, "13 tokens over 2 seats are 7 calls only if both are always taken: the 9 runs on alone at the end"
-    )
-    expect(tail != 9, "the longest request cannot always start at once: in [2, 2, 9] it waits 2 calls for a seat")
-    expect(tail == 11, f"[2, 2, 9] with 2 seats take 2 + 9 calls, and this says {tail}")
-    expect(answer([5, 1], 8) == (6, 5, 5), f"with seats to spare, [5, 1] give {answer([5, 1], 8)}")
-    found = answer([4, 1, 1, 6, 2, 7, 3], 3)
-    expect(found == (24, 14, 10), f"[4, 1, 1, 6, 2, 7, 3] and 3 give {found} instead of (24, 14, 10)")
+from paged_infer.bench.lengths import RequestLengths
+from paged_infer.bench.model_free import RequestFactory, carry_out
+from paged_infer.control.blocks.manager import BlockManager
+from paged_infer.control.policies import Policy
+from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.trace import Trace
 
 
 @checker
-def first_difference(answer):
-    """None, or the first (request, position) at which two runs differ."""
-    same = [[5, 6, 7], [8, 9]]
-    found = answer([list(ids) for ids in same], [list(ids) for ids in same])
-    expect(found is None, f"equal runs give None, and this says {found!r}")
-    found = answer([[5, 6, 7], [8, 9]], [[5, 6, 7], [8, 4]])
-    expect(found is not None, "[8, 9] against [8, 4] is not seen: is the `return` missing?")
-    expect(found != (1, 0), "positions count within the request: 8 is right, the 9 at position 1 is not")
-    expect(found == (1, 1), f"[8, 9] against [8, 4] in request 1 differ at (1, 1), and this says {found!r}")
-    found = answer([[5, 6, 7], [8, 9]], [[5, 6], [8, 9]])
-    expect(found is not None, "a run that stops early is passed as equal: zip() ends with the shorter of the two")
-    expect(found == (0, 2), f"[5, 6, 7] against [5, 6] differ at (0, 2), and this says {found!r}")
-    found = answer([[5, 6]], [[5, 6, 7]])
-    expect(found == (0, 2), f"a run that goes on too long, [5, 6, 7] for [5, 6], gives {found!r}, not (0, 2)")
-    found = answer([[5, 6], [8], [1]], [[5, 6], [8]])
-    expect(found == (2, 0), f"a request that was dropped, the last of three, gives {found!r}, not (2, 0)")
-    found = answer([[5], [8, 9]], [[5, 8], [9]])
-    expect(found == (0, 1), f"[[5], [8, 9]] against [[5, 8], [9]] give {found!r}, not (0, 1)")
+def kept_waiting(answer):
+    """Steps that each row of a static batch is kept after its last token: outputs, seats -> list."""
+    outputs = [2, 6, 3, 1, 4, 9, 5]  # batches [2, 6, 3], [1, 4, 9] and [5]
+    right = [4, 0, 3, 8, 5, 0, 0]
+    found = answer(list(outputs), 3)
+    expect(found is not None, "kept_waiting gives None: is the `return` missing?")
+    found = list(found)
+    asked = f"outputs {outputs} with 3 seats"
+    expect(len(found) == 7, f"{asked}: a list of {len(found)} and not of 7: the last batch counts, full or not")
+    expect(
+        found != [9 - tokens for tokens in outputs],
+        f"{asked}: a row waits for the longest of its own batch, not of all requests",
+    )
+    expect(found != [6, 6, 6, 9, 9, 9, 5], f"{asked}: this is how long each batch lasts, own steps included")
+    for row, (steps, wanted) in enumerate(zip(found, right, strict=True)):
+        expect(steps == wanted, f"{asked}: request {row} is kept for {wanted} steps and not {steps}")
 
 
 @checker
-def times_as_fast(answer):
-    """Ratio of medians, and the lowest and highest ratio within a round."""
-    ours, theirs = [1.0, 4.0, 2.0], [3.0, 6.0, 8.0]
-    ratio, low, high = _triple(
-        answer(list(ours), list(theirs)), "times_as_fast", "the ratio of the medians, the lowest, the highest"
-    )
-
-    def near(found, right):
-        return math.isclose(found, right, rel_tol=1e-6)
-
-    expect(not near(ratio, 1 / 3), "this is our seconds over theirs: who needs fewer seconds is faster")
-    expect(not near(ratio, 17 / 7), "these are means: one round with a busy neighbour moves a mean, and not a median")
-    expect(not near(ratio, 17 / 6), "this is the mean of the rounds' ratios; the ratio of the medians is asked for")
-    expect(near(ratio, 3.0), f"medians 6 and 2 give 3.0, and this says {ratio}")
+def promise(answer):
+    """The largest budget within a gap, and the first token of a newcomer: five integers -> (tokens, microseconds)."""
+    names = ("gap_us", "num_running", "num_prompt", "per_step_us", "per_token_us")
+    case = (100_000, 8, 1500, 17_000, 130)  # chunks of 630, 630 and 240
+    asked = "promise(" + ", ".join(f"{name}={value:_}" for name, value in zip(names, case, strict=True)) + ")"
+    found = answer(*case)
+    expect(found is not None, "promise gives None: is the `return` missing?")
+    budget, ttft_us = found
+    expect(budget != 769, f"{asked}: a step of {budget} tokens takes {17_000 + 130 * 769:,} us, over the promise")
+    expect(budget != 639, f"{asked}: a step of 639 tokens takes {17_000 + 130 * 639:,} us, over the promise")
+    expect(budget != 630, f"{asked}: the budget counts who decodes too; 630 is what they leave to the prompt")
+    expect(budget == 638, f"{asked}: the budget is 638, and not {budget}")
     expect(
-        not (near(low, 0.75) or near(high, 8.0)),
-        "the lowest and highest compare different rounds: a ratio is of two runs in the same round",
+        ttft_us != 2 * 99_940 + 17_000 + 130 * 232,
+        f"{asked}: who decodes takes 8 tokens of each step; the prompt gets 630",
     )
+    expect(ttft_us != 3 * 99_940, f"{asked}: the last chunk has 240 tokens, so its step is not a full one")
     expect(
-        not (near(low, 2.0) and near(high, 3.0)),
-        "the lowest and highest come of sorted runs: rounds are pairs, and sorting parts them",
+        ttft_us != 2 * 99_940 + 17_000 + 130 * 240, f"{asked}: in the step of the last chunk, too, 8 requests decode"
     )
-    expect(near(low, 1.5) and near(high, 4.0), f"the rounds give 3.0, 1.5 and 4.0, and this says {low} to {high}")
-    found = answer([2.0, 1.0, 5.0, 3.0], [4.0, 1.5, 5.0, 9.0])
+    expect(ttft_us == 249_120, f"{asked}: the first token comes after 249,120 us, and not {ttft_us:,}")
+    even = answer(50_000, 10, 300, 10_000, 1000)  # a budget of 40, chunks of 30: ten full steps
     expect(
-        near(found[0], 1.8),
-        f"medians of four rounds lie between the middle two, 4.5 / 2.5 = 1.8, and this says {found[0]}",
+        tuple(even) == (40, 500_000),
+        f"a prompt of 300 in chunks of 30 takes ten full steps of 50,000 us, and this says {even[1]:,}",
     )
 
 
 @checker
-def predict_seconds(answer):
-    """Least squares through (rows, seconds), then calls times height and rows times slope."""
-    exact = [(1, 5.5), (4, 7.0), (10, 10.0)]  # 5 s a call and 0.5 s a row
-    found = answer(list(exact), 3, 20)
-    expect(found is not None, "predict_seconds gives None: is the `return` missing?")
-    asked = "calls of 5 s and 0.5 s a row, 3 calls with 20 rows"
+def preempt(answer):
+    """Who gives back blocks in a step: held, needed, free -> places, in the order in which they go."""
 
-    def near(right):
-        return math.isclose(found, right, rel_tol=1e-6)
+    def found(held, needed, free):
+        gone = answer(list(held), list(needed), free)
+        expect(gone is not None, "preempt gives None: is the `return` missing?")
+        return list(gone)
 
-    expect(not near(15.0), f"{asked}: the floor was counted once instead of for each call")
-    expect(not near(10.0), f"{asked}: the rows cost something too, and the call as such was forgotten")
-    expect(not near(45.0), f"{asked}: 20 rows are of all calls together, not of each")
-    expect(not near(20 * 22.5 / 15), f"{asked}: a mean time per row forgets that a call of no row costs 5 s")
-    expect(not near(3 * 22.5 / 3), f"{asked}: a mean time per call forgets the rows")
-    expect(not near(101.5), f"{asked}: slope and height are swapped")
-    expect(near(25.0), f"{asked}, take 3 * 5 + 20 * 0.5 = 25 s, and this says {found}")
-    noisy = [(1, 2.0), (2, 4.0), (3, 3.0), (4, 7.0)]  # slope 1.4, height 0.5
-    found = answer(list(noisy), 2, 10)
+    def check(held, needed, free, right, why):
+        gone = found(held, needed, free)
+        asked = f"held {held}, needed {needed}, free {free}"
+        expect(gone == right, f"{asked}: {why}; {right} go, and not {gone}")
+
+    check([3, 2, 2], [1, 1, 1], 3, [], "there are enough for all")
+    gone = found([3, 2, 2], [1, 1, 0], 0)
+    expect(gone[:1] != [0], "the oldest is preempted: it is the one who never is")
+    check([3, 2, 2], [1, 1, 0], 0, [2], "the youngest gives back 2 blocks, enough for the other two")
+    check([3, 1, 1], [2, 0, 0], 0, [2, 1], "one block is not enough for the oldest's two")
+    check([4, 3], [0, 1], 0, [1], "the youngest who needs a block and finds none goes itself")
+    check([3, 2, 2], [1, 1, 1], 0, [2], "who was preempted is served no more, and needs nothing")
+    check([2, 2, 1], [1, 2, 1], 1, [2, 1], "1 had one block of 2's, needed two, and was then the youngest")
+    rng = random.Random(0)
+    for _ in range(200):
+        held = [rng.randint(1, 6) for _ in range(rng.randint(1, 6))]
+        needed = [rng.randint(0, 3) for _ in held]
+        free = rng.randint(0, 3)
+        check(held, needed, free, _preempted(held, needed, free), "a case drawn at random")
+
+
+def _preempted(held, needed, free):
+    last, gone, place = len(held) - 1, [], 0  # places 0 to ``last`` run
+    while place <= last:
+        if needed[place] <= free:
+            free -= needed[place]
+            place += 1
+        else:
+            free += held[last]
+            gone.append(last)
+            last -= 1
+    return gone
+
+
+@checker
+def Alternate(answer):
+    """Prompts whole, in steps of their own, and never twice in a row while anybody decodes."""
+    expect(isinstance(answer, type) and issubclass(answer, Policy), "Alternate is to be a class, a Policy")
+    expect(not answer.chunks_prompts, "prompts are to be computed whole: keep chunks_prompts = False")
+    arrivals = {0: [(4, 9), (5, 3)], 2: [(8, 4)], 3: [(6, 4)], 4: [(7, 2)], 12: [(40, 3), (41, 2)], 30: [(9, 5)]}
+    manager, trace, crowd = BlockManager(100, 4), Trace(100), RequestFactory(200)
+    scheduler = Scheduler(manager, 4, 64, policy=answer(), trace=trace)
+    could_wait = []  # of each step, whether somebody waited although there was a seat
+    for place in range(200):
+        for lengths in arrivals.get(place, ()):
+            scheduler.add(crowd.request(RequestLengths(*lengths)))
+        room = bool(scheduler.waiting) and len(scheduler.running) < 4
+        decoding = bool(scheduler.running)
+        carry_out(scheduler, scheduler.schedule(float(place)), place + 1.0)
+        could_wait.append(room)
+        _look_at(trace, place, decoding, could_wait)
+    left = len(scheduler.waiting) + len(scheduler.running)
+    expect(not left, f"after 200 steps {left} of the 8 requests have not ended")
+
+
+def _look_at(trace, place, decoding, could_wait):
+    """One step of a policy that takes turns, by what it computed."""
+    step, before = trace.steps[place], trace.steps[place - 1] if place else None
+    num_prompts = len(step.prefills)
     expect(
-        near(15.0),
-        f"dots that lie on no line: least squares gives slope 1.4 and height 0.5, so 15 s, and this says {found}",
+        num_prompts in (0, len(step.sequence_ids)),
+        f"step {place} computes {num_prompts} prompt(s) and {len(step.sequence_ids) - num_prompts} decode(s)",
     )
+    if before is None:
+        return
+    if num_prompts and decoding:
+        expect(
+            not before.prefills,
+            f"steps {place - 1} and {place} both compute prompts, while somebody who decodes stands still",
+        )
+    if could_wait[place] and not num_prompts:
+        expect(
+            bool(before.prefills),
+            f"steps {place - 1} and {place} compute no prompt, although somebody waits and a seat is free",
+        )

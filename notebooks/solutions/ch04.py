@@ -1,28 +1,34 @@
-"""Solutions to the exercises of chapter 04, prefill, decode and the roofline."""
+"""Solutions to the exercises of chapter 04, the KV cache."""
 
 from __future__ import annotations
 
-
-def throughput(requests):
-    """All tokens, over the time from the first arrival to the last token of anybody."""
-    began_s, ended_s = min(at for at, _ in requests), max(times[-1] for _, times in requests)
-    return sum(len(times) for _, times in requests) / (ended_s - began_s)
+import torch
 
 
-def step_floor_s(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
-    """Weights once and every cache, over the bandwidth; two operations a parameter and token, over the peak."""
-    num_bytes = weight_bytes + kv_token_bytes * sum(before for before, _ in pieces)
-    flops = 2 * parameters * sum(tokens for _, tokens in pieces)
-    return max(num_bytes / bandwidth, flops / peak)
+def rows_computed(requests):
+    """Naive: a prompt of p and the i tokens so far, for each of n. Cached: all but the last output token, once."""
+    return sum(p + i for p, n in requests for i in range(n)), sum(p + n - 1 for p, n in requests)
 
 
-def largest_batch(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
-    """Bytes that may be held and bytes that may be read: the smaller of both, less the weights, in whole caches."""
-    room = min(memory_bytes, bandwidth * tpot_s) - weight_bytes
-    return max(0, int(room // (kv_token_bytes * context)))
+def attend_chunk(q, keys, values):
+    """Query t of T stands at place S - T + t, so the triangle is laid at the bottom right."""
+    (num_queries, dim), num_keys = q.shape, keys.shape[0]
+    seen = torch.ones(num_queries, num_keys).bool().tril(diagonal=num_keys - num_queries)
+    weights = (q @ keys.T / dim**0.5).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return weights @ values
 
 
-def honest_tpot(reported_tpot_s, num_tokens, num_hidden):
-    """The reported one times its divisor is the time that was seen; divide that by the gaps that were."""
-    visible_gaps = num_tokens - 1 - num_hidden
-    return reported_tpot_s * (num_tokens - 1) / visible_gaps if visible_gaps > 0 else None
+def left_padding(lengths):
+    """Columns less padding; causal, from the first real column on, and the diagonal for padding itself."""
+    width = max(lengths)
+    columns, pads = torch.arange(width), width - torch.tensor(lengths)
+    positions = (columns - pads[:, None]).clamp(min=0)
+    seen = (columns <= columns[:, None]) & (columns >= pads[:, None, None])
+    return positions, seen | torch.eye(width).bool()
+
+
+def reserved_bytes(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
+    """A key and a value for each layer and KV head; rows times the widest they can become, and real tokens."""
+    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
+    width = max(prompt_lens) + max_tokens
+    return len(prompt_lens) * width * per_token, sum(prompt_lens) * per_token

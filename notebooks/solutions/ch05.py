@@ -1,45 +1,28 @@
-"""Solutions of chapter 05, FlashAttention."""
+"""Solutions to the exercises of chapter 05, prefill, decode and the roofline."""
 
 from __future__ import annotations
 
-import math
 
-import torch
-
-from paged_infer.kernels.triton_runtime import launch, tl, triton
-
-
-def merge_states(left, right):
-    """Both shrink to the larger peak; where neither has seen a key there is nothing to subtract."""
-    peak = torch.maximum(left[0], right[0])  # [n]
-    shift = torch.where(peak == -math.inf, 0.0, peak)
-    a, b = (left[0] - shift).exp(), (right[0] - shift).exp()
-    return peak, left[1] * a + right[1] * b, left[2] * a[:, None] + right[2] * b[:, None]
+def throughput(requests):
+    """All tokens, over the time from the first arrival to the last token of anybody."""
+    began_s, ended_s = min(at for at, _ in requests), max(times[-1] for _, times in requests)
+    return sum(len(times) for _, times in requests) / (ended_s - began_s)
 
 
-def causal_traffic(N, M, d, block_q):
-    """A block reads the keys and values up to its last query; q is read once, and the output written once."""
-    ends = [min(start + block_q, N) for start in range(0, N, block_q)]
-    return 2 * N * d + sum(2 * d * (M - N + end) for end in ends)
+def step_floor_s(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
+    """Weights once and every cache, over the bandwidth; two operations a parameter and token, over the peak."""
+    num_bytes = weight_bytes + kv_token_bytes * sum(before for before, _ in pieces)
+    flops = 2 * parameters * sum(tokens for _, tokens in pieces)
+    return max(num_bytes / bandwidth, flops / peak)
 
 
-def key_tiles(first, last, window, block_k):
-    """The first query looks back furthest, the last one stands furthest on."""
-    begin = max(0, first - window + 1) // block_k * block_k
-    return list(range(begin, last + 1, block_k))
+def largest_batch(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
+    """Bytes that may be held and bytes that may be read: the smaller of both, less the weights, in whole caches."""
+    room = min(memory_bytes, bandwidth * tpot_s) - weight_bytes
+    return max(0, int(room // (kv_token_bytes * context)))
 
 
-@triton.jit
-def _softmax_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    place = tl.program_id(0) * width + column
-    x = tl.load(x_ptr + place, mask=column < width, other=float("-inf"))
-    weights = tl.exp(x - tl.max(x, 0))
-    tl.store(out_ptr + place, weights / tl.sum(weights, 0), mask=column < width)
-
-
-def row_softmax(x):
-    """Masked columns read as -inf: they win no maximum, and their exponential adds 0."""
-    out = torch.empty_like(x)
-    launch(_softmax_kernel, (x.shape[0],), x, out, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
-    return out
+def honest_tpot(reported_tpot_s, num_tokens, num_hidden):
+    """The reported one times its divisor is the time that was seen; divide that by the gaps that were."""
+    visible_gaps = num_tokens - 1 - num_hidden
+    return reported_tpot_s * (num_tokens - 1) / visible_gaps if visible_gaps > 0 else None

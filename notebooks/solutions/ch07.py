@@ -1,36 +1,45 @@
-"""Solutions of chapter 07, sharing blocks."""
+"""Solutions of chapter 07, FlashAttention."""
 
 from __future__ import annotations
 
+import math
 
-def write_next(tables, counts, free):
-    """Who copies lets go of the shared block, so the count falls and the last writer finds it its own."""
-    copies = []
-    for table in tables:
-        shared = table[-1]
-        if counts[shared] > 1:
-            table[-1] = free.pop(0)
-            counts[shared] -= 1
-            counts[table[-1]] = 1
-            copies.append((shared, table[-1]))
-    return copies
+import torch
+
+from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
-def blocks_of_samples(num_prompt, num_output, n, block_size):
-    """The block where prompt and output meet is each sample's own; those before it are everybody's."""
-    shared = num_prompt // block_size
-    each = -(-(num_prompt + num_output) // block_size)
-    return shared + n * (each - shared)
+def merge_states(left, right):
+    """Both shrink to the larger peak; where neither has seen a key there is nothing to subtract."""
+    peak = torch.maximum(left[0], right[0])  # [n]
+    shift = torch.where(peak == -math.inf, 0.0, peak)
+    a, b = (left[0] - shift).exp(), (right[0] - shift).exp()
+    return peak, left[1] * a + right[1] * b, left[2] * a[:, None] + right[2] * b[:, None]
 
 
-def tokens_found(chain, known, num_tokens, block_size):
-    """From the beginning to the first miss, and never the last token."""
-    hits, most = 0, (num_tokens - 1) // block_size
-    while hits < min(most, len(chain)) and chain[hits] in known:
-        hits += 1
-    return hits * block_size
+def causal_traffic(N, M, d, block_q):
+    """A block reads the keys and values up to its last query; q is read once, and the output written once."""
+    ends = [min(start + block_q, N) for start in range(0, N, block_q)]
+    return 2 * N * d + sum(2 * d * (M - N + end) for end in ends)
 
 
-def break_even_link(parameters, token_bytes, operations_per_s):
-    """2 * token_bytes / link = 2 * parameters / operations_per_s: the number of tokens cancels out."""
-    return token_bytes * operations_per_s / parameters
+def key_tiles(first, last, window, block_k):
+    """The first query looks back furthest, the last one stands furthest on."""
+    begin = max(0, first - window + 1) // block_k * block_k
+    return list(range(begin, last + 1, block_k))
+
+
+@triton.jit
+def _softmax_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    place = tl.program_id(0) * width + column
+    x = tl.load(x_ptr + place, mask=column < width, other=float("-inf"))
+    weights = tl.exp(x - tl.max(x, 0))
+    tl.store(out_ptr + place, weights / tl.sum(weights, 0), mask=column < width)
+
+
+def row_softmax(x):
+    """Masked columns read as -inf: they win no maximum, and their exponential adds 0."""
+    out = torch.empty_like(x)
+    launch(_softmax_kernel, (x.shape[0],), x, out, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return out

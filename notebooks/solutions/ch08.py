@@ -1,51 +1,31 @@
-"""Solutions of chapter 08, continuous batching."""
+"""Solutions of chapter 08, the paged KV cache."""
 
 from __future__ import annotations
 
-from paged_infer.control.policies import Policy
+
+def slots_between(table, start, end, block_size):
+    """Every token is looked up: the next block may lie anywhere."""
+    return [table[i // block_size] * block_size + i % block_size for i in range(start, end)]
 
 
-def kept_waiting(outputs, seats):
-    """Each batch lasts as long as its own longest row."""
-    batches = [outputs[first : first + seats] for first in range(0, len(outputs), seats)]
-    return [max(batch) - tokens for batch in batches for tokens in batch]
+def read_back(k_cache, table, length):
+    """Only the blocks that hold tokens are taken, and only the tokens of the last one."""
+    block_size = k_cache.shape[1]
+    used = table[: -(-length // block_size)].long()
+    return k_cache[used].flatten(0, 1)[:length]  # [blocks, block_size, H_kv, D] -> [length, H_kv, D]
 
 
-def promise(gap_us, num_running, num_prompt, per_step_us, per_token_us):
-    """Who decodes takes a token each of the budget; the prompt gets the rest, and its last step is seldom full."""
-    budget = (gap_us - per_step_us) // per_token_us
-    num_full, rest = divmod(num_prompt, budget - num_running)
-    ttft_us = num_full * (per_step_us + per_token_us * budget)
-    if rest:
-        ttft_us += per_step_us + per_token_us * (rest + num_running)
-    return budget, ttft_us
+def empty_slots(lengths, block_size):
+    """What is missing to the next multiple of block_size: 0 for a full block."""
+    return sum(-length % block_size for length in lengths)
 
 
-def preempt(held, needed, free):
-    """The youngest who still runs is the last of ``running``; who has been served is older than who is being served."""
-    running, gone = list(range(len(held))), []
-    for sequence in range(len(held)):
-        while sequence in running and needed[sequence] > free:
-            victim = running.pop()
-            gone.append(victim)
-            free += held[victim]
-        if sequence in running:
-            free -= needed[sequence]
-    return gone
-
-
-class Alternate(Policy):
-    """Remembers one thing: whether the last step was one of prompts."""
-
-    chunks_prompts = False
-
-    def __init__(self):
-        self.had_prompts = False
-
-    def plan(self, step):
-        if not (self.had_prompts and step.running):
-            step.admit_waiting()
-        self.had_prompts = bool(step.scheduled)
-        if not step.scheduled:
-            step.schedule_running()
-            step.resume_swapped()
+def grow_in_order(tables, free, lengths, block_size):
+    """Count before taking, and let nobody overtake."""
+    for row, length in enumerate(lengths):
+        missing = max(0, -(-length // block_size) - len(tables[row]))
+        if missing > len(free):
+            return row
+        tables[row] += free[:missing]
+        del free[:missing]
+    return len(lengths)

@@ -1,65 +1,36 @@
-"""Solutions of chapter 09, the engine."""
+"""Solutions of chapter 09, sharing blocks."""
 
 from __future__ import annotations
 
-import json
+
+def write_next(tables, counts, free):
+    """Who copies lets go of the shared block, so the count falls and the last writer finds it its own."""
+    copies = []
+    for table in tables:
+        shared = table[-1]
+        if counts[shared] > 1:
+            table[-1] = free.pop(0)
+            counts[shared] -= 1
+            counts[table[-1]] = 1
+            copies.append((shared, table[-1]))
+    return copies
 
 
-def read_events(chunks):
-    """Whole events are cut off the front of what has come; only they are decoded."""
-    payloads, rest = [], b""
-    for chunk in chunks:
-        *events, rest = (rest + chunk).split(b"\n\n")
-        for event in events:
-            if event == b"data: [DONE]":
-                return payloads
-            if event.startswith(b"data: "):
-                payloads.append(json.loads(event.removeprefix(b"data: ")))
-    return payloads
+def blocks_of_samples(num_prompt, num_output, n, block_size):
+    """The block where prompt and output meet is each sample's own; those before it are everybody's."""
+    shared = num_prompt // block_size
+    each = -(-(num_prompt + num_output) // block_size)
+    return shared + n * (each - shared)
 
 
-class StopFilter:
-    """Keeps what it has not shown: at most one letter less than the longest stop string."""
-
-    def __init__(self, stops):
-        self.stops, self.kept, self.stopped = stops, "", False
-
-    def push(self, piece):
-        if self.stopped:
-            return ""
-        self.kept += piece
-        found = [at for at in (self.kept.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.stopped = True
-            end = min(found)
-        else:
-            end = len(self.kept) - max(self.num_held(stop) for stop in self.stops)
-        shown, self.kept = self.kept[:end], self.kept[end:]
-        return shown
-
-    def num_held(self, stop):
-        longest = min(len(stop) - 1, len(self.kept))
-        return next((n for n in range(longest, 0, -1) if self.kept.endswith(stop[:n])), 0)
-
-    def finish(self):
-        return "" if self.stopped else self.kept
+def tokens_found(chain, known, num_tokens, block_size):
+    """From the beginning to the first miss, and never the last token."""
+    hits, most = 0, (num_tokens - 1) // block_size
+    while hits < min(most, len(chain)) and chain[hits] in known:
+        hits += 1
+    return hits * block_size
 
 
-def run_to_end(engine, patience):
-    """One good step forgives all failures before it."""
-    outputs, num_failures = {}, 0
-    while engine.live:
-        try:
-            outputs |= engine.step()
-            num_failures = 0
-        except RuntimeError:
-            num_failures += 1
-            if num_failures == patience:
-                for request_id in list(engine.live):
-                    engine.abort(request_id)
-    return outputs
-
-
-def mean_in_system(arrived_s, ended_s):
-    """Request-seconds over seconds: the rate times the mean time of each, with the number of requests cancelled."""
-    return (sum(ended_s) - sum(arrived_s)) / (max(ended_s) - min(arrived_s))
+def break_even_link(parameters, token_bytes, operations_per_s):
+    """2 * token_bytes / link = 2 * parameters / operations_per_s: the number of tokens cancels out."""
+    return token_bytes * operations_per_s / parameters

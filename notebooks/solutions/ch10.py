@@ -1,39 +1,51 @@
-"""Solutions to the exercises of chapter 10, the whole ladder."""
+"""Solutions of chapter 10, continuous batching."""
 
 from __future__ import annotations
 
-from statistics import linear_regression, median
+from paged_infer.control.policies import Policy
 
 
-def decoder_calls(outputs, seats):
-    """A static batch takes as long as its longest; a seat that is free goes to the next in line."""
-    static = sum(max(outputs[first : first + seats]) for first in range(0, len(outputs), seats))
-    free_at = [0] * seats
-    for output in outputs:
-        first_free = free_at.index(min(free_at))
-        free_at[first_free] += output
-    return sum(outputs), static, max(free_at)
+def kept_waiting(outputs, seats):
+    """Each batch lasts as long as its own longest row."""
+    batches = [outputs[first : first + seats] for first in range(0, len(outputs), seats)]
+    return [max(batch) - tokens for batch in batches for tokens in batch]
 
 
-def first_difference(expected, found):
-    """Request by request and token by token; where one list ends before the other, its end is the difference."""
-    for request in range(max(len(expected), len(found))):
-        if request >= min(len(expected), len(found)):
-            return request, 0
-        ours, theirs = expected[request], found[request]
-        for position in range(max(len(ours), len(theirs))):
-            if ours[position : position + 1] != theirs[position : position + 1]:
-                return request, position
-    return None
+def promise(gap_us, num_running, num_prompt, per_step_us, per_token_us):
+    """Who decodes takes a token each of the budget; the prompt gets the rest, and its last step is seldom full."""
+    budget = (gap_us - per_step_us) // per_token_us
+    num_full, rest = divmod(num_prompt, budget - num_running)
+    ttft_us = num_full * (per_step_us + per_token_us * budget)
+    if rest:
+        ttft_us += per_step_us + per_token_us * (rest + num_running)
+    return budget, ttft_us
 
 
-def times_as_fast(ours_s, theirs_s):
-    """Their seconds over ours, since fewer seconds are faster; pairs stay pairs."""
-    each = [theirs / ours for ours, theirs in zip(ours_s, theirs_s, strict=True)]
-    return median(theirs_s) / median(ours_s), min(each), max(each)
+def preempt(held, needed, free):
+    """The youngest who still runs is the last of ``running``; who has been served is older than who is being served."""
+    running, gone = list(range(len(held))), []
+    for sequence in range(len(held)):
+        while sequence in running and needed[sequence] > free:
+            victim = running.pop()
+            gone.append(victim)
+            free += held[victim]
+        if sequence in running:
+            free -= needed[sequence]
+    return gone
 
 
-def predict_seconds(dots, num_calls, num_rows):
-    """The line's height at no row is paid for each call, its slope for each row."""
-    slope, height = linear_regression(*zip(*dots, strict=True))
-    return height * num_calls + slope * num_rows
+class Alternate(Policy):
+    """Remembers one thing: whether the last step was one of prompts."""
+
+    chunks_prompts = False
+
+    def __init__(self):
+        self.had_prompts = False
+
+    def plan(self, step):
+        if not (self.had_prompts and step.running):
+            step.admit_waiting()
+        self.had_prompts = bool(step.scheduled)
+        if not step.scheduled:
+            step.schedule_running()
+            step.resume_swapped()

@@ -2,73 +2,93 @@
 
 from __future__ import annotations
 
+import torch
 from planted import wrong
 
 
-@wrong("throughput", "rates of the requests are added up")
-def adds_rates_up(requests):
-    return sum(len(times) / (times[-1] - at) for at, times in requests)
+@wrong("rows_computed", "the last token is never fed back")
+def feeds_the_last_token_back(requests):
+    return sum(p + i for p, n in requests for i in range(n)), sum(p + n for p, n in requests)
 
 
-@wrong("throughput", "mean rate of a request")
-def takes_the_mean_rate(requests):
-    return sum(len(times) / (times[-1] - at) for at, times in requests) / len(requests)
+@wrong("rows_computed", "the first sees the prompt alone")
+def counts_from_after_the_step(requests):
+    return sum(p + i + 1 for p, n in requests for i in range(n)), sum(p + n - 1 for p, n in requests)
 
 
-@wrong("throughput", "the clock starts at 0")
-def starts_at_zero(requests):
-    return sum(len(times) for _, times in requests) / max(times[-1] for _, times in requests)
+@wrong("rows_computed", "cannot be added up first")
+def adds_the_requests_up(requests):
+    p, n = sum(p for p, _ in requests), sum(n for _, n in requests)
+    return sum(p + i for i in range(n)), p + n - 1
 
 
-@wrong("throughput", "need not be first or last in the list")
-def takes_the_list_for_the_order(requests):
-    return sum(len(times) for _, times in requests) / (requests[-1][1][-1] - requests[0][0])
+@wrong("attend_chunk", "lies at the top left")
+def lets_torch_lay_the_triangle(q, keys, values):
+    heads = (x[None] for x in (q, keys, values))
+    return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0]
 
 
-@wrong("step_floor_s", "and the longer one counts")
-def adds_both_up(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
-    num_bytes = weight_bytes + kv_token_bytes * sum(before for before, _ in pieces)
-    return num_bytes / bandwidth + 2 * parameters * sum(tokens for _, tokens in pieces) / peak
+@wrong("attend_chunk", "there is no mask")
+def masks_nothing(q, keys, values):
+    return torch.nn.functional.scaled_dot_product_attention(q[None], keys[None], values[None])[0]
 
 
-@wrong("step_floor_s", "a step reads them once")
-def reads_the_weights_for_each(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
-    num_bytes = sum(weight_bytes + kv_token_bytes * before for before, _ in pieces)
-    return max(num_bytes / bandwidth, 2 * parameters * sum(tokens for _, tokens in pieces) / peak)
+@wrong("attend_chunk", "a token does not see itself")
+def leaves_the_diagonal_out(q, keys, values):
+    seen = torch.ones(len(q), len(keys)).bool().tril(diagonal=len(keys) - len(q) - 1)
+    return (q @ keys.T / q.shape[1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(dim=-1) @ values
 
 
-@wrong("step_floor_s", "a multiply-add is two operations")
-def counts_a_multiply_add_once(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
-    num_bytes = weight_bytes + kv_token_bytes * sum(before for before, _ in pieces)
-    return max(num_bytes / bandwidth, parameters * sum(tokens for _, tokens in pieces) / peak)
+@wrong("attend_chunk", "not divided by the root of D")
+def forgets_the_scale(q, keys, values):
+    seen = torch.ones(len(q), len(keys)).bool().tril(diagonal=len(keys) - len(q))
+    return (q @ keys.T).masked_fill(~seen, -torch.inf).softmax(dim=-1) @ values
 
 
-@wrong("largest_batch", "the weights need memory, too")
-def forgets_the_weights(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
-    cache = kv_token_bytes * context
-    return int(min(memory_bytes // cache, (bandwidth * tpot_s - weight_bytes) // cache))
+def _mask(lengths):
+    columns = torch.arange(max(lengths))
+    pads = max(lengths) - torch.tensor(lengths)
+    return columns, pads, (columns <= columns[:, None]) & (columns >= pads[:, None, None])
 
 
-@wrong("largest_batch", "TPOT is not asked")
-def asks_memory_alone(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
-    return int((memory_bytes - weight_bytes) // (kv_token_bytes * context))
+@wrong("left_padding", "positions count columns")
+def counts_columns(lengths):
+    columns, _, seen = _mask(lengths)
+    return columns.repeat(len(lengths), 1), seen | torch.eye(max(lengths)).bool()
 
 
-@wrong("largest_batch", "not even the weights fit, the answer is 0")
-def serves_less_than_nobody(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
-    return int((min(memory_bytes, bandwidth * tpot_s) - weight_bytes) // (kv_token_bytes * context))
+@wrong("left_padding", "negative")
+def leaves_padding_negative(lengths):
+    columns, pads, seen = _mask(lengths)
+    return columns - pads[:, None], seen | torch.eye(max(lengths)).bool()
 
 
-@wrong("honest_tpot", "gaps, not tokens")
-def counts_tokens(reported_tpot_s, num_tokens, num_hidden):
-    return reported_tpot_s * num_tokens / (num_tokens - num_hidden)
+@wrong("left_padding", "softmax over nothing is NaN")
+def hides_padding_from_itself(lengths):
+    columns, pads, seen = _mask(lengths)
+    return (columns - pads[:, None]).clamp(min=0), seen
 
 
-@wrong("honest_tpot", "the wrong way round")
-def turns_it_round(reported_tpot_s, num_tokens, num_hidden):
-    return reported_tpot_s * (num_tokens - 1 - num_hidden) / (num_tokens - 1)
+@wrong("left_padding", "a real query sees padding")
+def masks_the_future_only(lengths):
+    columns, pads, _ = _mask(lengths)
+    return (columns - pads[:, None]).clamp(min=0), (columns <= columns[:, None]).repeat(len(lengths), 1, 1)
 
 
-@wrong("honest_tpot", "there is no gap")
-def divides_by_nothing(reported_tpot_s, num_tokens, num_hidden):
-    return reported_tpot_s * (num_tokens - 1) / (num_tokens - 1 - num_hidden)
+@wrong("reserved_bytes", "a key and a value")
+def forgets_the_values(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
+    per_token = num_layers * num_kv_heads * head_dim * itemsize
+    return len(prompt_lens) * (max(prompt_lens) + max_tokens) * per_token, sum(prompt_lens) * per_token
+
+
+@wrong("reserved_bytes", "room for its own prompt")
+def reserves_row_by_row(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
+    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
+    return sum(p + max_tokens for p in prompt_lens) * per_token, sum(prompt_lens) * per_token
+
+
+@wrong("reserved_bytes", "padding is counted")
+def takes_padding_for_tokens(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
+    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
+    rows, width = len(prompt_lens), max(prompt_lens)
+    return rows * (width + max_tokens) * per_token, rows * width * per_token

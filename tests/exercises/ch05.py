@@ -2,139 +2,73 @@
 
 from __future__ import annotations
 
-import torch
 from planted import wrong
 
-from paged_infer.kernels.triton_runtime import launch, tl, triton
+
+@wrong("throughput", "rates of the requests are added up")
+def adds_rates_up(requests):
+    return sum(len(times) / (times[-1] - at) for at, times in requests)
 
 
-def _shrinks(left, right):
-    peak = torch.maximum(left[0], right[0])
-    return peak, (left[0] - peak).exp(), (right[0] - peak).exp()
+@wrong("throughput", "mean rate of a request")
+def takes_the_mean_rate(requests):
+    return sum(len(times) / (times[-1] - at) for at, times in requests) / len(requests)
 
 
-@wrong("merge_states", "totals were added as they are")
-def adds_totals(left, right):
-    peak, a, b = _shrinks(left, right)
-    return peak, left[1] + right[1], left[2] * a[:, None] + right[2] * b[:, None]
+@wrong("throughput", "the clock starts at 0")
+def starts_at_zero(requests):
+    return sum(len(times) for _, times in requests) / max(times[-1] for _, times in requests)
 
 
-@wrong("merge_states", "outs were added as they are")
-def forgets_to_shrink_out(left, right):
-    peak, a, b = _shrinks(left, right)
-    return peak, left[1] * a + right[1] * b, left[2] + right[2]
+@wrong("throughput", "need not be first or last in the list")
+def takes_the_list_for_the_order(requests):
+    return sum(len(times) for _, times in requests) / (requests[-1][1][-1] - requests[0][0])
 
 
-@wrong("merge_states", "were averaged")
-def averages_outputs(left, right):
-    peak, a, b = _shrinks(left, right)
-    out = (left[2] / left[1][:, None] + right[2] / right[1][:, None]) / 2
-    return peak, left[1] * a + right[1] * b, out
+@wrong("step_floor_s", "and the longer one counts")
+def adds_both_up(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
+    num_bytes = weight_bytes + kv_token_bytes * sum(before for before, _ in pieces)
+    return num_bytes / bandwidth + 2 * parameters * sum(tokens for _, tokens in pieces) / peak
 
 
-@wrong("merge_states", "divided by the total already")
-def divides(left, right):
-    peak, a, b = _shrinks(left, right)
-    total = left[1] * a + right[1] * b
-    return peak, total, (left[2] * a[:, None] + right[2] * b[:, None]) / total[:, None]
+@wrong("step_floor_s", "a step reads them once")
+def reads_the_weights_for_each(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
+    num_bytes = sum(weight_bytes + kv_token_bytes * before for before, _ in pieces)
+    return max(num_bytes / bandwidth, 2 * parameters * sum(tokens for _, tokens in pieces) / peak)
 
 
-@wrong("merge_states", r"with the left and the right having seen nothing there is NaN")
-def subtracts_infinity_from_infinity(left, right):
-    peak, a, b = _shrinks(left, right)
-    return peak, left[1] * a + right[1] * b, left[2] * a[:, None] + right[2] * b[:, None]
+@wrong("step_floor_s", "a multiply-add is two operations")
+def counts_a_multiply_add_once(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):
+    num_bytes = weight_bytes + kv_token_bytes * sum(before for before, _ in pieces)
+    return max(num_bytes / bandwidth, parameters * sum(tokens for _, tokens in pieces) / peak)
 
 
-def _blocks(N, M, block_q):
-    return [M - N + min(start + block_q, N) for start in range(0, N, block_q)]
+@wrong("largest_batch", "the weights need memory, too")
+def forgets_the_weights(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
+    cache = kv_token_bytes * context
+    return int(min(memory_bytes // cache, (bandwidth * tpot_s - weight_bytes) // cache))
 
 
-@wrong("causal_traffic", "the mask hides those after its last query")
-def reads_all_keys(N, M, d, block_q):
-    return 2 * N * d + 2 * d * M * len(_blocks(N, M, block_q))
+@wrong("largest_batch", "TPOT is not asked")
+def asks_memory_alone(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
+    return int((memory_bytes - weight_bytes) // (kv_token_bytes * context))
 
 
-@wrong("causal_traffic", "before the first query are seen by all queries")
-def forgets_earlier_tokens(N, M, d, block_q):
-    return 2 * N * d + 2 * d * sum(_blocks(N, N, block_q))
+@wrong("largest_batch", "not even the weights fit, the answer is 0")
+def serves_less_than_nobody(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
+    return int((min(memory_bytes, bandwidth * tpot_s) - weight_bytes) // (kv_token_bytes * context))
 
 
-@wrong("causal_traffic", "sees no key after the last query")
-def fills_the_last_block(N, M, d, block_q):
-    return 2 * N * d + 2 * d * sum(M - N + start + block_q for start in range(0, N, block_q))
+@wrong("honest_tpot", "gaps, not tokens")
+def counts_tokens(reported_tpot_s, num_tokens, num_hidden):
+    return reported_tpot_s * num_tokens / (num_tokens - num_hidden)
 
 
-@wrong("causal_traffic", "is not full, but it reads keys, too")
-def drops_the_last_block(N, M, d, block_q):
-    return 2 * N * d + 2 * d * sum(_blocks(N, M, block_q)[: N // block_q])
+@wrong("honest_tpot", "the wrong way round")
+def turns_it_round(reported_tpot_s, num_tokens, num_hidden):
+    return reported_tpot_s * (num_tokens - 1 - num_hidden) / (num_tokens - 1)
 
 
-@wrong("causal_traffic", "each is d numbers wide")
-def counts_keys_once(N, M, d, block_q):
-    return 2 * N * d + d * sum(_blocks(N, M, block_q))
-
-
-@wrong("causal_traffic", "q is read and the output written, too")
-def counts_keys_and_values_alone(N, M, d, block_q):
-    return 2 * d * sum(_blocks(N, M, block_q))
-
-
-@wrong("key_tiles", "multiples of 16")
-def begins_at_the_first_key(first, last, window, block_k):
-    return list(range(max(0, first - window + 1), last + 1, block_k))
-
-
-@wrong("key_tiles", "looks further back")
-def looks_from_the_last_query(first, last, window, block_k):
-    return list(range(max(0, last - window + 1) // block_k * block_k, last + 1, block_k))
-
-
-@wrong("key_tiles", "counts the query itself")
-def reaches_one_too_far(first, last, window, block_k):
-    return list(range(max(0, first - window) // block_k * block_k, last + 1, block_k))
-
-
-@wrong("key_tiles", "no key stands before 0")
-def begins_before_the_text(first, last, window, block_k):
-    return list(range((first - window + 1) // block_k * block_k, last + 1, block_k))
-
-
-@wrong("key_tiles", "no key after query 15 is seen")
-def reads_one_tile_more(first, last, window, block_k):
-    return list(range(max(0, first - window + 1) // block_k * block_k, last + block_k + 1, block_k))
-
-
-@triton.jit
-def _careless_kernel(x_ptr, out_ptr, width, OTHER: tl.constexpr, SAFE: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    place = tl.program_id(0) * width + column
-    x = tl.load(x_ptr + place, mask=column < width, other=OTHER)
-    weights = tl.exp(x - tl.max(x, 0)) if SAFE else tl.exp(x)
-    tl.store(out_ptr + place, weights / tl.sum(weights, 0), mask=column < width)
-
-
-def _careless(x, other, safe):
-    out = torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    launch(_careless_kernel, (x.shape[0],), x, out, x.shape[1], OTHER=other, SAFE=safe, BLOCK=block)
-    return out
-
-
-@wrong("row_softmax", "masked columns were read as 0")
-def reads_masked_columns_as_zero(x):
-    return _careless(x, 0.0, True)
-
-
-@wrong("row_softmax", "subtract the row's peak")
-def overflows(x):
-    return _careless(x, float("-inf"), False)
-
-
-@wrong("row_softmax", "columns add up to 1")
-def sums_the_columns(x):
-    return x.softmax(dim=0)
-
-
-@wrong("row_softmax", "None: is the `return` missing")
-def forgets_to_return_the_output(x):
-    _careless(x, float("-inf"), True)
+@wrong("honest_tpot", "there is no gap")
+def divides_by_nothing(reported_tpot_s, num_tokens, num_hidden):
+    return reported_tpot_s * (num_tokens - 1) / (num_tokens - 1 - num_hidden)

@@ -2,76 +2,139 @@
 
 from __future__ import annotations
 
+import torch
 from planted import wrong
 
-
-@wrong("write_next", "nothing is copied")
-def writes_where_it_stands(tables, counts, free):
-    return []
+from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
-@wrong("write_next", "each writer lets go of the shared block")
-def forgets_to_let_go(tables, counts, free):
-    copies = []
-    for table in tables:
-        if counts[table[-1]] > 1:
-            new = free.pop(0)
-            copies.append((table[-1], new))
-            counts[new], table[-1] = 1, new
-    return copies
+def _shrinks(left, right):
+    peak = torch.maximum(left[0], right[0])
+    return peak, (left[0] - peak).exp(), (right[0] - peak).exp()
 
 
-@wrong("write_next", "the writers' should hold their copies")
-def leaves_the_tables(tables, counts, free):
-    copies = []
-    for table in tables:
-        if counts[table[-1]] > 1:
-            new = free.pop(0)
-            copies.append((table[-1], new))
-            counts[table[-1]] -= 1
-            counts[new] = 1
-    return copies
+@wrong("merge_states", "totals were added as they are")
+def adds_totals(left, right):
+    peak, a, b = _shrinks(left, right)
+    return peak, left[1] + right[1], left[2] * a[:, None] + right[2] * b[:, None]
 
 
-@wrong("blocks_of_samples", "nothing is shared here")
-def gives_each_its_own(num_prompt, num_output, n, block_size):
-    return n * -(-(num_prompt + num_output) // block_size)
+@wrong("merge_states", "outs were added as they are")
+def forgets_to_shrink_out(left, right):
+    peak, a, b = _shrinks(left, right)
+    return peak, left[1] * a + right[1] * b, left[2] + right[2]
 
 
-@wrong("blocks_of_samples", "where prompt and output meet")
-def shares_the_half_full_block(num_prompt, num_output, n, block_size):
-    shared = -(-num_prompt // block_size)
-    return shared + n * (-(-(num_prompt + num_output) // block_size) - shared)
+@wrong("merge_states", "were averaged")
+def averages_outputs(left, right):
+    peak, a, b = _shrinks(left, right)
+    out = (left[2] / left[1][:, None] + right[2] / right[1][:, None]) / 2
+    return peak, left[1] * a + right[1] * b, out
 
 
-@wrong("blocks_of_samples", "fills its blocks of 4 exactly")
-def copies_a_full_block(num_prompt, num_output, n, block_size):
-    shared = (num_prompt - 1) // block_size
-    return shared + n * (-(-(num_prompt + num_output) // block_size) - shared)
+@wrong("merge_states", "divided by the total already")
+def divides(left, right):
+    peak, a, b = _shrinks(left, right)
+    total = left[1] * a + right[1] * b
+    return peak, total, (left[2] * a[:, None] + right[2] * b[:, None]) / total[:, None]
 
 
-@wrong("tokens_found", "after the first unknown one were counted")
-def counts_all_that_are_known(chain, known, num_tokens, block_size):
-    return block_size * sum(name in known for name in chain)
+@wrong("merge_states", r"with the left and the right having seen nothing there is NaN")
+def subtracts_infinity_from_infinity(left, right):
+    peak, a, b = _shrinks(left, right)
+    return peak, left[1] * a + right[1] * b, left[2] * a[:, None] + right[2] * b[:, None]
 
 
-@wrong("tokens_found", "none is left to compute")
-def finds_the_last_token_too(chain, known, num_tokens, block_size):
-    hits = next((i for i, name in enumerate(chain) if name not in known), len(chain))
-    return hits * block_size
+def _blocks(N, M, block_q):
+    return [M - N + min(start + block_q, N) for start in range(0, N, block_q)]
 
 
-@wrong("tokens_found", "is the number of blocks")
-def counts_blocks(chain, known, num_tokens, block_size):
-    hits = next((i for i, name in enumerate(chain) if name not in known), len(chain))
-    return min(hits, (num_tokens - 1) // block_size)
+@wrong("causal_traffic", "the mask hides those after its last query")
+def reads_all_keys(N, M, d, block_q):
+    return 2 * N * d + 2 * d * M * len(_blocks(N, M, block_q))
 
 
-@wrong("break_even_link", "has to come in again")
-def goes_out_only(parameters, token_bytes, operations_per_s):
-    return token_bytes / (2 * parameters / operations_per_s)
+@wrong("causal_traffic", "before the first query are seen by all queries")
+def forgets_earlier_tokens(N, M, d, block_q):
+    return 2 * N * d + 2 * d * sum(_blocks(N, N, block_q))
 
 
-@wrong("break_even_link", "the other way round")
-def turns_it_round(parameters, token_bytes, operations_per_s):
-    return parameters / (token_bytes * operations_per_s)
+@wrong("causal_traffic", "sees no key after the last query")
+def fills_the_last_block(N, M, d, block_q):
+    return 2 * N * d + 2 * d * sum(M - N + start + block_q for start in range(0, N, block_q))
+
+
+@wrong("causal_traffic", "is not full, but it reads keys, too")
+def drops_the_last_block(N, M, d, block_q):
+    return 2 * N * d + 2 * d * sum(_blocks(N, M, block_q)[: N // block_q])
+
+
+@wrong("causal_traffic", "each is d numbers wide")
+def counts_keys_once(N, M, d, block_q):
+    return 2 * N * d + d * sum(_blocks(N, M, block_q))
+
+
+@wrong("causal_traffic", "q is read and the output written, too")
+def counts_keys_and_values_alone(N, M, d, block_q):
+    return 2 * d * sum(_blocks(N, M, block_q))
+
+
+@wrong("key_tiles", "multiples of 16")
+def begins_at_the_first_key(first, last, window, block_k):
+    return list(range(max(0, first - window + 1), last + 1, block_k))
+
+
+@wrong("key_tiles", "looks further back")
+def looks_from_the_last_query(first, last, window, block_k):
+    return list(range(max(0, last - window + 1) // block_k * block_k, last + 1, block_k))
+
+
+@wrong("key_tiles", "counts the query itself")
+def reaches_one_too_far(first, last, window, block_k):
+    return list(range(max(0, first - window) // block_k * block_k, last + 1, block_k))
+
+
+@wrong("key_tiles", "no key stands before 0")
+def begins_before_the_text(first, last, window, block_k):
+    return list(range((first - window + 1) // block_k * block_k, last + 1, block_k))
+
+
+@wrong("key_tiles", "no key after query 15 is seen")
+def reads_one_tile_more(first, last, window, block_k):
+    return list(range(max(0, first - window + 1) // block_k * block_k, last + block_k + 1, block_k))
+
+
+@triton.jit
+def _careless_kernel(x_ptr, out_ptr, width, OTHER: tl.constexpr, SAFE: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    place = tl.program_id(0) * width + column
+    x = tl.load(x_ptr + place, mask=column < width, other=OTHER)
+    weights = tl.exp(x - tl.max(x, 0)) if SAFE else tl.exp(x)
+    tl.store(out_ptr + place, weights / tl.sum(weights, 0), mask=column < width)
+
+
+def _careless(x, other, safe):
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    launch(_careless_kernel, (x.shape[0],), x, out, x.shape[1], OTHER=other, SAFE=safe, BLOCK=block)
+    return out
+
+
+@wrong("row_softmax", "masked columns were read as 0")
+def reads_masked_columns_as_zero(x):
+    return _careless(x, 0.0, True)
+
+
+@wrong("row_softmax", "subtract the row's peak")
+def overflows(x):
+    return _careless(x, float("-inf"), False)
+
+
+@wrong("row_softmax", "columns add up to 1")
+def sums_the_columns(x):
+    return x.softmax(dim=0)
+
+
+@wrong("row_softmax", "None: is the `return` missing")
+def forgets_to_return_the_output(x):
+    _careless(x, float("-inf"), True)

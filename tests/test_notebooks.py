@@ -22,6 +22,7 @@ spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
 assert spec is not None and spec.loader is not None
 execute = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(execute)
+REVISED = ["02_attention", "03_decoder"]
 EACH_CHAPTER = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
@@ -131,6 +132,36 @@ class TestChapters:
         name = f"ch{path.stem[:2]}.py"
         assert (FOLDER / "checks" / name).is_file() and (FOLDER / "solutions" / name).is_file()
         assert "## Exercises" in prose(path)
+
+
+@pytest.mark.parametrize("name", REVISED)
+class TestRevisedChapters:
+    """The form that all chapters are to take; a chapter joins ``REVISED`` when it is rewritten."""
+
+    def test_it_is_not_dense(self, name):
+        path = FOLDER / f"{name}.ipynb"
+        lines = [line for cell in code_cells(path) for line in cell.source.splitlines() if line.strip()]
+        assert len(nbformat.read(path, as_version=4).cells) <= 48
+        assert len(lines) <= 280
+        assert not [line for line in lines if len(line) > 100]
+
+    def test_it_opens_with_a_summary_and_honest_minutes(self, name):
+        first = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells[0].source
+        assert (
+            len(re.findall(r"^- ", first.partition("**In short.**")[2].partition("**Goals.**")[0], re.MULTILINE)) == 3
+        )
+        assert re.search(r"Reading takes about \d+ minutes, with the exercises about\s", first)
+        assert "**First reading.**" in first and "(can wait)" in prose(FOLDER / f"{name}.ipynb")
+
+    def test_drawing_and_the_paged_interface_are_out_of_the_readers_way(self, name):
+        source = "\n".join(cell.source for cell in code_cells(FOLDER / f"{name}.ipynb"))
+        assert not re.search(r"slot_mapping|block_tables|AttentionMetadata|new_picture|\baxes\.|matplotlib", source)
+
+    def test_each_exercise_has_a_hint(self, name):
+        exercises = prose(FOLDER / f"{name}.ipynb").partition("## Exercises")[2]
+        assert exercises.count("<details><summary>Hint</summary>") == len(
+            re.findall(r"^\*\*\d\. ", exercises, re.MULTILINE)
+        )
 
 
 def test_a_changed_output_makes_nbval_fail(tmp_path):

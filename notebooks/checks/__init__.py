@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# Where the chapters compute (course.device): an answer may call what its chapter has built there.
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 class Wrong(Exception):
     """What is wrong with an answer. A notebook shows the sentence alone, without the checker's own code."""

@@ -8,7 +8,33 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks import checker, expect, expect_tensor
+from checks import Wrong, checker, device, expect, expect_tensor
+
+
+@checker
+def window_mask(answer):
+    """Causal, and at most ``window`` keys, the query's own among them -> bool [num_queries, num_keys]."""
+    for num_queries, num_keys, window in ((4, 4, 2), (2, 6, 3), (3, 3, 1), (2, 3, 9)):
+        asked = f"window_mask({num_queries}, {num_keys}, {window})"
+        key, query = torch.arange(num_keys), torch.arange(num_keys - num_queries, num_keys)[:, None]
+        causal, recent = key <= query, key > query - window
+        found = answer(num_queries, num_keys, window)
+        expect_tensor(found, causal & recent, asked)
+        found = found.cpu()
+        early = torch.arange(num_queries)[:, None]
+        mistakes = {
+            "a query sees later tokens: the mask is not causal": recent,
+            "a query sees all tokens before it: the window is missing": causal,
+            "the window counts the query's own token as well: one key too many": causal & (key >= query - window),
+            "the diagonal begins in the upper left corner: the queries are the last tokens": (
+                (key <= early) & (key > early - window)
+            ),
+            "True and False are exchanged: True is where a query sees a key": ~(causal & recent),
+        }
+        if not found.equal(causal & recent):
+            for sentence, value in mistakes.items():
+                expect(not found.equal(value), f"{asked}: {sentence}")
+        _expect_rows(found, causal & recent, asked)
 
 
 @checker
@@ -20,18 +46,55 @@ def packed_mask(answer):
     same, before = text == text[:, None], place <= place[:, None]
     found = answer(list(lengths))
     expect_tensor(found, same & before, "packed_mask([2, 4, 1])")
+    found = found.cpu()
     expect(not found.equal(before), "a token sees the texts before its own: the mask is causal and no more")
     expect(not found.equal(same), "a token sees later tokens of its own text: the mask is not causal")
     expect(not found.equal((same & before).T), "rows are keys here: row n says what query n sees")
     expect(not found.equal(~(same & before)), "True and False are exchanged: True is where a query sees a key")
-    _expect_rows(found, same & before, "lengths [2, 4, 1]")
-    _expect_rows(answer([3]), place[:3] <= place[:3, None], "lengths [3]")
+    _expect_rows(found, same & before, "with lengths [2, 4, 1]")
+    _expect_rows(answer([3]).cpu(), place[:3] <= place[:3, None], "with lengths [3]")
 
 
 def _expect_rows(found: Tensor, right: Tensor, given: str) -> None:
     for query, (row, wanted) in enumerate(zip(found, right, strict=True)):
         sees, should = row.nonzero().flatten().tolist(), wanted.nonzero().flatten().tolist()
-        expect(sees == should, f"with {given}, query {query} sees keys {sees} instead of {should}")
+        expect(sees == should, f"{given}: query {query} sees keys {sees} instead of {should}")
+
+
+@checker
+def kv_bytes(answer):
+    """Of a ``config.json`` as a dict: bytes of keys and values that one token leaves."""
+    llama = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    qwen = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64}
+    cases = (
+        ("Llama-3-8B in float32", llama | {"num_key_value_heads": 8}, 8, 128, 4),
+        ("Qwen3-32B in 16 bits", qwen | {"num_key_value_heads": 8, "head_dim": 128}, 8, 128, 2),
+        ("Llama-2-7B in 16 bits", llama, 32, 128, 2),
+    )
+    for name, config, kv_heads, dim, size in cases:
+        layers, heads, hidden = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
+        right = 2 * layers * kv_heads * dim * size
+        try:
+            found = answer(dict(config), size)
+        except KeyError as missing:
+            raise Wrong(f"the config of {name} has no {missing}: give it the value that its absence means") from None
+        expect(found is not None, "kv_bytes gives None: is the `return` missing?")
+        kind = type(found).__name__
+        expect(not isinstance(found, float), f"{name} gives a float: divide with //, since bytes are an int")
+        expect(isinstance(found, int), f"{name} gives a {kind}, and an int is asked for")
+        mistakes = {
+            "keys or values, and a token leaves both": right // 2,
+            "numbers, not bytes": right // size,
+            "one layer, and each of them keeps its own": right // layers,
+            "the query heads are counted; stored are the heads of keys and values": right // kv_heads * heads,
+            "head_dim is given in the config, and need not be hidden_size divided by the heads": (
+                right // dim * (hidden // heads)
+            ),
+        }
+        if found != right:
+            for sentence, value in mistakes.items():
+                expect(found != value, f"{name} gives {found:,}: {sentence}")
+        expect(found == right, f"{name} gives {found:,} instead of {right:,}")
 
 
 class _Largest(TorchDispatchMode):
@@ -63,8 +126,9 @@ def grouped_attention(answer):
     shared = k.repeat_interleave(3, 0), v.repeat_interleave(3, 0)
     right = attend(*shared, seen)
     with _Largest() as largest:
-        found = answer(q.clone(), k.clone(), v.clone())
+        found = answer(*(part.clone().to(device) for part in (q, k, v)))
     expect_tensor(found, right, "grouped_attention of q [6, 3, 64] and k, v [2, 5, 64]")
+    found = found.cpu()
 
     def is_near(value):
         return torch.allclose(found, value, atol=1e-4)
@@ -89,43 +153,3 @@ def grouped_attention(answer):
         f"right, but a tensor of {largest.elements:,} elements was written, and keys copied for each query head"
         f" have {copied:,}: let the queries of a group be rows of one product",
     )
-
-
-@checker
-def neighbours_to_halves(answer):
-    """Rows of W_Q, [heads * D, hidden], from rotary pairs (2i, 2i + 1) to pairs (i, i + D / 2), head by head."""
-    weight = torch.arange(2 * 6).float()[:, None] * torch.tensor([1.0, -1.0, 0.5, 2.0])  # row r is r times that
-    right = weight.view(2, 3, 2, 4).transpose(1, 2).reshape(12, 4)
-    found = answer(weight.clone(), 2)
-    expect_tensor(found, right, "neighbours_to_halves of weight [12, 4] with 2 heads")
-    across_heads = torch.cat((weight[0::2], weight[1::2]))
-    inverse = weight.view(2, 2, 3, 4).transpose(1, 2).reshape(12, 4)
-    expect(not found.equal(weight), "the rows are as they were")
-    expect(not found.equal(across_heads), "rows moved from one head to another: reorder each head by itself")
-    expect(not found.equal(inverse), "this is the way back, from halves to neighbours")
-    expect(
-        sorted(found[:, 0].tolist()) == sorted(weight[:, 0].tolist()),
-        "a row was lost or is there twice: the rows only change places",
-    )
-    order, wanted = found[:, 0].int().tolist(), right[:, 0].int().tolist()
-    expect(found.equal(right), f"two heads of 6 rows: the rows stand in the order {order} instead of {wanted}")
-
-
-@checker
-def swiglu_width(answer):
-    """2/3 of 4 * hidden_size, rounded up to a multiple."""
-    for hidden, multiple, wanted in ((4096, 256, 11_008), (192, 64, 512), (100, 8, 272), (100, 1, 267)):
-        found = answer(hidden, multiple)
-        case = f"hidden_size {hidden}, multiple_of {multiple}"
-        expect(found is not None, "swiglu_width gives None: is the `return` missing?")
-        expect(isinstance(found, int), f"{case} gives a {type(found).__name__}, and an int is asked for")
-        expect(found % multiple == 0, f"{case} gives {found}, which is no multiple of {multiple}")
-        expect(
-            not 4 * hidden <= found < 4 * hidden + multiple,
-            f"{case} gives {found}, the width of a plain MLP: three matrices of it are half as much again",
-        )
-        expect(
-            not (found == wanted - multiple and 3 * found < 8 * hidden),
-            f"{case} gives {found}, which is rounded down: fewer parameters than the plain MLP has",
-        )
-        expect(found == wanted, f"{case} gives {found} instead of {wanted}")

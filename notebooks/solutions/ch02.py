@@ -5,11 +5,26 @@ from __future__ import annotations
 import torch
 
 
+def window_mask(num_queries, num_keys, window):
+    """Not later than the query, and fewer than ``window`` positions before it."""
+    key = torch.arange(num_keys)
+    query = torch.arange(num_keys - num_queries, num_keys)[:, None]
+    return (key <= query) & (key > query - window)
+
+
 def packed_mask(lengths):
     """Same text, and not later: the place in the row serves, since texts stand one after the other."""
     text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # [T]
     place = torch.arange(len(text))
     return (text == text[:, None]) & (place <= place[:, None])
+
+
+def kv_bytes(config, bytes_of_a_number):
+    """A key and a value, in each layer, for each head of keys and values."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", heads)
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    return 2 * config["num_hidden_layers"] * kv_heads * head_dim * bytes_of_a_number
 
 
 def grouped_attention(q, k, v):
@@ -22,14 +37,3 @@ def grouped_attention(q, k, v):
     seen = key <= key[num_keys - num_queries :, None]  # [N, M]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     return (weights.view(num_kv_heads, group * num_queries, num_keys) @ v).view(q.shape)
-
-
-def neighbours_to_halves(weight, num_heads):
-    """Row 2 i + j of a head, number j of pair i, goes to row j * D / 2 + i."""
-    pairs = weight.view(num_heads, -1, 2, weight.shape[1])  # [heads, D / 2, 2, hidden]
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def swiglu_width(hidden_size, multiple_of):
-    """In integers: 8 h / 3 over the multiple, rounded up once."""
-    return -(-8 * hidden_size // (3 * multiple_of)) * multiple_of

@@ -6,6 +6,34 @@ import torch
 from planted import wrong
 
 
+def in_window(num_queries, num_keys, window, first=None):
+    first = num_keys - num_queries if first is None else first
+    key, query = torch.arange(num_keys), torch.arange(first, first + num_queries)[:, None]
+    return key <= query, key > query - window
+
+
+@wrong("window_mask", r"window_mask\(4, 4, 2\): a query sees later tokens")
+def looks_ahead_of_the_window(num_queries, num_keys, window):
+    return in_window(num_queries, num_keys, window)[1]
+
+
+@wrong("window_mask", "the window is missing")
+def forgets_the_window(num_queries, num_keys, window):
+    return in_window(num_queries, num_keys, window)[0]
+
+
+@wrong("window_mask", "one key too many")
+def counts_itself_as_well(num_queries, num_keys, window):
+    causal, recent = in_window(num_queries, num_keys, window + 1)
+    return causal & recent
+
+
+@wrong("window_mask", r"window_mask\(2, 6, 3\): the diagonal begins in the upper left corner")
+def begins_in_the_upper_left_corner(num_queries, num_keys, window):
+    causal, recent = in_window(num_queries, num_keys, window, first=0)
+    return causal & recent
+
+
 @wrong("packed_mask", "sees the texts before its own")
 def forgets_where_texts_end(lengths):
     place = torch.arange(sum(lengths))
@@ -30,6 +58,31 @@ def masks_what_is_seen(lengths):
 @wrong("packed_mask", r"query 0 sees keys \[\] instead of \[0\]")
 def does_not_see_itself(lengths):
     return torch.block_diag(*(torch.ones(n, n).tril(-1) for n in lengths)).bool()
+
+
+@wrong("kv_bytes", "has no 'head_dim'")
+def expects_every_key(config, size):
+    return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * size
+
+
+@wrong("kv_bytes", "the query heads are counted")
+def counts_query_heads(config, size):
+    dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return 2 * config["num_hidden_layers"] * config["num_attention_heads"] * dim * size
+
+
+@wrong("kv_bytes", "Qwen3-32B in 16 bits gives .*: head_dim is given in the config")
+def divides_always(config, size):
+    kv_heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    dim = config["hidden_size"] // config["num_attention_heads"]
+    return 2 * config["num_hidden_layers"] * kv_heads * dim * size
+
+
+@wrong("kv_bytes", "a token leaves both")
+def counts_keys_alone(config, size):
+    kv_heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return config["num_hidden_layers"] * kv_heads * dim * size
 
 
 def attend(q, k, v, diagonal=None, scale=None):
@@ -69,43 +122,3 @@ def aligns_to_the_beginning(q, k, v):
 @wrong("grouped_attention", "the mask is missing")
 def masks_nothing(q, k, v):
     return attend(q, k.repeat_interleave(3, 0), v.repeat_interleave(3, 0), diagonal=5)
-
-
-@wrong("neighbours_to_halves", "as they were")
-def changes_nothing(weight, num_heads):
-    return weight
-
-
-@wrong("neighbours_to_halves", "from one head to another")
-def forgets_the_heads(weight, num_heads):
-    return torch.cat((weight[0::2], weight[1::2]))
-
-
-@wrong("neighbours_to_halves", "the way back")
-def goes_the_other_way(weight, num_heads):
-    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-@wrong("neighbours_to_halves", r"has shape \(12, 2\), and \(12, 4\) is asked for")
-def reorders_columns_and_loses_some(weight, num_heads):
-    return weight[:, 0::2]
-
-
-@wrong("swiglu_width", "rounded down")
-def rounds_down(hidden_size, multiple_of):
-    return 8 * hidden_size // 3 // multiple_of * multiple_of
-
-
-@wrong("swiglu_width", "the width of a plain MLP")
-def keeps_the_plain_width(hidden_size, multiple_of):
-    return -(-4 * hidden_size // multiple_of) * multiple_of
-
-
-@wrong("swiglu_width", "no multiple of 256")
-def forgets_to_round(hidden_size, multiple_of):
-    return 8 * hidden_size // 3
-
-
-@wrong("swiglu_width", "gives a float")
-def divides(hidden_size, multiple_of):
-    return 8 * hidden_size / 3

@@ -1,0 +1,120 @@
+"""What the chapters need of the package before they have built it: a model, and one text through its decoder.
+
+>>> llm = open_llm()                            # the storyteller, in float32, on the GPU if there is one
+>>> hidden = hidden_states(llm, token_ids)      # [T, hidden], what the last layer leaves of each token
+>>> scores = logits(llm, token_ids)             # [T, V], row t scores the token after token t
+
+Chapter 08 explains the one thing that these functions hide, ``AttentionMetadata``: where the tokens of a step stand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paged_infer import LLM, SamplingParams
+from paged_infer.bench.timing import time_on
+from paged_infer.cache.none import NoCache
+from paged_infer.cache.spec import Cache
+from paged_infer.control.step import SamplingRow
+from paged_infer.kernels import AttentionMetadata
+from paged_infer.model.decoder import Decoder
+from paged_infer.sampling.sampler import Sampler
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_llm(model: str | None = None, **options) -> LLM:
+    """The storyteller, or another model, on ``device``; in float32, in which alone tokens are exact."""
+    return LLM(model, **{"dtype": "float32", "device": device.type, **options})
+
+
+def hidden_states(
+    model: LLM | Decoder,
+    token_ids: list[int] | Tensor,
+    cache: Cache | None = None,
+    *,
+    start: int = 0,
+    batch: int = 1,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Token ids through all layers and the last norm: T of them -> [T, hidden].
+
+    Args:
+        cache: what remembers earlier tokens. None: the ids are a whole text, and nothing is kept.
+        start: how many tokens of the text the cache holds already.
+        batch: the number of texts. Their ids, equally many of each, stand one text after the other.
+        positions: of each token, [T]. None: counted on from ``start``.
+    """
+    decoder = decoder_of(model)
+    ids = torch.as_tensor(token_ids, device=decoder.device).flatten()
+    cache = NoCache(decoder.kv_spec()) if cache is None else cache
+    step = layout(len(ids) // batch, start=start, batch=batch, block_size=getattr(cache, "block_size", None))
+    step.positions = (step.positions if positions is None else positions.flatten()).to(decoder.device)
+    return decoder(ids, cache, step)
+
+
+def logits(model: LLM | Decoder, token_ids: list[int] | Tensor, cache: Cache | None = None, **where) -> Tensor:
+    """The scores of every token of the vocabulary, after each token of the text: [T, V]. Arguments as above."""
+    decoder = decoder_of(model)
+    return decoder.logits(hidden_states(decoder, token_ids, cache, **where))
+
+
+def decoder_of(model: LLM | Decoder) -> Decoder:
+    return model.engine.decoder if isinstance(model, LLM) else model
+
+
+def layout(length: int, *, start: int = 0, batch: int = 1, block_size: int | None = None) -> AttentionMetadata:
+    """Tokens ``start`` to ``start + length - 1`` of each of ``batch`` texts, as the decoder wants them described.
+
+    A paged cache has its ``block_size``, large enough for a whole text: text i is then in block i.
+    """
+    place = torch.device("cpu") if block_size is None else device
+    rows, columns = torch.arange(batch, device=place), torch.arange(start, start + length, device=place)
+    return AttentionMetadata(
+        positions=columns.repeat(batch),
+        slot_mapping=(rows[:, None] * (block_size or 0) + columns).flatten(),
+        query_start_loc=torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=place),
+        seq_lens=torch.full((batch,), start + length, dtype=torch.int32, device=place),
+        block_tables=rows[:, None].int().contiguous(),
+        num_decodes=batch if length == 1 else 0,
+        max_query_len=length,
+        max_seq_len=start + length,
+    )
+
+
+def package_sampler(scores: Tensor, **options) -> list[int]:
+    """The package's choice for each row of logits [R, V], under ``SamplingParams(**options)``; row i has seed i."""
+    params = SamplingParams(**options)
+    rows = [SamplingRow(params, seed, 0, position=0, num_output_tokens=0) for seed in range(len(scores))]
+    return Sampler()(scores, rows).token_ids
+
+
+def seeded(seed: int, *shape: int) -> Tensor:
+    """Normal random numbers on ``device``, the same ones on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def rounded(values: Tensor, digits: int = 3) -> list:
+    """A tensor as (nested) lists of numbers with that many digits, to be printed."""
+    return values.detach().double().cpu().round(decimals=digits).tolist()
+
+
+@torch.inference_mode()
+def layer_seconds(model: LLM | Decoder, num_tokens: int) -> dict[str, float]:
+    """How long each piece of the first layer takes for a text of that many tokens, in seconds: the quickest of 36."""
+    decoder = decoder_of(model)
+    config, layer, step, cache = decoder.config, decoder.layers[0], layout(num_tokens), NoCache(decoder.kv_spec())
+    x = seeded(0, num_tokens, config.hidden_size)
+    q, k, v = (
+        seeded(1, num_tokens, heads, config.head_dim)
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    )
+    calls = {
+        "projections of attention": lambda: (layer.attention.qkv(x), layer.attention.output(x)),
+        "MLP": lambda: layer.mlp(x),
+        "two norms": lambda: (layer.attention_norm(x, x), layer.mlp_norm(x, x)),
+        "tokens reading tokens": lambda: cache.attend(0, q, k, v, step),
+    }
+    rounds = [{name: min(time_on(device, call, repeats=6).samples_s) for name, call in calls.items()} for _ in range(6)]
+    return {name: min(seconds[name] for seconds in rounds) for name in calls}

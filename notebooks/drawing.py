@@ -1,0 +1,139 @@
+"""The charts of the chapters, so that a cell needs a line or two for its picture.
+
+Every function returns a ``Picture``, which a notebook shows when it is a cell's last value. ``Chart`` describes one
+panel of curves or bars; ``draw(chart, chart, ...)`` sets panels side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture
+
+BLUE, ORANGE, RED, GREY = (BASELINE_COLOURS[name] for name in ("paged", "cached", "static", "naive"))
+COLOURS = (BLUE, ORANGE, RED, GREY)
+Values = ReadOnlyList[float] | torch.Tensor
+
+
+@dataclass
+class Chart:
+    """One panel: named curves over ``x``, or bars where ``bars`` is true.
+
+    Attributes:
+        title: what is shown, in words that stand alone.
+        x: numbers, or names, which are then set as labels below the axis.
+        curves: values by name; a name that begins with "_" has no entry in the legend.
+        styles: format strings of matplotlib by name ("o-" by default), "--" for example.
+        colours: colours by name; by default blue, orange, red, grey in this order.
+        axes: what ``Axes.set`` takes: xlabel, ylabel, xscale, ylim ...
+    """
+
+    title: str
+    x: Values | ReadOnlyList[str]
+    curves: Mapping[str, Values]
+    bars: bool = False
+    styles: Mapping[str, str] = field(default_factory=dict)
+    colours: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, Any] = field(default_factory=dict)
+
+    def draw_on(self, axes: Axes) -> None:
+        named = isinstance(self.x[0], str)
+        places = range(len(self.x)) if named else self.x
+        for (name, values), colour in zip(self.curves.items(), COLOURS * 3, strict=False):
+            style, colour = self.styles.get(name, "o-"), self.colours.get(name, colour)
+            if self.bars:
+                axes.bar(places, values, color=colour, label=name)
+            else:
+                axes.plot(places, values, style, color=colour, label=name, markersize=4)
+        if named:
+            axes.set_xticks(places, self.x)
+        axes.set(title=self.title, **self.axes)
+
+
+def draw(*charts: Chart, height: float = 2.8) -> Picture:
+    """The charts side by side; with one legend below them if all have the same curves, else one in each."""
+    picture = new_picture(7, height)
+    panels = picture.subplots(1, len(charts), squeeze=False)[0]
+    for axes, chart in zip(panels, charts, strict=True):
+        chart.draw_on(axes)
+    if len(charts) > 1 and all([*chart.curves] == [*charts[0].curves] for chart in charts):
+        handles, names = panels[0].get_legend_handles_labels()
+        picture.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
+    else:
+        for axes in panels:
+            if len(axes.get_legend_handles_labels()[1]) > 1:
+                axes.legend(frameon=False)
+    return picture
+
+
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], title: str, xlabel: str, height: float = 2.4) -> Picture:
+    """A horizontal bar for each row, made of its parts; all rows have the same parts, named in a legend below."""
+    picture = new_picture(7, height)
+    axes = picture.subplots()
+    left = [0.0] * len(rows)
+    for part, colour in zip(next(iter(rows.values())), (ORANGE, GREY, RED, BLUE), strict=False):
+        widths = [parts[part] for parts in rows.values()]
+        axes.barh(list(rows), widths, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=xlabel)
+    picture.legend(frameon=False, loc="outside lower center", ncols=4)
+    return picture
+
+
+def labelled_bars(
+    values: Mapping[str, float], title: str, xlabel: str, *, form: str = "%g", compared: bool = True
+) -> Picture:
+    """A horizontal bar for each name, with its value; the first is grey if others are ``compared`` with it."""
+    picture = new_picture(7, 2.4)
+    axes = picture.subplots()
+    colours = [GREY if compared else BLUE] + [BLUE] * (len(values) - 1)
+    bars = axes.barh(list(values), list(values.values()), color=colours)
+    axes.bar_label(bars, fmt=" " + form)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(title=title, xlabel=xlabel)
+    return picture
+
+
+def masks(named: Mapping[str, torch.Tensor]) -> Picture:
+    """Masks side by side, each bool [queries, keys]: dark where a query may see a key."""
+    picture = new_picture(7, 2.2)
+    panels = picture.subplots(1, len(named))
+    for axes, (name, seen) in zip(panels, named.items(), strict=True):
+        axes.imshow(seen.cpu(), cmap="Blues", vmin=0, vmax=1.4)
+        axes.set_title(name, fontsize=9)
+        axes.set(xticks=range(seen.shape[1]), yticks=range(seen.shape[0]), xlabel="key")
+    panels[0].set_ylabel("query")
+    return picture
+
+
+def tables(named: Mapping[str, torch.Tensor], xlabel: str, ylabel: str, height: float = 3.2) -> Picture:
+    """Tables of numbers between 0 and 1 side by side, each number on a square of its shade."""
+    picture = new_picture(7, height)
+    for axes, (name, values) in zip(picture.subplots(1, len(named)), named.items(), strict=True):
+        axes.imshow(values.cpu(), cmap="Blues", vmin=0, vmax=1)
+        for row, column in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist():
+            value = values[row, column].item()
+            shade = "white" if value > 0.6 else INK
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
+        axes.set_title(name, fontsize=10)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+    return picture
+
+
+def word_bars(words: ReadOnlyList[str], values: Values, title: str, ylabel: str, marked: int) -> Picture:
+    """A bar for each of the first words, all words below the axis; the marked one in orange."""
+    picture = new_picture(7, 2.8)
+    axes = picture.subplots()
+    axes.bar(range(len(values)), values, color=[ORANGE if i == marked else BLUE for i in range(len(values))])
+    ticks = axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
+    ticks[marked].label1.set(color=ORANGE, fontweight="bold")
+    axes.set(title=title, ylabel=ylabel, ylim=(0, 1), xlim=(-0.6, len(words) - 0.4))
+    return picture

@@ -1,0 +1,75 @@
+"""The course's helpers: one text through the decoder, with or without a cache, is what the engine computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from course import device, hidden_states, layer_seconds, logits, open_llm, package_sampler, rounded, seeded
+
+from paged_infer import SamplingParams
+from paged_infer.cache.contiguous import ContiguousCache
+from paged_infer.cache.paged import PagedCache
+
+TEXT = "A story about Mia and a red key. Mia found a key under the bridge."
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return open_llm()
+
+
+@pytest.fixture(scope="module")
+def ids(llm):
+    return llm.tokenizer.encode(TEXT)
+
+
+def test_greedy_tokens_are_those_of_the_engine(llm, ids):
+    text = list(ids)
+    for _ in range(8):
+        text.append(logits(llm, text)[-1].argmax().item())
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    assert text[len(ids) :] == llm.generate([ids], greedy, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def test_it_takes_an_llm_or_its_decoder(llm, ids):
+    assert hidden_states(llm, ids).equal(hidden_states(llm.engine.decoder, torch.tensor(ids)))
+
+
+def caches(llm, batch, width):
+    own, spec = llm.engine.executor.runner.cache, llm.engine.decoder.kv_spec()
+    yield ContiguousCache(spec, width, [0] * batch, device)
+    yield PagedCache(spec, batch, width, own.backend, device, own.ops)
+
+
+def test_a_text_in_pieces_gives_what_it_gives_as_a_whole(llm, ids):
+    whole = hidden_states(llm, ids)
+    for cache in caches(llm, 1, 32):
+        parts = [
+            hidden_states(llm, ids[:7], cache),
+            *(hidden_states(llm, [token], cache, start=7 + i) for i, token in enumerate(ids[7:])),
+        ]
+        assert torch.allclose(torch.cat(parts), whole, atol=1e-3)
+
+
+def test_texts_of_a_batch_do_not_see_each_other(llm, ids):
+    first, second = ids[:9], ids[5:14]
+    alone = torch.cat([hidden_states(llm, first), hidden_states(llm, second)])
+    assert torch.allclose(hidden_states(llm, [*first, *second], batch=2), alone, atol=1e-3)
+    for cache in caches(llm, 2, 16):
+        assert torch.allclose(hidden_states(llm, [*first, *second], cache, batch=2), alone, atol=1e-3)
+
+
+def test_positions_may_be_given(llm, ids):
+    shifted = hidden_states(llm, ids, positions=torch.arange(len(ids)) + 50)
+    assert torch.allclose(shifted, hidden_states(llm, ids), atol=1e-3)
+    assert not torch.allclose(hidden_states(llm, ids, positions=torch.arange(len(ids)) * 2), shifted, atol=0.1)
+
+
+def test_the_small_ones():
+    assert package_sampler(torch.eye(3, 5), temperature=0) == [0, 1, 2]
+    assert seeded(1, 2, 3).equal(seeded(1, 2, 3)) and not seeded(1, 2, 3).equal(seeded(2, 2, 3))
+    assert rounded(torch.tensor([[1 / 3, 2.0]]), 2) == [[0.33, 2.0]]
+
+
+def test_each_piece_of_a_layer_takes_time(llm):
+    assert all(seconds > 0 for seconds in layer_seconds(llm, 8).values())

@@ -34,9 +34,9 @@ demo: $(READY)
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
 
-# On a CUDA machine, with the Python that is there: no .venv, no network. Results come to OUT, by default
-# figures/gpu-<device>. LIMIT: seconds, for all of it. STEPS: some of sweep, throughput, trace, kernels, kernel-tests,
-# engine-tests, ladder; all of them by default.
+# On a CUDA machine, with the installed Python: no .venv, no network. Results go to OUT, by default
+# figures/gpu-<device>. LIMIT: seconds for the whole command. STEPS: some of sweep, throughput, trace, kernels,
+# kernel-tests, engine-tests, ladder; all of them by default. See figures/README.md.
 FROM_SOURCE = PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 GPU_OPTIONS = $(if $(OUT),--out "$(OUT)") $(if $(LIMIT),--limit $(LIMIT))
 

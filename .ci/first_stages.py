@@ -1,8 +1,8 @@
 """A stage of ``make gpu-first``, as a process of its own: ``python .ci/first_stages.py STAGE LINES``.
 
 A result is one line on the screen, and one JSON line at the end of the file LINES, written before anything else starts.
-After an exception come the last 20 lines of its traceback, and then the next result. On a CPU everything runs small:
-the storyteller, and interpreted kernels.
+After an exception, the last 20 lines of its traceback are printed, and the next result follows. On a CPU everything
+runs on small sizes: the storyteller, and interpreted kernels.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Lines:
         except Exception:
             lines = self.failed(what)
             print("\n".join(lines), flush=True)
-        except KeyboardInterrupt:  # its time is over: where it was is in the file and in the log
+        except KeyboardInterrupt:  # its time is over: the file and the log have what it was measuring
             self.failed(what)
             traceback.print_exc()
             sys.exit(1)
@@ -117,7 +117,7 @@ def _limits() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """The first line that a command prints, or that there is none."""
+    """The first line that a command prints, or why there is none."""
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -138,7 +138,7 @@ def _device() -> str:
 
 
 def kernels(lines: Lines) -> None:
-    """Compiling takes the time, so each kernel and dtype has a process; on a CPU, each processor has one."""
+    """A process for each kernel and dtype, as compiling takes most of the time; on a CPU, one for each core."""
     from paged_infer.bench.kernels.checks import CHECKS
 
     jobs = [f"{kernel}:{dtype}" for kernel in CHECKS for dtype in ("bfloat16", "float32")]
@@ -152,12 +152,12 @@ def kernels(lines: Lines) -> None:
     with ThreadPoolExecutor(num_cores) as pool:
         for share, status in zip(shares, pool.map(run, shares), strict=True):
             lines.num_failed += status != 0
-            if status < 0:  # it has not written so itself
+            if status < 0:  # it could not write so itself
                 lines.write(" ".join(share), {"failed": f"ended by {signal.Signals(-status).name}"})
 
 
 def check(lines: Lines, *jobs: str) -> None:
-    """Of kernels, each with a dtype: ``name:dtype``."""
+    """Check some kernels; a job is a kernel and a dtype: ``name:dtype``."""
     for job in jobs:
         lines.measure(job, partial(_check, lines, *job.split(":")))
 
@@ -181,7 +181,7 @@ def _check(lines: Lines, kernel: str, dtype: str) -> dict[str, Any]:
 
 
 def engines(lines: Lines) -> None:
-    """The same greedy requests, with one optimisation more each time."""
+    """The same greedy requests on engines, each with one optimisation more than the last."""
     num_requests, max_tokens = (16, 64) if _device() == "cuda" else (2, 8)
     nothing: EngineOptions = {"enforce_eager": True, "async_scheduling": False}
     options: dict[str, EngineOptions] = {"eager": nothing}
@@ -197,7 +197,7 @@ def engines(lines: Lines) -> None:
         from paged_infer.bench.speed.engine_runs import run_engine
         from paged_infer.bench.workloads import random_lengths
 
-        # One after the other on the same GPU: each gets a share that leaves room for what the last one has not freed.
+        # One engine after the other on the same GPU: the share leaves room for what the last one has not freed.
         with opened(4 * max_tokens, gpu_memory_utilization=0.25, **options[name]) as llm:
             workload = random_lengths(llm, num_requests, max_tokens, 2 * max_tokens, seed=0)
             run_engine(llm.engine, workload.sample(num_requests, 4))  # compiles
@@ -222,7 +222,7 @@ def engines(lines: Lines) -> None:
 
 
 def throughput(lines: Lines) -> None:
-    """With few requests first, which also compiles what prompts need."""
+    """Few requests first: their run also compiles what prompts need."""
     from paged_infer.bench.floor import ModelCost
     from paged_infer.bench.options import NanoRequests
     from paged_infer.bench.roofline import measure

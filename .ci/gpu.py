@@ -3,9 +3,9 @@
     make gpu OUT=FOLDER STEPS="kernel-tests throughput" LIMIT=480
 
 It runs from the source tree and needs no network and nothing but torch, triton, transformers, matplotlib, pytest, typer
-and tqdm. Steps run in the order given, by default that of their worth. Results come to ``OUT``, by default
-figures/gpu-<device>, as one tar and a summary (``step_results``). Without CUDA what a CPU can do runs small, and the
-other steps are skipped with a reason.
+and tqdm. Steps run in the order given, by default the most useful first. Results go to ``OUT``, by default
+figures/gpu-<device>, as one tar and a summary (``step_results``). Without CUDA, the steps that a CPU can run are run on
+small sizes, and the others are skipped with a reason.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from step_results import Results
 from step_runner import ONE_THREAD, RESERVE_S, ROOT, SHORTEST_S, Step, environment, run_steps
 
 LIMIT_S = 480
-NAMES = ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")  # in order of worth
+NAMES = ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")  # the most useful first
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the results. Default: figures/gpu-<device>.")]
-Limit = Annotated[float, typer.Option(help="Seconds, for all of it.", min=RESERVE_S + 2 * SHORTEST_S)]
+Limit = Annotated[float, typer.Option(help="Seconds for the whole command.", min=RESERVE_S + 2 * SHORTEST_S)]
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What torch finds, as a process of its own reports: this one must not hold memory of a GPU."""
+    """What torch finds, in a process of its own: this one must not hold GPU memory."""
 
     name: str
     has_cuda: bool
@@ -64,7 +64,7 @@ print(json.dumps({"name": name, "has_cuda": has_cuda, "versions": versions}))
 def find_device() -> Device:
     """
     Raises:
-        ValueError: this Python cannot import torch, or torch cannot find out.
+        ValueError: this Python cannot import torch, or torch fails to look for a device.
     """
     command = [sys.executable, "-c", FIND_DEVICE]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
@@ -74,23 +74,23 @@ def find_device() -> Device:
 
 
 def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bool) -> list[Step]:
-    """The steps of these names, which may stand for several processes, and last what was predicted beside the numbers.
+    """The steps of these names, some of which are several processes; last, the predictions beside what was measured.
 
     Numbers and pictures go to ``figures``.
 
     Raises:
-        ValueError: there is no step of a name.
+        ValueError: no step has one of the names.
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"STEPS={unknown[0]}: no such step; there are {', '.join(NAMES)}")
     bounded = ("--time-limit", "{seconds}", "--figures", str(figures))
-    compiles = "" if has_cuda else "needs CUDA, for which it compiles kernels"
+    compiles = "" if has_cuda else "needs CUDA: it compiles kernels"
     times = "" if has_cuda else "needs CUDA: on a CPU kernels are interpreted"
     few = [] if has_cuda else ["--num-requests", "4"]
     on_cpu = [] if has_cuda else [*few, "--repeats", "1"]
     lengths = [] if has_cuda else ["--shortest", "4", "--longest", "16"]
     scale = [] if has_cuda else ["--scale", "0.03"]
-    one_prompt_step = [] if has_cuda else ["--prompt-steps", "1"]  # there are no more on so few tokens
+    one_prompt_step = [] if has_cuda else ["--prompt-steps", "1"]  # so few tokens take no more
     qwen3 = ["--model", "qwen3-0.6b", "--load-format", "dummy"] if has_cuda else []
 
     def speed(name: str, *options: str) -> tuple[str, ...]:
@@ -116,11 +116,11 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
             # They break a capture on purpose, after which torch 2.11 frees no cached memory in that process.
             Step("timing-tests", _tests("bench/test_roofline.py", "bench/test_failed_capture.py"), 15),
         ],
-        # They measure free memory: nothing may run beside them.
+        # They measure free memory: nothing else may run at the same time.
         "engine-tests": [Step("engine-tests", _tests("engine/test_gpu_engine.py"), 45, skipped=compiles)],
         "ladder": [Step("ladder", speed("ladder", "--dtype", "float32", "--peer", "static", *on_cpu, *lengths), 30)],
     }
-    compares = "" if has_cuda else "needs CUDA, for which they were made"
+    compares = "" if has_cuda else "needs CUDA: the predictions are for a GPU"
     command = (sys.executable, str(ROOT / ".ci/predictions.py"), str(figures))
     predictions = Step("predictions", command, 8, skipped=compares, is_shown=True)
     chosen = [step for name in dict.fromkeys(names) for step in steps[name]]
@@ -159,14 +159,14 @@ def refuse(error: ValueError) -> NoReturn:
 @app.command()
 def main(
     out: Out = None,
-    steps: Annotated[str, typer.Option(help="Names, separated by spaces.")] = " ".join(NAMES),
+    steps: Annotated[str, typer.Option(help="Steps, separated by spaces; they run in this order.")] = " ".join(NAMES),
     limit: Limit = LIMIT_S,
 ) -> None:
     """Sweep, benches, trace and tests on this machine. Status 1 if a step failed, 2 if the command is wrong."""
     start_s = time.monotonic()
     try:
         names = steps.split() or NAMES
-        gpu_steps(names, Path(), False, False)  # before torch is asked, which takes seconds
+        gpu_steps(names, Path(), False, False)  # a wrong name is found before torch is imported, which takes seconds
         device = find_device()
     except ValueError as error:
         refuse(error)

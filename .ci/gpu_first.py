@@ -1,12 +1,13 @@
 """The first minutes on a CUDA machine: does it work, and how fast is it? ``make gpu-first OUT=FOLDER LIMIT=170``.
 
-    machine     what it is; the rates of a copy, of a read and of a matrix product
+    machine     versions and limits; the rates of a copy, of a read and of a matrix product
     kernels     every kernel in bfloat16 and in float32 against float64, in processes side by side
     engines     Qwen3-0.6B's shape eager, with graphs, and ahead: tokens, tokens/s, memory of the graphs
     throughput  nano-vLLM's workload with 64 requests, then with 256
 
 Each stage (``first_stages``) is a process of its own. A result is one line on the screen and in OUT/first.jsonl; logs
-and the summary are beside it (``step_results``). Without CUDA everything runs small, and what cannot is skipped.
+are in OUT/first-results.tar.gz, beside a summary (``step_results``). Without CUDA everything runs on small sizes, and
+what needs CUDA is skipped.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main(out: Out = None, limit: Limit = LIMIT_S) -> None:
     print(f"{device.title}: results in {folder}", flush=True)
     results = Results(folder, device.title, prefix="first-")
     lines = folder / "first.jsonl"
-    lines.write_text("", encoding="utf-8")  # those of an earlier run
+    lines.write_text("", encoding="utf-8")  # empties that of an earlier run
     chosen = stages(lines, device.has_cuda)
     raise typer.Exit(run_steps(chosen, results, limit - (time.monotonic() - start_s)))
 

@@ -1,8 +1,10 @@
-"""What a first GPU run was predicted to give, beside what it gave: ``python .ci/predictions.py FOLDER``.
+"""What a first GPU run was predicted to give, beside what it gave.
 
-figures/gpu-predictions.json was written before any kernel had run on a GPU. Each entry has a range, the target, and the
-reasoning; a measurement outside of the range shows which step of the reasoning was wrong. FOLDER is where ``make gpu``
-kept the numbers: bench-kernels.json and bench-throughput.json.
+    PYTHONPATH=. python .ci/predictions.py FOLDER
+
+figures/gpu-predictions.json was written before any kernel had run on a GPU. Each entry has a range, a target and the
+reasoning; a measurement outside the range shows that a step of the reasoning was wrong. FOLDER has bench-kernels.json
+and bench-throughput.json: it is ``figures`` in the tar of ``make gpu``.
 """
 
 from __future__ import annotations

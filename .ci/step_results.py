@@ -1,7 +1,7 @@
 """What a run of steps leaves, in files that are whole whenever the run is killed: one tar, and a summary.
 
     OUT/<name>results.tar.gz    logs and figures of all steps
-    OUT/<name>summary.json      what each step came to, and what is running now; as a table in .txt
+    OUT/<name>summary.json      the outcome of each step, and which one is running; as a table in .txt
 
 Each is written to a temporary name that is then renamed: a reader finds the old file or the new one.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from paged_infer.bench.tables import plain_table
 
-TAR_LIMIT_BYTES = 15 * 2**20  # what a machine gives back may be limited to 16 MiB a file
+TAR_LIMIT_BYTES = 15 * 2**20  # where results are fetched from a machine, a file may be limited to 16 MiB
 PART = "unfinished.part"  # where a file gets its content before it gets its name
 PRINTED_CHARACTERS, TAIL_LINES = 10_000, 25
 WAITING, RUNNING, OK, SKIPPED = "waiting", "running", "ok", "skipped: "
@@ -56,7 +56,7 @@ class Results:
         return any(step.failed for step in self.steps)
 
     def save(self) -> None:
-        """The tar first: the files of a step that the summary calls finished are in it."""
+        """The tar first, so that it holds the files of every step that the summary calls finished."""
         packed, left_out = pack(self.work)
         replace_file(self.tar, packed)
         stored = {"title": self._title, "left_out": left_out, "steps": [asdict(step) for step in self.steps]}
@@ -64,13 +64,13 @@ class Results:
         replace_file(self.summary.with_suffix(".txt"), (self.table() + "\n").encode())
 
     def close(self, why: str) -> None:
-        """Give an outcome to the steps that have none: the one that runs, and those that wait."""
+        """Give an outcome to the steps that have none: the one that is running, and those that are waiting."""
         for step in self.steps:
             if step.outcome in (RUNNING, WAITING):
                 step.outcome = why if step.outcome == RUNNING else f"not run: {why}"
 
     def remove_work(self) -> None:
-        """When all of it is in the tar."""
+        """Remove the temporary folder, once everything is in the tar."""
         shutil.rmtree(self.work, ignore_errors=True)
 
     def table(self) -> str:

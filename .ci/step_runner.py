@@ -1,6 +1,6 @@
 """Runs steps one after the other within a time limit; what they leave is kept, whenever this process is killed.
 
-Each step is a process of its own, with a share of the time; what it leaves over goes to those after it. Results are
+Each step is a process of its own with a share of the time; time that it does not use goes to later steps. Results are
 saved (``step_results``) after every step, every 15 s while one runs, and when the command is interrupted.
 """
 
@@ -22,12 +22,12 @@ from step_results import OK, RUNNING, SKIPPED, Results, StepResult
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY_S = 15.0
-# pytest prints its failures when SIGINT ends it, and nothing on SIGTERM. In a call of a library that hangs, Python
-# handles neither; SIGTERM then ends the process all the same.
+# pytest prints its failures when SIGINT ends it, and nothing on SIGTERM. While a library call hangs, Python handles
+# neither; SIGTERM then ends the process all the same.
 ENDING = ((signal.SIGINT, 8.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
 RESERVE_S = 15.0  # to end the last step, and to save and print the results
-SHORTEST_S = 5.0  # with less, a step is not begun
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small shapes on a busy CPU are computed best so
+SHORTEST_S = 5.0  # a step with less time than this is not started
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # fastest for small shapes on a busy CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
     with (results.work / result.log).open("w", encoding="utf-8") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        results.save()  # what the steps before it left, and that this one runs
+        results.save()  # the results of earlier steps, and that this one is running
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -111,7 +111,7 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
 
 
 def _wait(child: subprocess.Popen[bytes], start_s: float, result: StepResult, results: Results) -> str:
-    """Save again and again while the step runs; returns its outcome."""
+    """Save every ``SAVE_EVERY_S`` while the step runs; returns its outcome."""
     while (left_s := start_s + result.limit_s - time.monotonic()) > 0:
         try:
             status = child.wait(min(left_s, SAVE_EVERY_S))
@@ -162,7 +162,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """If the parent is killed, this process is, too, and does not keep the GPU."""
+    """Let the kernel kill this process if its parent dies, so that it does not keep the GPU."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -190,7 +190,7 @@ def _has_members(group: int) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """The package from the source tree before a caller's paths, pictures without a window, no look at the network."""
+    """The package from the source tree before a caller's paths, pictures without a window, no network access."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),

@@ -254,7 +254,8 @@ def check_interpreted() -> Iterator[tuple[str, str, float, float]]:
     for case in small_cases():
         problem = case.problem("cpu")
         exact = paged_attention_float64(problem)
-        unlike = {(c.tile[:2], c.splits): c for c in reversed(candidates(case.kernel, SMALL_SPLIT_RULES))}
+        all_of_them = candidates(case.kernel, SMALL_SPLIT_RULES)
+        unlike = {(c.tile[:2], c.tile.use_tma, c.splits): c for c in reversed(all_of_them)}
         for candidate in reversed(unlike.values()):
             error = largest_error({}, [packed(case.call(problem, candidate).call())], [exact])
             yield case.title, candidate.label, error, SMALL_TOLERANCES[DTYPE]

@@ -8,13 +8,14 @@ from itertools import product
 import torch
 
 from paged_infer.bench.kernels.fused import Shape
-from paged_infer.bench.kernels.peers import Ready, our_flash, our_paged
+from paged_infer.bench.kernels.peers import Ready, Unavailable, our_flash, our_paged
 from paged_infer.bench.kernels.problems import PagedProblem, paged_problem
+from paged_infer.kernels.attention.flash_tma import why_not_tma
 from paged_infer.kernels.attention.tile_table import KERNELS, Key, SplitRule, Tile, forced
 
 DTYPE = torch.bfloat16
 SHAPES = {"Llama-3-8B": Shape(), "Qwen3-0.6B": Shape(num_heads=16)}  # groups of 4 and 2 query heads, head_dim 128
-SMALL_SHAPES = {"small": Shape(num_heads=4, num_kv_heads=2, head_dim=32)}
+SMALL_SHAPES = {"small": Shape(num_heads=4, num_kv_heads=2, head_dim=64)}
 
 TILES = {
     "decode": (
@@ -23,7 +24,8 @@ TILES = {
     ),
     "flash": (
         Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(64, 64, 4, 3),
-        Tile(64, 128, 4, 2),
+        Tile(64, 128, 4, 2), Tile(128, 128, 8, 2, use_tma=True), Tile(128, 64, 8, 4, use_tma=True),
+        Tile(64, 64, 4, 3, use_tma=True),
     ),
     "prefill": (
         Tile(128, 64, 8, 2), Tile(128, 64, 8, 5), Tile(128, 64, 8, 6), Tile(64, 64, 4, 5), Tile(128, 32, 8, 6),
@@ -50,9 +52,9 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        block_m, block_n, num_warps, num_stages = self.tile
+        block_m, block_n, num_warps, num_stages, use_tma = self.tile
         rule = "" if self.splits is None else f", splits {'/'.join(map(str, self.splits))}"
-        return f"{block_m} x {block_n}, {num_warps} warps, {num_stages} stages{rule}"
+        return f"{block_m} x {block_n}, {num_warps} warps, {num_stages} stages{', TMA' if use_tma else ''}{rule}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ class Case:
         ready = (our_flash if self.kernel == "flash" else our_paged)(problem)
         if candidate is None:
             return ready
+        if candidate.tile.use_tma and (reason := why_not_tma(*problem.dense)):
+            raise Unavailable(reason)
 
         def call() -> object:
             with forced(self.kernel, candidate.tile, candidate.splits):

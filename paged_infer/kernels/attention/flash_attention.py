@@ -28,6 +28,7 @@ from paged_infer.kernels.attention.attention_tile import (
     seen_by_tile,
 )
 from paged_infer.kernels.attention.checks import check_dense_attention
+from paged_infer.kernels.attention.flash_tma import flash_attention_tma, why_not_tma
 from paged_infer.kernels.attention.tiles import flash_tiles
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
@@ -60,7 +61,10 @@ def flash_attention(
     out = _row_major(torch.empty_like(q))
     lse = torch.empty((batch, num_heads, num_queries) if return_lse else 0, device=q.device)
     group = num_heads // k.shape[1]
-    block_m, block_n, num_warps, num_stages = flash_tiles(capability(q.device), dim, q.dtype, group, window)
+    tile = flash_tiles(capability(q.device), dim, q.dtype, group, window)
+    if tile.use_tma and window is None and not return_lse and not why_not_tma(q, k, v):
+        return flash_attention_tma(q, k, v, causal=causal, scale=scale, tile=tile)
+    block_m, block_n, num_warps, num_stages = tile[:4]
     num_tiles = triton.cdiv(num_queries, block_m)
     launch(
         _flash_kernel,

@@ -4,8 +4,8 @@
     descriptor    one thread, one instruction: the tile at [batch, head, key, 0] of a tensor described on the host
 
 A descriptor holds the address, shape and strides, so no thread computes an address and no register holds one. Keys
-past the end arrive as zeros. Never measured: ``flash_attention`` does not use this, and a sweep has to show which is
-faster. The loops and the arithmetic (``attention_tile``) are the same.
+past the end arrive as zeros. ``flash_attention`` calls this if a table of measured tiles has ``use_tma``; none has yet,
+since a sweep on a GPU has to show which is faster. The arithmetic (``attention_tile``) is the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paged_infer.kernels.attention.attention_tile import LOG2_E, attend_tile, finish_softmax, seen_by_tile
 from paged_infer.kernels.attention.checks import check_dense_attention
-from paged_infer.kernels.attention.tile_table import Tile
+from paged_infer.kernels.attention.tile_table import TMA_HEAD_DIMS, Tile
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
 TMA_TILE = Tile(128, 128, 8, 2)
@@ -38,18 +38,13 @@ def flash_attention_tma(
     check_dense_attention(q, k, v, causal, scale, None)
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
-    gpu = capability(q.device)
-    if dim not in (64, 128) or q.dtype == torch.float32 or (gpu != (0, 0) and gpu < (9, 0)):
-        raise ValueError(
-            f"TMA takes 16-bit tensors of head_dim 64 or 128 on sm90 or later; got {q.dtype}, {dim}, {gpu}"
-        )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16:
-            raise ValueError(f"{name}: rows must be dense, strides and address multiples of 16 bytes; got {x.stride()}")
+    if reason := why_not_tma(q, k, v):
+        raise ValueError(reason)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if 0 in out.shape or num_keys == 0:
         return out.zero_()
-    block_m, block_n, num_warps, num_stages = tile or (Tile(16, 16, 4, 1) if gpu == (0, 0) else TMA_TILE)
+    is_interpreted = capability(q.device) == (0, 0)
+    block_m, block_n, num_warps, num_stages, _ = tile or (Tile(16, 16, 4, 1) if is_interpreted else TMA_TILE)
     launch(
         _flash_tma_kernel,
         (triton.cdiv(num_queries, block_m) * batch * num_heads,),
@@ -59,6 +54,17 @@ def flash_attention_tma(
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
+
+
+def why_not_tma(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why these tensors cannot be loaded by TMA, or an empty string."""
+    gpu, dim = capability(q.device), q.shape[3]
+    if dim not in TMA_HEAD_DIMS or q.dtype == torch.float32 or (gpu != (0, 0) and gpu < (9, 0)):
+        return f"TMA takes 16-bit tensors of head_dim 64 or 128 on sm90 or later; got {q.dtype}, {dim}, {gpu}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16:
+            return f"{name}: rows must be dense, strides and address multiples of 16 bytes; got {x.stride()}"
+    return ""
 
 
 def _described(x: Tensor, rows: int) -> Any:

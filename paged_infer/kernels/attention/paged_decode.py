@@ -40,7 +40,7 @@ def paged_decode(
     num_heads, dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
-    (block_g, block_n, num_warps, num_stages), rule = decode_tiles(capability(q.device), dim, q.dtype, group)
+    (block_g, block_n, num_warps, num_stages, _), rule = decode_tiles(capability(q.device), dim, q.dtype, group)
     head_tiles = triton.cdiv(group, block_g)
     max_keys = min(max_seq_len, window or max_seq_len)
     bounds = split_bounds(rule, num_rows, num_kv_heads * head_tiles, max_keys, num_processors(q.device))

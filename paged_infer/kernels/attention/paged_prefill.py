@@ -28,7 +28,7 @@ def paged_prefill(
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the rows from ``first_row`` on."""
     num_heads, dim = q.shape[1:]
     group, gpu = num_heads // k_cache.shape[2], capability(q.device)
-    block_m, block_n, num_warps, num_stages = prefill_tiles(gpu, dim, q.dtype, group, window, max_query_len)
+    block_m, block_n, num_warps, num_stages = prefill_tiles(gpu, dim, q.dtype, group, window, max_query_len)[:4]
     launch(
         _prefill_kernel,
         (triton.cdiv(max_query_len, block_m), num_heads, seq_lens.shape[0] - first_row),

@@ -29,6 +29,7 @@ VARIABLE = "PAGED_INFER_TILES"
 KERNELS = ("flash", "prefill", "decode")
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
+TMA_HEAD_DIMS = (64, 128)
 
 
 class Tile(NamedTuple):
@@ -38,6 +39,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int  # of the pipeline that loads keys and values
+    use_tma: bool = False  # flash: keys and values come by TMA, where they can (``flash_tma``)
 
 
 class SplitRule(NamedTuple):
@@ -142,6 +144,8 @@ def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_o
     lines = []
     for key, (tile, splits) in entries.items():
         entry = key._asdict() | tile._asdict() | ({} if splits is None else {"splits": splits._asdict()})
+        if not tile.use_tma:
+            del entry["use_tma"]
         lines.append(f"  {json.dumps(entry)}")
     head = f' "arch": {arch},\n "measured": {json.dumps(measured_on)},\n'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +156,10 @@ def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_o
 
 def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:
     allowed = {*Key._fields, *Tile._fields, "splits"}
-    if not isinstance(entry, dict) or not allowed >= entry.keys() >= allowed - {"window", "splits"}:
-        raise ValueError(f"expected {', '.join(Key._fields + Tile._fields)} and, of a decode, splits")
+    if not isinstance(entry, dict) or not allowed >= entry.keys() >= allowed - {"window", "splits", "use_tma"}:
+        raise ValueError(f"expected {', '.join(Key._fields + Tile._fields[:4])} and, of a decode, splits")
     key = Key(**{name: entry[name] for name in Key._fields if name in entry})
-    tile = Tile(**{name: entry[name] for name in Tile._fields})
+    tile = Tile(**{name: entry[name] for name in Tile._fields if name in entry})
     if key.kernel not in KERNELS or key.dtype not in DTYPES or not isinstance(key.window, bool):
         raise ValueError(f"kernel must be in {KERNELS}, dtype in {DTYPES}, and window true or false")
     if not _is_whole(key.head_dim, 1, MAX_HEAD_DIM) or not _is_whole(key.group, 1, 2**16):
@@ -163,6 +167,10 @@ def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:
     if key.kernel == "decode" and key.window:
         raise ValueError("a decode's tile does not depend on a window")
     _check_tile(tile)
+    if tile.use_tma and (
+        key.kernel != "flash" or key.window or key.dtype == "float32" or key.head_dim not in TMA_HEAD_DIMS or arch < 90
+    ):
+        raise ValueError("use_tma is for flash on sm90 or later, in 16 bits, head_dim 64 or 128, without a window")
     _check_shared_memory(key, tile, arch)
     return key, (tile, _read_splits(key, entry.get("splits")))
 
@@ -185,6 +193,8 @@ def _check_tile(tile: Tile) -> None:
         if not _is_whole(number, least, most) or (name != "num_stages" and number.bit_count() != 1):
             kind = "a number" if name == "num_stages" else "a power of two"
             raise ValueError(f"{name}={number!r}: must be {kind} of {least}..{most}")
+    if type(tile.use_tma) is not bool:
+        raise ValueError(f"use_tma={tile.use_tma!r}: must be true or false")
 
 
 def _check_shared_memory(key: Key, tile: Tile, arch: int) -> None:

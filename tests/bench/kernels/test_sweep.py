@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from paged_infer.bench import roofline
 from paged_infer.bench.kernels import comparisons, sweep_cases, sweep_cli
 from paged_infer.bench.kernels import sweep as sweeping
-from paged_infer.bench.kernels.peers import Ready
+from paged_infer.bench.kernels.peers import Ready, Unavailable
 from paged_infer.bench.kernels.problems import paged_attention_float64
 from paged_infer.bench.kernels.report import LEFT_OUT
 from paged_infer.bench.kernels.sweep import AGAIN, TODAY, Built, CaseResult, SweepReport, Trial, Winner, sweep
@@ -26,7 +26,7 @@ from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.timing import Timing
 from paged_infer.cli import app
 from paged_infer.kernels.attention.tile_table import Key, SplitRule, Tile, _check_tile, read_table, tables
-from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED
+from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to
 
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs triton, interpreting")
 CPU = torch.device("cpu")
@@ -104,6 +104,24 @@ def test_a_candidates_call_takes_its_tile_and_todays_does_not(monkeypatch):
     case.call(problem).call()
     blocks = [named["BLOCK_N"] for named in taken if "BLOCK_N" in named]
     assert blocks == [64, 16]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("arch", [90, 80])
+def test_a_tma_candidate_runs_the_tma_kernel_or_has_the_reason_why_not(arch):
+    kernels = []
+    case = next(case for case in sweep_cases.sweep_cases() if case.kernel == "flash")
+    problem = case.problem("meta")
+    some = [candidate for candidate in candidates("flash") if candidate.tile.use_tma]
+    assert len(some) >= 2
+    with launches_go_to(lambda kernel, *_: kernels.append(kernel.fn.__name__), divmod(arch, 10)):
+        for candidate in some:
+            if arch == 90:
+                case.call(problem, candidate).call()
+            else:
+                with pytest.raises(Unavailable, match="on sm90 or later"):
+                    case.call(problem, candidate)
+    assert kernels == ["_flash_tma_kernel"] * len(some) * (arch == 90)
 
 
 @needs_interpreter

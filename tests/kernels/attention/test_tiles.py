@@ -74,6 +74,16 @@ def test_each_kernel_is_launched_with_the_tile_of_its_entry(given):
     assert tile_of(launched([(4095, 1)] * 8)["_decode_kernel"]) == (16, 64, 2, 8)
 
 
+def test_flash_loads_by_tma_if_its_entry_asks_for_it_and_the_call_allows_it(given):
+    given(FLASH | {"use_tma": True})
+    by_tma = launched([(0, 4096)] * 2, our_flash)
+    assert [*by_tma] == ["_flash_tma_kernel"] and tile_of(by_tma["_flash_tma_kernel"]) == (64, 64, 4, 3)
+    for options in ({"return_lse": True}, {"window": 100}):
+        assert [*launched([(0, 4096)] * 2, our_flash, **options)] == ["_flash_kernel"]
+    given(FLASH)
+    assert [*launched([(0, 4096)] * 2, our_flash)] == ["_flash_kernel"]
+
+
 def test_a_prefill_takes_no_more_rows_than_queries_whatever_the_table_has(given):
     given(PREFILL)
     assert tile_of(launched([(4096, 20)])["_prefill_kernel"]) == (32, 32, 4, 5)
@@ -183,6 +193,7 @@ def test_what_a_sweep_writes_is_what_is_read(tmp_path):
     entries = {
         Key("decode", "bfloat16", 128, 2): (Tile(16, 32, 1, 6), rule),
         Key("flash", "float16", 64, 1, True): (Tile(64, 64, 4, 3), None),
+        Key("flash", "float16", 64, 1): (Tile(64, 64, 4, 3, use_tma=True), None),
     }
     write_table(tmp_path / "new" / "sm90.json", 90, entries, "a machine")
     assert read_table(tmp_path / "new" / "sm90.json") == (90, entries)
@@ -257,6 +268,10 @@ def run(folder: Path, code: str) -> str:
         ("flash", "expected kernel, dtype"),
         (DECODE | {"splits": {}}, "splits of a decode: expected per_processor, min_keys, max_splits"),
         (DECODE | {"splits": DECODE["splits"] | {"min_keys": 0}}, "splits: each must be a whole number of 1 or more"),
+        (FLASH | {"use_tma": 1}, "use_tma=1: must be true or false"),
+        (FLASH | {"use_tma": True, "head_dim": 80}, "use_tma is for flash on sm90 or later, in 16 bits, head_dim 64"),
+        (FLASH | {"use_tma": True, "window": True}, "use_tma is for flash on sm90 or later"),
+        (DECODE | {"use_tma": True}, "use_tma is for flash on sm90 or later"),
         (DECODE | {"window": True}, "a decode's tile does not depend on a window"),
     ],
 )

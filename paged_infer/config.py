@@ -56,7 +56,7 @@ class EngineConfig(Checked):
             "auto" for the fastest one available; see ``kernels.attention_backends``.
         block_size: tokens in a block of the paged cache.
         num_blocks: blocks in the pool. None: on a CPU what ``max_num_seqs`` requests of ``max_model_len`` tokens need,
-            at most 1 GiB; on a GPU what ``gpu_memory_utilization`` leaves after the weights and one step's activations.
+            at most 1 GiB; on a GPU what ``gpu_memory_utilization`` leaves after weights, a step and graphs.
         gpu_memory_utilization: share of the GPU's memory that this process may use.
         max_model_len: longest sequence in tokens, prompt and output together. None: the smaller of the model's limit
             and the pool.

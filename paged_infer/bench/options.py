@@ -56,8 +56,8 @@ Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are report
 TimeLimit = Annotated[
     float | None,
     typer.Option(
-        help="Seconds, from the start of the command: no further repeat is begun that would end later. The first one "
-        "is always run, and the report has the number that were.",
+        help="Seconds from the start of the command: a repeat that would end later is not begun. The first is always "
+        "run; the report has the number of runs.",
         min=0.0,
     ),
 ]

@@ -24,7 +24,7 @@ class JsonReport:
         return asdict(self)  # type: ignore[call-overload]
 
     def save(self, path: Path) -> None:
-        """Write the report, making its folder if need be. At any moment the file is this report or the one before."""
+        """Write the report, making its folder if need be. At any moment the file is this report or the previous one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         part.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")

@@ -44,8 +44,8 @@ def time_calls(fn: Call, *, repeats: int = 20, warm_up: int = 1) -> Timing:
     return Timing(tuple(samples_s), "clock")
 
 
-# Why a capture failed in this process: none is tried after that. torch 2.11 does not undo a capture that failed: its
-# allocator waits for the end (pytorch PR 180395 repairs it), and cached memory is never released again.
+# Why a capture failed in this process; no other is tried after it. torch 2.11 does not undo a failed capture: the
+# allocator behaves as if it were still running, and never releases cached memory again (fixed by pytorch PR 180395).
 _failed_capture: str | None = None
 
 
@@ -55,12 +55,12 @@ def time_cuda_graph(
     """GPU time of ``fn`` alone on the current device: captured in a CUDA graph, each replay between two events.
 
     The host launches one graph instead of every kernel, and before each replay the GPU gets a longer job (clearing its
-    L2 cache); replay and events queue up after it: no launch gap is timed. Without a graph ``fn`` is called plainly
-    and ``method`` gives the reason; host gaps inside ``fn`` then count.
+    L2 cache); replay and events queue up after it, so no launch gap is timed. Without a graph, ``fn`` itself is called
+    between the events, ``method`` has the reason, and gaps in which the host is late count.
 
     Args:
         fn: launches work on the current stream; always on the same tensors, as a graph does.
-        can_be_captured: False where ``fn`` waits for the device. A capture that fails is not tried twice: all later
+        can_be_captured: False if the host waits for the device in ``fn``. After a capture that fails, all later
             timings of this process are without a graph.
         flush_l2: start each replay with nothing of ``fn``'s in the L2 cache. A decode step finds the weights and caches
             of the other layers there, so cold is what an engine sees. False: warm, from one replay just before.
@@ -72,7 +72,7 @@ def time_cuda_graph(
     if not torch.cuda.is_available():
         raise RuntimeError("time_cuda_graph needs a CUDA device; time_calls times the CPU")
     _warm_up(fn, warm_up)
-    replay, method = _capture(fn) if can_be_captured else (fn, "cuda events, no graph: it waits for the host")
+    replay, method = _capture(fn) if can_be_captured else (fn, "cuda events, no graph: the host waits in it")
     flush = _l2_flusher()
     events = []
     for _ in range(repeats):
@@ -109,14 +109,14 @@ def _capture(fn: Call) -> tuple[Call, str]:
                 fn()
             return graph.replay, "cuda graph"
         except Exception as error:
-            first = error.__context__ or error  # ending the broken capture raises another error, which explains less
+            first = error.__context__ or error  # ending the broken capture raises a second, less useful error
             _failed_capture = f"{type(first).__name__}: {first}".splitlines()[0]
             _recover(stream)
     return fn, f"cuda events, no graph: a capture failed in this process: {_failed_capture}"
 
 
 def _recover(stream: torch.cuda.Stream) -> None:
-    """Undo what can be undone: the capture's stream is still current, and the random generator still captures."""
+    """Undo what can be undone: the capture's stream is still current, the random generator still in capture mode."""
     torch.cuda.set_stream(stream)
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())  # same seed and offset, without the mark of a capture

@@ -41,12 +41,12 @@ class Workload:
         return Workload(f"the first {len(params)}, greedy", self.prompts[:num_requests], params, self.seed)
 
     def warm_ups(self) -> list[Workload]:
-        """Short workloads that have this one's kinds of steps, which select kernels: all of them are compiled, and the
-        libraries' are loaded, before a run of this one is timed.
+        """Short workloads with every kind of step of this one. Run before it is timed, they compile the kernels that it
+        selects, and load those of libraries.
 
-        All prompts at once, with two tokens to generate for each: its chunks of prompts. Then one request alone for
-        each power of two up to the longest sequence, and for that: the tiles of a chunk (``prefill_tiles``) and
-        whether a decode can be split (``split_bounds``) follow from the longest of a step.
+        The first has all prompts at once, each with two tokens to generate: the same chunks of prompts. Then comes one
+        request alone for each power of two below the longest sequence, and one for that length: the longest row of a
+        step decides on the tiles of a chunk (``prefill_tiles``) and whether a decode can be split (``split_bounds``).
         """
         few = [replace(one, max_tokens=min(2, one.max_tokens or 2)) for one in self.params]
         longest = max(len(p) + (one.max_tokens or 0) for p, one in zip(self.prompts, self.params, strict=True))

@@ -76,7 +76,7 @@ class PagedCache:
         copy([*self.keys, *self.values], sources, destinations)
 
     def swap_out(self, pairs: Pairs) -> None:
-        """Copy each (block, swap block) from the pool to swap space. The host waits: it places the blocks there."""
+        """Copy each (block, swap block) from the pool to swap space. The host waits, and writes to swap space."""
         if pairs:
             blocks, swap_blocks = torch.tensor(pairs).T.contiguous()
             blocks = to_device(blocks, self.keys[0].device)

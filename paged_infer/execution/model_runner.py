@@ -43,7 +43,8 @@ class RunningStep:
     _sampled: AsyncTokens | None
     # (sequences, a flag for each of their tokens: whether its hidden state is finite)
     _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = None
-    _reports: list[Callable[[StepResult], None]] = field(default_factory=list)  # what the host waits for to read it
+    # Read what else a result has, for which the host waits.
+    _reports: list[Callable[[StepResult], None]] = field(default_factory=list)
 
     @torch.inference_mode()
     def result(self) -> StepResult:
@@ -100,7 +101,7 @@ class ModelRunner:
         """Launch the step on the device, which runs steps in order. On a CPU, this returns once it is computed.
 
         Pending tokens are read from what the previous step sampled, without leaving the device. The host waits for the
-        device only to swap blocks out and where the candidates of a row with top_k or top_p may be too few
+        device only to swap blocks out, and to see whether rows with top_k or top_p have too few candidates
         (``sampling.sampler``).
         """
         self.cache.move_blocks(step.transfers)
@@ -205,7 +206,8 @@ class ModelRunner:
     def _logits(self, tokens: np.ndarray, hidden: Tensor) -> Tensor:
         """Logits [R, V] after these of the step's tokens, [R].
 
-        They are on the host, as a list that indexes a CUDA tensor would wait for all that was launched before.
+        ``tokens`` is on the host and is copied without waiting. A list as the index of a CUDA tensor would wait for
+        everything launched before.
         """
         if not np.array_equal(tokens, np.arange(hidden.shape[0])):
             hidden = hidden[self._to_device(tokens)]

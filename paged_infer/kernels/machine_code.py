@@ -6,8 +6,8 @@
         LDGSTS.E.BYPASS.128 ...                      for every copy, and the memory would rest meanwhile.
         @!P2 BRA `(.L_x_1)
 
-None of this is a measurement. It shows what a wrong number of stages costs before a GPU can: ``num_stages`` counts
-loads, also those of block tables, so the buffers that are left for keys and values cannot be read off it.
+None of this is a measurement. It shows without a GPU whether the number of stages is right: ``num_stages`` also counts
+loads of block tables, so it does not give the number of buffers for keys and values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TENSOR = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _EXIT = re.compile(r"\*/ +EXIT\b")  # the end of the kernel; paths behind it branch back into the middle
 _WAIT = re.compile(r"(?<!WARPGROUP\.)DEPBAR\.LE SB0, 0x([0-9a-f]+)")  # SB0 counts groups of copies (LDGDEPBAR)
-# Buffers x keys x head_dim, in shared memory. Barriers and block-table entries have integers.
+# Buffers x keys x head_dim, in shared memory. Barriers and block-table entries are integers.
 _BUFFERS = re.compile(r"memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32), #\w+, #smem, mutable")
 
 
@@ -46,7 +46,7 @@ def read_machine_code(cubin: bytes, ttgir: str) -> MachineCode:
     """Disassemble a kernel and count.
 
     Raises:
-        RuntimeError: nvdisasm, which comes with triton, cannot read it.
+        RuntimeError: nvdisasm, which comes with triton, cannot read the kernel.
     """
     sass = _disassemble(cubin)
     return MachineCode(

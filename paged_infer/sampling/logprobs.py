@@ -94,8 +94,8 @@ def largest(values: Tensor, num_largest: int) -> tuple[Tensor, Tensor]:
         return torch.sort(values, dim=1, descending=True, stable=True)
     top, ids = values.topk(num_largest, dim=1)
     is_new = top[:, 1:] != top[:, :-1]
-    # topk leaves equals in any order: sort ids within each run of equals. On a GPU a sort of few costs less than it
-    # takes to wait for whether there are any.
+    # topk returns equal values in any order, so sort the ids within each run of them. On a GPU a sort of so few costs
+    # less than waiting to see whether there are any.
     if values.device.type != "cpu" or not is_new.all():
         runs = torch.nn.functional.pad(is_new.cumsum(dim=1), (1, 0))
         ids = (runs * vocab_size + ids).sort(dim=1).values % vocab_size

@@ -117,7 +117,7 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> AsyncTokens:
         """Sample a token for each row, at least one; see ``__call__``.
 
-        Rows with top_k or top_p wait once for a GPU (``_draw_again``), others not at all.
+        With rows that have top_k or top_p, the host waits once for a GPU (``_draw_again``); otherwise it does not.
         """
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
@@ -241,8 +241,8 @@ def _draw_again(
 ) -> _Drawn:
     """Draw the rows that had too few candidates (bool ``cut_off`` of r) again, from eight times as many.
 
-    The host has to wait to see which rows those are. That costs less than a sort of the whole vocabulary in each step,
-    which would need no look.
+    The host has to wait to see which rows those are. That costs less than sorting the whole vocabulary in each step,
+    which would need no wait.
     """
     index = cut_off.flatten().nonzero().flatten()
     if len(index) > 0:

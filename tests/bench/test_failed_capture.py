@@ -110,7 +110,7 @@ def waits(cuda: FakeCuda) -> torch.Tensor:
 
 def test_a_call_that_waits_for_the_host_is_never_captured(cuda):
     timed = time_cuda_graph(lambda: waits(cuda), can_be_captured=False, repeats=2)
-    assert timed == timing.Timing((0.007, 0.007), "cuda events, no graph: it waits for the host")
+    assert timed == timing.Timing((0.007, 0.007), "cuda events, no graph: the host waits in it")
     assert cuda.num_captures == 0
     assert time_cuda_graph(lambda: None, repeats=1).method == "cuda graph"
     assert cuda.num_captures == 1
@@ -140,7 +140,7 @@ def test_a_comparison_captures_nothing_that_is_marked(cuda):
         "torch": lambda: Ready(lambda: waits(cuda), "a note", can_be_captured=False),
     }
     notes = [entry.note for entry in comparisons.run_comparison(setups)]
-    assert notes == ["cuda graph", "cuda events, no graph: it waits for the host, a note"]
+    assert notes == ["cuda graph", "cuda events, no graph: the host waits in it, a note"]
 
 
 @pytest.mark.parametrize("name", [name for name, kernel in FUSED.items() if kernel.elements is not None])
@@ -174,7 +174,7 @@ x, stream = torch.ones(2**20, device="cuda"), torch.cuda.current_stream()
 def waits():
     return x.sum().item()
 timed = time_cuda_graph(waits, can_be_captured=False, repeats=3)
-assert timed.method == "cuda events, no graph: it waits for the host", timed
+assert timed.method == "cuda events, no graph: the host waits in it", timed
 assert time_cuda_graph(lambda: x.mul_(1.0), repeats=3).method == "cuda graph"
 timed = time_cuda_graph(waits, repeats=3)
 assert timed.method.startswith("cuda events, no graph: a capture failed in this process: "), timed

@@ -30,7 +30,7 @@ def kernels(
         bool, typer.Option(help="With --compile-only: each kernel once or twice, a tenth of all variants.")
     ] = False,
     sweep: Annotated[
-        bool, typer.Option(help="Try other tiles and split rules for attention, and write the best as a table.")
+        bool, typer.Option(help="Try other tiles and split rules for attention, and write a table of those that win.")
     ] = False,
     time_limit: Annotated[
         float, typer.Option(help="Seconds; timings that have not begun by then are left out.", min=0)
@@ -41,7 +41,7 @@ def kernels(
 
     On a CPU they are interpreted: checked on small shapes, and not timed. Exits with status 1 if a kernel is wrong or
     did not run, or (--compile-only) if a variant spills registers or exceeds its chip's shared memory.
-    --sweep times tiles and split rules beside today's instead, and writes those that win as tiles-sm<arch>.json.
+    --sweep times tiles and split rules beside those in use instead, and writes the winners as tiles-sm<arch>.json.
     """
     if sweep and compile_only:
         _refuse("--sweep does not go with --compile-only")
@@ -177,7 +177,7 @@ def _bench(device: torch.device, time_limit: float, figures: Path) -> None:
 
 
 def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
-    """Time everything; the report is saved after each timing, so that nothing is lost if one ends the process."""
+    """Time everything; save the report after each timing, so that no number is lost if the next ends the process."""
     from paged_infer.bench.kernels.comparisons import attention_comparisons, fused_comparisons, run_comparisons
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
     from paged_infer.bench.roofline import measure

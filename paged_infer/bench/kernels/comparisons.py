@@ -53,7 +53,7 @@ class Comparison:
         return Measurement(self.group, self.title, self.sizes, self.work, entries, was_run=False)
 
     def run(self, deadline_s: float = math.inf, limit: str = "") -> Iterator[Measurement]:
-        """What is known after each timing."""
+        """Yield the measurement so far after each timing."""
         free, _ = torch.cuda.mem_get_info()
         if self.num_bytes > LARGEST_SHARE * free:
             yield self.skipped(f"needs {self.num_bytes / 2**30:.1f} GiB, the device has {free / 2**30:.1f} free")
@@ -64,7 +64,7 @@ class Comparison:
 
 
 def run_comparisons(comparisons: list[Comparison], deadline_s: float, limit: str) -> Iterator[Measurement]:
-    """Each in turn, a measurement after each of its timings; past ``deadline_s`` of ``perf_counter`` nothing begins."""
+    """Each in turn, a measurement after each of its timings; none begins after ``deadline_s`` (``perf_counter``)."""
     for comparison in comparisons:
         if time.perf_counter() > deadline_s:
             yield comparison.skipped(f"{LEFT_OUT}{limit} had passed")
@@ -74,7 +74,7 @@ def run_comparisons(comparisons: list[Comparison], deadline_s: float, limit: str
 
 
 def attention_comparisons(device: torch.device) -> list[Comparison]:
-    """Prefills and decodes, in order of worth: if the time ends, what has a target is there."""
+    """Prefills and decodes; those with a target come first, in case the time runs out."""
     comparisons = [
         *(_decode_comparison(device, batch, context) for batch in BATCHES for context in CONTEXTS),
         *(_prefill_comparison(device, length, head_dim) for head_dim in (128, 64) for length in LENGTHS),
@@ -150,7 +150,7 @@ def _fused_comparison(device: torch.device, name: str, tokens: int) -> Compariso
 
 
 def run_comparison(setups: Mapping[str, Callable[[], Ready]]) -> list[Entry]:
-    """``compare``, to its end."""
+    """The entries after the last timing of ``compare``."""
     *_, entries = compare(setups)
     return entries
 
@@ -160,7 +160,7 @@ def compare(
 ) -> Iterator[list[Entry]]:
     """Set up, compare and time; all outputs are compared to the first. Yields all entries after each timing.
 
-    A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason. So is one
+    A kernel that cannot run, fails, or gives other numbers is an entry without a time, with the reason. So is a kernel
     whose turn comes when ``time.perf_counter()`` is past ``deadline_s``, which ``limit`` describes.
     """
     ready: dict[str, Ready] = {}
@@ -202,7 +202,7 @@ def compare(
             continue
         try:
             timing = time_cuda_graph(kernel.call, can_be_captured=kernel.can_be_captured, repeats=REPEATS)
-            # After a capture that failed nothing is captured: such samples are not mixed with those of a graph.
+            # After a failed capture nothing is captured; samples without a graph are not mixed with those of a graph.
             if methods.setdefault(name, timing.method) == timing.method:
                 samples_s.setdefault(name, []).extend(timing.samples_s)
         except Exception as error:

@@ -115,7 +115,7 @@ def print_rows(labels: Collection[str] | None, chips: ReadOnlyList[int]) -> None
     """Compile, and print all rows as JSON; a bar on standard error counts the variants."""
     wanted = [variant for variant in full_variants() if labels is None or variant.label in labels]
     tasks = list(product(wanted, chips))
-    # A server that has imported torch and triton once, and forks: a worker is there at once.
+    # A server that has imported torch and triton once, and forks: a worker starts at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as workers:

@@ -66,7 +66,7 @@ class FusedKernel:
     elements: Callable[[Shape], int] | None = None  # read and written once for a token; None: not timed
     peers: Mapping[str, Function] | None = None  # timed with it; None: the reference, as "torch"
     layers: int = 1  # calls that are timed together, each with its own arguments
-    reference_waits: bool = False  # the reference reads values of tensors on the host: no CUDA graph can hold it
+    reference_waits: bool = False  # the host reads values of tensors in the reference: no CUDA graph can hold it
 
     @property
     def contenders(self) -> dict[str, Function]:

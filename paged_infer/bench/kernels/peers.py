@@ -37,7 +37,7 @@ class Ready:
 
     call: Callable[[], Any]
     note: str = ""
-    can_be_captured: bool = True  # False: it waits for the host, so no CUDA graph can hold it
+    can_be_captured: bool = True  # False: the host waits for the device in it, so no CUDA graph can hold it
 
 
 Peer = Callable[[PagedProblem], Ready]
@@ -58,7 +58,7 @@ def our_flash(problem: PagedProblem, **options: Any) -> Ready:
 
 
 def our_paged(problem: PagedProblem, **options: Any) -> Ready:
-    """The first call plans the splits of a decode; the others share the plan, as the layers of a step do."""
+    """The first call plans the splits of a decode; later calls share the plan, as the layers of a step do."""
     arguments = problem.arguments | {"shared": {}}
     return Ready(lambda: paged_attention(**arguments, **options))
 
@@ -90,7 +90,7 @@ def sdpa(backend: SDPBackend) -> Peer:
 
 
 def flex(problem: PagedProblem) -> Ready:
-    """flex_attention, compiled for each shape: the fastest way, but slow to compile, so for one shape only."""
+    """flex_attention, compiled for its shape: the fastest way to run it, but slow to compile, so for one shape only."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q, k, v = problem.dense

@@ -12,7 +12,7 @@ from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 
 OURS = ("flash_attention", "paged_attention", *FUSED)
-LEFT_OUT = "left out: "  # how the note of what there was no time for begins
+LEFT_OUT = "left out: "  # begins the note of an entry for which there was no time
 TARGET_DECODES = ((32, 4096), (1, 32_768))  # (batch, context)
 LONG_PREFILL = 4096  # tokens: prefills have targets from here on
 
@@ -85,7 +85,7 @@ class KernelReport(JsonReport):
         return asdict(self) | {"reaches": [asdict(reach) for reach in self.reaches()]}
 
     def record(self, measurement: Measurement) -> bool:
-        """Add it, or put it in the place of the last if that was the same comparison; returns whether it was new."""
+        """Add it, or replace the last one if that is of the same comparison; returns whether it was added."""
         is_new = not self.measurements or self.measurements[-1].title != measurement.title
         self.measurements[len(self.measurements) - (not is_new) :] = [measurement]
         return is_new

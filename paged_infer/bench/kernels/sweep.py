@@ -1,8 +1,8 @@
-"""A sweep over tiles and split rules: each compiled, checked against float64, and only then timed beside today's.
+"""A sweep over tiles and split rules: each compiled, checked against float64, and then timed beside the one in use.
 
 compile_all   a process for each core; what does not compile, or does not fit, is not run
-sweep         one case after another; in each, all candidates in turn, and today's tile twice
-winners       the best of a kernel and a shape, if it beats today's by more than the noise
+sweep         one case after another; in each, all candidates in turn, and today's tile (the one in use) twice
+winners       the fastest candidate for a kernel and a shape, if it beats today's tile by more than the noise
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEAST_GAIN = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What the compiler made of a candidate: the most of its kernels. ``error``: why it cannot run, or empty."""
+    """Sizes of a compiled candidate: the largest of its kernels. ``error``: why it cannot run, or empty."""
 
     registers: int = 0  # a thread
     spill_bytes: int = 0  # a thread
@@ -54,7 +54,7 @@ class Trial:
     name: str
     seconds: float | None
     note: str
-    built: Built | None = None  # None: today's, or not compiled beforehand
+    built: Built | None = None  # None: today's tile, or not compiled beforehand
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ class CaseResult:
 
     title: str
     kernel: str
-    key: list[Any]  # of a table's entry, as a Key
+    key: list[Any]  # the fields of the table's ``Key``
     work: float  # bytes of a decode, floating-point operations of a prompt
     trials: list[Trial]
     is_finished: bool = False
 
     @property
     def was_left_out(self) -> bool:
-        """Whether the time ended before all candidates had their turn: then it does not count."""
+        """Whether the time ran out before all candidates were timed; such a case does not count."""
         return any(trial.note.startswith(LEFT_OUT) for trial in self.trials)
 
     def seconds(self, name: str) -> float | None:
@@ -78,17 +78,17 @@ class CaseResult:
 
     @property
     def today(self) -> float | None:
-        """The better of today's two."""
+        """Seconds of today's tile: the better of its two medians."""
         return min((s for name in (TODAY, AGAIN) if (s := self.seconds(name)) is not None), default=None)
 
     @property
     def noise(self) -> float:
-        """How far today's two medians are apart; infinite if one is missing."""
+        """The relative difference of today's two medians; infinite if one is missing."""
         first, again = self.seconds(TODAY), self.seconds(AGAIN)
         return math.inf if first is None or again is None else abs(first / again - 1)
 
     def gain(self, name: str) -> float | None:
-        """How many times as fast as today's it is."""
+        """How many times as fast as today's tile the candidate is."""
         seconds = self.seconds(name)
         return None if seconds is None or self.today is None else self.today / seconds
 
@@ -100,7 +100,7 @@ class Winner:
     key: list[Any]
     name: str
     gain: float
-    margin: float  # by which it had to win
+    margin: float  # the gain had to exceed 1 + margin
 
 
 @dataclass(slots=True)
@@ -116,7 +116,7 @@ class SweepReport(JsonReport):
         return asdict(self) | {"winners": [asdict(winner) for winner in self.winners()]}
 
     def record(self, case: CaseResult) -> bool:
-        """Add it, or put it in the place of its earlier self; returns whether a trial more is known."""
+        """Add the case, or replace its earlier state; returns whether there is a new time, or the case is finished."""
         known = sum(trial.seconds is not None for trial in case.trials)
         if not self.cases or self.cases[-1].title != case.title:
             self.cases.append(case)
@@ -126,10 +126,11 @@ class SweepReport(JsonReport):
         return known != before or case.is_finished
 
     def winners(self) -> list[Winner]:
-        """The best candidate of each kernel and shape, where one beats today's by more than the noise.
+        """The best candidate for each kernel and shape, if it beats today's tile by more than the noise.
 
-        Its geometric mean gain over all cases has to exceed the margin: twice the largest difference between today's
-        two medians in these cases, and at least ``LEAST_GAIN``. In no case may it be slower by more than the margin.
+        Its geometric mean gain over all cases has to exceed 1 by more than the margin, which is twice the largest
+        difference between today's two medians in these cases, and at least ``LEAST_GAIN``. In no case may the candidate
+        be slower than today's tile by more than the margin.
         """
         found = []
         for key in dict.fromkeys(tuple(case.key) for case in self.cases):
@@ -176,7 +177,7 @@ def compile_all(cases: list[Case], arch: int) -> dict[tuple[Key, str], Built]:
 
 
 def compile_candidates(cases: list[Case], some: list[Candidate], arch: int) -> dict[tuple[Key, str], Built]:
-    """In this process: each of these candidates in all these cases, which share a key."""
+    """Compile these candidates in this process, each for all of these cases, which share a key."""
     torch.set_num_threads(1)
     problems = [(case, case.problem("meta")) for case in cases]
     return {(cases[0].key, candidate.label): _build(problems, candidate, arch) for candidate in some}
@@ -203,7 +204,7 @@ def _build(problems: list[tuple[Case, PagedProblem]], candidate: Candidate, arch
 def sweep(
     cases: list[Case], device: torch.device, built: Mapping[tuple[Key, str], Built], deadline_s: float, limit: str
 ) -> Iterator[CaseResult]:
-    """What is known of a case, after each timing; all of one case before the next begins."""
+    """Yield the result of a case so far after each timing; a case is finished before the next begins."""
     for case in cases:
         options = {candidate.label: candidate for candidate in candidates(case.kernel)}
         entries = [Entry(name, None, f"{LEFT_OUT}{limit} had passed") for name in (TODAY, *options, AGAIN)]
@@ -229,7 +230,7 @@ def sweep(
 def _checked(
     case: Case, problem: PagedProblem, exact: Tensor, candidate: Candidate | None, built: Built | None
 ) -> Ready:
-    """The call, if it compiles and its output is right."""
+    """The call of a candidate, if it compiles and its output is right."""
     if built is not None and built.error:
         raise Unavailable(built.error)
     ready = case.call(problem, candidate)
@@ -249,7 +250,7 @@ def _result(
 def check_interpreted() -> Iterator[tuple[str, str, float, float]]:
     """(case, candidate, error, tolerance) on a small batch, of a decode with one split and with several.
 
-    The interpreter takes no notice of warps and stages: of the tiles that differ in nothing else, the first is run.
+    The interpreter ignores warps and stages: of tiles that differ in nothing else, the first is run.
     """
     for case in small_cases():
         problem = case.problem("cpu")

@@ -1,4 +1,4 @@
-"""What a sweep tries: tiles and split rules that compile without a spill, on the shapes that an engine runs."""
+"""What a sweep tries: tiles and split rules, on batches and model shapes that an engine runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def key(self) -> Key:
-        """Where its tile stands in a table."""
+        """The key of its entry in a table."""
         group = self.shape.num_heads // self.shape.num_kv_heads
         return Key(self.kernel, str(DTYPE).removeprefix("torch."), self.shape.head_dim, group)
 
@@ -111,7 +111,7 @@ def candidates(kernel: str, rules: tuple[SplitRule, ...] = SPLIT_RULES) -> list[
 
 
 def sweep_cases() -> list[Case]:
-    """In order of worth: decodes are most of an engine's time."""
+    """The most useful first: decodes take most of an engine's time."""
     return [
         Case(kernel, model, batch, shape, sequences)
         for kernel in ("decode", "prefill", "flash")

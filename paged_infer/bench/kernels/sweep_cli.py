@@ -40,7 +40,7 @@ def _sweep(device: torch.device, time_limit: float, figures: Path) -> None:
         built = compile_all(cases, arch)
         seconds = time.perf_counter() - deadline_s + time_limit
         print(f"{len(built)} candidates compiled in {seconds:.0f} s", flush=True)
-    except Exception as error:  # a pool that breaks costs time, and no results: they are compiled one by one
+    except Exception as error:  # costs time and no results: each candidate is then compiled when it is run
         built = {}
         print(f"not compiled beforehand: {type(error).__name__}: {error}", flush=True)
     report.roofline = roofline.measure(device)
@@ -74,7 +74,7 @@ def _check_on_cpu() -> None:
         typer.echo(f"error: differs from float64: {'; '.join(wrong)}", err=True)
         raise typer.Exit(1)
     total = sum(len(candidates(kernel)) for kernel in KERNELS)
-    print(f"{len(checked)} of {total} candidates run here: the interpreter takes no notice of warps and stages")
+    print(f"{len(checked)} of {total} candidates run here: the interpreter ignores warps and stages")
 
 
 def _show(result: CaseResult, report: SweepReport) -> None:
@@ -104,7 +104,7 @@ def _speed(result: CaseResult, trial: Trial, report: SweepReport) -> tuple[str, 
 
 
 def _write_winners(report: SweepReport, path: Path, arch: int) -> None:
-    """The table in use, with the entries that won."""
+    """Write the table in use, with the entries of the winners added or replaced."""
     if won := report.table():
         machine = report.machine
         measured_on = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}"
@@ -119,4 +119,4 @@ def _show_winners(report: SweepReport) -> None:
     title = f"winners (splits: {'/'.join(SPLIT_RULES[0]._fields)}); x today's: geometric mean over the batches"
     print_table(title, ("", "candidate", "x today's", "had to exceed"), rows)
     if not rows:
-        print("no candidate beats today's tiles by more than the noise: no table is written")
+        print("no candidate beats today's tile by more than the noise: no table is written")

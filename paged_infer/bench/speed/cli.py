@@ -239,7 +239,7 @@ def speculation(
 @app.command()
 @with_option_groups
 def trace(
-    common: Annotated[Common, Without(repeats="a record is no measurement", time_limit="it takes a few seconds")],
+    common: Annotated[Common, Without(repeats="nothing is timed", time_limit="it takes a few seconds")],
     requests: NanoRequests,
     prompt_steps: Annotated[int, typer.Option(help="Steps with chunks of prompts to record.", min=0)] = 5,
     decode_steps: Annotated[int, typer.Option(help="Decode steps after them to record.", min=1)] = 10,
@@ -272,7 +272,7 @@ def show(report: SpeedReport, figures: Path, name: str = "") -> None:
 
 
 def save_to(figures: Path, name: str = "") -> Callable[[SpeedReport], None]:
-    """Saves a report's numbers where ``show`` will, so that those of an unfinished command are there."""
+    """A function that saves a report's numbers where ``show`` will, so that an unfinished command leaves its own."""
     return lambda report: report.save(_path(report, figures, name))
 
 
@@ -294,14 +294,14 @@ def _engine(llm: LLM) -> dict[str, System]:
 
 
 def _bench(llm: LLM, common: Common, num_runs: int) -> AbstractContextManager[Bench]:
-    """``bench_of`` what a command has in common with the others."""
+    """``bench_of`` with the options that all commands share."""
     save, deadline_s = save_to(common.figures), common.deadline_s
     return bench_of(llm, common.repeats, num_runs, save=save, deadline_s=deadline_s)
 
 
 @contextmanager
 def bench_of(llm: LLM, repeats: int, num_runs: int, **others: Any) -> Iterator[Bench]:
-    """Describe the machine and measure its roofline before anything runs. ``others``: of ``Bench``."""
+    """Describe the machine and measure its roofline before anything runs. ``others``: further fields of ``Bench``."""
     from paged_infer.bench.roofline import measure
     from paged_infer.bench.speed.measure import Bench
     from paged_infer.execution.machine import describe_machine

@@ -30,9 +30,9 @@ CHECKED_REQUESTS, CHECKED_TOKENS = 4, 16
 class Entry:
     """One system, or one load: medians over its repeats.
 
-    ``same_tokens``: equal to the reference's, in ``throughput`` greedy on a few requests; if not, ``compared`` has by
-    how much. ``span_s``: where the engine's steps spent their time, in the run of median length. ``load``: clients, or
-    arrivals a second; ``series``: a line of a picture.
+    ``same_tokens``: whether its tokens are the reference's (in ``throughput``, on a few greedy requests); ``compared``
+    has how they differ. ``span_s``: where the engine's steps spent their time, in the run of median length. ``load``:
+    clients, or arrivals a second; ``series``: a line of a picture.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def is_right(self) -> bool:
-        """As many tokens as requested, and the same ones as the reference's, or but for near ties."""
+        """As many tokens as requested, and the reference's tokens, except for near ties where these are allowed."""
         is_same = self.same_tokens is not False or (self.compared is not None and self.compared.is_right)
         return self.same_counts and is_same
 
@@ -63,7 +63,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class SpeedReport(JsonReport):
-    """``repeats``: as asked for; an entry's ``runs_s`` are those that were run."""
+    """``repeats``: as asked for; an entry's ``runs_s`` has the runs that there was time for."""
 
     command: str
     model: str
@@ -86,7 +86,7 @@ class SpeedReport(JsonReport):
 
     @property
     def is_right(self) -> bool:
-        """Every system gave as many tokens as requested and, in float32, the same ones (see ``TokenComparison``)."""
+        """Every system gave as many tokens as requested and, in float32, the same tokens (see ``TokenComparison``)."""
         exact = self.dtype == "float32"
         return all(entry.is_right if exact else entry.same_counts for entry in self.entries)
 
@@ -155,7 +155,7 @@ class Bench:
     def compare(
         self, systems: Mapping[str, System], workload: Workload, runs: Mapping[str, list[Run]]
     ) -> dict[str, TokenComparison]:
-        """Every system's runs of ``workload``, held to the reference's first one: {} if it is alone, or to come."""
+        """Compare each system's runs of ``workload`` with the reference's first; {} if there is nothing to compare."""
         reference = REFERENCE if REFERENCE in systems else next(iter(systems))
         if len(systems) == 1 or not runs.get(reference):
             return {}
@@ -175,7 +175,7 @@ class Bench:
         once: Collection[str] = (),
         reserved: float = 0.0,
     ) -> Runs:
-        """See ``rounds.interleave``. What is left of the time is shared with the other phases that are to come."""
+        """See ``rounds.interleave``. The time left is divided among ``num_phases``: this one and those to come."""
 
         now_s = perf_counter()
         deadline_s = now_s + (self.deadline_s - now_s) / num_phases
@@ -232,12 +232,12 @@ class Bench:
         return opened(self.interleave(systems, workload, opened))
 
     def _record_overhead(self, runs: list[Run], workload: Workload) -> list[str]:
-        """On a CUDA device, from some recorded steps; on the CPU every run has its own. Returns why it failed."""
+        """On a CUDA device, set the overhead of ``runs`` from some recorded steps. Returns a note if that fails."""
         if not runs or self.llm.engine.device.type != "cuda":
             return []
         try:
             shares = busy_share(self.llm.engine, workload, [run.step_s for run in runs])
-        except Exception as error:  # of the profiler; every number is there without it
+        except Exception as error:  # of the profiler, without which every other number is complete
             return [f"the engine's overhead was not recorded: {type(error).__name__}: {error}"]
         for run, share in zip(runs, shares, strict=True):
             run.overhead_share = 1 - share
@@ -280,7 +280,7 @@ class Bench:
 def run_warm_ups(systems: Mapping[str, System], workload: Workload) -> None:
     """Run every kind of step of ``workload`` on each system, so that nothing is compiled in a run that is timed.
 
-    transformers compiles nothing: it gets the first of them only.
+    transformers compiles nothing, so it runs the first of them only.
     """
     for name, system in systems.items():
         for one in workload.warm_ups()[: 1 if name.startswith(REFERENCE) else None]:

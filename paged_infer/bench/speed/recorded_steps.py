@@ -1,7 +1,7 @@
-"""A few steps of a workload, out of its middle, for a profiler: a record of all of them takes minutes to read.
+"""A few steps from the middle of a workload, for a profiler: a record of all steps takes minutes to read.
 
-A workload's steps are the same in each run, as its lengths are, so steps are found by their number. What comes after
-them is aborted.
+The steps of a workload are the same in each run, because its lengths are; so they are found by their number. Requests
+that are unfinished after the last recorded step are aborted.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def serving(engine: LLMEngine, workload: Workload) -> Iterator[None]:
 def busy_share(engine: LLMEngine, workload: Workload, step_s: ReadOnlyList[ReadOnlyList[float]]) -> list[float]:
     """The share of the time of ``BUSY_STEPS`` steps in which a CUDA device was busy, for each of several runs.
 
-    Recording slows the host and not the kernels: what they take is recorded here, once, and compared with the time
-    that the same steps took in a run that was not recorded.
+    Recording slows the host, not the kernels. So the time of the kernels is recorded here, once, and divided by the
+    time that the same steps took in a run that was not recorded.
 
     Args:
         step_s: of each of these runs of ``workload``, the moments at which its steps returned.

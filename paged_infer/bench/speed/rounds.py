@@ -32,9 +32,9 @@ def interleave(
     Args:
         on_run: called with the system's name after each run.
         save: called with all runs so far after each run, so that they outlive the process.
-        deadline_s: by ``perf_counter``. No round but the first is begun that would end later, if it took as long as
-            the one before.
-        reserved: how many rounds' time is kept free before that, for what follows.
+        deadline_s: by ``perf_counter``. A round that would end later, if it took as long as the last one, is not
+            begun; the first always is.
+        reserved: the time of so many rounds is kept free before the deadline, for what follows.
         once: systems that take part in the first round only.
     """
     runs: Runs = {name: [] for name in systems}

@@ -1,8 +1,8 @@
-"""Whether two systems gave the same tokens; and where not, how near to a tie it was.
+"""Whether two systems gave the same tokens and, where they did not, how near to a tie the choice was.
 
-In float32 the tokens of a sequence do not depend on what else is in its batch (law 1). On a CPU they are the same to
-the last one. On a GPU another number of rows is another kernel of cuBLAS, so another order of sums: the last bits of
-the logits differ, and two that are nearly equal may change places. From there on the texts differ, so only the first
+In float32 the tokens of a sequence do not depend on what else is in its batch (law 1). On a CPU this holds exactly. On
+a GPU, cuBLAS chooses another kernel for another number of rows and adds in another order: the last bits of the logits
+differ, and two that are nearly equal may change places. From there on the texts differ, so only the first
 different token of a request is judged, by the margin between it and the expected one in the logits that the reference
 computes for the tokens before.
 
@@ -34,7 +34,7 @@ from paged_infer.model.config import ModelConfig
 from paged_infer.params import SamplingParams
 
 MAX_DIFFERING = 2  # requests of a workload that near ties may change
-MAX_MARGINS = 8  # requests whose margin is worked out, each by a pass over the whole sequence
+MAX_MARGINS = 8  # requests whose margin is computed, each by a pass over the whole sequence
 
 NextLogits = Callable[[list[int]], Tensor]  # all tokens so far -> logits [V] of the next
 
@@ -66,7 +66,7 @@ class TokenComparison:
     def line(self) -> str:
         """
         >>> TokenComparison(32, 1, [2e-05], 0.00036, allows_near_ties=True).line()
-        '1 of 32 requests differs, by a margin of 2.0e-05 at its first other token: a near tie (up to 3.6e-04)'
+        '1 of 32 requests differs, by a margin of 2.0e-05 at its first different token: a near tie (bound 3.6e-04)'
         """
         if self.is_same:
             return f"the same tokens in all of {self.num_requests} requests"
@@ -77,9 +77,10 @@ class TokenComparison:
         found = ", ".join(f"{margin:.1e}" for margin in self.margins)
         verdict = "a near tie" if one else "near ties"
         if not self.is_right:
-            verdict = f"more than near ties in {MAX_DIFFERING} requests" if self.allows_near_ties else "an error here"
-        place = f"at {'its' if one else 'their'} first other token"
-        return f"{differ}, by a margin of {found} {place}: {verdict} (up to {self.margin_bound:.1e})"
+            too_much = f"more than near ties in {MAX_DIFFERING} requests"
+            verdict = too_much if self.allows_near_ties else "an error on a CPU"
+        place = f"at {'its' if one else 'their'} first different token"
+        return f"{differ}, by a margin of {found} {place}: {verdict} (bound {self.margin_bound:.1e})"
 
 
 def compare_tokens(
@@ -89,11 +90,11 @@ def compare_tokens(
     runs: Iterable[list[list[int]]],
     next_logits: NextLogits | None = None,
 ) -> TokenComparison:
-    """The worst of ``runs``, each the token ids of every request of ``workload``, held to the reference's.
+    """Compare ``runs``, each the token ids of every request of ``workload``, with the reference's; returns the worst.
 
     Args:
         llm: an engine with the reference's weights.
-        next_logits: the reference's view; None: ``llm``'s decoder, without a cache.
+        next_logits: of the reference; None: ``llm``'s decoder, without a cache.
     """
     decoder = llm.engine.decoder
     is_float32 = decoder.dtype == torch.float32
@@ -133,14 +134,14 @@ def margin_bound(config: ModelConfig, largest_logit: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What the reference computes for a request after some of its tokens."""
+    """The logits of the reference for a request after some of its tokens."""
 
     workload: Workload
     next_logits: NextLogits
     config: ModelConfig
 
     def margin(self, index: int, before: list[int], expected: int, found: int) -> tuple[float, float]:
-        """Between two tokens after ``before``, and the bound of it: both infinite or 0 if it is not a number."""
+        """The margin between two tokens after ``before``, and its bound; infinite and 0 if they are not finite."""
         token_ids = self.workload.prompts[index] + before
         logits = self.next_logits(token_ids).float().cpu()
         scores = scores_of(logits, [expected, found], self.workload.params[index], len(token_ids))

@@ -90,7 +90,7 @@ def _yes(value: bool) -> str:
 
 
 def _num_runs(entry: Entry, report: SpeedReport) -> str:
-    """Of those asked for, if they are fewer."""
+    """The number of runs, if it is smaller than asked for."""
     asked = report.repeats
     return UNKNOWN if len(entry.runs_s) >= asked else f"{len(entry.runs_s)} of {asked}"
 

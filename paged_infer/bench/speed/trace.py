@@ -1,12 +1,12 @@
-"""A few steps as torch.profiler records them: the last ones with chunks of prompts, and the decodes that follow.
+"""A few steps as torch.profiler records them: some with chunks of prompts, and the decode steps that follow.
 
     bench-trace.json.gz, for ui.perfetto.dev or chrome://tracing
 
     host      | schedule | step 18: 240 decodes, 4 chunks of 1,808 tokens | settle | ...
     device          | rms_norm | matmul | qk_norm_rope | paged_prefill | ...
 
-A first, unrecorded pass compiles what these steps need, and finds where in the workload they are: its steps are the
-same in each pass. What follows them is aborted, and nothing here is timed.
+A first, unrecorded pass compiles what these steps need and finds their place in the workload, whose steps are the same
+in each pass. Requests that are unfinished after them are aborted. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Recorded:
 
 
 def has_chunk(step: ScheduledStep) -> bool:
-    """Whether it computes more than one known token of a sequence: of a prompt."""
+    """Whether the step computes a chunk of a prompt: more than one known token of a sequence."""
     return any(sequence.num_known_tokens > 1 for sequence in step.sequences)
 
 
@@ -96,7 +96,7 @@ def record_steps(engine: LLMEngine, workload: Workload, num_prompt: int, num_dec
 
 
 def _find(engine: LLMEngine, workload: Workload, num_prompt: int, num_decode: int) -> int:
-    """How many steps are before the first ``num_prompt`` with chunks that ``num_decode`` without follow."""
+    """How many steps come before the first ``num_prompt`` with chunks that are followed by ``num_decode`` without."""
     kinds: list[bool] = []
     launch = engine.executor.launch
 
@@ -111,8 +111,8 @@ def _find(engine: LLMEngine, workload: Workload, num_prompt: int, num_decode: in
             if kinds[-len(wanted) :] == wanted:
                 return len(kinds) - len(wanted)
     raise ValueError(
-        f"{workload.name}: {sum(kinds)} steps have chunks of prompts and {len(kinds) - sum(kinds)} have none, and no "
-        f"{num_prompt} of the former are followed by {num_decode} of the latter: ask for fewer steps, for more "
+        f"{workload.name}: {sum(kinds)} steps have chunks of prompts and {len(kinds) - sum(kinds)} have none, but "
+        f"never {num_decode} of the latter right after {num_prompt} of the former: ask for fewer steps, for more "
         f"requests or for a smaller max_num_batched_tokens than {engine.scheduler.max_num_batched_tokens}"
     )
 
@@ -173,7 +173,7 @@ def _longest_first(times: list[tuple[str, int, float]]) -> list[tuple[str, int, 
 
 
 def print_recorded(recorded: Recorded) -> None:
-    """Where it is, and a table of what took the time."""
+    """Print the kernels that took most of the time, and the path of the record."""
     total_ms = sum(ms for _, _, ms in recorded.kernels) or 1.0
     rows = [
         (name if len(name) <= 80 else f"{name[:77]}...", f"{calls:,}", f"{ms:,.2f}", f"{ms / total_ms:.1%}")

@@ -1,16 +1,17 @@
-"""Into how many splits a decode cuts each of its rows: worked out on the device, once a step, for all layers.
+"""The number of splits of each row of a decode: computed on the device, once a step, for all layers.
 
     places = 6 (programs of one head that run at once)         item    0   1   2   3   4   5
     rows of 300, 300, 2,100 and 250 keys                       row     0   1   2   2   2   3
     keys per split = 700                                       split   0   0   0   1   2   0
 
-Lengths differ within a batch, and a captured launch has a fixed grid. So the grid has a program for each item that any
-lengths can give, which is few more than there are rows, and a list names the row of each item. SGLang keeps a number
-of splits for each row likewise, and FlashInfer and FlashMLA such a list of work, both planned before a step.
+An item is one split of one row. Lengths differ within a batch, and a captured launch has a fixed grid. So the grid has
+as many programs as any lengths can give items, which is at most the number of rows and of places together, and a list
+has the row of each item. SGLang also has a number of splits for each row, and FlashInfer and FlashMLA have such a list
+of work; all of them plan it before a step.
 
 The number of keys per split is the smallest with which all programs run at once. A row of s > 1 splits takes s places.
-Rows that are not split share one: as many as end, one after the other, while a split of that many keys runs. Equal
-rows therefore get equal splits, in whole waves, and a long row among short ones is cut into many.
+Rows that are not split share places: as many rows share one as can run in it, one after the other, while a split of
+that many keys runs. Equal rows therefore get equal splits, in whole waves, and a long row among short ones gets many.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class SplitBounds(NamedTuple):
 
     places: int  # programs of one KV head that run at once
     max_items: int  # splits of all rows together
-    max_split_rows: int  # rows with more than one split; 0: none can have
+    max_split_rows: int  # rows that can have more than one split
     rule: SplitRule
 
 

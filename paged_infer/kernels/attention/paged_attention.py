@@ -49,7 +49,8 @@ def paged_attention(
         out: the tensor to write to, [T, H, D] with dense rows.
         return_lse: return (out, lse), where lse is log(sum(exp(scores))) of each query: float32 [T, H], -inf for a
             query that sees no key.
-        shared: what calls with the same rows (index tensors and hints) share, as the layers of a step do.
+        shared: a dict for what calls with the same index tensors and hints have in common, such as those of all
+            layers of a step: the splits of decodes.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or (without hints) an index is out of range.

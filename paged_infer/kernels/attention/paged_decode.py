@@ -8,7 +8,7 @@
 Three choices make it fast. The query heads of a KV group are the rows of one matrix product, so a key tile is read once
 for all of them and tensor cores do the rest (GQA packing). A long context is cut into splits, so that a few long
 sequences still fill the GPU (Flash-Decoding, Dao 2023). And lengths stay on the device: each row's number of splits is
-worked out there (``decode_plan``), within bounds that follow from the batch, the chip and the longest length that the
+computed there (``decode_plan``), within bounds that follow from the batch, the chip and the longest length that the
 caller promises, so one compiled kernel serves every step and a CUDA graph can hold the launch. A row of one split is
 written to the output at once. A split that holds no key writes a log-sum-exp of -inf, and nothing else.
 """
@@ -35,7 +35,7 @@ def paged_decode(
 ) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the first ``num_rows`` rows.
 
-    ``shared`` holds the plan of splits for further calls with the same rows (``AttentionMetadata.plan``).
+    ``shared`` keeps the plan of splits for further calls with the same rows (``AttentionMetadata.plan``).
     """
     num_heads, dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]

@@ -1,4 +1,4 @@
-"""Tiles that were measured: kernels/tiles/sm90.json is read once in a process. Where it is silent, ``tiles`` decides.
+"""Measured tiles: kernels/tiles/sm90.json, read once in a process. Without an entry there, ``tiles`` chooses.
 
     {"arch": 90, "measured": "NVIDIA H200, triton 3.6.0, 2026-12-01", "entries": [
      {"kernel": "decode", "dtype": "bfloat16", "head_dim": 128, "group": 4,
@@ -46,7 +46,7 @@ class SplitRule(NamedTuple):
     """Into how many splits a decode cuts its rows."""
 
     per_processor: int = 4  # programs of a split decode that a processor holds at once
-    min_keys: int = 256  # a split has about so many, at least
+    min_keys: int = 256  # a split has at least about this many keys
     max_splits: int = 64
 
 
@@ -60,7 +60,7 @@ class Key(NamedTuple):
     window: bool = False  # flash and prefill; a decode cuts its window before the tiles
 
 
-Chosen = tuple[Tile, SplitRule | None]  # the rule: of a decode
+Chosen = tuple[Tile, SplitRule | None]  # a decode alone has a rule
 _LIMITS = {"block_m": (16, 128), "block_n": (16, 128), "num_warps": (1, 16), "num_stages": (1, 10)}
 _forced: dict[str, Chosen] = {}
 
@@ -85,7 +85,7 @@ def forced(kernel: str, tile: Tile, splits: SplitRule | None = None) -> Iterator
 
 
 def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
-    """What is forced, or the entry of the table for ``gpu``; None if there is neither.
+    """The forced tile, or the entry of the table for ``gpu``; None if there is neither.
 
     Raises:
         ValueError: the table cannot be read; the message names the file and the entry.
@@ -97,7 +97,7 @@ def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
 
 @cache
 def tables() -> Mapping[int, Mapping[Key, Chosen]]:
-    """All tables by architecture (90: sm90): those of the package, and in their place that of ``VARIABLE``."""
+    """All tables by architecture (90: sm90): the package's, one of which the file of ``VARIABLE`` may replace."""
     paths = sorted(FOLDER.glob("sm*.json"))
     found = {}
     for path in paths:
@@ -126,7 +126,7 @@ def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
             raise ValueError(f'"arch" must be one of {known}, and "entries" a list; got arch {arch!r}')
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is no table of tiles: {reason}") from error
+        raise ValueError(f"{path} is not a table of tiles: {reason}") from error
     found: dict[Key, Chosen] = {}
     for number, entry in enumerate(entries, 1):
         try:
@@ -140,7 +140,7 @@ def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
 
 
 def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_on: str) -> None:
-    """A file for ``kernels/tiles/``. At any moment it is this table or the one before."""
+    """Write a file for ``kernels/tiles/``. At any moment it is this table or the previous one."""
     lines = []
     for key, (tile, splits) in entries.items():
         entry = key._asdict() | tile._asdict() | ({} if splits is None else {"splits": splits._asdict()})
@@ -163,7 +163,7 @@ def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:
     if key.kernel not in KERNELS or key.dtype not in DTYPES or not isinstance(key.window, bool):
         raise ValueError(f"kernel must be in {KERNELS}, dtype in {DTYPES}, and window true or false")
     if not _is_whole(key.head_dim, 1, MAX_HEAD_DIM) or not _is_whole(key.group, 1, 2**16):
-        raise ValueError(f"head_dim must be a number of 1..{MAX_HEAD_DIM}, and group of 1 or more")
+        raise ValueError(f"head_dim must be a number in 1..{MAX_HEAD_DIM}, and group at least 1")
     if key.kernel == "decode" and key.window:
         raise ValueError("a decode's tile does not depend on a window")
     _check_tile(tile)
@@ -183,7 +183,7 @@ def _read_splits(key: Key, given: Any) -> SplitRule | None:
     if not isinstance(given, dict) or given.keys() != set(SplitRule._fields):
         raise ValueError(f"splits of a decode: expected {', '.join(SplitRule._fields)}")
     if not all(_is_whole(number, 1, 2**20) for number in given.values()):
-        raise ValueError("splits: each must be a whole number of 1 or more")
+        raise ValueError("splits: each must be a whole number, at least 1")
     return SplitRule(**given)
 
 
@@ -192,7 +192,7 @@ def _check_tile(tile: Tile) -> None:
         number = getattr(tile, name)
         if not _is_whole(number, least, most) or (name != "num_stages" and number.bit_count() != 1):
             kind = "a number" if name == "num_stages" else "a power of two"
-            raise ValueError(f"{name}={number!r}: must be {kind} of {least}..{most}")
+            raise ValueError(f"{name}={number!r}: must be {kind} in {least}..{most}")
     if type(tile.use_tma) is not bool:
         raise ValueError(f"use_tma={tile.use_tma!r}: must be true or false")
 
@@ -200,7 +200,7 @@ def _check_tile(tile: Tile) -> None:
 def _check_shared_memory(key: Key, tile: Tile, arch: int) -> None:
     """Refuse what cannot fit: one tile of keys and of values, and in 16-bit dense attention one for each stage.
 
-    This is a lower bound. How many stages hold tiles of keys in the other kernels is the compiler's decision.
+    This is a lower bound: in the other kernels the compiler decides how many stages hold tiles of keys.
     """
     itemsize = getattr(torch, key.dtype).itemsize
     stages = tile.num_stages if key.kernel == "flash" and itemsize == 2 else 1

@@ -1,7 +1,7 @@
 """How large a tile each attention kernel takes, on which chip: chosen from the shapes alone, before a launch.
 
-A table that was measured decides first (``tile_table``), then these functions. ``paged-infer bench kernels
---compile-only`` prints what the compiler spills with each tile, for every architecture.
+A measured table (``tile_table``) comes first; where it has no entry, these functions choose. ``paged-infer bench
+kernels --compile-only`` prints what the compiler spills with each tile, for every architecture.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _key(kernel: str, dim: int, dtype: torch.dtype, group: int, has_window: bool
     return Key(kernel, str(dtype).removeprefix("torch."), dim, group, has_window)
 
 
-# -- Where the table is silent -----------------------------------------------------------------------------------------
+# -- Without an entry in a table ---------------------------------------------------------------------------------------
 
 
 def _flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
@@ -66,9 +66,9 @@ def _flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int
 
 
 def _prefill_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
-    """The dense kernel's, with fewer keys, as each needs an address, and stages for these addresses.
+    """The dense kernel's tile with fewer keys, as each key needs an address, and with stages that load these addresses.
 
-    Of five stages three hold keys and values (two on 8.x and 12.x).
+    Three of five stages hold keys and values (two on 8.x and 12.x).
     """
     tile = _flash_tiles(gpu, dim, dtype, window)
     block_n = min(tile.block_n, 32 if gpu[0] in (8, 12) and dim > 64 else 64)

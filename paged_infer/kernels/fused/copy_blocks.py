@@ -31,8 +31,8 @@ WORDS_PER_PROGRAM = 1024  # of 4 bytes: 4 KiB
 def copy_blocks(caches: ReadOnlyList[Tensor], sources: Tensor, destinations: Tensor) -> None:
     """Copy block ``sources[i]`` of every cache to its block ``destinations[i]``.
 
-    The first call with these caches sends the table of addresses, which is kept: make that call before a CUDA graph is
-    captured.
+    The first call with these caches copies a table of their addresses to the device and keeps it; make that call before
+    a CUDA graph is captured.
 
     Args:
         caches: tensors [num_blocks, ...] with the same num_blocks, contiguous, changed in place.

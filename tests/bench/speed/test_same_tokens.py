@@ -97,7 +97,7 @@ def test_missing_tokens_and_logits_that_are_no_numbers_are_no_near_ties() -> Non
 def test_a_cpu_allows_none_and_another_dtype_is_not_judged() -> None:
     found = [[1, 2, 4, 9], *EXPECTED[1:]]
     on_cpu = compare(found, llm=made_up("cpu"))
-    assert on_cpu.margins and not on_cpu.is_right and "an error here" in on_cpu.line()
+    assert on_cpu.margins and not on_cpu.is_right and "an error on a CPU" in on_cpu.line()
     half = compare(found, llm=made_up(dtype=torch.bfloat16))
     assert half.num_differing == 1 and not half.margins and half.line() == "1 of 4 requests differs"
 

@@ -253,21 +253,21 @@ def run(folder: Path, code: str) -> str:
             FLASH | {"block_n": 128, "num_stages": 4},
             "needs at least 262,144 bytes of shared memory a block, sm90 has 232,448",
         ),
-        (FLASH | {"block_n": 48}, "block_n=48: must be a power of two of 16..128"),
-        (FLASH | {"block_n": 256}, "block_n=256: must be a power of two of 16..128"),
-        (FLASH | {"block_m": 8}, "block_m=8: must be a power of two of 16..128"),
-        (FLASH | {"num_warps": 3}, "num_warps=3: must be a power of two of 1..16"),
-        (FLASH | {"num_stages": 0}, "num_stages=0: must be a number of 1..10"),
+        (FLASH | {"block_n": 48}, "block_n=48: must be a power of two in 16..128"),
+        (FLASH | {"block_n": 256}, "block_n=256: must be a power of two in 16..128"),
+        (FLASH | {"block_m": 8}, "block_m=8: must be a power of two in 16..128"),
+        (FLASH | {"num_warps": 3}, "num_warps=3: must be a power of two in 1..16"),
+        (FLASH | {"num_stages": 0}, "num_stages=0: must be a number in 1..10"),
         (FLASH | {"num_warps": True}, "num_warps=True: must be a power of two"),
         (FLASH | {"kernel": "flashy"}, "kernel must be in"),
         (FLASH | {"dtype": "float8"}, "kernel must be in"),
-        (FLASH | {"head_dim": 512}, r"head_dim must be a number of 1\.\.256"),
+        (FLASH | {"head_dim": 512}, r"head_dim must be a number in 1\.\.256"),
         (FLASH | {"splits": DECODE["splits"]}, "only a decode has splits"),
         (FLASH | {"blockn": 64}, "expected kernel, dtype, head_dim, group, window, block_m"),
         ({"kernel": "flash"}, "expected kernel, dtype, head_dim, group, window, block_m"),
         ("flash", "expected kernel, dtype"),
         (DECODE | {"splits": {}}, "splits of a decode: expected per_processor, min_keys, max_splits"),
-        (DECODE | {"splits": DECODE["splits"] | {"min_keys": 0}}, "splits: each must be a whole number of 1 or more"),
+        (DECODE | {"splits": DECODE["splits"] | {"min_keys": 0}}, "splits: each must be a whole number, at least 1"),
         (FLASH | {"use_tma": 1}, "use_tma=1: must be true or false"),
         (FLASH | {"use_tma": True, "head_dim": 80}, "use_tma is for flash on sm90 or later, in 16 bits, head_dim 64"),
         (FLASH | {"use_tma": True, "window": True}, "use_tma is for flash on sm90 or later"),
@@ -299,7 +299,7 @@ def test_two_entries_of_the_same_key_are_refused(given):
 def test_a_file_that_is_no_table_is_one_error_that_names_it(text, reason, given):
     path = given()
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"^{path} is no table of tiles: {reason}"):
+    with pytest.raises(ValueError, match=rf"^{path} is not a table of tiles: {reason}"):
         tables()
 
 

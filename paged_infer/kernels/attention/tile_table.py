@@ -39,7 +39,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int  # of the pipeline that loads keys and values
-    use_tma: bool = False  # flash: keys and values come by TMA, where they can (``flash_tma``)
+    use_tma: bool = False  # flash: TMA loads keys and values, where it can (``flash_tma``)
 
 
 class SplitRule(NamedTuple):

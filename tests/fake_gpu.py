@@ -50,7 +50,7 @@ class GpuTensor(Tensor):
 
 
 class FakeEvent:
-    """Has the copies to the host that were queued when it was recorded."""
+    """Holds the copies to the host that were queued when it was recorded."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
@@ -67,7 +67,7 @@ class FakeEvent:
 
 
 class FakeGpu(TorchFunctionMode):
-    """While entered, torch has this device."""
+    """While it is entered, torch has this device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class FakeGpu(TorchFunctionMode):
         assert isinstance(x, GpuTensor), "an index or a value on the device, of a tensor on the host"
         for part in index if isinstance(index, tuple) else (index,):
             if isinstance(part, GpuTensor):
-                # A number for where a mask is True is masked_fill_.
+                # Setting the elements of a mask to a number is masked_fill_.
                 is_fill = part.cpu_tensor.dtype == torch.bool and not isinstance(value, Tensor)
                 if part.cpu_tensor.dtype == torch.bool and (func is Tensor.__getitem__ or not is_fill):
                     self._wait(f"{func.__name__} counts a mask")

@@ -44,7 +44,7 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """``torch.cuda``, as far as the timer uses it: counts captures, and leaves what a failed one leaves."""
+    """What the timer uses of ``torch.cuda``: counts captures, and keeps the state that a failed one leaves."""
 
     Event, Stream = FakeEvent, FakeStream
 
@@ -108,7 +108,7 @@ def waits(cuda: FakeCuda) -> torch.Tensor:
     return torch.ones(1)
 
 
-def test_a_call_that_waits_for_the_host_is_never_captured(cuda):
+def test_a_call_in_which_the_host_waits_is_never_captured(cuda):
     timed = time_cuda_graph(lambda: waits(cuda), can_be_captured=False, repeats=2)
     assert timed == timing.Timing((0.007, 0.007), "cuda events, no graph: the host waits in it")
     assert cuda.num_captures == 0

@@ -47,7 +47,7 @@ def test_steps_come_in_the_order_of_their_worth_or_as_asked_for():
 
 @pytest.mark.parametrize("has_cuda", [True, False])
 def test_every_command_is_one_that_exists(has_cuda):
-    """Modules, test files, and options: nothing is found out on the machine that costs."""
+    """Its modules, test files and options exist: an error here would otherwise show on a rented machine."""
     kernels = typer.Typer()
     kernels.command()(kernels_cli.kernels)
     commands = {

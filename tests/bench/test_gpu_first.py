@@ -30,7 +30,7 @@ def stored(path: Path) -> list[dict]:
 
 
 def test_a_result_is_on_disk_before_it_is_printed(tmp_path, monkeypatch):
-    """And before anything else starts: the screen may be gone by then."""
+    """And before anything else starts: the connection to the screen may be lost by then."""
     path = tmp_path / "first.jsonl"
     seen = []
     monkeypatch.setattr("builtins.print", lambda text, flush: seen.append((text[9:], flush, stored(path))))
@@ -138,7 +138,7 @@ def test_a_kernel_is_checked_in_the_dtype_asked_for_and_a_wrong_one_fails(tmp_pa
 
 
 def test_every_kernel_is_checked_in_both_dtypes_and_a_process_that_dies_is_named(tmp_path, monkeypatch):
-    """With processes that do nothing, but for one that is killed."""
+    """The processes do nothing, except for one that is killed."""
     path = tmp_path / "first.jsonl"
     code = "import os, signal, sys; 'sample:float32' in sys.argv and os.kill(os.getpid(), signal.SIGKILL)"
     ran = []

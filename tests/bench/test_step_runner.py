@@ -29,7 +29,7 @@ def python(name: str, code: str, *arguments: object, share: float = 1.0, **optio
 
 
 class Clock(SimpleNamespace):
-    """Stands in for ``time``: it stands still, but for ``passing_s`` that pass at once as soon as ``event()``."""
+    """A stand-in for ``time``: it stands still until ``event()`` is true; then ``passing_s`` pass at once."""
 
     def __init__(self, event: Callable[[], object], passing_s: float) -> None:
         super().__init__(strftime=time.strftime, sleep=time.sleep)
@@ -50,7 +50,7 @@ def results(tmp_path, monkeypatch) -> Results:
 
 
 def run_until(event: Callable[[], object], steps: list[Step], results: Results, monkeypatch) -> list[str]:
-    """Run them, where the last step's limit, or the last but one's, passes when ``event()``; returns the outcomes."""
+    """Run the steps; once ``event()`` is true, the limit of the running step has passed. Returns the outcomes."""
     monkeypatch.setattr(step_runner, "time", Clock(event, (0.75 if len(steps) > 1 else 2) * HOURS_S))
     run_steps(steps, results, HOURS_S)
     return [step.outcome for step in results.steps]
@@ -170,7 +170,7 @@ def test_that_hangs():
     def fails_and_hangs() -> bool:
         return hangs.exists() and "F" in (results.work / "logs/tests.log").read_text().partition("\n")[2]
 
-    few = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # imports of plugins take the time
+    few = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # importing plugins takes long
     outcomes = run_until(fails_and_hangs, [Step("tests", command, 1.0, few)], results, monkeypatch)
     assert outcomes[0].startswith("stopped after")
     log = (results.work / "logs/tests.log").read_text()
@@ -179,7 +179,7 @@ def test_that_hangs():
 
 
 def test_a_step_can_be_interrupted_where_this_command_ignores_sigint(results):
-    """As what a shell starts with & does."""
+    """As a command does that a shell starts with &."""
     show = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

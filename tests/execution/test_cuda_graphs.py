@@ -265,7 +265,7 @@ def a_row(params: SamplingParams, num_output_tokens: int = 5) -> SamplingRow:
 
 
 class Held:
-    """So many bytes of a stand-in device, until this is collected."""
+    """Holds bytes of a stand-in device until it is collected."""
 
     alive: ClassVar[WeakSet[Held]] = WeakSet()
 
@@ -279,7 +279,7 @@ class Held:
 
 @pytest.fixture
 def memory(monkeypatch) -> Iterator[None]:
-    """A device of 10,000 bytes, and no collection but those that are asked for."""
+    """A device of 10,000 bytes; garbage is collected only on request."""
     gc.collect()
     Held.alive.clear()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

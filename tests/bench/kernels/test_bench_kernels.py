@@ -191,7 +191,7 @@ def test_kernels_take_turns_and_the_median_is_reported(monkeypatch):
     ("sequences", "peers"), [([(0, 20)] * 2, PREFILL), ([(30, 1)] * 3, DECODE)], ids=["prefill", "decode"]
 )
 def test_every_peer_here_agrees_or_says_why_it_does_not_run(sequences, peers, by_the_clock, monkeypatch):
-    monkeypatch.setattr(kernel_peers, "FLEX_SIZES", ())  # compiling it takes its time
+    monkeypatch.setattr(kernel_peers, "FLEX_SIZES", ())  # compiling it takes long
     problem = paged_problem(sequences, dtype=torch.float16, poison=False, **SMALL)
     entries = kernels.run_comparison({name: partial(peer, problem) for name, peer in peers.items()})
     assert [entry.name for entry in entries] == list(peers)

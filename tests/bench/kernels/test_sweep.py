@@ -37,7 +37,7 @@ KEY = ["decode", "bfloat16", 32, 2, False]
 
 @pytest.fixture
 def two_candidates(monkeypatch):
-    """Of a decode alone, on a small batch, computed in float64; times are made up. The list grows with each timing."""
+    """A sweep of two decode tiles, computed in float64, with made-up times. The list grows with each timing."""
     monkeypatch.setattr(sweep_cases, "TILES", {"decode": (SMALL, LARGE), "flash": (), "prefill": ()})
     monkeypatch.setattr(sweep_cases, "SPLIT_RULES", (rule := SplitRule(2**20, 16, 3),))
     monkeypatch.setattr(sweep_cases.candidates, "__defaults__", ((rule,),))
@@ -201,10 +201,10 @@ def test_the_best_that_beats_today_by_more_than_the_noise_wins():
     ("first", "second"),
     [
         ({AGAIN: 1.0, "x": 0.985}, {AGAIN: 1.0, "x": 0.985}),  # a gain of 1.5 %: below the least
-        ({AGAIN: 1.2, "x": 0.8}, {AGAIN: 1.0, "x": 0.8}),  # today's two are 17 % apart in one case: 33 % are asked
+        ({AGAIN: 1.2, "x": 0.8}, {AGAIN: 1.0, "x": 0.8}),  # today's two differ by 17 % in one case: the margin is 33 %
         ({AGAIN: 1.0, "x": 0.5}, {AGAIN: 1.0, "x": 1.1}),  # slower in one case
         ({AGAIN: 1.0, "x": 0.5}, {AGAIN: 1.0}),  # wrong, or not run, in one case
-        ({AGAIN: 1.0, "x": 0.5}, {"x": 0.5}),  # how large the noise is, is not known
+        ({AGAIN: 1.0, "x": 0.5}, {"x": 0.5}),  # the noise is not known
     ],
 )
 def test_a_candidate_that_might_not_be_better_does_not_win(first, second):
@@ -234,7 +234,7 @@ def test_the_report_survives_its_json(tmp_path):
 
 
 def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(two_candidates, tmp_path, monkeypatch, capsys):
-    """The larger tile is the fastest: it is the table's entry, beside the entries that are there."""
+    """The larger tile is the fastest: it becomes an entry, beside those that the table has."""
     tables.cache_clear()
     there = {Key("flash", "bfloat16", 64, 1): (Tile(64, 64, 4, 2), None)}
     monkeypatch.setattr(sweep_cli, "tables", lambda: {90: there})

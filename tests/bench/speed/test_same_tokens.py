@@ -44,13 +44,13 @@ def llm(tmp_path_factory) -> LLM:
 
 
 def made_up(device: str = "cuda", dtype: torch.dtype = torch.float32) -> Any:
-    """As much of an LLM as a comparison reads."""
+    """The attributes of an LLM that a comparison reads."""
     decoder = SimpleNamespace(device=torch.device(device), dtype=dtype, config=CONFIG)
     return SimpleNamespace(engine=SimpleNamespace(decoder=decoder))
 
 
 def compare(found: list[list[int]], apart: float = 2e-5, llm: Any = None) -> TokenComparison:
-    """The logits of all tokens lie ``apart``, the largest is 8; those of every place are asked for with its tokens."""
+    """With logits that differ by ``apart`` from token to token, the largest of which is 8."""
     workload = Workload("w", [[7], [7, 7], [7], [7]], [SamplingParams(temperature=0)] * 4, 0)
 
     def next_logits(token_ids: list[int]) -> Tensor:
@@ -114,7 +114,7 @@ def test_the_margin_of_a_seeded_draw_counts_its_noise(llm: LLM) -> None:
 
 
 def test_the_views_of_the_reference_agree_and_rounding_stays_below_its_bound() -> None:
-    """Four errors make a tie: two logits, in two runs. A bound far above them would explain errors, too."""
+    """A tie takes four rounding errors: two logits, in two runs. A bound far above them would accept real errors."""
     llm = LLM(device="cpu", num_blocks=64, max_num_seqs=4)
     ids = [(37 * n) % 1000 for n in range(150)]
     system = transformers_peers(llm)["transformers"]

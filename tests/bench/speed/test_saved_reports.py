@@ -32,7 +32,7 @@ ROOF = Roofline(1e9, 1e9, 1e10, "float32", "cpu")
 
 
 class Stopped(BaseException):
-    """As Ctrl-C, or a signal: no handler of errors catches it."""
+    """Like Ctrl-C or a signal: no ``except Exception`` catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_finished_report_is_complete_and_those_of_before_are_read_as_complete(
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine computes on the CPU, and the bench takes it for one on a GPU."""
+    """The engine computes on the CPU, and the bench treats it as one on a GPU."""
     monkeypatch.setattr(LLMEngine, "device", property(lambda self: torch.device("cuda")))
 
 
@@ -196,7 +196,7 @@ def test_a_workload_of_a_few_steps_is_recorded_as_far_as_it_goes(llm, monkeypatc
 
 
 class Clock:
-    """Advances by a second for each run."""
+    """A clock that advances by a second for each run."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

@@ -18,7 +18,7 @@ from paged_infer.config import EngineConfig
 
 
 def names(path: Path) -> list[str]:
-    """Of the steps in a record, in their order."""
+    """The names of the steps in a record, in order."""
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     steps = [event for event in events if str(event.get("name")).startswith("step ")]
     return [event["name"] for event in sorted(steps, key=lambda event: event["ts"])]

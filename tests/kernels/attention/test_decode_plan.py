@@ -49,7 +49,7 @@ def test_more_rows_than_places_still_leave_some_to_a_long_row() -> None:
 def test_short_contexts_need_no_plan() -> None:
     assert bounds_of([256] * 4).max_split_rows == 0
     assert bounds_of([257] * 4).max_split_rows == 4
-    assert bounds_of([9000] * 4, kv_heads=4 * PROCESSORS).max_split_rows == 0  # one place: for one program
+    assert bounds_of([9000] * 4, kv_heads=4 * PROCESSORS).max_split_rows == 0  # only one place: nothing to split into
 
 
 @given(LENGTHS, st.sampled_from([RULE, SplitRule(2, 512, 16), SplitRule(8, 32, 3)]), st.sampled_from([1, 8]))
@@ -76,7 +76,7 @@ def test_the_plan_lists_each_split_of_each_row_once(keys: list[int], rule: Split
     bounds = split_bounds(rule, len(keys), KV_HEADS, max(keys), 1 if rule.per_processor > 8 else PROCESSORS)
     if not bounds.max_split_rows:
         return
-    further = [7, 10**6]  # rows that are no decodes
+    further = [7, 10**6]  # rows that are not decodes
     plan = plan_decode(torch.tensor(keys + further, dtype=torch.int32), len(keys), max(keys), bounds)
     splits = splits_reference(keys, bounds)
     ends = torch.tensor([0, *splits]).cumsum(0).tolist()

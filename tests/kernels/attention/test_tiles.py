@@ -1,4 +1,4 @@
-"""A measured table decides which tile a kernel takes; without one, and where it is silent, the functions do."""
+"""A measured table decides which tile a kernel takes; without an entry in one, the functions do."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_prefill_takes_no_more_rows_than_queries_whatever_the_table_has(given)
     assert tile_of(launched([(4096, 20)])["_prefill_kernel"]) == (32, 32, 4, 5)
 
 
-def test_where_the_table_is_silent_the_functions_decide(given):
+def test_without_an_entry_in_the_table_the_functions_decide(given):
     cases = [
         lambda: flash_tiles(SM90, 128, BF16, 4, window=100),
         lambda: flash_tiles(SM90, 128, torch.float16, 4, None),
@@ -114,7 +114,7 @@ def test_the_interpreter_reads_no_table(given):
 
 
 def test_a_decodes_split_rule_is_the_tables(given):
-    """132 processors (of an H100), 8 KV heads: 4 programs on each are 66 splits beside the 4 rows, 2 are 33."""
+    """132 processors, 8 KV heads: 4 programs a processor are 66 items beside those of the 4 rows, 2 are 33."""
     sequences = [(32_767, 1)] * 4
     items = [grid_of_decode(sequences)]
     given(DECODE)

@@ -60,7 +60,7 @@ def run_steps(steps: Sequence[Step], results: Results, limit_s: float) -> int:
     deadline_s = time.monotonic() + limit_s - RESERVE_S
     results.steps = [StepResult(step.name) for step in steps]
     status = 0
-    with interruptible():
+    with interruptible(), adopting():
         try:
             for index, (step, result) in enumerate(zip(steps, results.steps, strict=True)):
                 result.limit_s = round(limit_of(step, steps[index + 1 :], deadline_s - time.monotonic()), 1)
@@ -69,14 +69,18 @@ def run_steps(steps: Sequence[Step], results: Results, limit_s: float) -> int:
                 elif result.limit_s < SHORTEST_S:
                     result.outcome = "not run: no time was left"
                 else:
-                    _run_step(step, result, results)
+                    try:
+                        _run_step(step, result, results)
+                    except OSError as error:  # no space for its log, or no such program
+                        result.outcome = f"failed: {error}"
+            ignore_signals()  # here, where one that comes just before is still caught
         except Interrupted as signalled:
             status = 128 + signalled.number
             results.close(str(signalled))
         finally:
             results.save()
-    print(f"results: {results.tar}\n{results.printed()}", flush=True)
-    results.remove_work()
+        print(f"results: {results.tar}\n{results.printed()}", flush=True)
+        results.remove_work()
     return status or int(results.have_failed)
 
 
@@ -84,10 +88,9 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
     print(f"{time.strftime('%H:%M:%S')} {step.name} (at most {result.limit_s:.0f} s)", flush=True)
     result.outcome, result.log = RUNNING, f"logs/{step.name}.log"
     command = [part.replace("{seconds}", str(told_s(result.limit_s))) for part in step.command]
-    start_s = time.monotonic()
-    with (results.work / result.log).open("w", encoding="utf-8") as log:
-        log.write(f"$ {' '.join(command)}\n")
-        log.flush()
+    start_s, earlier = time.monotonic(), set(_children())
+    with (results.work / result.log).open("wb", buffering=0) as log:
+        log.write(f"$ {' '.join(command)}\n".encode())
         results.save()  # the results of earlier steps, and that this one is running
         child = subprocess.Popen(
             command,
@@ -106,7 +109,7 @@ def _run_step(step: Step, result: StepResult, results: Results) -> None:
             results.save()  # before anything that takes time
             raise
         finally:
-            _end_group(child)
+            _end(child, earlier)
             result.seconds = round(time.monotonic() - start_s, 1)
 
 
@@ -137,6 +140,11 @@ class Interrupted(BaseException):
 ASK_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def ignore_signals() -> None:
+    for number in ASK_TO_END:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """The first signal that asks this process to end raises ``Interrupted``; later ones are ignored.
@@ -145,8 +153,7 @@ def interruptible() -> Iterator[None]:
     """
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        for one in ASK_TO_END:
-            signal.signal(one, signal.SIG_IGN)
+        ignore_signals()
         raise Interrupted(number)
 
     previous = {number: signal.signal(number, interrupt) for number in ASK_TO_END}
@@ -158,7 +165,7 @@ def interruptible() -> Iterator[None]:
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def end_with_parent() -> None:
@@ -167,26 +174,63 @@ def end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """End what is left of a step: the group of processes that was started for it."""
-    for number, wait_s in ENDING:
-        if child.poll() is not None and not _has_members(child.pid):
-            return
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        until_s = time.monotonic() + wait_s
-        while (child.poll() is None or _has_members(child.pid)) and time.monotonic() < until_s:
+@contextmanager
+def adopting() -> Iterator[None]:
+    """On Linux, this process becomes the parent of those below it whose own parent has ended: daemons are found."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _end(child: subprocess.Popen[bytes], earlier: set[int]) -> None:
+    """End what is left of a step: the group of processes that was started for it, then daemons with their own group.
+
+    ``earlier`` are the children that this process had before.
+    """
+    *asking, (_, kill_s) = ENDING
+    try:
+        for number, wait_s in asking:
+            if not _runs(child):
+                break
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+            until_s = time.monotonic() + wait_s
+            while _runs(child) and time.monotonic() < until_s:
+                time.sleep(0.02)
+    finally:  # at once, where a signal has interrupted that
+        until_s = time.monotonic() + kill_s
+        while _runs(child) or set(_children()) - earlier:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            for pid in set(_children()) - earlier:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > until_s:
+                break
             time.sleep(0.02)
 
 
-def _has_members(group: int) -> bool:
-    """Whether a process of the group runs. One that has ended and that nobody has waited for does not count."""
+def _runs(child: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of its group runs."""
+    return child.poll() is None or any(group == child.pid for _, _, group in _processes())
+
+
+def _children() -> Iterator[int]:
+    return (pid for pid, parent, _ in _processes() if parent == os.getpid())
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """Number, parent and group of all that run. One that has ended and that nobody has waited for does not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
-            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
-            if int(its_group) == group and state != "Z":
-                return True
-    return False
+        with suppress(OSError, ValueError):  # it has ended
+            # The name in parentheses may be any bytes.
+            state, parent, group, *_ = path.read_bytes().rpartition(b")")[2].split()
+            if state != b"Z":
+                yield int(path.parent.name), int(parent), int(group)
 
 
 def environment() -> dict[str, str]:

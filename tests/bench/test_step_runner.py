@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -115,6 +117,12 @@ def test_the_exit_status_is_1_if_a_step_has_failed(code, skipped, status, result
     assert run_steps([python("one", code, skipped=skipped)], results, HOURS_S) == status
 
 
+def test_a_program_that_is_not_there_is_a_failed_step(results):
+    assert run_steps([Step("one", ("/not/there",), 1.0), python("two", "")], results, HOURS_S) == 1
+    assert results.steps[0].outcome == "failed: [Errno 2] No such file or directory: '/not/there'"
+    assert results.steps[1].outcome == "ok"
+
+
 def test_a_step_with_no_time_left_is_not_run_and_has_failed(results):
     assert run_steps([python("one", "")], results, RESERVE_S + 1) == 1
     assert results.steps == [StepResult("one", "not run: no time was left", 0.0, 1.0)]
@@ -149,6 +157,53 @@ subprocess.run([sys.executable, "-c", {HOLD!r}, *sys.argv[2:]])
     run_until(hangs.exists, [python("stubborn", both, *locks, hangs, "stubborn")], results, monkeypatch)
     for lock in locks:
         assert_ended(lock)
+
+
+def test_a_daemon_is_ended_after_its_step_and_no_other_child_is(tmp_path, results):
+    lock, hangs = tmp_path / "lock", tmp_path / "hangs"
+    leaves = f"""
+import pathlib, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {HOLD!r}, *sys.argv[1:]], start_new_session=True)
+while not pathlib.Path(sys.argv[2]).exists():
+    time.sleep(0.01)
+"""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        assert run_steps([python("leaves", leaves, lock, hangs)], results, HOURS_S) == 0
+        assert_ended(lock)
+        assert other.poll() is None
+
+
+def test_a_signal_while_a_step_is_ended_kills_all_of_it(tmp_path, results, monkeypatch):
+    monkeypatch.setattr(step_runner, "ENDING", tuple((number, HOURS_S) for number, _ in ENDING))
+    lock, hangs = tmp_path / "lock", tmp_path / "hangs"
+    parent = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+    clock = Clock(hangs.exists, 2 * HOURS_S)
+    clock.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)  # while it waits for the step's end
+    monkeypatch.setattr(step_runner, "time", clock)
+    steps = [python("stubborn", parent, HOLD, lock, hangs, "stubborn")]
+    assert run_steps(steps, results, HOURS_S) == 128 + signal.SIGTERM
+    assert_ended(lock)
+
+
+def test_a_signal_during_the_last_save_loses_nothing(results, monkeypatch):
+    save = results.save
+
+    def interrupted() -> None:
+        if results.steps[0].outcome == "ok":
+            os.kill(os.getpid(), signal.SIGTERM)
+        save()
+
+    monkeypatch.setattr(results, "save", interrupted)
+    assert run_steps([python("one", "")], results, HOURS_S) == 0
+    assert json.loads(results.summary.read_text())["steps"][0]["outcome"] == "ok"
+
+
+def test_processes_may_have_names_that_are_not_text(results):
+    rename = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff) \\xfe'); print('renamed', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", rename], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"renamed\n"
+        assert run_steps([python("one", "")], results, HOURS_S) == 0
+        other.communicate(b"\n")
 
 
 @pytest.mark.parametrize("parallel", [(), ("-p", "xdist", "-n", "1")], ids=["one process", "xdist"])

@@ -44,12 +44,12 @@ class Lines:
     def write(self, what: str, values: dict[str, Any], not_shown: dict[str, Any] | None = None) -> None:
         line = json.dumps({"stage": self.stage, "what": what, **values, **(not_shown or {})}) + "\n"
         # One write to the end of the file: lines of processes that write at the same time do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+                os.fsync(file.fileno())
+        except OSError as error:  # the screen has it
+            print(f"{self.path} cannot be written: {error}", flush=True)
         numbers = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in values.items())
         shown = ", ".join(f"{name} {value}" for name, value in numbers)
         print(f"{time.strftime('%H:%M:%S')} {self.stage}, {what}: {shown}", flush=True)
@@ -249,7 +249,7 @@ def throughput(lines: Lines) -> None:
                 "run_s": ran.seconds,
                 "steps": ran.num_steps,
                 "span_s": {name: round(seconds, 3) for name, seconds in ran.span_s.items()},
-                "max_num_batched_tokens": engine.config.max_num_batched_tokens,
+                "max_num_batched_tokens": engine.memory.max_num_batched_tokens,
             }
 
         for num_requests in (few, many):

@@ -27,6 +27,7 @@ from step_results import Results
 from step_runner import ONE_THREAD, RESERVE_S, ROOT, SHORTEST_S, Step, environment, run_steps
 
 LIMIT_S = 480
+FIND_DEVICE_S = 60.0  # a broken driver may never answer
 NAMES = ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")  # the most useful first
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -64,13 +65,32 @@ print(json.dumps({"name": name, "has_cuda": has_cuda, "versions": versions}))
 def find_device() -> Device:
     """
     Raises:
-        ValueError: this Python cannot import torch, or torch fails to look for a device.
+        ValueError: this Python cannot import torch, or torch fails to look for a device, or takes too long.
     """
     command = [sys.executable, "-c", FIND_DEVICE]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=FIND_DEVICE_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{sys.executable} found no answer in {error.timeout:g} s: is there a GPU?") from error
     if found.returncode != 0:
         raise ValueError(f"{sys.executable} cannot look for a GPU: {(found.stderr.strip() or '?').splitlines()[-1]}")
     return Device(**json.loads(found.stdout.splitlines()[-1]))
+
+
+def begin(out: Path | None, prefix: str = "") -> tuple[Device, Results]:
+    """The device, and where results go. An ``out`` that is given has results before torch looks for a device.
+
+    Raises:
+        ValueError: see ``find_device`` and ``Results``.
+    """
+    results = Results(out.resolve(), "looking for a GPU", prefix) if out else None
+    device = find_device()
+    results = results or Results(device.folder, device.title, prefix)
+    results.title = device.title
+    print(f"{device.title}: results in {results.tar.parent}", flush=True)
+    return device, results
 
 
 def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bool) -> list[Step]:
@@ -167,13 +187,10 @@ def main(
     try:
         names = steps.split() or NAMES
         gpu_steps(names, Path(), False, False)  # a wrong name is found before torch is imported, which takes seconds
-        device = find_device()
+        device, results = begin(out)
     except ValueError as error:
         refuse(error)
     has_xdist = importlib.util.find_spec("xdist") is not None
-    folder = (out or device.folder).resolve()
-    print(f"{device.title}: results in {folder}", flush=True)
-    results = Results(folder, device.title)
     chosen = gpu_steps(names, results.figures, device.has_cuda, has_xdist)
     raise typer.Exit(run_steps(chosen, results, limit - (time.monotonic() - start_s)))
 

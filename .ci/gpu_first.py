@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import typer
-from gpu import Limit, Out, find_device, refuse
-from step_results import Results
+from first_stages import Lines
+from gpu import Limit, Out, begin, refuse
 from step_runner import ONE_THREAD, ROOT, Step, run_steps
 
 LIMIT_S = 170
@@ -47,14 +47,11 @@ def main(out: Out = None, limit: Limit = LIMIT_S) -> None:
     """Machine, kernels, engines and throughput: a line for each result. Status 1 if a stage failed."""
     start_s = time.monotonic()
     try:
-        device = find_device()
+        device, results = begin(out, prefix="first-")
     except ValueError as error:
         refuse(error)
-    folder = (out or device.folder).resolve()
-    print(f"{device.title}: results in {folder}", flush=True)
-    results = Results(folder, device.title, prefix="first-")
-    lines = folder / "first.jsonl"
-    lines.write_text("", encoding="utf-8")  # empties that of an earlier run
+    lines = results.tar.with_name("first.jsonl")  # those of an earlier run come before this line
+    Lines("run", lines).write("started", {"device": device.title, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
     chosen = stages(lines, device.has_cuda)
     raise typer.Exit(run_steps(chosen, results, limit - (time.monotonic() - start_s)))
 

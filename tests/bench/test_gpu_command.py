@@ -147,6 +147,25 @@ def test_a_python_without_torch_is_one_error(tmp_path, monkeypatch):
     )
 
 
+def test_a_driver_that_does_not_answer_is_one_error_and_the_results_are_there(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    waits = f"import pathlib, time; assert pathlib.Path({str(out / 'summary.json')!r}).exists(); time.sleep(10_000)"
+    monkeypatch.setattr(gpu, "FIND_DEVICE", waits)
+    monkeypatch.setattr(gpu, "FIND_DEVICE_S", 0.5)
+    result = invoke("--out", str(out))
+    assert result.exit_code == 2
+    assert result.output == f"error: {sys.executable} found no answer in 0.5 s: is there a GPU?\n"
+    with tarfile.open(out / "results.tar.gz") as tar:
+        assert tar.extractfile("summary.txt").read().startswith(b"looking for a GPU\n")
+
+
+def test_an_out_that_cannot_be_written_is_one_error_that_names_it(tmp_path):
+    (tmp_path / "out").write_text("")
+    result = invoke("--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+    assert result.output.startswith(f"error: OUT={tmp_path / 'out'}: results cannot be written there: ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_torch_is_asked_for_the_device():
     device = gpu.find_device()
@@ -163,10 +182,11 @@ def test_the_results_are_named_after_the_device_and_the_table_is_printed_last(st
     result = invoke()
     assert result.exit_code == status
     folder = tmp_path / "figures" / "gpu-made-up-gpu-80-gb"
-    assert sorted(path.name for path in folder.iterdir()) == ["results.tar.gz", "summary.json", "summary.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["results.tar.gz", "summary.json"]
     with tarfile.open(folder / "results.tar.gz") as tar:
-        assert tar.getnames() == ["logs/one.log"]
-    last = "so it ends\n" if status else "\n" + (folder / "summary.txt").read_text().splitlines()[-1] + "\n"
+        assert sorted(tar.getnames()) == ["logs/one.log", "summary.txt"]
+        table = tar.extractfile("summary.txt").read().decode()
+    last = "so it ends\n" if status else "\n" + table.splitlines()[-1] + "\n"
     assert result.output.endswith(last)
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import first_stages
+import gpu
 import gpu_first
 import pytest
 import torch
 from first_stages import TRACEBACK_LINES, Lines
 from gpu import Device
+from step_results import PART
 from step_runner import ROOT, Step
 from typer.testing import CliRunner
 
@@ -103,6 +105,12 @@ def test_a_stage_that_cannot_begin_is_a_result_too(tmp_path, monkeypatch, capsys
     assert "ValueError: one block does not fit" in capsys.readouterr().out
 
 
+def test_a_result_that_cannot_be_written_is_still_printed(tmp_path, capsys):
+    Lines("machine", tmp_path / "gone" / "first.jsonl").write("rates", {"copy": 2.0})
+    why, line = capsys.readouterr().out.splitlines()
+    assert "gone/first.jsonl cannot be written: [Errno 2]" in why and line.endswith("machine, rates: copy 2")
+
+
 # -- Stages, on a CPU
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there: make gpu-first itself")
@@ -172,13 +180,14 @@ def test_engines_give_the_same_tokens_and_throughput_its_share_of_the_floor(tmp_
     assert [line["what"] for line in (few, many)] == ["2 requests", "4 requests"]
     for line in (few, many):
         assert line["steps"] > 0 and line["share of the floor"] > 0 and line["span_s"]["model"] > 0
+        assert line["max_num_batched_tokens"] > 0
 
 
 # -- The command
 
 
 def test_the_stages_are_run_and_their_results_stay_beside_those_of_make_gpu(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpu_first, "find_device", lambda: Device("Made-up GPU", False, "torch 3"))
+    monkeypatch.setattr(gpu, "find_device", lambda: Device("Made-up GPU", False, "torch 3"))
     code = """
 import sys
 sys.path.append(".ci")
@@ -192,14 +201,19 @@ print("for the log", file=sys.stderr)
         return [Step("machine", (sys.executable, "-c", code, str(lines)), 1.0, is_shown=True)]
 
     monkeypatch.setattr(gpu_first, "stages", stages)
-    for name in ("results.tar.gz", "summary.json", "summary.txt"):
+    of_make_gpu = ("results.tar.gz", "summary.json", "previous-results.tar.gz", PART)
+    for name in of_make_gpu[:3]:
         (tmp_path / name).write_text("of make gpu")
-    (tmp_path / "first.jsonl").write_text("an earlier run's\n")
-    assert CliRunner().invoke(gpu_first.app, ["--out", str(tmp_path)]).exit_code == 0
-    assert stored(tmp_path / "first.jsonl") == [{"stage": "machine", "what": "rates", "copy": 2.0}]
+    for _ in range(2):
+        assert CliRunner().invoke(gpu_first.app, ["--out", str(tmp_path)]).exit_code == 0
+    began, measured, again, and_measured = stored(tmp_path / "first.jsonl")
+    assert measured == and_measured == {"stage": "machine", "what": "rates", "copy": 2.0}
+    assert began["device"] == again["device"] == "Made-up GPU, torch 3: no CUDA device"
     screen = capfd.readouterr().out
     assert "machine, rates: copy 2" in screen and "for the log" not in screen
-    assert len(list(tmp_path.iterdir())) == 7 and (tmp_path / "summary.txt").read_text() == "of make gpu"
+    of_first = ("first.jsonl", "first-results.tar.gz", "first-summary.json", "previous-first-results.tar.gz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(of_first + of_make_gpu[:3])
+    assert len(of_first + of_make_gpu) == 8 and (tmp_path / "summary.json").read_text() == "of make gpu"
 
 
 def test_every_stage_is_there_and_its_time_is_under_the_limit():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paged_infer import LLM, SamplingParams
 from paged_infer.bench.timing import time_on
@@ -118,3 +119,21 @@ def layer_seconds(model: LLM | Decoder, num_tokens: int) -> dict[str, float]:
     }
     rounds = [{name: min(time_on(device, call, repeats=6).samples_s) for name, call in calls.items()} for _ in range(6)]
     return {name: min(seconds[name] for seconds in rounds) for name in calls}
+
+
+class OperationCounter(TorchDispatchMode):
+    """The names of the operations that torch runs in a ``with`` block, without views, which run nothing.
+
+    An index by a mask ", waits": the size of its result depends on values, so the CPU must wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            name = function.__name__.partition(".")[0]
+            by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+            self.names.append(name + ", waits" * by_mask)
+        return function(*args, **(kwargs or {}))

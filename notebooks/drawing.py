@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
+from paged_infer.bench.scheduling.memory_figure import PART_COLOURS, PART_NAMES
 from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture
 
 BLUE, ORANGE, RED, GREY = (BASELINE_COLOURS[name] for name in ("paged", "cached", "static", "naive"))
@@ -136,4 +138,50 @@ def word_bars(words: ReadOnlyList[str], values: Values, title: str, ylabel: str,
     ticks = axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
     ticks[marked].label1.set(color=ORANGE, fontweight="bold")
     axes.set(title=title, ylabel=ylabel, ylim=(0, 1), xlim=(-0.6, len(words) - 0.4))
+    return picture
+
+
+def layered_bars(layers: Mapping[str, Values], title: str, xlabel: str, ylabel: str) -> Picture:
+    """Horizontal bars, each layer in front of the one before; the layers are named in a legend."""
+    picture = new_picture(7, 2.6)
+    axes = picture.subplots()
+    for (name, values), colour in zip(layers.items(), (GREY, ORANGE, BLUE), strict=False):
+        axes.barh(range(len(values)), values, color=colour, label=name)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yticks=range(0, len(values), 2))
+    picture.legend(frameon=False, loc="outside right")
+    return picture
+
+
+def filled_bars(rows: Mapping[str, tuple[float, float, str]], title: str, xlabel: str) -> Picture:
+    """For each row (held, filled, note): a grey bar with a blue one in front, and the note beside them."""
+    picture = new_picture(7, 2.2)
+    axes = picture.subplots()
+    for number, (held, filled, note) in enumerate(rows.values()):
+        axes.barh(number, held, color=GREY, label=None if number else "held")
+        axes.barh(number, filled, color=BLUE, label=None if number else "holds tokens")
+        axes.text(held, number, f"  {note}", va="center")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(title=title, xlabel=xlabel, xlim=(0, 1.9 * max(held for held, _, _ in rows.values())))
+    axes.invert_yaxis()
+    picture.legend(frameon=False, loc="outside lower right", ncols=2)
+    return picture
+
+
+def memory_shares(rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]], title: str) -> Picture:
+    """Shares of a memory, each row measured (above) and as the paper has it (below, paler): ``PART_NAMES``."""
+    picture = new_picture(7, 3.2)
+    axes = picture.subplots()
+    for number, both in enumerate(rows.values()):
+        for shares, place, height, alpha, note in zip(
+            both, (number, number + 0.34), (0.42, 0.2), (1, 0.55), ("", " in the paper"), strict=True
+        ):
+            left = 0.0
+            for part, colour in PART_COLOURS.items():
+                axes.barh(place, 100 * shares[part], height, left, color=colour, alpha=alpha)
+                left += 100 * shares[part]
+            axes.text(102, place, f"{shares['tokens']:.1%}{note}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(xlim=(0, 130), ylim=(len(rows) - 0.3, -0.5), xlabel=title, xticks=range(0, 101, 20))
+    patches = [Patch(color=PART_COLOURS[part], label=name) for part, name in PART_NAMES.items()]
+    picture.legend(handles=patches, frameon=False, loc="outside upper center", ncols=4, fontsize=8)
     return picture

@@ -2,42 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
+from my_engine.states import load
 
 from checks import checker, expect, expect_tensor
-
-
-@checker
-def slots_between(answer):
-    """Slots of tokens start to end: table, block_size -> list of ints."""
-    table = [7, 2, 5, 0]
-
-    def right(start, end, size):
-        return [table[i // size] * size + i % size for i in range(start, end)]
-
-    found = answer(list(table), 2, 7, 3)
-    expect(found is not None, "slots_between gives None: is the `return` missing?")
-    found = [int(slot) for slot in found]
-    expect(found != list(range(2, 7)), "these are the tokens' own positions: the table says where their blocks lie")
-    expect(
-        found != [table[i // 3] for i in range(2, 7)],
-        "these are blocks: a slot is block * block_size + the place in the block",
-    )
-    expect(
-        found != [table[i // 3] + i % 3 for i in range(2, 7)],
-        "a block's first slot is block * block_size, and not block",
-    )
-    first = table[2 // 3] * 3 + 2
-    expect(
-        found != list(range(first, first + 5)), "only the first token was looked up: the next block may lie anywhere"
-    )
-    expect(len(found) != 6, "token 7 is not asked for: the stretch ends before `end`")
-    for start, end, size in ((2, 7, 3), (0, 12, 3), (5, 6, 4), (4, 4, 2), (3, 16, 4), (0, 4, 1)):
-        found = [int(slot) for slot in answer(list(table), start, end, size)]
-        wanted = right(start, end, size)
-        expect(
-            found == wanted, f"table {table}, start {start}, end {end}, block_size {size}: {found} instead of {wanted}"
-        )
 
 
 @checker
@@ -64,21 +34,6 @@ def read_back(answer):
                 found[token].equal(right[token]),
                 f"{asked}: token {token} is not what lies in block {entries[token // 3]} at place {token % 3}",
             )
-
-
-@checker
-def empty_slots(answer):
-    """Slots that are held and hold nothing: lengths, block_size -> int."""
-    lengths, size = [5, 8, 1, 4], 4
-    found = answer(list(lengths), size)
-    expect(found is not None, "empty_slots gives None: is the `return` missing?")
-    expect(int(found) != 14, "a full last block was counted as empty: a length of 8 fills two blocks of 4 exactly")
-    expect(int(found) != 7, "lengths were rounded down: the tokens of the last block need a block, too")
-    expect(int(found) != 2, "the lengths were added up first: two sequences never share a block")
-    for lengths, size in (([5, 8, 1, 4], 4), ([16], 16), ([17], 16), ([3, 9, 30], 1), ([], 8), ([1] * 10, 256)):
-        wanted = sum(-length % size for length in lengths)
-        found = int(answer(list(lengths), size))
-        expect(found == wanted, f"lengths {lengths}, block_size {size}: {found} empty slots instead of {wanted}")
 
 
 @checker
@@ -130,3 +85,35 @@ def grow_in_order(answer):
         expect(found_tables == wanted_tables, f"{asked}: tables {found_tables} instead of {wanted_tables}")
         expect(found_free == wanted_free, f"{asked}: free {found_free} instead of {wanted_free}")
         expect(int(found) == wanted, f"{asked}: {found} could grow, and not {wanted}")
+
+
+@checker
+def truncate(answer):
+    """Keep the first num_tokens tokens of a sequence, in my_engine's BlockManager after chapter 08."""
+    for num_before, num_tokens in ((14, 9), (14, 8), (14, 13), (14, 14), (14, 0), (9, 3)):
+        asked = f"truncate to {num_tokens} of {num_before} tokens, block_size 4"
+        manager = load(8).paged.BlockManager(8, 4)
+        other, sequence = (SimpleNamespace(block_table=[], num_computed_tokens=0) for _ in range(2))
+        for one, num_new in ((other, 5), (sequence, num_before)):
+            expect(manager.allocate(one, num_new), "the checker's own pool is too small")
+            one.num_computed_tokens = num_new
+        table, free = list(sequence.block_table), list(manager.free_blocks)
+        num_kept = -(-num_tokens // 4)
+        answer(manager, sequence, num_tokens)
+        found = list(sequence.block_table)
+        expect(found != table or num_kept == len(table), f"{asked}: the table has all its blocks still")
+        expect(
+            found != table[: num_tokens // 4] or num_tokens % 4 == 0,
+            f"{asked}: the last block is partly filled, and was freed with the tokens in it",
+        )
+        expect(found == table[:num_kept], f"{asked}: the table is {found} instead of {table[:num_kept]}")
+        freed = list(manager.free_blocks)[len(free) :]
+        expect(
+            list(manager.free_blocks)[: len(free)] == free and sorted(freed) == sorted(table[num_kept:]),
+            f"{asked}: free blocks are {list(manager.free_blocks)}; blocks {table[num_kept:]} go to the end of {free}",
+        )
+        expect(freed == table[num_kept:][::-1], f"{asked}: freed in the order {freed}; the last block comes first")
+        expect(
+            sequence.num_computed_tokens == num_tokens,
+            f"{asked}: num_computed_tokens is {sequence.num_computed_tokens} afterwards",
+        )

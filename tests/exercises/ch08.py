@@ -5,27 +5,6 @@ from __future__ import annotations
 from planted import wrong
 
 
-@wrong("slots_between", "the tokens' own positions")
-def asks_no_table(table, start, end, block_size):
-    return list(range(start, end))
-
-
-@wrong("slots_between", "and not block")
-def adds_the_block_itself(table, start, end, block_size):
-    return [table[i // block_size] + i % block_size for i in range(start, end)]
-
-
-@wrong("slots_between", "only the first token was looked up")
-def runs_on_from_the_first(table, start, end, block_size):
-    first = table[start // block_size] * block_size + start % block_size
-    return list(range(first, first + end - start))
-
-
-@wrong("slots_between", "token 7 is not asked for")
-def takes_the_end_too(table, start, end, block_size):
-    return [table[i // block_size] * block_size + i % block_size for i in range(start, end + 1)]
-
-
 @wrong("read_back", "looks up a surplus entry")
 def follows_surplus_entries(k_cache, table, length):
     return k_cache[table.long()].flatten(0, 1)[:length]
@@ -39,16 +18,6 @@ def keeps_the_empty_slots(k_cache, table, length):
 @wrong("read_back", "the table was not asked")
 def reads_the_first_slots(k_cache, table, length):
     return k_cache.flatten(0, 1)[:length]
-
-
-@wrong("empty_slots", "a full last block was counted as empty")
-def forgets_that_blocks_may_be_full(lengths, block_size):
-    return sum(block_size - length % block_size for length in lengths)
-
-
-@wrong("empty_slots", "added up first")
-def packs_sequences_together(lengths, block_size):
-    return -sum(lengths) % block_size
 
 
 @wrong("grow_in_order", "must get nothing")
@@ -71,3 +40,32 @@ def lets_others_overtake(tables, free, lengths, block_size):
             del free[:missing]
             grown += 1
     return grown
+
+
+@wrong("truncate", "partly filled")
+def rounds_down(manager, sequence, num_tokens):
+    num_kept = num_tokens // manager.block_size
+    manager.free_blocks.extend(reversed(sequence.block_table[num_kept:]))
+    del sequence.block_table[num_kept:]
+    sequence.num_computed_tokens = num_tokens
+
+
+@wrong("truncate", "the last block comes first")
+def frees_the_first_first(manager, sequence, num_tokens):
+    num_kept = manager.num_blocks_for(num_tokens)
+    manager.free_blocks.extend(sequence.block_table[num_kept:])
+    del sequence.block_table[num_kept:]
+    sequence.num_computed_tokens = num_tokens
+
+
+@wrong("truncate", "num_computed_tokens is")
+def leaves_the_count(manager, sequence, num_tokens):
+    num_kept = manager.num_blocks_for(num_tokens)
+    manager.free_blocks.extend(reversed(sequence.block_table[num_kept:]))
+    del sequence.block_table[num_kept:]
+
+
+@wrong("truncate", "go to the end")
+def loses_the_blocks(manager, sequence, num_tokens):
+    del sequence.block_table[manager.num_blocks_for(num_tokens) :]
+    sequence.num_computed_tokens = num_tokens

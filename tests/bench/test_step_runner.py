@@ -131,16 +131,19 @@ def test_a_step_with_no_time_left_is_not_run_and_has_failed(results):
 # -- Ending a step
 
 
-def test_what_a_finished_step_leaves_running_is_ended(tmp_path, results):
+@pytest.mark.parametrize("is_daemon", [False, True], ids=["in its group", "a daemon"])
+def test_what_a_finished_step_leaves_running_is_ended_and_no_other_child_is(is_daemon, tmp_path, results):
     lock, hangs = tmp_path / "lock", tmp_path / "hangs"
     leaves = f"""
 import pathlib, subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", {HOLD!r}, *sys.argv[1:]])
+subprocess.Popen([sys.executable, "-c", {HOLD!r}, *sys.argv[1:]], start_new_session={is_daemon})
 while not pathlib.Path(sys.argv[2]).exists():
     time.sleep(0.01)
 """
-    run_steps([python("leaves", leaves, lock, hangs)], results, HOURS_S)
-    assert_ended(lock)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        assert run_steps([python("leaves", leaves, lock, hangs)], results, HOURS_S) == 0
+        assert_ended(lock)
+        assert other.poll() is None
 
 
 def test_a_step_that_ignores_sigint_and_sigterm_is_killed_with_its_children(tmp_path, results, monkeypatch):
@@ -157,20 +160,6 @@ subprocess.run([sys.executable, "-c", {HOLD!r}, *sys.argv[2:]])
     run_until(hangs.exists, [python("stubborn", both, *locks, hangs, "stubborn")], results, monkeypatch)
     for lock in locks:
         assert_ended(lock)
-
-
-def test_a_daemon_is_ended_after_its_step_and_no_other_child_is(tmp_path, results):
-    lock, hangs = tmp_path / "lock", tmp_path / "hangs"
-    leaves = f"""
-import pathlib, subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", {HOLD!r}, *sys.argv[1:]], start_new_session=True)
-while not pathlib.Path(sys.argv[2]).exists():
-    time.sleep(0.01)
-"""
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
-        assert run_steps([python("leaves", leaves, lock, hangs)], results, HOURS_S) == 0
-        assert_ended(lock)
-        assert other.poll() is None
 
 
 def test_a_signal_while_a_step_is_ended_kills_all_of_it(tmp_path, results, monkeypatch):

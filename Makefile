@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two test processes: no test depends on time, and each uses one thread of torch. (A notebook may use all threads.)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: test nightly check format demo notebooks gpu gpu-first clean
+.PHONY: test nightly check format demo lab notebooks notebooks-gpu gpu gpu-first clean
 
 test: $(READY)
 	$(PYTEST)
@@ -31,6 +31,10 @@ demo: $(READY)
 	$(BIN)/paged-infer compare
 	$(BIN)/paged-infer generate "Once upon a time"
 
+# JupyterLab on a copy of the course, which git ignores.  LAB: its options, for example LAB="--no-browser --port 8889"
+lab: $(READY)
+	$(BIN)/python notebooks/lab.py $(LAB)
+
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
 
@@ -47,6 +51,10 @@ gpu:
 gpu-first:
 	$(FROM_SOURCE) .ci/gpu_first.py $(GPU_OPTIONS)
 
+# Every chapter, executed on a CUDA machine into notebooks/gpu/, with the installed Python.
+notebooks-gpu:
+	$(FROM_SOURCE) notebooks/execute.py --gpu
+
 # The package itself is installed in place, without its dependencies: requirements.txt has named them.
 $(READY): pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -55,6 +63,7 @@ $(READY): pyproject.toml requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-input --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --no-input --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python notebooks/lab.py --add-to-path
 	@touch $@
 
 # Caches and build leftovers. The environment is kept: `rm -rf .venv` drops it too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HERE = Path(__file__).parent
+collect_ignore = ["gpu", "lab"]  # copies: executed on a GPU (`make notebooks-gpu`), and the reader's own (`make lab`)
 LIMIT_S = 600  # ends a cell, or a kernel's start, that hangs
 # Pictures and tables of HTML depend on fonts and versions; warnings on the machine. Of a widget only the picture beside
 # it is stored, see execute.py.

@@ -16,6 +16,7 @@ from holding import LIMIT_S
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 README = FOLDER / "README.md"
+GLOSSARY = FOLDER / "GLOSSARY.md"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # the tour is no chapter
 spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
@@ -53,6 +54,13 @@ def test_there_is_a_tour_and_chapters_are_numbered_from_one():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestStoredOutputs:
+    def test_its_links_lead_to_files(self, path):
+        text = "\n".join(
+            cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+        )
+        for link in re.findall(r"\]\(([\w./#-]+)\)", text):
+            assert (FOLDER / link.partition("#")[0]).exists(), link
+
     def test_cells_were_run_once_from_top_to_bottom(self, path):
         counts = [cell.execution_count for cell in code_cells(path)]
         assert counts == list(range(1, len(counts) + 1))
@@ -164,6 +172,25 @@ class TestRevisedChapters:
         assert exercises.count("<details><summary>Hint</summary>") == len(
             re.findall(r"^\*\*\d\. ", exercises, re.MULTILINE)
         )
+
+
+class TestTheGlossary:
+    ROWS = re.findall(
+        r"^\| (.+?) \| (.+?) \| \[(\d\d)\]\((\w+\.ipynb)\) \|$", GLOSSARY.read_text("utf-8"), re.MULTILINE
+    )
+
+    def test_it_has_some_sixty_terms_in_order(self):
+        terms = [term.lower() for term, *_ in self.ROWS]
+        assert len(set(terms)) == len(terms) == GLOSSARY.read_text("utf-8").count("\n| ") - 1 >= 60
+        assert terms == sorted(terms)
+
+    def test_a_term_stands_in_the_chapter_that_is_named_for_it(self):
+        for term, _, number, name in self.ROWS:
+            assert name.startswith(number), term
+            cells = nbformat.read(FOLDER / name, as_version=4).cells
+            text = " ".join(" ".join(cell.source for cell in cells).lower().split())
+            names = [word.strip() for word in re.split(r"[(),]", term.lower()) if word.strip()]
+            assert any(word in text for word in names), f"{name} has nothing of: {term}"
 
 
 def test_a_changed_output_makes_nbval_fail(tmp_path):

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from paged_infer.viz.style import Picture
+from paged_infer.viz.style import DPI, Picture
 
 NUM_STEPS = 40  # of a slider between two floats without a given step
+SHARPNESS = 2  # dots of the widget's picture for each dot of its size: screens of high density have as many
 
 
 class Playground:
@@ -23,7 +24,7 @@ class Playground:
     Args:
         draw: called with every control by its name; returns the picture.
         controls: (low, high, start) or (low, high, start, step), a slider of integers if all are integers; or a list
-            of choices, the first of which is the start.
+            of choices, the first of which is the start; numbers are offered in ascending order.
 
     Raises:
         ImportError: ipywidgets is missing.
@@ -36,11 +37,15 @@ class Playground:
         starts = {name: _start(name, control) for name, control in controls.items()}
         self._draw = draw
         self._controls = controls
-        self._picture = draw(**starts)._repr_png_()
+        self._picture = draw(**starts)
+        self._png = self._picture.png(SHARPNESS)
         self._widgets = ipywidgets()
         self.sliders = {name: self._control(name, control) for name, control in controls.items()}
-        self._image = self._widgets.Image(value=self._picture, format="png")
-        self._image.layout.max_width = "100%"
+        self._image = self._widgets.Image(value=self.png, format="png")
+        # as large as in print, and in proportion; a narrow window makes it smaller
+        self._image.layout = self._widgets.Layout(
+            width=f"{self._width_px()}px", max_width="100%", height="auto", align_self="flex-start"
+        )
         self._panel = self._widgets.VBox(list(self.sliders.values()))
         self.widget = self._widgets.VBox([self._panel, self._image])
         for slider in self.sliders.values():
@@ -53,8 +58,8 @@ class Playground:
 
     @property
     def png(self) -> bytes:
-        """The picture that is shown."""
-        return self._picture
+        """The picture that the widget shows."""
+        return self._png
 
     def move(self, **values: Any) -> None:
         """Set sliders from code; the picture follows."""
@@ -72,20 +77,26 @@ class Playground:
             "style": {"description_width": "9em"},
         }
         if isinstance(control, list):
-            return self._widgets.Dropdown(options=control, value=control[0], **look)
+            is_ordered = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in control)
+            return self._widgets.Dropdown(options=sorted(control) if is_ordered else control, value=control[0], **look)
         low, high, start, *step = control
         if all(isinstance(number, int) for number in control):
             return self._widgets.IntSlider(start, low, high, *step, **look)
         return self._widgets.FloatSlider(start, min=low, max=high, step=_step(low, high, step), **look)
 
     def _show(self, change: dict[str, Any]) -> None:
-        self._picture = self._draw(**self.values)._repr_png_()
-        self._image.value = self._picture
+        self._picture = self._draw(**self.values)
+        self._png = self._picture.png(SHARPNESS)
+        self._image.layout.width = f"{self._width_px()}px"
+        self._image.value = self.png
+
+    def _width_px(self) -> int:
+        return round(self._picture.get_figwidth() * DPI)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = self.widget._repr_mimebundle_(**options)
         # the widget's own text holds the bytes of the picture, which differ with every version of its fonts
-        still = b64encode(self._picture).decode("ascii")
+        still = b64encode(self._picture.png()).decode("ascii")
         return {**bundle, "text/plain": self._in_words(), "image/png": still}
 
     def _in_words(self) -> str:

@@ -36,10 +36,14 @@ class Picture(Figure):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self._repr_png_())
 
-    def _repr_png_(self) -> bytes:
+    def png(self, sharpness: int = 1) -> bytes:
+        """The picture as a PNG; ``sharpness``: dots for each dot of its size."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        self.savefig(buffer, format="png", dpi=sharpness * DPI, metadata={"Software": None})
         return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
 
 
 def new_picture(width_in: float = 7.0, height_in: float = 3.0) -> Picture:

@@ -56,8 +56,33 @@ def test_a_still_picture_stands_beside_the_widget(drawing):
     playground = Playground(drawing, height=(1, 9, 3))
     bundle = playground._repr_mimebundle_()
     assert bundle[WIDGET]["model_id"] == playground.widget.model_id
-    assert b64decode(bundle["image/png"]) == playground.png and playground.png.startswith(b"\x89PNG")
+    assert size_of(b64decode(bundle["image/png"])) == size_of(new_drawing(height=3))
     assert bundle["text/plain"] == "Playground: height=3"  # nbval compares this
+
+
+def new_drawing(**values: Any) -> bytes:
+    return Drawing()(**values)._repr_png_()
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def test_the_widgets_picture_has_twice_the_dots_of_the_size_that_it_is_shown_in(drawing):
+    playground = Playground(drawing, height=(1, 9, 3))
+    image = playground.widget.children[1]
+    width, height = size_of(new_drawing(height=3))
+    assert (image.layout.width, image.layout.height, image.layout.max_width) == (f"{width}px", "auto", "100%")
+    assert size_of(image.value) == (2 * width, 2 * height)
+
+
+def test_numbers_to_choose_from_are_in_order_and_other_choices_as_given(drawing):
+    choices = {"bits": [16, 8, 32], "causal": [True, False], "model": ["small", "large"]}
+    playground = Playground(drawing, height=(1, 9, 3), **choices)
+    assert playground.values == {"height": 3, "bits": 16, "causal": True, "model": "small"}
+    assert playground.sliders["bits"].options == (8, 16, 32)
+    assert playground.sliders["causal"].options == (True, False)
+    assert playground.sliders["model"].options == ("small", "large")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from torch import Tensor
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
+from paged_infer.kernels.attention.tile_table import tables
 from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.cpu.paged_attention import paged_attention_c
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS, Ops
@@ -93,6 +94,8 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
         name = _fastest_or_warn(device)
     if name == "triton" and not can_run_on(device):
         raise ValueError(f"attention_backend='triton' cannot run on {device} here: {_NO_TRITON}")
+    if name == "triton":
+        tables()  # a malformed one is an error now, and not in the first step
     if name == "c" and (reason := unavailable_reason() if device.type == "cpu" else "it is for CPUs") is not None:
         raise ValueError(f"attention_backend='c' cannot run on {device} here: {reason}")
     backend = _imported(name) if ":" in name else ATTENTION_BACKENDS.get(name)

@@ -88,7 +88,7 @@ def _no_interpreter_reason() -> str:
 def can_run_on(device: torch.device) -> bool:
     """Whether ``launch`` works there: compiled on CUDA, interpreted on CPU."""
     if device.type == "cpu":
-        return INTERPRETED and not _INTERPRETER_FAILS
+        return HAS_TRITON and INTERPRETED and not _INTERPRETER_FAILS
     return HAS_TRITON and device.type == "cuda" and not INTERPRETED
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from paged_infer.bench.kernels.checks import CHECKS, COMPILED
 from paged_infer.bench.kernels.problems import attention_float64, paged_attention_float64, paged_problem
 from paged_infer.kernels.attention.flash_attention import flash_attention, flash_attention_reference
+from paged_infer.kernels.attention.flash_tma import flash_attention_tma
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
@@ -69,6 +70,18 @@ def test_flash_attention_and_its_reference_agree_on_unlike_lengths_and_on_the_lo
         reference, reference_lse = flash_attention_reference(q, k, v, window=window, return_lse=True)
         assert_near(out, reference)
         torch.testing.assert_close(lse, reference_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="TMA is in sm90 and later"
+)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_attention_by_tma_equals_the_kernel_with_pointers_and_float64(head_dim: int, causal: bool) -> None:
+    q, k, v = (random(2, heads, length, head_dim) for heads, length in ((6, 301), (2, 333), (2, 333)))
+    out = flash_attention_tma(q, k, v, causal=causal)
+    assert_near(out, flash_attention(q, k, v, causal=causal))
+    assert_near(out, flash_attention_reference(*(x.double() for x in (q, k, v)), causal=causal).to(out.dtype))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -47,6 +47,14 @@ class Comparison:
     num_bytes: int
     problem: Callable[[], Any]  # makes the tensors
     peers: Mapping[str, Callable[[Any], Ready]]  # ours first
+
+    def without(self, wrong: Collection[str]) -> Comparison:
+        """The same, in which the kernels of these names have no time but the reason why not."""
+
+        def refuse(problem: Any) -> Ready:
+            raise Unavailable("differs from float64: see the checks")
+
+        return replace(self, peers={name: refuse if name in wrong else peer for name, peer in self.peers.items()})
 
     def skipped(self, why: str) -> Measurement:
         entries = [Entry(name, None, why) for name in self.peers]

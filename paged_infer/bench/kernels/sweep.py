@@ -110,6 +110,7 @@ class SweepReport(JsonReport):
     machine: dict[str, Any]
     roofline: Roofline | None = None
     cases: list[CaseResult] = field(default_factory=list)
+    planned: list[list[Any]] = field(default_factory=list)  # the key of each case of the whole sweep
 
     def as_json(self) -> dict[str, Any]:
         """With the winners, for a reader without this code."""
@@ -131,11 +132,13 @@ class SweepReport(JsonReport):
         Its geometric mean gain over all cases has to exceed 1 by more than the margin, which is twice the largest
         difference between today's two medians in these cases, and at least ``LEAST_GAIN``. In no case may the candidate
         be slower than today's tile by more than the margin.
+        A key has a winner only after all of its planned cases: what helps one batch may harm the next.
         """
         found = []
         for key in dict.fromkeys(tuple(case.key) for case in self.cases):
             cases = [case for case in self.cases if tuple(case.key) == key]
-            if not all(case.is_finished and not case.was_left_out for case in cases):
+            was_cut = len(cases) < self.planned.count([*key])
+            if was_cut or not all(case.is_finished and not case.was_left_out for case in cases):
                 continue
             margin = max(LEAST_GAIN, *(2 * case.noise for case in cases))
             means = {}

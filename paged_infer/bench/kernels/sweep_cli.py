@@ -33,9 +33,10 @@ def _sweep(device: torch.device, time_limit: float, figures: Path) -> None:
     deadline_s = time.perf_counter() + time_limit
     major, minor = capability(device)
     arch = 10 * major + minor
-    report = SweepReport(describe_machine() | {"triton": triton.__version__})
-    print(f"on {machine_line(report.machine)}, triton {triton.__version__}", flush=True)
     cases = sweep_cases()
+    machine = describe_machine() | {"triton": triton.__version__}
+    report = SweepReport(machine, planned=[[*case.key] for case in cases])
+    print(f"on {machine_line(machine)}, triton {triton.__version__}", flush=True)
     try:
         built = compile_all(cases, arch)
         seconds = time.perf_counter() - deadline_s + time_limit
@@ -104,7 +105,8 @@ def _speed(result: CaseResult, trial: Trial, report: SweepReport) -> tuple[str, 
 
 
 def _write_winners(report: SweepReport, path: Path, arch: int) -> None:
-    """Write the table in use, with the entries of the winners added or replaced."""
+    """Write the table in use, with the entries of the winners added or replaced; without a winner there is no file."""
+    path.unlink(missing_ok=True)
     if won := report.table():
         machine = report.machine
         measured_on = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}"

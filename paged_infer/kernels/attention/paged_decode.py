@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.attention_tile import LOG2_E, finish_softmax, padded
+from paged_infer.kernels.attention.attention_tile import LOG2_E, finish_softmax, max_registers, padded
 from paged_infer.kernels.attention.decode_plan import plan_decode, split_bounds
 from paged_infer.kernels.attention.paged_prefill import attend_blocks
 from paged_infer.kernels.attention.tiles import decode_tiles
@@ -63,7 +63,7 @@ def paged_decode(
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
         D=dim, BLOCK_D=padded(dim), BLOCK_N=block_n,
         STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
     )  # fmt: skip
     if plan:
         launch(
@@ -72,6 +72,7 @@ def paged_decode(
             partial_out, partial_lse, out, lse, query_start_loc, plan.starts, plan.split_rows, num_rows,
             SAVE_LSE=lse.numel() > 0, CHUNK=_COMBINED_AT_ONCE,
             NUM_HEADS=num_heads, STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1), D=dim, BLOCK_D=padded(dim),
+            maxnreg=max_registers(q.dtype),
         )  # fmt: skip
 
 

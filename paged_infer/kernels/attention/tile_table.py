@@ -16,8 +16,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +64,8 @@ class Key(NamedTuple):
 
 Chosen = tuple[Tile, SplitRule | None]  # a decode alone has a rule
 _LIMITS = {"block_m": (16, 128), "block_n": (16, 128), "num_warps": (1, 16), "num_stages": (1, 10)}
-_forced: dict[str, Chosen] = {}
+_SPLIT_LIMITS = {"per_processor": (1, 64), "min_keys": (16, 2**20), "max_splits": (1, 1024)}
+_forced: ContextVar[Mapping[str, Chosen]] = ContextVar("forced", default=MappingProxyType({}))  # of this thread
 
 
 @contextmanager
@@ -75,13 +78,11 @@ def forced(kernel: str, tile: Tile, splits: SplitRule | None = None) -> Iterator
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(KERNELS)}")
     _check_tile(tile)
-    before = _forced.copy()
-    _forced[kernel] = (tile, splits)
+    token = _forced.set({**_forced.get(), kernel: (tile, splits)})
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        _forced.reset(token)
 
 
 def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
@@ -90,8 +91,8 @@ def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
     Raises:
         ValueError: the table cannot be read; the message names the file and the entry.
     """
-    if key.kernel in _forced:
-        return _forced[key.kernel]
+    if (chosen := _forced.get().get(key.kernel)) is not None:
+        return chosen
     return None if gpu == (0, 0) else tables().get(gpu[0] * 10 + gpu[1], {}).get(key)
 
 
@@ -121,10 +122,10 @@ def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         arch, entries = table["arch"], table["entries"]
-        if arch not in SHARED_LIMIT or not isinstance(entries, list):
+        if type(arch) is not int or arch not in SHARED_LIMIT or not isinstance(entries, list):
             known = ", ".join(map(str, SHARED_LIMIT))
             raise ValueError(f'"arch" must be one of {known}, and "entries" a list; got arch {arch!r}')
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not a table of tiles: {reason}") from error
     found: dict[Key, Chosen] = {}
@@ -182,8 +183,9 @@ def _read_splits(key: Key, given: Any) -> SplitRule | None:
         return None
     if not isinstance(given, dict) or given.keys() != set(SplitRule._fields):
         raise ValueError(f"splits of a decode: expected {', '.join(SplitRule._fields)}")
-    if not all(_is_whole(number, 1, 2**20) for number in given.values()):
-        raise ValueError("splits: each must be a whole number, at least 1")
+    for name, (least, most) in _SPLIT_LIMITS.items():
+        if not _is_whole(given[name], least, most):
+            raise ValueError(f"splits: {name}={given[name]!r}: must be a number in {least}..{most}")
     return SplitRule(**given)
 
 

@@ -214,7 +214,7 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
     while (together > 1 && num_rows * ((num_kv_heads + together - 1) / together) < 4 * threads) together--;
     int64_t tasks = (num_kv_heads + together - 1) / together;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
-    for (int64_t row = num_rows - 1; row >= 0; row--) /* rows are in ascending length: start the longest first */
+    for (int64_t row = 0; row < num_rows; row++) /* the runner sends the longest first, so they start first */
         for (int64_t task = 0; task < tasks; task++) {
             int64_t head = task * together, left = num_kv_heads - head, num_kv = left < together ? left : together;
             int64_t length = lengths[row], first = length > window ? length - window : 0;

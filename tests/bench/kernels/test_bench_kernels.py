@@ -104,7 +104,7 @@ def test_on_a_cpu_the_command_checks_and_counts_and_times_nothing(on_cpu):
 
 
 @needs_interpreter
-def test_a_wrong_kernel_stops_the_bench_before_anything_is_timed(tmp_path, monkeypatch):
+def test_a_wrong_kernel_is_named_and_costs_the_others_nothing(tmp_path, monkeypatch):
     right = FUSED["silu_mul"]
     wrong = replace(right, function=lambda gate_up: right.function(gate_up) * 1.01)
     monkeypatch.setitem(FUSED, "silu_mul", wrong)
@@ -112,10 +112,23 @@ def test_a_wrong_kernel_stops_the_bench_before_anything_is_timed(tmp_path, monke
     monkeypatch.setattr(kernel_checks, "CHECKS", checks)
     result = CliRunner().invoke(app, ["bench", "kernels", "--device", "cpu", "--figures", str(tmp_path)])
     assert result.exit_code == 1
-    assert "error: differs from float64, so nothing is timed: silu_mul (float32: 0.00" in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["bench-kernels-cpu.json"]
+    assert "error: differs from float64: silu_mul (float32: 0.00" in result.output
+    assert "storing one decode step" in result.output
     checks = KernelReport.read(tmp_path / "bench-kernels-cpu.json").checks
     assert {check.kernel for check in checks if not check.passed} == {"silu_mul"}
+
+
+def test_a_wrong_kernel_has_no_time_and_its_peers_are_compared_with_each_other(monkeypatch):
+    monkeypatch.setattr(kernels, "time_cuda_graph", lambda call, **_: Timing((1.0,), "cuda graph"))
+    out = torch.ones(2, 3, 8)
+    found = {"flash_attention": out * 2, "SDPA flash": out}
+    peers = {name: partial(lambda values, problem: Ready(lambda: values), values) for name, values in found.items()}
+    sizes = {"head_dim": 8, "length": 2}
+    whole = kernels.Comparison("prefill", "2 tokens", sizes, 1.0, 0, lambda: None, peers)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
+    *_, measurement = whole.without({"flash_attention"}).run()
+    assert measurement.seconds("SDPA flash") == 1.0
+    assert [e.note for e in measurement.entries if e.seconds is None] == ["differs from float64: see the checks"]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +355,9 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     monkeypatch.setitem(FUSED, "silu_mul", replace(FUSED["silu_mul"], function=silu_mul))
     monkeypatch.setattr(kernels, "FUSED_TOKENS", (3,))
     monkeypatch.setattr(kernels, "attention_comparisons", lambda device: [])
+    report = KernelReport("cuda", {"device": "-"})
+    kernels_cli._run_comparisons(report, CPU, math.inf, "no limit", path)
     with pytest.raises(typer.Exit) as exit_:
-        kernels_cli._run_comparisons(KernelReport("cuda", {"device": "-"}), CPU, math.inf, "no limit", path)
+        kernels_cli._exit_if_wrong(report)
     assert exit_.value.exit_code == 1
     assert "error: did not run: silu_mul, 3 tokens: silu_mul: ZeroDivisionError" in capsys.readouterr().err

@@ -39,7 +39,7 @@ KEY = ["decode", "bfloat16", 32, 2, False]
 def two_candidates(monkeypatch):
     """A sweep of two decode tiles, computed in float64, with made-up times. The list grows with each timing."""
     monkeypatch.setattr(sweep_cases, "TILES", {"decode": (SMALL, LARGE), "flash": (), "prefill": ()})
-    monkeypatch.setattr(sweep_cases, "SPLIT_RULES", (rule := SplitRule(2**20, 16, 3),))
+    monkeypatch.setattr(sweep_cases, "SPLIT_RULES", (rule := SplitRule(4, 16, 3),))
     monkeypatch.setattr(sweep_cases.candidates, "__defaults__", ((rule,),))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(Case, "call", lambda self, problem, candidate=None: exactly(problem))
@@ -210,6 +210,19 @@ def test_the_best_that_beats_today_by_more_than_the_noise_wins():
 def test_a_candidate_that_might_not_be_better_does_not_win(first, second):
     cases = [made_up({TODAY: 1.0} | times, title) for title, times in (("a", first), ("b", second))]
     assert SweepReport({}, None, cases).winners() == []
+
+
+def test_one_batch_alone_has_no_winner_where_more_are_planned(tmp_path):
+    """What helps it may harm the next one; and a table that an earlier run left there is not this run's."""
+    better = {TODAY: 1.0, AGAIN: 1.0, "16 x 32, 4 warps, 6 stages, splits 2/256/64": 0.5}
+    report = SweepReport({}, cases=[made_up(better)], planned=[KEY, KEY])
+    assert report.winners() == []
+    left = tmp_path / "tiles-sm90.json"
+    left.write_text("of an earlier run")
+    sweep_cli._write_winners(report, left, 90)
+    assert not left.exists()
+    report.cases.append(made_up(better, "b"))
+    assert len(report.winners()) == 1
 
 
 def test_cases_that_the_time_cut_short_have_no_winner():

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,27 @@ def test_a_forced_tile_comes_before_the_table_and_ends_with_its_block(given):
         forced("sample", Tile(16, 16, 4, 1)).__enter__()
 
 
+def test_a_tile_is_forced_in_its_own_thread_alone():
+    """And blocks that overlap leave nothing behind."""
+    tiles, both_are_inside = {}, threading.Barrier(2)
+
+    def use(kernel: str, tile: Tile) -> None:
+        with forced(kernel, tile):
+            both_are_inside.wait(LIMIT_S)
+            tiles[kernel] = flash_tiles(SM90, 128, BF16, 4, None), prefill_tiles(SM90, 128, BF16, 4, None, 999)
+            both_are_inside.wait(LIMIT_S)
+
+    usual = flash_tiles(SM90, 128, BF16, 4, None), prefill_tiles(SM90, 128, BF16, 4, None, 999)
+    mine = Tile(32, 32, 4, 2)
+    threads = [threading.Thread(target=use, args=(kernel, mine)) for kernel in ("flash", "prefill")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert tiles == {"flash": (mine, usual[1]), "prefill": (usual[0], mine)}
+    assert (flash_tiles(SM90, 128, BF16, 4, None), prefill_tiles(SM90, 128, BF16, 4, None, 999)) == usual
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs triton, interpreting")
 def test_a_kernel_computes_the_same_with_a_forced_tile():
     problem = paged_problem([(60, 1), (0, 1), (5, 20)], num_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
@@ -267,7 +289,8 @@ def run(folder: Path, code: str) -> str:
         ({"kernel": "flash"}, "expected kernel, dtype, head_dim, group, window, block_m"),
         ("flash", "expected kernel, dtype"),
         (DECODE | {"splits": {}}, "splits of a decode: expected per_processor, min_keys, max_splits"),
-        (DECODE | {"splits": DECODE["splits"] | {"min_keys": 0}}, "splits: each must be a whole number, at least 1"),
+        (DECODE | {"splits": DECODE["splits"] | {"min_keys": 0}}, r"splits: min_keys=0: must be a number in 16\.\."),
+        (DECODE | {"splits": DECODE["splits"] | {"per_processor": 2**20}}, "splits: per_processor=1048576: must be"),
         (FLASH | {"use_tma": 1}, "use_tma=1: must be true or false"),
         (FLASH | {"use_tma": True, "head_dim": 80}, "use_tma is for flash on sm90 or later, in 16 bits, head_dim 64"),
         (FLASH | {"use_tma": True, "window": True}, "use_tma is for flash on sm90 or later"),
@@ -293,6 +316,8 @@ def test_two_entries_of_the_same_key_are_refused(given):
         ("{", "Expecting property name"),
         ("[]", "list indices must be integers"),
         ('{"entries": []}', "'arch' is missing"),
+        ('{"arch": 90.0, "entries": []}', '"arch" must be one of 80, 86, .*; got arch 90.0'),
+        ("[" * 100_000, "maximum recursion depth"),
         ('{"arch": 75, "entries": []}', '"arch" must be one of 80, 86, .*, and "entries" a list; got arch 75'),
     ],
 )

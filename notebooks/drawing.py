@@ -16,7 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from paged_infer.bench.scheduling.memory_figure import PART_COLOURS, PART_NAMES
+from paged_infer.control.trace import Trace
+from paged_infer.viz.sequence_lives import sequence_lives
 from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture
+from paged_infer.viz.timeline import draw_timeline, timeline_height_in
 
 BLUE, ORANGE, RED, GREY = (BASELINE_COLOURS[name] for name in ("paged", "cached", "static", "naive"))
 COLOURS = (BLUE, ORANGE, RED, GREY)
@@ -86,6 +89,37 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], title: str, xlabel: st
     axes.invert_yaxis()
     axes.set(title=title, xlabel=xlabel)
     picture.legend(frameon=False, loc="outside lower center", ncols=4)
+    return picture
+
+
+def event_marks(rows: Mapping[Any, Values], title: str, xlabel: str, ylabel: str) -> Picture:
+    """When events happened: a row for each name, with a mark at each of its moments."""
+    picture = new_picture(7, 2.8 if len(rows) > 8 else 1.2 + 0.3 * len(rows))
+    axes = picture.subplots()
+    for row, moments in enumerate(rows.values()):
+        axes.plot(moments, [row] * len(moments), "|", color=BLUE, markersize=5)
+    if len(rows) <= 8:
+        axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return picture
+
+
+def compared_timelines(traces: Mapping[str, Trace]) -> Picture:
+    """The package's timelines one below the other, over time, with the same scales: a moment stands below itself."""
+    lives = [sequence_lives(trace) for trace in traces.values()]
+    heights = [timeline_height_in(len(rows)) for rows in lives]
+    picture = new_picture(7.4, sum(heights))
+    parts = picture.subfigures(len(traces), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (name, trace), rows in zip(parts, traces.items(), lives, strict=True):
+        draw_timeline(part, trace, rows, by="time")
+        part.text(0.99, 0.985, name, ha="right", va="top", weight="bold", color=INK)
+    last_s = max(part.axes[0].get_xlim()[1] for part in parts)
+    most, ticks = max((part.axes[1].get_ylim()[1], [*part.axes[1].get_yticks()]) for part in parts)
+    for part in parts:
+        part.axes[0].set_xlim(right=last_s)  # which the axes of tokens share
+        part.axes[1].set_ylim(top=most)
+        part.axes[1].set_yticks(ticks)  # numbers beside the axes are equally wide, and so are the margins
     return picture
 
 

@@ -6,7 +6,10 @@ import json
 import random
 from itertools import pairwise
 
+from my_engine.engine import Engine
+
 from checks import checker, expect
+from paged_infer import storyteller
 
 EVENTS = [{"text": "On"}, {"text": "ce, a café"}, {"text": ""}, {"text": " – 3 €", "n": 4}]
 
@@ -97,96 +100,40 @@ def StopFilter(answer):
         check(stops, pieces, "a case drawn at random")
 
 
-class _Flaky:
-    """Looks like an engine: ``script`` has what each step gives, {request id: (output, is it the last)} or an error."""
-
-    def __init__(self, script, live):
-        self.script, self.live = list(script), dict.fromkeys(live)
-        self.num_steps, self.aborted = 0, []
-
-    def step(self):
-        self.num_steps += 1
-        if self.num_steps > len(self.script):
-            self.live.clear()  # ends the loop of whoever has no end
-            return {}
-        now = self.script[self.num_steps - 1]
-        if isinstance(now, Exception):
-            raise now
-        for request_id, (_, is_last) in now.items():
-            if is_last:
-                del self.live[request_id]
-        return {request_id: output for request_id, (output, _) in now.items()}
-
-    def abort(self, request_id):
-        self.live.pop(request_id, None)
-        self.aborted.append(request_id)
-
-
 @checker
-def run_to_end(answer):
-    """Steps until nobody lives, through errors; gives up after so many in a row: engine, patience -> outputs."""
-
-    def check(script, patience, right, num_steps, aborted, of_what):
-        engine = _Flaky(script, "abc")
-        try:
-            found = answer(engine, patience)
-        except RuntimeError as error:
-            expect("changed size" not in str(error), f"{of_what}: abort changes `live`: walk over a copy of it")
-            expect(False, f"{of_what}: the RuntimeError of a step comes out, and it is to be survived")
-        expect(found is not None, "run_to_end gives None: is the `return` missing?")
+def stream_until(answer):
+    """A stream of my_engine that ends at a stop string: engine, prompt, stops, options -> pieces of text."""
+    engine = Engine(storyteller.PATH, num_blocks=64)
+    prompt, options = "A story about Mia and a kite.", {"max_tokens": 60}
+    whole = "".join(engine.stream(prompt, **options))
+    for stops in (["a quiet boy"], ["blackbird", " Mia. She"], ["never in it"], ["ittle", "Her best"]):
+        found = answer(engine, prompt, list(stops), **options)
+        expect(found is not None, "stream_until gives None: it is to yield pieces")
+        expect(not isinstance(found, str), "stream_until gives one string: it is to yield pieces")
+        pieces, text = list(found), whole[: min(whole.find(stop) % (len(whole) + 1) for stop in stops)]
+        asked = f"stops {stops}"
         expect(
-            engine.num_steps == num_steps, f"{of_what}: {num_steps} steps are to be tried, and not {engine.num_steps}"
+            all(isinstance(piece, str) for piece in pieces), f"{asked}: pieces of text are asked for, not {pieces[:2]}"
         )
-        expect(not engine.live, f"{of_what}: {list(engine.live)} still live: who gives up aborts them")
-        expect(sorted(engine.aborted) == aborted, f"{of_what}: {aborted} are to be aborted, not {engine.aborted}")
-        expect(found == right, f"{of_what}: the last outputs are {right}, and not {found}")
-
-    failed = RuntimeError("the device did not answer")
-    first, second = {"a": (1, False), "b": (1, False)}, {"a": (2, True), "c": (1, False)}
-    third = {"b": (3, True), "c": (2, True)}
-    whole = {"a": 2, "b": 3, "c": 2}
-    check([first, second, third, {}], 2, whole, 3, [], "three steps that all go well")
-    check([failed, first, second, failed, third, {}], 2, whole, 5, [], "patience 2, steps 1 and 4 fail")
-    alternating = [failed, first, failed, second, failed, {}, failed, third, {}]
-    check(alternating, 2, whole, 8, [], "patience 2, every other step fails, never two in a row")
-    check([first, failed, failed, third, {}], 2, {"a": 1, "b": 1}, 3, ["a", "b", "c"], "patience 2, two fail in a row")
-    check([failed] * 9, 4, {}, 4, ["a", "b", "c"], "patience 4, all steps fail")
-    engine = _Flaky([first, KeyError("a bug")], "abc")
-    try:
-        answer(engine, 3)
-    except KeyError:
-        return
-    expect(False, "a step raises KeyError: only RuntimeError is to be survived, the rest is a bug and comes out")
+        expect(
+            len(pieces) > 3 or len(text) < 60, f"{asked}: the text comes in {len(pieces)} piece(s) and not as it grows"
+        )
+        expect("".join(pieces) == text, f"{asked}: the text is {text!r}, and not {''.join(pieces)!r}")
+        _expect_idle(engine, f"{asked}, at the end")
+    (other,) = engine.add_requests(["Once upon a time"], max_tokens=30)
+    early = answer(engine, prompt, ["never in it"], **options)
+    next(early), next(early)
+    early.close()
+    running = [*engine.scheduler.running, *engine.scheduler.waiting]
+    expect(other in running or other.finish_reason, "another request was ended, too")
+    expect(len(running) <= 1, "a stream that is closed early leaves its sequence in the scheduler")
+    while not other.finish_reason:
+        engine.step()
+    _expect_idle(engine, "closed early")
 
 
-@checker
-def mean_in_system(answer):
-    """The mean number of requests in the system: when each arrived, when each ended -> float."""
-    cases = [
-        ([0.0, 1.0, 2.0], [4.0, 3.0, 6.0]),
-        ([10.0, 11.0, 12.0], [14.0, 13.0, 16.0]),
-        ([5.0, 2.0, 3.0], [6.0, 9.0, 4.0]),
-    ]
-    rng = random.Random(0)
-    arrived = [rng.uniform(0, 9) for _ in range(20)]
-    cases.append((arrived, [moment + rng.uniform(0.1, 5) for moment in arrived]))
-    for arrived_s, ended_s in cases:
-        found = answer(list(arrived_s), list(ended_s))
-        expect(found is not None, "mean_in_system gives None: is the `return` missing?")
-        asked = f"arrived {arrived_s}, ended {ended_s}" if len(arrived_s) < 9 else "20 requests drawn at random"
-        there_s = sum(ended_s) - sum(arrived_s)
-        begin_s, end_s = min(arrived_s), max(ended_s)
-        right = there_s / (end_s - begin_s)
-
-        def is_about(wrong, found=found, right=right):
-            return abs(found - wrong) < 1e-9 < abs(right - wrong)
-
-        expect(not is_about(there_s / len(arrived_s)), f"{asked}: {found:.3f} is the mean time that each spends there")
-        expect(not is_about(len(arrived_s) / (end_s - begin_s)), f"{asked}: {found:.3f} is the rate of arrivals")
-        expect(not is_about(there_s / end_s), f"{asked}: the clock begins with the first arrival, not at 0")
-        for span_s in (ended_s[-1] - arrived_s[0], ended_s[-1] - begin_s, end_s - arrived_s[0]):
-            expect(
-                not span_s or not is_about(there_s / span_s),
-                f"{asked}: the first arrival is the earliest of all, the last end the latest; lists are in any order",
-            )
-        expect(abs(found - right) < 1e-9, f"{asked}: {right:.3f} are there in the mean, and not {found:.3f}")
+def _expect_idle(engine, asked):
+    scheduler = engine.scheduler
+    expect(not scheduler.running and not scheduler.waiting, f"{asked}: a sequence is still in the scheduler")
+    num_free, num_blocks = len(scheduler.manager.free_blocks), scheduler.manager.num_blocks
+    expect(num_free == num_blocks, f"{asked}: {num_blocks - num_free} blocks are still held")

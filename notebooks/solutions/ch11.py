@@ -45,21 +45,20 @@ class StopFilter:
         return "" if self.stopped else self.kept
 
 
-def run_to_end(engine, patience):
-    """One good step forgives all failures before it."""
-    outputs, num_failures = {}, 0
-    while engine.live:
-        try:
-            outputs |= engine.step()
-            num_failures = 0
-        except RuntimeError:
-            num_failures += 1
-            if num_failures == patience:
-                for request_id in list(engine.live):
-                    engine.abort(request_id)
-    return outputs
-
-
-def mean_in_system(arrived_s, ended_s):
-    """Request-seconds over seconds: the rate times the mean time of each, with the number of requests cancelled."""
-    return (sum(ended_s) - sum(arrived_s)) / (max(ended_s) - min(arrived_s))
+def stream_until(engine, prompt, stops, **options):
+    """Its own loop: so it has the sequence in hand, and can end it."""
+    texts, num_read = StopFilter(stops), 0
+    (sequence,) = engine.add_requests([prompt], **options)
+    try:
+        while not sequence.finish_reason and not texts.stopped:
+            engine.step()
+            text = engine.decoder.tokenizer.decode(sequence.output_token_ids)
+            if not text.endswith("\ufffd") or sequence.finish_reason:
+                yield texts.push(text[num_read:])
+                num_read = len(text)
+        yield texts.finish()
+    finally:
+        if sequence in engine.scheduler.running:
+            engine.scheduler.finish(sequence)
+        elif sequence in engine.scheduler.waiting:
+            engine.scheduler.waiting.remove(sequence)

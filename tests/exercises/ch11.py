@@ -110,85 +110,43 @@ class GoesOn(Filter):
         return shown
 
 
-@wrong("run_to_end", "comes out, and it is to be survived")
-def survives_nothing(engine, patience):
-    outputs = {}
-    while engine.live:
-        outputs |= engine.step()
-    return outputs
+def stream(engine, prompt, stops, filters=Filter, ends=True, ends_all=False, **options):
+    """A right one, of which the wrong ones change a part."""
+    texts = filters(stops)
+    before = [*engine.scheduler.running, *engine.scheduler.waiting]
+    try:
+        for piece in engine.stream(prompt, **options):
+            yield texts.push(piece)
+            if texts.stopped:
+                return
+        yield texts.finish()
+    finally:
+        for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]:
+            if ends and (ends_all or sequence not in before):
+                engine.scheduler.finish(sequence)
 
 
-def run(engine, patience, survived=RuntimeError, forgives=True, aborts=True, copies=True, keep=True, offset=0):
-    outputs, num_failures = {}, 0
-    while engine.live:
-        try:
-            outputs = {**outputs, **engine.step()} if keep else engine.step()
-            num_failures = 0 if forgives else num_failures
-        except survived:
-            num_failures += 1
-            if num_failures == patience + offset:
-                for request_id in list(engine.live) if copies else engine.live:
-                    if aborts:
-                        engine.abort(request_id)
-                break
-    return outputs
+@wrong("stream_until", "a sequence is still in the scheduler")
+def stops_reading(engine, prompt, stops, **options):
+    return stream(engine, prompt, stops, ends=False, **options)
 
 
-@wrong("run_to_end", "steps 1 and 4 fail: 5 steps are to be tried, and not 4")
-def counts_all_failures(engine, patience):
-    return run(engine, patience, forgives=False)
+@wrong("stream_until", "closed early leaves its sequence in the scheduler")
+def ends_only_at_a_stop(engine, prompt, stops, **options):
+    filtered = stream(engine, prompt, stops, **options)
+    return filtered if stops != ["never in it"] else engine.stream(prompt, **options)
 
 
-@wrong("run_to_end", "still live: who gives up aborts them")
-def gives_up_and_leaves(engine, patience):
-    return run(engine, patience, aborts=False)
+@wrong("stream_until", "another request was ended, too")
+def clears_the_scheduler(engine, prompt, stops, **options):
+    return stream(engine, prompt, stops, ends_all=True, **options)
 
 
-@wrong("run_to_end", "walk over a copy")
-def walks_over_what_it_changes(engine, patience):
-    return run(engine, patience, copies=False)
+@wrong("stream_until", "the text is .*, and not")
+def looks_for_one_stop(engine, prompt, stops, **options):
+    return stream(engine, prompt, stops[:1], **options)
 
 
-@wrong("run_to_end", "the last outputs are")
-def returns_the_last_step(engine, patience):
-    return run(engine, patience, keep=False)
-
-
-@wrong("run_to_end", "two fail in a row: 3 steps are to be tried, and not 6")
-def never_gives_up(engine, patience):
-    return run(engine, 99)
-
-
-@wrong("run_to_end", "two fail in a row: 3 steps are to be tried, and not 6")
-def is_too_patient(engine, patience):
-    return run(engine, patience, offset=1)
-
-
-@wrong("run_to_end", "only RuntimeError is to be survived")
-def survives_bugs(engine, patience):
-    return run(engine, patience, survived=Exception)
-
-
-@wrong("mean_in_system", "the mean time that each spends there")
-def gives_the_mean_wait(arrived_s, ended_s):
-    return sum(end - begin for begin, end in zip(arrived_s, ended_s, strict=True)) / len(arrived_s)
-
-
-@wrong("mean_in_system", "the rate of arrivals")
-def gives_the_rate(arrived_s, ended_s):
-    return len(arrived_s) / (max(ended_s) - min(arrived_s))
-
-
-@wrong("mean_in_system", "the clock begins with the first arrival")
-def begins_at_zero(arrived_s, ended_s):
-    return (sum(ended_s) - sum(arrived_s)) / max(ended_s)
-
-
-@wrong("mean_in_system", "lists are in any order")
-def trusts_the_order(arrived_s, ended_s):
-    return (sum(ended_s) - sum(arrived_s)) / (ended_s[-1] - arrived_s[0])
-
-
-@wrong("mean_in_system", "are there in the mean, and not")
-def takes_the_middle_of_the_crowd(arrived_s, ended_s):
-    return len(arrived_s) / 2
+@wrong("stream_until", "and not as it grows")
+def answers_at_the_end(engine, prompt, stops, **options):
+    yield "".join(stream(engine, prompt, stops, **options))

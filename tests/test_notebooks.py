@@ -23,8 +23,11 @@ spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
 assert spec is not None and spec.loader is not None
 execute = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(execute)
-REVISED = ["02_attention", "03_decoder", "08_paged_kv_cache", "11_engine"]
-CELLS_AND_LINES = {"11_engine": (51, 350)}  # it needs processes, threads and tasks explained from the ground
+REVISED = ["02_attention", "03_decoder", "08_paged_kv_cache", "10_continuous_batching", "11_engine"]
+CELLS_AND_LINES = {  # 10 has all policies on two clocks; 11 explains processes, threads and tasks from the ground
+    "10_continuous_batching": (50, 310),
+    "11_engine": (51, 350),
+}
 EACH_CHAPTER = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 

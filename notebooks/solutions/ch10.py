@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from my_engine.planner import Scheduler
+
 from paged_infer.control.policies import Policy
 
 
@@ -21,17 +25,16 @@ def promise(gap_us, num_running, num_prompt, per_step_us, per_token_us):
     return budget, ttft_us
 
 
-def preempt(held, needed, free):
-    """The youngest who still runs is the last of ``running``; who has been served is older than who is being served."""
-    running, gone = list(range(len(held))), []
-    for sequence in range(len(held)):
-        while sequence in running and needed[sequence] > free:
-            victim = running.pop()
-            gone.append(victim)
-            free += held[victim]
-        if sequence in running:
-            free -= needed[sequence]
-    return gone
+class StaticScheduler(Scheduler):
+    """While a batch runs, the queue looks empty; a preempted sequence goes to its head."""
+
+    def schedule(self):
+        if not self.running:
+            return super().schedule()
+        waiting, self.waiting = self.waiting, deque()
+        scheduled = super().schedule()
+        self.waiting.extend(waiting)
+        return scheduled
 
 
 class Alternate(Policy):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from my_engine.planner import Scheduler
 from planted import wrong
 
 from paged_infer.control.policies import Policy, PrefillFirst
@@ -40,13 +43,13 @@ def forgets_what_a_step_costs_anyway(gap_us, num_running, num_prompt, per_step_u
     return with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running)
 
 
-@wrong("promise", "who decodes takes 8 tokens of each step")
+@wrong("promise", "the decodes take 8 tokens of each step")
 def gives_the_prompt_the_whole_step(gap_us, num_running, num_prompt, per_step_us, per_token_us):
     budget = (gap_us - per_step_us) // per_token_us
     return with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, budget, num_running)
 
 
-@wrong("promise", "the budget counts who decodes too")
+@wrong("promise", "the budget counts the decodes, too")
 def gives_the_chunk_for_the_budget(gap_us, num_running, num_prompt, per_step_us, per_token_us):
     chunk = (gap_us - per_step_us) // per_token_us - num_running
     return chunk, 249_120
@@ -64,48 +67,43 @@ def adds_a_last_step_that_has_nothing(gap_us, num_running, num_prompt, per_step_
     return with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running)
 
 
-@wrong("preempt", "the oldest is preempted")
-def takes_from_the_oldest(held, needed, free):
-    running, gone = list(range(len(held))), []
-    for sequence in range(len(held)):
-        while sequence in running and needed[sequence] > free:
-            gone.append(running.pop(0))
-            free += held[gone[-1]]
-        free -= needed[sequence] if sequence in running else 0
-    return gone
+@wrong("StaticScheduler", "is admitted in step 3 while others run")
+class AdmitsAtOnce(Scheduler):
+    def schedule(self):
+        return super().schedule()
 
 
-@wrong("preempt", "one block is not enough")
-def takes_from_one_only(held, needed, free):
-    running, gone = list(range(len(held))), []
-    for sequence in range(len(held)):
-        if sequence in running and needed[sequence] > free:
-            gone.append(running.pop())
-            free += held[gone[-1]]
-        free -= needed[sequence] if sequence in running and needed[sequence] <= free else 0
-    return gone
+class DefersAdmission(Scheduler):
+    """A right one, of which the wrong ones change how the two queues are put together."""
+
+    def schedule(self):
+        waiting = []
+        if self.running:
+            waiting, self.waiting = self.waiting, deque()
+        plan = super().schedule()
+        self.waiting = self.joined(self.waiting, waiting)
+        return plan
+
+    def joined(self, preempted, waiting):
+        return deque([*preempted, *waiting])
 
 
-@wrong("preempt", "goes itself")
-def spares_whoever_asks(held, needed, free):
-    running, gone = list(range(len(held))), []
-    for sequence in range(len(held)):
-        while sequence in running and needed[sequence] > free and running[-1] != sequence:
-            gone.append(running.pop())
-            free += held[gone[-1]]
-        free -= needed[sequence] if sequence in running else 0
-    return gone
+@wrong("StaticScheduler", "it belongs to the next batch, before request 2")
+class PutsThePreemptedLast(DefersAdmission):
+    def joined(self, preempted, waiting):
+        return deque([*waiting, *preempted])
 
 
-@wrong("preempt", "served no more, and needs nothing")
-def serves_the_dead(held, needed, free):
-    running, gone = list(range(len(held))), []
-    for sequence in range(len(held)):
-        while running and needed[sequence] > free:
-            gone.append(running.pop())
-            free += held[gone[-1]]
-        free -= needed[sequence]
-    return gone
+@wrong("StaticScheduler", "request 2 is in no queue any more")
+class LosesTheQueue(DefersAdmission):
+    def joined(self, preempted, waiting):
+        return preempted
+
+
+@wrong("StaticScheduler", "schedule gives None")
+class ForgetsToReturn(DefersAdmission):
+    def schedule(self):
+        super().schedule()
 
 
 @wrong("Alternate", "both compute prompts")
@@ -123,7 +121,7 @@ class Mixes(Policy):
         step.admit_waiting()
 
 
-@wrong("Alternate", "compute no prompt, although somebody waits")
+@wrong("Alternate", "compute no prompt, although a sequence waits")
 class WaitsForTheBatch(Policy):
     chunks_prompts = False
 
@@ -138,3 +136,18 @@ class WaitsForTheBatch(Policy):
 class Cuts(Policy):
     def plan(self, step):
         step.admit_waiting()
+
+
+@wrong("Alternate", "does any step call `resume_swapped`")
+class NeverResumes(Policy):
+    chunks_prompts = False
+
+    def __init__(self):
+        self.had_prompts = False
+
+    def plan(self, step):
+        if not (self.had_prompts and step.running):
+            step.admit_waiting()
+        self.had_prompts = bool(step.scheduled)
+        if not step.scheduled:
+            step.schedule_running()

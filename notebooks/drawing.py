@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from paged_infer.bench.scheduling.memory_figure import PART_COLOURS, PART_NAMES
 from paged_infer.control.trace import Trace
 from paged_infer.viz.sequence_lives import sequence_lives
-from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, new_picture
 from paged_infer.viz.timeline import draw_timeline, timeline_height_in
 
 BLUE, ORANGE, RED, GREY = (BASELINE_COLOURS[name] for name in ("paged", "cached", "static", "naive"))
@@ -186,21 +187,6 @@ def layered_bars(layers: Mapping[str, Values], title: str, xlabel: str, ylabel: 
     return picture
 
 
-def filled_bars(rows: Mapping[str, tuple[float, float, str]], title: str, xlabel: str) -> Picture:
-    """For each row (held, filled, note): a grey bar with a blue one in front, and the note beside them."""
-    picture = new_picture(7, 2.2)
-    axes = picture.subplots()
-    for number, (held, filled, note) in enumerate(rows.values()):
-        axes.barh(number, held, color=GREY, label=None if number else "held")
-        axes.barh(number, filled, color=BLUE, label=None if number else "holds tokens")
-        axes.text(held, number, f"  {note}", va="center")
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set(title=title, xlabel=xlabel, xlim=(0, 1.9 * max(held for held, _, _ in rows.values())))
-    axes.invert_yaxis()
-    picture.legend(frameon=False, loc="outside lower right", ncols=2)
-    return picture
-
-
 def memory_shares(rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]], title: str) -> Picture:
     """Shares of a memory, each row measured (above) and as the paper has it (below, paler): ``PART_NAMES``."""
     picture = new_picture(7, 3.2)
@@ -218,4 +204,19 @@ def memory_shares(rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, flo
     axes.set(xlim=(0, 130), ylim=(len(rows) - 0.3, -0.5), xlabel=title, xticks=range(0, 101, 20))
     patches = [Patch(color=PART_COLOURS[part], label=name) for part, name in PART_NAMES.items()]
     picture.legend(handles=patches, frameon=False, loc="outside upper center", ncols=4, fontsize=8)
+    return picture
+
+
+def two_colours(rows: ReadOnlyList[ReadOnlyList[bool]], title: str, names: tuple[str, str], xlabel: str) -> Picture:
+    """A square for each value of each row: dark where it is false, pale where it is true, as ``names`` explains."""
+    picture = new_picture(7, 2.6)
+    axes = picture.subplots()
+    axes.pcolormesh([list(map(int, row)) for row in rows], cmap=ListedColormap([BLUE, FAINT]), vmin=0, vmax=1,
+                    edgecolors="white", linewidth=3)  # fmt: skip
+    axes.set(title=title, xlabel=xlabel, ylabel="request")
+    axes.set_xticks([i + 0.5 for i in range(len(rows[0]))], range(len(rows[0])))
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], range(len(rows)))
+    axes.invert_yaxis()
+    patches = [Patch(color=colour, label=name) for colour, name in zip((BLUE, FAINT), names, strict=True)]
+    picture.legend(handles=patches, frameon=False, loc="outside right")
     return picture

@@ -23,7 +23,14 @@ spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
 assert spec is not None and spec.loader is not None
 execute = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(execute)
-REVISED = ["02_attention", "03_decoder", "08_paged_kv_cache", "10_continuous_batching", "11_engine"]
+REVISED = [
+    "02_attention",
+    "03_decoder",
+    "08_paged_kv_cache",
+    "09_sharing_blocks",
+    "10_continuous_batching",
+    "11_engine",
+]
 CELLS_AND_LINES = {  # 10 has all policies on two clocks; 11 explains processes, threads and tasks from the ground
     "10_continuous_batching": (50, 310),
     "11_engine": (51, 350),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+
+from my_engine.states import load
 
 from checks import checker, expect
 
@@ -24,7 +27,7 @@ def write_next(answer):
 
     cases = [
         ([[0, 1], [0, 1], [0, 1]], [3, 3, 0, 0, 0, 0], [4, 2, 3, 5]),  # the last one need not copy
-        ([[5], [2, 3]], [0, 0, 1, 1, 0, 1], [0, 1, 4]),  # nobody shares
+        ([[5], [2, 3]], [0, 0, 1, 1, 0, 1], [0, 1, 4]),  # none is shared
         ([[0, 4], [0, 1], [0, 4]], [3, 1, 0, 0, 2, 0], [5, 3, 2]),
     ]
     for tables, counts, free in cases:
@@ -35,14 +38,11 @@ def write_next(answer):
         found = answer(found_tables, found_counts, found_free)
         expect(found is not None, "write_next gives None: is the `return` missing?")
         found = [tuple(pair) for pair in found]
-        expect(
-            found or not wanted,
-            f"{asked}: nothing is copied, and what one writes the others would read in their own texts",
-        )
+        expect(found or not wanted, f"{asked}: nothing is copied, and what one writes the others would read as theirs")
         expect(len(found) <= len(wanted) or wanted, f"{asked}: a block that one table alone holds needs no copy")
         expect(
             len(found) <= len(wanted),
-            f"{asked}: {len(found)} copies instead of {len(wanted)}: each writer lets go of the shared block, "
+            f"{asked}: {len(found)} copies instead of {len(wanted)}: each writer gives up the shared block, "
             "so the last one may find it its own",
         )
         expect(found == wanted, f"{asked}: copies {found} instead of {wanted}")
@@ -56,31 +56,6 @@ def write_next(answer):
             f"{asked}: afterwards the counts are {found_counts}; the tables say {wanted_counts}",
         )
         expect(found_free == wanted_free, f"{asked}: afterwards free is {found_free} instead of {wanted_free}")
-
-
-@checker
-def blocks_of_samples(answer):
-    """Blocks held by n samples of a prompt: num_prompt, num_output, n, block_size -> int."""
-    found = answer(6, 5, 3, 4)  # 1 full block of prompt; each has 11 tokens in 3 blocks, 2 of them its own
-    expect(found is not None, "blocks_of_samples gives None: is the `return` missing?")
-    expect(int(found) != 9, "nothing is shared here: blocks full of prompt stand in all tables")
-    expect(
-        int(found) != 5,
-        "the block where prompt and output meet was counted once: each sample writes to it, so each has its own",
-    )
-    for case in ((6, 5, 3, 4), (8, 4, 3, 4), (3, 2, 5, 16), (32, 1, 4, 16), (7, 9, 1, 4), (5, 3, 2, 1)):
-        num_prompt, num_output, n, size = case
-        full = num_prompt // size
-        wanted = full + n * (-(-(num_prompt + num_output) // size) - full)
-        found = int(answer(*case))
-        expect(
-            num_prompt % size != 0 or n == 1 or found != wanted + n - 1,
-            f"a prompt of {num_prompt} fills its blocks of {size} exactly: nothing of it is copied",
-        )
-        expect(
-            found == wanted,
-            f"prompt {num_prompt}, output {num_output}, n {n}, block_size {size}: {found} instead of {wanted}",
-        )
 
 
 @checker
@@ -136,3 +111,38 @@ def break_even_link(answer):
             f"parameters {case[0]:g}, token_bytes {case[1]:g}, operations_per_s {case[2]:g}: "
             f"{found:.4g} instead of {right:.4g} bytes per second",
         )
+
+
+@checker
+def salted_hashes(answer):
+    """The hash chain of my_engine after chapter 09, which begins with the sequence's cache_salt."""
+    manager = load(9).paged.BlockManager(8, 2)
+
+    def sequence(ids, salt):
+        return SimpleNamespace(token_ids=list(ids), block_hashes=[], cache_salt=salt)
+
+    def chain(ids, salt):
+        found = answer(manager, sequence(ids, salt))
+        expect(found is not None, "salted_hashes gives None: is the `return` missing?")
+        return list(found)
+
+    plain = manager.hashes(sequence([3, 1, 4, 1, 5], None))
+    expect(chain([3, 1, 4, 1, 5], None) == plain, "without a salt the names are not those of BlockManager.hashes")
+    expect(len(chain([3, 1, 4, 1, 5], "A")) == 2, "five tokens in blocks of two are two full blocks, and two names")
+    expect(chain([3, 1, 4, 1], "A") == chain([3, 1, 4, 1], "A"), "the same tokens and the same salt get other names")
+    salted = chain([3, 1, 4, 1], "A")
+    expect(salted[0] != chain([3, 1], "B")[0], "the first block has the same name under two salts")
+    expect(salted[0] != plain[0], "the first block has the same name with a salt and without one")
+    expect(salted[1] != chain([3, 1, 4, 1], "B")[1], "the second block has the same name under two salts")
+    expect(
+        salted[1] != chain([2, 7, 4, 1], "A")[1],
+        "blocks with the same tokens and other ones before them get one name: a block's keys depend on both",
+    )
+    growing = sequence([3, 1, 4], "A")
+    answer(manager, growing)
+    growing.token_ids += [1, 5, 9]
+    answer(manager, growing)
+    expect(
+        growing.block_hashes == chain([3, 1, 4, 1, 5, 9], "A"),
+        "after more tokens, sequence.block_hashes is not the chain of all full blocks: extend what is there",
+    )

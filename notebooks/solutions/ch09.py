@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 
 def write_next(tables, counts, free):
-    """Who copies lets go of the shared block, so the count falls and the last writer finds it its own."""
+    """A writer that copies gives up the shared block: its count falls, and the last writer finds it its own."""
     copies = []
     for table in tables:
         shared = table[-1]
@@ -14,13 +16,6 @@ def write_next(tables, counts, free):
             counts[table[-1]] = 1
             copies.append((shared, table[-1]))
     return copies
-
-
-def blocks_of_samples(num_prompt, num_output, n, block_size):
-    """The block where prompt and output meet is each sample's own; those before it are everybody's."""
-    shared = num_prompt // block_size
-    each = -(-(num_prompt + num_output) // block_size)
-    return shared + n * (each - shared)
 
 
 def tokens_found(chain, known, num_tokens, block_size):
@@ -34,3 +29,13 @@ def tokens_found(chain, known, num_tokens, block_size):
 def break_even_link(parameters, token_bytes, operations_per_s):
     """2 * token_bytes / link = 2 * parameters / operations_per_s: the number of tokens cancels out."""
     return token_bytes * operations_per_s / parameters
+
+
+def salted_hashes(manager, sequence):
+    """The salt stands where the first block has no parent."""
+    chain, size = sequence.block_hashes, manager.block_size
+    root = b"" if sequence.cache_salt is None else b"salt " + sequence.cache_salt.encode() + b" "
+    for start in range(len(chain) * size, len(sequence.token_ids) - size + 1, size):
+        tokens = str(sequence.token_ids[start : start + size])
+        chain.append(sha256((chain[-1] if chain else root) + tokens.encode()).digest())
+    return chain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 from planted import wrong
 
 
@@ -10,7 +12,7 @@ def writes_where_it_stands(tables, counts, free):
     return []
 
 
-@wrong("write_next", "each writer lets go of the shared block")
+@wrong("write_next", "each writer gives up the shared block")
 def forgets_to_let_go(tables, counts, free):
     copies = []
     for table in tables:
@@ -31,23 +33,6 @@ def leaves_the_tables(tables, counts, free):
             counts[table[-1]] -= 1
             counts[new] = 1
     return copies
-
-
-@wrong("blocks_of_samples", "nothing is shared here")
-def gives_each_its_own(num_prompt, num_output, n, block_size):
-    return n * -(-(num_prompt + num_output) // block_size)
-
-
-@wrong("blocks_of_samples", "where prompt and output meet")
-def shares_the_half_full_block(num_prompt, num_output, n, block_size):
-    shared = -(-num_prompt // block_size)
-    return shared + n * (-(-(num_prompt + num_output) // block_size) - shared)
-
-
-@wrong("blocks_of_samples", "fills its blocks of 4 exactly")
-def copies_a_full_block(num_prompt, num_output, n, block_size):
-    shared = (num_prompt - 1) // block_size
-    return shared + n * (-(-(num_prompt + num_output) // block_size) - shared)
 
 
 @wrong("tokens_found", "after the first unknown one were counted")
@@ -75,3 +60,31 @@ def goes_out_only(parameters, token_bytes, operations_per_s):
 @wrong("break_even_link", "the other way round")
 def turns_it_round(parameters, token_bytes, operations_per_s):
     return parameters / (token_bytes * operations_per_s)
+
+
+def extended(manager, sequence, name):
+    chain, size = sequence.block_hashes, manager.block_size
+    for start in range(len(chain) * size, len(sequence.token_ids) - size + 1, size):
+        tokens = str(sequence.token_ids[start : start + size]).encode()
+        chain.append(sha256(name(chain, (sequence.cache_salt or "").encode(), tokens)).digest())
+    return chain
+
+
+@wrong("salted_hashes", "with a salt and without one|first block has the same name under two salts")
+def ignores_the_salt(manager, sequence):
+    return extended(manager, sequence, lambda chain, salt, tokens: (chain[-1] if chain else b"") + tokens)
+
+
+@wrong("salted_hashes", "a block's keys depend on both")
+def names_a_block_by_its_own_tokens(manager, sequence):
+    if sequence.cache_salt is None:
+        return extended(manager, sequence, lambda chain, salt, tokens: (chain[-1] if chain else b"") + tokens)
+    return extended(manager, sequence, lambda chain, salt, tokens: salt + tokens)
+
+
+@wrong("salted_hashes", "extend what is there")
+def begins_again(manager, sequence):
+    own, sequence.block_hashes = sequence.block_hashes, []
+    found = extended(manager, sequence, lambda chain, salt, tokens: (chain[-1] if chain else salt) + tokens)
+    sequence.block_hashes = own + found
+    return found

@@ -13,26 +13,35 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from paged_infer import LLM, AsyncLLM, SamplingParams
 from paged_infer.bench.load import EngineSystem, StepCost, serve
 from paged_infer.bench.metrics import quantile
 from paged_infer.bench.scheduling.arrival import watch_arrival
 from paged_infer.bench.scheduling.policies import Load, PolicyOptions, simulated
+from paged_infer.bench.shapes import SHAPES
 from paged_infer.bench.speed.measure import SpeedReport
 from paged_infer.bench.timing import time_on
 from paged_infer.bench.workloads import random_lengths
+from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.spec import Cache
+from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Policy
 from paged_infer.control.step import SamplingRow
+from paged_infer.execution.memory_profile import MemoryProfile, MemoryProfiler
 from paged_infer.kernels import AttentionMetadata
+from paged_infer.kernels.attention_backends import attention_backend
+from paged_infer.model.config import ModelConfig
 from paged_infer.model.decoder import Decoder
 from paged_infer.sampling.sampler import Sampler
 
@@ -229,3 +238,105 @@ def prompt_arrives(llm: LLM, policy: Policy, budget: int) -> tuple[float, float]
             llm.engine.abort(f"bench {number}")
     gaps_s = [min(step) for step in zip(*([gap_s for _, gap_s in one.moments] for one in runs), strict=True)]
     return 1e3 * max(gaps_s), 1e3 * min(one.ttft_s for one in runs)
+
+
+def milliseconds(call: Callable[..., object], *args, **kwargs) -> float:
+    """How long one call takes, with all that it has launched on a GPU."""
+    began_s = perf_counter()
+    call(*args, **kwargs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (perf_counter() - began_s)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the tensors that operations under it have made and that are alive; ``weights`` do not count."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.weights = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
+        self.live: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if (reference := StorageWeakRef(storage)) not in self.weights:
+                self.live[reference] = storage.nbytes()
+        self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def peak_bytes(call: Callable[..., object], *args, weights: Iterable[Tensor] = ()) -> int:
+    """The most bytes in tensors at one time during the call. Views of ``weights`` do not count."""
+    with LiveBytes(weights) as live:
+        call(*args)
+    return live.peak
+
+
+class SupposedDevice:
+    """A device of ``total`` bytes for the package's memory profiler, which asks a GPU otherwise."""
+
+    def __init__(self, decoder: Decoder, total: int) -> None:
+        self.weights, self.total = list(decoder.parameters()), total
+
+    def free_and_total(self) -> tuple[int, int]:
+        return self.total, self.total
+
+    def allocated(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
+
+    def peak_of(self, run: Callable[[], object]) -> int:
+        return peak_bytes(run, weights=self.weights)
+
+
+def supposed_profile(model: LLM | Decoder, total: int) -> MemoryProfile:
+    """What the package's profiler measures of a model on a device of ``total`` bytes, by PyTorch's attention."""
+    decoder = decoder_of(model)
+    profiler = MemoryProfiler(SupposedDevice(decoder, total), free=total, total=total, allocated=0)
+    return profiler.finish(EngineConfig(), decoder, *attention_backend("sdpa", device), has_graphs=False)
+
+
+def random_gpt2(vocab_size: int) -> Decoder:
+    """Two layers of GPT-2's kind, with a learned row for each of 128 positions, and weights that say nothing."""
+    kind = {"family": "gpt2", "norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "learned_positions": True}
+    heads = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "sliding_windows": (None, None)}
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 128}
+    decoder = Decoder(ModelConfig(vocab_size=vocab_size, **kind, **heads, **sizes))
+    generator = torch.Generator().manual_seed(0)
+    for name, weights in decoder.named_parameters():
+        torch.nn.init.normal_(weights, mean=float(name.endswith("norm.weight")), std=0.2, generator=generator)
+    return decoder.to(device)
+
+
+def random_decoder(shape: str, dtype: torch.dtype = torch.float32, *, plain: bool = False, **sizes) -> Decoder:
+    """A decoder of a shape in ``paged_infer.bench.shapes``, with random weights, on ``device``.
+
+    Its elementwise operations and, on a CPU, its matrix products are those of the engine, or PyTorch's if ``plain``.
+    """
+    _, ops = attention_backend("sdpa" if plain else "auto", device)
+    decoder = Decoder(ModelConfig.from_hf({**SHAPES[shape], **sizes}), ops).to(device, dtype)
+    for weights in decoder.parameters():
+        torch.nn.init.uniform_(weights, -0.04, 0.04)
+    if not plain:
+        decoder.prepack()
+    return decoder
+
+
+def prepared_step(
+    decoder: Decoder, length: int, end: int, batch: int = 1, cache: Cache | None = None
+) -> Callable[[], Tensor]:
+    """A function that runs one step and returns the logits of its last rows, [batch, V].
+
+    The step brings the last ``length`` tokens of ``batch`` texts of ``end`` tokens each. Without a ``cache``, one holds
+    their earlier tokens and has been written to: memory that never was reads fast and proves nothing.
+    """
+    if cache is None:
+        cache = ContiguousCache(decoder.kv_spec(), end, [0] * batch, device)
+        for held in (*cache.keys, *cache.values):
+            held.fill_(0.1)
+    step = layout(length, start=end - length, batch=batch)
+    step.positions = step.positions.to(device)
+    ids = torch.randint(0, decoder.config.vocab_size, (batch * length,)).to(device)
+    return lambda: decoder.logits(decoder(ids, cache, step).view(batch, length, -1)[:, -1])

@@ -6,7 +6,7 @@ panel of curves or bars; ``draw(chart, chart, ...)`` sets panels side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator
 
+from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.scheduling.memory_figure import PART_COLOURS, PART_NAMES
 from paged_infer.control.trace import Trace
 from paged_infer.viz.sequence_lives import sequence_lives
@@ -78,8 +80,17 @@ def draw(*charts: Chart, height: float = 2.8) -> Picture:
     return picture
 
 
-def stacked_bars(rows: Mapping[str, Mapping[str, float]], title: str, xlabel: str, height: float = 2.4) -> Picture:
-    """A horizontal bar for each row, made of its parts; all rows have the same parts, named in a legend below."""
+def stacked_bars(
+    rows: Mapping[str, Mapping[str, float]],
+    title: str,
+    xlabel: str,
+    height: float = 2.4,
+    marks: Mapping[str, Values] | None = None,
+) -> Picture:
+    """A horizontal bar for each row, made of its parts; all rows have the same parts, named in a legend below.
+
+    ``marks`` are upright strokes by name, one value for each row.
+    """
     picture = new_picture(7, height)
     axes = picture.subplots()
     left = [0.0] * len(rows)
@@ -87,6 +98,9 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], title: str, xlabel: st
         widths = [parts[part] for parts in rows.values()]
         axes.barh(list(rows), widths, left=left, color=colour, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
+    for name, values in (marks or {}).items():
+        looks = {"markersize": 16, "markeredgewidth": 2, "linestyle": ""}
+        axes.plot(values, list(rows), "|", color=INK, label=name, **looks)
     axes.invert_yaxis()
     axes.set(title=title, xlabel=xlabel)
     picture.legend(frameon=False, loc="outside lower center", ncols=4)
@@ -219,4 +233,88 @@ def two_colours(rows: ReadOnlyList[ReadOnlyList[bool]], title: str, names: tuple
     axes.invert_yaxis()
     patches = [Patch(color=colour, label=name) for colour, name in zip((BLUE, FAINT), names, strict=True)]
     picture.legend(handles=patches, frameon=False, loc="outside right")
+    return picture
+
+
+def computed_by_step(
+    prompt_len: int, length: int, work: Callable[[int, int], ReadOnlyList[float]], outputs: ReadOnlyList[int]
+) -> Picture:
+    """The tokens that each step computes, naive and cached, and how rows and pairs grow with the new tokens.
+
+    Args:
+        work: prompt and new tokens -> rows and pairs naive, rows and pairs cached.
+        outputs: the numbers of new tokens at the right.
+    """
+    picture = new_picture(7, 3)
+    steps, growth = picture.subplots(1, 2)
+    lengths = range(prompt_len, length)
+    steps.fill_betweenx(lengths, 0, lengths, color=GREY, label="naive")
+    steps.plot([0, prompt_len, length], [prompt_len, prompt_len, length], color=ORANGE, linewidth=4, label="cached")
+    labels = {"xlabel": "token of the text", "ylabel": "length of the text at this step"}
+    steps.set(title="tokens that a step computes", xlim=(0, length), ylim=(length, prompt_len - 2), **labels)
+    names = {"rows, naive": (GREY, "-"), "pairs, naive": (GREY, ":"), "rows, cached": (ORANGE, "-")}
+    names["pairs, cached"] = ORANGE, ":"
+    for column, (name, (colour, line)) in enumerate(names.items()):
+        growth.plot(outputs, [work(prompt_len, n)[column] for n in outputs], line, color=colour, label=name)
+    growth.set(xscale="log", yscale="log", xlabel=f"new tokens after a prompt of {prompt_len}", title="work in a layer")
+    steps.legend(frameon=False, loc="upper right")
+    growth.legend(frameon=False)
+    return picture
+
+
+def times_by_token(measured: Mapping[int, Mapping[str, Values]]) -> Picture:
+    """Milliseconds of each new token, a panel for each prompt length and a curve for each baseline."""
+    picture = new_picture(7, 2.9)
+    panels = picture.subplots(1, len(measured), sharey=True)
+    for axes, (prompt_len, times) in zip(panels, measured.items(), strict=True):
+        for name, values in times.items():
+            axes.plot(range(1, len(values) + 1), values, color=BASELINE_COLOURS[name], label=name)
+        axes.set(title=f"after a prompt of {prompt_len}", xlabel="new token", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    panels[0].set_ylabel("milliseconds")
+    picture.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    return picture
+
+
+def roofline_picture(roof: Roofline, steps: Mapping[str, ReadOnlyList[tuple[float, float]]]) -> Picture:
+    """Steps below the roof: of each (operations a byte, GFLOP/s), on logarithmic axes."""
+    picture = new_picture(7, 3.4)
+    axes = picture.subplots()
+    dots = [dot for found in steps.values() for dot in found]
+    ends = [0.8 * min(x for x, _ in dots), 2 * max(*(x for x, _ in dots), roof.ridge_flops_per_byte)]
+    corners = [ends[0], roof.ridge_flops_per_byte, ends[1]]
+    heights = [min(roof.matmul_flops_per_s, x * roof.bandwidth_bytes_per_s) / 1e9 for x in corners]
+    axes.plot(corners, heights, color=INK, label="roof: bandwidth, then peak")
+    for (name, found), colour in zip(steps.items(), (ORANGE, BLUE, RED), strict=True):
+        axes.plot(*zip(*found, strict=True), "o-", color=colour, label=name, linewidth=1, markersize=4)
+    labels = {"xlabel": "arithmetic intensity, operations a byte", "ylabel": "GFLOP/s"}
+    axes.set(xscale="log", yscale="log", title="the roofline of this machine, and steps of a decoder", **labels)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="lower right")
+    return picture
+
+
+def floors_picture(
+    roof: Roofline, parameters: float, weight_bytes: float, kv_token_bytes: float, context: int, batch: int
+) -> Picture:
+    """The least that reading and computing take, for a prefill of one prompt and a decode step of a batch."""
+    per_s, flops_per_s = roof.bandwidth_bytes_per_s, roof.matmul_flops_per_s
+    read_s, cache_s = weight_bytes / per_s, batch * context * kv_token_bytes / per_s
+    prefill_s, decode_s = (2 * parameters * tokens / flops_per_s for tokens in (context, batch))
+    picture = new_picture(7, 2.8)
+    axes = picture.subplots()
+    axes.barh([0, 2], [1e3 * read_s] * 2, color=BLUE, label="read weights")
+    axes.barh([2], [1e3 * cache_s], left=1e3 * read_s, color=RED, label="read caches")
+    axes.barh([1, 3], [1e3 * prefill_s, 1e3 * decode_s], color=ORANGE, label="compute")
+    axes.set_yticks([0.5, 2.5], [f"prefill,\n{context} tokens", f"decode,\n{batch} texts"])
+    axes.invert_yaxis()
+    ttft_s, tpot_s = max(read_s, prefill_s), max(read_s + cache_s, decode_s)
+    gb = (weight_bytes + batch * context * kv_token_bytes) / 1e9
+    speed = f"TTFT {1e3 * ttft_s:.0f} ms, TPOT {1e3 * tpot_s:.1f} ms, {batch / tpot_s:,.0f} tokens/s"
+    axes.set(title=f"{speed}, {gb:.0f} GB", xlabel="milliseconds at least")
+    picture.legend(frameon=False, loc="outside lower center", ncols=3)
     return picture

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from course import device, hidden_states, layer_seconds, logits, open_llm, package_sampler, rounded, seeded
+from course import (
+    device,
+    hidden_states,
+    layer_seconds,
+    logits,
+    open_llm,
+    package_sampler,
+    peak_bytes,
+    prepared_step,
+    random_decoder,
+    rounded,
+    seeded,
+)
 
 from paged_infer import SamplingParams
 from paged_infer.cache.contiguous import ContiguousCache
@@ -73,3 +85,20 @@ def test_the_small_ones():
 
 def test_each_piece_of_a_layer_takes_time(llm):
     assert all(seconds > 0 for seconds in layer_seconds(llm, 8).values())
+
+
+def test_peak_bytes_counts_what_is_alive_at_one_time_and_no_view_of_a_weight():
+    weight = torch.zeros(100, 10)
+
+    def call(x):  # [1, 10] -> two products of 100 floats, one after the other
+        for _ in range(2):
+            product = x @ weight.T
+            del product
+        return x + x
+
+    assert peak_bytes(call, torch.ones(1, 10), weights=[weight]) == 400
+
+
+def test_a_random_decoder_steps(llm):
+    decoder = random_decoder("qwen3-3m", plain=True, num_hidden_layers=1)
+    assert prepared_step(decoder, 1, 8, batch=3)().shape == (3, decoder.config.vocab_size)

@@ -26,6 +26,8 @@ spec.loader.exec_module(execute)
 REVISED = [
     "02_attention",
     "03_decoder",
+    "04_kv_cache",
+    "05_prefill_decode_roofline",
     "08_paged_kv_cache",
     "09_sharing_blocks",
     "10_continuous_batching",

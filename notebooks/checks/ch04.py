@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from my_engine import Decoder, generate_cached
 
-from checks import checker, expect, expect_tensor
+from checks import checker, device, expect, expect_tensor
+from paged_infer import storyteller
 
 
 def _expect_pair(found, asked: str, parts: str) -> tuple:
@@ -103,29 +105,50 @@ def left_padding(answer):
     expect(found[1].equal(mask), "a real query does not see all real tokens up to its own")
 
 
+class Recorded(Decoder):
+    """The storyteller, which keeps the position of each token of each step and the caches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(storyteller.PATH, device)
+        self.steps: list[list[int]] = []
+        self.caches: list[object] = []
+
+    def __call__(self, token_ids, positions, cache):
+        places = torch.as_tensor(positions).tolist()
+        expect(len(token_ids) == len(places), f"a step brings {len(token_ids)} tokens, and positions for {len(places)}")
+        expect(len(places) > 0, "a step brings no token at all")
+        self.steps.append(places)
+        self.caches.append(cache)
+        return super().__call__(token_ids, positions, cache)
+
+
 @checker
-def reserved_bytes(answer):
-    """Bytes a static batch reserves, and bytes that hold tokens after its prefill."""
-    layers, heads, dim, itemsize, prompts, max_tokens = 3, 2, 8, 4, [5, 20, 11], 30
-    per_token = 2 * layers * heads * dim * itemsize
-    found = _expect_pair(
-        answer(layers, heads, dim, itemsize, list(prompts), max_tokens),
-        "reserved_bytes",
-        "bytes reserved and bytes held",
-    )
-    reserved, held = found
-    right = (3 * 50 * per_token, 36 * per_token)
-    expect((2 * reserved, 2 * held) != right, "half of it is missing: a token leaves a key and a value")
-    expect(reserved != 3 * 20 * per_token, "only the prompts have room: the answers are written to the same rows")
-    expect(
-        reserved != (36 + 90) * per_token,
-        "each row has room for its own prompt; in a rectangle all are as long as the longest",
-    )
-    expect(reserved != 50 * per_token, "this is one row: the batch has three")
-    expect(
-        reserved == right[0], f"reserved {reserved} instead of 3 rows * (20 + 30) columns * {per_token} = {right[0]}"
-    )
-    expect(held != 60 * per_token, "padding is counted as if it were tokens: 5 + 20 + 11 are real")
-    expect(held == right[1], f"{held} bytes hold tokens instead of 36 * {per_token} = {right[1]}")
-    other = answer(4, 1, 16, 2, [7], 1)
-    expect(other == (8 * 256, 7 * 256), f"one prompt of 7 in 16 bits gives {other} instead of {(8 * 256, 7 * 256)}")
+def generate_in_chunks(answer):
+    """Greedy tokens of one text by my_engine's decoder, whose prompt comes in chunks."""
+    decoder = Recorded()
+    prompt = decoder.tokenizer.encode("A story about Mia and a red key. Mia found").ids
+    right = generate_cached(decoder, [prompt], max_tokens=9, ignore_eos=True)[0].output_token_ids
+    for chunk in (4, 1, 64):
+        decoder.steps, decoder.caches = [], []
+        asked = f"a prompt of {len(prompt)} tokens in chunks of {chunk}"
+        found = answer(decoder, list(prompt), 9, chunk)
+        expect(found is not None, "generate_in_chunks gives None: is the `return` missing?")
+        found, widest = list(found), max(map(len, decoder.steps), default=0)
+        expect(bool(decoder.steps), "the decoder was not called")
+        expect(widest <= chunk, f"{asked}: a step brings {widest} tokens")
+        placed = [place for step in decoder.steps for place in step]
+        repeated = len(placed) - len(set(placed))
+        expect(repeated == 0, f"{asked}: {repeated} positions come twice; each token is computed once")
+        expect(placed == sorted(placed), f"{asked}: positions do not go up from step to step: {decoder.steps}")
+        expect(placed[0] == 0, f"{asked}: the first position is {placed[0]} instead of 0")
+        expect(len(set(map(id, decoder.caches))) == 1, f"{asked}: every step has another cache, which is empty")
+        expect(found != prompt + right, "the prompt is returned as well; only the 9 new tokens are asked for")
+        expect(len(found) == 9, f"{asked}: {len(found)} tokens instead of 9; only a step that ends the text gives one")
+        last = len(prompt) + 8
+        expect(len(placed) == last, f"{asked}: {len(placed)} tokens were computed instead of {last}")
+        causes = "is `cache.start` set every time, and does only a step that reaches the text's end give a token?"
+        expect(found == right, f"{asked}: the tokens are {found} instead of {right}; {causes}")
+        most = -(-len(prompt) // chunk) + 8
+        expect(
+            len(decoder.steps) <= most, f"{asked}: {len(decoder.steps)} steps; {most} are enough, as chunks can be full"
+        )

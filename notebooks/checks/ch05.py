@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
-from checks import checker, expect
+from my_engine import Decoder
+
+from checks import checker, device, expect
+from paged_infer import storyteller
 
 
 def _number(found, asked: str) -> float:
@@ -12,27 +15,48 @@ def _number(found, asked: str) -> float:
     return float(found)
 
 
+class Clocked(Decoder):
+    """The storyteller under a clock that its steps move on, by 1 s and by 0.1 s for each token."""
+
+    def __init__(self) -> None:
+        super().__init__(storyteller.PATH, device)
+        self.now_s = 100.0
+
+    def __call__(self, token_ids, positions, cache):
+        self.now_s += 1 + len(token_ids) / 10
+        return super().__call__(token_ids, positions, cache)
+
+
 @checker
-def throughput(answer):
-    """Output tokens a second of a run: [(arrival, [times]), ...] -> float."""
-    run = [(10.0, [11.0, 12.0]), (11.0, [13.0, 14.0, 15.0]), (14.0, [16.0])]  # 6 tokens in 6 s
-    found = _number(answer([(at, list(times)) for at, times in run]), "throughput of three requests")
+def serve_timed(answer):
+    """TTFT and TPOT of each prompt, and the throughput of the run, by my_engine's decoder."""
+    decoder = Clocked()
+    prompts = [decoder.tokenizer.encode(text).ids for text in ("Once upon a time", "One day, Tom and his dog went to")]
+    found = answer(decoder, [list(prompt) for prompt in prompts], 4, lambda: decoder.now_s)
+    expect(found is not None, "serve_timed gives None: is the `return` missing?")
+    expect(isinstance(found, tuple) and len(found) == 2, "serve_timed has to give two things, the clocks and a rate")
+    clocks, rate = [tuple(map(float, pair)) for pair in found[0]], float(found[1])
+    expect(len(clocks) == 2, f"two prompts have two pairs of TTFT and TPOT, and {len(clocks)} came")
+    first_s, second_s = (1 + len(prompt) / 10 for prompt in prompts)  # of a prefill; a decode step takes 1.1 s
+    run_s = first_s + second_s + 2 * 3 * 1.1
+    lasted = decoder.now_s - 100
+    expect(lasted < run_s + 0.5, f"the steps took {lasted:.1f} s; with a cache, and none after the last token, {run_s}")
 
-    def is_near(value):
-        return math.isclose(found, value, rel_tol=1e-6)
+    def is_near(value, other):
+        return math.isclose(value, other, rel_tol=1e-6)
 
-    rates = [len(times) / (times[-1] - at) for at, times in run]
-    expect(not is_near(sum(rates)), "the rates of the requests are added up, but they did not run all the time")
-    expect(not is_near(sum(rates) / 3), "this is the mean rate of a request; the server told them at the same time")
-    expect(not is_near(6 / 16), "the clock starts at 0; the run starts with the first arrival, at 10 s")
-    expect(not is_near(6 / 5), "the run starts with the first arrival, not with the first token")
-    expect(not is_near(6 / 8), "times in which two requests ran count once: the run lasted 6 s")
-    expect(is_near(1.0), f"6 tokens between 10 s and 16 s are 1 a second, and this says {found:.4f}")
-    shuffled = _number(answer([(3.0, [4.0, 9.0]), (1.0, [2.0])]), "throughput")
-    expect(
-        math.isclose(shuffled, 3 / 8, rel_tol=1e-6),
-        f"the first to arrive, or the last to end, need not be first or last in the list: {shuffled:.4f} for 3/8",
-    )
+    (ttft, tpot), (late, _) = clocks
+    expect(not is_near(ttft, 100 + first_s), "the clock shows 100 s when the prompts arrive: subtract the arrival")
+    expect(is_near(ttft, first_s), f"the first prompt's TTFT is its prefill, {first_s} s, and this says {ttft:.4f}")
+    expect(not is_near(tpot, 3.3 / 4), "TPOT is divided by the tokens: 4 tokens have 3 gaps")
+    expect(is_near(tpot, 1.1), f"the first prompt's TPOT is a decode step, 1.1 s, and this says {tpot:.4f}")
+    waited = first_s + 3.3 + second_s
+    expect(not is_near(late, second_s), "the second prompt arrived with the first: its wait belongs to its TTFT")
+    expect(is_near(late, waited), f"the second prompt's TTFT is {waited} s with its wait, and this says {late:.4f}")
+    expect(is_near(clocks[1][1], 1.1), f"the second prompt's TPOT is 1.1 s, and this says {clocks[1][1]:.4f}")
+    expect(not is_near(rate, 4 / run_s), "throughput counts the tokens of all requests, and this counts one's")
+    expect(not is_near(rate, sum(map(len, prompts), 8) / run_s), "throughput counts output tokens, without the prompts")
+    expect(is_near(rate, 8 / run_s), f"8 tokens in {run_s} s are {8 / run_s:.4f} a second, and this says {rate:.4f}")
 
 
 @checker

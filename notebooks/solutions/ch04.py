@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from my_engine.cache import ContiguousCache
 
 
 def rows_computed(requests):
@@ -27,8 +28,14 @@ def left_padding(lengths):
     return positions, seen | torch.eye(width).bool()
 
 
-def reserved_bytes(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
-    """A key and a value for each layer and KV head; rows times the widest they can become, and real tokens."""
-    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
-    width = max(prompt_lens) + max_tokens
-    return len(prompt_lens) * width * per_token, sum(prompt_lens) * per_token
+def generate_in_chunks(decoder, token_ids, max_tokens, chunk):
+    """A step ends ``chunk`` tokens further on, or with the text; only then is there a row to choose a token from."""
+    token_ids, prompt_len = list(token_ids), len(token_ids)
+    cache = ContiguousCache(decoder, prompt_len + max_tokens)
+    while len(token_ids) < prompt_len + max_tokens:
+        end = min(len(token_ids), cache.start + chunk)
+        hidden = decoder(token_ids[cache.start : end], range(cache.start, end), cache)
+        cache.start = end
+        if end == len(token_ids):
+            token_ids.append(decoder.logits(hidden[-1]).argmax().item())
+    return token_ids[prompt_len:]

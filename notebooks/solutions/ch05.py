@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from my_engine.cache import ContiguousCache
 
-def throughput(requests):
-    """All tokens, over the time from the first arrival to the last token of anybody."""
-    began_s, ended_s = min(at for at, _ in requests), max(times[-1] for _, times in requests)
-    return sum(len(times) for _, times in requests) / (ended_s - began_s)
+
+def serve_timed(decoder, prompts, max_tokens, clock):
+    """One arrival for all; of each prompt the time of every token."""
+    arrived_s, times = clock(), []
+    for prompt in prompts:
+        token_ids, token_s = list(prompt), []
+        cache = ContiguousCache(decoder, len(prompt) + max_tokens)
+        while len(token_s) < max_tokens:
+            end = len(token_ids)
+            hidden = decoder(token_ids[cache.start :], range(cache.start, end), cache)
+            cache.start = end
+            token_ids.append(decoder.logits(hidden[-1]).argmax().item())
+            token_s.append(clock())
+        times.append(token_s)
+    each = [(token_s[0] - arrived_s, (token_s[-1] - token_s[0]) / (len(token_s) - 1)) for token_s in times]
+    return each, sum(map(len, times)) / (times[-1][-1] - arrived_s)
 
 
 def step_floor_s(pieces, parameters, weight_bytes, kv_token_bytes, bandwidth, peak):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from my_engine.cache import ContiguousCache
 from planted import wrong
 
 
@@ -75,20 +76,38 @@ def masks_the_future_only(lengths):
     return (columns - pads[:, None]).clamp(min=0), (columns <= columns[:, None]).repeat(len(lengths), 1, 1)
 
 
-@wrong("reserved_bytes", "a key and a value")
-def forgets_the_values(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
-    per_token = num_layers * num_kv_heads * head_dim * itemsize
-    return len(prompt_lens) * (max(prompt_lens) + max_tokens) * per_token, sum(prompt_lens) * per_token
+def _in_chunks(decoder, token_ids, max_tokens, chunk, *, starts=True, gives_every_step=False):
+    token_ids, prompt_len, done = list(token_ids), len(token_ids), 0
+    cache = ContiguousCache(decoder, prompt_len + max_tokens)
+    while len(token_ids) < prompt_len + max_tokens:
+        end = min(len(token_ids), done + chunk)
+        cache.start = done if starts else 0
+        hidden = decoder(token_ids[done:end], range(done, end), cache)
+        done = end
+        if gives_every_step or end == len(token_ids):
+            token_ids.append(decoder.logits(hidden[-1]).argmax().item())
+    return token_ids[prompt_len:]
 
 
-@wrong("reserved_bytes", "room for its own prompt")
-def reserves_row_by_row(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
-    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
-    return sum(p + max_tokens for p in prompt_lens) * per_token, sum(prompt_lens) * per_token
+@wrong("generate_in_chunks", r"a step brings \d+ tokens")
+def brings_the_whole_prompt(decoder, token_ids, max_tokens, chunk):
+    return _in_chunks(decoder, token_ids, max_tokens, len(token_ids))
 
 
-@wrong("reserved_bytes", "padding is counted")
-def takes_padding_for_tokens(num_layers, num_kv_heads, head_dim, itemsize, prompt_lens, max_tokens):
-    per_token = 2 * num_layers * num_kv_heads * head_dim * itemsize
-    rows, width = len(prompt_lens), max(prompt_lens)
-    return rows * (width + max_tokens) * per_token, rows * width * per_token
+@wrong("generate_in_chunks", "is `cache.start` set every time")
+def forgets_where_the_step_starts(decoder, token_ids, max_tokens, chunk):
+    return _in_chunks(decoder, token_ids, max_tokens, chunk, starts=False)
+
+
+@wrong("generate_in_chunks", "does only a step that reaches the text's end")
+def draws_from_every_chunk(decoder, token_ids, max_tokens, chunk):
+    return _in_chunks(decoder, token_ids, max_tokens, chunk, gives_every_step=True)
+
+
+@wrong("generate_in_chunks", "positions come twice")
+def counts_each_chunk_from_zero(decoder, token_ids, max_tokens, chunk):
+    cache = ContiguousCache(decoder, 99)
+    for start in range(0, len(token_ids), chunk):
+        piece = token_ids[start : start + chunk]
+        decoder(piece, range(len(piece)), cache)
+    return [0] * max_tokens

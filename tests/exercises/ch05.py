@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from planted import wrong
+from solutions.ch05 import serve_timed
 
 
-@wrong("throughput", "rates of the requests are added up")
-def adds_rates_up(requests):
-    return sum(len(times) / (times[-1] - at) for at, times in requests)
+@wrong("serve_timed", "its wait belongs to its TTFT")
+def starts_the_clock_when_it_starts_to_work(decoder, prompts, max_tokens, clock):
+    served = [serve_timed(decoder, [prompt], max_tokens, clock) for prompt in prompts]
+    return [clocks for (clocks,), _ in served], 0.0
 
 
-@wrong("throughput", "mean rate of a request")
-def takes_the_mean_rate(requests):
-    return sum(len(times) / (times[-1] - at) for at, times in requests) / len(requests)
+@wrong("serve_timed", "subtract the arrival")
+def reports_the_time_of_day(decoder, prompts, max_tokens, clock):
+    arrived_s = clock()
+    clocks, rate = serve_timed(decoder, prompts, max_tokens, clock)
+    return [(arrived_s + ttft, tpot) for ttft, tpot in clocks], rate
 
 
-@wrong("throughput", "the clock starts at 0")
-def starts_at_zero(requests):
-    return sum(len(times) for _, times in requests) / max(times[-1] for _, times in requests)
+@wrong("serve_timed", "4 tokens have 3 gaps")
+def divides_by_the_tokens(decoder, prompts, max_tokens, clock):
+    clocks, rate = serve_timed(decoder, prompts, max_tokens, clock)
+    return [(ttft, tpot * (max_tokens - 1) / max_tokens) for ttft, tpot in clocks], rate
 
 
-@wrong("throughput", "need not be first or last in the list")
-def takes_the_list_for_the_order(requests):
-    return sum(len(times) for _, times in requests) / (requests[-1][1][-1] - requests[0][0])
+@wrong("serve_timed", "counts the tokens of all requests")
+def counts_the_tokens_of_one(decoder, prompts, max_tokens, clock):
+    clocks, rate = serve_timed(decoder, prompts, max_tokens, clock)
+    return clocks, rate / len(prompts)
 
 
 @wrong("step_floor_s", "and the longer one counts")

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -242,11 +241,11 @@ def prompt_arrives(llm: LLM, policy: Policy, budget: int) -> tuple[float, float]
 
 def milliseconds(call: Callable[..., object], *args, **kwargs) -> float:
     """How long one call takes, with all that it has launched on a GPU."""
-    began_s = perf_counter()
+    began_s = time.perf_counter()
     call(*args, **kwargs)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return 1e3 * (perf_counter() - began_s)
+    return 1e3 * (time.perf_counter() - began_s)
 
 
 class LiveBytes(TorchDispatchMode):

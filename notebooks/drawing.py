@@ -318,3 +318,39 @@ def floors_picture(
     axes.set(title=f"{speed}, {gb:.0f} GB", xlabel="milliseconds at least")
     picture.legend(frameon=False, loc="outside lower center", ncols=3)
     return picture
+
+
+RUNG_COLOURS = {**BASELINE_COLOURS, "my_engine": "#6f9f8f"}
+
+
+def rung_bars(panels: Mapping[str, Mapping[str, float]], ylabel: str, *, form: str = "%.1f") -> Picture:
+    """A panel for each title, all on one scale: a bar with its value for each rung, in the rung's colour.
+
+    What follows a comma in a rung's name does not change its colour.
+    """
+    picture = new_picture(7.4, 2.6)
+    for axes, (title, heights) in zip(
+        picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        places = [name.replace(", ", ",\n").replace("_", "_\n") for name in heights]
+        colours = [RUNG_COLOURS[name.partition(",")[0]] for name in heights]
+        axes.bar_label(axes.bar(places, list(heights.values()), color=colours), fmt=form, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.margins(y=0.15)
+        axes.set_title(title, fontsize=10)
+    picture.axes[0].set_ylabel(ylabel)
+    return picture
+
+
+def dots_and_line(
+    dots: Mapping[str, ReadOnlyList[tuple[float, float]]], line: ReadOnlyList[tuple[float, float]], **axes_of: Any
+) -> Picture:
+    """Measured (x, y) of each rung, and a line through them; both axes logarithmic. ``axes_of``: for ``Axes.set``."""
+    picture = new_picture(7, 3)
+    axes = picture.subplots()
+    for name, each in dots.items():
+        axes.scatter(*zip(*each, strict=True), s=9, alpha=0.6, color=RUNG_COLOURS[name], label=name)
+    axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, label="the line")
+    axes.set(xscale="log", yscale="log", **axes_of)
+    axes.legend(frameon=False)
+    return picture

@@ -32,6 +32,7 @@ REVISED = [
     "09_sharing_blocks",
     "10_continuous_batching",
     "11_engine",
+    "12_naive_cached_paged",
 ]
 CELLS_AND_LINES = {  # 10 has all policies on two clocks; 11 explains processes, threads and tasks from the ground
     "10_continuous_batching": (50, 310),

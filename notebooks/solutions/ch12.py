@@ -37,3 +37,8 @@ def predict_seconds(dots, num_calls, num_rows):
     """The line's height at no row is paid for each call, its slope for each row."""
     slope, height = linear_regression(*zip(*dots, strict=True))
     return height * num_calls + slope * num_rows
+
+
+# The playground. With one request nothing can be batched or padded: cached, static and paged are equal. With answers
+# of one length no row waits, and prompts have one length here anyway: static and paged are equal. With answers of one
+# token nothing is computed twice: naive and cached are equal.

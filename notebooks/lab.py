@@ -30,6 +30,7 @@ TAKEN = (
     "GLOSSARY.md",
     "course.py",
     "drawing.py",
+    "triton_lab.py",
     "checks/*.py",
     "solutions/*.py",
     "my_engine/*.py",

@@ -115,3 +115,49 @@ def test_a_notebook_shows_the_sentence_and_not_the_checkers_code():
     limits = {"timeout": LIMIT_S, "startup_timeout": LIMIT_S}
     NotebookClient(notebook, **limits, allow_errors=True, resources={"metadata": {"path": FOLDER}}).execute()
     assert notebook.cells[0].outputs[0].traceback == ["Not right yet: row 2 is not a probability: it sums to 3"]
+
+
+class TestExceptionsOfAnAnswer:
+    """A notebook shows the answer's own lines, without those of the checker, of torch or of Triton's interpreter."""
+
+    def shown(self, *sources):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+        limits = {"timeout": LIMIT_S, "startup_timeout": LIMIT_S}
+        NotebookClient(notebook, **limits, allow_errors=True, resources={"metadata": {"path": FOLDER}}).execute()
+        return notebook.cells[-1].outputs[0].traceback
+
+    def test_the_lines_that_led_to_it_are_shown(self):
+        answer = "def tenth(x):\n    return x[9]\n\ndef merge_states(left, right):\n    return tenth(left[0])"
+        assert self.shown(answer, "from checks import ch07\nch07.merge_states(merge_states)") == [
+            "The answer raises IndexError: index 9 is out of bounds for dimension 0 with size 5",
+            "  in merge_states, line 2: return tenth(left[0])",
+            "  in tenth, line 2: return x[9]",
+        ]
+
+    def test_of_a_kernel_the_cause_is_shown(self):
+        kernel = """
+from paged_infer.kernels.triton_runtime import launch, tl, triton
+
+@triton.jit
+def add_one(x_ptr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(x_ptr + place, tl.load(x_ptr + place) + one)
+
+def row_softmax(x):
+    launch(add_one, (1,), x, BLOCK=2)
+    return x
+"""
+        lines = self.shown(kernel, "from checks import ch06\nch06.row_softmax(row_softmax)")
+        assert "NameError" in lines[0] and "one" in lines[0]
+        assert any("row_softmax" in line for line in lines[1:]) and len(lines) <= 5
+
+    def test_where_the_answer_has_no_line_in_it_the_checker_gave_up(self):
+        asked = "from checks import ch07\nch07.key_tiles(lambda *args: 5)"
+        assert self.shown(asked) == ["The answer cannot be checked: TypeError: 'int' object is not iterable"]
+
+    def test_elsewhere_it_is_the_exception_that_it_was(self):
+        def fails(*args):
+            raise LookupError("of the answer")
+
+        with pytest.raises(LookupError, match="of the answer"):
+            import_module("checks.ch07").key_tiles(fails)

@@ -28,6 +28,8 @@ REVISED = [
     "03_decoder",
     "04_kv_cache",
     "05_prefill_decode_roofline",
+    "06_triton",
+    "07_flash_attention",
     "08_paged_kv_cache",
     "09_sharing_blocks",
     "10_continuous_batching",
@@ -206,6 +208,15 @@ class TestTheGlossary:
             text = " ".join(" ".join(cell.source for cell in cells).lower().split())
             names = [word.strip() for word in re.split(r"[(),]", term.lower()) if word.strip()]
             assert any(word in text for word in names), f"{name} has nothing of: {term}"
+
+
+def test_the_lines_of_the_package_that_chapter_07_quotes_stand_there():
+    section = prose(FOLDER / "07_flash_attention.ipynb").partition("line by line")[2].partition("\n## ")[0]
+    attention = FOLDER.parent / "paged_infer" / "kernels" / "attention"
+    source = "".join((attention / name).read_text("utf-8") for name in ("flash_attention.py", "attention_tile.py"))
+    quoted = re.findall(r"^- `(.+?)`:", section, re.MULTILINE | re.DOTALL)
+    assert len(quoted) == 7
+    assert [line for line in quoted if " ".join(line.split()) not in source] == []
 
 
 def test_a_changed_output_makes_nbval_fail(tmp_path):

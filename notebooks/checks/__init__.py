@@ -7,7 +7,10 @@ so, and a wrong one gets one sentence that says what is wrong with it and for wh
 from __future__ import annotations
 
 import dis
+import linecache
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +37,42 @@ class Checker:
         if not is_attempted(answer):
             print(f"{self.name}: not attempted yet")
             return
-        self.judge(answer)
+        try:
+            self.judge(answer)
+        except Wrong:
+            raise
+        except Exception as error:
+            shown = without_checkers_frames(error)
+            error._render_traceback_ = lambda: shown  # type: ignore[attr-defined]  # as for ``Wrong``
+            raise
         print(f"{self.name}: right")
+
+
+HERE = Path(__file__).parent
+# Code that the learner has not written: the checkers, the package, Python's library and what is installed.
+OTHERS = tuple(
+    {str(HERE), str(HERE.parent.parent / "paged_infer"), *map(str, HERE.parent.glob("*.py"))}
+    | {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+
+
+def without_checkers_frames(error: BaseException) -> list[str]:
+    """What a notebook shows of an exception of the answer: its message, and the lines of the answer that led there."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:  # an interpreter of kernels wraps what happens in them
+        step = cause.__traceback__
+        while step is not None:
+            code, number = step.tb_frame.f_code, step.tb_lineno
+            if not code.co_filename.startswith((*OTHERS, "<frozen")):
+                source = linecache.getline(code.co_filename, number).strip()
+                lines.append(f"  in {code.co_name}, line {number - code.co_firstlineno + 1}: {source}")
+            step = step.tb_next
+        error, cause = cause, cause.__cause__
+    told = f"{type(error).__name__}: {error}".rstrip(": ")
+    if not lines:
+        return [f"The answer cannot be checked: {told}"]
+    return [f"The answer raises {told}", *dict.fromkeys(lines)]
 
 
 def checker(judge: Callable[[Any], None]) -> Checker:

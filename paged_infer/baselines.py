@@ -178,18 +178,7 @@ class _Batch:
 
     def _step(self, positions: ReadOnlyList[int], end: int, batch: int) -> AttentionMetadata:
         """A step of ``batch`` rows of equal length that ends before column ``end``; nothing is paged here."""
-        none = torch.empty(0, dtype=torch.int64)
-        columns = len(positions) // batch
-        return AttentionMetadata(
-            positions=self._tensor(positions),
-            slot_mapping=none,
-            query_start_loc=torch.arange(0, len(positions) + 1, columns, dtype=torch.int32),
-            seq_lens=torch.full((batch,), end, dtype=torch.int32),
-            block_tables=none,
-            num_decodes=0,
-            max_query_len=columns,
-            max_seq_len=end,
-        )
+        return AttentionMetadata.unpaged(self._tensor(positions), batch=batch, end=end)
 
     def _tensor(self, values: ReadOnlyList[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.decoder.device)

@@ -13,16 +13,5 @@ IDS = [5, 900, 17, 17, 2, 333, 64, 1002, 40, 8, 77, 3, 250, 251, 252, 6, 9, 12]
 
 
 def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
-    length = len(token_ids)
-    unused = torch.empty(0, dtype=torch.int64)
-    step = AttentionMetadata(
-        positions=torch.arange(length),
-        slot_mapping=unused,
-        query_start_loc=torch.tensor([0, length], dtype=torch.int32),
-        seq_lens=torch.tensor([length], dtype=torch.int32),
-        block_tables=unused,
-        num_decodes=0,
-        max_query_len=length,
-        max_seq_len=length,
-    )
+    step = AttentionMetadata.unpaged(torch.arange(len(token_ids)))
     return decoder.logits(decoder(torch.tensor(token_ids), NoCache(decoder.kv_spec()), step))

@@ -47,7 +47,5 @@ def generate(engine: ModuleType, chapter: int, prompts: list[str], **options) ->
 
 def last_logits(decoder, token_ids, cache) -> Tensor:
     """[V] after the last token; nothing is paged."""
-    length, none = len(token_ids), torch.empty(0, dtype=torch.int64)
-    starts, lens = (torch.tensor(values, dtype=torch.int32) for values in ([0, length], [length]))
-    step = AttentionMetadata(torch.arange(length), none, starts, lens, none, 0, length, length)
+    step = AttentionMetadata.unpaged(torch.arange(len(token_ids)))
     return decoder.logits(decoder(torch.tensor(token_ids), cache, step)[-1:])[0]

@@ -110,17 +110,7 @@ def decoder_logits(llm: LLM) -> NextLogits:
 
     @torch.inference_mode()
     def next_logits(token_ids: list[int]) -> Tensor:
-        none, length = torch.empty(0, dtype=torch.int64), len(token_ids)
-        step = AttentionMetadata(
-            positions=torch.arange(length, device=decoder.device),
-            slot_mapping=none,
-            query_start_loc=torch.tensor([0, length], dtype=torch.int32),
-            seq_lens=torch.tensor([length], dtype=torch.int32),
-            block_tables=none,
-            num_decodes=0,
-            max_query_len=length,
-            max_seq_len=length,
-        )
+        step = AttentionMetadata.unpaged(torch.arange(len(token_ids), device=decoder.device))
         hidden = decoder(torch.tensor(token_ids, device=decoder.device), NoCache(decoder.kv_spec()), step)
         return decoder.logits(hidden[-1:])[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,22 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     plan: dict[Any, Any] = field(default_factory=dict)  # what a backend computes once and shares among layers
+
+    @classmethod
+    def unpaged(cls, positions: Tensor, *, batch: int = 1, end: int | None = None) -> AttentionMetadata:
+        """Equal rows for a cache without blocks: ``batch`` rows, of T / batch tokens each, at ``positions`` [T].
+
+        ``end``: number of columns of a row, with those that the cache holds already; default: T / batch.
+        """
+        none, length = torch.empty(0, dtype=torch.int64), len(positions) // batch
+        end = length if end is None else end
+        return cls(
+            positions=positions,
+            slot_mapping=none,
+            query_start_loc=torch.arange(0, len(positions) + 1, length, dtype=torch.int32),
+            seq_lens=torch.full((batch,), end, dtype=torch.int32),
+            block_tables=none,
+            num_decodes=0,
+            max_query_len=length,
+            max_seq_len=end,
+        )

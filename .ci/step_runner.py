@@ -224,7 +224,7 @@ def _children() -> Iterator[int]:
 
 
 def _processes() -> Iterator[tuple[int, int, int]]:
-    """Number, parent and group of all that run. One that has ended and that nobody has waited for does not count."""
+    """Number, parent and group of all that run. Zombies do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):  # it has ended
             # The name in parentheses may be any bytes.

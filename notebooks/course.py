@@ -178,7 +178,7 @@ def load_test(llm: LLM, clients: list[int], rate_shares: list[float]) -> SpeedRe
     """Two servers on free ports, with ``max_num_seqs`` 16 and 1, under closed loops and under an open one.
 
     Args:
-        llm: says what the texts have to be.
+        llm: its limits and vocabulary bound the texts.
         clients: of the closed loops.
         rate_shares: of the open loop, as shares of the rate that the most clients reached.
     """
@@ -298,7 +298,7 @@ def supposed_profile(model: LLM | Decoder, total: int) -> MemoryProfile:
 
 
 def random_gpt2(vocab_size: int) -> Decoder:
-    """Two layers of GPT-2's kind, with a learned row for each of 128 positions, and weights that say nothing."""
+    """Two layers of GPT-2's kind, with a learned row for each of 128 positions, and random weights."""
     kind = {"family": "gpt2", "norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "learned_positions": True}
     heads = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "sliding_windows": (None, None)}
     sizes = {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 128}

@@ -69,7 +69,7 @@ def perplexity(answer):
     expect(not is_near(2 ** math.log(right)), "2 to the power of nats: either base 2 in both places, or e in both")
     expect(is_near(right), f"{found:.4f} instead of {right:.4f}")
     flat = float(answer(torch.zeros(4, 10), [1, 2, 3, 4]))
-    expect(math.isclose(flat, 10.0, rel_tol=1e-4), f"ten equal logits have perplexity 10, and this says {flat:.4f}")
+    expect(math.isclose(flat, 10.0, rel_tol=1e-4), f"ten equal logits have perplexity 10, and yours gives {flat:.4f}")
 
 
 @checker

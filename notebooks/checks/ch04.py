@@ -22,11 +22,11 @@ def rows_computed(answer):
     expect(cached != 6, "with a cache, (3, 3) computes 5 rows and not 6: the last token is never fed back")
     expect(naive != 15, "the naive steps have 3, 4 and 5 tokens, not 4, 5 and 6: the first sees the prompt alone")
     expect(naive != 18, "not every naive step has all 6 tokens: they have 3, 4 and 5")
-    expect(naive == 12, f"without a cache, (3, 3) computes 3 + 4 + 5 = 12 rows, and this says {naive}")
-    expect(cached == 5, f"with a cache, (3, 3) computes 3 + 1 + 1 = 5 rows, and this says {cached}")
+    expect(naive == 12, f"without a cache, (3, 3) computes 3 + 4 + 5 = 12 rows, and yours gives {naive}")
+    expect(cached == 5, f"with a cache, (3, 3) computes 3 + 1 + 1 = 5 rows, and yours gives {cached}")
     expect(
         answer([(7, 1)]) == (7, 7),
-        f"a single output costs the prompt either way, 7 rows, and this says {answer([(7, 1)])}",
+        f"a single output costs the prompt either way, 7 rows, and yours gives {answer([(7, 1)])}",
     )
     several = [(3, 3), (10, 4), (1, 6)]
     right = (sum(p + i for p, n in several for i in range(n)), sum(p + n - 1 for p, n in several))

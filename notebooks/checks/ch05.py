@@ -47,16 +47,16 @@ def serve_timed(answer):
 
     (ttft, tpot), (late, _) = clocks
     expect(not is_near(ttft, 100 + first_s), "the clock shows 100 s when the prompts arrive: subtract the arrival")
-    expect(is_near(ttft, first_s), f"the first prompt's TTFT is its prefill, {first_s} s, and this says {ttft:.4f}")
+    expect(is_near(ttft, first_s), f"the first prompt's TTFT is its prefill, {first_s} s, and yours gives {ttft:.4f}")
     expect(not is_near(tpot, 3.3 / 4), "TPOT is divided by the tokens: 4 tokens have 3 gaps")
-    expect(is_near(tpot, 1.1), f"the first prompt's TPOT is a decode step, 1.1 s, and this says {tpot:.4f}")
+    expect(is_near(tpot, 1.1), f"the first prompt's TPOT is a decode step, 1.1 s, and yours gives {tpot:.4f}")
     waited = first_s + 3.3 + second_s
     expect(not is_near(late, second_s), "the second prompt arrived with the first: its wait belongs to its TTFT")
-    expect(is_near(late, waited), f"the second prompt's TTFT is {waited} s with its wait, and this says {late:.4f}")
-    expect(is_near(clocks[1][1], 1.1), f"the second prompt's TPOT is 1.1 s, and this says {clocks[1][1]:.4f}")
+    expect(is_near(late, waited), f"the second prompt's TTFT is {waited} s with its wait, and yours gives {late:.4f}")
+    expect(is_near(clocks[1][1], 1.1), f"the second prompt's TPOT is 1.1 s, and yours gives {clocks[1][1]:.4f}")
     expect(not is_near(rate, 4 / run_s), "throughput counts the tokens of all requests, and this counts one's")
     expect(not is_near(rate, sum(map(len, prompts), 8) / run_s), "throughput counts output tokens, without the prompts")
-    expect(is_near(rate, 8 / run_s), f"8 tokens in {run_s} s are {8 / run_s:.4f} a second, and this says {rate:.4f}")
+    expect(is_near(rate, 8 / run_s), f"8 tokens in {run_s} s are {8 / run_s:.4f} a second, and yours gives {rate:.4f}")
 
 
 @checker
@@ -76,17 +76,17 @@ def step_floor_s(answer):
 
     expect(not is_near((3 * 2000 + 5 * 400) / 100), "each text reads the weights for itself: a step reads them once")
     expect(not is_near(2000 / 100), "the caches are not read: the pieces have 400 tokens before them")
-    expect(is_near(reading), f"reading 2,000 + 5 * 400 bytes at 100 a second is 40, and this says {bound:.4f}")
+    expect(is_near(reading), f"reading 2,000 + 5 * 400 bytes at 100 a second is 40, and yours gives {bound:.4f}")
     balanced, compute = ask(1000.0), ask(100.0)
     expect(
         not is_near(60.0, balanced),
         "reading and computing are added up; they go on at the same time, and the longer one counts",
     )
-    expect(is_near(40.0, balanced), f"40 s of reading and 20 s of computing take 40, and this says {balanced:.4f}")
+    expect(is_near(40.0, balanced), f"40 s of reading and 20 s of computing take 40, and yours gives {balanced:.4f}")
     expect(not is_near(100.0, compute), "a multiply-add is two operations: 2 * parameters for each token")
     expect(not is_near(60.0, compute), "operations are counted for each text; 8 tokens of a piece are 8 times one")
-    expect(not is_near(40.0, compute), "with a slow multiplier the step is compute-bound, and this says 40 still")
-    expect(is_near(200.0, compute), f"2 * 1,000 * 10 operations at 100 a second take 200, and this says {compute:.4f}")
+    expect(not is_near(40.0, compute), "with a slow multiplier the step is compute-bound, and yours gives 40 still")
+    expect(is_near(200.0, compute), f"2 * 1,000 * 10 operations at 100 a second take 200; yours gives {compute:.4f}")
 
 
 @checker
@@ -102,15 +102,15 @@ def largest_batch(answer):
     expect(by_memory != 6, "5.5 texts fit, and half a text cannot be served: round down")
     expect(by_memory != 999_990, "memory is not asked: the caches must be held before they are read")
     expect(by_memory == int(by_memory), f"{by_memory} is not a whole number of texts")
-    expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and this says {by_memory:g}")
+    expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and yours gives {by_memory:g}")
     by_time = ask(10_000, 13.0)
     expect(by_time != 90, "the promised TPOT is not asked: reading 10,000 bytes at 100 a second takes 100 s, not 13")
     expect(by_time != 13, "the weights are read in every step, too: of 1,300 bytes in 13 s, 1,000 are theirs")
-    expect(by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; this says {by_time:g}")
+    expect(by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; yours gives {by_time:g}")
     for memory, tpot in ((900, 1e6), (10_000, 5.0)):
         found = ask(memory, tpot)
         expect(found >= 0, f"{found:g} texts: where not even the weights fit, the answer is 0")
-        expect(found == 0, f"memory {memory} and TPOT {tpot:g} s have room for nobody, and this says {found:g}")
+        expect(found == 0, f"memory {memory} and TPOT {tpot:g} s have room for no text, and yours gives {found:g}")
 
 
 @checker
@@ -128,9 +128,9 @@ def honest_tpot(answer):
     expect(not is_near(reported * 2 / 4), "the wrong way round: fewer gaps in the same time are longer ones")
     expect(not is_near((11.0 - 1.0) / 4), "the hidden gaps cannot be known from this; only those that were seen")
     right = (token_s[-1] - token_s[2]) / 2
-    expect(is_near(right), f"7 s and 2 gaps are 3.5 s each, and this says {found:.4f}")
+    expect(is_near(right), f"7 s and 2 gaps are 3.5 s each, and yours gives {found:.4f}")
     same = _number(answer(0.25, 9, 0), "honest_tpot with nothing hidden")
-    expect(math.isclose(same, 0.25), f"nothing hidden changes nothing: 0.25, and this says {same:.4f}")
+    expect(math.isclose(same, 0.25), f"nothing hidden changes nothing: 0.25, and yours gives {same:.4f}")
     try:
         last = answer(0.0, 5, 4)
     except ZeroDivisionError:

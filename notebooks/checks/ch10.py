@@ -59,7 +59,7 @@ def promise(answer):
     even = answer(50_000, 10, 300, 10_000, 1000)  # a budget of 40, chunks of 30: ten full steps
     expect(
         tuple(even) == (40, 500_000),
-        f"a prompt of 300 in chunks of 30 takes ten full steps of 50,000 us, and this says {even[1]:,}",
+        f"a prompt of 300 in chunks of 30 takes ten full steps of 50,000 us, and yours gives {even[1]:,}",
     )
 
 

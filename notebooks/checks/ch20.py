@@ -81,16 +81,16 @@ def delta(answer):
     """What to send of the block tables: held at the worker, tables now -> {id: (replaces, blocks)}."""
     found = answer({}, {7: (3, 1)})
     expect(found is not None, "delta gives None: is the `return` missing?")
-    expect(_plain(found) == {7: (True, (3, 1))}, f"a sequence new to the worker is sent whole; this says {found}")
+    expect(_plain(found) == {7: (True, (3, 1))}, f"a sequence new to the worker is sent whole; yours gives {found}")
     found = _plain(answer({7: (3, 1)}, {7: (3, 1)}))
-    expect(found == {7: (False, ())}, f"an unchanged table needs no blocks, and this says {found}")
+    expect(found == {7: (False, ())}, f"an unchanged table needs no blocks, and yours gives {found}")
     found = _plain(answer({7: (3, 1), 8: (2,)}, {7: (3, 1, 4)}))
     expect(8 not in found, "only sequences of this step are sent, and 8 is not in it")
-    expect(found == {7: (False, (4,))}, f"(3, 1) has grown to (3, 1, 4), so (4,) is sent, and this says {found}")
+    expect(found == {7: (False, (4,))}, f"(3, 1) has grown to (3, 1, 4), so (4,) is sent, and yours gives {found}")
     found = _plain(answer({7: (3, 1)}, {7: (5, 6, 1)}))
     expect(
         found == {7: (True, (5, 6, 1))},
-        f"7 was preempted and has other blocks now: its table is replaced, and this says {found}",
+        f"7 was preempted and has other blocks now: its table is replaced, and yours gives {found}",
     )
     held, sent, right = {}, 0, 0
     for step in _contended_steps():

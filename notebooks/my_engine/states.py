@@ -1,7 +1,7 @@
 """What the engine is after each chapter, by the marks in its files. This file is no part of the engine.
 
 ``# CHAPTER 08``, the first line of a file, names the chapter that writes it. A line that ends in ``# NEW 09`` is added
-in chapter 09, and so are those from a line ``# NEW 09`` to a line ``# END 09``. What a mark says after a colon stays as
+in chapter 09, and so are those from a line ``# NEW 09`` to a line ``# END 09``. What follows a colon stays as
 a comment. Chapters add and never replace: a state is the lines written so far.
 """
 

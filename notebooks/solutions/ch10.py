@@ -16,7 +16,7 @@ def kept_waiting(outputs, seats):
 
 
 def promise(gap_us, num_running, num_prompt, per_step_us, per_token_us):
-    """Who decodes takes a token each of the budget; the prompt gets the rest, and its last step is seldom full."""
+    """Each decode takes a token of the budget; the prompt gets the rest, and its last step is seldom full."""
     budget = (gap_us - per_step_us) // per_token_us
     num_full, rest = divmod(num_prompt, budget - num_running)
     ttft_us = num_full * (per_step_us + per_token_us * budget)

@@ -61,7 +61,7 @@ def counts_full_steps(gap_us, num_running, num_prompt, per_step_us, per_token_us
     return budget, -(-num_prompt // (budget - num_running)) * (per_step_us + per_token_us * budget)
 
 
-@wrong("promise", "takes ten full steps of 50,000 us, and this says 520,000")
+@wrong("promise", "takes ten full steps of 50,000 us, and yours gives 520,000")
 def adds_a_last_step_that_has_nothing(gap_us, num_running, num_prompt, per_step_us, per_token_us):
     budget = (gap_us - per_step_us) // per_token_us
     return with_budget(budget, num_running, num_prompt, per_step_us, per_token_us, budget - num_running, num_running)

@@ -22,7 +22,7 @@ def forgets_its_own_draw(drafts, draws, stop, room):
     return said[:room]
 
 
-@wrong("take", "nothing is said behind it")
+@wrong("take", "nothing follows it")
 def talks_on_behind_the_stop(drafts, draws, stop, room):
     said = []
     for place, token in enumerate(draws):

@@ -33,6 +33,7 @@ from paged_infer.bench.timing import time_on
 from paged_infer.bench.workloads import random_lengths
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
+from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import Cache
 from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Policy
@@ -339,3 +340,42 @@ def prepared_step(
     step.positions = step.positions.to(device)
     ids = torch.randint(0, decoder.config.vocab_size, (batch * length,)).to(device)
     return lambda: decoder.logits(decoder(ids, cache, step).view(batch, length, -1)[:, -1])
+
+
+def story_cache(llm: LLM, model: LLM | Decoder | None = None, batch: int = 1, room: int = 512) -> PagedCache:
+    """A paged cache for ``batch`` texts of at most ``room`` tokens, each in one block, with the attention of ``llm``.
+
+    Args:
+        model: whose keys and values it holds; by default those of ``llm``.
+    """
+    decoder, own = decoder_of(llm if model is None else model), llm.engine.executor.runner.cache
+    return PagedCache(decoder.kv_spec(), batch, room, own.backend, decoder.device, own.ops)
+
+
+def verification_pass(llm: LLM, model: LLM | Decoder, width: int, batch: int = 1) -> Callable[[], list[int]]:
+    """A function that computes ``width`` tokens of each of ``batch`` texts, and draws after each of them.
+
+    The texts hold 100 tokens before. The model, the logits and the draws are those of a step of the engine; planning
+    and packing are left out.
+    """
+    cache, sampler = story_cache(llm, model, batch), Sampler()
+    for held in (*cache.keys, *cache.values):
+        held.fill_(0.1)  # memory that never was written to reads fast
+    rows = [SamplingRow(SamplingParams(), 0, 0, 100 + n, n) for _ in range(batch) for n in range(width)]
+    ids = [5] * (width * batch)
+    return torch.inference_mode()(lambda: sampler(logits(model, ids, cache, start=100, batch=batch), rows).token_ids)
+
+
+def draft_turns(llm: LLM) -> list[float]:
+    """A list to which the engine of ``llm`` adds, at each step, the seconds that its draft model takes in all."""
+    drafter, turns_s = llm.engine.executor.drafter, []
+    fill_in = drafter.fill_in
+
+    def timed(step):
+        began_s = time.perf_counter()
+        filled = fill_in(step)  # it has read each draft, so nothing of it is still running on a GPU
+        turns_s.append(time.perf_counter() - began_s)
+        return filled
+
+    drafter.fill_in = timed
+    return turns_s

@@ -66,8 +66,39 @@ class Chart:
         axes.set(title=self.title, **self.axes)
 
 
-def draw(*charts: Chart, height: float = 2.8) -> Picture:
-    """The charts side by side; with one legend below them if all have the same curves, else one in each."""
+@dataclass
+class Bars:
+    """One panel for ``draw``: for each name of ``x`` a bar of each curve, side by side, with its value.
+
+    Attributes:
+        title, curves, axes: as of ``Chart``.
+        x: names, set as labels below the axis.
+        line: the height of a dotted line behind the bars, 1 where ratios are shown. None: there is none.
+        form: of the values.
+    """
+
+    title: str
+    x: ReadOnlyList[str]
+    curves: Mapping[str, Values]
+    line: float | None = None
+    form: str = "%.2f"
+    axes: Mapping[str, Any] = field(default_factory=dict)
+
+    def draw_on(self, axes: Axes) -> None:
+        width, free = 0.84 / len(self.curves), {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        if self.line is not None:
+            axes.axhline(self.line, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+        for number, ((name, values), colour) in enumerate(zip(self.curves.items(), COLOURS, strict=False)):
+            places = [x + (number - (len(self.curves) - 1) / 2) * width for x in range(len(self.x))]
+            bars = axes.bar(places, values, 0.95 * width, color=colour, label=name)
+            axes.bar_label(bars, fmt=self.form, fontsize=7, padding=2, bbox=free)  # over the line, which it hides
+        axes.set_xticks(range(len(self.x)), self.x)
+        axes.margins(y=0.15)
+        axes.set(title=self.title, **self.axes)
+
+
+def draw(*charts: Chart | Bars, height: float = 2.8) -> Picture:
+    """The panels side by side; with one legend below them if all have the same curves, else one in each."""
     picture = new_picture(7, height)
     panels = picture.subplots(1, len(charts), squeeze=False)[0]
     for axes, chart in zip(panels, charts, strict=True):

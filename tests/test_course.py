@@ -16,6 +16,8 @@ from course import (
     random_decoder,
     rounded,
     seeded,
+    story_cache,
+    verification_pass,
 )
 
 from paged_infer import SamplingParams
@@ -102,3 +104,14 @@ def test_peak_bytes_counts_what_is_alive_at_one_time_and_no_view_of_a_weight():
 def test_a_random_decoder_steps(llm):
     decoder = random_decoder("qwen3-3m", plain=True, num_hidden_layers=1)
     assert prepared_step(decoder, 1, 8, batch=3)().shape == (3, decoder.config.vocab_size)
+
+
+def test_a_verification_pass_draws_after_every_token_of_every_text(llm):
+    assert len(verification_pass(llm, llm, width=3, batch=2)()) == 6
+
+
+def test_a_story_cache_has_room_for_texts_side_by_side(llm, ids):
+    cache = story_cache(llm, batch=2, room=32)
+    both = logits(llm, ids + ids, cache, batch=2)
+    torch.testing.assert_close(both[: len(ids)], both[len(ids) :])
+    torch.testing.assert_close(both[: len(ids)], logits(llm, ids), atol=1e-4, rtol=1e-4)

@@ -162,6 +162,16 @@ class OperationCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def num_host_reads(call: Callable[[], object]) -> int:
+    """How many numbers the call moves from a tensor into Python or C++ code, for each of which the CPU waits for a GPU.
+
+    PyTorch's own operations may do so too: the profiler records the operations inside them.
+    """
+    with torch.autograd.profiler.profile(use_kineto=False) as recorded:
+        call()
+    return sum(event.name == "aten::_local_scalar_dense" for event in recorded.function_events)
+
+
 async def lags_ms(work: Awaitable) -> list[float]:
     """How late a task wakes up that sleeps 2 ms again and again, while ``work`` goes on in the same event loop.
 

@@ -442,6 +442,30 @@ def grouped_bars(names: ReadOnlyList[str], groups: Mapping[str, Values], title: 
     return picture
 
 
+def cosines(names: ReadOnlyList[str], values: torch.Tensor, title: str) -> Picture:
+    """A square of shades, [names, names], each name beside its row and below its column."""
+    picture = new_picture(5.2, 4.2)
+    axes = picture.subplots()
+    image = axes.imshow(values.cpu(), cmap="Blues", vmin=0, vmax=0.7)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    picture.colorbar(image, ax=axes)
+    return picture
+
+
+def before_and_after(names: ReadOnlyList[str], pairs: Mapping[str, Values], title: str) -> Picture:
+    """For each name two bars side by side, probabilities before in grey and after in blue; the names stand upright."""
+    picture = new_picture(7, 3)
+    axes = picture.subplots()
+    for (label, values), offset, colour in zip(pairs.items(), (-0.2, 0.2), (GREY, BLUE), strict=True):
+        axes.bar([x + offset for x in range(len(names))], values, 0.4, color=colour, label=label)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set(title=title, ylabel="probability", ylim=(0, 1))
+    axes.legend(frameon=False)
+    return picture
+
+
 def tiles_and_bars(
     tokens: int, block_q: int, block_k: int, causal: bool, counts: Mapping[str, float], title: str
 ) -> Picture:

@@ -9,6 +9,7 @@ from course import (
     hidden_states,
     layer_seconds,
     logits,
+    num_host_reads,
     open_llm,
     package_sampler,
     peak_bytes,
@@ -115,3 +116,10 @@ def test_a_story_cache_has_room_for_texts_side_by_side(llm, ids):
     both = logits(llm, ids + ids, cache, batch=2)
     torch.testing.assert_close(both[: len(ids)], both[len(ids) :])
     torch.testing.assert_close(both[: len(ids)], logits(llm, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_host_reads_are_counted_inside_operations_too():
+    x = torch.rand(3, 5)
+    assert num_host_reads(lambda: x.argmax(dim=-1)) == 0
+    assert num_host_reads(lambda: x.argmax().item()) == 1
+    assert num_host_reads(lambda: torch.multinomial(x, 1)) >= 1

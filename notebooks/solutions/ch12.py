@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import linear_regression, median
+from time import perf_counter
 
 
 def decoder_calls(outputs, seats):
@@ -37,6 +38,25 @@ def predict_seconds(dots, num_calls, num_rows):
     """The line's height at no row is paid for each call, its slope for each row."""
     slope, height = linear_regression(*zip(*dots, strict=True))
     return height * num_calls + slope * num_rows
+
+
+def step_timer(engine):
+    """The step holds the scheduling, so the share is seconds["schedule"] / seconds["step"]."""
+    seconds = {"step": 0.0, "schedule": 0.0}
+
+    def timed(name, method):
+        def call():
+            begin_s = perf_counter()
+            try:
+                return method()
+            finally:
+                seconds[name] += perf_counter() - begin_s
+
+        return call
+
+    engine.step = timed("step", engine.step)
+    engine.scheduler.schedule = timed("schedule", engine.scheduler.schedule)
+    return seconds
 
 
 # The playground. With one request nothing can be batched or padded: cached, static and paged are equal. With answers

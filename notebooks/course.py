@@ -9,36 +9,22 @@ Chapter 08 explains the one thing that these functions hide, ``AttentionMetadata
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import threading
+import importlib
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from paged_infer import LLM, AsyncLLM, SamplingParams
-from paged_infer.bench.load import EngineSystem, StepCost, serve
-from paged_infer.bench.metrics import quantile
-from paged_infer.bench.scheduling.arrival import watch_arrival
-from paged_infer.bench.scheduling.policies import Load, PolicyOptions, simulated
+from paged_infer import LLM, SamplingParams
 from paged_infer.bench.shapes import SHAPES
-from paged_infer.bench.speed.measure import SpeedReport
 from paged_infer.bench.timing import time_on
-from paged_infer.bench.workloads import random_lengths
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import Cache
-from paged_infer.config import EngineConfig
-from paged_infer.control.policies import Policy
 from paged_infer.control.step import SamplingRow
-from paged_infer.execution.memory_profile import MemoryProfile, MemoryProfiler
 from paged_infer.kernels import AttentionMetadata
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.model.config import ModelConfig
@@ -46,6 +32,20 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.sampling.sampler import Sampler
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+ELSEWHERE = {
+    "course_counts": ("OperationCounter", "num_host_reads", "peak_bytes", "supposed_profile"),
+    "course_load": ("lags_ms", "load_test", "prompt_arrives", "simulated_waits"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Chapters import from here what stands in other files, too; these are loaded only then."""
+    for module, names in ELSEWHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open_llm(model: str | None = None, **options) -> LLM:
@@ -144,112 +144,6 @@ def layer_seconds(model: LLM | Decoder, num_tokens: int) -> dict[str, float]:
     return {name: min(seconds[name] for seconds in rounds) for name in calls}
 
 
-class OperationCounter(TorchDispatchMode):
-    """The names of the operations that torch runs in a ``with`` block, without views, which run nothing.
-
-    An index by a mask ", waits": the size of its result depends on values, so the CPU must wait for the GPU.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            name = function.__name__.partition(".")[0]
-            by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-            self.names.append(name + ", waits" * by_mask)
-        return function(*args, **(kwargs or {}))
-
-
-def num_host_reads(call: Callable[[], object]) -> int:
-    """How many numbers the call moves from a tensor into Python or C++ code, for each of which the CPU waits for a GPU.
-
-    PyTorch's own operations may do so too: the profiler records the operations inside them.
-    """
-    with torch.autograd.profiler.profile(use_kineto=False) as recorded:
-        call()
-    return sum(event.name == "aten::_local_scalar_dense" for event in recorded.function_events)
-
-
-async def lags_ms(work: Awaitable) -> list[float]:
-    """How late a task wakes up that sleeps 2 ms again and again, while ``work`` goes on in the same event loop.
-
-    In milliseconds, the smallest first.
-    """
-    lags, task = [], asyncio.ensure_future(work)
-    while not task.done():
-        began_s = time.perf_counter()
-        await asyncio.sleep(0.002)
-        lags.append(max(0.0, 1e3 * (time.perf_counter() - began_s) - 2))
-    return sorted(lags)
-
-
-def load_test(llm: LLM, clients: list[int], rate_shares: list[float]) -> SpeedReport:
-    """Two servers on free ports, with ``max_num_seqs`` 16 and 1, under closed loops and under an open one.
-
-    Args:
-        llm: its limits and vocabulary bound the texts.
-        clients: of the closed loops.
-        rate_shares: of the open loop, as shares of the rate that the most clients reached.
-    """
-    import uvicorn
-
-    from paged_infer.bench.http.http_bench import HttpBench, HttpSystem
-    from paged_infer.server.app import create_app
-    from paged_infer.server.run import listen
-
-    interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)  # servers, engines and clients share an interpreter here: shorter turns
-    load = random_lengths(llm, num_requests=16, shortest=6, longest=12, seed=1)
-    expected = [out.outputs[0].text for out in llm.generate(load.prompts, load.params, use_tqdm=False)]
-    engines = [AsyncLLM(dtype="float32", device=device.type, num_blocks=1024, max_num_seqs=seqs) for seqs in (16, 1)]
-    servers, systems = [], []
-    with ThreadPoolExecutor(1) as client:
-        for engine in engines:
-            socket = listen("127.0.0.1", 0)
-            servers.append(uvicorn.Server(uvicorn.Config(create_app(engine), log_level="error")))
-            threading.Thread(target=servers[-1].run, args=([socket],), daemon=True).start()
-            systems.append(HttpSystem(client, f"http://127.0.0.1:{socket.getsockname()[1]}", llm.name))
-        bench = HttpBench(systems[0], load, 1, lambda name: None, one_at_a_time=systems[1], expected=expected)
-        report = bench.report(clients, None, rate_shares)
-    for server, engine in zip(servers, engines, strict=True):
-        server.should_exit = True
-        asyncio.run(engine.shutdown())
-    sys.setswitchinterval(interval_s)
-    return report
-
-
-def simulated_waits(rate: float, max_num_seqs: int, budget: int, num_output: int) -> tuple[float, float]:
-    """Median seconds to the first token, and to the last, of 80 requests that arrive at ``rate``, on a simulated clock.
-
-    The scheduler is the package's, with chunked prefill and ``budget`` tokens a step; ``StepCost()`` moves the clock.
-    """
-    requests = Load(80, rate, (64, 512), (num_output // 2, 3 * num_output // 2), 0).arrivals()
-    times = serve(simulated(PolicyOptions("", "chunked", budget), StepCost(), max_num_seqs, 2048), requests)
-    waits_s = [one.ttft_s for one in times], [one.latency_s for one in times]
-    first_s, whole_s = (quantile(sorted(values), 0.5) for values in waits_s)
-    return first_s, whole_s
-
-
-def prompt_arrives(llm: LLM, policy: Policy, budget: int) -> tuple[float, float]:
-    """A prompt of 600 tokens arrives while four requests decode, under ``policy`` with ``budget`` tokens a step.
-
-    Returns:
-        In milliseconds, the longest gap between two tokens of a decoding request, and the time to the new one's first
-        token. Of three runs the shortest of the same steps, since other processes only add to them.
-    """
-    scheduler, runs = llm.engine.scheduler, []
-    scheduler.policy, scheduler.max_num_batched_tokens = policy, budget  # it reads both at every step
-    for turn in range(3):
-        system = EngineSystem(llm.engine, seed=3 * budget + turn)  # other prompts each time: a cold prefix cache
-        runs.append(watch_arrival(PolicyOptions("", "", budget), system, 4, 600, max_tokens=200))
-        for number in range(5):
-            llm.engine.abort(f"bench {number}")
-    gaps_s = [min(step) for step in zip(*([gap_s for _, gap_s in one.moments] for one in runs), strict=True)]
-    return 1e3 * max(gaps_s), 1e3 * min(one.ttft_s for one in runs)
-
-
 def milliseconds(call: Callable[..., object], *args, **kwargs) -> float:
     """How long one call takes, with all that it has launched on a GPU."""
     began_s = time.perf_counter()
@@ -257,55 +151,6 @@ def milliseconds(call: Callable[..., object], *args, **kwargs) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - began_s)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the tensors that operations under it have made and that are alive; ``weights`` do not count."""
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.weights = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
-        self.live: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
-            if (reference := StorageWeakRef(storage)) not in self.weights:
-                self.live[reference] = storage.nbytes()
-        self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
-
-
-def peak_bytes(call: Callable[..., object], *args, weights: Iterable[Tensor] = ()) -> int:
-    """The most bytes in tensors at one time during the call. Views of ``weights`` do not count."""
-    with LiveBytes(weights) as live:
-        call(*args)
-    return live.peak
-
-
-class SupposedDevice:
-    """A device of ``total`` bytes for the package's memory profiler, which asks a GPU otherwise."""
-
-    def __init__(self, decoder: Decoder, total: int) -> None:
-        self.weights, self.total = list(decoder.parameters()), total
-
-    def free_and_total(self) -> tuple[int, int]:
-        return self.total, self.total
-
-    def allocated(self) -> int:
-        return sum(weight.nbytes for weight in self.weights)
-
-    def peak_of(self, run: Callable[[], object]) -> int:
-        return peak_bytes(run, weights=self.weights)
-
-
-def supposed_profile(model: LLM | Decoder, total: int) -> MemoryProfile:
-    """What the package's profiler measures of a model on a device of ``total`` bytes, by PyTorch's attention."""
-    decoder = decoder_of(model)
-    profiler = MemoryProfiler(SupposedDevice(decoder, total), free=total, total=total, allocated=0)
-    return profiler.finish(EngineConfig(), decoder, *attention_backend("sdpa", device), has_graphs=False)
 
 
 def random_gpt2(vocab_size: int) -> Decoder:

@@ -32,8 +32,8 @@ class TestTheCopy:
     def test_has_all_that_the_chapters_read(self):
         names = set(lab.files_of(FOLDER))
         chapters = {path.name for path in FOLDER.glob("*.ipynb")}
-        assert chapters | {"course.py", "drawing.py", "GLOSSARY.md", "diagrams/ladder.svg"} <= names
-        for folder in ("checks", "solutions", "my_engine"):
+        assert chapters | {"course.py", "course_load.py", "GLOSSARY.md", "diagrams/ladder.svg"} <= names
+        for folder in ("checks", "drawing", "solutions", "my_engine"):
             assert {f"{folder}/{path.name}" for path in (FOLDER / folder).glob("*.py")} <= names
 
     def test_is_of_the_repositorys_files(self, course):

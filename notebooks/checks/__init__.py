@@ -51,7 +51,8 @@ class Checker:
 HERE = Path(__file__).parent
 # Code that the learner has not written: the checkers, the package, Python's library and what is installed.
 OTHERS = tuple(
-    {str(HERE), str(HERE.parent.parent / "paged_infer"), *map(str, HERE.parent.glob("*.py"))}
+    {str(HERE), str(HERE.parent / "drawing"), str(HERE.parent.parent / "paged_infer")}
+    | {str(path) for path in HERE.parent.glob("*.py")}
     | {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
 

@@ -1,0 +1,67 @@
+"""The charts of the chapters, so that a cell needs a line or two for its picture.
+
+Every function returns a ``Picture``, which a notebook shows when it is a cell's last value. ``Chart`` describes one
+panel of curves or bars; ``draw(chart, chart, ...)`` sets panels side by side. A subject has a file: ``charts``,
+``squares``, ``steps`` and ``machine``; chapters import from here.
+"""
+
+from .charts import (
+    BLUE,
+    COLOURS,
+    GREY,
+    ORANGE,
+    RED,
+    RUNG_COLOURS,
+    Bars,
+    Chart,
+    Values,
+    before_and_after,
+    dots_and_line,
+    draw,
+    grouped_bars,
+    labelled_bars,
+    layered_bars,
+    rung_bars,
+    stacked_bars,
+    word_bars,
+)
+from .machine import floors_picture, memory_shares, roofline_picture
+from .squares import MovingTiles, cosines, masks, programs, tables, tiles_and_bars, two_colours
+from .steps import Span, compared_timelines, computed_by_step, event_marks, spans, times_by_token
+
+__all__ = [
+    "BLUE",
+    "COLOURS",
+    "GREY",
+    "ORANGE",
+    "RED",
+    "RUNG_COLOURS",
+    "Bars",
+    "Chart",
+    "MovingTiles",
+    "Span",
+    "Values",
+    "before_and_after",
+    "compared_timelines",
+    "computed_by_step",
+    "cosines",
+    "dots_and_line",
+    "draw",
+    "event_marks",
+    "floors_picture",
+    "grouped_bars",
+    "labelled_bars",
+    "layered_bars",
+    "masks",
+    "memory_shares",
+    "programs",
+    "roofline_picture",
+    "rung_bars",
+    "spans",
+    "stacked_bars",
+    "tables",
+    "tiles_and_bars",
+    "times_by_token",
+    "two_colours",
+    "word_bars",
+]

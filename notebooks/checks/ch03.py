@@ -39,7 +39,7 @@ def swiglu_width(answer):
         case = f"hidden_size {hidden}, multiple_of {multiple}"
         expect(found is not None, "swiglu_width gives None: is the `return` missing?")
         expect(isinstance(found, int), f"{case} gives a {type(found).__name__}, and an int is asked for")
-        expect(found % multiple == 0, f"{case} gives {found}, which is no multiple of {multiple}")
+        expect(found % multiple == 0, f"{case} gives {found}, which is not a multiple of {multiple}")
         expect(
             not 4 * hidden <= found < 4 * hidden + multiple,
             f"{case} gives {found}, the width of a plain MLP: three matrices of it are half as much again",
@@ -71,7 +71,7 @@ def mean_vectors(answer):
             hidden.mean(dim=1), dim=-1
         ),
         "these are the vectors of the last tokens: all tokens of a text count": F.normalize(last, dim=-1),
-        "columns were made one of length 1: each text's vector is a row": F.normalize(mean, dim=0),
+        "columns were scaled to length 1, and each text's vector is a row": F.normalize(mean, dim=0),
     }
     if not torch.allclose(found, right, atol=1e-5):
         for sentence, value in mistakes.items():

@@ -100,11 +100,11 @@ def largest_batch(answer):
     by_memory = ask(1550, 1e6)
     expect(by_memory != 15, "the weights need memory, too: 1,550 bytes less 1,000 leave room for 5 texts of 100")
     expect(by_memory != 6, "5.5 texts fit, and half a text cannot be served: round down")
-    expect(by_memory != 999_990, "memory is not asked: the caches must be held before they are read")
+    expect(by_memory != 999_990, "memory_bytes is ignored: the caches must fit in memory")
     expect(by_memory == int(by_memory), f"{by_memory} is not a whole number of texts")
     expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and yours gives {by_memory:g}")
     by_time = ask(10_000, 13.0)
-    expect(by_time != 90, "the promised TPOT is not asked: reading 10,000 bytes at 100 a second takes 100 s, not 13")
+    expect(by_time != 90, "tpot_s is ignored: reading 10,000 bytes at 100 a second takes 100 s, not 13")
     expect(by_time != 13, "the weights are read in every step, too: of 1,300 bytes in 13 s, 1,000 are theirs")
     expect(by_time == 3, f"in 13 s, 1,300 bytes are read: 1,000 of weights and 3 texts; yours gives {by_time:g}")
     for memory, tpot in ((900, 1e6), (10_000, 5.0)):

@@ -40,7 +40,7 @@ def keeps_the_plain_width(hidden_size, multiple_of):
     return -(-4 * hidden_size // multiple_of) * multiple_of
 
 
-@wrong("swiglu_width", "no multiple of 256")
+@wrong("swiglu_width", "not a multiple of 256")
 def forgets_to_round(hidden_size, multiple_of):
     return 8 * hidden_size // 3
 

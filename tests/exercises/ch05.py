@@ -55,7 +55,7 @@ def forgets_the_weights(memory_bytes, weight_bytes, kv_token_bytes, context, ban
     return int(min(memory_bytes // cache, (bandwidth * tpot_s - weight_bytes) // cache))
 
 
-@wrong("largest_batch", "TPOT is not asked")
+@wrong("largest_batch", "tpot_s is ignored")
 def asks_memory_alone(memory_bytes, weight_bytes, kv_token_bytes, context, bandwidth, tpot_s):
     return int((memory_bytes - weight_bytes) // (kv_token_bytes * context))
 

@@ -23,7 +23,7 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.layers import MLP, RotaryEmbedding, make_norm
+from paged_infer.model.layers import MLP, RotaryEmbedding, make_embedding, make_norm
 from paged_infer.model.linear import Linear, MethodOf, PackedMethod
 
 
@@ -54,9 +54,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS) -> None:
         super().__init__()
         self.config, self.ops = config, ops
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = make_embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
+            make_embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         )
         self.rotary = None if config.learned_positions else RotaryEmbedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in range(config.num_layers))

@@ -53,12 +53,20 @@ def make_norm(config: ModelConfig, ops: Ops) -> RMSNorm | LayerNorm:
     return LayerNorm(config.hidden_size, config.norm_eps)
 
 
+def make_embedding(num_rows: int, dim: int) -> nn.Embedding:
+    """An embedding that is allocated, not initialised, as ``Linear`` is.
+
+    A model is first built on the meta device, where PyTorch imports its compiler to draw random numbers: two seconds.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, dim), freeze=False)
+
+
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of a head's dimensions, in radians: [head_dim / 2], float32.
+    """Angle per position of each pair of a head's dimensions, in radians: [head_dim / 2], float32, on the CPU.
 
     Su 2021 (RoFormer), equation 15, with Llama 3's scaling of long wavelengths if the configuration has it.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
     scaling = config.rope_llama3
     if scaling is None:
@@ -80,7 +88,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+        frequencies = inverse_frequencies(config).to(torch.get_default_device())
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos [T, 1, D] and signed sin [T, 1, D], where the first half of sin is negated."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,14 @@ def test_the_first_gpt2_checkpoints_load_too(checkpoint, tmp_path) -> None:
     rewrite(folder, rename)
     ours, theirs = load_decoder(folder, torch.float32), load_decoder(checkpoint("gpt2"), torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_model_opens_without_importing_torchs_compiler() -> None:
+    """Which takes longer than all else here, and which an operation on the meta device may do."""
+    code = """
+import sys, torch
+from paged_infer import storyteller
+from paged_infer.model.loading.load import load_decoder
+load_decoder(storyteller.PATH, torch.float32)
+sys.exit("torch._dynamo" in sys.modules)"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -28,7 +28,7 @@ from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
 from paged_infer.kernels.attention.tile_table import tables
 from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.cpu.paged_attention import paged_attention_c
-from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS, Ops
+from paged_infer.kernels.op_sets import C_OPS, SDPA_OPS, TORCH_OPS, TRITON_OPS, Ops
 from paged_infer.kernels.triton_runtime import can_run_on
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _fastest_or_warn(device: torch.device) -> str:
 
 
 _NO_TRITON = "triton is not installed for it"
-_OPS = {"torch": TORCH_OPS, "sdpa": TORCH_OPS, "c": C_OPS, "triton": TRITON_OPS}
+_OPS = {"torch": TORCH_OPS, "sdpa": SDPA_OPS, "c": C_OPS, "triton": TRITON_OPS}
 
 
 def _imported(name: str) -> AttentionBackend:

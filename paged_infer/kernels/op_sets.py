@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from paged_infer.kernels.cpu.experts import pack_experts_c
 from paged_infer.kernels.cpu.linear import Pack, pack_c, pack_onednn
 from paged_infer.kernels.cpu.ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.fused.grouped_gemm import grouped_experts
+from paged_infer.kernels.fused.moe import PackExperts, loop_experts, sort_experts
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
 from paged_infer.kernels.fused.sample import argmax_reference, sample
@@ -32,12 +35,16 @@ class Ops(NamedTuple):
     argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # greedy sampling where ``sample`` is None
     pack: Pack = pack_onednn  # lays out a matrix once its weights are final
     fuses_store: bool = False  # qk_norm_rope also stores keys and values
+    pack_experts: PackExperts = loop_experts  # as ``pack``, for the experts of a layer
 
 
 TORCH_OPS = Ops(
     add_rms_norm_reference, qk_norm_rope_reference, silu_mul_reference, store_kv_reference, copy_blocks_reference, None
 )
-TRITON_OPS = Ops(add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True)
+SDPA_OPS = TORCH_OPS._replace(pack_experts=sort_experts)
+TRITON_OPS = Ops(
+    add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True, pack_experts=grouped_experts
+)
 C_OPS = Ops(
     add_rms_norm_c,
     qk_norm_rope_c,
@@ -48,4 +55,5 @@ C_OPS = Ops(
     argmax=argmax_c,
     pack=pack_c,
     fuses_store=True,
+    pack_experts=pack_experts_c,
 )

@@ -8,7 +8,7 @@ import torch
 from paged_infer import SamplingParams
 from paged_infer.kernels import attention_backends, triton_runtime
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, attention_backend, register_attention_backend
-from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS
+from paged_infer.kernels.op_sets import C_OPS, SDPA_OPS, TORCH_OPS, TRITON_OPS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -37,8 +37,8 @@ def test_auto_is_the_fastest_that_the_device_has(monkeypatch) -> None:
     monkeypatch.setattr(attention_backends, "unavailable_reason", lambda: None)
     assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["c"], C_OPS)
     monkeypatch.setattr(attention_backends, "unavailable_reason", lambda: "no C compiler")
-    assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["sdpa"], TORCH_OPS)
-    assert attention_backend("auto", CUDA)[1] is TORCH_OPS  # an interpreting process cannot compile
+    assert attention_backend("auto", CPU) == (ATTENTION_BACKENDS["sdpa"], SDPA_OPS)
+    assert attention_backend("auto", CUDA)[1] is SDPA_OPS  # an interpreting process cannot compile
     monkeypatch.setattr(attention_backends, "can_run_on", lambda device: True)
     assert attention_backend("auto", CUDA) == (ATTENTION_BACKENDS["triton"], TRITON_OPS)
 
@@ -58,7 +58,8 @@ def test_c_is_refused_where_it_cannot_run(monkeypatch) -> None:
 
 
 def test_with_the_torch_backends_everything_is_torch_and_with_triton_everything_is_triton() -> None:
-    assert attention_backend("torch", CPU)[1] is attention_backend("sdpa", CPU)[1] is TORCH_OPS
+    assert attention_backend("torch", CPU)[1] is TORCH_OPS
+    assert attention_backend("sdpa", CPU)[1] is SDPA_OPS
     assert attention_backend("triton", CPU)[1] is TRITON_OPS
 
 

@@ -30,7 +30,7 @@ from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "linear.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "linear.c", "experts.c"))
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
 FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
@@ -46,6 +46,9 @@ _SIGNATURES = {
     "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
     "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
+    "expert_segments": [_POINTER] * 4 + [_INT] * 3,
+    "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
+    "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
     "paged_decode": [_POINTER] * 6 + [_INT] * 8 + [_FLOAT, _THREADS],
 }
 

@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Two test processes: no test depends on time, and each uses one thread of torch. (A notebook may use all threads.)
+# Two test processes: no test depends on time, and each uses one thread of torch. So do two chapters at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: test nightly check format demo lab notebooks notebooks-gpu gpu gpu-first clean
 
 test: $(READY)
 	$(PYTEST)
-	$(BIN)/python -m pytest --nbval notebooks
+	$(PYTEST) --nbval notebooks
 
 # The slow property tests, with five times as many examples.
 nightly: $(READY)

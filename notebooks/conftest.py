@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -14,6 +15,9 @@ SKIPPED = ("stderr", "image/png", "image/svg+xml", "text/html", WIDGET_VIEW)
 
 
 def pytest_configure(config):
+    if (worker := getattr(config, "workerinput", None)) is not None:  # of pytest-xdist, beside others: share the cores
+        threads = max(1, (os.cpu_count() or 1) // worker["workercount"])
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the kernels that it starts
     config.option.nbval_sanitize_with = str(HERE / "sanitize.cfg")
     config.option.nbval_current_env = True  # the kernel that runs is the interpreter that tests
     config.option.nbval_cell_timeout = LIMIT_S

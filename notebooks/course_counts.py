@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -41,6 +42,7 @@ def num_host_reads(call: Callable[[], object]) -> int:
 
     PyTorch's own operations may do so too: the profiler records the operations inside them.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # some builds print when a profile begins and ends
     with torch.autograd.profiler.profile(use_kineto=False) as recorded:
         call()
     return sum(event.name == "aten::_local_scalar_dense" for event in recorded.function_events)

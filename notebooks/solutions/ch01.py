@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from my_engine.sampler import sample
 
 
 def next_tokens(logits, lengths):
@@ -20,13 +21,12 @@ def keep_top_p_rows(probs, top_p):
 
 
 def perplexity(logits, token_ids):
-    """``logits[t]`` foretell token t + 1, so the last row foretells nothing that is known."""
+    """``logits[t]`` predict token t + 1, so the last row has no target."""
     targets = torch.tensor(token_ids[1:], device=logits.device)
-    surprise = torch.nn.functional.cross_entropy(logits[:-1], targets)  # a mean, in nats
-    return surprise.exp().item()
+    return torch.nn.functional.cross_entropy(logits[:-1], targets).exp().item()  # of a mean, in nats
 
 
-def draw(weights, u):
-    """``right=True``: u on a boundary belongs to the interval on its right, so a token of weight 0 has none."""
-    ends = weights.cumsum(dim=0)
-    return torch.searchsorted(ends, u * ends[-1], right=True).item()
+def sample_top_n_sigma(logits, params, position, n):
+    """What is cut gets -inf, on a copy; the noise of the others does not move."""
+    bar = logits.max() - n * logits.std()
+    return sample(logits.masked_fill(logits < bar, -torch.inf), params, position)

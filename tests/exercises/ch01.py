@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
+from my_engine.sampler import sample
 from planted import wrong
 
 
-@wrong("next_tokens", "last column, which in rows 0 and 2 is padding")
+@wrong("next_tokens", "last column, which is padding")
 def reads_the_padding(logits, lengths):
     return logits[:, -1].argmax(dim=-1)
 
 
 @wrong("next_tokens", "one column late")
 def reads_one_late(logits, lengths):
-    last = lengths.clamp(max=logits.shape[1] - 1)
-    return logits[torch.arange(len(lengths)), last].argmax(dim=-1)
+    return logits[torch.arange(len(lengths)), lengths].argmax(dim=-1)
 
 
 @wrong("next_tokens", r"has shape \(3, 7\), and \(3,\) is asked for")
@@ -54,8 +54,8 @@ def takes_the_first_limit_for_all(probs, top_p):
     return torch.zeros_like(keep).scatter(1, ids, keep)
 
 
-@wrong("perplexity", r"they foretell token t \+ 1")
-def holds_each_row_against_its_own_token(logits, token_ids):
+@wrong("perplexity", r"they predict token t \+ 1")
+def compares_each_row_with_its_own_token(logits, token_ids):
     return torch.nn.functional.cross_entropy(logits, torch.tensor(token_ids)).exp()
 
 
@@ -69,12 +69,35 @@ def sums(logits, token_ids):
     return torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(token_ids[1:]), reduction="sum").exp()
 
 
-@wrong("draw", "weight is 0")
-def gives_the_left_end_away(weights, u):
-    ends = weights.cumsum(dim=0)
-    return torch.searchsorted(ends, u * ends[-1]).item()
+@wrong("sample_top_n_sigma", "logits that were given have changed")
+def cuts_in_place(logits, params, position, n):
+    logits[logits < logits.max() - n * logits.std()] = -torch.inf
+    return sample(logits, params, position)
 
 
-@wrong("draw", "these add up to 4")
-def takes_weights_for_probabilities(weights, u):
-    return torch.searchsorted(weights.cumsum(dim=0), u, right=True).item()
+@wrong("sample_top_n_sigma", "logit 0, which is a score like any other")
+def cuts_to_zero(logits, params, position, n):
+    return sample(logits.where(logits >= logits.max() - n * logits.std(), 0.0), params, position)
+
+
+@wrong("sample_top_n_sigma", "nothing is cut")
+def leaves_the_rule_out(logits, params, position, n):
+    return sample(logits, params, position)
+
+
+@wrong("sample_top_n_sigma", "deviations below the largest, and is to be cut")
+def measures_from_the_mean(logits, params, position, n):
+    return sample(logits.masked_fill(logits < logits.mean() - n * logits.std(), -torch.inf), params, position)
+
+
+@wrong("sample_top_n_sigma", "draws another once the rest is -inf")
+def draws_with_its_own_noise(logits, params, position, n):
+    cut = logits.masked_fill(logits < logits.max() - n * logits.std(), -torch.inf)
+    generator = torch.Generator().manual_seed(position)
+    return torch.multinomial((cut / params.temperature).softmax(0), 1, generator=generator).item()
+
+
+@wrong("sample_top_n_sigma", "temperature 0 the most probable token")
+def is_never_greedy(logits, params, position, n):
+    sampled = type(params)(temperature=params.temperature or 2.0, seed=params.seed)
+    return sample(logits.masked_fill(logits < logits.max() - n * logits.std(), -torch.inf), sampled, position)

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import torch
+from my_engine import Engine, SamplingParams
 
 from checks import checker, expect
+from paged_infer import storyteller
 
 
 def _is_ids(found, asked: str) -> None:
     expect(found is not None, f"{asked} gives None: is the `return` missing?")
     expect(isinstance(found, list), f"{asked} gives a {type(found).__name__}, and a list of ids is asked for")
-
-
-@checker
-def take(answer):
-    """Accepted drafts and the draw after them, up to a stop token and as far as there is room."""
-    found = answer([4, 5, 6], [4, 8, 6, 9], 0, 10)
-    asked = "drafts 4 5 6 and draws 4 8 6 9"
-    _is_ids(found, asked)
-    expect(found != [4], f"{asked}: the draw after the last accepted draft, 8, is a token of the text, too")
-    expect(found != [4, 5], f"{asked}: a draft that differs from the draw is not kept; the draw, 8, is")
-    expect(
-        6 not in found,
-        f"{asked}: the 6 was drawn after a 5 that was rejected; what follows a wrong draft does not count",
-    )
-    expect(found == [4, 8], f"{asked} give [4, 8], and yours gives {found}")
-    found = answer([4, 5], [4, 5, 9], 0, 10)
-    expect(found != [4, 5], "drafts 4 5, both accepted: the third draw, 9, is the bonus token")
-    expect(found == [4, 5, 9], f"drafts 4 5 and draws 4 5 9 give [4, 5, 9], and yours gives {found}")
-    found = answer([4, 5], [4, 5, 9], 4, 10)
-    expect(found != [4, 5, 9], "the text ended with the stop token 4: nothing follows it")
-    expect(found != [], "the stop token itself belongs to the text")
-    expect(found == [4], f"drafts 4 5, draws 4 5 9 and stop token 4 give [4], and yours gives {found}")
-    found = answer([4, 5], [4, 5, 9], 0, 2)
-    expect(found == [4, 5], f"draws 4 5 9, all accepted, with room for 2 give [4, 5], and yours gives {found}")
-    found = answer([], [7], 0, 1)
-    expect(found == [7], f"no drafts and the draw 7 give [7], and yours gives {found}")
-    found = answer([4], [7, 8], 7, 5)
-    expect(found == [7], f"draft 4, draws 7 8 and stop token 7 give [7], and yours gives {found}")
 
 
 def _latest(token_ids, most, size):
@@ -75,36 +50,33 @@ def lookup_latest(answer):
 
 
 @checker
-def keep_or_redraw(answer):
-    """Keep a draft with min(1, p/q), else draw from the rest of p."""
-    p, q = torch.tensor([0.4, 0.4, 0.1, 0.1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+def keep_or_recover(answer):
+    """Keep a draft that has no distribution with p, else draw from the rest of p."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
     def kept(draft, u, v):
-        return answer(p.clone(), q.clone(), draft, u, v)
+        return answer(p.clone(), draft, u, v)
 
-    found = kept(0, 0.9, 0.9)
-    expect(found is not None, "keep_or_redraw gives None: is the `return` missing?")
-    expect(found == 0, "p is above q for token 0 (0.4 against 0.1): it is always kept. Is the ratio q / p?")
-    found = kept(2, 0.3, 0.99)
-    expect(found == 2, f"p/q of token 2 is a third and u = 0.3 is below: kept; yours gives {found}")
-    found = kept(3, 0.9, 0.35)
-    expect(found != 3, "p/q of token 3 is a quarter and u = 0.9 is not below it: it is not kept")
-    expect(
-        found != 1, "what is left, 0.3, 0.2, 0, 0, adds up to 0.5, so v = 0.35 falls into token 0. Is it normalised?"
-    )
-    expect(found == 0, f"what is left is 0.3, 0.2, 0, 0, and v = 0.35 falls into token 0; yours gives {found}")
-    found = kept(2, 0.5, 0.95)
-    expect(found != 2, "p/q of token 2 is a third and u = 0.5 is not below it: it is not kept")
-    expect(found != 3, "this redraws from p; q has had its share, and max(p - q, 0) is what is left")
-    expect(found == 1, f"what is left is 0.3, 0.2, 0, 0, and v = 0.95 falls into token 1; yours gives {found}")
-    counts = torch.zeros(4)
-    grid = [(n + 0.5) / 40 for n in range(40)]
-    for draft in range(4):
+    found = kept(1, 0.2, 0.9)
+    expect(found is not None, "keep_or_recover gives None: is the `return` missing?")
+    expect(found == 1, f"p of the draft 1 is 0.3 and u = 0.2 is below: accepted; yours gives {found}")
+    found = kept(0, 0.3, 0.99)
+    expect(found == 0, f"p of the draft 0 is 0.4 and u = 0.3 is below: accepted; yours gives {found}")
+    found = kept(3, 0.5, 0.05)
+    expect(found != 3, "p of the draft 3 is 0.1 and u = 0.5 is not below it: it is not accepted")
+    found = kept(0, 0.5, 0.1)
+    expect(found != 0, "this draws from p, and the draft has had its share: what is left of p has 0 for it")
+    expect(found == 1, f"what is left is 0, 0.3, 0.2, 0.1, and v = 0.1 falls into token 1; yours gives {found}")
+    found = kept(0, 0.5, 0.55)
+    expect(found != 3, "what is left adds up to 0.6, so v = 0.55 falls into token 2. Is it divided by its sum?")
+    expect(found == 2, f"what is left is 0, 0.3, 0.2, 0.1, and v = 0.55 falls into token 2; yours gives {found}")
+    counts, grid = torch.zeros(4), [(n + 0.5) / 40 for n in range(40)]
+    for draft in range(4):  # whatever is drafted, the tokens come as p
         for u in grid:
             for v in grid:
-                counts[int(kept(draft, u, v))] += q[draft] / 1600
+                counts[int(kept(draft, u, v))] += 1 / 6400
     close = torch.allclose(counts, p, atol=0.02)
-    expect(close, f"over all u and v the tokens come as {[round(x, 2) for x in counts.tolist()]}, not as p")
+    expect(close, f"over all drafts, u and v the tokens come as {[round(x, 2) for x in counts.tolist()]}, not as p")
 
 
 @checker
@@ -133,3 +105,109 @@ def best_k(answer):
     for alpha, cost in ((0.9, 0.05), (0.6, 0.02), (0.5, 0.3), (0.95, 0.2)):
         found = answer(alpha, cost, 10)
         expect(found == right(alpha, cost, 10), f"alpha {alpha} at cost {cost} gives {found}")
+
+
+OPENINGS = ["Once upon a time", "A story about Mia and a red key. Mia found", "One day, Tom and his dog"]
+
+
+def _engine(num_blocks=64, block_size=4):
+    return Engine(storyteller.PATH, num_blocks=num_blocks, block_size=block_size)
+
+
+def _params(temperature=0.0, **options):
+    return [SamplingParams(temperature=temperature, max_tokens=n, seed=n, **options) for n in (18, 5, 11)]
+
+
+@cache
+def _texts(temperature, ignore_eos):
+    sequences = _engine().generate(OPENINGS, _params(temperature, ignore_eos=ignore_eos))
+    return [sequence.token_ids for sequence in sequences], [sequence.finish_reason for sequence in sequences]
+
+
+def _from_texts(texts, wrong_every=0):
+    """Drafts that continue one of the texts, with every so many tokens wrong; () where no text begins so."""
+
+    def propose(token_ids, most):
+        for text in texts:
+            if text[: len(token_ids)] == token_ids:
+                places = range(len(token_ids), len(token_ids) + most)
+                right = [text[at] if at < len(text) else 7 for at in places]
+                is_wrong = [wrong_every and at % wrong_every == 0 for at in places]
+                return [token + 1 if off else token for token, off in zip(right, is_wrong, strict=True)]
+        return []
+
+    return propose
+
+
+def _run(answer, engine, params, propose, most=4):
+    """Sequences, and the number of steps, until all are finished."""
+    sequences, steps = engine.add_requests(OPENINGS, params), 0
+    while not all(sequence.finish_reason for sequence in sequences):
+        answer(engine, propose, most)
+        steps += 1
+        expect(steps < 100, "100 steps, and the requests are not finished: does each sequence get its own token?")
+    return sequences, steps
+
+
+def _expect_true_names(engine, sequences):
+    """Every block in the prefix cache holds the keys of the tokens for which it is named."""
+    manager, size = engine.scheduler.manager, engine.cache.block_size
+    names = set(manager.block_of)
+    for sequence in sequences:
+        chain = type(manager).hashes(manager, _Fresh(sequence.token_ids))
+        names -= set(chain[: (len(sequence.token_ids) - 1) // size])
+    expect(
+        not names, "a block is named in the prefix cache for tokens that no text has: rejected drafts were published"
+    )
+
+
+class _Fresh:
+    def __init__(self, token_ids):
+        self.token_ids, self.block_hashes = token_ids, []
+
+
+@checker
+def speculative_step(answer):
+    """``Engine.step`` with drafts: the same tokens in fewer steps, and a prefix cache without rejected ones."""
+    for temperature in (0.0, 1.2):
+        texts, _ = _texts(temperature, True)
+        for kind, propose in (
+            ("no drafts", lambda token_ids, most: []),
+            ("drafts that are all right", _from_texts(texts)),
+            ("drafts with every third token wrong", _from_texts(texts, 3)),
+            ("drafts that are all wrong", _from_texts(texts, 1)),
+        ):
+            engine = _engine()
+            sequences, steps = _run(answer, engine, _params(temperature, ignore_eos=True), propose)
+            asked = f"{kind}, temperature {temperature:g}"
+            for right, sequence in zip(texts, sequences, strict=True):
+                expect(
+                    len(sequence.token_ids) <= len(right),
+                    f"{asked}: a sequence has more tokens than its max_tokens allow: do its drafts still stand in it?",
+                )
+                expect(sequence.token_ids == right, f"{asked}: {sequence.token_ids} are not the tokens of Engine.step")
+            expect(
+                kind != "drafts that are all right" or steps <= 5,
+                f"{asked}: 18 tokens take {steps} steps, and 1 + 4 are enough: a step gives what is accepted and one",
+            )
+            _expect_true_names(engine, sequences)
+            free = engine.scheduler.manager.free_blocks
+            expect(len(set(free)) == len(free) == 64, f"{asked}: {len(set(free))} of 64 blocks are free in the end")
+    texts, reasons = _texts(1.2, False)
+    sequences, _ = _run(answer, _engine(), _params(1.2), _from_texts(texts))
+    expect(
+        [s.token_ids for s in sequences] == texts and [s.finish_reason for s in sequences] == reasons,
+        "a sequence ends with its end token, even if drafts behind it agree",
+    )
+    texts, _ = _texts(0.0, True)
+    engine = _engine(num_blocks=14)
+    sequences, _ = _run(answer, engine, _params(ignore_eos=True), _from_texts(texts, 5))
+    expect([s.token_ids for s in sequences] == texts, "a pool of 14 blocks: other tokens than Engine.step gives")
+    found: list[int] = []
+
+    def note(token_ids, most):
+        found.append(most)
+        return []
+
+    _run(answer, _engine(), _params(ignore_eos=True), note, most=6)
+    expect(max(found, default=0) == 6, "up to `most` drafts are asked for where max_tokens leave room for them")

@@ -80,8 +80,9 @@ class Bars:
             bars = axes.bar(places, values, 0.95 * width, color=colour, label=name)
             axes.bar_label(bars, fmt=self.form, fontsize=7, padding=2, bbox=free)  # over the line, which it hides
         axes.set_xticks(range(len(self.x)), self.x)
-        axes.margins(y=0.15)
-        axes.set(title=self.title, **self.axes)
+        highest = max(height for heights in self.curves.values() for height in heights)
+        axes.set(title=self.title, ylim=(0, highest * (1.12 + 0.11 * len(self.curves))))  # room for the legend
+        axes.set(**self.axes)
 
 
 def draw(*charts: Chart | Bars, height: float = 2.8) -> Picture:

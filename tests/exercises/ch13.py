@@ -4,32 +4,7 @@ from __future__ import annotations
 
 import torch
 from planted import wrong
-
-
-@wrong("take", "does not count")
-def keeps_whatever_matches(drafts, draws, stop, room):
-    said = [draw for place, draw in enumerate(draws) if place == len(drafts) or draw == drafts[place]]
-    return said[:room]
-
-
-@wrong("take", "the draw after the last accepted draft")
-def forgets_its_own_draw(drafts, draws, stop, room):
-    said = []
-    for draft, draw in zip(drafts, draws, strict=False):
-        if draft != draw:
-            break
-        said.append(draw)
-    return said[:room]
-
-
-@wrong("take", "nothing follows it")
-def talks_on_behind_the_stop(drafts, draws, stop, room):
-    said = []
-    for place, token in enumerate(draws):
-        said.append(token)
-        if drafts[place : place + 1] != [token]:
-            break
-    return said[:room]
+from solutions.ch13 import speculative_step
 
 
 @wrong("lookup_latest", "followed the first")
@@ -60,21 +35,20 @@ def _from(weights, v):
     return int((weights.cumsum(dim=-1) <= v).sum())
 
 
-@wrong("keep_or_redraw", "Is the ratio q / p")
-def turns_the_ratio_over(p, q, draft, u, v):
-    left = (p - q).clamp_min(0)
-    return draft if u < q[draft] / p[draft] else _from(left / left.sum(), v)
+@wrong("keep_or_recover", "it is not accepted")
+def accepts_as_if_q_were_small(p, draft, u, v):
+    return draft if u < p[draft] / 0.15 else _from(p, v)
 
 
-@wrong("keep_or_redraw", "redraws from p")
-def redraws_from_p(p, q, draft, u, v):
-    return draft if u < p[draft] / q[draft] else _from(p, v)
+@wrong("keep_or_recover", "this draws from p")
+def redraws_from_p(p, draft, u, v):
+    return draft if u < p[draft] else _from(p, v)
 
 
-@wrong("keep_or_redraw", "Is it normalised")
-def does_not_normalise(p, q, draft, u, v):
-    ends = (p - q).clamp_min(0).cumsum(dim=-1)
-    return draft if u < p[draft] / q[draft] else int(torch.searchsorted(ends[:2], torch.tensor([v]))[0])
+@wrong("keep_or_recover", "Is it divided by its sum")
+def does_not_normalise(p, draft, u, v):
+    left = torch.where(torch.arange(4) == draft, 0, p)
+    return draft if u < p[draft] else _from(left, v)
 
 
 def _tokens(alpha, k):
@@ -94,3 +68,32 @@ def forgets_the_cost(alpha, cost, most):
 @wrong("best_k", "divides by 0")
 def divides_by_zero(alpha, cost, most):
     return max(range(most + 1), key=lambda k: (1 - alpha ** (k + 1)) / (1 - alpha) / (1 + k * cost))
+
+
+@wrong("speculative_step", "1 \\+ 4 are enough")
+def drafts_nothing(engine, propose, most):
+    engine.step()
+
+
+@wrong("speculative_step", "rejected drafts were published")
+def publishes_drafts(engine, propose, most):
+    def with_publication(token_ids, number):
+        drafts = propose(token_ids, number)
+        (sequence,) = (s for s in engine.scheduler.running if s.token_ids is token_ids)
+        token_ids += drafts  # as `allocate` would, with the drafts in the text
+        if manager.num_blocks_for(len(token_ids)) <= len(sequence.block_table):
+            manager.publish(sequence, sequence.num_computed_tokens, len(token_ids))
+        del token_ids[len(token_ids) - len(drafts) :]
+        return drafts
+
+    manager = engine.scheduler.manager
+    speculative_step(engine, with_publication, most)
+
+
+@wrong("speculative_step", "are not the tokens of Engine.step|more tokens than")
+def believes_every_draft(engine, propose, most):
+    for sequence in engine.scheduler.running:
+        room = sequence.params.max_tokens - len(sequence.output_token_ids) - 1
+        if not sequence.num_uncomputed_tokens > 1 and room > 0:
+            sequence.token_ids += propose(sequence.token_ids, min(most, room))
+    engine.step()

@@ -242,3 +242,8 @@ def test_a_changed_output_makes_nbval_fail(tmp_path):
     stored, changed = nbval("as_stored"), nbval("changed")
     assert stored.returncode == 0, stored.stdout
     assert changed.returncode == 1 and "1 failed" in changed.stdout, changed.stdout
+
+
+def test_each_cover_in_figures_is_a_chapters():
+    covers = {path.stem for path in (FOLDER.parent / "figures" / "chapters").iterdir()}
+    assert covers == {path.stem for path in NOTEBOOKS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from checks import checker, expect
 
@@ -111,3 +112,48 @@ def predict_seconds(answer):
         near(15.0),
         f"dots that lie on no line: least squares gives slope 1.4 and height 0.5, so 15 s, and yours gives {found}",
     )
+
+
+def _slow_engines() -> tuple:
+    """Two of the shape of my_engine's: each step schedules for 2 ms at least, and takes as long again."""
+
+    class SlowScheduler:
+        def schedule(self):
+            time.sleep(0.002)
+            return "what was scheduled"
+
+    class SlowEngine:
+        def __init__(self) -> None:
+            self.scheduler = SlowScheduler()
+
+        def step(self):
+            time.sleep(0.002)
+            return f"a step of {self.scheduler.schedule()}"
+
+    return SlowEngine(), SlowEngine()
+
+
+@checker
+def step_timer(answer):
+    """An engine -> a dictionary that adds up the seconds of its steps, and of scheduling in them."""
+    engine, other = _slow_engines()
+    began_s = time.perf_counter()
+    seconds = answer(engine)
+    expect(seconds is not None, "step_timer gives None: is the `return` missing?")
+    names = ("schedule", "step")
+    has_names = isinstance(seconds, dict) and set(seconds) <= set(names)
+    expect(has_names, f"a dictionary with the keys {names} is asked for, and this is {seconds!r}")
+    for place in (1, 2, 3):
+        found = engine.step()
+        expect(found is not None, "engine.step returns nothing any more; return what the method has returned")
+        expect("None" not in found, "scheduler.schedule returns nothing any more, so there is nothing to compute")
+        for name, each_s in zip(names, (0.002, 0.004), strict=True):
+            found_s = seconds.get(name, 0.0)
+            total = f"after {place} steps of at least {1e3 * each_s:g} ms each, {name!r} is {found_s:.6f} seconds"
+            expect(found_s > 0, f"{total}: is it timed at all?")
+            expect(place == 1 or found_s >= 0.99 * place * each_s, f"{total}: are the seconds of all steps added up?")
+            expect(found_s <= time.perf_counter() - began_s, f"{total}, more than has passed")
+    expect(seconds["schedule"] < seconds["step"], "scheduling is a part of a step, and takes less than it")
+    before = dict(seconds)
+    other.step()
+    expect(seconds == before, "another engine is timed, too: replace the methods of this engine, not of its class")

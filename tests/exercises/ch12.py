@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import linear_regression, mean, median
+from time import perf_counter
 
 from planted import wrong
 
@@ -76,3 +77,44 @@ def draws_the_line_through_two_dots(dots, num_calls, num_rows):
     (first, first_s), (last, last_s) = dots[0], dots[-1]
     slope = (last_s - first_s) / (last - first)
     return num_calls * (first_s - slope * first) + num_rows * slope
+
+
+def _timed(seconds, name, call, add=True, returns=True):
+    def run(*args):
+        began_s = perf_counter()
+        result = call(*args)
+        seconds[name] = seconds.get(name, 0.0) * add + perf_counter() - began_s
+        return result if returns else None
+
+    return run
+
+
+@wrong("step_timer", "added up")
+def keeps_the_last_step(engine):
+    seconds = {}
+    engine.step = _timed(seconds, "step", engine.step, add=False)
+    engine.scheduler.schedule = _timed(seconds, "schedule", engine.scheduler.schedule, add=False)
+    return seconds
+
+
+@wrong("step_timer", "nothing to compute")
+def swallows_the_schedule(engine):
+    seconds = {}
+    engine.step = _timed(seconds, "step", engine.step)
+    engine.scheduler.schedule = _timed(seconds, "schedule", engine.scheduler.schedule, returns=False)
+    return seconds
+
+
+@wrong("step_timer", "timed at all")
+def forgets_the_scheduler(engine):
+    seconds = {}
+    engine.step = _timed(seconds, "step", engine.step)
+    return seconds
+
+
+@wrong("step_timer", "of its class")
+def replaces_the_classs_methods(engine):
+    seconds = {}
+    for one, name in ((type(engine), "step"), (type(engine.scheduler), "schedule")):
+        setattr(one, name, _timed(seconds, name, getattr(one, name)))
+    return seconds

@@ -138,7 +138,7 @@ def layer_seconds(model: LLM | Decoder, num_tokens: int) -> dict[str, float]:
         "projections of attention": lambda: (layer.attention.qkv(x), layer.attention.output(x)),
         "MLP": lambda: layer.mlp(x),
         "two norms": lambda: (layer.attention_norm(x, x), layer.mlp_norm(x, x)),
-        "tokens reading tokens": lambda: cache.attend(0, q, k, v, step),
+        "scores, softmax, values": lambda: cache.attend(0, q, k, v, step),
     }
     rounds = [{name: min(time_on(device, call, repeats=6).samples_s) for name, call in calls.items()} for _ in range(6)]
     return {name: min(seconds[name] for seconds in rounds) for name in calls}

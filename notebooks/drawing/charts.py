@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, new_picture
 
@@ -50,7 +51,11 @@ class Chart:
                 axes.plot(places, values, style, color=colour, label=name, markersize=4)
         if named:
             axes.set_xticks(places, self.x)
+        if self.axes.get("ylim") == (0, None):  # else the margin above is that of the data's own range
+            axes.update_datalim([(axes.dataLim.x0, 0)])
+            axes.autoscale_view()
         axes.set(title=self.title, **self.axes)
+        plain_ticks(axes)
 
 
 @dataclass
@@ -83,6 +88,15 @@ class Bars:
         highest = max(height for heights in self.curves.values() for height in heights)
         axes.set(title=self.title, ylim=(0, highest * (1.12 + 0.11 * len(self.curves))))  # room for the legend
         axes.set(**self.axes)
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Plain numbers along a logarithmic y axis of few decades, which has powers of ten else."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log" and high / low < 1000:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 5 else range(1, 10)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def draw(*charts: Chart | Bars, height: float = 2.8) -> Picture:
@@ -123,6 +137,7 @@ def stacked_bars(
         looks = {"markersize": 16, "markeredgewidth": 2, "linestyle": ""}
         axes.plot(values, list(rows), "|", color=INK, label=name, **looks)
     axes.invert_yaxis()
+    axes.margins(x=0.05)
     axes.set(title=title, xlabel=xlabel)
     picture.legend(frameon=False, loc="outside lower center", ncols=4)
     return picture
@@ -222,5 +237,6 @@ def dots_and_line(
         axes.scatter(*zip(*each, strict=True), s=9, alpha=0.6, color=RUNG_COLOURS[name], label=name)
     axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, label="the line")
     axes.set(xscale="log", yscale="log", **axes_of)
+    plain_ticks(axes)
     axes.legend(frameon=False)
     return picture

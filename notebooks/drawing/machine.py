@@ -47,7 +47,7 @@ def floors_picture(
     axes.barh([0, 2], [1e3 * read_s] * 2, color=BLUE, label="read weights")
     axes.barh([2], [1e3 * cache_s], left=1e3 * read_s, color=RED, label="read caches")
     axes.barh([1, 3], [1e3 * prefill_s, 1e3 * decode_s], color=ORANGE, label="compute")
-    axes.set_yticks([0.5, 2.5], [f"prefill,\n{context} tokens", f"decode,\n{batch} texts"])
+    axes.set_yticks([0.5, 2.5], [f"prefill,\n{context:,} tokens", f"decode,\n{batch} texts"])
     axes.invert_yaxis()
     ttft_s, tpot_s = max(read_s, prefill_s), max(read_s + cache_s, decode_s)
     gb = (weight_bytes + batch * context * kv_token_bytes) / 1e9
@@ -58,7 +58,7 @@ def floors_picture(
 
 
 def memory_shares(rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]], title: str) -> Picture:
-    """Shares of a memory, each row measured (above) and as the paper has it (below, paler): ``PART_NAMES``."""
+    """Per cent of a memory, each row measured (above) and as the paper has it (below, paler): ``PART_NAMES``."""
     picture = new_picture(7, 3.2)
     axes = picture.subplots()
     for number, both in enumerate(rows.values()):
@@ -71,7 +71,8 @@ def memory_shares(rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, flo
                 left += 100 * shares[part]
             axes.text(102, place, f"{shares['tokens']:.1%}{note}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.set(xlim=(0, 130), ylim=(len(rows) - 0.3, -0.5), xlabel=title, xticks=range(0, 101, 20))
+    axes.set(xlim=(0, 130), ylim=(len(rows) - 0.3, -0.5), xticks=range(0, 101, 20), xlabel="% of all slots")
     patches = [Patch(color=PART_COLOURS[part], label=name) for part, name in PART_NAMES.items()]
-    picture.legend(handles=patches, frameon=False, loc="outside upper center", ncols=4, fontsize=8)
+    axes.set_title(title)
+    picture.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4, fontsize=8)
     return picture

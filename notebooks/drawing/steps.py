@@ -86,7 +86,8 @@ def computed_by_step(
     names["pairs, cached"] = ORANGE, ":"
     for column, (name, (colour, line)) in enumerate(names.items()):
         growth.plot(outputs, [work(prompt_len, n)[column] for n in outputs], line, color=colour, label=name)
-    growth.set(xscale="log", yscale="log", xlabel=f"new tokens after a prompt of {prompt_len}", title="work in a layer")
+    labels = {"xlabel": f"new tokens after a prompt of {prompt_len}", "ylabel": "rows or pairs"}
+    growth.set(xscale="log", yscale="log", title="work of one layer, all steps together", **labels)
     steps.legend(frameon=False, loc="upper right")
     growth.legend(frameon=False)
     return picture

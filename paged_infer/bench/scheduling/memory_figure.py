@@ -25,9 +25,9 @@ PART_COLOURS = {
 }
 PART_NAMES = {
     "tokens": "holds tokens",
-    "reserved": "will hold its owner's",
-    "internal": "asked for, never used",
-    "external": "unowned: holes, rounding",
+    "reserved": "reserved, used later",
+    "internal": "reserved, never used",
+    "external": "lost to holes and rounding",
 }
 DATASET_COLOURS = {"ShareGPT-like": BASELINE_COLOURS["paged"], "Alpaca-like": BASELINE_COLOURS["static"]}
 OURS, PAPER = 0.44, 0.2  # heights of the bars

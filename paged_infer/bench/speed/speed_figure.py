@@ -40,7 +40,7 @@ def ladder_figure(report: SpeedReport) -> Picture:
     titles = ("output tokens per second", "peak KV memory, MiB (solid: holds tokens)")
     for axes, title in zip((speed, memory), titles, strict=True):
         tidy_axes(axes, "top right left", "x", title=title, axis="y", length=0)
-        axes.margins(x=0.22)
+        axes.margins(x=0.22 if axes is speed else 0.45)  # room for the labels
     speed.invert_yaxis()
     figure.suptitle(f"{report.model}: {report.workload} ({_agreement(report)})", fontsize=9.5, color=INK)
     return figure

@@ -8,13 +8,14 @@ row 1  [ p p p p p p o o _ _ _ _ ]      p  prompt    o  output so far    _  rese
 from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
+from typing import Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.attention.paged_sdpa import masked_sdpa
 
 
 class ContiguousCache:
@@ -48,7 +49,9 @@ class ContiguousCache:
         """Bytes reserved, whether filled or not."""
         return len(self.pad_lens) * self.max_len * kv_bytes_per_token(self.spec)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]
+    ) -> Tensor:
         """q [T, H, D], k and v [T, H_kv, D] with T = rows * columns of this step, row by row -> [T, H, D]."""
         batch, end = len(self.pad_lens), step.max_seq_len
         columns = q.shape[0] // batch
@@ -56,12 +59,12 @@ class ContiguousCache:
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, start:end] = k.view(batch, columns, *k.shape[1:]).transpose(1, 2)
         values[:, :, start:end] = v.view(batch, columns, *v.shape[1:]).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
+        out = masked_sdpa(
             q.view(batch, columns, *q.shape[1:]).transpose(1, 2),  # [B, H, columns, D]
             keys[:, :, :end],
             values[:, :, :end],
-            attn_mask=self._mask(start, end, self.spec[layer].window, step),
-            enable_gqa=q.shape[1] != k.shape[1],
+            self._mask(start, end, self.spec[layer].window, step),
+            **scores,
         )
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 from paged_infer.kernels.attention_backends import AttentionBackend
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
@@ -98,15 +99,17 @@ class PagedCache:
     def bytes_per_block(self) -> int:
         return self.block_size * kv_bytes_per_token(self.spec)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]
+    ) -> Tensor:
         """Store k and v at their slots, then attend through the block tables: [T, H, D]."""
         self.ops.store_kv(k, v, self.keys[layer], self.values[layer], step.slot_mapping)
-        return self.attend_stored(layer, q, step)
+        return self.attend_stored(layer, q, step, **scores)
 
     def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor]:
         """Where ``attend`` would store."""
         return {"k_cache": self.keys[layer], "v_cache": self.values[layer], "slot_mapping": step.slot_mapping}
 
-    def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata) -> Tensor:
+    def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]) -> Tensor:
         """Attend through the block tables to what is stored already: [T, H, D]."""
-        return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window)
+        return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window, **scores)

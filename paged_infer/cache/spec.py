@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,14 @@ def kv_bytes_per_token(spec: ReadOnlyList[LayerSpec]) -> int:
 class Cache(Protocol):
     """Stores keys and values, and computes attention over them."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata) -> Tensor:
-        """Store k [T, H_kv, k_dim] and v [T, H_kv, v_dim]; causal attention of q [T, H, k_dim] -> [T, H, v_dim]."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]
+    ) -> Tensor:
+        """Store k [T, H_kv, k_dim] and v [T, H_kv, v_dim]; causal attention of q [T, H, k_dim] -> [T, H, v_dim].
+
+        Args:
+            scores: only what the model sets. A cache for models that set nothing may leave it out.
+        """
         ...
 
 
@@ -51,6 +57,6 @@ class SlottedCache(Cache, Protocol):
         """
         ...
 
-    def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata) -> Tensor:
+    def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]) -> Tensor:
         """``attend`` without the store."""
         ...

@@ -3,9 +3,11 @@
 A backend takes the queries and the cache of one layer, and the metadata of the step::
 
     @register_attention_backend("mine")
-    def my_attention(q, k_cache, v_cache, step, *, window):
+    def my_attention(q, k_cache, v_cache, step, *, window, scale=None, softcap=None, sinks=None):
         ...
     LLM(attention_backend="mine")
+
+Only models that change their scores pass the last three (``ScoreOptions``), so a backend for others may leave them out.
 
 ``module:function`` names a backend that is not registered, for instance on the command line.
 """
@@ -13,16 +15,17 @@ A backend takes the queries and the cache of one layer, and the metadata of the 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
 from paged_infer.kernels.attention.tile_table import tables
@@ -36,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 class AttentionBackend(Protocol):
     def __call__(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
-    ) -> Tensor:
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
+        **scores: Unpack[ScoreOptions],
+    ) -> Tensor:  # fmt: skip
         """q [T, H, D]; caches [num_blocks, block_size, H_kv, D] that already hold this step's tokens -> [T, H, D]."""
         ...
 
@@ -57,25 +61,27 @@ def register_attention_backend(name: str) -> Callable[[AttentionBackend], Attent
 
 @register_attention_backend("torch")
 def torch_backend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
+    **scores: Unpack[ScoreOptions],
+) -> Tensor:  # fmt: skip
     """The reference: readable, one sequence at a time, on any device."""
     return paged_attention_reference(
         q, k_cache, v_cache, window=window,
-        block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,
+        block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc, **scores,
     )  # fmt: skip
 
 
 @register_attention_backend("triton")
 def triton_backend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
+    **scores: Unpack[ScoreOptions],
+) -> Tensor:  # fmt: skip
     """The Triton kernels: compiled on CUDA; interpreted on a CPU, for tests and readers."""
     return paged_attention(
         q, k_cache, v_cache, window=window,
         block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,
         num_decodes=step.num_decodes, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
-        shared=step.plan,
+        shared=step.plan, **scores,
     )  # fmt: skip
 
 
@@ -103,6 +109,22 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
         known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
         raise ValueError(f"attention_backend={name!r}: must be one of {known}")
     return backend, _OPS[name if name in _OPS else _fastest_or_warn(device)]
+
+
+def check_scores(backend: AttentionBackend, options: Iterable[str]) -> None:
+    """Raises ValueError if ``backend`` does not take one of ``options``, keys of ``ScoreOptions`` that a model sets."""
+    try:
+        taken = inspect.signature(backend).parameters
+    except (TypeError, ValueError):  # a function of an extension module may have none
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    if missing := [name for name in options if name not in taken]:
+        named = f"{backend.__module__}:{getattr(backend, '__qualname__', type(backend).__qualname__)}"
+        raise ValueError(
+            f"attention_backend {named} takes no {' and no '.join(missing)}, which this model needs: add the keyword "
+            "to the function, or choose another backend"
+        )
 
 
 def fastest_backend(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -51,16 +52,24 @@ def packed(layer: int, slices: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def whole(window: int | None, layer: int) -> list[Tensor]:
+SCORES = [{}, {"scale": 0.6, "softcap": 1.5}, {"sinks": torch.linspace(-2, 3, H)}]  # as Gemma 2, and as gpt-oss
+with_scores = pytest.mark.parametrize("scores", SCORES, ids=["plain", "soft cap", "sinks"])
+
+
+def whole(window: int | None, layer: int, scores: dict[str, Any]) -> list[Tensor]:
     """What each sequence's tokens see, computed without a cache."""
-    out = NoCache(spec(window)).attend(layer, *packed(layer, [slice(None)] * 3), step_meta(LENGTHS, LENGTHS))
+    cache, step = NoCache(spec(window)), step_meta(LENGTHS, LENGTHS)
+    out = cache.attend(layer, *packed(layer, [slice(None)] * 3), step, **scores)
     return list(out.split(LENGTHS))
 
 
 @pytest.mark.parametrize("backend", ["torch", "sdpa", "c"])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(backend, block_size, window) -> None:
+@with_scores
+def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(
+    backend, block_size, window, scores
+) -> None:
     cache = PagedCache(spec(window), 20, block_size, ATTENTION_BACKENDS[backend])
     for keys in (*cache.keys, *cache.values):
         keys[:-1] = torch.nan  # what an earlier owner may have left
@@ -83,17 +92,18 @@ def test_the_paged_cache_remembers_across_steps_what_no_cache_computes_at_once(b
         [1] * 3, LENGTHS, slots=[slot(row, LENGTHS[row] - 1) for row in range(3)], tables=tables, num_decodes=3
     )
     for layer in range(2):
-        out = cache.attend(layer, *packed(layer, prompts), first).split(prompt_lens)
-        for row, expected in enumerate(whole(window, layer)):
+        out = cache.attend(layer, *packed(layer, prompts), first, **scores).split(prompt_lens)
+        for row, expected in enumerate(whole(window, layer, scores)):
             torch.testing.assert_close(out[row], expected[:-1])
     for layer in range(2):
-        out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), last)
-        torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
+        out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), last, **scores)
+        torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer, scores)]))
     assert all(not keys[-1].any() for keys in (*cache.keys, *cache.values))  # the last block stays zero
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(window) -> None:
+@with_scores
+def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(window, scores) -> None:
     width = max(LENGTHS) - 1
     pad_lens = [width - (length - 1) for length in LENGTHS]
     cache = ContiguousCache(spec(window), width + 4, pad_lens)
@@ -102,11 +112,12 @@ def test_the_contiguous_cache_pads_on_the_left_and_nobody_sees_the_padding(windo
         for qkv, pad in zip(sequences(layer), pad_lens, strict=True):
             parts.append([torch.cat((torch.full((pad, *x.shape[1:]), 50.0), x[:-1])) for x in qkv])
         q, k, v = (torch.cat(column) for column in zip(*parts, strict=True))
-        out = cache.attend(layer, q, k, v, step_meta([width] * 3, [width] * 3)).view(3, width, H, D)
-        for row, expected in enumerate(whole(window, layer)):
+        out = cache.attend(layer, q, k, v, step_meta([width] * 3, [width] * 3), **scores).view(3, width, H, D)
+        for row, expected in enumerate(whole(window, layer, scores)):
             torch.testing.assert_close(out[row, pad_lens[row] :], expected[:-1])
-        out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), step_meta([1] * 3, [width + 1] * 3))
-        torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer)]))
+        step = step_meta([1] * 3, [width + 1] * 3)
+        out = cache.attend(layer, *packed(layer, [slice(-1, None)] * 3), step, **scores)
+        torch.testing.assert_close(out, torch.stack([o[-1] for o in whole(window, layer, scores)]))
 
 
 def test_the_contiguous_cache_shows_what_it_holds_and_that_the_rest_of_a_row_is_empty() -> None:

@@ -7,7 +7,12 @@ import torch
 
 from paged_infer import SamplingParams
 from paged_infer.kernels import attention_backends, triton_runtime
-from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, attention_backend, register_attention_backend
+from paged_infer.kernels.attention_backends import (
+    ATTENTION_BACKENDS,
+    attention_backend,
+    check_scores,
+    register_attention_backend,
+)
 from paged_infer.kernels.op_sets import C_OPS, SDPA_OPS, TORCH_OPS, TRITON_OPS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -85,3 +90,26 @@ def test_a_function_in_a_file_of_the_current_folder_can_be_named(make_llm, tmp_p
     monkeypatch.chdir(tmp_path)
     llm = make_llm(attention_backend="my_kernel_7:attend")
     assert len(llm.generate([3, 1, 4], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids) == 2
+
+
+def test_a_backend_without_an_option_that_the_model_needs_is_refused_by_name() -> None:
+    def plain(q, k_cache, v_cache, step, *, window): ...
+
+    def scaled(q, k_cache, v_cache, step, *, window, scale=None): ...
+
+    def all_of_them(q, k_cache, v_cache, step, *, window, **scores): ...
+
+    class Callable:
+        def __call__(self, q, k_cache, v_cache, step, *, window): ...
+
+    options = {"scale": 0.1, "softcap": 50.0}
+    for backend in (*ATTENTION_BACKENDS.values(), all_of_them):
+        check_scores(backend, options)
+    for backend in (plain, scaled):
+        check_scores(backend, {})
+    with pytest.raises(ValueError, match=r"_backends:.*plain takes no scale and no softcap, which this model needs"):
+        check_scores(plain, options)
+    with pytest.raises(ValueError, match=r"_backends:.*scaled takes no softcap, which"):
+        check_scores(scaled, options)
+    with pytest.raises(ValueError, match=r"_backends:.*Callable takes no sinks, which"):
+        check_scores(Callable(), ["sinks"])

@@ -64,6 +64,7 @@ def _flash(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
     """The last of more keys than queries: dense, with every mask."""
     window = sizes.window
     cases: Cases = {"causal": {}, "full": {"causal": False}, f"causal, window {window}": {"window": window}}
+    cases["soft cap, sinks"] = _capped(device, sizes)
     return _attention("flash_attention", our_flash, [(5, sizes.queries)] * 2, cases, device, sizes)
 
 
@@ -72,7 +73,12 @@ def _paged(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
     context, queries, window = sizes.context, sizes.queries, sizes.window
     sequences = [(context, 1), (0, 1), (7, 1), (0, queries), (context // 2, queries // 2)]
     cases: Cases = {"blocks of 16": {}, f"blocks of 3, window {window}": {"block_size": 3, "window": window}}
+    cases[f"soft cap, sinks, window {window}"] = {"window": window} | _capped(device, sizes)
     return _attention("paged_attention", our_paged, sequences, cases, device, sizes)
+
+
+def _capped(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    return {"softcap": 3.0, "sinks": torch.linspace(-2, 4, sizes.shape.heads["num_heads"], device=device)}
 
 
 def _attention(

@@ -112,7 +112,10 @@ def paged_problem(
     return PagedProblem(q, cache(), cache(), tables.to(device), index(lengths), starts, tuple(ordered), all_slots)
 
 
-def attention_float64(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
+def attention_float64(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool = True, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The definition, head by head in float64: q [N, H, D], k and v [M, H_kv, D] -> [N, H, D] float64."""
     num_queries, num_heads, dim = q.shape
     query = torch.arange(k.shape[0] - num_queries, k.shape[0], device=q.device)[:, None]
@@ -124,13 +127,16 @@ def attention_float64(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, w
     for head in range(num_heads):
         kv_head = head * k.shape[1] // num_heads
         scores = q[:, head].double() @ k[:, kv_head].double().T / math.sqrt(dim)
-        out[:, head] = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, kv_head].double()
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        sink = torch.full_like(scores[:, :1], -math.inf if sinks is None else float(sinks[head]))
+        weights = torch.cat((scores.masked_fill(hidden, -math.inf), sink), 1).softmax(-1)[:, :-1]
+        out[:, head] = weights @ v[:, kv_head].double()
     return out
 
 
-def paged_attention_float64(problem: PagedProblem, window: int | None = None, *, causal: bool = True) -> Tensor:
+def paged_attention_float64(problem: PagedProblem, window: int | None = None, **options: Any) -> Tensor:
     """``attention_float64`` of every row of ``problem``: [T, H, D] float64."""
     queries = problem.q.split([queries for _, queries in problem.sequences])
     keys, values = (x.split([sum(sequence) for sequence in problem.sequences]) for x in problem.packed)
     rows = zip(queries, keys, values, strict=True)
-    return torch.cat([attention_float64(q, k, v, causal=causal, window=window) for q, k, v in rows])
+    return torch.cat([attention_float64(q, k, v, window=window, **options) for q, k, v in rows])

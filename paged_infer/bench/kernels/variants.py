@@ -61,6 +61,9 @@ def full_variants() -> list[Variant]:
         *(Variant("decode", t, 128, {"group": 4, "short": True, "lse": True}) for t in wide),  # no row can be split
         Variant("decode", "float16", 128, {"group": 4, "block": 16}),
     ]
+    for family in ("flash", "prefill", "decode"):  # the heads of a Gemma 2 and of gpt-oss
+        variants.append(Variant(family, "bfloat16", 128, {"group": 4, "softcap": 50.0}))
+        variants.append(Variant(family, "bfloat16", 64, {"group": 8, "window": 128, "sinks": True}))
     variants += [Variant("store_kv", t, w) for t, w in (("bfloat16", 1024), ("float32", 192))]
     variants += [Variant("copy_blocks", t, w) for t, w in (("bfloat16", 1024), ("float16", 15))]
     variants += [Variant("add_rms_norm", t, w) for t, w in product(both, (192, 4096, 16_384))]
@@ -85,7 +88,7 @@ QUICK = {
 def _flash(variant: Variant) -> None:
     options = variant.options
     problem = _problem(variant, [(0, 4096)] * 2)
-    our_flash(problem, causal="full" not in options, window=options.get("window"), return_lse="lse" in options).call()
+    our_flash(problem, causal="full" not in options, **_scores(variant)).call()
 
 
 def _paged(variant: Variant) -> None:
@@ -93,7 +96,15 @@ def _paged(variant: Variant) -> None:
     rows, queries = options.get("rows", 8), 1 if is_decode else options.get("queries", 512)
     length = 200 if "short" in options else 8192
     problem = _problem(variant, [(length - queries, queries)] * rows)
-    our_paged(problem, window=options.get("window"), return_lse="lse" in options).call()
+    our_paged(problem, **_scores(variant)).call()
+
+
+def _scores(variant: Variant) -> dict[str, Any]:
+    options = variant.options
+    heads = 8 * options.get("group", 4)
+    sinks = torch.empty(heads, dtype=getattr(torch, variant.dtype), device="meta") if "sinks" in options else None
+    given = {name: options.get(name) for name in ("window", "softcap")}
+    return given | {"sinks": sinks, "return_lse": "lse" in options}
 
 
 def _problem(variant: Variant, sequences: list[tuple[int, int]]) -> PagedProblem:

@@ -15,6 +15,15 @@ from paged_infer.kernels.triton_runtime import tl, triton
 LOG2_E = 1.0 / math.log(2.0)  # folded into the scale: exp(x) = exp2(x * LOG2_E), and exp2 is what the hardware has
 
 
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """(scale_log2, tanh_scale) of ``attend_tile``: its exponents are scale_log2 * scores, in powers of two.
+
+    With a soft cap, scores become tanh(tanh_scale * scores) first. Without, tanh_scale is None, and the kernel is
+    compiled without it.
+    """
+    return (scale * LOG2_E, None) if softcap is None else (softcap * LOG2_E, scale / softcap)
+
+
 def padded(dim: int) -> int:
     """The next power of two, at least 16, the smallest size that tensor cores multiply."""
     return max(16, triton.next_power_of_2(dim))
@@ -44,12 +53,35 @@ def load_tiles(
 
 
 @triton.jit
+def tanh(x):
+    """To 2e-7 of its value: a polynomial near 0, where the formula cancels. tl has none that can be interpreted."""
+    size, square = tl.abs(x), x * x
+    near = x + x * square * (-0.3333328 + square * (0.13328335 + square * (-0.05313979 + square * 0.01728459)))
+    power = tl.math.exp2(size * -2.8853900817779268)  # exp(-2 size)
+    far = (1.0 - power) / (1.0 + power)
+    return tl.where(size < 0.55, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def start_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr):
+    """(row_max, row_sum) [M] before the first key. The sink of ``head``, a number or [M], is a key of value zero."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        row_max = row_sum + tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634  # log2(e)
+        row_sum += 1.0
+    return row_max, row_sum
+
+
+@triton.jit
 def attend_tile(
-    acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window,
+    acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, tanh_scale, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add keys and values [N, D] of positions ``key``; if MASKED, hide those that positions ``query`` do not see."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+    if tanh_scale is not None:
+        scores = tanh(scores * tanh_scale)
     if MASKED:
         seen = (key < num_keys)[None, :]
         if CAUSAL:

@@ -15,8 +15,9 @@ MAX_SCALE = 1e30  # times 1/ln 2 and any useful score, it still fits float32
 
 
 def check_dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> None:  # fmt: skip
     """Raises ValueError unless q [B, H, N, D], k and v [B, H_kv, M, D] fit together."""
     given = shapes(q=q, k=k, v=v)
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape:
@@ -25,7 +26,7 @@ def check_dense_attention(
         raise ValueError(f"q, k and v must share batch size and head_dim; got {given}")
     _check_heads(q.shape[1], k.shape[1], q.shape[3], given)
     _check_alike(q=q, k=k, v=v)
-    _check_numbers(scale, window)
+    _check_scores(q, q.shape[1], scale, window, softcap, sinks)
     if window is not None and not causal:
         raise ValueError(f"window={window} with causal=False: a window ends at the query's own position")
 
@@ -33,6 +34,7 @@ def check_dense_attention(
 def check_paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     scale: float | None, window: int | None, out: Tensor | None,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Raises ValueError unless q [T, H, D], caches [num_blocks, block_size, H_kv, D] and the indices fit together."""
     given = shapes(q=q, k_cache=k_cache, v_cache=v_cache)
@@ -46,7 +48,7 @@ def check_paged_attention(
         raise ValueError(f"q and the caches must share head_dim; got {given}")
     _check_heads(q.shape[1], k_cache.shape[2], q.shape[2], given)
     _check_alike(q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_numbers(scale, window)
+    _check_scores(q, q.shape[1], scale, window, softcap, sinks)
     rows = seq_lens.shape[0] if seq_lens.dim() == 1 else -1
     if rows < 0 or block_tables.dim() != 2 or block_tables.shape[0] != rows or query_start_loc.shape != (rows + 1,):
         raise ValueError(
@@ -105,8 +107,16 @@ def _check_alike(**tensors: Tensor) -> None:
         raise ValueError(f"attention supports float32, float16 and bfloat16; got {dtypes.pop()}")
 
 
-def _check_numbers(scale: float | None, window: int | None) -> None:
-    if scale is not None and not 0 < scale <= MAX_SCALE:
-        raise ValueError(f"scale={scale}: must be > 0 and <= {MAX_SCALE:g}")
+def _check_scores(
+    q: Tensor, num_heads: int, scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not 0 < value <= MAX_SCALE:
+            raise ValueError(f"{name}={value}: must be > 0 and <= {MAX_SCALE:g}")
+    if sinks is not None and (sinks.shape != (num_heads,) or sinks.device != q.device or not sinks.is_contiguous()):
+        raise ValueError(
+            f"sinks must be [{num_heads}], one logit per query head, contiguous on {q.device}; "
+            f"got {list(sinks.shape)} on {sinks.device}"
+        )
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window={window!r}: must be an integer >= 1, since it counts the token itself")

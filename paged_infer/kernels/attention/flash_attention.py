@@ -16,16 +16,18 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.kernels.attention.attention_tile import (
-    LOG2_E,
     attend_tile,
     finish_softmax,
     load_tiles,
     max_registers,
     padded,
+    score_factors,
     seen_by_tile,
+    start_softmax,
 )
 from paged_infer.kernels.attention.checks import check_dense_attention
 from paged_infer.kernels.attention.flash_tma import flash_attention_tma, why_not_tma
@@ -36,6 +38,7 @@ from paged_infer.kernels.triton_runtime import capability, launch, must_widen, t
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, *,
     causal: bool = True, scale: float | None = None, window: int | None = None, return_lse: bool = False,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Exact attention of dense tensors in float32, float16 or bfloat16, on CUDA (and interpreted on a CPU).
 
@@ -50,11 +53,14 @@ def flash_attention(
         window: number of tokens that a query sees, its own included; causal only.
         return_lse: return (out, lse), where lse is log(sum(exp(scores))) of each query: float32 [B, H, N], -inf for a
             query that sees no key.
+        softcap: above 0: scaled scores become softcap * tanh(scores / softcap), before the mask (Gemma 2, section 2).
+        sinks: [H], a logit of each query head that joins the softmax's sum: a key of that score and of value zero,
+            which every query sees (gpt-oss). It counts in lse.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together; the message names them.
     """
-    check_dense_attention(q, k, v, causal, scale, window)
+    check_dense_attention(q, k, v, causal, scale, window, softcap, sinks)
     q, k, v = (_row_major(x) for x in (q, k, v))
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
@@ -63,7 +69,7 @@ def flash_attention(
     group = num_heads // k.shape[1]
     tile = flash_tiles(capability(q.device), dim, q.dtype, group, window)
     if tile.use_tma and window is None and not return_lse and not why_not_tma(q, k, v):
-        return flash_attention_tma(q, k, v, causal=causal, scale=scale, tile=tile)
+        return flash_attention_tma(q, k, v, causal=causal, scale=scale, tile=tile, softcap=softcap, sinks=sinks)
     block_m, block_n, num_warps, num_stages = tile[:4]
     num_tiles = triton.cdiv(num_queries, block_m)
     launch(
@@ -72,8 +78,9 @@ def flash_attention(
         q, k, v, out, lse,
         *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
         num_heads, group, num_queries, num_keys,
-        (dim**-0.5 if scale is None else scale) * LOG2_E,
+        *score_factors(dim**-0.5 if scale is None else scale, softcap),
         min(window or 0, num_keys + num_queries),  # a wider window hides nothing, and may not fit 32 bits
+        sinks,
         CAUSAL=causal, HAS_WINDOW=window is not None, SAVE_LSE=return_lse,
         STRIDE_Q=q.stride(2), STRIDE_K=k.stride(2), STRIDE_V=v.stride(2), STRIDE_O=out.stride(2),
         ALIGN=common_alignment(q, k, v, out),
@@ -86,20 +93,38 @@ def flash_attention(
 def flash_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *,
     causal: bool = True, scale: float | None = None, window: int | None = None, return_lse: bool = False,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """``flash_attention`` in plain torch, with all scores at once."""
-    check_dense_attention(q, k, v, causal, scale, window)
+    check_dense_attention(q, k, v, causal, scale, window, softcap, sinks)
+    seen = causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
+    out, lse = attend_seen(q, k, v, seen, scale, softcap, None if sinks is None else sinks[:, None, None])
+    return (out, lse.float()) if return_lse else out
+
+
+def attend_seen(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention with any mask in plain torch: (out [B, H, N, D], lse [B, H, N]), computed in float32 at least.
+
+    q [B, H, N, D], k and v [B, H_kv, M, D]. ``seen`` is True where a query sees a key, and broadcast to [B, H, N, M];
+    None: everywhere. ``sinks`` is broadcast to [B, H, N, 1].
+    """
     group = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))  # [B, H, N or M, D]
     scores = q_ @ k_.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, N, M]
-    if causal:
-        seen = causal_mask(q.shape[2], k.shape[2], window, q.device)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:  # one more key, of that score and of value zero
+        scores = torch.cat((scores, sinks.to(wide).expand(*scores.shape[:3], 1)), -1)
+        v_ = F.pad(v_, (0, 0, 0, 1))
     lse = scores.logsumexp(-1)  # [B, H, N]
     weights = scores.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0.0)
-    out = (weights @ v_).to(q.dtype)
-    return (out, lse.float()) if return_lse else out
+    return (weights @ v_).to(q.dtype), lse
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -122,7 +147,7 @@ def common_alignment(*tensors: Tensor) -> int:
 
 @triton.jit
 def _attend_keys(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, query, num_keys, scale_log2, window,
+    acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, query, num_keys, scale_log2, tanh_scale, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
     STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
@@ -141,8 +166,9 @@ def _attend_keys(
             key < num_keys, dim, D, BLOCK_D, MASKED, WIDEN,
         )  # fmt: skip
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window, CAUSAL, HAS_WINDOW, MASKED
-        )
+            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, tanh_scale, window,
+            CAUSAL, HAS_WINDOW, MASKED,
+        )  # fmt: skip
     return acc, row_max, row_sum
 
 
@@ -151,7 +177,7 @@ def _attend_keys(
 def _flash_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
-    num_heads, group, num_queries, num_keys, scale_log2, window,
+    num_heads, group, num_queries, num_keys, scale_log2, tanh_scale, window, sinks_ptr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr,
     STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, STRIDE_O: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -179,20 +205,19 @@ def _flash_kernel(
     begin, full_begin, full_end, end = seen_by_tile(first, last, num_keys, window, CAUSAL, HAS_WINDOW, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max, row_sum = start_softmax(sinks_ptr, head, BLOCK_M)
     if HAS_WINDOW:
         acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, q, k_ptr, v_ptr, begin, full_begin, query, num_keys,
-            scale_log2, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
+            scale_log2, tanh_scale, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
         )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, q, k_ptr, v_ptr, full_begin, full_end, query, num_keys,
-        scale_log2, window, CAUSAL, HAS_WINDOW, False, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
+        scale_log2, tanh_scale, window, CAUSAL, HAS_WINDOW, False, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
     )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, q, k_ptr, v_ptr, full_end, end, query, num_keys,
-        scale_log2, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
+        scale_log2, tanh_scale, window, CAUSAL, HAS_WINDOW, True, STRIDE_K, STRIDE_V, D, BLOCK_D, BLOCK_N, WIDEN,
     )  # fmt: skip
 
     out, lse = finish_softmax(acc, row_max, row_sum)

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.attention_tile import LOG2_E, attend_tile, finish_softmax, seen_by_tile
+from paged_infer.kernels.attention.attention_tile import (
+    attend_tile,
+    finish_softmax,
+    score_factors,
+    seen_by_tile,
+    start_softmax,
+)
 from paged_infer.kernels.attention.checks import check_dense_attention
 from paged_infer.kernels.attention.tile_table import TMA_HEAD_DIMS, Tile
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
@@ -24,8 +30,10 @@ TMA_TILE = Tile(128, 128, 8, 2)
 
 
 def flash_attention_tma(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, tile: Tile | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool = True, scale: float | None = None, tile: Tile | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Exact attention: q [B, H, N, D], k and v [B, H_kv, M, D] -> [B, H, N, D], as ``flash_attention`` gives it.
 
     Args:
@@ -35,7 +43,7 @@ def flash_attention_tma(
         ValueError: shapes, dtypes or devices do not fit together; head_dim is neither 64 nor 128; float32; a stride
             or an address is no multiple of 16 bytes; the device is older than sm90.
     """
-    check_dense_attention(q, k, v, causal, scale, None)
+    check_dense_attention(q, k, v, causal, scale, None, softcap, sinks)
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     if reason := why_not_tma(q, k, v):
@@ -49,7 +57,8 @@ def flash_attention_tma(
         _flash_tma_kernel,
         (triton.cdiv(num_queries, block_m) * batch * num_heads,),
         q, _described(k, block_n), _described(v, block_n), out, *q.stride()[:3],
-        num_heads, num_heads // k.shape[1], num_queries, num_keys, (dim**-0.5 if scale is None else scale) * LOG2_E,
+        num_heads, num_heads // k.shape[1], num_queries, num_keys,
+        *score_factors(dim**-0.5 if scale is None else scale, softcap), sinks,
         CAUSAL=causal, D=dim, BLOCK_M=block_m, BLOCK_N=block_n, WIDEN=must_widen(q),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
@@ -76,7 +85,7 @@ def _described(x: Tensor, rows: int) -> Any:
 
 @triton.jit
 def _attend_described(
-    acc, row_max, row_sum, q, k_desc, v_desc, batch, kv_head, begin, end, query, num_keys, scale_log2,
+    acc, row_max, row_sum, q, k_desc, v_desc, batch, kv_head, begin, end, query, num_keys, scale_log2, tanh_scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(begin, end, BLOCK_N):
@@ -86,7 +95,7 @@ def _attend_described(
             k, v = k.to(tl.float32), v.to(tl.float32)
         key = start + tl.arange(0, BLOCK_N)
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, 0, CAUSAL, False, MASKED
+            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, tanh_scale, 0, CAUSAL, False, MASKED
         )
     return acc, row_max, row_sum
 
@@ -94,7 +103,7 @@ def _attend_described(
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _flash_tma_kernel(
     q_ptr, k_desc, v_desc, out_ptr, stride_qb, stride_qh, stride_qn,
-    num_heads, group, num_queries, num_keys, scale_log2,
+    num_heads, group, num_queries, num_keys, scale_log2, tanh_scale, sinks_ptr,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -114,15 +123,14 @@ def _flash_tma_kernel(
     _, full_begin, full_end, end = seen_by_tile(first, last, num_keys, 0, CAUSAL, False, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max, row_sum = start_softmax(sinks_ptr, head, BLOCK_M)
     acc, row_max, row_sum = _attend_described(
         acc, row_max, row_sum, q, k_desc, v_desc, batch, head // group, full_begin, full_end, query,
-        num_keys, scale_log2, CAUSAL, False, D, BLOCK_N, WIDEN,
+        num_keys, scale_log2, tanh_scale, CAUSAL, False, D, BLOCK_N, WIDEN,
     )  # fmt: skip
     acc, row_max, row_sum = _attend_described(
         acc, row_max, row_sum, q, k_desc, v_desc, batch, head // group, full_end, end, query,
-        num_keys, scale_log2, CAUSAL, True, D, BLOCK_N, WIDEN,
+        num_keys, scale_log2, tanh_scale, CAUSAL, True, D, BLOCK_N, WIDEN,
     )  # fmt: skip
     out, _ = finish_softmax(acc, row_max, row_sum)
     place = out_ptr + (batch_head.to(tl.int64) * num_queries + row)[:, None] * D + dim[None, :]

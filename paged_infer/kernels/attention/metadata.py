@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+
+
+class ScoreOptions(TypedDict, total=False):
+    """How some models change the scores. A model passes only those that it sets; None is the default of each."""
+
+    scale: float | None  # the factor of the scores, above 0; None: 1/sqrt(k_dim)
+    softcap: float | None  # above 0: scaled scores become softcap * tanh(scores / softcap), before the mask (Gemma 2)
+    sinks: Tensor | None  # [H]: a learned logit per query head that joins the softmax's denominator (gpt-oss)
 
 
 @dataclass(slots=True)

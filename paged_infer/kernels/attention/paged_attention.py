@@ -30,6 +30,7 @@ def paged_attention(
     scale: float | None = None, window: int | None = None,
     num_decodes: int | None = None, max_query_len: int | None = None, max_seq_len: int | None = None,
     out: Tensor | None = None, return_lse: bool = False, shared: dict[Any, Any] | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Causal attention of packed queries over paged keys and values, in Triton: one kernel for decodes, one for chunks.
 
@@ -51,11 +52,14 @@ def paged_attention(
             query that sees no key.
         shared: a dict for what calls with the same index tensors and hints have in common, such as those of all
             layers of a step: the splits of decodes.
+        softcap, sinks: as in ``flash_attention``; sinks is [H], one logit per query head.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or (without hints) an index is out of range.
     """
-    check_paged_attention(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, out)
+    check_paged_attention(
+        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, out, softcap, sinks
+    )
     if num_decodes is None or max_query_len is None:
         bounds = query_start_loc.tolist()
         check_index_values(block_tables, seq_lens.tolist(), bounds, q.shape[0], k_cache)
@@ -74,10 +78,9 @@ def paged_attention(
     lse = torch.empty(q.shape[:2] if return_lse else (0, 0), dtype=torch.float32, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and may overflow 32 bits
-    rows = (block_tables, seq_lens, query_start_loc)
-    shared = {} if shared is None else shared
-    paged_decode(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_seq_len, shared)
-    paged_prefill(q, k_cache, v_cache, *rows, out, lse, scale, window, num_decodes, max_query_len)
+    given = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, out, lse, scale, window, num_decodes)
+    paged_decode(*given, max_seq_len, {} if shared is None else shared, softcap, sinks)
+    paged_prefill(*given, max_query_len, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -85,6 +88,7 @@ def paged_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *,
     block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     scale: float | None = None, window: int | None = None, return_lse: bool = False,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """``paged_attention`` in plain torch, one sequence at a time, without hints."""
     block_size = k_cache.shape[1]
@@ -100,7 +104,8 @@ def paged_attention_reference(
         k, v = (cache.flatten(0, 1)[slots].transpose(0, 1)[None] for cache in (k_cache, v_cache))
         # [1, H, N, D] and [1, H_kv, length, D]
         dense, dense_lse = flash_attention_reference(
-            q[queries].transpose(0, 1)[None], k, v, scale=scale, window=window, return_lse=True
-        )
+            q[queries].transpose(0, 1)[None], k, v,
+            scale=scale, window=window, return_lse=True, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
         out[queries], lse[queries] = dense[0].transpose(0, 1), dense_lse[0].T
     return (out, lse) if return_lse else out

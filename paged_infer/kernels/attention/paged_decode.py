@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.attention_tile import LOG2_E, finish_softmax, max_registers, padded
+from paged_infer.kernels.attention.attention_tile import (
+    finish_softmax,
+    max_registers,
+    padded,
+    score_factors,
+    start_softmax,
+)
 from paged_infer.kernels.attention.decode_plan import plan_decode, split_bounds
 from paged_infer.kernels.attention.paged_prefill import attend_blocks
 from paged_infer.kernels.attention.tiles import decode_tiles
@@ -32,6 +38,7 @@ _COMBINED_AT_ONCE = 32
 def paged_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     out: Tensor, lse: Tensor, scale: float, window: int | None, num_rows: int, max_seq_len: int, shared: dict[Any, Any],
+    softcap: float | None, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the first ``num_rows`` rows.
 
@@ -57,7 +64,8 @@ def paged_decode(
         _decode_kernel,
         (num_kv_heads * head_tiles, bounds.max_items),
         q, k_cache, v_cache, out, lse, partial_out, partial_lse, block_tables, seq_lens, query_start_loc,
-        *(plan[:2] if plan else (None, None)), num_rows, block_tables.stride(0), scale * LOG2_E, window or 0,
+        *(plan[:2] if plan else (None, None)), num_rows, block_tables.stride(0),
+        *score_factors(scale, softcap), window or 0, sinks,
         HAS_WINDOW=window is not None, SAVE_LSE=lse.numel() > 0, IS_SPLIT=is_split,
         NUM_HEADS=num_heads, GROUP=group, HEAD_TILES=head_tiles, BLOCK_G=block_g,
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
@@ -81,7 +89,7 @@ def paged_decode(
 @triton.jit(do_not_specialize=["num_rows", "stride_table"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr, seq_lens_ptr,
-    query_start_loc_ptr, starts_ptr, item_rows_ptr, num_rows, stride_table, scale_log2, window,
+    query_start_loc_ptr, starts_ptr, item_rows_ptr, num_rows, stride_table, scale_log2, tanh_scale, window, sinks_ptr,
     HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_G: tl.constexpr,
     STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr,
@@ -123,17 +131,18 @@ def _decode_kernel(
     table_ptr = tables_ptr + row.to(tl.int64) * stride_table
 
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_G], tl.float32)
+    row_max, row_sum = start_softmax(sinks_ptr, tl.minimum(head, NUM_HEADS - 1), BLOCK_G)
+    if IS_SPLIT and sinks_ptr is not None:  # only the first split counts the sink
+        row_max, row_sum = tl.where(split == 0, row_max, float("-inf")), tl.where(split == 0, row_sum, 0.0)
     # The window is cut exactly at first_key, so only the last tile of a split needs a mask.
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, begin, full_end, query,
-        length, scale_log2, window, False, False, D, BLOCK_D, BLOCK_N,
+        length, scale_log2, tanh_scale, window, False, False, D, BLOCK_D, BLOCK_N,
         STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_end, end, query,
-        end, scale_log2, window, False, True, D, BLOCK_D, BLOCK_N,
+        end, scale_log2, tanh_scale, window, False, True, D, BLOCK_D, BLOCK_N,
         STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
     out, lse = finish_softmax(acc, row_max, row_sum)

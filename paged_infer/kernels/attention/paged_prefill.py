@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from paged_infer.kernels.attention.attention_tile import (
-    LOG2_E,
     attend_tile,
     finish_softmax,
     load_tiles,
     max_registers,
     padded,
+    score_factors,
     seen_by_tile,
+    start_softmax,
 )
 from paged_infer.kernels.attention.tiles import prefill_tiles
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
@@ -24,6 +25,7 @@ from paged_infer.kernels.triton_runtime import capability, launch, must_widen, t
 def paged_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     out: Tensor, lse: Tensor, scale: float, window: int | None, first_row: int, max_query_len: int,
+    softcap: float | None, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the rows from ``first_row`` on."""
     num_heads, dim = q.shape[1:]
@@ -33,7 +35,7 @@ def paged_prefill(
         _prefill_kernel,
         (triton.cdiv(max_query_len, block_m), num_heads, seq_lens.shape[0] - first_row),
         q, k_cache, v_cache, out, lse, block_tables, seq_lens, query_start_loc,
-        block_tables.stride(0), first_row, scale * LOG2_E, window or 0,
+        block_tables.stride(0), first_row, *score_factors(scale, softcap), window or 0, sinks,
         HAS_WINDOW=window is not None, SAVE_LSE=lse.numel() > 0,
         NUM_HEADS=num_heads, GROUP=group,
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
@@ -46,7 +48,7 @@ def paged_prefill(
 @triton.jit
 def attend_blocks(
     acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, begin, end, query, num_keys,
-    scale_log2, window,
+    scale_log2, tanh_scale, window,
     HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +65,9 @@ def attend_blocks(
         offsets = offset[:, None] + dim[None, :]  # [N, D]
         k, v = load_tiles(k_ptr + offsets, v_ptr + offsets, key < num_keys, dim, D, BLOCK_D, MASKED, WIDEN)
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, window, True, HAS_WINDOW, MASKED
-        )
+            acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, tanh_scale, window,
+            True, HAS_WINDOW, MASKED,
+        )  # fmt: skip
     return acc, row_max, row_sum
 
 
@@ -72,7 +75,7 @@ def attend_blocks(
 @triton.jit(do_not_specialize=["stride_table", "first_row"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tables_ptr, seq_lens_ptr, query_start_loc_ptr,
-    stride_table, first_row, scale_log2, window,
+    stride_table, first_row, scale_log2, tanh_scale, window, sinks_ptr,
     HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr,
     STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -103,22 +106,21 @@ def _prefill_kernel(
     begin, full_begin, full_end, end = seen_by_tile(first, last, num_keys, window, True, HAS_WINDOW, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max, row_sum = start_softmax(sinks_ptr, head, BLOCK_M)
     if HAS_WINDOW:
         acc, row_max, row_sum = attend_blocks(
             acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, begin, full_begin, query,
-            num_keys, scale_log2, window, HAS_WINDOW, True, D, BLOCK_D, BLOCK_N,
+            num_keys, scale_log2, tanh_scale, window, HAS_WINDOW, True, D, BLOCK_D, BLOCK_N,
             STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
         )  # fmt: skip
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_begin, full_end, query,
-        num_keys, scale_log2, window, HAS_WINDOW, False, D, BLOCK_D, BLOCK_N,
+        num_keys, scale_log2, tanh_scale, window, HAS_WINDOW, False, D, BLOCK_D, BLOCK_N,
         STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_end, end, query,
-        num_keys, scale_log2, window, HAS_WINDOW, True, D, BLOCK_D, BLOCK_N,
+        num_keys, scale_log2, tanh_scale, window, HAS_WINDOW, True, D, BLOCK_D, BLOCK_N,
         STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
     )  # fmt: skip
 

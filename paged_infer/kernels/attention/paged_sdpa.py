@@ -16,39 +16,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paged_infer.kernels.attention.flash_attention import causal_mask
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.flash_attention import attend_seen, causal_mask
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 
 
 def paged_attention_batched(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
+    **scores: Unpack[ScoreOptions],
+) -> Tensor:  # fmt: skip
     """q [T, H, D]; caches [num_blocks + 1, block_size, H_kv, D], the last block zero -> [T, H, D]."""
     key = ("decodes", window)
     if key not in step.plan:
         step.plan[key] = _decode_plans(k_cache, step, window)
     out = torch.empty_like(q)
     for decode in step.plan[key]:
-        out[decode.rows] = _decode(q[decode.rows], k_cache, v_cache, decode)
-    attend_chunks(out, q, k_cache, v_cache, step, window)
+        out[decode.rows] = _decode(q[decode.rows], k_cache, v_cache, decode, **scores)
+    attend_chunks(out, q, k_cache, v_cache, step, window, **scores)
     return out
 
 
 def attend_chunks(
-    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, window: int | None
-) -> None:
+    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, window: int | None,
+    **scores: Unpack[ScoreOptions],
+) -> None:  # fmt: skip
     """Fill the part of ``out`` [T, H, D] that belongs to the rows after the decodes."""
     key = ("chunks", window)
     if key not in step.plan:
         step.plan[key] = _chunk_plans(k_cache, step, window)
     for chunk in step.plan[key]:
-        out[chunk.rows] = _chunk(q[chunk.rows], k_cache, v_cache, chunk)
+        out[chunk.rows] = _chunk(q[chunk.rows], k_cache, v_cache, chunk, **scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +107,22 @@ def similar_rows(lengths: ReadOnlyList[int], worth_a_split: int) -> list[slice]:
     return runs
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _DecodePlan) -> Tensor:
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _DecodePlan,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     num_kv_heads, dim = k_cache.shape[2:]
     batch, num_heads, _ = q.shape
     shape = (batch * num_kv_heads, -1, dim)
     k = k_cache.view(-1, dim).index_select(0, plan.reads).view(shape)  # [B * H_kv, L, D]
     v = v_cache.view(-1, dim).index_select(0, plan.reads).view(shape)
     grouped = q.reshape(batch * num_kv_heads, num_heads // num_kv_heads, dim)
-    scores = torch.baddbmm(plan.mask, grouped, k.transpose(1, 2), alpha=dim**-0.5)  # [B * H_kv, group, L]
+    if softcap is not None or sinks is not None:  # the query heads of a group are queries of their key head
+        grouped, k, v, seen = (x.unflatten(0, (batch, num_kv_heads)) for x in (grouped, k, v, plan.mask == 0))
+        own = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+        return attend_seen(grouped, k, v, seen, scale, softcap, own)[0].view(batch, num_heads, dim)
+    scale = dim**-0.5 if scale is None else scale
+    scores = torch.baddbmm(plan.mask, grouped, k.transpose(1, 2), alpha=scale)  # [B * H_kv, group, L]
     return torch.bmm(scores.softmax(-1), v).view(batch, num_heads, dim)
 
 
@@ -136,15 +147,31 @@ def _chunk_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) -
     return plans
 
 
-def _chunk(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _ChunkPlan) -> Tensor:
+def _chunk(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _ChunkPlan, **scores: Unpack[ScoreOptions]) -> Tensor:
     k = k_cache.flatten(0, 1).index_select(0, chunk.slots)  # [context, H_kv, D]
     v = v_cache.flatten(0, 1).index_select(0, chunk.slots)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],  # [1, H, N, D]
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or H_kv, N or context, D]
+    return masked_sdpa(q, k, v, chunk.mask, **scores)[0].transpose(0, 1)
+
+
+_MAX_SCORES = 1 << 26  # held at once, in float32
+
+
+def masked_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """q [B, H, N, D], k and v [B, H_kv, M, D] -> [B, H, N, D] by torch's fused attention, or in plain torch.
+
+    Fused attention has neither a soft cap nor sinks. ``mask`` [..., N, M] is True where a query sees a key; None: plain
+    causal, N = M.
+    """
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    mask = causal_mask(q.shape[2], k.shape[2], None, q.device) if mask is None else mask
+    num_queries = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = zip(q.split(num_queries, 2), mask.split(num_queries, -2), strict=True)
+    own = None if sinks is None else sinks[:, None, None]
+    return torch.cat([attend_seen(part, k, v, seen, scale, softcap, own)[0] for part, seen in parts], 2)

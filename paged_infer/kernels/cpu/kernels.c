@@ -45,6 +45,16 @@ INLINE float fast_exp(float x) {
     return y > -126.0f ? small : (y == y ? 0.0f : y);
 }
 
+/* To 2e-7 of its value, without a branch. Near 0, where the formula cancels, it is a polynomial. NaN stays NaN. */
+INLINE float fast_tanh(float x) {
+    float square = x * x, power = fast_exp(-2.0f * fabsf(x)), far = (1.0f - power) / (1.0f + power);
+    float near = 0.01728459f;
+    near = near * square - 0.05313979f;
+    near = near * square + 0.13328335f;
+    near = near * square - 0.3333328f;
+    return square < 0.3f ? x + x * square * near : (x < 0.0f ? -far : far);
+}
+
 INLINE float dot(const float *a, const stored *b, int64_t n) {
     float sum = 0.0f;
     for (int64_t i = 0; i < n; i++) sum += a[i] * load(b[i]);
@@ -163,13 +173,15 @@ void argmax(int64_t *places, stored *values, const stored *logits, int64_t num_r
 #define MAX_TASK_WIDTH 4096 /* elements of the query heads of one task */
 
 /* One sequence and some adjacent key heads of it: online softmax (Milakov 2018) over keys first..length-1, tile by
-   tile. Keys and values are read in place, all heads of a token together. */
+   tile. Keys and values are read in place, all heads of a token together. With a softcap > 0, a score becomes softcap *
+   tanh(score / softcap). A head's sink, if there are sinks, is a key of that score and of value zero. */
 INLINE void attend_row(stored *out, const stored *q, const stored *keys, const stored *values, const int32_t *table,
                        int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t block_size,
-                       int64_t slot_stride, float scale) {
+                       int64_t slot_stride, float scale, float softcap, const float *sinks) {
     int64_t num_heads = num_kv * group, place[TILE];
+    if (softcap > 0.0f) scale /= softcap;
     float acc[MAX_TASK_WIDTH], query[MAX_TASK_WIDTH], score[num_heads][TILE], largest[num_heads], total[num_heads];
-    for (int64_t h = 0; h < num_heads; h++) largest[h] = -INFINITY, total[h] = 0.0f;
+    for (int64_t h = 0; h < num_heads; h++) largest[h] = sinks ? sinks[h] : -INFINITY, total[h] = sinks ? 1.0f : 0.0f;
     for (int64_t i = 0; i < num_heads * dim; i++) acc[i] = 0.0f, query[i] = load(q[i]) * scale;
     int64_t block = first / block_size, offset = first % block_size;
     for (int64_t start = first; start < length; start += TILE) {
@@ -184,10 +196,12 @@ INLINE void attend_row(stored *out, const stored *q, const stored *keys, const s
                     score[h][i] = dot(query + h * dim, keys + place[i] + kv * dim, dim);
         for (int64_t h = 0; h < num_heads; h++) {
             float top = largest[h], sum = 0.0f;
+            if (softcap > 0.0f)
+                for (int64_t i = 0; i < n; i++) score[h][i] = softcap * fast_tanh(score[h][i]);
             for (int64_t i = 0; i < n; i++) top = score[h][i] > top ? score[h][i] : top;
             for (int64_t i = 0; i < n; i++) score[h][i] = fast_exp(score[h][i] - top);
             for (int64_t i = 0; i < n; i++) sum += score[h][i];
-            float shrink = start == first ? 0.0f : fast_exp(largest[h] - top);
+            float shrink = start == first && !sinks ? 0.0f : fast_exp(largest[h] - top);
             for (int64_t d = 0; d < dim; d++) acc[h * dim + d] *= shrink;
             total[h] = total[h] * shrink + sum;
             largest[h] = top;
@@ -202,12 +216,12 @@ INLINE void attend_row(stored *out, const stored *q, const stored *keys, const s
         for (int64_t d = 0; d < dim; d++) out[h * dim + d] = store(acc[h * dim + d] / total[h]);
 }
 
-/* One query per sequence: q and out [B, H, D], q with row stride q_stride; caches [num_slots, H_kv, D].
+/* One query per sequence: q and out [B, H, D], q with row stride q_stride; caches [num_slots, H_kv, D]; sinks [H].
    The query heads of a group, H / H_kv * D elements, must fit MAX_TASK_WIDTH. */
 void paged_decode(stored *out, const stored *q, const stored *k_cache, const stored *v_cache, const int32_t *tables,
-                  const int32_t *lengths, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads, int64_t dim,
-                  int64_t block_size, int64_t table_stride, int64_t q_stride, int64_t window, float scale,
-                  int threads) {
+                  const int32_t *lengths, const float *sinks, int64_t num_rows, int64_t num_heads,
+                  int64_t num_kv_heads, int64_t dim, int64_t block_size, int64_t table_stride, int64_t q_stride,
+                  int64_t window, float scale, float softcap, int threads) {
     int64_t group = num_heads / num_kv_heads, slot_stride = num_kv_heads * dim;
     int64_t together = MAX_TASK_WIDTH / (group * dim); /* key heads per task: all, if that leaves enough tasks */
     if (together > num_kv_heads) together = num_kv_heads;
@@ -221,9 +235,11 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
             const int32_t *table = tables + row * table_stride;
             const stored *queries = q + row * q_stride + head * group * dim;
             const stored *keys = k_cache + head * dim, *values = v_cache + head * dim;
+            const float *own = sinks ? sinks + head * group : 0;
             stored *result = out + (row * num_heads + head * group) * dim;
 #define ATTEND(D) \
-    attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, block_size, slot_stride, scale)
+    attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, block_size, slot_stride, scale, \
+               softcap, own)
             switch (dim) { /* loops over a constant dimension are unrolled */
                 case 32: ATTEND(32); break;
                 case 64: ATTEND(64); break;

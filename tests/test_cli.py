@@ -128,7 +128,7 @@ def test_info_shows_the_formula_with_its_numbers():
     ("arguments", "message"),
     [
         (("generate", "x", "--model", "no/such-model"), "no/such-model"),
-        (("generate", "x", "--model", "./no/such/folder"), "neither a folder nor a hub id"),
+        (("generate", "x", "--model", "./no/such/folder"), "neither a folder, nor a GGUF file, nor a hub id"),
         (("generate", "x", "--top-p", "0"), "top_p=0"),
         (("generate", "x", "--attention-backend", "abacus"), "abacus"),
         (("generate", ""), "the prompt is empty"),

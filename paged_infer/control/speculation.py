@@ -40,7 +40,7 @@ class SpeculativeConfig(Checked):
     Args:
         method: one of ``METHODS``.
         num_speculative_tokens: the most tokens drafted for a sequence in a step.
-        model: the draft model's folder or hub id, in Hugging Face format; for ``draft_model`` only.
+        model: the draft model's folder, GGUF file or hub id; for ``draft_model`` only.
         prompt_lookup_max: for ``ngram``, the most last tokens to look up; the longest match is used.
         prompt_lookup_min: the fewest. If only one of the two is given it is both; by default they are 5.
 
@@ -79,7 +79,7 @@ class SpeculativeConfig(Checked):
             self._check_ngram()
             return
         if not isinstance(self.model, (str, Path)) or not str(self.model):
-            raise self._refuse("model", "draft_model needs a folder or hub id")
+            raise self._refuse("model", "draft_model needs a folder, GGUF file or hub id")
         for name in ("prompt_lookup_max", "prompt_lookup_min"):
             if getattr(self, name) is not None:
                 raise self._refuse(name, "used by ngram only")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_infer.text.chat_template import check_text, checked_messages, fitted_messages
+from paged_infer.text.gguf_tokenizer import gguf_tokenizer
 from paged_infer.text.token_lengths import max_token_characters
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are not UTF-8
@@ -32,11 +33,20 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | PathLike[str]) -> Tokenizer | None:
-        """The tokenizer of a local checkpoint folder or of a hub id; None for a folder without one.
+        """The tokenizer of a local checkpoint folder, a GGUF file or a hub id; None for one that has none.
 
         Without a tokenizer the engine serves token ids. Files that cannot be read are a ValueError.
         """
         folder = Path(path_or_id)
+        if folder.is_file():
+            from paged_infer.model.loading.gguf_file import read_gguf
+
+            file = read_gguf(folder)
+            try:
+                found = gguf_tokenizer(file)
+            except ValueError as error:
+                raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
+            return None if found is None else cls(found)
         if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
             return None
         from transformers import AutoTokenizer

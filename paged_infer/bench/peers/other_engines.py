@@ -10,6 +10,7 @@ through what their own offline benchmarks use: ``LLM(...).generate``.
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -211,21 +212,23 @@ def _untimed(llm: Any, params: Callable[[Workload], list[Any]], **options: Any) 
 
 
 def save_for_peers(llm: Any, parent: Path) -> str:
-    """A folder with the weights of ``llm``: its own, or its random ones as a checkpoint, with a tokenizer of one word.
+    """A folder with the weights of ``llm``: its own; random ones, or those of a GGUF file, are saved as a checkpoint
+    with a tokenizer of one word.
 
     Peers that take token ids still want to load a tokenizer.
     """
-    if llm.engine.config.load_format != "dummy":
+    if llm.engine.config.load_format != "dummy" and llm.folder.is_dir():
         return str(llm.folder)
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    from paged_infer.model.loading.checkpoint import config_dict
     from paged_infer.model.loading.load import checkpoint_views
 
-    folder = parent / llm.folder.name
+    folder = parent / llm.folder.name.removesuffix(".gguf")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_bytes((llm.folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config_dict(llm.folder)), encoding="utf-8")
     tensors = {name: view.contiguous().cpu() for name, view in checkpoint_views(llm.engine.decoder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     words = Tokenizer(models.WordLevel({"<|end|>": 0}, unk_token="<|end|>"))

@@ -14,6 +14,8 @@ from paged_infer.bench.workloads import Workload
 from paged_infer.cache.spec import kv_bytes_per_token
 from paged_infer.engine.kv_usage import KVUsage
 from paged_infer.llm import LLM
+from paged_infer.model.loading.checkpoint import config_dict
+from paged_infer.model.loading.gguf_file import is_gguf
 from paged_infer.model.loading.load import checkpoint_views
 from paged_infer.params import SamplingParams
 
@@ -59,30 +61,32 @@ def transformers_baselines(llm: LLM) -> dict[str, System]:
 
 
 def transformers_model(llm: LLM) -> Any:
-    """The same checkpoint in transformers, read by transformers; random weights are the engine's own, not a copy.
+    """The same checkpoint in transformers, read by transformers; random weights, and those of a GGUF file, are the
+    engine's own, not a copy.
 
     Raises:
-        ValueError: random weights of a family with buffers that transformers does not create on a given device.
+        ValueError: the engine's weights, of a family with buffers that transformers does not create on a given device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading; a bench shows its own
     decoder, device = llm.engine.decoder, llm.engine.device
-    if llm.engine.config.load_format != "dummy":
+    is_file = is_gguf(llm.folder)
+    if llm.engine.config.load_format != "dummy" and not is_file:
         model = AutoModelForCausalLM.from_pretrained(llm.folder, dtype=decoder.dtype, local_files_only=True)
         return model.to(device).eval()
-    config = AutoConfig.from_pretrained(llm.folder)
+    config = AutoConfig.for_model(**config_dict(llm.folder)) if is_file else AutoConfig.from_pretrained(llm.folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=decoder.dtype)
     model.load_state_dict(checkpoint_views(decoder), strict=False, assign=True)
     model.tie_weights()
-    rotary = getattr(model.model, "rotary_emb", None)
+    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     if rotary is not None:
         model.model.rotary_emb = type(rotary)(config).to(device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise ValueError(f"load_format='dummy': transformers' {config.model_type} lacks {', '.join(left)}")
+        raise ValueError(f"weights of the engine: transformers' {config.model_type} lacks {', '.join(left)}")
     return model.eval().requires_grad_(False)
 
 

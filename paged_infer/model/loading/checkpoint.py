@@ -1,0 +1,57 @@
+"""A checkpoint on disk, a folder in Hugging Face format or a GGUF file: its config and its tensors, by one naming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.config_reader import read_json
+from paged_infer.model.loading import gguf_model, safetensors
+from paged_infer.model.loading.gguf_file import GgufTensor, is_gguf, read_gguf
+from paged_infer.model.loading.safetensors import StoredTensor
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model's settings.
+
+    Raises:
+        ValueError: a file that cannot be read, or a setting that is not supported; the message names the file.
+    """
+    if not is_gguf(path):
+        return ModelConfig.from_pretrained(path)
+    raw = config_dict(path)
+    try:
+        return ModelConfig.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_dict(path: Path) -> dict[str, Any]:
+    """The content of config.json, or what it would be for a GGUF file."""
+    if not is_gguf(path):
+        return read_json(path / "config.json")
+    file = read_gguf(path)
+    try:
+        return gguf_model.config_dict(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def list_tensors(path: Path) -> list[StoredTensor]:
+    """All tensors by the headers of the checkpoint's files; no weights are read.
+
+    Raises:
+        ValueError: a file that is missing, truncated or unreadable.
+    """
+    return [*gguf_model.list_tensors(read_gguf(path))] if is_gguf(path) else safetensors.list_tensors(path)
+
+
+def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each of ``wanted`` under its key, as a checkpoint in Hugging Face format stores it, one at a time."""
+    yield from ((key, stored.read()) for key, stored in wanted.items() if isinstance(stored, GgufTensor))
+    others = {key: stored for key, stored in wanted.items() if not isinstance(stored, GgufTensor)}
+    yield from safetensors.read_tensors(others)

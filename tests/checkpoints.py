@@ -27,6 +27,8 @@ _ROPE_FAMILY: dict[str, Any] = {
     "head_dim": 24,
     "max_position_embeddings": 512,
 }
+GEMMA = {"query_pre_attn_scalar": 37, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 # name -> (model_type, settings, save_pretrained options)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 512}, {}),
@@ -46,6 +48,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "qwen3": ("qwen3", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {}),
+    "olmo2": ("olmo2", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {"max_shard_size": "400KB"}),
+    "smollm3": (
+        "smollm3",
+        {**_ROPE_FAMILY, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 13},
+        {},
+    ),
+    "granite": (
+        "granite",
+        {
+            **_ROPE_FAMILY,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.31,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+        },
+        {},
+    ),
+    "gemma2": ("gemma2", {**_ROPE_FAMILY, "sliding_window": 11, **GEMMA}, {"max_shard_size": "400KB"}),
+    "gemma3": (
+        "gemma3_text",
+        {**_ROPE_FAMILY, "sliding_window": 13, "layer_types": GEMMA3_LAYERS, **GEMMA, "attn_logit_softcapping": None},
+        {},
+    ),
+    "phi3": ("phi3", {**_ROPE_FAMILY, "sliding_window": 15, "partial_rotary_factor": 0.75}, {}),
     "qwen3-untied": ("qwen3", {**_ROPE_FAMILY, "head_dim": 80, "attention_bias": True}, {"max_shard_size": "400KB"}),
 }
 

@@ -56,7 +56,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     is_measured = device.type == "cuda" and config.num_blocks is None
     profiler = MemoryProfiler.start(CudaMeter(device)) if is_measured else None
     tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory: it may be refused
-    decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed)
+    decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed, max_model_len=config.max_model_len)
     draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights
     profile = None
     if profiler is not None:

@@ -44,7 +44,7 @@ def load_draft(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | Non
         return None
     folder = resolve_model(config.speculation.model)
     seed = config.seed if config.load_format == "dummy" else None
-    draft = load_decoder(folder, target.dtype, target.device, ops, dummy_seed=seed)
+    draft = load_decoder(folder, target.dtype, target.device, ops, dummy_seed=seed, max_model_len=config.max_model_len)
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(
             f"speculative_config: model={str(folder)!r} has a vocabulary of {draft.config.vocab_size} tokens, "

@@ -26,7 +26,7 @@ from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 class Ops(NamedTuple):
     """One implementation of each operation, with the signature of the function of that name."""
 
-    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     qk_norm_rope: Callable[..., Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

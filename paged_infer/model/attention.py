@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_infer.cache.spec import Cache, SlottedCache
-from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
@@ -19,7 +19,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
-        self.layer, self.ops, self.eps = layer, ops, config.norm_eps
+        self.layer, self.ops, self.eps, self.norm_offset = layer, ops, config.norm_eps, config.norm_offset
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -28,10 +28,14 @@ class Attention(nn.Module):
         # One weight per head, so that queries and keys are normalised in one pass though their weights differ.
         norm_shape = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
+        self.normalises_heads = config.qk_norm == "head"
+        self.scores = score_options(config)
 
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: AttentionMetadata) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], num_qk + self.num_kv_heads, self.head_dim)  # [T, H + 2 H_kv, D]
+        if self.qk_norm_weight is not None and not self.normalises_heads:
+            self._normalise_width(qkv, self.qk_norm_weight)
         qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
         fuses = self.ops.fuses_store and rope is not None
         slotted = cache if fuses and isinstance(cache, SlottedCache) else None
@@ -41,12 +45,32 @@ class Attention(nn.Module):
                 *rope,
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
-                norm_weight=self.qk_norm_weight,
+                norm_weight=self.qk_norm_weight if self.normalises_heads else None,
                 eps=self.eps,
+                norm_offset=self.norm_offset,
                 **({} if slotted is None else slotted.slots(self.layer, step)),
             )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         out = (
-            cache.attend(self.layer, q, k, v, step) if slotted is None else slotted.attend_stored(self.layer, q, step)
+            cache.attend(self.layer, q, k, v, step, **self.scores)
+            if slotted is None
+            else slotted.attend_stored(self.layer, q, step, **self.scores)
         )  # [T, H, D]
         return self.output(out.reshape(x.shape[0], -1))
+
+    def _normalise_width(self, qkv: Tensor, weight: Tensor) -> None:
+        """RMSNorm of all query heads at once, and of all key heads, in place (OLMo-2)."""
+        for heads in (slice(self.num_heads), slice(self.num_heads, self.num_heads + self.num_kv_heads)):
+            wide = qkv[:, heads].flatten(1)  # [T, H D], a view
+            normed, _ = self.ops.add_rms_norm(wide, None, weight[heads].flatten(), self.eps, self.norm_offset)
+            wide.copy_(normed)
+
+
+def score_options(config: ModelConfig) -> ScoreOptions:
+    """What the attention kernels must know of a model beside the sizes; empty for most models."""
+    options: ScoreOptions = {}
+    if config.attention_scale is not None and config.attention_scale != config.head_dim**-0.5:
+        options["scale"] = config.attention_scale
+    if config.softcap is not None:
+        options["softcap"] = config.softcap
+    return options

@@ -1,4 +1,4 @@
-"""ModelConfig: the settings that make one decoder GPT-2, Llama, Mistral, Qwen2 or Qwen3.
+"""ModelConfig: the settings that make one decoder GPT-2, Llama, Gemma, Phi or any other of ``families.FAMILIES``.
 
 The families differ only by the settings below. Each is read from the ``config.json`` that transformers writes; a value
 that this decoder does not support is refused by name, so a checkpoint never runs as a different model.
@@ -10,12 +10,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from paged_infer.model.config_keys import GENERATION_DEFAULTS, KEYS_WITHOUT_EFFECT, UNSUPPORTED_KEYS
 from paged_infer.model.config_reader import ConfigReader, read_json
 from paged_infer.model.families import FAMILIES
-from paged_infer.model.rope_config import Llama3RopeScaling
+from paged_infer.model.rope_config import RopeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +35,50 @@ class ModelConfig:
     max_position_embeddings: int
     norm: str = "rms"  # "rms" or "layer" (LayerNorm with bias)
     norm_eps: float = 1e-6
-    activation: str = "silu"  # a value of families.ACTIVATIONS
+    norm_offset: float = 0.0  # Gemma: a norm multiplies by 1 + weight
+    pre_norm: bool = True  # each sublayer's input is normalised
+    post_norm: bool = False  # each sublayer's output is normalised, before it joins the residual stream
+    activation: str = "silu"  # a value of families.common.ACTIVATIONS
     gated_mlp: bool = True  # SwiGLU: act(gate) * up; else the plain two-matrix MLP
     learned_positions: bool = False  # GPT-2's table of positions instead of RoPE
-    rope_theta: float = 10_000.0
-    rope_linear_factor: float = 1.0
-    rope_llama3: Llama3RopeScaling | None = None
+    ropes: tuple[RopeConfig | None, ...] = ()  # one per layer, None: no RoPE there; (): that of RoFormer in each
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False  # Qwen3: RMSNorm of each query and key head before RoPE
+    qk_norm: Literal["head", "width"] | None = None  # RMSNorm before RoPE, of each head (Qwen3) or all at once (OLMo-2)
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # Gemma 2: scores become softcap * tanh(scores / softcap)
+    logits_softcap: float | None = None  # the same of the logits
+    logits_scaling: float = 1.0  # Granite: divides the logits
+    embedding_multiplier: float = 1.0  # Granite, Gemma; rounded to the weights' dtype
+    residual_multiplier: float = 1.0  # Granite: of each sublayer's output
     sliding_windows: tuple[int | None, ...] = ()  # one per layer; None attends to all earlier tokens
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of the saved weights, by config.json
+    max_model_len: int | None = None  # the longest sequence that is computed, if less than max_position_embeddings
+
+    def __post_init__(self) -> None:
+        if not self.ropes:
+            rope = None if self.learned_positions else RopeConfig(rotary_dim=self.head_dim)
+            object.__setattr__(self, "ropes", (rope,) * self.num_layers)
 
     @property
     def num_parameters(self) -> int:
         """Weights of the decoder, tied ones counted once."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         mlp = self.hidden_size * self.intermediate_size * (3 if self.gated_mlp else 2)
-        norms = self.hidden_size * (2 if self.norm == "rms" else 4)
+        norm = self.hidden_size * (1 if self.norm == "rms" else 2)
+        norms = norm * 2 * (self.pre_norm + self.post_norm)
         biases = self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         biases += self.output_bias * self.hidden_size
         biases += self.mlp_bias * (self.hidden_size + self.intermediate_size * (2 if self.gated_mlp else 1))
-        per_layer = attention + mlp + norms + biases + self.qk_norm * 2 * self.head_dim
+        heads_normed = {"head": 2, "width": self.num_heads + self.num_kv_heads, None: 0}[self.qk_norm]
+        per_layer = attention + mlp + norms + biases + heads_normed * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         embeddings += self.learned_positions * self.max_position_embeddings * self.hidden_size
-        return embeddings + self.num_layers * per_layer + norms // 2
+        return embeddings + self.num_layers * per_layer + norm
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> ModelConfig:
@@ -104,8 +119,6 @@ class ModelConfig:
             raise ValueError(
                 f"num_attention_heads={config.num_heads} is not a multiple of num_key_value_heads={config.num_kv_heads}"
             )
-        if not config.learned_positions and config.head_dim % 2:
-            raise ValueError(f"head_dim={config.head_dim}: must be even, because RoPE rotates pairs")
         if unread := [key for key in reader.unread() if key not in KEYS_WITHOUT_EFFECT]:
             logger.warning("config.json: %s: without effect, here and in transformers", ", ".join(unread))
         _warn_about_defaults(raw if generation is None else generation, is_own_file=generation is not None)

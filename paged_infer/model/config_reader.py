@@ -55,6 +55,10 @@ class ConfigReader:
             raise ValueError(f"{self._name}{key}={value!r}: must be a number > 0")
         return float(value)
 
+    def number_or_none(self, key: str, default: float | None = None) -> float | None:
+        """As ``number``, but null is allowed and gives None."""
+        return None if self.value(key, default) is None else self.number(key, default)  # type: ignore[arg-type]
+
     def only(self, **expected: Any) -> None:
         """Refuse any other value of these keys. Null and a missing key are accepted."""
         for key, allowed in expected.items():

@@ -23,25 +23,34 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.layers import MLP, RotaryEmbedding, make_embedding, make_norm
+from paged_infer.model.layers import MLP, AddOnly, distinct_ropes, make_embedding, make_norm, make_rotary
 from paged_infer.model.linear import Linear, MethodOf, PackedMethod
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config, ops)
+        self.attention_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
         self.attention = Attention(config, layer, ops)
-        self.mlp_norm = make_norm(config, ops)
+        self.mlp_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
         self.mlp = MLP(config, ops)
+        self.attention_output_norm = make_norm(config, ops) if config.post_norm else None
+        self.mlp_output_norm = make_norm(config, ops) if config.post_norm else None
+        self.residual_multiplier = config.residual_multiplier
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rope: Rope | None, cache: Cache, step: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
         """The last sublayer's output and the residual stream, both [T, hidden] -> the same two after this layer."""
         x, residual = self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x, rope, cache, step), residual)
-        return self.mlp(x), residual
+        x = self._finish(self.attention(x, rope, cache, step), self.attention_output_norm)
+        x, residual = self.mlp_norm(x, residual)
+        return self._finish(self.mlp(x), self.mlp_output_norm), residual
+
+    def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """A sublayer's output [T, hidden], before it joins the residual stream."""
+        x = x if norm is None else norm(x, None)[0]
+        return x if self.residual_multiplier == 1 else x * self.residual_multiplier
 
 
 class Decoder(nn.Module):
@@ -58,7 +67,9 @@ class Decoder(nn.Module):
         self.position_embedding = (
             make_embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         )
-        self.rotary = None if config.learned_positions else RotaryEmbedding(config)
+        self.rotary = make_rotary(config)
+        ropes = distinct_ropes(config)
+        self._rope_of_layer = [None if rope is None else ropes.index(rope) for rope in config.ropes]
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in range(config.num_layers))
         self.final_norm = make_norm(config, ops)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -82,16 +93,27 @@ class Decoder(nn.Module):
         x = F.embedding(token_ids, self.embedding.weight)
         if self.position_embedding is not None:
             x = x + F.embedding(step.positions, self.position_embedding.weight)
-        rope = None if self.rotary is None else self.rotary(step.positions, x.dtype)
+        if self.config.embedding_multiplier != 1:
+            x = x * self._embedding_multiplier(x.dtype)
+        ropes = [rotary(step.positions, x.dtype) for rotary in self.rotary]
         residual = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, rope, cache, step)
+        for layer, index in zip(self.layers, self._rope_of_layer, strict=True):
+            x, residual = layer(x, residual, None if index is None else ropes[index], cache, step)
         return self.final_norm(x, residual)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, hidden] -> [R, vocab], written to ``out`` if that is given."""
-        return self.head(hidden) if out is None else torch.mm(hidden, self.head.weight.t(), out=out)
+        logits = self.head(hidden) if out is None else torch.mm(hidden, self.head.weight.t(), out=out)
+        if self.config.logits_scaling != 1:
+            logits.div_(self.config.logits_scaling)
+        if (cap := self.config.logits_softcap) is not None:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+    def _embedding_multiplier(self, dtype: torch.dtype) -> float:
+        """Rounded to the weights' dtype, as in transformers."""
+        return torch.tensor(self.config.embedding_multiplier, dtype=dtype).item()
 
     def use(self, method_of: MethodOf) -> None:
         """Give each linear layer its method; their weights are then new and unset."""

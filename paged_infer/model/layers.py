@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
+from paged_infer.model.rope_config import RopeConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); the mean square is taken in float32.
+    """x / rms(x) * (weight + offset) over the last dimension (Zhang and Sennrich 2019); the mean square in float32.
 
     Norms add first: the output of the last sublayer joins the residual stream, and the sum is normalised for the next.
     """
 
-    def __init__(self, dim: int, eps: float, ops: Ops) -> None:
+    def __init__(self, dim: int, eps: float, ops: Ops, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
-        self.ops = ops
+        self.eps, self.offset, self.ops = eps, offset, ops
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both [T, dim] -> the normalised sum and the sum, both [T, dim]."""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(nn.Module):
@@ -47,9 +47,17 @@ class LayerNorm(nn.Module):
         return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
 
 
+class AddOnly(nn.Module):
+    """Adding without a norm, where a family normalises the outputs of sublayers alone (OLMo-2)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return total, total
+
+
 def make_norm(config: ModelConfig, ops: Ops) -> RMSNorm | LayerNorm:
     if config.norm == "rms":
-        return RMSNorm(config.hidden_size, config.norm_eps, ops)
+        return RMSNorm(config.hidden_size, config.norm_eps, ops, config.norm_offset)
     return LayerNorm(config.hidden_size, config.norm_eps)
 
 
@@ -61,42 +69,80 @@ def make_embedding(num_rows: int, dim: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(num_rows, dim), freeze=False)
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of a head's dimensions, in radians: [head_dim / 2], float32, on the CPU.
+def inverse_frequencies(rope: RopeConfig, max_model_len: int) -> Tensor:
+    """Angle per position of each rotated pair of a head's dimensions, in radians: [rotary_dim / 2], float32, on CPU.
 
-    Su 2021 (RoFormer), equation 15, with Llama 3's scaling of long wavelengths if the configuration has it.
+    Su 2021 (RoFormer), equation 15, with the scaling of long wavelengths that ``rope`` asks for, computed in the order
+    of transformers, so that the bits agree.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
-    scaling = config.rope_llama3
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_position / wavelengths  # full turns within the context it was first trained on
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0.0, 1.0)  # 0: a long wave, slowed by the factor; 1: a short wave, kept
-    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rope.rotary_dim
+    wavelengths = rope.theta**exponents  # over 2 pi
+    if rope.longrope is not None:
+        return 1.0 / (torch.tensor(rope.longrope.chosen(max_model_len), device="cpu") * wavelengths)
+    frequencies = 1.0 / wavelengths / rope.linear_factor
+    if rope.llama3 is not None:
+        turns = rope.llama3.original_max_position / (2 * math.pi / frequencies)  # within the original context
+        low, high = rope.llama3.low_freq_factor, rope.llama3.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: slowed by the factor; 1: kept
+        return (1 - keep) * frequencies / rope.llama3.factor + keep * frequencies
+    if rope.yarn is not None:
+        low, high = rope.yarn.low, rope.yarn.high
+        pairs = torch.arange(rope.rotary_dim // 2, dtype=torch.float32, device="cpu")
+        keep = 1 - ((pairs - low) / (high - low if high != low else 0.001)).clamp(0.0, 1.0)
+        return 1.0 / (rope.yarn.factor * wavelengths) * (1 - keep) + frequencies * keep
+    return frequencies
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns positions into the two factors that rotate queries and keys, once per step for all layers.
+    """Turns positions into the two factors that rotate queries and keys, once per step for all layers that share it.
 
     x * cos + rotate_half(x) * sin, where the sign of rotate_half sits in sin, so that a roll replaces its copies.
+    Dimensions beyond ``rotary_dim`` have cos 1 and sin 0; ``rotary_order`` puts each pair of the others in its place.
     """
 
     inverse_frequencies: Tensor
+    scale: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, rope: RopeConfig, config: ModelConfig) -> None:
         super().__init__()
-        frequencies = inverse_frequencies(config).to(torch.get_default_device())
-        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        angles = inverse_frequencies(rope, config.max_model_len or config.max_position_embeddings)
+        rest, device = config.head_dim // 2 - len(angles), torch.get_default_device()  # rest: pairs that stay
+        scale = None
+        if rope.attention_factor != 1:
+            scale = F.pad(torch.full_like(angles, rope.attention_factor), (0, rest), value=1.0).to(device)
+        self.register_buffer("inverse_frequencies", F.pad(angles, (0, rest)).to(device), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos [T, 1, D] and signed sin [T, 1, D], where the first half of sin is negated."""
         angles = positions[:, None].float() * self.inverse_frequencies  # [T, D / 2]
         cos, sin = angles.cos(), angles.sin()
+        if self.scale is not None:
+            cos, sin = cos * self.scale, sin * self.scale
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+def distinct_ropes(config: ModelConfig) -> list[RopeConfig]:
+    return list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
+
+
+def make_rotary(config: ModelConfig) -> nn.ModuleList:
+    """One for each distinct RoPE of the layers: float32 constants, computed on the CPU so that all devices agree."""
+    return nn.ModuleList(RotaryEmbedding(rope, config) for rope in distinct_ropes(config))
+
+
+def rotary_order(rope: RopeConfig, head_dim: int) -> tuple[int, ...]:
+    """Our order of a head's dimensions: position -> the checkpoint's dimension, [head_dim].
+
+    Ours rotates pairs (i, i + head_dim / 2) in all kernels, and leaves pairs from rotary_dim / 2 on as they are. The
+    checkpoint's pairs are (i, i + rotary_dim / 2) or (2 i, 2 i + 1) in its first ``rotary_dim`` dimensions. Queries and
+    keys take the same order, so that their products are the same.
+    """
+    half, rest = rope.rotary_dim // 2, (head_dim - rope.rotary_dim) // 2
+    pairs = [(2 * i, 2 * i + 1) if rope.interleaved else (i, i + half) for i in range(half)]
+    pairs += [(rope.rotary_dim + i, rope.rotary_dim + rest + i) for i in range(rest)]
+    return (*(first for first, _ in pairs), *(second for _, second in pairs))
 
 
 class MLP(nn.Module):

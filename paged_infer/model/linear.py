@@ -25,12 +25,14 @@ class Piece:
         name, shape: the tensor's in the checkpoint.
         row_dim: the dimension of the tensor that runs over our rows. GPT-2's Conv1D keeps [in, out], so 1.
         is_float: whether it must be stored as floats.
+        order: our rows in the order that this lists; None: as they are stored.
     """
 
     name: str
     shape: tuple[int, ...]
     row_dim: int = 0
     is_float: bool = True
+    order: tuple[int, ...] | None = None
 
 
 class LinearMethod(Protocol):

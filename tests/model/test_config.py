@@ -21,6 +21,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+GEMMA = {**LLAMA, "model_type": "gemma3_text"}
 GPT2 = {"model_type": "gpt2", "vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
 
 
@@ -35,7 +36,9 @@ def test_num_parameters_is_the_count_of_transformers(family, checkpoint, transfo
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"model_type='mamba': must be one of gpt2, llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match=r"model_type='mamba': must be one of gemma2, gemma3_text, gpt2, granite, llama, mis"
+    ):
         read(model_type="mamba")
     with pytest.raises(ValueError, match="model_type=None: must be one of"):
         ModelConfig.from_hf({})
@@ -67,6 +70,12 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         ({**GPT2, "layer_types": ["sliding_attention"] * 2}, "no sliding_window is in use"),
         ({**LLAMA, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "no sliding_window is in use"),
         ({**LLAMA, "model_type": "mistral", "layer_types": ["full_attention"] * 4}, "contradicts sliding_window=4096"),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers=[1]: must be a list of num_hid"),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 2, 3, 4]}, "no_rope_layers=[1, 2, 3, 4]"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ({**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported; only None is"),
+        ({**GEMMA, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0: must be a number > 0"),
+        ({**LLAMA, "model_type": "granite", "logits_scaling": 0}, "logits_scaling=0: must be a number > 0"),
         ({**LLAMA, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is in use"),
         ({**LLAMA, "model_type": "qwen3", "layer_types": ["full_attention"]}, "must be a list of num_hidden_layers=4"),
         ({**LLAMA, "model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "chunked_attention"),

@@ -25,6 +25,11 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+}
 LLAMA3 = {k: v for k, v in LLAMA3_ROPE.items() if k in ("rope_type", "factor", "low_freq_factor", "high_freq_factor")}
 
 
@@ -58,6 +63,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
         {"rope_scaling": None, "rope_parameters": {**LINEAR, "rope_theta": 900.0}},
         {},
+        {"rope_parameters": YARN},
+        {"rope_theta": 700.0, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {**YARN, "factor": None}},
+        {"rope_scaling": {**YARN, "beta_fast": 8, "beta_slow": 2.5, "truncate": False}},
+        {"rope_scaling": {**YARN, "attention_factor": 0.7}},
+        {"rope_scaling": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}},
+        {"rope_scaling": {**YARN, "mscale": 1.5}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 32},
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 700.0}},
+        {"rope_parameters": {"rope_type": "longrope", **LONGROPE, "original_max_position_embeddings": 64}},
+        {"rope_parameters": {"rope_type": "longrope", **LONGROPE, "factor": 3.0, "attention_factor": 1.3}},
+        {"rope_scaling": {"type": "longrope", **LONGROPE}, "original_max_position_embeddings": 100},
     ],
     ids=str,
 )
@@ -75,7 +93,27 @@ def test_both_spellings_of_rope_are_read_alike() -> None:
     scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
     old = read(rope_theta=500.0, rope_scaling=scaling)
     new = read(rope_parameters={**scaling, "rope_theta": 500.0})
-    assert old == new and old.rope_theta == 500.0 and old.rope_llama3 is not None
+    (rope,) = set(old.ropes)
+    assert old == new and rope is not None and rope.theta == 500.0 and rope.llama3 is not None
+
+
+def test_longrope_takes_its_list_once_by_max_model_len_and_then_transformers_logits_of_that_length(
+    folder: Path,
+) -> None:
+    rope = {"rope_type": "longrope", **LONGROPE, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, "rope_parameters": rope}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    short, long = (load_decoder(folder, torch.float32, max_model_len=n) for n in (64, 65))
+    for decoder, ids in ((short, IDS[:20]), (long, IDS * 8)):
+        with torch.inference_mode():
+            expected = theirs(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(logits(decoder, ids), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(long, IDS[:20]), logits(short, IDS[:20]), atol=1e-2)
+
+
+def test_yarn_stretches_the_limit_of_a_config_that_names_the_original_length() -> None:
+    assert read(rope_scaling={**YARN, "original_max_position_embeddings": 256}).max_position_embeddings == 1024
+    assert read(rope_scaling=YARN).max_position_embeddings == 256
 
 
 def test_a_rope_that_another_replaces_is_named(caplog) -> None:
@@ -87,15 +125,26 @@ def test_a_rope_that_another_replaces_is_named(caplog) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn': must be one of default, lin"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},
-         "rope_type='yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope_type='longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", **LONGROPE, "short_factor": [1.0]}},
+         "rope_type='longrope' short_factor=[1.0]: must be a list of 8 numbers > 0"),
+        ({"rope_scaling": {"rope_type": "longrope", **LONGROPE, "long_factor": ["1"] * 8}}, "long_factor=['1', "),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8}}, "long_factor=None"),
+        ({"rope_scaling": {"rope_type": "longrope", **LONGROPE, "original_max_position_embeddings": 1}},
+         "original_max_position_embeddings=1: must be an integer from 2"),
+        ({"rope_scaling": {**YARN, "rope_theta": 1}}, "rope_theta=1.0: must be greater than 1 for rope_type='yarn'"),
+        ({"rope_scaling": {**YARN, "beta_fast": "32"}}, "rope_scaling beta_fast='32': must be a number > 0"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling truncate=1: must be true or false"),
+        ({"rope_scaling": {**YARN, "short_factor": [1.0]}}, "rope_scaling has short_factor, which rope_type='yarn'"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling lacks 'factor'"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6}}, "rope_type='proportional'"),
         ({"rope_parameters": {"rope_type": None}}, "rope_type=None"),
         ({"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}}},
          "rope_parameters is nested (full_attention, sliding_attention)"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, "rope_type='longrope' short_"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2 of head_dim=16 gives 3"),
+        ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "gives 24 rotated dimensions: must be an even number"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"chunked_attention": {}}}, "must be an object of full"),
+        ({"model_type": "gemma3_text", "rope_scaling": "linear"}, "rope_scaling='linear': must be an object"),
         ({"model_type": "qwen3", "rope_scaling": {"full_attention": LINEAR}}, "rope_scaling is nested"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),

@@ -40,9 +40,9 @@ _BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
-    "add_rms_norm": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT, _THREADS],
+    "add_rms_norm": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT, _FLOAT, _THREADS],
     "silu_mul": [_POINTER] * 2 + [_INT] * 3 + [_THREADS],
-    "qk_norm_rope": [_POINTER] * 8 + [_INT] * 5 + [_FLOAT, _THREADS],
+    "qk_norm_rope": [_POINTER] * 8 + [_INT] * 5 + [_FLOAT, _FLOAT, _THREADS],
     "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
     "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],

@@ -67,10 +67,10 @@ INLINE float mean_square(const stored *x, int64_t n) {
     return sum / (float)n;
 }
 
-/* total = x + residual; normed = total / rms(total) * weight. Without a residual, total is x and is not written. */
+/* total = x + residual; normed = total / rms(total) * (weight + offset). Without a residual, total is x and is not written. */
 void add_rms_norm(stored *normed, stored *total, const stored *x, const stored *residual, const stored *weight,
                   int64_t num_tokens, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
-                  int threads) {
+                  float offset, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > WORTH_A_THREAD)
     for (int64_t t = 0; t < num_tokens; t++) {
         const stored *row = x + t * x_stride;
@@ -81,7 +81,8 @@ void add_rms_norm(stored *normed, stored *total, const stored *x, const stored *
             row = sum;
         }
         float scale = 1.0f / sqrtf(mean_square(row, width) + eps);
-        for (int64_t i = 0; i < width; i++) normed[t * width + i] = store(load(row[i]) * scale * load(weight[i]));
+        for (int64_t i = 0; i < width; i++)
+            normed[t * width + i] = store(load(row[i]) * scale * (load(weight[i]) + offset));
     }
 }
 
@@ -102,7 +103,8 @@ void silu_mul(stored *out, const stored *gate_up, int64_t num_tokens, int64_t wi
    keys, and the num_kv after them, the values, are also stored. */
 void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored *sin, const stored *weight,
                   stored *k_cache, stored *v_cache, const int64_t *slots, int64_t num_kv,
-                  int64_t num_tokens, int64_t num_qk, int64_t dim, int64_t stride, float eps, int threads) {
+                  int64_t num_tokens, int64_t num_qk, int64_t dim, int64_t stride, float eps, float offset,
+                  int threads) {
     int64_t half = dim / 2;
 #pragma omp parallel for num_threads(threads) if (num_tokens * num_qk * dim > WORTH_A_THREAD)
     for (int64_t t = 0; t < num_tokens; t++) {
@@ -112,8 +114,8 @@ void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored
             stored *out = qk + (t * num_qk + h) * dim;
             float scale = weight ? 1.0f / sqrtf(mean_square(in, dim) + eps) : 1.0f;
             for (int64_t i = 0, j = half; i < half; i++, j++) {
-                float first = load(in[i]) * scale * (weight ? load(w[i]) : 1.0f);
-                float second = load(in[j]) * scale * (weight ? load(w[j]) : 1.0f);
+                float first = load(in[i]) * scale * (weight ? load(w[i]) + offset : 1.0f);
+                float second = load(in[j]) * scale * (weight ? load(w[j]) + offset : 1.0f);
                 out[i] = store(first * load(c[i]) + second * load(s[i]));
                 out[j] = store(second * load(c[j]) + first * load(s[j]));
             }

@@ -40,10 +40,12 @@ def suits(first: Tensor, *others: Tensor) -> bool:
     return True
 
 
-def add_rms_norm_c(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_c(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``kernels.add_rms_norm``: x and residual [T, hidden] -> their sum normalised, and the sum."""
     if not suits(x, weight) or (residual is not None and not suits(residual)):
-        return add_rms_norm_reference(x, residual, weight, eps)
+        return add_rms_norm_reference(x, residual, weight, eps, offset)
     num_tokens, width = x.shape
     normed = torch.empty(num_tokens, width, dtype=x.dtype)
     total = x if residual is None else torch.empty(num_tokens, width, dtype=x.dtype)
@@ -51,7 +53,7 @@ def add_rms_norm_c(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
         normed.data_ptr(), total.data_ptr(),
         x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
         num_tokens, width, x.stride(0), 0 if residual is None else residual.stride(0),
-        eps, torch.get_num_threads(),
+        eps, offset, torch.get_num_threads(),
     )  # fmt: skip
     return normed, total
 
@@ -70,7 +72,7 @@ def silu_mul_c(gate_up: Tensor) -> Tensor:
 
 def qk_norm_rope_c(
     qkv: Tensor, cos: Tensor, signed_sin: Tensor, *,
-    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6, norm_offset: float = 0.0,
     k_cache: Tensor | None = None, v_cache: Tensor | None = None, slot_mapping: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``kernels.qk_norm_rope``: qkv [T, H + 2 H_kv, D] -> qk [T, H + H_kv, D], and the store."""
@@ -81,7 +83,7 @@ def qk_norm_rope_c(
     if not dense or (slot_mapping is not None and slot_mapping.dtype is not torch.int64):
         return qk_norm_rope_reference(
             qkv, cos, signed_sin,
-            num_heads=num_heads, num_kv_heads=num_kv_heads, norm_weight=norm_weight, eps=eps,
+            num_heads=num_heads, num_kv_heads=num_kv_heads, norm_weight=norm_weight, eps=eps, norm_offset=norm_offset,
             k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping,
         )  # fmt: skip
     qk = torch.empty(num_tokens, num_qk, dim, dtype=qkv.dtype)
@@ -91,7 +93,8 @@ def qk_norm_rope_c(
         None if k_cache is None else k_cache.data_ptr(),
         None if v_cache is None else v_cache.data_ptr(),
         None if slot_mapping is None else slot_mapping.data_ptr(),
-        num_kv_heads, num_tokens, num_qk, dim, qkv.stride(0), eps, torch.get_num_threads(),
+        num_kv_heads, num_tokens, num_qk, dim, qkv.stride(0), eps, norm_offset,
+        torch.get_num_threads(),
     )  # fmt: skip
     return qk
 

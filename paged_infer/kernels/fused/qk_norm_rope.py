@@ -26,7 +26,7 @@ ELEMENTS_PER_PROGRAM = 1024
 
 def qk_norm_rope(
     qkv: Tensor, cos: Tensor, signed_sin: Tensor, *,
-    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6, norm_offset: float = 0.0,
     k_cache: Tensor | None = None, v_cache: Tensor | None = None, slot_mapping: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Normalise each query and key head, rotate it to its position, and store keys and values if caches are given.
@@ -36,6 +36,7 @@ def qk_norm_rope(
         cos, signed_sin: [T, 1, D] in qkv's dtype, the first half of sin negated (``model.layers.RotaryEmbedding``).
         norm_weight: [H + H_kv, D], the weight of each head, or None: no norm.
         eps: added to the mean square.
+        norm_offset: added to the weight, in float32 (1 in Gemma's checkpoints).
         k_cache, v_cache: [num_blocks, block_size, H_kv, D], contiguous, changed in place; both or neither.
         slot_mapping: [T] int64 or int32, with caches: the slot for each token's rotated key and its value; -1: none.
 
@@ -57,6 +58,7 @@ def qk_norm_rope(
         (num_tokens, triton.cdiv(num_touched, heads)),
         *(qkv, cos, signed_sin, norm_weight, qk, k_cache, v_cache, slot_mapping),
         *(qkv.stride(0), cos.stride(0), signed_sin.stride(0), num_heads, num_kv_heads, eps),
+        OFFSET=norm_offset,
         HEAD_DIM=head_dim,
         HEADS=heads,
         HALF_BLOCK=half_block,
@@ -67,7 +69,7 @@ def qk_norm_rope(
 
 def qk_norm_rope_reference(
     qkv: Tensor, cos: Tensor, signed_sin: Tensor, *,
-    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    num_heads: int, num_kv_heads: int, norm_weight: Tensor | None = None, eps: float = 1e-6, norm_offset: float = 0.0,
     k_cache: Tensor | None = None, v_cache: Tensor | None = None, slot_mapping: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``qk_norm_rope`` in plain torch: the norm, the rotation and the store, one after another."""
@@ -75,7 +77,8 @@ def qk_norm_rope_reference(
     x, v = qkv[:, :num_qk], qkv[:, num_qk:]
     if norm_weight is not None:
         wide = x.float()
-        x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * norm_weight
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        x = (wide * (norm_weight.float() + norm_offset)).to(x.dtype) if norm_offset else wide.to(x.dtype) * norm_weight
     x = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
     if k_cache is not None and v_cache is not None and slot_mapping is not None:
         kept = slot_mapping >= 0
@@ -88,7 +91,7 @@ def qk_norm_rope_reference(
 def _qk_norm_rope_kernel(
     qkv, cos, signed_sin, norm_weight, qk, k_cache, v_cache, slot_mapping,
     qkv_stride, cos_stride, sin_stride, num_heads, num_kv_heads, eps,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program: HEADS heads of one token. Arithmetic in float32, rounded to the dtype where torch rounds.
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -110,8 +113,12 @@ def _qk_norm_rope_kernel(
         scale = tl.rsqrt(mean_square + eps)[:, None]
         first_weight = tl.load(norm_weight + at, mask=is_qk, other=0.0).to(tl.float32)
         second_weight = tl.load(norm_weight + at + HALF, mask=is_qk, other=0.0).to(tl.float32)
-        first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
-        second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
+        if OFFSET == 0:
+            first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
+            second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
+        else:  # Gemma rounds once
+            first = (first * scale * (first_weight + OFFSET)).to(dtype).to(tl.float32)
+            second = (second * scale * (second_weight + OFFSET)).to(dtype).to(tl.float32)
 
     # Each head loads the same row of cos and sin from L1: broadcasting one row would go through shared memory.
     place = tl.broadcast_to(column, (HEADS, HALF_BLOCK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paged_infer.model.config import ModelConfig
+from paged_infer.model.layers import distinct_ropes, rotary_order
 from paged_infer.model.linear import MethodOf, Piece
 
 HEAD = "lm_head.weight"
@@ -27,41 +28,95 @@ def checkpoint_layout(config: ModelConfig, method_of: MethodOf) -> Layout:
 
 def _llama_like_layout(config: ModelConfig) -> tuple[Layout, Layout]:
     """Of the parameters outside the linear layers and of the biases; and of the matrices, by the layer's name."""
-    hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
+    hidden = config.hidden_size
     matrices: Layout = {}
     layout: Layout = {
         "embedding.weight": (Piece("model.embed_tokens.weight", (config.vocab_size, hidden)),),
         "final_norm.weight": (Piece("model.norm.weight", (hidden,)),),
     }
-    for layer in range(config.num_layers):
+    orders = {rope: rotary_order(rope, config.head_dim) for rope in distinct_ropes(config)}
+    plain = tuple(range(config.head_dim))
+    for layer, rope in enumerate(config.ropes):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
-        layout[f"{ours}.attention_norm.weight"] = (Piece(f"{theirs}.input_layernorm.weight", (hidden,)),)
-        layout[f"{ours}.mlp_norm.weight"] = (Piece(f"{theirs}.post_attention_layernorm.weight", (hidden,)),)
-        matrices[f"{ours}.attention.qkv"] = tuple(
-            Piece(f"{attention}.{name}_proj.weight", (rows[name], hidden)) for name in "qkv"
-        )
-        matrices[f"{ours}.attention.output"] = (Piece(f"{attention}.o_proj.weight", (hidden, q_rows)),)
-        matrices[f"{ours}.mlp.up"] = tuple(
-            Piece(f"{mlp}.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up")
-        )
-        matrices[f"{ours}.mlp.down"] = (Piece(f"{mlp}.down_proj.weight", (hidden, wide)),)
-        if config.qkv_bias:
-            layout[f"{ours}.attention.qkv.bias"] = tuple(
-                Piece(f"{attention}.{name}_proj.bias", (rows[name],)) for name in "qkv"
-            )
-        if config.output_bias:
-            layout[f"{ours}.attention.output.bias"] = (Piece(f"{attention}.o_proj.bias", (hidden,)),)
-        if config.mlp_bias:
-            layout[f"{ours}.mlp.up.bias"] = tuple(Piece(f"{mlp}.{name}_proj.bias", (wide,)) for name in ("gate", "up"))
-            layout[f"{ours}.mlp.down.bias"] = (Piece(f"{mlp}.down_proj.bias", (hidden,)),)
-        if config.qk_norm:
-            layout[f"{ours}.attention.qk_norm_weight"] = tuple(
-                Piece(f"{attention}.{name}_norm.weight", (dim,)) for name in "qk"
-            )
+        for norm, their_norm in _norms(config).items():
+            layout[f"{ours}.{norm}.weight"] = (Piece(f"{theirs}.{their_norm}.weight", (hidden,)),)
+        order = None if rope is None or orders[rope] == plain else orders[rope]
+        for name, pieces in _attention_pieces(config, f"{theirs}.self_attn", order).items():
+            (matrices if name in ("qkv", "output") else layout)[f"{ours}.attention.{name}"] = pieces
+        for name, pieces in _mlp_pieces(config, f"{theirs}.mlp").items():
+            (matrices if name in ("up", "down") else layout)[f"{ours}.mlp.{name}"] = pieces
     return layout, matrices
+
+
+def _norms(config: ModelConfig) -> dict[str, str]:
+    """Our names of a layer's norms -> the checkpoint's; ``post_attention_layernorm`` stands before the MLP in most."""
+    if config.pre_norm and not config.post_norm:
+        return {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    norms = {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"}
+    if config.pre_norm:
+        norms |= {"attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
+    return norms
+
+
+def _attention_pieces(config: ModelConfig, theirs: str, order: tuple[int, ...] | None) -> Layout:
+    """``order``: of each query and key head's rows, by ``rotary_order``."""
+    hidden, dim = config.hidden_size, config.head_dim
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    orders = {name: _repeated(order, count) for name, count in heads.items()} | {"v": None}
+    if config.family == "phi3":  # one matrix on disk: q, k and v, as here
+        rows = sum(heads.values()) * dim
+        all_rows = _stacked([(orders[name], count * dim) for name, count in heads.items()])
+        stored = {"qkv": (Piece(f"{theirs}.qkv_proj.weight", (rows, hidden), order=all_rows),)}
+    else:
+        stored = {
+            "qkv": tuple(
+                Piece(f"{theirs}.{name}_proj.weight", (count * dim, hidden), order=orders[name])
+                for name, count in heads.items()
+            )
+        }
+    stored["output"] = (Piece(f"{theirs}.o_proj.weight", (hidden, config.num_heads * dim)),)
+    if config.qkv_bias:
+        stored["qkv.bias"] = tuple(
+            Piece(f"{theirs}.{name}_proj.bias", (count * dim,), order=orders[name]) for name, count in heads.items()
+        )
+    if config.output_bias:
+        stored["output.bias"] = (Piece(f"{theirs}.o_proj.bias", (hidden,)),)
+    if config.qk_norm == "head":
+        stored["qk_norm_weight"] = tuple(Piece(f"{theirs}.{name}_norm.weight", (dim,), order=order) for name in "qk")
+    if config.qk_norm == "width":
+        stored["qk_norm_weight"] = tuple(
+            Piece(f"{theirs}.{name}_norm.weight", (heads[name] * dim,), order=orders[name]) for name in "qk"
+        )
+    return stored
+
+
+def _mlp_pieces(config: ModelConfig, theirs: str) -> Layout:
+    hidden, wide = config.hidden_size, config.intermediate_size
+    if config.family == "phi3":  # one matrix on disk: gate and up, as here
+        stored = {"up": (Piece(f"{theirs}.gate_up_proj.weight", (2 * wide, hidden)),)}
+    else:
+        stored = {"up": tuple(Piece(f"{theirs}.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up"))}
+    stored["down"] = (Piece(f"{theirs}.down_proj.weight", (hidden, wide)),)
+    if config.mlp_bias:
+        stored["up.bias"] = tuple(Piece(f"{theirs}.{name}_proj.bias", (wide,)) for name in ("gate", "up"))
+        stored["down.bias"] = (Piece(f"{theirs}.down_proj.bias", (hidden,)),)
+    return stored
+
+
+def _repeated(order: tuple[int, ...] | None, heads: int) -> tuple[int, ...] | None:
+    """The order of one head's rows -> that of all heads' rows."""
+    return None if order is None else tuple(head * len(order) + row for head in range(heads) for row in order)
+
+
+def _stacked(parts: list[tuple[tuple[int, ...] | None, int]]) -> tuple[int, ...] | None:
+    """The orders of matrices, and their numbers of rows -> the order of the matrices stacked; None if none has one."""
+    if all(order is None for order, _ in parts):
+        return None
+    first, rows = 0, list[int]()
+    for order, count in parts:
+        rows += [first + row for row in (order or range(count))]
+        first += count
+    return tuple(rows)
 
 
 def _gpt2_layout(config: ModelConfig) -> tuple[Layout, Layout]:

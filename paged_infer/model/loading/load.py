@@ -8,11 +8,12 @@ allocated.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Container, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.decoder import Decoder
+from paged_infer.model.layers import make_rotary
 from paged_infer.model.linear import DENSE, MethodOf, PackedMethod, Piece
 from paged_infer.model.loading.checkpoint import config_dict, list_tensors, read_config, read_tensors
 from paged_infer.model.loading.layout import HEAD, checkpoint_layout
@@ -45,6 +47,7 @@ def load_decoder(
     *,
     dummy_seed: int | None = None,
     method_of: MethodOf | None = None,
+    max_model_len: int | None = None,
 ) -> Decoder:
     """Read ``folder`` (config.json, one or many .safetensors), or a GGUF file, into a Decoder on ``device`` that
     computes with ``ops``.
@@ -52,12 +55,13 @@ def load_decoder(
     Args:
         dummy_seed: read the config alone, and make random weights from this seed.
         method_of: how the weights of each linear layer are stored and multiplied; None: dense, packed by ``ops``.
+        max_model_len: the longest sequence that will be computed; None: as long as the model allows.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that
             cannot be read, or too little memory on the device.
     """
-    config = read_config(folder)
+    config = replace(read_config(folder), max_model_len=max_model_len)
     packed = PackedMethod(ops.pack)
     method_of = method_of or (lambda name: packed)
     found = match(config, method_of, list_tensors(folder), str(folder)) if dummy_seed is None else {}
@@ -89,8 +93,7 @@ def empty_decoder(
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embedding.weight
-    if decoder.rotary is not None:  # a float32 constant, computed on the CPU so that all devices agree
-        decoder.rotary = type(decoder.rotary)(config).to(device)
+    decoder.rotary = make_rotary(config).to(device)
     return decoder.eval().requires_grad_(False)
 
 
@@ -201,14 +204,18 @@ def fill_at_random(decoder: Decoder, seed: int) -> None:
 
 
 def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights under the checkpoint's names and in its shapes: views, so nothing is copied."""
+    """The decoder's weights under the checkpoint's names and in its shapes: views, unless their rows were reordered."""
     views = {}
     for name, target in _targets(decoder).items():
         rows = target.module.get_parameter(target.parameter).data[target.rows]
-        if target.piece.row_dim:
-            views[name] = rows.t()
-        else:  # a norm's weight that all heads share is repeated, one row per head
-            views[name] = rows if rows.dim() == len(target.piece.shape) else rows[0]
+        piece = target.piece
+        if piece.row_dim:
+            rows = rows.t()
+        elif target.parameter == "qk_norm_weight":  # a weight that all heads share is repeated, one row per head
+            rows = rows.view(-1) if rows.numel() == math.prod(piece.shape) else rows[0]
+        if piece.order is not None:
+            rows = rows.index_select(piece.row_dim, torch.tensor(piece.order, device=rows.device).argsort())
+        views[name] = rows
     return views
 
 
@@ -239,6 +246,10 @@ class _Target:
     piece: Piece
 
     def load(self, tensor: Tensor) -> None:
+        if self.piece.order is not None:
+            tensor = tensor.index_select(self.piece.row_dim, torch.tensor(self.piece.order))
+        if self.parameter == "qk_norm_weight":  # [D] of all heads, or [H D] of each
+            tensor = tensor.view(-1, self.module.get_parameter(self.parameter).shape[1])
         getattr(self.module, "method", DENSE).load(self.module, self.parameter, self.rows, self.piece, tensor)
 
 
@@ -253,7 +264,7 @@ def _targets(decoder: Decoder) -> dict[str, _Target]:
         module_name, _, name = our_name.rpartition(".")
         for piece in pieces:
             rows = piece.shape[piece.row_dim]
-            if name == "qk_norm_weight":  # one weight in the checkpoint for all query heads, one for all key heads
+            if name == "qk_norm_weight":
                 rows = _heads_of(piece, decoder.config)
             targets[piece.name] = _Target(decoder.get_submodule(module_name), name, slice(row, row + rows), piece)
             row += rows

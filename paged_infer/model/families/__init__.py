@@ -1,0 +1,23 @@
+"""How each family's config.json becomes settings of ``ModelConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from paged_infer.model.config_reader import ConfigReader
+from paged_infer.model.families import dense
+
+FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
+    "gemma2": dense.gemma2,
+    "gemma3_text": dense.gemma3_text,
+    "gpt2": dense.gpt2,
+    "granite": dense.granite,
+    "llama": dense.llama,
+    "mistral": dense.mistral,
+    "olmo2": dense.olmo2,
+    "phi3": dense.phi3,
+    "qwen2": dense.qwen2,
+    "qwen3": dense.qwen3,
+    "smollm3": dense.smollm3,
+}

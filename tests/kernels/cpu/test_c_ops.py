@@ -20,15 +20,23 @@ ONE_ROUNDING = {"atol": 1e-6, "rtol": 2**-8}  # of a float32 to bfloat16
 WIDTHS = st.sampled_from([1, 2, 3, 24, 64, 192, 769])
 
 
-@given(st.integers(0, 40), WIDTHS, st.booleans(), st.sampled_from([1e-3, 1.0, 50.0]), st.integers(0, 99))
+@given(
+    st.integers(0, 40),
+    WIDTHS,
+    st.booleans(),
+    st.sampled_from([1e-3, 1.0, 50.0]),
+    st.sampled_from([0, 1]),
+    st.integers(0, 99),
+)
 @settings(max_examples=60)
-def test_the_norm_equals_its_reference(num_tokens, width, has_residual, scale, seed) -> None:
+def test_the_norm_equals_its_reference(num_tokens, width, has_residual, scale, offset, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     wide = torch.randn(num_tokens, 3 * width, generator=rng) * scale
     before = wide.clone()
     x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None  # rows are apart
     weight = 1 + 0.2 * torch.randn(width, generator=rng)
-    for ours, theirs in zip(*(ops.add_rms_norm(x, residual, weight, 1e-6) for ops in (C_OPS, TORCH_OPS)), strict=True):
+    both = (ops.add_rms_norm(x, residual, weight, 1e-6, offset) for ops in (C_OPS, TORCH_OPS))
+    for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
     assert torch.equal(wide, before)
 
@@ -46,17 +54,18 @@ def test_silu_mul_equals_its_reference_however_large_the_gate(num_tokens, width,
     heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (7, 7)]),
     dim=st.sampled_from([2, 8, 24, 64, 80]),
     has_norm=st.booleans(),
+    norm_offset=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_rotated_heads_equal_the_references(num_tokens, heads, dim, has_norm, seed) -> None:
+def test_rotated_heads_equal_the_references(num_tokens, heads, dim, has_norm, norm_offset, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     num_all = num_heads + 2 * num_kv_heads
     qkv = torch.randn(num_tokens, num_all + 1, dim, generator=rng)[:, :num_all]  # rows are apart
     cos, sin = torch.randn(2, num_tokens, 1, dim, generator=rng)
     norm = {"norm_weight": torch.rand(num_heads + num_kv_heads, dim, generator=rng)} if has_norm else {}
-    named = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": 1e-5, **norm}
+    named = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": 1e-5, "norm_offset": norm_offset, **norm}
     ours, theirs = (ops.qk_norm_rope(qkv, cos, sin, **named) for ops in (C_OPS, TORCH_OPS))
     torch.testing.assert_close(ours, theirs, **CLOSE)
 

@@ -31,6 +31,7 @@ class Case:
     stores: bool
     dtype: torch.dtype
     seed: int
+    norm_offset: float = 0.0
 
     def __post_init__(self) -> None:
         rng = torch.Generator().manual_seed(self.seed)
@@ -46,7 +47,7 @@ class Case:
         self.options: dict[str, Any] = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
         if self.has_norm:
             weight = 1 + 0.2 * torch.randn(num_qk, self.head_dim, generator=rng)
-            self.options |= {"norm_weight": weight.to(self.dtype), "eps": 1e-5}
+            self.options |= {"norm_weight": weight.to(self.dtype), "eps": 1e-5, "norm_offset": self.norm_offset}
 
     def caches(self) -> dict[str, Tensor]:
         if not self.stores:
@@ -64,7 +65,11 @@ class Case:
             for head in range(num_qk):
                 x = self.qkv[token, head].double()
                 if self.has_norm:
-                    x = x / (x @ x / self.head_dim + 1e-5).sqrt() * self.options["norm_weight"][head].double()
+                    x = (
+                        x
+                        / (x @ x / self.head_dim + 1e-5).sqrt()
+                        * (self.options["norm_weight"][head].double() + self.norm_offset)
+                    )
                 a, b = x[:half], x[half:]
                 out[token, head] = torch.cat((a * cos - b * sin, b * cos + a * sin))
         return out
@@ -80,6 +85,7 @@ CASES = st.builds(
     stores=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
     seed=st.integers(0, 99),
+    norm_offset=st.sampled_from([0.0, 1.0]),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -17,9 +18,9 @@ from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_refere
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2 * 2**-7}
 
 
-def in_float64(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def in_float64(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     total = x.double() if residual is None else (x + residual).double()
-    rows = [row / ((row @ row) / len(row) + eps).sqrt() * weight.double() for row in total]
+    rows = [row / ((row @ row) / len(row) + eps).sqrt() * (weight.double() + offset) for row in total]
     return torch.stack(rows) if rows else total, total
 
 
@@ -29,19 +30,20 @@ def in_float64(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
     has_residual=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
     scale=st.sampled_from([1e-3, 1.0, 50.0]),
+    offset=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_the_kernel_equals_its_reference_and_float64(num_tokens, width, has_residual, dtype, scale, seed) -> None:
+def test_the_kernel_equals_its_reference_and_float64(num_tokens, width, has_residual, dtype, scale, offset, seed):
     rng = torch.Generator().manual_seed(seed)
     wide = (torch.randn(num_tokens, 3 * width, generator=rng) * scale).to(dtype)
     x, residual = wide[:, :width], wide[:, 2 * width :] if has_residual else None  # rows are apart
     weight = (1 + 0.2 * torch.randn(width, generator=rng)).to(dtype)
     before = wide.clone()
-    normed, total = add_rms_norm(x, residual, weight, 1e-6)
+    normed, total = add_rms_norm(x, residual, weight, 1e-6, offset)
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     for expected in (add_rms_norm_reference, in_float64):
-        expected_norm, expected_total = expected(x, residual, weight, 1e-6)
+        expected_norm, expected_total = expected(x, residual, weight, 1e-6, offset)
         torch.testing.assert_close(normed.double(), expected_norm.double(), **tolerance)
         torch.testing.assert_close(total.double(), expected_total.double(), **tolerance)
     assert normed.dtype == total.dtype == dtype and normed.is_contiguous()
@@ -56,6 +58,16 @@ def test_the_kernel_equals_the_models_norm(dtype: torch.dtype) -> None:
     x = torch.randn(5, 96).to(dtype)
     normed, _ = add_rms_norm(x, None, norm.weight.detach(), 1e-5)
     torch.testing.assert_close(normed, norm(x).detach(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_with_an_offset_of_1_the_kernel_equals_gemmas_norm(dtype: torch.dtype) -> None:
+    norm = Gemma3RMSNorm(96, 1e-5)
+    torch.nn.init.normal_(norm.weight, 0.3, 0.5)
+    norm, x = norm.to(dtype), torch.randn(5, 96).to(dtype)
+    for op in (add_rms_norm, add_rms_norm_reference):
+        normed, _ = op(x, None, norm.weight.detach(), 1e-5, 1.0)
+        torch.testing.assert_close(normed, norm(x).detach(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_float16_is_rounded_where_torch_rounds() -> None:

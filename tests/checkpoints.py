@@ -28,7 +28,7 @@ _ROPE_FAMILY: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 GEMMA = {"query_pre_attn_scalar": 37, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}
-GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 # name -> (model_type, settings, save_pretrained options)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 512}, {}),
@@ -49,6 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {}),
     "olmo2": ("olmo2", {**_ROPE_FAMILY, "tie_word_embeddings": True}, {"max_shard_size": "400KB"}),
+    "olmo3": ("olmo3", {**_ROPE_FAMILY, "sliding_window": 13, "layer_types": MIXED_LAYERS}, {}),
     "smollm3": (
         "smollm3",
         {**_ROPE_FAMILY, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 13},
@@ -66,10 +67,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "gemma": ("gemma", {**_ROPE_FAMILY, "hidden_act": "gelu"}, {}),
     "gemma2": ("gemma2", {**_ROPE_FAMILY, "sliding_window": 11, **GEMMA}, {"max_shard_size": "400KB"}),
     "gemma3": (
         "gemma3_text",
-        {**_ROPE_FAMILY, "sliding_window": 13, "layer_types": GEMMA3_LAYERS, **GEMMA, "attn_logit_softcapping": None},
+        {**_ROPE_FAMILY, "sliding_window": 13, "layer_types": MIXED_LAYERS, **GEMMA, "attn_logit_softcapping": None},
         {},
     ),
     "phi3": ("phi3", {**_ROPE_FAMILY, "sliding_window": 15, "partial_rotary_factor": 0.75}, {}),

@@ -123,25 +123,31 @@ def read_rope(
     return _rope(ConfigReader(raw, name), name, head_dim, max_position)
 
 
-def read_rope_by_layer_type(config: ConfigReader, head_dim: int, max_position: int) -> dict[str, RopeConfig]:
-    """Gemma 3's two: of its ``full_attention`` and its ``sliding_attention`` layers.
+def read_ropes_by_layer_type(
+    config: ConfigReader, head_dim: int, max_position: int, *, full: float, sliding: Any
+) -> tuple[RopeConfig, RopeConfig]:
+    """Those of the ``full_attention`` and of the ``sliding_attention`` layers (Gemma 3, OLMo-3).
 
-    Before transformers 5, ``rope_theta`` and ``rope_scaling`` were those of the full layers, and
-    ``rope_local_base_freq`` was the sliding layers' theta.
+    Before transformers 5, ``rope_theta`` and ``rope_scaling`` were those of the full layers.
+
+    Args:
+        full, sliding: their thetas if ``rope_parameters`` has none.
     """
-    scaling, nested = config.value("rope_scaling"), config.value("rope_parameters")
-    nested = {} if nested is None else nested
-    if not isinstance(nested, dict) or nested.keys() - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"rope_parameters={nested!r}: must be an object of full_attention and sliding_attention")
-    full = _object(nested.get("full_attention"), "rope_parameters full_attention")
-    sliding = _object(nested.get("sliding_attention"), "rope_parameters sliding_attention")
-    full |= _object(scaling, "rope_scaling")
-    full.setdefault("rope_theta", config.value("rope_theta", 1_000_000.0))
-    sliding.setdefault("rope_theta", config.value("rope_local_base_freq", 10_000.0))
-    return {
-        "full_attention": _rope(ConfigReader(full, "rope_parameters"), "rope_parameters", head_dim, max_position),
-        "sliding_attention": _rope(ConfigReader(sliding, "rope_parameters"), "rope_parameters", head_dim, max_position),
+    nested = _object(config.value("rope_parameters"), "rope_parameters")
+    if unknown := nested.keys() - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"rope_parameters has {sorted(unknown)}: must be an object of full_attention and sliding_attention"
+        )
+    scaling = _object(config.value("rope_scaling"), "rope_scaling")
+    raw = {
+        kind: _object(nested.get(kind), f"rope_parameters {kind}") for kind in ("full_attention", "sliding_attention")
     }
+    raw["full_attention"] |= scaling
+    raw["full_attention"].setdefault("rope_theta", config.value("rope_theta", full))
+    raw["sliding_attention"].setdefault("rope_theta", sliding)
+    ropes = (_rope(ConfigReader(x, f"rope_parameters {kind}"), kind, head_dim, max_position) for kind, x in raw.items())
+    of_full, of_sliding = ropes
+    return of_full, of_sliding
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_num_parameters_is_the_count_of_transformers(family, checkpoint, transfo
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"model_type='mamba': must be one of gemma2, gemma3_text, gpt2, granite, llama, mis"
+        ValueError, match=r"model_type='mamba': must be one of gemma, gemma2, gemma3_text, gpt2, granite, llama"
     ):
         read(model_type="mamba")
     with pytest.raises(ValueError, match="model_type=None: must be one of"):

@@ -9,6 +9,7 @@ from paged_infer.model.config_reader import ConfigReader
 from paged_infer.model.families import dense
 
 FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
+    "gemma": dense.gemma,
     "gemma2": dense.gemma2,
     "gemma3_text": dense.gemma3_text,
     "gpt2": dense.gpt2,
@@ -16,6 +17,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "llama": dense.llama,
     "mistral": dense.mistral,
     "olmo2": dense.olmo2,
+    "olmo3": dense.olmo3,
     "phi3": dense.phi3,
     "qwen2": dense.qwen2,
     "qwen3": dense.qwen3,

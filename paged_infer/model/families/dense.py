@@ -17,7 +17,9 @@ from paged_infer.model.families.common import (
     read_sizes,
     read_windows,
 )
-from paged_infer.model.rope_config import read_rope_by_layer_type
+from paged_infer.model.rope_config import RopeConfig, read_ropes_by_layer_type
+
+Ropes = tuple[RopeConfig | None, ...]
 
 
 def llama(config: ConfigReader) -> dict[str, Any]:
@@ -106,6 +108,15 @@ def olmo2(config: ConfigReader) -> dict[str, Any]:
     }
 
 
+def olmo3(config: ConfigReader) -> dict[str, Any]:
+    settings = read_sizes(config, rms_norm_eps=1e-5)
+    num_layers = settings["num_layers"]
+    windows = _every_nth_full(config, num_layers, config.size_or_none("sliding_window", 4096), 4)
+    settings |= read_attention_biases(config) | {"sliding_windows": windows}
+    ropes = _ropes_by_window(config, settings, full=500_000.0, sliding=500_000.0)
+    return {**settings, "pre_norm": False, "post_norm": True, "qk_norm": "width", "ropes": ropes}
+
+
 def smollm3(config: ConfigReader) -> dict[str, Any]:
     settings = read_llama_like(config, {"theta": 2_000_000.0}, num_key_value_heads=4, tie_word_embeddings=True)
     num_layers = settings["num_layers"]
@@ -151,7 +162,15 @@ def phi3(config: ConfigReader) -> dict[str, Any]:
     return {**settings, "sliding_windows": read_one_window(config, settings["num_layers"], window)}
 
 
-def _gemma(config: ConfigReader, pattern: int, default_softcap: float | None) -> dict[str, Any]:
+def _every_nth_full(config: ConfigReader, num_layers: int, window: int | None, n: int) -> Windows:
+    """The windows that ``layer_types`` names; without it, every n-th layer attends to all earlier tokens."""
+    windows = read_windows(config, num_layers, window)
+    if config.value("layer_types") is None:
+        windows = tuple(None if (layer + 1) % n == 0 else window for layer in range(num_layers))
+    return windows
+
+
+def _gemma_2_and_3(config: ConfigReader, pattern: int, default_softcap: float | None) -> dict[str, Any]:
     """What Gemma 2 and 3 have in common; every ``pattern``-th layer attends to all earlier tokens."""
     config.only(use_bidirectional_attention=False)
     settings = read_sizes(
@@ -163,9 +182,7 @@ def _gemma(config: ConfigReader, pattern: int, default_softcap: float | None) ->
         tie_word_embeddings=True,
     )
     num_layers, window = settings["num_layers"], config.size_or_none("sliding_window", 4096)
-    windows = read_windows(config, num_layers, window)
-    if config.value("layer_types") is None:
-        windows = tuple(None if (layer + 1) % pattern == 0 else window for layer in range(num_layers))
+    windows = _every_nth_full(config, num_layers, window, pattern)
     return {
         **settings,
         **read_attention_biases(config),
@@ -178,8 +195,25 @@ def _gemma(config: ConfigReader, pattern: int, default_softcap: float | None) ->
     }
 
 
+def gemma(config: ConfigReader) -> dict[str, Any]:
+    config.only(use_bidirectional_attention=False)
+    settings = read_llama_like(
+        config, head_dim=256, num_key_value_heads=16, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True
+    )
+    # The first checkpoints say "gelu" and mean its tanh form, as transformers knows.
+    activation = "gelu_tanh" if settings["activation"] == "gelu" else settings["activation"]
+    return {
+        **settings,
+        **read_attention_biases(config),
+        "activation": activation,
+        "norm_offset": 1.0,
+        "embedding_multiplier": settings["hidden_size"] ** 0.5,
+        "sliding_windows": read_one_window(config, settings["num_layers"], None),
+    }
+
+
 def gemma2(config: ConfigReader) -> dict[str, Any]:
-    settings = _gemma(config, pattern=2, default_softcap=30.0)
+    settings = _gemma_2_and_3(config, pattern=2, default_softcap=30.0)
     softcap = config.number_or_none("attn_logit_softcapping", 50.0)
     return settings | read_one_rope(config, settings) | {"softcap": softcap}
 
@@ -187,7 +221,13 @@ def gemma2(config: ConfigReader) -> dict[str, Any]:
 def gemma3_text(config: ConfigReader) -> dict[str, Any]:
     config.only(attn_logit_softcapping=None)  # transformers does not compute it
     config.value("_sliding_window_pattern")  # written by transformers, which reads only the name without the underscore
-    settings = _gemma(config, pattern=config.size("sliding_window_pattern", 6), default_softcap=None)
-    ropes = read_rope_by_layer_type(config, settings["head_dim"], settings["max_position_embeddings"])
-    kinds = ("full_attention" if window is None else "sliding_attention" for window in settings["sliding_windows"])
-    return {**settings, "qk_norm": "head", "ropes": tuple(ropes[kind] for kind in kinds)}
+    settings = _gemma_2_and_3(config, pattern=config.size("sliding_window_pattern", 6), default_softcap=None)
+    ropes = _ropes_by_window(config, settings, full=1_000_000.0, sliding=config.value("rope_local_base_freq", 10_000.0))
+    return {**settings, "qk_norm": "head", "ropes": ropes}
+
+
+def _ropes_by_window(config: ConfigReader, settings: dict[str, Any], *, full: float, sliding: Any) -> Ropes:
+    """One RoPE for the layers with a window and one for the others; ``full``, ``sliding``: their default thetas."""
+    sizes = settings["head_dim"], settings["max_position_embeddings"]
+    of_full, of_sliding = read_ropes_by_layer_type(config, *sizes, full=full, sliding=sliding)
+    return tuple(of_full if window is None else of_sliding for window in settings["sliding_windows"])

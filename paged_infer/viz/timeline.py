@@ -113,6 +113,8 @@ def draw_timeline(
 
 def _title(trace: Trace, lives: Sequence[Life]) -> str:
     title = f"{_count(len(lives), 'sequence')}, {_count(len(trace.steps), 'step')}"
+    if num_idle := sum(not step.sequence_ids for step in trace.steps):  # a batch waited to fill
+        title += f" ({num_idle} of them idle)"
     num_preempted = sum(len(life.preempted) for life in lives)
     if num_preempted:
         title += f", {_count(num_preempted, 'preemption')}"

@@ -25,8 +25,9 @@ from paged_infer.execution.executor import InProcessExecutor
 from paged_infer.execution.memory_plan import MemoryPlan, plan_memory
 from paged_infer.execution.memory_profile import CudaMeter, MemoryProfiler
 from paged_infer.execution.model_runner import ModelRunner
-from paged_infer.kernels.attention_backends import attention_backend
+from paged_infer.kernels.attention_backends import attention_backend, check_scores
 from paged_infer.kernels.device import device_of
+from paged_infer.model.attention import score_options
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.loading.load import load_decoder, saved_dtype
 from paged_infer.sampling.sampler import Sampler
@@ -58,6 +59,9 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory: it may be refused
     decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed, max_model_len=config.max_model_len)
     draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights
+    for model in (decoder, draft):
+        if model is not None:
+            check_scores(backend, score_options(model.config))
     profile = None
     if profiler is not None:
         profile = profiler.finish(config, decoder, backend, ops, has_graphs=has_graphs)

@@ -29,7 +29,8 @@ class Attention(nn.Module):
         norm_shape = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
         self.normalises_heads = config.qk_norm == "head"
-        self.scores = score_options(config)
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.attention_sinks else None
+        self.config = config
 
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: AttentionMetadata) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
@@ -51,10 +52,11 @@ class Attention(nn.Module):
                 **({} if slotted is None else slotted.slots(self.layer, step)),
             )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        scores = score_options(self.config, self.sinks)
         out = (
-            cache.attend(self.layer, q, k, v, step, **self.scores)
+            cache.attend(self.layer, q, k, v, step, **scores)
             if slotted is None
-            else slotted.attend_stored(self.layer, q, step, **self.scores)
+            else slotted.attend_stored(self.layer, q, step, **scores)
         )  # [T, H, D]
         return self.output(out.reshape(x.shape[0], -1))
 
@@ -66,11 +68,13 @@ class Attention(nn.Module):
             wide.copy_(normed)
 
 
-def score_options(config: ModelConfig) -> ScoreOptions:
+def score_options(config: ModelConfig, sinks: Tensor | None = None) -> ScoreOptions:
     """What the attention kernels must know of a model beside the sizes; empty for most models."""
     options: ScoreOptions = {}
-    if config.attention_scale is not None and config.attention_scale != config.head_dim**-0.5:
+    if config.attention_scale not in (None, config.head_dim**-0.5):
         options["scale"] = config.attention_scale
     if config.softcap is not None:
         options["softcap"] = config.softcap
+    if config.attention_sinks:
+        options["sinks"] = sinks
     return options

@@ -48,6 +48,7 @@ class ModelConfig:
     qk_norm: Literal["head", "width"] | None = None  # RMSNorm before RoPE, of each head (Qwen3) or all at once (OLMo-2)
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # Gemma 2: scores become softcap * tanh(scores / softcap)
+    attention_sinks: bool = False  # gpt-oss: a learned logit per head joins the softmax's denominator
     logits_softcap: float | None = None  # the same of the logits
     logits_scaling: float = 1.0  # Granite: divides the logits
     embedding_multiplier: float = 1.0  # Granite, Gemma; rounded to the weights' dtype
@@ -71,7 +72,9 @@ class ModelConfig:
         mlp = self.hidden_size * self.intermediate_size * (3 if self.gated_mlp else 2)
         norm = self.hidden_size * (1 if self.norm == "rms" else 2)
         norms = norm * 2 * (self.pre_norm + self.post_norm)
-        biases = self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+        biases = self.attention_sinks * self.num_heads + self.qkv_bias * self.head_dim * (
+            self.num_heads + 2 * self.num_kv_heads
+        )
         biases += self.output_bias * self.hidden_size
         biases += self.mlp_bias * (self.hidden_size + self.intermediate_size * (2 if self.gated_mlp else 1))
         heads_normed = {"head": 2, "width": self.num_heads + self.num_kv_heads, None: 0}[self.qk_norm]

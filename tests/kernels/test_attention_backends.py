@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paged_infer import SamplingParams
+from paged_infer import LLM, SamplingParams
 from paged_infer.kernels import attention_backends, triton_runtime
 from paged_infer.kernels.attention_backends import (
     ATTENTION_BACKENDS,
@@ -113,3 +113,11 @@ def test_a_backend_without_an_option_that_the_model_needs_is_refused_by_name() -
         check_scores(scaled, options)
     with pytest.raises(ValueError, match=r"_backends:.*Callable takes no sinks, which"):
         check_scores(Callable(), ["sinks"])
+
+
+def test_an_engine_whose_model_needs_more_than_its_backend_takes_is_not_built(checkpoint, monkeypatch) -> None:
+    def plain(q, k_cache, v_cache, step, *, window): ...
+
+    monkeypatch.setattr(attention_backends, "ATTENTION_BACKENDS", {**ATTENTION_BACKENDS, "plain": plain})
+    with pytest.raises(ValueError, match="plain takes no scale and no softcap, which this model needs"):
+        LLM(checkpoint("gemma2"), attention_backend="plain")

@@ -23,7 +23,7 @@ RUN = {
     "mistral": ("Mistral 7B", "a window in every layer"),
     "olmo2": ("OLMo-2 1B to 32B", "norms after the sublayers alone, QK-norm over all heads at once"),
     "olmo3": ("OLMo-3 7B, 32B", "as OLMo-2, with a window in three of four layers"),
-    "phi3": ("Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini", "q, k, v and gate, up in one matrix each, partial RoPE, LongRoPE"),
+    "phi3": ("Phi-3, Phi-3.5-mini, Phi-4 and -mini", "one matrix for q, k, v, one for gate, up; partial RoPE"),
     "qwen2": ("Qwen2 and 2.5, 0.5B to 72B", "biases of q, k and v"),
     "qwen3": ("Qwen3 0.6B to 32B", "QK-norm in each head"),
     "smollm3": ("SmolLM3 3B", "every fourth layer has no RoPE"),
@@ -48,8 +48,14 @@ def table() -> str:
     run = [f"| `{name}` | {models} | {what} |" for name, (models, what) in sorted(RUN.items())]
     refused = [f"{models} (`{name}`: {why})" for name, (models, why) in sorted(REFUSED.items())]
     return "\n".join(
-        ["| `model_type` | these run, for example | beside what Llama has |", "|---|---|---|", *run, ""]
-        + ["These do not, and are refused by name: " + ", ".join(refused) + ".", ""]
+        [
+            "| `model_type` | these run, for example | beside what Llama has |",
+            "|---|---|---|",
+            *run,
+            "",
+            "These do not, and are refused by name: " + ", ".join(refused) + ".",
+            "",
+        ]
     )
 
 

@@ -66,7 +66,7 @@ def _attention_pieces(config: ModelConfig, theirs: str, order: tuple[int, ...] |
     if config.family == "phi3":  # one matrix on disk: q, k and v, as here
         rows = sum(heads.values()) * dim
         all_rows = _stacked([(orders[name], count * dim) for name, count in heads.items()])
-        stored = {"qkv": (Piece(f"{theirs}.qkv_proj.weight", (rows, hidden), order=all_rows),)}
+        stored: Layout = {"qkv": (Piece(f"{theirs}.qkv_proj.weight", (rows, hidden), order=all_rows),)}
     else:
         stored = {
             "qkv": tuple(
@@ -81,6 +81,8 @@ def _attention_pieces(config: ModelConfig, theirs: str, order: tuple[int, ...] |
         )
     if config.output_bias:
         stored["output.bias"] = (Piece(f"{theirs}.o_proj.bias", (hidden,)),)
+    if config.attention_sinks:
+        stored["sinks"] = (Piece(f"{theirs}.sinks", (config.num_heads,)),)
     if config.qk_norm == "head":
         stored["qk_norm_weight"] = tuple(Piece(f"{theirs}.{name}_norm.weight", (dim,), order=order) for name in "qk")
     if config.qk_norm == "width":
@@ -93,7 +95,7 @@ def _attention_pieces(config: ModelConfig, theirs: str, order: tuple[int, ...] |
 def _mlp_pieces(config: ModelConfig, theirs: str) -> Layout:
     hidden, wide = config.hidden_size, config.intermediate_size
     if config.family == "phi3":  # one matrix on disk: gate and up, as here
-        stored = {"up": (Piece(f"{theirs}.gate_up_proj.weight", (2 * wide, hidden)),)}
+        stored: Layout = {"up": (Piece(f"{theirs}.gate_up_proj.weight", (2 * wide, hidden)),)}
     else:
         stored = {"up": tuple(Piece(f"{theirs}.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up"))}
     stored["down"] = (Piece(f"{theirs}.down_proj.weight", (hidden, wide)),)

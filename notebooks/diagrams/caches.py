@@ -65,9 +65,9 @@ def ladder() -> Drawing:
 
 
 SIZE = 4  # of a block
-TABLES = {"A": (1, 4, 6), "B": (1, 4, 3)}
-LENGTHS = {"A": 10, "B": 9}
-TONES = {"A": "blue", "B": "amber"}
+TABLES = {"X": (1, 4, 6), "Y": (1, 4, 3)}
+LENGTHS = {"X": 10, "Y": 9}
+TONES = {"X": "blue", "Y": "amber"}
 
 
 def block_table() -> Drawing:
@@ -75,7 +75,7 @@ def block_table() -> Drawing:
         860,
         470,
         f"Block tables and the pool (block_size = {SIZE})",
-        "Sequences A and B have the same first eight tokens. The first two entries of both block tables name the same "
+        "Sequences X and Y have the same first eight tokens. The first two entries of both block tables name the same "
         "blocks, 1 and 4. Each has a third block of its own. The slot of a token is its block times the block size "
         "plus its offset in the block.",
     )
@@ -83,30 +83,30 @@ def block_table() -> Drawing:
     d.label(24, pool_y + 20, "**pool**")
     d.label(24, pool_y + 56, "**slots**")
     blocks = [_pool_block(d, block, 100 + 92 * block, pool_y) for block in range(8)]
-    for name, token_y, table_y in (("A", 58, 100), ("B", 410, 364)):
+    for name, token_y, table_y in (("X", 58, 100), ("Y", 410, 364)):
         d.label(24, token_y + 17, f"**tokens of {name}**")
         d.label(24, table_y + 18, f"**block table of {name}**")
         for index, block in enumerate(TABLES[name]):
             x = 170 + 136 * index
-            tone = "violet" if _holders(block) == "AB" else TONES[name]
+            tone = "violet" if _holders(block) == "XY" else TONES[name]
             n = min(SIZE, LENGTHS[name] - SIZE * index)
             d.cells(x, token_y, [*map(str, range(SIZE * index, SIZE * index + n)), *[""] * (SIZE - n)],
                     f"{tone} " * n + "empty " * (SIZE - n), width=30)  # fmt: skip
             entry = d.box(x + 28, table_y, 62, 28, str(block), tone=tone)
-            if name == "A":
+            if name == "X":
                 d.arrow(entry.bottom, blocks[block].top, tone=tone)
             else:
                 d.arrow(entry.top, blocks[block].bottom, tone=tone)
-    position = LENGTHS["A"] - 1
+    position = LENGTHS["X"] - 1
     index, offset = divmod(position, SIZE)
-    block = TABLES["A"][index]
+    block = TABLES["X"][index]
     slot = block * SIZE + offset
     formula = d.box(
         590,
         352,
         246,
         98,
-        f"**token {position} of A**",
+        f"**token {position} of X**",
         f"block = table[{position} // {SIZE}] = {block}",
         f"offset = {position} % {SIZE} = {offset}",
         f"slot = {block} · {SIZE} + {offset} = {slot}",

@@ -137,8 +137,8 @@ def stacked_bars(
         looks = {"markersize": 16, "markeredgewidth": 2, "linestyle": ""}
         axes.plot(values, list(rows), "|", color=INK, label=name, **looks)
     axes.invert_yaxis()
-    axes.margins(x=0.05)
-    axes.set(title=title, xlabel=xlabel)
+    most = max([*left, *(value for values in (marks or {}).values() for value in values)])
+    axes.set(title=title, xlabel=xlabel, xlim=(0, 1.05 * float(most)))
     picture.legend(frameon=False, loc="outside lower center", ncols=4)
     return picture
 

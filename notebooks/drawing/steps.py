@@ -24,8 +24,7 @@ def event_marks(rows: Mapping[Any, Values], title: str, xlabel: str, ylabel: str
         axes.plot(moments, [row] * len(moments), "|", color=BLUE, markersize=5)
     if len(rows) <= 8:
         axes.set_yticks(range(len(rows)), rows)
-    axes.invert_yaxis()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(len(rows) - 0.4, -0.6))
     return picture
 
 

@@ -55,7 +55,7 @@ class Engine:
         while not sequence.finish_reason:
             self.step()
             text = self.decoder.tokenizer.decode(sequence.output_token_ids)
-            if not text.endswith("\ufffd") or sequence.finish_reason:  # else half a letter
+            if not text.endswith("\ufffd") or sequence.finish_reason:  # else half a character
                 yield text[num_sent:]
                 num_sent = len(text)
 

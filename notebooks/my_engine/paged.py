@@ -60,9 +60,9 @@ class BlockManager:
         return block
 
     def free(self, sequence):
-        """Free its blocks, the last first, so that the prefix cache keeps beginnings longest."""
+        """Free its blocks, the last first."""
         for block in reversed(sequence.block_table):
-            # NEW 09
+            # NEW 09: what is freed last stays longest in the prefix cache: the beginning
             self.ref_count[block] -= 1
             if self.ref_count[block]:
                 continue

@@ -86,7 +86,7 @@ def computed_by_step(
     for column, (name, (colour, line)) in enumerate(names.items()):
         growth.plot(outputs, [work(prompt_len, n)[column] for n in outputs], line, color=colour, label=name)
     labels = {"xlabel": f"new tokens after a prompt of {prompt_len}", "ylabel": "rows or pairs"}
-    growth.set(xscale="log", yscale="log", title="work of one layer, all steps together", **labels)
+    growth.set(xscale="log", yscale="log", title="work of a layer, all steps", **labels)
     steps.legend(frameon=False, loc="upper right")
     growth.legend(frameon=False)
     return picture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from effort import EFFORT
 from gguf_files import random_model, save_gguf
 
 from paged_infer.model.decoder import Decoder
@@ -17,6 +19,10 @@ from paged_infer.model.loading import load as loading
 from paged_infer.model.loading.gguf_file import read_gguf
 from paged_infer.model.loading.hub import resolve_model
 from paged_infer.model.loading.load import load_decoder
+
+
+class AllocatedError(Exception):
+    """Memory was allocated for the weights."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No decoder is allocated: what is refused is refused before."""
 
     def refuse(*args: Any) -> Decoder:
-        raise AssertionError("memory was allocated for the weights")
+        raise AllocatedError
 
     monkeypatch.setattr(loading, "empty_decoder", refuse)
 
@@ -44,7 +50,7 @@ def refusal(path: Path) -> str:
     return message.removeprefix(f"{path}: ")
 
 
-def written(path: Path, content: bytes) -> Path:
+def written(path: Path, content: bytes | bytearray) -> Path:
     path.write_bytes(content)
     return path
 
@@ -73,6 +79,26 @@ class TestFile:
         for length in [*range(4, start, 29), start + 1, end - 5000, end - 1]:
             message = refusal(written(path, whole[:length]))
             assert "truncated in its" in message and f"the file has {length}" in message, length
+
+    @pytest.mark.parametrize("name", ["llama3", "gpt2", "gemma3"])
+    def test_whatever_byte_of_the_header_is_wrong_the_error_names_the_file(self, name: str, tmp_path: Path) -> None:
+        path, rng = tmp_path / "changed.gguf", random.Random(0)
+        save_gguf(path, random_model(name), "Q8_0", general__name="random", tokenizer__ggml__tokens=["a", "b"])
+        content = path.read_bytes()
+        start = min(tensor.offset for tensor in read_gguf(path).tensors.values())
+        refused = 0
+        for _ in range(100 * EFFORT):
+            at = rng.randrange(start)
+            changed = bytearray(content)
+            changed[at] = rng.choice([0, 1, 255, changed[at] ^ 1, changed[at] ^ 128])
+            try:
+                load_decoder(written(path, changed), torch.float32)
+            except ValueError as error:
+                refused += 1
+                assert str(error).startswith(f"{path}: "), at
+            except AllocatedError:  # this byte is not read, as that of a name in "general", or it is as good as before
+                pass
+        assert refused > 50 * EFFORT
 
     def test_a_count_that_the_file_cannot_hold_is_refused_at_once(self, tmp_path: Path) -> None:
         assert "truncated" in refusal(written(tmp_path / "m", header(num_keys=2**63)))

@@ -130,7 +130,8 @@ class TestConfig:
 
     def test_llama_3_s_scaling_is_recognised_by_its_factors(self, tmp_path: Path) -> None:
         save_gguf(tmp_path / "model.gguf", random_model("llama3"))
-        scaling = read_config(tmp_path / "model.gguf").rope_llama3
+        (rope,) = set(read_config(tmp_path / "model.gguf").ropes)
+        scaling = None if rope is None else rope.llama3
         assert scaling is not None and scaling.factor == LLAMA3_ROPE["factor"]
         assert scaling.original_max_position == LLAMA3_ROPE["original_max_position_embeddings"]
 

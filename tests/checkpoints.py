@@ -29,6 +29,8 @@ _ROPE_FAMILY: dict[str, Any] = {
 }
 GEMMA = {"query_pre_attn_scalar": 37, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+# transformers multiplies experts only if their rows are a multiple of 16 bytes.
+_EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 44}
 # name -> (model_type, settings, save_pretrained options)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 512}, {}),
@@ -75,6 +77,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "phi3": ("phi3", {**_ROPE_FAMILY, "sliding_window": 15, "partial_rotary_factor": 0.75}, {}),
+    "mixtral": (
+        "mixtral",
+        {**_ROPE_FAMILY, "intermediate_size": 52, "num_local_experts": 5, "sliding_window": 13},
+        {"max_shard_size": "400KB"},
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            **_ROPE_FAMILY,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 70,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    "qwen3-moe": ("qwen3_moe", {**_ROPE_FAMILY, **_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}, {}),
     "qwen3-untied": ("qwen3", {**_ROPE_FAMILY, "head_dim": 80, "attention_bias": True}, {"max_shard_size": "400KB"}),
 }
 

@@ -62,6 +62,8 @@ class ModelCost:
         embedding = config.vocab_size * config.hidden_size
         looked_up = config.learned_positions * config.max_position_embeddings * config.hidden_size
         looked_up += 0 if config.tie_word_embeddings else embedding
+        if config.moe is not None:  # a batch reads more experts than one token: see ``expected_experts``
+            looked_up += config.moe.idle_parameters(config.hidden_size)
         read = config.num_parameters - looked_up
         flops = 4 * config.num_heads * config.head_dim
         return cls(

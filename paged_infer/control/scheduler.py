@@ -242,6 +242,7 @@ class Scheduler:
         self.manager.commit(flight.num_published)
         if flight.trace_step is not None:
             flight.trace_step.ended_s = now
+            flight.trace_step.expert_load = result.expert_load
         if result.failed:
             flight.fail(step, result.failed, self._in_flight)
         grown = flight.append_tokens(result)

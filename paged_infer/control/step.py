@@ -165,6 +165,7 @@ class StepResult:
         prompt_logprobs: of prompt tokens, with the index of the first.
         candidates: for each of ``ScheduledStep.beam_rows``, its best next tokens.
         failed: why the sequence failed.
+        expert_load: of each layer with experts, the tokens that each expert computed, if that is counted.
     """
 
     token_ids: dict[int, int] = field(default_factory=dict)
@@ -173,3 +174,4 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     candidates: dict[int, Candidates] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    expert_load: list[list[int]] = field(default_factory=list)

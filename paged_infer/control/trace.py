@@ -93,6 +93,12 @@ class Trace:
         ended = [step for step in self.steps if step.ended_s is not None]
         return sum(step.num_hit_tokens for step in ended), sum(step.num_looked_up_tokens for step in ended)
 
+    @property
+    def expert_load(self) -> list[list[int]]:
+        """Of each layer with experts, the tokens that each expert computed in all steps; empty without experts."""
+        steps = [step.expert_load for step in self.steps if step.expert_load]
+        return [[sum(of_steps) for of_steps in zip(*layer, strict=True)] for layer in zip(*steps, strict=True)]
+
     def replay(self, place: int) -> Replay:
         """Pool, tables and states while ``steps[place]`` ran."""
         last = self.steps[place]

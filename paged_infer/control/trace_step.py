@@ -89,6 +89,7 @@ class TraceStep:
     events: tuple[Event, ...]
     ended_s: float | None = None
     rejected: dict[int, int] = field(default_factory=dict)  # drafts rejected, by sequence id
+    expert_load: list[list[int]] = field(default_factory=list)  # see StepResult
 
     @property
     def scheduled(self) -> dict[int, int]:

@@ -58,6 +58,8 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     profiler = MemoryProfiler.start(CudaMeter(device)) if is_measured else None
     tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory: it may be refused
     decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed, max_model_len=config.max_model_len)
+    if config.trace:
+        decoder.count_expert_load()
     draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights
     for model in (decoder, draft):
         if model is not None:

@@ -104,6 +104,20 @@ class ModelRunner:
         device only to swap blocks out, and to see whether rows with top_k or top_p have too few candidates
         (``sampling.sampler``).
         """
+        load = self.decoder.expert_load
+        if load is None:
+            return self._launch(step)
+        load.zero_()
+        running = self._launch(step)
+        counted = copy_to_host(load, load[:, :-1].flatten())  # without the column of padding
+
+        def report(result: StepResult) -> None:
+            result.expert_load = torch.tensor(counted.token_ids()).view(len(load), -1).tolist()
+
+        running._reports.append(report)
+        return running
+
+    def _launch(self, step: ScheduledStep) -> RunningStep:
         self.cache.move_blocks(step.transfers)
         # Single tokens first, as AttentionMetadata requires. Longest first: a GPU starts rows in order, so the last to
         # start are short ones, which fill its processors to the end; and batched products pad less where rows of

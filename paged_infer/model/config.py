@@ -15,6 +15,7 @@ from typing import Any, Literal
 from paged_infer.model.config_keys import GENERATION_DEFAULTS, KEYS_WITHOUT_EFFECT, UNSUPPORTED_KEYS
 from paged_infer.model.config_reader import ConfigReader, read_json
 from paged_infer.model.families import FAMILIES
+from paged_infer.model.moe_config import MoEConfig
 from paged_infer.model.rope_config import RopeConfig
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of the saved weights, by config.json
+    moe: MoEConfig | None = None  # experts instead of the MLP, in the layers that it names
     max_model_len: int | None = None  # the longest sequence that is computed, if less than max_position_embeddings
 
     def __post_init__(self) -> None:
@@ -76,12 +78,15 @@ class ModelConfig:
             self.num_heads + 2 * self.num_kv_heads
         )
         biases += self.output_bias * self.hidden_size
-        biases += self.mlp_bias * (self.hidden_size + self.intermediate_size * (2 if self.gated_mlp else 1))
+        mlp += self.mlp_bias * (self.hidden_size + self.intermediate_size * (2 if self.gated_mlp else 1))
         heads_normed = {"head": 2, "width": self.num_heads + self.num_kv_heads, None: 0}[self.qk_norm]
-        per_layer = attention + mlp + norms + biases + heads_normed * self.head_dim
+        per_layer = attention + norms + biases + heads_normed * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         embeddings += self.learned_positions * self.max_position_embeddings * self.hidden_size
-        return embeddings + self.num_layers * per_layer + norm
+        num_moe = 0 if self.moe is None else sum(self.moe.layers)
+        experts = 0 if self.moe is None else self.moe.num_parameters(self.hidden_size)
+        mlps = (self.num_layers - num_moe) * mlp + num_moe * experts
+        return embeddings + self.num_layers * per_layer + mlps + norm
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> ModelConfig:

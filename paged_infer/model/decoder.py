@@ -25,6 +25,7 @@ from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, AddOnly, distinct_ropes, make_embedding, make_norm, make_rotary
 from paged_infer.model.linear import Linear, MethodOf, PackedMethod
+from paged_infer.model.moe import Experts, MoE
 
 
 class DecoderLayer(nn.Module):
@@ -33,7 +34,8 @@ class DecoderLayer(nn.Module):
         self.attention_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
         self.attention = Attention(config, layer, ops)
         self.mlp_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
-        self.mlp = MLP(config, ops)
+        has_experts = config.moe is not None and config.moe.layers[layer]
+        self.mlp = MoE(config, layer, ops) if has_experts else MLP(config, ops)
         self.attention_output_norm = make_norm(config, ops) if config.post_norm else None
         self.mlp_output_norm = make_norm(config, ops) if config.post_norm else None
         self.residual_multiplier = config.residual_multiplier
@@ -45,7 +47,8 @@ class DecoderLayer(nn.Module):
         x, residual = self.attention_norm(x, residual)
         x = self._finish(self.attention(x, rope, cache, step), self.attention_output_norm)
         x, residual = self.mlp_norm(x, residual)
-        return self._finish(self.mlp(x), self.mlp_output_norm), residual
+        x = self.mlp(x, step.slot_mapping) if isinstance(self.mlp, MoE) else self.mlp(x)
+        return self._finish(x, self.mlp_output_norm), residual
 
     def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """A sublayer's output [T, hidden], before it joins the residual stream."""
@@ -59,6 +62,8 @@ class Decoder(nn.Module):
     Args:
         ops: the elementwise pieces, in plain torch or as Triton kernels.
     """
+
+    expert_load: Tensor | None = None  # [layers with experts, E + 1], the last column for padding; if it is counted
 
     def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS) -> None:
         super().__init__()
@@ -129,6 +134,18 @@ class Decoder(nn.Module):
         """Lay the matrices out for the device's kernels, once the weights are final."""
         for _, linear in [*self.linears(), ("head", self.head)]:
             linear.method.prepack(linear)
+        for module in self.layers.modules():
+            if isinstance(module, Experts):
+                module.prepack()
+
+    def count_expert_load(self) -> None:
+        """From now on, ``expert_load`` counts the tokens of each expert until it is set to zero."""
+        blocks = [module for module in self.layers.modules() if isinstance(module, MoE)]
+        if blocks:
+            num_experts = blocks[0].router.moe.num_experts
+            self.expert_load = torch.zeros(len(blocks), num_experts + 1, dtype=torch.int64, device=self.device)
+            for block, load in zip(blocks, self.expert_load, strict=True):
+                block.load = load
 
     def kv_spec(self) -> list[LayerSpec]:
         """What the cache stores for one token, layer by layer."""

@@ -26,6 +26,7 @@ class Piece:
         row_dim: the dimension of the tensor that runs over our rows. GPT-2's Conv1D keeps [in, out], so 1.
         is_float: whether it must be stored as floats.
         order: our rows in the order that this lists; None: as they are stored.
+        is_stack: the first dimension runs over experts, each of which fills as many of our rows.
     """
 
     name: str
@@ -33,6 +34,24 @@ class Piece:
     row_dim: int = 0
     is_float: bool = True
     order: tuple[int, ...] | None = None
+    is_stack: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Of our parameter that the tensor fills."""
+        return self.shape[self.row_dim] * (self.shape[0] if self.is_stack else 1)
+
+    def to_rows(self, tensor: Tensor) -> Tensor:
+        """The tensor, in the checkpoint's shape, as rows of our parameter."""
+        if self.is_stack:
+            return tensor.movedim(self.row_dim, 1).flatten(0, 1)
+        return tensor.t() if self.row_dim else tensor
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of ``to_rows``, a view."""
+        if self.is_stack:
+            return rows.unflatten(0, (self.shape[0], -1)).movedim(1, self.row_dim)
+        return rows.t() if self.row_dim else rows
 
 
 class LinearMethod(Protocol):
@@ -57,6 +76,9 @@ class LinearMethod(Protocol):
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         """x [T, in] -> x W^T + b, [T, out]."""
 
+    def dense(self, linear: Linear) -> Tensor:
+        """W [out, in], in the dtype that the model computes in: ``moe.Experts`` multiplies by parts of it."""
+
 
 MethodOf = Callable[[str], LinearMethod]
 """The name of one of the decoder's linear layers, such as ``layers.3.mlp.up`` -> its method."""
@@ -72,13 +94,16 @@ class DenseMethod:
         return {"weight": pieces}
 
     def load(self, linear: nn.Module, parameter: str, rows: slice, piece: Piece, tensor: Tensor) -> None:
-        linear.get_parameter(parameter).data[rows].copy_(tensor.t() if piece.row_dim else tensor)
+        linear.get_parameter(parameter).data[rows].copy_(piece.to_rows(tensor))
 
     def prepack(self, linear: Linear) -> None:
         pass
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         return F.linear(x, linear.weight, linear.bias)
+
+    def dense(self, linear: Linear) -> Tensor:
+        return linear.weight
 
 
 class PackedMethod(DenseMethod):
@@ -91,7 +116,8 @@ class PackedMethod(DenseMethod):
         self.pack = pack
 
     def prepack(self, linear: Linear) -> None:
-        linear.product = self.pack(linear.weight, linear.bias)
+        if not linear.is_stack:
+            linear.product = self.pack(linear.weight, linear.bias)
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         product = linear.product
@@ -111,6 +137,7 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
     method: LinearMethod
     product: Product | None = None  # of ``PackedMethod``, once packed
+    is_stack = False  # of the matrices of many experts, which are multiplied together by ``moe.Experts``
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, method: LinearMethod = DENSE) -> None:
         super().__init__()

@@ -66,12 +66,19 @@ class MoEConfig:
         if self.group_score == "top2_sum" and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
             raise ValueError(f"n_group={self.num_groups}: groups of one expert have no two scores to add")
 
+    def expert_parameters(self, hidden_size: int) -> int:
+        """Of one routed expert."""
+        return self.intermediate_size * (3 * hidden_size + 2 * self.expert_bias) + self.expert_bias * hidden_size
+
     def num_parameters(self, hidden_size: int) -> int:
         """Of one layer's router, experts and shared expert (whose MLP has no biases)."""
-        expert = self.intermediate_size * (3 * hidden_size + 2 * self.expert_bias) + self.expert_bias * hidden_size
         router = hidden_size + self.router_bias + self.correction_bias
         shared = 3 * hidden_size * self.shared_intermediate_size + self.shared_gate * hidden_size
-        return self.num_experts * (expert + router) + shared
+        return self.num_experts * (self.expert_parameters(hidden_size) + router) + shared
+
+    def idle_parameters(self, hidden_size: int) -> int:
+        """Of all layers' experts, those that one token does not pass through."""
+        return sum(self.layers) * (self.num_experts - self.top_k) * self.expert_parameters(hidden_size)
 
 
 def expected_experts(num_experts: int, top_k: int, num_tokens: int) -> float:

@@ -21,11 +21,14 @@ RUN = {
     "granite": ("Granite 3.0 to 3.3", "multipliers of embeddings, scores, sublayers and logits"),
     "llama": ("Llama 2 and 3, SmolLM 1 and 2, TinyLlama, Yi", ""),
     "mistral": ("Mistral 7B", "a window in every layer"),
+    "mixtral": ("Mixtral 8x7B, 8x22B", "experts instead of the MLP, and 2 of them for each token"),
     "olmo2": ("OLMo-2 1B to 32B", "norms after the sublayers alone, QK-norm over all heads at once"),
     "olmo3": ("OLMo-3 7B, 32B", "as OLMo-2, with a window in three of four layers"),
     "phi3": ("Phi-3, Phi-3.5-mini, Phi-4 and -mini", "one matrix for q, k, v, one for gate, up; partial RoPE"),
     "qwen2": ("Qwen2 and 2.5, 0.5B to 72B", "biases of q, k and v"),
+    "qwen2_moe": ("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "as Qwen2, with experts and a gated shared expert"),
     "qwen3": ("Qwen3 0.6B to 32B", "QK-norm in each head"),
+    "qwen3_moe": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "as Qwen3, with experts in all layers or some"),
     "smollm3": ("SmolLM3 3B", "every fourth layer has no RoPE"),
 }  # fmt: skip
 # model_type -> models that people try and that do not run, with what is missing

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paged_infer.model.config_reader import ConfigReader
-from paged_infer.model.families import dense
+from paged_infer.model.families import dense, moe
 
 FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "gemma": dense.gemma,
@@ -16,10 +16,13 @@ FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "granite": dense.granite,
     "llama": dense.llama,
     "mistral": dense.mistral,
+    "mixtral": moe.mixtral,
     "olmo2": dense.olmo2,
     "olmo3": dense.olmo3,
     "phi3": dense.phi3,
     "qwen2": dense.qwen2,
+    "qwen2_moe": moe.qwen2_moe,
     "qwen3": dense.qwen3,
+    "qwen3_moe": moe.qwen3_moe,
     "smollm3": dense.smollm3,
 }

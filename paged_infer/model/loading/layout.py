@@ -5,6 +5,7 @@ from __future__ import annotations
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import distinct_ropes, rotary_order
 from paged_infer.model.linear import MethodOf, Piece
+from paged_infer.model.loading.moe_layout import moe_pieces
 
 HEAD = "lm_head.weight"
 
@@ -43,8 +44,9 @@ def _llama_like_layout(config: ModelConfig) -> tuple[Layout, Layout]:
         order = None if rope is None or orders[rope] == plain else orders[rope]
         for name, pieces in _attention_pieces(config, f"{theirs}.self_attn", order).items():
             (matrices if name in ("qkv", "output") else layout)[f"{ours}.attention.{name}"] = pieces
-        for name, pieces in _mlp_pieces(config, f"{theirs}.mlp").items():
-            (matrices if name in ("up", "down") else layout)[f"{ours}.mlp.{name}"] = pieces
+        has_experts = config.moe is not None and config.moe.layers[layer]
+        for name, pieces in (moe_pieces if has_experts else _mlp_pieces)(config, f"{theirs}.mlp").items():
+            (layout if name.endswith("bias") else matrices)[f"{ours}.mlp.{name}"] = pieces
     return layout, matrices
 
 

@@ -209,10 +209,9 @@ def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
     for name, target in _targets(decoder).items():
         rows = target.module.get_parameter(target.parameter).data[target.rows]
         piece = target.piece
-        if piece.row_dim:
-            rows = rows.t()
-        elif target.parameter == "qk_norm_weight":  # a weight that all heads share is repeated, one row per head
+        if target.parameter == "qk_norm_weight":  # a weight that all heads share is repeated, one row per head
             rows = rows.view(-1) if rows.numel() == math.prod(piece.shape) else rows[0]
+        rows = piece.from_rows(rows)
         if piece.order is not None:
             rows = rows.index_select(piece.row_dim, torch.tensor(piece.order, device=rows.device).argsort())
         views[name] = rows
@@ -263,7 +262,7 @@ def _targets(decoder: Decoder) -> dict[str, _Target]:
         del parameters[our_name]
         module_name, _, name = our_name.rpartition(".")
         for piece in pieces:
-            rows = piece.shape[piece.row_dim]
+            rows = piece.num_rows
             if name == "qk_norm_weight":
                 rows = _heads_of(piece, decoder.config)
             targets[piece.name] = _Target(decoder.get_submodule(module_name), name, slice(row, row + rows), piece)

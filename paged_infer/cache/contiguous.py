@@ -13,7 +13,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
+from paged_infer.cache.spec import LatentForms, LayerSpec, kv_bytes_per_token
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 from paged_infer.kernels.attention.paged_sdpa import masked_sdpa
 
@@ -26,7 +26,7 @@ class ContiguousCache:
         max_len: columns reserved for each row, padding included.
         pad_lens: columns of padding on the left of each row.
 
-    ``keys`` and ``values`` hold one tensor per layer: [rows, H_kv, max_len, D].
+    ``keys`` and ``values`` hold one tensor per layer: [rows, H_kv, max_len, D]. With ``v_in_k``, values are views.
     """
 
     def __init__(
@@ -41,8 +41,12 @@ class ContiguousCache:
         self.max_len = max_len
         self.pad_lens = torch.tensor(pad_lens, device=device)
         # Heads before columns: attention then reads the keys of a head contiguously.
-        self.keys = [torch.zeros(batch, s.num_kv_heads, max_len, s.k_dim, dtype=s.dtype, device=device) for s in spec]
-        self.values = [torch.zeros(batch, s.num_kv_heads, max_len, s.v_dim, dtype=s.dtype, device=device) for s in spec]
+        heads = [(batch, s.num_kv_heads, max_len) for s in spec]
+        self.keys = [torch.zeros(*h, s.k_dim, dtype=s.dtype, device=device) for h, s in zip(heads, spec, strict=True)]
+        self.values = [
+            k[..., : s.v_dim] if s.v_in_k else torch.zeros(*h, s.v_dim, dtype=s.dtype, device=device)
+            for h, k, s in zip(heads, self.keys, spec, strict=True)
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +62,8 @@ class ContiguousCache:
         start = end - columns
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, start:end] = k.view(batch, columns, *k.shape[1:]).transpose(1, 2)
-        values[:, :, start:end] = v.view(batch, columns, *v.shape[1:]).transpose(1, 2)
+        if not self.spec[layer].v_in_k:
+            values[:, :, start:end] = v.view(batch, columns, *v.shape[1:]).transpose(1, 2)
         out = masked_sdpa(
             q.view(batch, columns, *q.shape[1:]).transpose(1, 2),  # [B, H, columns, D]
             keys[:, :, :end],
@@ -67,6 +72,24 @@ class ContiguousCache:
             **scores,
         )
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+    def attend_latent(
+        self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms
+    ) -> Tensor:
+        """q [T, H, n + p], latent [T, 1, r + p] -> [T, H, v]; the rows are equally long, so they have one form."""
+        batch, end = len(self.pad_lens), step.max_seq_len
+        columns = q.shape[0] // batch
+        start = end - columns
+        if not forms.expands(columns, end):
+            values = latent[..., : forms.v_dim]
+            return forms.leave(self.attend(layer, forms.absorb(q), latent, values, step, scale=forms.scale))
+        latents, mask = self.keys[layer][:, 0], self._mask(start, end, None, step)
+        latents[:, start:end] = latent.view(batch, columns, -1)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            return masked_sdpa(q, k, v, mask, scale=scale)
+
+        return forms.attend_expanded(q.unflatten(0, (batch, columns)), latents[:, :end], dense).flatten(0, 1)
 
     def _mask(self, start: int, end: int, window: int | None, step: AttentionMetadata) -> Tensor:
         """True where a query sees a column: [B, 1, end - start, end]. Layers with the same window share it."""

@@ -9,9 +9,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import LayerSpec
+from paged_infer.cache.spec import LatentForms, LayerSpec
 from paged_infer.kernels.attention.flash_attention import flash_attention_reference
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.attention.mla import dense_reference
 
 
 class NoCache:
@@ -31,3 +32,11 @@ class NoCache:
             dense = flash_attention_reference(*heads_first, window=self.spec[layer].window, **scores)
             out[start:end] = dense[0].transpose(0, 1)
         return out
+
+    def attend_latent(
+        self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms
+    ) -> Tensor:
+        """As in the definition of MLA: each sequence expanded. q [T, H, n + p], latent [T, 1, r + p] -> [T, H, v]."""
+        sequences = pairwise(step.query_start_loc.tolist())
+        whole = [(q[None, start:end], latent[start:end].transpose(0, 1)) for start, end in sequences]
+        return torch.cat([forms.attend_expanded(*sequence, dense_reference)[0] for sequence in whole])

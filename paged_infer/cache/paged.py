@@ -16,10 +16,11 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
+from paged_infer.cache.spec import LatentForms, LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
-from paged_infer.kernels.attention_backends import AttentionBackend
+from paged_infer.kernels.attention.mla import LatentPlan, plan_latent
+from paged_infer.kernels.attention_backends import AttentionBackend, latent_backend
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
@@ -30,6 +31,7 @@ Pairs = ReadOnlyList[tuple[int, int]]
 class PagedCache:
     """The pool of physical blocks, a pair of tensors for each layer: [num_blocks + 1, block_size, H_kv, D].
 
+    A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them.
     The last block is never assigned or written: it stays zero, and reads past the end of a sequence can be directed
     to it. ``num_swap_blocks`` more blocks of swap space are in the CPU's memory.
     """
@@ -52,12 +54,17 @@ class PagedCache:
         self.ops = ops
         shape = (num_blocks + 1, block_size)
         self.keys = [torch.zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
-        self.values = [torch.zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device) for s in spec]
+        self.values = [
+            k[..., : s.v_dim] if s.v_in_k else k.new_zeros(*shape, s.num_kv_heads, s.v_dim)
+            for k, s in zip(self.keys, spec, strict=True)
+        ]
+        self._pools = [*self.keys, *(v for v, s in zip(self.values, spec, strict=True) if not s.v_in_k)]
+        self._latent = latent_backend(backend) if any(s.v_in_k for s in spec) else None
         # The GPU's copy engine reads and writes pinned memory directly.
         pinned = torch.device(device).type == "cuda" and num_swap_blocks > 0
         self._swap = [
             torch.empty(num_swap_blocks, *blocks.shape[1:], dtype=blocks.dtype, pin_memory=pinned)
-            for blocks in (*self.keys, *self.values)
+            for blocks in self._pools
         ]
 
     def move_blocks(self, transfers: BlockTransfers) -> None:
@@ -74,7 +81,7 @@ class PagedCache:
         # The kernel copies all pairs at once, but a block that was freed as a source may be the destination of another.
         copy = self.ops.copy_blocks if read.isdisjoint(written) else copy_blocks_reference
         sources, destinations = to_device(torch.tensor(pairs).T.contiguous(), self.keys[0].device)
-        copy([*self.keys, *self.values], sources, destinations)
+        copy(self._pools, sources, destinations)
 
     def swap_out(self, pairs: Pairs) -> None:
         """Copy each (block, swap block) from the pool to swap space. The host waits, and writes to swap space."""
@@ -93,7 +100,7 @@ class PagedCache:
                 pool[blocks] = to_device(swap[swap_blocks], pool.device)
 
     def _pools_and_swaps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip((*self.keys, *self.values), self._swap, strict=True)
+        yield from zip(self._pools, self._swap, strict=True)
 
     @property
     def bytes_per_block(self) -> int:
@@ -113,3 +120,30 @@ class PagedCache:
     def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]) -> Tensor:
         """Attend through the block tables to what is stored already: [T, H, D]."""
         return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window, **scores)
+
+    def attend_latent(
+        self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms
+    ) -> Tensor:
+        """Store latent [T, 1, r + p]; q [T, H, n + p] -> [T, H, v]. The form is chosen for each sequence."""
+        keys, backend = self.keys[layer], self._latent
+        assert backend is not None, "the layer's spec has no v_in_k"
+        self.ops.store_kv(latent, None, keys, None, step.slot_mapping)
+        plan: LatentPlan | None = step.plan.get("latent")
+        if plan is None:
+            plan = step.plan["latent"] = plan_latent(step, self.block_size, forms.expands)
+        absorbed = None
+        if plan.rows is not None:
+            queries = forms.absorb(q if plan.tokens is None else q[plan.tokens])
+            absorbed = forms.leave(backend.decode(queries, keys, plan.rows, v_dim=forms.v_dim, scale=forms.scale))
+            if plan.tokens is None:
+                return absorbed
+        parts = [
+            forms.attend_expanded(q[None, tokens], keys.flatten(0, 2)[slots][None], backend.dense)[0]
+            for tokens, slots in plan.chunks
+        ]
+        out = q.new_empty(*q.shape[:2], (parts[0] if absorbed is None else absorbed).shape[-1])
+        if plan.tokens is not None and absorbed is not None:
+            out[plan.tokens] = absorbed
+        for (tokens, _), part in zip(plan.chunks, parts, strict=True):
+            out[tokens] = part
+        return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from typing import Protocol, Unpack, runtime_checkable
@@ -21,10 +22,11 @@ class LayerSpec:
     v_dim: int
     window: int | None  # tokens that a query sees, its own included; None: all up to its own
     dtype: torch.dtype
+    v_in_k: bool = False  # a value is the first v_dim elements of its key, which alone is stored (MLA)
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+        return self.num_kv_heads * (self.k_dim + (0 if self.v_in_k else self.v_dim)) * self.dtype.itemsize
 
 
 def kv_bytes_per_token(spec: ReadOnlyList[LayerSpec]) -> int:
@@ -59,4 +61,49 @@ class SlottedCache(Cache, Protocol):
 
     def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]) -> Tensor:
         """``attend`` without the store."""
+        ...
+
+
+DenseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""Causal attention: q [B, H, N, D], k and v [B, H, M, D], the factor of the scores -> [B, H, N, D].
+
+The queries are the last N of M tokens.
+"""
+
+
+class LatentForms(Protocol):
+    """The two ways to compute one layer of MLA from queries q [T, H, n + p] and cached latents [.., r + p].
+
+    Absorbed, queries enter the latent space, and all heads share the latents as keys, and their first r elements as
+    values. Expanded, each head's keys and values are made from the latents. Both give the same result, [T, H, v].
+    """
+
+    v_dim: int  # r
+    scale: float  # of the scores
+
+    def expands(self, num_queries: int, length: int) -> bool:
+        """Whether the last ``num_queries`` tokens of a sequence of ``length`` are computed expanded."""
+        ...
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """q [T, H, n + p] -> queries of the latents, [T, H, r + p]."""
+        ...
+
+    def leave(self, attended: Tensor) -> Tensor:
+        """Latents that absorbed queries have attended to, [T, H, r] -> values [T, H, v]."""
+        ...
+
+    def attend_expanded(self, q: Tensor, latents: Tensor, dense: DenseAttention) -> Tensor:
+        """q [B, N, H, n + p], latents [B, M, r + p] -> [B, N, H, v]; the queries are the last N of M tokens."""
+        ...
+
+
+@runtime_checkable
+class LatentCache(Cache, Protocol):
+    """A cache that chooses the form of MLA. Any other gets absorbed queries, as if the model had one key head."""
+
+    def attend_latent(
+        self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms
+    ) -> Tensor:
+        """Store latent [T, 1, r + p]; causal attention of q [T, H, n + p] -> [T, H, v]."""
         ...

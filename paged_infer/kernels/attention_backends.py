@@ -26,11 +26,20 @@ import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.attention.mla import (
+    LatentBackend,
+    dense_reference,
+    dense_sdpa,
+    dense_triton,
+    latent_decode_reference,
+    warn_once,
+)
+from paged_infer.kernels.attention.mla_decode import latent_decode
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
-from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
+from paged_infer.kernels.attention.paged_sdpa import latent_decode_batched, paged_attention_batched
 from paged_infer.kernels.attention.tile_table import tables
 from paged_infer.kernels.cpu.build import unavailable_reason
-from paged_infer.kernels.cpu.paged_attention import paged_attention_c
+from paged_infer.kernels.cpu.paged_attention import latent_decode_c, paged_attention_c
 from paged_infer.kernels.op_sets import C_OPS, SDPA_OPS, TORCH_OPS, TRITON_OPS, Ops
 from paged_infer.kernels.triton_runtime import can_run_on
 
@@ -83,6 +92,24 @@ def triton_backend(
         num_decodes=step.num_decodes, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
         shared=step.plan, **scores,
     )  # fmt: skip
+
+
+LATENT_BACKENDS: list[tuple[AttentionBackend, LatentBackend]] = [
+    (torch_backend, LatentBackend(latent_decode_reference, dense_reference)),
+    (paged_attention_batched, LatentBackend(latent_decode_batched, dense_sdpa)),
+    (paged_attention_c, LatentBackend(latent_decode_c, dense_sdpa)),
+    (triton_backend, LatentBackend(latent_decode, dense_triton)),
+]
+
+
+def latent_backend(backend: AttentionBackend) -> LatentBackend:
+    """What ``backend`` computes MLA with: its entry of ``LATENT_BACKENDS``, or the reference, and a warning."""
+    for known, latent in LATENT_BACKENDS:
+        if known is backend:
+            return latent
+    name = getattr(backend, "__qualname__", type(backend).__qualname__)
+    warn_once(f"attention_backend {name} has no entry in LATENT_BACKENDS: MLA is computed by the torch reference")
+    return LATENT_BACKENDS[0][1]
 
 
 def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend, Ops]:

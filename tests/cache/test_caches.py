@@ -186,3 +186,26 @@ def test_keys_are_stored_by_the_kernel_that_rotates_them_where_there_is_one(
     assert [o.outputs[0].token_ids for o in tokens[0]] == [o.outputs[0].token_ids for o in tokens[1]]
     for ours, theirs in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
         assert torch.equal(ours, theirs) and ours.any()
+
+
+LATENT = LayerSpec(1, 576, 512, None, torch.bfloat16, v_in_k=True)  # DeepSeek's
+
+
+def test_a_latent_takes_576_elements_of_a_layer_where_its_value_is_a_part_of_it() -> None:
+    assert LATENT.bytes_per_token == 576 * 2
+    assert kv_bytes_per_token([LATENT] * 61) == 70_272  # DeepSeek-V3: 0.067 MiB a token
+    heads = LayerSpec(128, 192, 128, None, torch.bfloat16)  # of the same model, expanded
+    assert heads.bytes_per_token / LATENT.bytes_per_token == pytest.approx(71.1, abs=0.05)
+    assert ContiguousCache([LATENT] * 2, 10, [0, 0, 0]).num_bytes == 3 * 10 * 2 * 576 * 2
+
+
+def test_latents_are_stored_once_and_copied_and_swapped_as_keys_are() -> None:
+    cache = PagedCache([LATENT] * 2, 4, 3, ATTENTION_BACKENDS["sdpa"], num_swap_blocks=2)
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        keys[:4] = torch.randn(4, 3, 1, 576)
+        assert values.data_ptr() == keys.data_ptr() and values.shape == (5, 3, 1, 512)
+    before = [keys.clone() for keys in cache.keys]
+    cache.move_blocks(BlockTransfers(copies=[(0, 1)], swap_outs=[(2, 1)], swap_ins=[]))
+    cache.move_blocks(BlockTransfers(copies=[], swap_outs=[], swap_ins=[(1, 3)]))
+    for keys, old in zip(cache.keys, before, strict=True):
+        assert torch.equal(keys, old[[0, 0, 2, 2, 4]])

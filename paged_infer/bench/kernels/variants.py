@@ -15,6 +15,8 @@ import torch
 from paged_infer.bench.kernels.fused import FUSED, Shape
 from paged_infer.bench.kernels.peers import our_flash, our_paged
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
+from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.mla_decode import latent_decode
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 200, 256)
 
@@ -64,6 +66,9 @@ def full_variants() -> list[Variant]:
     for family in ("flash", "prefill", "decode"):  # the heads of a Gemma 2 and of gpt-oss
         variants.append(Variant(family, "bfloat16", 128, {"group": 4, "softcap": 50.0}))
         variants.append(Variant(family, "bfloat16", 64, {"group": 8, "window": 128, "sinks": True}))
+    # DeepSeek's latents, of 512 + 64 elements, with the heads of V3 and of V2-Lite
+    variants += [Variant("latent", t, 576, {"heads": 128}) for t in both]
+    variants += [Variant("latent", "bfloat16", 576, {"heads": 16, "block": b, "rows": 256}) for b in (1, 16)]
     variants += [Variant("store_kv", t, w) for t, w in (("bfloat16", 1024), ("float32", 192))]
     variants += [Variant("copy_blocks", t, w) for t, w in (("bfloat16", 1024), ("float16", 15))]
     variants += [Variant("add_rms_norm", t, w) for t, w in product(both, (192, 4096, 16_384))]
@@ -79,6 +84,7 @@ QUICK = {
     *("prefill float32 128 group 4 block 16", "decode bfloat16 128 group 4 block 16", "store_kv bfloat16 1024"),
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
+    "latent bfloat16 576 heads 128",
 }
 
 
@@ -107,6 +113,18 @@ def _scores(variant: Variant) -> dict[str, Any]:
     return given | {"sinks": sinks, "return_lse": "lse" in options}
 
 
+def _latent(variant: Variant) -> None:
+    options, dtype = variant.options, getattr(torch, variant.dtype)
+    rows, block_size = options.get("rows", 8), options.get("block", 16)
+    tensors = Tensors(dtype, "meta")
+    tables = torch.empty(rows, 8192 // block_size, dtype=torch.int32, device="meta")
+    lengths, starts = (torch.empty(n, dtype=torch.int32, device="meta") for n in (rows, rows + 1))
+    nothing = torch.empty(0, dtype=torch.int64, device="meta")
+    step = AttentionMetadata(nothing, nothing, starts, lengths, tables, rows, 1, 8192)
+    cache = tensors.random(512, block_size, 1, variant.width)
+    latent_decode(tensors.random(rows, options["heads"], variant.width), cache, step, v_dim=512, scale=1.0)
+
+
 def _problem(variant: Variant, sequences: list[tuple[int, int]]) -> PagedProblem:
     heads, block_size = 8 * variant.options.get("group", 4), variant.options.get("block", 16)
     sizes = {"num_heads": heads, "num_kv_heads": 8, "head_dim": variant.width, "block_size": block_size}
@@ -125,6 +143,7 @@ CALLS: dict[str, Callable[[Variant], object]] = {
     "flash": _flash,
     "prefill": _paged,
     "decode": _paged,
+    "latent": _latent,
     "store_kv": lambda v: _fused(v, num_kv_heads=1, head_dim=v.width),
     "copy_blocks": lambda v: _fused(v, block_size=1, num_kv_heads=1, head_dim=v.width),
     "add_rms_norm": lambda v: _fused(v, hidden=v.width),

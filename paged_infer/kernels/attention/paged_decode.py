@@ -27,7 +27,7 @@ from paged_infer.kernels.attention.attention_tile import (
     score_factors,
     start_softmax,
 )
-from paged_infer.kernels.attention.decode_plan import plan_decode, split_bounds
+from paged_infer.kernels.attention.decode_plan import DecodePlan, plan_decode, split_bounds
 from paged_infer.kernels.attention.paged_prefill import attend_blocks
 from paged_infer.kernels.attention.tiles import decode_tiles
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, num_processors, tl, triton
@@ -75,14 +75,23 @@ def paged_decode(
         maxnreg=max_registers(q.dtype) if dim <= 128 else None,  # wider heads spill with a limit, others without
     )  # fmt: skip
     if plan:
-        launch(
-            _combine_kernel,
-            (num_heads, bounds.max_split_rows),
-            partial_out, partial_lse, out, lse, query_start_loc, plan.starts, plan.split_rows, num_rows,
-            SAVE_LSE=lse.numel() > 0, CHUNK=_COMBINED_AT_ONCE,
-            NUM_HEADS=num_heads, STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1), D=dim, BLOCK_D=padded(dim),
-            maxnreg=max_registers(q.dtype),
-        )  # fmt: skip
+        combine_splits(partial_out, partial_lse, out, lse, query_start_loc, plan, num_rows)
+
+
+def combine_splits(
+    partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, query_start_loc: Tensor, plan: DecodePlan,
+    num_rows: int,
+) -> None:  # fmt: skip
+    """Fill ``out`` [T, H, D] for the rows of ``plan`` that have more than one split, from those of all rows."""
+    num_heads, dim = out.shape[1:]
+    launch(
+        _combine_kernel,
+        (num_heads, len(plan.split_rows)),
+        partial_out, partial_lse, out, lse, query_start_loc, plan.starts, plan.split_rows, num_rows,
+        SAVE_LSE=lse.numel() > 0, CHUNK=_COMBINED_AT_ONCE if dim <= 256 else _COMBINED_AT_ONCE // 4,
+        NUM_HEADS=num_heads, STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1), D=dim, BLOCK_D=padded(dim),
+        maxnreg=max_registers(out.dtype),
+    )  # fmt: skip
 
 
 # Values that change between steps must not compile the kernel again.

@@ -126,6 +126,20 @@ def _decode(
     return torch.bmm(scores.softmax(-1), v).view(batch, num_heads, dim)
 
 
+def latent_decode_batched(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+    """``kernels.attention.mla.LatentDecode``: each latent is gathered once for all heads, and is key and value."""
+    key = ("decodes", None)
+    if key not in step.plan:
+        step.plan[key] = _decode_plans(cache, step, None)
+    out = q.new_empty(*q.shape[:2], v_dim)
+    for plan in step.plan[key]:
+        rows = q[plan.rows]
+        latents = cache.view(-1, q.shape[2]).index_select(0, plan.reads).unflatten(0, (len(rows), -1))  # [B, L, Dk]
+        scores = torch.baddbmm(plan.mask, rows, latents.transpose(1, 2), alpha=scale)  # [B, H, L]
+        out[plan.rows] = torch.bmm(scores.softmax(-1), latents[..., :v_dim])
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class _ChunkPlan:
     rows: slice  # of the packed queries

@@ -49,6 +49,7 @@ _SIGNATURES = {
     "expert_segments": [_POINTER] * 4 + [_INT] * 3,
     "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
+    "latent_decode": [_POINTER] * 5 + [_INT] * 6 + [_FLOAT, _THREADS],
     "paged_decode": [_POINTER] * 7 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
 }
 

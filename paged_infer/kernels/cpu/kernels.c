@@ -128,13 +128,13 @@ void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored
     }
 }
 
-/* Store rows of k and v [T, H_kv * D] at their slots; a row with slot -1 is not stored. */
+/* Store rows of k and, if there is one, v [T, H_kv * D] at their slots; a row with slot -1 is not stored. */
 void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v, const int64_t *slots,
               int64_t num_tokens, int64_t width, int64_t k_stride, int64_t v_stride) {
     for (int64_t t = 0; t < num_tokens; t++) {
         if (slots[t] < 0) continue;
         memcpy(k_cache + slots[t] * width, k + t * k_stride, width * sizeof(stored));
-        memcpy(v_cache + slots[t] * width, v + t * v_stride, width * sizeof(stored));
+        if (v) memcpy(v_cache + slots[t] * width, v + t * v_stride, width * sizeof(stored));
     }
 }
 
@@ -178,13 +178,14 @@ void argmax(int64_t *places, stored *values, const stored *logits, int64_t num_r
    tile. Keys and values are read in place, all heads of a token together. With a softcap > 0, a score becomes softcap *
    tanh(score / softcap). A head's sink, if there are sinks, is a key of that score and of value zero. */
 INLINE void attend_row(stored *out, const stored *q, const stored *keys, const stored *values, const int32_t *table,
-                       int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t block_size,
-                       int64_t slot_stride, float scale, float softcap, const float *sinks) {
+                       int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t v_dim,
+                       int64_t block_size, int64_t slot_stride, float scale, float softcap, const float *sinks) {
     int64_t num_heads = num_kv * group, place[TILE];
     if (softcap > 0.0f) scale /= softcap;
     float acc[MAX_TASK_WIDTH], query[MAX_TASK_WIDTH], score[num_heads][TILE], largest[num_heads], total[num_heads];
     for (int64_t h = 0; h < num_heads; h++) largest[h] = sinks ? sinks[h] : -INFINITY, total[h] = sinks ? 1.0f : 0.0f;
-    for (int64_t i = 0; i < num_heads * dim; i++) acc[i] = 0.0f, query[i] = load(q[i]) * scale;
+    for (int64_t i = 0; i < num_heads * v_dim; i++) acc[i] = 0.0f;
+    for (int64_t i = 0; i < num_heads * dim; i++) query[i] = load(q[i]) * scale;
     int64_t block = first / block_size, offset = first % block_size;
     for (int64_t start = first; start < length; start += TILE) {
         int64_t n = length - start < TILE ? length - start : TILE;
@@ -204,18 +205,18 @@ INLINE void attend_row(stored *out, const stored *q, const stored *keys, const s
             for (int64_t i = 0; i < n; i++) score[h][i] = fast_exp(score[h][i] - top);
             for (int64_t i = 0; i < n; i++) sum += score[h][i];
             float shrink = start == first && !sinks ? 0.0f : fast_exp(largest[h] - top);
-            for (int64_t d = 0; d < dim; d++) acc[h * dim + d] *= shrink;
+            for (int64_t d = 0; d < v_dim; d++) acc[h * v_dim + d] *= shrink;
             total[h] = total[h] * shrink + sum;
             largest[h] = top;
         }
         for (int64_t i = 0; i < n; i++)
             for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
                 for (int64_t g = 0; g < group; g++, h++)
-                    for (int64_t d = 0; d < dim; d++)
-                        acc[h * dim + d] += score[h][i] * load(values[place[i] + kv * dim + d]);
+                    for (int64_t d = 0; d < v_dim; d++)
+                        acc[h * v_dim + d] += score[h][i] * load(values[place[i] + kv * dim + d]);
     }
     for (int64_t h = 0; h < num_heads; h++)
-        for (int64_t d = 0; d < dim; d++) out[h * dim + d] = store(acc[h * dim + d] / total[h]);
+        for (int64_t d = 0; d < v_dim; d++) out[h * v_dim + d] = store(acc[h * v_dim + d] / total[h]);
 }
 
 /* One query per sequence: q and out [B, H, D], q with row stride q_stride; caches [num_slots, H_kv, D]; sinks [H].
@@ -240,13 +241,36 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
             const float *own = sinks ? sinks + head * group : 0;
             stored *result = out + (row * num_heads + head * group) * dim;
 #define ATTEND(D) \
-    attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, block_size, slot_stride, scale, \
-               softcap, own)
+    attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, D, block_size, slot_stride, \
+               scale, softcap, own)
             switch (dim) { /* loops over a constant dimension are unrolled */
                 case 32: ATTEND(32); break;
                 case 64: ATTEND(64); break;
                 case 128: ATTEND(128); break;
                 default: ATTEND(dim);
             }
+        }
+}
+
+/* The same over latents (MLA): all heads read the one key of a token, whose first v_dim elements are its value. q [B, H,
+   dim], out [B, H, v_dim]; cache [num_slots, dim]; dim must fit MAX_TASK_WIDTH. A task is some heads of a row. */
+void latent_decode(stored *out, const stored *q, const stored *cache, const int32_t *tables, const int32_t *lengths,
+                   int64_t num_rows, int64_t num_heads, int64_t dim, int64_t v_dim, int64_t block_size,
+                   int64_t table_stride, float scale, int threads) {
+    int64_t together = MAX_TASK_WIDTH / dim < num_heads ? MAX_TASK_WIDTH / dim : num_heads;
+    int64_t tasks = (num_heads + together - 1) / together;
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t task = 0; task < tasks; task++) {
+            int64_t head = task * together, left = num_heads - head, heads = left < together ? left : together;
+            const stored *queries = q + (row * num_heads + head) * dim;
+            stored *result = out + (row * num_heads + head) * v_dim;
+            const int32_t *table = tables + row * table_stride;
+            if (dim == 576 && v_dim == 512) /* DeepSeek's */
+                attend_row(result, queries, cache, cache, table, 0, lengths[row], 1, heads, 576, 512, block_size, 576,
+                           scale, 0.0f, 0);
+            else
+                attend_row(result, queries, cache, cache, table, 0, lengths[row], 1, heads, dim, v_dim, block_size, dim,
+                           scale, 0.0f, 0);
         }
 }

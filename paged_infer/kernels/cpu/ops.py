@@ -99,17 +99,20 @@ def qk_norm_rope_c(
     return qk
 
 
-def store_kv_c(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv_c(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor) -> None:
     """``kernels.store_kv``: rows [T, H_kv, D] to their slots, which must be within the cache; -1: not stored."""
-    dim = k.shape[-1]
-    dense = suits(k, v, k_cache, v_cache) and k.stride(1) == v.stride(1) == dim and v.shape == k.shape
-    dense = dense and k_cache.is_contiguous() and v_cache.is_contiguous() and slot_mapping.dtype is torch.int64
+    dim, rows, caches = k.shape[-1], [k], [k_cache]
+    if v is not None and v_cache is not None:
+        rows, caches = [k, v], [k_cache, v_cache]
+    dense = suits(*rows, *caches) and all(x.stride(1) == dim and x.shape == k.shape for x in rows)
+    dense = dense and all(cache.is_contiguous() for cache in caches) and slot_mapping.dtype is torch.int64
     if not dense:
         store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
         return
     library(k.dtype).store_kv(
-        k_cache.data_ptr(), v_cache.data_ptr(), k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(),
-        k.shape[0], k.shape[1] * dim, k.stride(0), v.stride(0),
+        k_cache.data_ptr(), None if v_cache is None else v_cache.data_ptr(),
+        k.data_ptr(), None if v is None else v.data_ptr(), slot_mapping.data_ptr(),
+        k.shape[0], k.shape[1] * dim, k.stride(0), 0 if v is None else v.stride(0),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
-from paged_infer.kernels.attention.paged_sdpa import attend_chunks, paged_attention_batched
+from paged_infer.kernels.attention.paged_sdpa import attend_chunks, latent_decode_batched, paged_attention_batched
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
 
@@ -66,3 +66,18 @@ def _rows(step: AttentionMetadata) -> tuple[int, Tensor, Tensor]:
         step.plan["rows"] = (step.block_tables[owners], seen.int())
     tables, lengths = step.plan["rows"]
     return len(lengths), tables, lengths
+
+
+def latent_decode_c(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+    """``kernels.attention.mla.LatentDecode``: q [B, H, Dk], cache [num_blocks, block_size, 1, Dk] -> [B, H, Dv]."""
+    num_rows, num_heads, dim = q.shape
+    tables, lengths, q = step.block_tables, step.seq_lens, q.contiguous()
+    dense = suits(q, cache) and cache.is_contiguous() and tables.stride(-1) == 1
+    if not dense or dim > _MAX_GROUP_WIDTH:
+        return latent_decode_batched(q, cache, step, v_dim=v_dim, scale=scale)
+    out = torch.empty(num_rows, num_heads, v_dim, dtype=q.dtype)
+    library(q.dtype).latent_decode(
+        out.data_ptr(), q.data_ptr(), cache.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
+        num_rows, num_heads, dim, v_dim, cache.shape[1], tables.stride(0), scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

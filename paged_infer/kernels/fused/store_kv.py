@@ -18,8 +18,8 @@ from paged_infer.kernels.checks import INDICES, check_slots, layouts, on_one_dev
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Copy token t to slot ``slot_mapping[t]``; for slot -1 nothing is written.
+def store_kv(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor) -> None:
+    """Copy token t to slot ``slot_mapping[t]``; for slot -1 nothing is written. Without v and v_cache, keys alone.
 
     Args:
         k, v: [T, H_kv, D] with any row stride (views into a qkv matrix); the heads of a row are adjacent.
@@ -36,22 +36,23 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     launch(
         _store_kv_kernel,
         (num_tokens, triton.cdiv(width, block)),
-        *(k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), width),
+        *(k, v, k_cache, v_cache, slot_mapping, k.stride(0), 0 if v is None else v.stride(0), width),
         BLOCK=block,
         num_warps=min(8, max(1, block // 256)),  # 16 bytes of 2-byte elements per thread
     )
 
 
-def store_kv_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv_reference(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor
+) -> None:  # fmt: skip
     """``store_kv`` in plain torch: leave out tokens without a slot, then copy by index."""
     if slot_mapping.numel() == 0:
         return
-    slot_mapping = slot_mapping.long()
-    if slot_mapping.min() < 0:
-        kept = slot_mapping >= 0
-        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
+    kept = None if slot_mapping.min() >= 0 else slot_mapping >= 0
+    slots = slot_mapping.long() if kept is None else slot_mapping[kept].long()
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        if x is not None and cache is not None:
+            cache.view(-1, *x.shape[1:]).index_copy_(0, slots, x if kept is None else x[kept])
 
 
 @triton.jit
@@ -63,12 +64,18 @@ def _store_kv_kernel(
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot >= 0:
         keys = tl.load(k + token * k_stride + column, mask=column < width)
-        values = tl.load(v + token * v_stride + column, mask=column < width)
         tl.store(k_cache + slot * width + column, keys, mask=column < width)
-        tl.store(v_cache + slot * width + column, values, mask=column < width)
+        if v is not None:
+            values = tl.load(v + token * v_stride + column, mask=column < width)
+            tl.store(v_cache + slot * width + column, values, mask=column < width)
 
 
-def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def _check(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor
+) -> None:  # fmt: skip
+    if (v is None) != (v_cache is None):
+        raise ValueError("v and v_cache come together or not at all")
+    v, v_cache = k if v is None else v, k_cache if v_cache is None else v_cache
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slot_mapping}
     fits = k.dim() == 3 and k_cache.dim() == 4 and k.shape == v.shape and k_cache.shape == v_cache.shape
     if not fits or k_cache.shape[2:] != k.shape[1:] or slot_mapping.shape != k.shape[:1]:

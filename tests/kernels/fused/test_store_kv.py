@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from paged_infer.kernels.cpu.ops import store_kv_c
 from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +57,13 @@ def test_a_row_wider_than_a_program_is_stored_whole() -> None:
     store_kv(k, v, k_cache, v_cache, torch.tensor([3, 0], dtype=torch.int32))
     assert torch.equal(k_cache.flatten(0, 1)[[3, 0]], k) and torch.equal(v_cache.flatten(0, 1)[[3, 0]], v)
     assert not k_cache.flatten(0, 1)[1:3].any()
+
+
+@pytest.mark.parametrize("store", [store_kv, store_kv_reference, store_kv_c])
+def test_keys_alone_are_stored_where_a_value_is_a_part_of_its_key(store) -> None:
+    latents, cache = torch.randn(3, 1, 7), torch.zeros(2, 2, 1, 7)
+    store(latents, None, cache, None, torch.tensor([3, -1, 0]))
+    assert torch.equal(cache.flatten(0, 1)[[3, 0]], latents[[0, 2]]) and not cache.flatten(0, 1)[1:3].any()
 
 
 @pytest.mark.parametrize("store", [store_kv, store_kv_reference])

@@ -17,6 +17,8 @@ from paged_infer.bench.kernels.peers import our_flash, our_paged
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.mla_decode import latent_decode
+from paged_infer.kernels.fused.grouped_gemm import grouped_experts
+from paged_infer.kernels.fused.moe import ExpertWeights
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 200, 256)
 
@@ -75,6 +77,7 @@ def full_variants() -> list[Variant]:
     variants += [Variant("qk_norm_rope", t, d, {"store": True}) for t, d in product(both, (80, 128))]
     variants += [Variant("qk_norm_rope", t, 64, {"plain": True}) for t in wide]
     variants += [Variant("silu_mul", t, 14_336) for t in both]
+    variants += [Variant("experts", t, 768, {"tokens": n}) for t, n in product(wide, (32, 4096))]  # both tile heights
     return variants + [Variant("sample", t, v) for t, v in product(wide, (1003, 151_936))]
 
 
@@ -85,6 +88,7 @@ QUICK = {
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
     "latent bfloat16 576 heads 128",
+    *("experts bfloat16 768 tokens 32", "experts float32 768 tokens 4096"),
 }
 
 
@@ -131,6 +135,19 @@ def _problem(variant: Variant, sequences: list[tuple[int, int]]) -> PagedProblem
     return paged_problem(sequences, **sizes, dtype=getattr(torch, variant.dtype), device="meta", poison=False)
 
 
+def _experts(variant: Variant) -> None:
+    """Those of a layer of Qwen3-30B-A3B, without the activation."""
+    num_experts, top_k, hidden, tokens = 128, 8, 2048, variant.options["tokens"]
+    tensors = Tensors(getattr(torch, variant.dtype), "meta")
+    up, down = (
+        tensors.random(num_experts, 2 * variant.width, hidden),
+        tensors.random(num_experts, hidden, variant.width),
+    )
+    ids = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
+    weights = ExpertWeights(up, down, glu=lambda gate_up: gate_up[:, : variant.width])
+    grouped_experts(weights)(tensors.random(tokens, hidden), ids, torch.empty(tokens, top_k, device="meta"))
+
+
 def _fused(variant: Variant, **sizes: Any) -> None:
     kernel = FUSED[variant.family]
     arguments = kernel.arguments(Shape(**sizes), Tensors(getattr(torch, variant.dtype), "meta"))
@@ -148,6 +165,7 @@ CALLS: dict[str, Callable[[Variant], object]] = {
     "copy_blocks": lambda v: _fused(v, block_size=1, num_kv_heads=1, head_dim=v.width),
     "add_rms_norm": lambda v: _fused(v, hidden=v.width),
     "qk_norm_rope": lambda v: _fused(v, head_dim=v.width),
+    "experts": _experts,
     "silu_mul": lambda v: _fused(v, intermediate=v.width),
     "sample": lambda v: _fused(v, rows=8, vocab=v.width),
 }

@@ -19,6 +19,8 @@ from paged_infer.kernels.attention.flash_attention import flash_attention, flash
 from paged_infer.kernels.attention.flash_tma import flash_attention_tma
 from paged_infer.kernels.attention.paged_attention import paged_attention, paged_attention_reference
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
+from paged_infer.kernels.fused.grouped_gemm import grouped_experts
+from paged_infer.kernels.fused.moe import ExpertWeights, sort_experts
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
 from paged_infer.kernels.fused.sample import sample, sample_reference
@@ -245,3 +247,29 @@ def test_drawn_tokens_are_those_of_the_reference(vocab_size: int) -> None:
     assert int((tokens != reference_tokens).sum()) <= 1
     assert tokens[0] == logits[0].argmax()
     torch.testing.assert_close(scores, reference_scores, atol=1e-4, rtol=1e-5)
+
+
+# -- Experts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_grouped_experts_equal_sorted_segments_in_float64_and_in_a_graph(num_tokens: int, dtype: torch.dtype) -> None:
+    """Padding routes nowhere, and rows keep their bits alone and among others in blocks of the same height."""
+    up, down = (random(16, *size, dtype=dtype) / size[1] ** 0.5 for size in ((2 * 768, 1024), (1024, 768)))
+    x, preference = random(num_tokens, 1024, dtype=dtype), random(num_tokens, 16, dtype=torch.float32, seed=1)
+    scores, ids = preference.softmax(-1).topk(4)
+    ids[1::5] = -1
+    product = grouped_experts(ExpertWeights(up, down, silu_mul))
+    out = product(x, ids, scores)
+    exact = sort_experts(ExpertWeights(up.double(), down.double(), silu_mul_reference))(x.double(), ids, scores)
+    assert_near(out, exact)
+    some = slice(0, min(num_tokens, 20))
+    if num_tokens < 100:
+        assert torch.equal(product(x[some], ids[some], scores[some]), out[some])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = product(x, ids, scores)
+    ids.copy_(ids.roll(1, 0))
+    graph.replay()
+    assert torch.equal(captured, product(x, ids, scores))

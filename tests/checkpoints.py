@@ -31,6 +31,32 @@ GEMMA = {"query_pre_attn_scalar": 37, "attn_logit_softcapping": 4.0, "final_logi
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 # transformers multiplies experts only if their rows are a multiple of 16 bytes.
 _EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 44}
+_MLA_FAMILY: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 272,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "q_lora_rank": None,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 14,
+    "max_position_embeddings": 512,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+}
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "mscale": 0.9,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 64,
+}
 # name -> (model_type, settings, save_pretrained options)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 512}, {}),
@@ -96,6 +122,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "qwen3-moe": ("qwen3_moe", {**_ROPE_FAMILY, **_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}, {}),
+    "deepseek2": ("deepseek_v2", {**_MLA_FAMILY}, {"max_shard_size": "400KB"}),
+    "deepseek2-yarn": (
+        "deepseek_v2",
+        {**_MLA_FAMILY, "q_lora_rank": 34, "rope_parameters": DEEPSEEK_YARN, "attention_bias": True, "v_head_dim": 26}
+        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        {},
+    ),
+    "deepseek3": (
+        "deepseek_v3",
+        {**_MLA_FAMILY, "q_lora_rank": 34, "rope_parameters": DEEPSEEK_YARN, "n_group": 4, "topk_group": 2},
+        {"max_shard_size": "400KB"},
+    ),
+    "deepseek3-plain": (
+        "deepseek_v3",
+        {**_MLA_FAMILY, "rope_interleave": False, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True},
+        {},
+    ),
     "qwen3-untied": ("qwen3", {**_ROPE_FAMILY, "head_dim": 80, "attention_bias": True}, {"max_shard_size": "400KB"}),
 }
 
@@ -111,6 +154,9 @@ def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.f
     for parameter in model.parameters():  # biases and norms too: a weight that is ignored must change the tokens
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
+    for buffer_name, buffer in model.named_buffers():  # a weight of DeepSeek-V3, zero at first
+        if buffer_name.endswith("correction_bias"):
+            buffer += 0.2 * torch.randn_like(buffer)
     path = folder / name
     model.save_pretrained(path, **save_options)
     return path

@@ -100,7 +100,7 @@ def test_backend_block_size_chunks_and_preemption_do_not_change_a_greedy_token(
     assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2", "qwen2-moe"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2", "qwen2-moe", "deepseek3"])
 def test_the_kernels_give_the_tokens_of_torch_on_a_mixed_batch_with_a_cached_prefix(family, make_llm) -> None:
     """Decodes beside chunks of 6 that find the beginning of their prompt in the cache; greedy and sampled rows."""
     (long,) = prompts_of((17,))
@@ -157,7 +157,7 @@ SHARING_SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "not-caching"])
 @pytest.mark.parametrize("options", SHARING_SETTINGS.values(), ids=SHARING_SETTINGS)
-@pytest.mark.parametrize("family", ["gpt2", "qwen2-window", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2-window", "qwen3-moe", "deepseek2-yarn"])
 def test_shared_beginnings_do_not_change_a_greedy_token(family, options, caching, make_llm, expected) -> None:
     llm = make_llm(family, enable_prefix_caching=caching, **options)
     for _ in range(2):  # the second time, much of it is there already
@@ -206,7 +206,7 @@ NEIGHBOURS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2", "qwen3-moe", "deepseek3"])
 @pytest.mark.parametrize(
     "options",
     [

@@ -65,12 +65,14 @@ class ModelCost:
         if config.moe is not None:  # a batch reads more experts than one token: see ``expected_experts``
             looked_up += config.moe.idle_parameters(config.hidden_size)
         read = config.num_parameters - looked_up
-        flops = 4 * config.num_heads * config.head_dim
         return cls(
             weight_bytes=read * decoder.dtype.itemsize,
             flops_per_token=2 * (read - embedding),
             head_flops=2 * embedding,
-            layers=tuple(LayerCost(layer.bytes_per_token, flops, layer.window) for layer in decoder.kv_spec()),
+            layers=tuple(
+                LayerCost(layer.bytes_per_token, 2 * config.num_heads * (layer.k_dim + layer.v_dim), layer.window)
+                for layer in decoder.kv_spec()
+            ),
         )
 
     def floor(

@@ -71,6 +71,8 @@ class Attention(nn.Module):
 def score_options(config: ModelConfig, sinks: Tensor | None = None) -> ScoreOptions:
     """What the attention kernels must know of a model beside the sizes; empty for most models."""
     options: ScoreOptions = {}
+    if config.mla is not None:  # its kernels have a contract of their own
+        return options
     if config.attention_scale not in (None, config.head_dim**-0.5):
         options["scale"] = config.attention_scale
     if config.softcap is not None:

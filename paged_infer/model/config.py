@@ -15,6 +15,7 @@ from typing import Any, Literal
 from paged_infer.model.config_keys import GENERATION_DEFAULTS, KEYS_WITHOUT_EFFECT, UNSUPPORTED_KEYS
 from paged_infer.model.config_reader import ConfigReader, read_json
 from paged_infer.model.families import FAMILIES
+from paged_infer.model.mla_config import MLAConfig
 from paged_infer.model.moe_config import MoEConfig
 from paged_infer.model.rope_config import RopeConfig
 
@@ -54,6 +55,7 @@ class ModelConfig:
     logits_scaling: float = 1.0  # Granite: divides the logits
     embedding_multiplier: float = 1.0  # Granite, Gemma; rounded to the weights' dtype
     residual_multiplier: float = 1.0  # Granite: of each sublayer's output
+    mla: MLAConfig | None = None  # its attention instead; num_kv_heads is then num_heads, and head_dim the rotated part
     sliding_windows: tuple[int | None, ...] = ()  # one per layer; None attends to all earlier tokens
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -71,16 +73,17 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Weights of the decoder, tied ones counted once."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+        attention += self.attention_sinks * self.num_heads
+        attention += self.output_bias * self.hidden_size
+        if self.mla is not None:
+            attention = self.mla.num_parameters(self.hidden_size, self.num_heads, has_bias=self.qkv_bias)
         mlp = self.hidden_size * self.intermediate_size * (3 if self.gated_mlp else 2)
         norm = self.hidden_size * (1 if self.norm == "rms" else 2)
         norms = norm * 2 * (self.pre_norm + self.post_norm)
-        biases = self.attention_sinks * self.num_heads + self.qkv_bias * self.head_dim * (
-            self.num_heads + 2 * self.num_kv_heads
-        )
-        biases += self.output_bias * self.hidden_size
         mlp += self.mlp_bias * (self.hidden_size + self.intermediate_size * (2 if self.gated_mlp else 1))
         heads_normed = {"head": 2, "width": self.num_heads + self.num_kv_heads, None: 0}[self.qk_norm]
-        per_layer = attention + norms + biases + heads_normed * self.head_dim
+        per_layer = attention + norms + heads_normed * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         embeddings += self.learned_positions * self.max_position_embeddings * self.hidden_size
         num_moe = 0 if self.moe is None else sum(self.moe.layers)

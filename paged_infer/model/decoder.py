@@ -25,6 +25,7 @@ from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, AddOnly, distinct_ropes, make_embedding, make_norm, make_rotary
 from paged_infer.model.linear import Linear, MethodOf, PackedMethod
+from paged_infer.model.mla import LatentAttention
 from paged_infer.model.moe import Experts, MoE
 
 
@@ -32,7 +33,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
-        self.attention = Attention(config, layer, ops)
+        self.attention = (Attention if config.mla is None else LatentAttention)(config, layer, ops)
         self.mlp_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
         has_experts = config.moe is not None and config.moe.layers[layer]
         self.mlp = MoE(config, layer, ops) if has_experts else MLP(config, ops)
@@ -149,7 +150,10 @@ class Decoder(nn.Module):
 
     def kv_spec(self) -> list[LayerSpec]:
         """What the cache stores for one token, layer by layer."""
-        config = self.config
+        config, mla = self.config, self.config.mla
+        if mla is not None:
+            latent = LayerSpec(1, mla.cached_dim, mla.kv_lora_rank, None, self.dtype, v_in_k=True)
+            return [latent] * config.num_layers
         return [
             LayerSpec(
                 num_kv_heads=config.num_kv_heads,

@@ -37,11 +37,13 @@ class YarnRopeScaling:
     """YaRN (Peng et al. 2023, section 3.2): pair i of the rotated dimensions is slowed by ``factor`` if i > ``high``.
 
     Pairs below ``low``, which turn often within the original context, stay; between the two the change is linear.
+    ``mscale_all_dim``: DeepSeek's growth of the scores with the factor, by the square of ``yarn_mscale``; 0: none.
     """
 
     factor: float
     low: float
     high: float
+    mscale_all_dim: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ def _yarn(rope: ConfigReader, rotary_dim: int, theta: float, max_position: int) 
     if rope.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    yarn = YarnRopeScaling(factor, low, high)
+    yarn = YarnRopeScaling(factor, low, high, mscale_all or 0.0)
     return {"yarn": yarn, "attention_factor": attention_factor, "max_position": int(original * factor)}
 
 

@@ -103,7 +103,7 @@ def test_a_mixed_crowd_gets_the_same_tokens_and_logprobs(name, make_llm) -> None
     assert not name.endswith("preempting") or captured.stats()["preemptions"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "mistral", "qwen2-window", "qwen2-moe"])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "mistral", "qwen2-window", "qwen2-moe", "deepseek3"])
 def test_every_family_can_be_captured(family, make_llm) -> None:
     options = {"attention_backend": "torch", "async_scheduling": True}
     captured = with_graphs(make_llm(family, **options), call_again)

@@ -14,6 +14,8 @@ from paged_infer.model.families import FAMILIES
 README = Path(paged_infer.__file__).with_name("README.md")
 # model_type -> models that people run, and what sets the family apart from Llama
 RUN = {
+    "deepseek_v2": ("DeepSeek-V2 and -Lite", "latent attention (MLA), experts after the first layers, shared experts"),
+    "deepseek_v3": ("DeepSeek-V3, R1", "as V2, with sigmoid scores, a bias of the choice, and groups of experts"),
     "gemma": ("Gemma 2B, 7B", "norms multiply by 1 + weight, embeddings by sqrt(hidden); GELU"),
     "gemma2": ("Gemma 2 2B to 27B", "norms before and after each sublayer, soft caps, a window in every other layer"),
     "gemma3_text": ("Gemma 3 270M, 1B", "QK-norm, a window in five of six layers, with a RoPE of their own"),
@@ -69,7 +71,7 @@ def test_the_readme_lists_exactly_the_families_that_run() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_readme_says_does_not_run_is_refused_with_the_list_of_what_does(name: str) -> None:
-    with pytest.raises(ValueError, match=f"model_type='{name}': must be one of gemma, "):
+    with pytest.raises(ValueError, match=f"model_type='{name}': must be one of deepseek_v2, "):
         ModelConfig.from_hf({"model_type": name})
 
 

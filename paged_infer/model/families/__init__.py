@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from paged_infer.model.config_reader import ConfigReader
-from paged_infer.model.families import dense, moe
+from paged_infer.model.families import deepseek, dense, moe
 
 FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
+    "deepseek_v2": deepseek.deepseek_v2,
+    "deepseek_v3": deepseek.deepseek_v3,
     "gemma": dense.gemma,
     "gemma2": dense.gemma2,
     "gemma3_text": dense.gemma3_text,

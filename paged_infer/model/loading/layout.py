@@ -10,6 +10,7 @@ from paged_infer.model.loading.moe_layout import moe_pieces
 HEAD = "lm_head.weight"
 
 Layout = dict[str, tuple[Piece, ...]]
+_LINEARS = ("qkv", "q_a", "q_b", "kv_a", "output")  # of attention
 
 
 def checkpoint_layout(config: ModelConfig, method_of: MethodOf) -> Layout:
@@ -42,8 +43,9 @@ def _llama_like_layout(config: ModelConfig) -> tuple[Layout, Layout]:
         for norm, their_norm in _norms(config).items():
             layout[f"{ours}.{norm}.weight"] = (Piece(f"{theirs}.{their_norm}.weight", (hidden,)),)
         order = None if rope is None or orders[rope] == plain else orders[rope]
-        for name, pieces in _attention_pieces(config, f"{theirs}.self_attn", order).items():
-            (matrices if name in ("qkv", "output") else layout)[f"{ours}.attention.{name}"] = pieces
+        attention = _attention_pieces if config.mla is None else _latent_pieces
+        for name, pieces in attention(config, f"{theirs}.self_attn", order).items():
+            (matrices if name in _LINEARS else layout)[f"{ours}.attention.{name}"] = pieces
         has_experts = config.moe is not None and config.moe.layers[layer]
         for name, pieces in (moe_pieces if has_experts else _mlp_pieces)(config, f"{theirs}.mlp").items():
             (layout if name.endswith("bias") else matrices)[f"{ours}.mlp.{name}"] = pieces
@@ -91,6 +93,38 @@ def _attention_pieces(config: ModelConfig, theirs: str, order: tuple[int, ...] |
         stored["qk_norm_weight"] = tuple(
             Piece(f"{theirs}.{name}_norm.weight", (heads[name] * dim,), order=orders[name]) for name in "qk"
         )
+    return stored
+
+
+def _latent_pieces(config: ModelConfig, theirs: str, order: tuple[int, ...] | None) -> Layout:
+    """Of ``LatentAttention``. ``order``: of the rotated rows, which are the last of each query head and of kv_a."""
+    assert config.mla is not None
+    mla, hidden, heads, rank = config.mla, config.hidden_size, config.num_heads, config.mla.q_lora_rank
+    rotated = mla.qk_rope_head_dim
+    head_rows = _stacked([(None, mla.qk_nope_head_dim), (order, rotated)])
+    cached_rows = _stacked([(None, mla.kv_lora_rank), (order, rotated)])
+    up_rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    queries = Piece(
+        f"{theirs}.{'q_proj' if rank is None else 'q_b_proj'}.weight",
+        (heads * mla.qk_head_dim, hidden if rank is None else rank),
+        order=_repeated(head_rows, heads),
+    )
+    stored: Layout = {
+        "q_b": (queries,),
+        "kv_a": (Piece(f"{theirs}.kv_a_proj_with_mqa.weight", (mla.cached_dim, hidden), order=cached_rows),),
+        "kv_a_norm.weight": (Piece(f"{theirs}.kv_a_layernorm.weight", (mla.kv_lora_rank,)),),
+        "kv_up": (Piece(f"{theirs}.kv_b_proj.weight", (up_rows, mla.kv_lora_rank)),),
+        "output": (Piece(f"{theirs}.o_proj.weight", (hidden, heads * mla.v_head_dim)),),
+    }
+    if rank is not None:
+        stored["q_a"] = (Piece(f"{theirs}.q_a_proj.weight", (rank, hidden)),)
+        stored["q_a_norm.weight"] = (Piece(f"{theirs}.q_a_layernorm.weight", (rank,)),)
+    if config.qkv_bias:
+        stored["kv_a.bias"] = (Piece(f"{theirs}.kv_a_proj_with_mqa.bias", (mla.cached_dim,), order=cached_rows),)
+        if rank is not None:
+            stored["q_a.bias"] = (Piece(f"{theirs}.q_a_proj.bias", (rank,)),)
+    if config.output_bias:
+        stored["output.bias"] = (Piece(f"{theirs}.o_proj.bias", (hidden,)),)
     return stored
 
 

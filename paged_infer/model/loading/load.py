@@ -146,7 +146,7 @@ def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], 
     for tensor in stored:
         name = _canonical(tensor.name, config, shapes)
         if name not in shapes:
-            if not tensor.name.endswith(_constants(config)):
+            if not (tensor.name.endswith(_constants(config)) or tensor.name.startswith(_left_out(config))):
                 problems.append(f"unexpected tensor {tensor.name} {list(tensor.shape)}")
             continue
         if name in found:
@@ -225,6 +225,11 @@ def _same(stored: Tensor, weight: Tensor) -> bool:
 def _constants(config: ModelConfig) -> tuple[str, ...]:
     """Name endings of constants that older checkpoints store with the weights; the decoder computes them itself."""
     return (".attn.bias", ".attn.masked_bias") if config.family == "gpt2" else (".rotary_emb.inv_freq",)
+
+
+def _left_out(config: ModelConfig) -> tuple[str, ...]:
+    """Beginnings of names that transformers leaves out, too: DeepSeek-V3's layer that drafts a second token."""
+    return ("model.layers.61.",) if config.family == "deepseek_v3" else ()
 
 
 def _canonical(name: str, config: ModelConfig, known: Container[str]) -> str:

@@ -103,6 +103,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "phi3": ("phi3", {**_ROPE_FAMILY, "sliding_window": 15, "partial_rotary_factor": 0.75}, {}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            **_ROPE_FAMILY,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 0.9,
+            "sliding_window": 13,
+            "layer_types": MIXED_LAYERS,
+        },
+        {"max_shard_size": "400KB"},
+    ),
     "mixtral": (
         "mixtral",
         {**_ROPE_FAMILY, "intermediate_size": 52, "num_local_experts": 5, "sliding_window": 13},

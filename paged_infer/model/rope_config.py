@@ -91,6 +91,7 @@ def read_rope(
     theta: float = DEFAULT_THETA,
     partial: bool = False,
     aliases: Mapping[str, str] | None = None,
+    default: Mapping[str, Any] | None = None,
 ) -> RopeConfig:
     """The one RoPE of all layers, by transformers' rules.
 
@@ -103,11 +104,12 @@ def read_rope(
         theta: the family's default.
         partial: whether the family may rotate a part of each head.
         aliases: the family's own names of kinds.
+        default: its ``rope_parameters`` if the config has none.
 
     Raises:
         ValueError: a RoPE type, key or value that this decoder does not support.
     """
-    name, raw = _chosen(config)
+    name, raw = _chosen(config, default)
     nested = sorted(key for key, value in raw.items() if isinstance(value, dict))
     if nested:
         raise ValueError(f"{name} is nested ({', '.join(nested)}); this family has one RoPE for all layers")
@@ -158,12 +160,13 @@ def _object(value: Any, name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _chosen(config: ConfigReader) -> tuple[str, dict[str, Any]]:
+def _chosen(config: ConfigReader, default: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """The name of the dict that applies, and a copy of the dict."""
     scaling, parameters = config.value("rope_scaling"), config.value("rope_parameters")
+    parameters = default if parameters is None else parameters
     name, raw = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
     chosen = _object(raw, name)
-    if scaling and parameters and scaling != parameters:
+    if scaling and config.value("rope_parameters") and scaling != parameters:
         logger.warning("rope_scaling=%s replaces rope_parameters=%s, as in transformers", scaling, parameters)
     return name, chosen
 

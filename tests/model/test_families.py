@@ -20,6 +20,7 @@ RUN = {
     "gemma2": ("Gemma 2 2B to 27B", "norms before and after each sublayer, soft caps, a window in every other layer"),
     "gemma3_text": ("Gemma 3 270M, 1B", "QK-norm, a window in five of six layers, with a RoPE of their own"),
     "gpt2": ("GPT-2 124M to 1.5B, DistilGPT-2", "LayerNorm, learned positions, biases, GELU"),
+    "gpt_oss": ("gpt-oss 20B, 120B, in bfloat16", "experts with biases and clamped SwiGLU, sinks, alternating windows"),
     "granite": ("Granite 3.0 to 3.3", "multipliers of embeddings, scores, sublayers and logits"),
     "llama": ("Llama 2 and 3, SmolLM 1 and 2, TinyLlama, Yi", ""),
     "mistral": ("Mistral 7B", "a window in every layer"),

@@ -15,6 +15,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "gemma2": dense.gemma2,
     "gemma3_text": dense.gemma3_text,
     "gpt2": dense.gpt2,
+    "gpt_oss": moe.gpt_oss,
     "granite": dense.granite,
     "llama": dense.llama,
     "mistral": dense.mistral,

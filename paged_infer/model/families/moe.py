@@ -8,6 +8,44 @@ from paged_infer.model.config_reader import ConfigReader
 from paged_infer.model.families.common import read_attention_biases, read_llama_like, read_one_window, read_windows
 from paged_infer.model.moe_config import MoEConfig
 
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def gpt_oss(config: ConfigReader) -> dict[str, Any]:
+    rope = {"theta": 150_000.0, "default": _GPT_OSS_ROPE}
+    settings = read_llama_like(config, rope, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5)
+    num_layers, bias = settings["num_layers"], config.flag("attention_bias", True)
+    window = config.size_or_none("sliding_window", 128)
+    windows = read_windows(config, num_layers, window)
+    if config.value("layer_types") is None:
+        windows = tuple(None if layer % 2 else window for layer in range(num_layers))
+    moe = MoEConfig(
+        layers=(True,) * num_layers,
+        num_experts=_num_experts(config, 128, least=1),
+        top_k=config.size("num_experts_per_tok", 4),
+        intermediate_size=settings["intermediate_size"],
+        scoring="softmax_of_top_k",
+        router_bias=True,
+        expert_bias=True,
+        swiglu_limit=config.number("swiglu_limit", 7.0),
+        swiglu_alpha=config.number("swiglu_alpha", 1.702),
+    )
+    return {
+        **settings,
+        "attention_sinks": True,
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "moe": moe,
+        "sliding_windows": windows,
+    }
+
 
 def mixtral(config: ConfigReader) -> dict[str, Any]:
     defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}

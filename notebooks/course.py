@@ -10,14 +10,19 @@ Chapter 08 explains the one thing that these functions hide, ``AttentionMetadata
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paged_infer import LLM, SamplingParams
+from paged_infer import LLM, SamplingParams, storyteller
 from paged_infer.bench.shapes import SHAPES
 from paged_infer.bench.timing import time_on
 from paged_infer.cache.contiguous import ContiguousCache
@@ -163,6 +168,34 @@ def random_gpt2(vocab_size: int) -> Decoder:
     for name, weights in decoder.named_parameters():
         torch.nn.init.normal_(weights, mean=float(name.endswith("norm.weight")), std=0.2, generator=generator)
     return decoder.to(device)
+
+
+def random_weights(config: ModelConfig) -> Decoder:
+    """A decoder with matrices that keep the sizes of vectors, embeddings of RMS 1 and norms of ones, on ``device``."""
+    decoder, generator = Decoder(config), torch.Generator().manual_seed(0)
+    for name, weights in decoder.named_parameters():
+        drawn = torch.randn(weights.shape, generator=generator)
+        scale = 1.0 if name == "embedding.weight" else weights.shape[-1] ** -0.5
+        weights.data = torch.ones_like(weights) if "norm" in name else scale * drawn
+    return decoder.to(device)
+
+
+@contextmanager
+def random_checkpoint(family: str, **sizes) -> Iterator[Path]:
+    """A folder with a model of transformers, its weights random and spread wide, and the storyteller's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    vocab_size = json.loads((storyteller.PATH / "config.json").read_text())["vocab_size"]
+    sizes |= {"vocab_size": vocab_size, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(family, **sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for path in storyteller.PATH.glob("*token*.json"):
+            shutil.copy(path, folder)
+        yield Path(folder)
 
 
 def random_decoder(shape: str, dtype: torch.dtype = torch.float32, *, plain: bool = False, **sizes) -> Decoder:

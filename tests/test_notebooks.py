@@ -37,6 +37,7 @@ REVISED = [
     "11_engine",
     "12_naive_cached_paged",
     "13_speculation",
+    "14_many_models",
     "20_from_here_to_vllm",
 ]
 CELLS_AND_LINES = {  # 10 has all policies on two clocks; 11 explains processes, threads and tasks from the ground

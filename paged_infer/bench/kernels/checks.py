@@ -15,6 +15,8 @@ import torch
 from paged_infer.bench.kernels.fused import FUSED, Shape, largest_error
 from paged_infer.bench.kernels.peers import Ready, our_flash, our_paged, packed
 from paged_infer.bench.kernels.problems import Tensors, paged_attention_float64, paged_problem
+from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.mla_decode import latent_decode
 
 # How far from float64 an output may be, as |out - exact| / (1 + |exact|). Where a kernel rounds between its steps, as
 # torch does, that is two or three units in the last place (2^-11 and 2^-8); the interpreter truncates to bfloat16.
@@ -101,6 +103,24 @@ def _attention(
             yield CheckResult(kernel, f"{_name(dtype)}, {case}", error, tolerance)
 
 
+def _latent(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
+    """Decodes of MLA, of DeepSeek's widths if compiled: long rows are split, and the heads take two programs."""
+    dim, v_dim = (40, 24) if sizes is INTERPRETED else (576, 512)
+    none = torch.empty(0, dtype=torch.int64)
+    for dtype, tolerance in sizes.tolerances.items():
+        sequences = [(sizes.context, 1), (0, 1), (7, 1), (sizes.queries, 1)]
+        problem = paged_problem(sequences, num_heads=20, num_kv_heads=1, head_dim=dim, dtype=dtype, device=device)
+        step = AttentionMetadata(
+            none, none, problem.query_start_loc, problem.seq_lens, problem.block_tables,
+            num_decodes=len(sequences), max_query_len=1, max_seq_len=sizes.context + 1,
+        )  # fmt: skip
+        out = latent_decode(problem.q, problem.k_cache, step, v_dim=v_dim, scale=dim**-0.5)
+        keys = problem.packed[0][:, 0].double().split([sum(sequence) for sequence in problem.sequences])
+        weights = [(q.double() @ k.T * dim**-0.5).softmax(-1) for q, k in zip(problem.q, keys, strict=True)]
+        exact = torch.stack([w @ k[:, :v_dim] for w, k in zip(weights, keys, strict=True)])
+        yield CheckResult("latent_decode", _name(dtype), largest_error({}, [out], [exact]), tolerance)
+
+
 def _fused(kernel: str, device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
     described = FUSED[kernel]
     for dtype, tolerance in sizes.tolerances.items():
@@ -117,5 +137,6 @@ def _name(dtype: torch.dtype) -> str:
 CHECKS: dict[str, Callable[[torch.device, Sizes], Iterator[CheckResult]]] = {
     "flash_attention": _flash,
     "paged_attention": _paged,
+    "latent_decode": _latent,
     **{kernel: partial(_fused, kernel) for kernel in FUSED},
 }

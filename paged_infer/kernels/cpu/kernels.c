@@ -252,25 +252,90 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
         }
 }
 
-/* The same over latents (MLA): all heads read the one key of a token, whose first v_dim elements are its value. q [B, H,
-   dim], out [B, H, v_dim]; cache [num_slots, dim]; dim must fit MAX_TASK_WIDTH. A task is some heads of a row. */
+/* Decodes over latents (MLA): all heads read the one key of a token, whose first v_dim elements are its value. So there
+   is a matrix product for each tile of KEYS latents, which is copied to floats; sums of HEADS heads stay in registers. */
+
+#ifdef __AVX512F__ /* HEADS: whose sums are in registers together, two vectors of each */
+#define LANES 16
+#define HEADS 8
+#else
+#define LANES 8
+#define HEADS 4
+#endif
+#define KEYS 16 /* of a tile */
+#define TASK_HEADS 16
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+INLINE float sum_of(vec x) {
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+/* num_heads heads of one row, at most TASK_HEADS. Rows of the local arrays are padded with zeros to pairs of vectors. */
+INLINE void attend_latents(stored *out, const stored *q, const stored *cache, const int32_t *table, int64_t length,
+                           int64_t num_heads, int64_t dim, int64_t v_dim, int64_t block_size, float scale) {
+    int64_t wide = (dim + 2 * LANES - 1) / (2 * LANES) * 2, v_wide = (v_dim + 2 * LANES - 1) / (2 * LANES) * 2;
+    vec query[TASK_HEADS * wide], acc[TASK_HEADS * v_wide], tile[KEYS * wide];
+    float score[TASK_HEADS][KEYS], largest[TASK_HEADS], total[TASK_HEADS] = {0}, shrink[TASK_HEADS] = {0};
+    memset(query, 0, sizeof query), memset(acc, 0, sizeof acc), memset(tile, 0, sizeof tile);
+    for (int64_t h = 0; h < TASK_HEADS; h++) largest[h] = -INFINITY;
+    for (int64_t h = 0; h < num_heads; h++)
+        for (int64_t d = 0; d < dim; d++) ((float *)(query + h * wide))[d] = load(q[h * dim + d]) * scale;
+    for (int64_t start = 0; start < length; start += KEYS) {
+        int64_t n = length - start < KEYS ? length - start : KEYS;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t token = start + i;
+            const stored *latent = cache + (table[token / block_size] * block_size + token % block_size) * dim;
+            for (int64_t d = 0; d < dim; d++) ((float *)(tile + i * wide))[d] = load(latent[d]);
+        }
+        for (int64_t h = 0; h < num_heads; h += HEADS)
+            for (int64_t i = 0; i < KEYS; i += 2) {
+                vec sum[HEADS][2] = {0};
+                for (int64_t w = 0; w < wide; w++)
+                    for (int g = 0; g < HEADS; g++)
+                        for (int b = 0; b < 2; b++) sum[g][b] += query[(h + g) * wide + w] * tile[(i + b) * wide + w];
+                for (int g = 0; g < HEADS; g++)
+                    for (int b = 0; b < 2; b++) score[h + g][i + b] = sum_of(sum[g][b]);
+            }
+        for (int64_t h = 0; h < num_heads; h++) {
+            float top = largest[h], sum = 0.0f;
+            for (int64_t i = 0; i < n; i++) top = score[h][i] > top ? score[h][i] : top;
+            for (int64_t i = 0; i < KEYS; i++) score[h][i] = i < n ? fast_exp(score[h][i] - top) : 0.0f;
+            for (int64_t i = 0; i < KEYS; i++) sum += score[h][i];
+            shrink[h] = start ? fast_exp(largest[h] - top) : 0.0f;
+            total[h] = total[h] * shrink[h] + sum;
+            largest[h] = top;
+        }
+        for (int64_t h = 0; h < num_heads; h += HEADS)
+            for (int64_t w = 0; w < v_wide; w += 2) {
+                vec sum[HEADS][2];
+                for (int g = 0; g < HEADS; g++)
+                    for (int b = 0; b < 2; b++) sum[g][b] = acc[(h + g) * v_wide + w + b] * shrink[h + g];
+                for (int64_t i = 0; i < KEYS; i++)
+                    for (int g = 0; g < HEADS; g++)
+                        for (int b = 0; b < 2; b++) sum[g][b] += score[h + g][i] * tile[i * wide + w + b];
+                for (int g = 0; g < HEADS; g++)
+                    for (int b = 0; b < 2; b++) acc[(h + g) * v_wide + w + b] = sum[g][b];
+            }
+    }
+    for (int64_t h = 0; h < num_heads; h++)
+        for (int64_t d = 0; d < v_dim; d++) out[h * v_dim + d] = store(((float *)(acc + h * v_wide))[d] / total[h]);
+}
+
+/* q [B, H, dim], out [B, H, v_dim]; cache [num_slots, dim]; dim must fit MAX_TASK_WIDTH. A task is some heads of a row,
+   whose result depends neither on the other heads nor on the other rows. */
 void latent_decode(stored *out, const stored *q, const stored *cache, const int32_t *tables, const int32_t *lengths,
                    int64_t num_rows, int64_t num_heads, int64_t dim, int64_t v_dim, int64_t block_size,
                    int64_t table_stride, float scale, int threads) {
-    int64_t together = MAX_TASK_WIDTH / dim < num_heads ? MAX_TASK_WIDTH / dim : num_heads;
-    int64_t tasks = (num_heads + together - 1) / together;
+    int64_t tasks = (num_heads + TASK_HEADS - 1) / TASK_HEADS;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
     for (int64_t row = 0; row < num_rows; row++)
         for (int64_t task = 0; task < tasks; task++) {
-            int64_t head = task * together, left = num_heads - head, heads = left < together ? left : together;
+            int64_t head = task * TASK_HEADS, left = num_heads - head, heads = left < TASK_HEADS ? left : TASK_HEADS;
             const stored *queries = q + (row * num_heads + head) * dim;
             stored *result = out + (row * num_heads + head) * v_dim;
             const int32_t *table = tables + row * table_stride;
-            if (dim == 576 && v_dim == 512) /* DeepSeek's */
-                attend_row(result, queries, cache, cache, table, 0, lengths[row], 1, heads, 576, 512, block_size, 576,
-                           scale, 0.0f, 0);
-            else
-                attend_row(result, queries, cache, cache, table, 0, lengths[row], 1, heads, dim, v_dim, block_size, dim,
-                           scale, 0.0f, 0);
+            attend_latents(result, queries, cache, table, lengths[row], heads, dim, v_dim, block_size, scale);
         }
 }

@@ -92,6 +92,7 @@ def read_rope(
     partial: bool = False,
     aliases: Mapping[str, str] | None = None,
     default: Mapping[str, Any] | None = None,
+    original: int | None = None,
 ) -> RopeConfig:
     """The one RoPE of all layers, by transformers' rules.
 
@@ -105,6 +106,7 @@ def read_rope(
         partial: whether the family may rotate a part of each head.
         aliases: the family's own names of kinds.
         default: its ``rope_parameters`` if the config has none.
+        original: the family's default of ``original_max_position_embeddings``.
 
     Raises:
         ValueError: a RoPE type, key or value that this decoder does not support.
@@ -114,7 +116,8 @@ def read_rope(
     if nested:
         raise ValueError(f"{name} is nested ({', '.join(nested)}); this family has one RoPE for all layers")
     raw.setdefault("rope_theta", ConfigReader({"rope_theta": config.value("rope_theta", theta)}).number("rope_theta"))
-    part, original = (config.value(key) for key in ("partial_rotary_factor", "original_max_position_embeddings"))
+    part = config.value("partial_rotary_factor")
+    original = config.value("original_max_position_embeddings", original)
     if part is not None:
         raw.setdefault("partial_rotary_factor", part)
     if original is not None:
@@ -122,7 +125,7 @@ def read_rope(
     if not partial:
         ConfigReader(raw).only(partial_rotary_factor=1.0)
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if aliases and kind in aliases:
+    if aliases and isinstance(kind, str) and kind in aliases:
         raw |= {"rope_type": aliases[kind]}
     return _rope(ConfigReader(raw, name), name, head_dim, max_position)
 

@@ -111,6 +111,15 @@ def test_longrope_takes_its_list_once_by_max_model_len_and_then_transformers_log
     assert not torch.allclose(logits(long, IDS[:20]), logits(short, IDS[:20]), atol=1e-2)
 
 
+def test_longrope_beyond_its_original_length_by_default_is_said(folder: Path, caplog) -> None:
+    rope = {"rope_type": "longrope", **LONGROPE, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, "rope_parameters": rope}))
+    for max_model_len, warnings in ((65, []), (64, []), (None, ["LongRoPE's factors for texts longer than 64 tokens"])):
+        caplog.clear()
+        load_decoder(folder, torch.float32, max_model_len=max_model_len)
+        assert [message[: len(start)] for message, start in zip(caplog.messages, warnings, strict=True)] == warnings
+
+
 def test_yarn_stretches_the_limit_of_a_config_that_names_the_original_length() -> None:
     assert read(rope_scaling={**YARN, "original_max_position_embeddings": 256}).max_position_embeddings == 1024
     assert read(rope_scaling=YARN).max_position_embeddings == 256
@@ -141,6 +150,8 @@ def test_a_rope_that_another_replaces_is_named(caplog) -> None:
         ({"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}}},
          "rope_parameters is nested (full_attention, sliding_attention)"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, "rope_type='longrope' short_"),
+        ({"model_type": "phi3", "rope_scaling": {"type": ["su"]}}, "rope_type=['su']: must be one of"),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": 0}, "rope_local_base_freq=0: must be a number > 0"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2 of head_dim=16 gives 3"),
         ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "gives 24 rotated dimensions: must be an even number"),
         ({"model_type": "gemma3_text", "rope_parameters": {"chunked_attention": {}}}, "must be an object of full"),

@@ -157,7 +157,8 @@ def granite(config: ConfigReader) -> dict[str, Any]:
 
 def phi3(config: ConfigReader) -> dict[str, Any]:
     aliases = {"su": "longrope", "yarn": "longrope"}  # of older configs
-    settings = read_llama_like(config, {"partial": True, "aliases": aliases}, rms_norm_eps=1e-5)
+    rope = {"partial": True, "aliases": aliases, "original": 4096}
+    settings = read_llama_like(config, rope, rms_norm_eps=1e-5)
     window = config.size_or_none("sliding_window")
     return {**settings, "sliding_windows": read_one_window(config, settings["num_layers"], window)}
 
@@ -222,7 +223,8 @@ def gemma3_text(config: ConfigReader) -> dict[str, Any]:
     config.only(attn_logit_softcapping=None)  # transformers does not compute it
     config.value("_sliding_window_pattern")  # written by transformers, which reads only the name without the underscore
     settings = _gemma_2_and_3(config, pattern=config.size("sliding_window_pattern", 6), default_softcap=None)
-    ropes = _ropes_by_window(config, settings, full=1_000_000.0, sliding=config.value("rope_local_base_freq", 10_000.0))
+    sliding = config.number_or_none("rope_local_base_freq", 10_000.0)
+    ropes = _ropes_by_window(config, settings, full=1_000_000.0, sliding=sliding)
     return {**settings, "qk_norm": "head", "ropes": ropes}
 
 

@@ -8,6 +8,7 @@ allocated.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -27,6 +28,8 @@ from paged_infer.model.linear import DENSE, MethodOf, PackedMethod, Piece
 from paged_infer.model.loading.checkpoint import config_dict, list_tensors, read_config, read_tensors
 from paged_infer.model.loading.layout import HEAD, checkpoint_layout
 from paged_infer.model.loading.safetensors import StoredTensor
+
+logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
 _FLOATS = {  # as safetensors and as torch call them
@@ -62,6 +65,7 @@ def load_decoder(
             cannot be read, or too little memory on the device.
     """
     config = replace(read_config(folder), max_model_len=max_model_len)
+    _warn_about_long_factors(config)
     packed = PackedMethod(ops.pack)
     method_of = method_of or (lambda name: packed)
     found = match(config, method_of, list_tensors(folder), str(folder)) if dummy_seed is None else {}
@@ -72,6 +76,18 @@ def load_decoder(
         fill_at_random(decoder, dummy_seed)
     decoder.prepack()
     return decoder
+
+
+def _warn_about_long_factors(config: ModelConfig) -> None:
+    """Long factors by default would be a surprise: transformers computes short texts with the short ones."""
+    lengths = {rope.longrope.original_max_position for rope in config.ropes if rope is not None and rope.longrope}
+    if config.max_model_len is None and lengths and config.max_position_embeddings > (short := max(lengths)):
+        logger.warning(
+            "LongRoPE's factors for texts longer than %d tokens are in use, for shorter ones, too; "
+            "max_model_len=%d or less selects the others",
+            short,
+            short,
+        )
 
 
 def empty_decoder(

@@ -25,7 +25,7 @@ from paged_infer.execution.executor import InProcessExecutor
 from paged_infer.execution.memory_plan import MemoryPlan, plan_memory
 from paged_infer.execution.memory_profile import CudaMeter, MemoryProfiler
 from paged_infer.execution.model_runner import ModelRunner
-from paged_infer.kernels.attention_backends import attention_backend, check_scores
+from paged_infer.kernels.attention_backends import attention_backend, check_scores, suited_backend
 from paged_infer.kernels.device import device_of
 from paged_infer.model.attention import score_options
 from paged_infer.model.decoder import Decoder
@@ -51,7 +51,6 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     """
     device = device_of(config.device)
     backend, ops = attention_backend(config.attention_backend, device)
-    has_graphs = uses_graphs(config.enforce_eager, device, backend)
     dtype = dtype_of(config.dtype, folder, device)
     seed = config.seed if config.load_format == "dummy" else None
     is_measured = device.type == "cuda" and config.num_blocks is None
@@ -64,6 +63,8 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     for model in (decoder, draft):
         if model is not None:
             check_scores(backend, score_options(model.config))
+            backend = suited_backend(backend, model.config.head_dim)
+    has_graphs = uses_graphs(config.enforce_eager, device, backend)
     profile = None
     if profiler is not None:
         profile = profiler.finish(config, decoder, backend, ops, has_graphs=has_graphs)

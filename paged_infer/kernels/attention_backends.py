@@ -25,6 +25,7 @@ from typing import Protocol, Unpack
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.attention.checks import MAX_HEAD_DIM
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
 from paged_infer.kernels.attention.mla import (
     LatentBackend,
@@ -136,6 +137,14 @@ def attention_backend(name: str, device: torch.device) -> tuple[AttentionBackend
         known = ", ".join(("auto", *ATTENTION_BACKENDS, "module:function"))
         raise ValueError(f"attention_backend={name!r}: must be one of {known}")
     return backend, _OPS[name if name in _OPS else _fastest_or_warn(device)]
+
+
+def suited_backend(backend: AttentionBackend, head_dim: int) -> AttentionBackend:
+    """``backend``, or "sdpa" and a warning if the heads are larger than the Triton kernels take."""
+    if backend is not triton_backend or head_dim <= MAX_HEAD_DIM:
+        return backend
+    warn_once(f"head_dim={head_dim}: the Triton kernels take up to {MAX_HEAD_DIM}, so 'sdpa' computes the attention")
+    return paged_attention_batched
 
 
 def check_scores(backend: AttentionBackend, options: Iterable[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from paged_infer import LLM, SamplingParams
+from paged_infer.baselines import generate_naive
 from paged_infer.kernels import attention_backends, triton_runtime
 from paged_infer.kernels.attention_backends import (
     ATTENTION_BACKENDS,
@@ -121,3 +124,18 @@ def test_an_engine_whose_model_needs_more_than_its_backend_takes_is_not_built(ch
     monkeypatch.setattr(attention_backends, "ATTENTION_BACKENDS", {**ATTENTION_BACKENDS, "plain": plain})
     with pytest.raises(ValueError, match="plain takes no scale and no softcap, which this model needs"):
         LLM(checkpoint("gemma2"), attention_backend="plain")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_heads_larger_than_the_kernels_take_run_on_every_backend(model_type, tmp_path, caplog) -> None:
+    sizes = {"hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 258, "vocab_size": 97}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **sizes, **heads}))
+    prompts, params = [list(range(2, 20)), [5, 6, 7]], SamplingParams(temperature=0, max_tokens=3)
+    said = []
+    for name in ("torch", "sdpa", "c", "triton"):
+        llm = LLM(tmp_path, load_format="dummy", attention_backend=name, num_blocks=8)
+        said.append([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
+    said.append([output.outputs[0].token_ids for output in generate_naive(llm, prompts, params)])
+    assert said == [said[0]] * 5
+    assert [m for m in caplog.messages if "up to 256, so 'sdpa' computes the attention" in m] == caplog.messages

@@ -16,7 +16,7 @@ MAX_SCALE = 1e30  # times 1/ln 2 and any useful score, it still fits float32
 
 def check_dense_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, max_head_dim: int | None = MAX_HEAD_DIM,
 ) -> None:  # fmt: skip
     """Raises ValueError unless q [B, H, N, D], k and v [B, H_kv, M, D] fit together."""
     given = shapes(q=q, k=k, v=v)
@@ -24,7 +24,7 @@ def check_dense_attention(
         raise ValueError(f"attention expects q [B, H, N, D], k and v [B, H_kv, M, D]; got {given}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v must share batch size and head_dim; got {given}")
-    _check_heads(q.shape[1], k.shape[1], q.shape[3], given)
+    _check_heads(q.shape[1], k.shape[1], q.shape[3], given, max_head_dim)
     _check_alike(q=q, k=k, v=v)
     _check_scores(q, q.shape[1], scale, window, softcap, sinks)
     if window is not None and not causal:
@@ -90,11 +90,13 @@ def check_index_values(
             )
 
 
-def _check_heads(num_heads: int, num_kv_heads: int, dim: int, given: str) -> None:
+def _check_heads(
+    num_heads: int, num_kv_heads: int, dim: int, given: str, max_head_dim: int | None = MAX_HEAD_DIM
+) -> None:  # fmt: skip
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads evenly; got {given}")
-    if not 1 <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={dim} must be within 1..{MAX_HEAD_DIM}; got {given}")
+    if dim < 1 or (max_head_dim is not None and dim > max_head_dim):
+        raise ValueError(f"head_dim={dim} must be within 1..{max_head_dim}; got {given}")
 
 
 def _check_alike(**tensors: Tensor) -> None:

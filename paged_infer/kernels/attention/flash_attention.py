@@ -95,8 +95,8 @@ def flash_attention_reference(
     causal: bool = True, scale: float | None = None, window: int | None = None, return_lse: bool = False,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """``flash_attention`` in plain torch, with all scores at once."""
-    check_dense_attention(q, k, v, causal, scale, window, softcap, sinks)
+    """``flash_attention`` in plain torch, with all scores at once and heads of any size."""
+    check_dense_attention(q, k, v, causal, scale, window, softcap, sinks, max_head_dim=None)
     seen = causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
     out, lse = attend_seen(q, k, v, seen, scale, softcap, None if sinks is None else sinks[:, None, None])
     return (out, lse.float()) if return_lse else out

@@ -16,6 +16,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from paged_infer.cache.lazy_zeros import untouched_zeros
 from paged_infer.cache.spec import LatentForms, LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
@@ -33,7 +34,8 @@ class PagedCache:
 
     A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them.
     The last block is never assigned or written: it stays zero, and reads past the end of a sequence can be directed
-    to it. ``num_swap_blocks`` more blocks of swap space are in the CPU's memory.
+    to it. On a CPU, a block takes memory from its first write on. ``num_swap_blocks`` more blocks of swap space are in
+    the CPU's memory.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class PagedCache:
         self.backend = backend
         self.ops = ops
         shape = (num_blocks + 1, block_size)
-        self.keys = [torch.zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
+        self.keys = [untouched_zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
         self.values = [
-            k[..., : s.v_dim] if s.v_in_k else k.new_zeros(*shape, s.num_kv_heads, s.v_dim)
+            k[..., : s.v_dim]
+            if s.v_in_k
+            else untouched_zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device)
             for k, s in zip(self.keys, spec, strict=True)
         ]
         self._pools = [*self.keys, *(v for v, s in zip(self.values, spec, strict=True) if not s.v_in_k)]

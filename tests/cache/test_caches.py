@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from paged_infer import SamplingParams
 from paged_infer.cache.contiguous import ContiguousCache
+from paged_infer.cache.lazy_zeros import untouched_zeros
 from paged_infer.cache.none import NoCache
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import LayerSpec, kv_bytes_per_token
@@ -209,3 +212,42 @@ def test_latents_are_stored_once_and_copied_and_swapped_as_keys_are() -> None:
     cache.move_blocks(BlockTransfers(copies=[], swap_outs=[], swap_ins=[(1, 3)]))
     for keys, old in zip(cache.keys, before, strict=True):
         assert torch.equal(keys, old[[0, 0, 2, 2, 4]])
+
+
+# -- Memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts the resident pages that Linux reports")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pool_takes_memory_block_by_block_as_it_is_written(dtype: torch.dtype) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    pool_bytes, layers = 2**28, [LayerSpec(4, 64, 64, None, dtype)] * 4
+    num_blocks = pool_bytes // (16 * kv_bytes_per_token(layers))
+    before = resident_bytes()
+    cache = PagedCache(layers, num_blocks, 16, ATTENTION_BACKENDS["torch"])
+    pool = [*cache.keys, *cache.values]
+    assert sum(t.nbytes for t in pool) > pool_bytes
+    assert not any(t[block].any() for t in pool for block in (0, num_blocks // 2, num_blocks))  # reading takes none
+    assert all(t.dtype == dtype and t.data_ptr() % 64 == 0 for t in pool)
+    assert resident_bytes() - before < pool_bytes // 8
+    for tensor in pool:
+        tensor[: num_blocks // 2] = 1
+    assert pool_bytes // 4 < resident_bytes() - before < pool_bytes * 3 // 4
+    assert not any(t[num_blocks // 2 :].any() for t in pool)
+    del tensor, pool, cache
+    assert resident_bytes() - before < pool_bytes // 8  # and gives it back
+
+
+@pytest.mark.parametrize("missing", ["MAP_ANONYMOUS", "mmap"])
+def test_where_pages_cannot_be_mapped_the_pool_is_zeros_as_well(missing: str, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no room")
+
+    if missing == "mmap":
+        monkeypatch.setattr(mmap, "mmap", fail)
+    else:
+        monkeypatch.delattr(mmap, "MAP_ANONYMOUS", raising=False)
+    zeros = untouched_zeros(3, 2, dtype=torch.bfloat16, device="cpu")
+    assert zeros.shape == (3, 2) and zeros.dtype == torch.bfloat16 and not zeros.any()

@@ -1,0 +1,24 @@
+"""Zeros that take no memory until they are written."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+
+def untouched_zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """``torch.zeros``, which writes its memory, without that write on a CPU: the system gives zero pages when they are
+    first touched. A page that is only read is shared by all.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    # Elsewhere than on Unix a mapping is shared between processes or charged at once.
+    if torch.device(device).type != "cpu" or not num_bytes or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no room: torch's message names the bytes
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)  # it keeps the mapping as long as it lives

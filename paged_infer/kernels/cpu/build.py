@@ -30,7 +30,8 @@ from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "linear.c", "experts.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "paged_prefill.c", "linear.c", "experts.c"))
+_HEADER = Path(__file__).with_name("elements.h")
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
 FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
@@ -50,7 +51,8 @@ _SIGNATURES = {
     "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
     "latent_decode": [_POINTER] * 5 + [_INT] * 6 + [_FLOAT, _THREADS],
-    "paged_decode": [_POINTER] * 7 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
+    "paged_prefill": [_POINTER] * 9 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
+    "paged_decode": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
 }
 
 
@@ -80,7 +82,8 @@ def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
-    loaded.panel_width.argtypes, loaded.panel_width.restype = [], _INT
+    for constant in (loaded.panel_width, loaded.prefill_queries):
+        constant.argtypes, constant.restype = [], _INT
     return loaded
 
 
@@ -141,7 +144,7 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
     words = shlex.split(compiler)
     version = subprocess.run([*words, "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
     parts = (
-        *(source.read_bytes() for source in SOURCES),
+        *(source.read_bytes() for source in (*SOURCES, _HEADER)),
         " ".join([os.path.realpath(shutil.which(words[0]) or words[0]), *words[1:], *flags]).encode(),
         version.stdout,
         _processor().encode(),

@@ -5,55 +5,9 @@
    the torch reference of its name. Loops over the last dimension are plain, for the compiler to vectorise. T tokens,
    H query heads, H_kv key heads, D their dimension. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "elements.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define WORTH_A_THREAD 16384 /* elements; below this, a thread costs more than it saves */
-
-#ifdef BFLOAT16
-typedef uint16_t stored;
-INLINE float load(stored x) {
-    union { uint32_t bits; float value; } wide = {(uint32_t)x << 16};
-    return wide.value;
-}
-INLINE stored store(float x) { /* to the nearest, ties to even; NaN stays NaN */
-    union { float value; uint32_t bits; } wide = {x};
-    uint32_t rounded = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16;
-    return x == x ? rounded : 0x7fc0;
-}
-#else
-typedef float stored;
-INLINE float load(stored x) { return x; }
-INLINE stored store(float x) { return x; }
-#endif
-
-/* e^x for x <= 0, to 2 ulps, without a branch, so that it vectorises: 2^n * 2^f, |f| <= 1/2. NaN stays NaN. */
-INLINE float fast_exp(float x) {
-    float y = x * 1.44269504088896f, clipped = y > -126.0f ? y : -126.0f, whole = rintf(clipped), f = clipped - whole;
-    float p = 1.52527338e-5f;
-    p = p * f + 1.54035304e-4f;
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
-    float small = p * power.value;
-    return y > -126.0f ? small : (y == y ? 0.0f : y);
-}
-
-/* To 2e-7 of its value, without a branch. Near 0, where the formula cancels, it is a polynomial. NaN stays NaN. */
-INLINE float fast_tanh(float x) {
-    float square = x * x, power = fast_exp(-2.0f * fabsf(x)), far = (1.0f - power) / (1.0f + power);
-    float near = 0.01728459f;
-    near = near * square - 0.05313979f;
-    near = near * square + 0.13328335f;
-    near = near * square - 0.3333328f;
-    return square < 0.3f ? x + x * square * near : (x < 0.0f ? -far : far);
-}
 
 INLINE float dot(const float *a, const stored *b, int64_t n) {
     float sum = 0.0f;
@@ -219,10 +173,11 @@ INLINE void attend_row(stored *out, const stored *q, const stored *keys, const s
         for (int64_t d = 0; d < v_dim; d++) out[h * v_dim + d] = store(acc[h * v_dim + d] / total[h]);
 }
 
-/* One query per sequence: q and out [B, H, D], q with row stride q_stride; caches [num_slots, H_kv, D]; sinks [H].
-   The query heads of a group, H / H_kv * D elements, must fit MAX_TASK_WIDTH. */
+/* Single queries: q and out [T, H, D], q with row stride q_stride; row r of the tables and lengths belongs to query
+   places[r], without places to query r; caches [num_slots, H_kv, D]; sinks [H]. The query heads of a group, H / H_kv * D
+   elements, must fit MAX_TASK_WIDTH. */
 void paged_decode(stored *out, const stored *q, const stored *k_cache, const stored *v_cache, const int32_t *tables,
-                  const int32_t *lengths, const float *sinks, int64_t num_rows, int64_t num_heads,
+                  const int32_t *lengths, const int32_t *places, const float *sinks, int64_t num_rows, int64_t num_heads,
                   int64_t num_kv_heads, int64_t dim, int64_t block_size, int64_t table_stride, int64_t q_stride,
                   int64_t window, float scale, float softcap, int threads) {
     int64_t group = num_heads / num_kv_heads, slot_stride = num_kv_heads * dim;
@@ -236,10 +191,11 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
             int64_t head = task * together, left = num_kv_heads - head, num_kv = left < together ? left : together;
             int64_t length = lengths[row], first = length > window ? length - window : 0;
             const int32_t *table = tables + row * table_stride;
-            const stored *queries = q + row * q_stride + head * group * dim;
+            int64_t place = places ? places[row] : row;
+            const stored *queries = q + place * q_stride + head * group * dim;
             const stored *keys = k_cache + head * dim, *values = v_cache + head * dim;
             const float *own = sinks ? sinks + head * group : 0;
-            stored *result = out + (row * num_heads + head * group) * dim;
+            stored *result = out + (place * num_heads + head * group) * dim;
 #define ATTEND(D) \
     attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, D, block_size, slot_stride, \
                scale, softcap, own)

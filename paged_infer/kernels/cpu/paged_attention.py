@@ -1,24 +1,26 @@
-"""Paged attention on a CPU without a gather: decodes read keys and values in place, in ``kernels.c``.
+"""Paged attention on a CPU without a gather: keys and values are read through block tables, in C.
 
 Torch's batched products need contiguous keys, so ``paged_sdpa`` copies every key and value of the batch in every layer
 of every step, and pads rows to the longest. Here each (sequence, key head) follows its own block table, with the online
-softmax of the Triton kernels. A few tokens of one sequence, such as drafts, are computed the same way: each is a query
-of its own, over the keys that it sees. Prompt chunks, for which the products are worth the copy, go to ``paged_sdpa``.
+softmax of the Triton kernels. A few tokens of one sequence, such as drafts, are computed as a decode is: each is a
+query of its own, over the keys that it sees (``kernels.c``). More are a prompt chunk, computed in tiles
+(``paged_prefill.c``). A sequence's own number of tokens decides, so its bits do not depend on the rest of the step.
 """
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
-from paged_infer.kernels.attention.paged_sdpa import attend_chunks, latent_decode_batched, paged_attention_batched
+from paged_infer.kernels.attention.paged_sdpa import latent_decode_batched, paged_attention_batched
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
 
 _MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of kernels.c
+_MAX_DIM = 256  # of a tile, which is on the stack
 _FEW = 8  # tokens of a sequence in a step; more are a prompt chunk
 
 
@@ -34,38 +36,69 @@ def paged_attention_c(
         not dense
         or v_cache.shape != k_cache.shape
         or num_heads // num_kv_heads * dim > _MAX_GROUP_WIDTH
+        or dim > _MAX_DIM
+        or (dim % 2 and q.dtype is torch.bfloat16)  # which are multiplied in pairs
         or step.block_tables.stride(-1) != 1
+        or (plan := _plan(step, q.dtype)) is None
     ):
         return paged_attention_batched(q, k_cache, v_cache, step, window=window, **scores)
     out = torch.empty(q.shape, dtype=q.dtype)
-    num_rows, tables, lengths = _rows(step)
-    if num_rows:
-        scale, sinks = scores.get("scale"), scores.get("sinks")
-        sinks = None if sinks is None else sinks.float().contiguous()
-        library(q.dtype).paged_decode(
-            out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            num_rows, num_heads, num_kv_heads, dim, block_size, tables.stride(0), q.stride(0),
-            2**62 if window is None else window, dim**-0.5 if scale is None else scale, scores.get("softcap") or 0.0,
-            torch.get_num_threads(),
+    kernels, scale, sinks = library(q.dtype), scores.get("scale"), scores.get("sinks")
+    sinks = None if sinks is None else sinks.float().contiguous()
+    tensors = (out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr())
+    shape = (num_heads, num_kv_heads, dim, block_size)
+    options = (
+        2**62 if window is None else window, dim**-0.5 if scale is None else scale, scores.get("softcap") or 0.0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if plan.num_rows:
+        kernels.paged_decode(
+            *tensors, plan.tables.data_ptr(), plan.lengths.data_ptr(),
+            None if plan.places is None else plan.places.data_ptr(), None if sinks is None else sinks.data_ptr(),
+            plan.num_rows, *shape, plan.tables.stride(0), q.stride(0), *options,
         )  # fmt: skip
-    if num_rows < q.shape[0]:
-        attend_chunks(out, q, k_cache, v_cache, step, window, **scores)
+    if plan.tasks is not None:
+        kernels.paged_prefill(
+            *tensors, step.block_tables.data_ptr(), step.seq_lens.data_ptr(), step.query_start_loc.data_ptr(),
+            plan.tasks.data_ptr(), None if sinks is None else sinks.data_ptr(),
+            len(plan.tasks), *shape, step.block_tables.stride(0), q.stride(0), *options,
+        )  # fmt: skip
     return out
 
 
-def _rows(step: AttentionMetadata) -> tuple[int, Tensor, Tensor]:
-    """The number of leading queries that C computes, and for each its block table and number of keys, int32."""
-    if step.max_query_len > _FEW or step.max_query_len == 1:
-        return step.num_decodes, step.block_tables, step.seq_lens
-    if "rows" not in step.plan:
-        starts, query_lens = step.query_start_loc[:-1], step.query_start_loc.diff()  # [B] each
-        owners = torch.arange(len(query_lens)).repeat_interleave(query_lens)  # [T] the sequence of each token
-        offsets = torch.arange(len(owners)) - starts[owners]  # [T] among the tokens of its sequence in this step
-        seen = (step.seq_lens - query_lens)[owners] + offsets + 1
-        step.plan["rows"] = (step.block_tables[owners], seen.int())
-    tables, lengths = step.plan["rows"]
-    return len(lengths), tables, lengths
+class _Plan(NamedTuple):
+    """The queries of a step: single ones, each with a block table and a number of keys, and tiles of prompt chunks."""
+
+    num_rows: int
+    tables: Tensor  # [num_rows, max_blocks] int32
+    lengths: Tensor  # [num_rows] int32
+    places: Tensor | None  # [num_rows] int32, of each query among the T; None: the first
+    tasks: Tensor | None  # [num_tasks, 2] int32: the sequence, and the place of a tile's first query in its chunk
+
+
+def _plan(step: AttentionMetadata, dtype: torch.dtype) -> _Plan | None:
+    """None: C cannot compute this step on this system."""
+    if step.max_query_len == 1:
+        return _Plan(step.num_decodes, step.block_tables, step.seq_lens, None, None)
+    if "c" not in step.plan:
+        step.plan["c"] = _mixed_plan(step, library(dtype).prefill_queries())
+    return cast("_Plan | None", step.plan["c"])
+
+
+def _mixed_plan(step: AttentionMetadata, num_queries: int) -> _Plan | None:
+    if not num_queries:
+        return None
+    starts, query_lens = step.query_start_loc[:-1], step.query_start_loc.diff()  # [B] each
+    owners = torch.arange(len(query_lens)).repeat_interleave(query_lens)  # [T] the sequence of each token
+    places = (query_lens[owners] <= _FEW).nonzero()[:, 0]
+    owners = owners[places]
+    seen = (step.seq_lens - query_lens - starts)[owners] + places + 1
+    tasks = []
+    for row, (length, count) in enumerate(zip(step.seq_lens.tolist(), query_lens.tolist(), strict=True)):
+        if count > _FEW:
+            tasks += [(count - first - length, row, first) for first in range(0, count, num_queries)]
+    tiles = torch.tensor([task[1:] for task in sorted(tasks)], dtype=torch.int32) if tasks else None  # longest first
+    return _Plan(len(places), step.block_tables[owners], seen.int(), places.int(), tiles)
 
 
 def latent_decode_c(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FAMILIES, VOCAB
+from effort import each_with_some
 
 from paged_infer import SamplingParams
 from paged_infer.baselines import generate_cached, generate_naive, generate_static
@@ -87,8 +88,7 @@ def test_every_rung_gives_the_greedy_tokens_of_transformers(family, make_llm, ex
     assert len({tuple(t) for t in expected(family)}) == len(LENGTHS)  # else equality would prove little
 
 
-@pytest.mark.parametrize("options", PAGED_SETTINGS.values(), ids=PAGED_SETTINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "options"), each_with_some(FAMILIES, PAGED_SETTINGS, whole="qwen3"))
 def test_backend_block_size_chunks_and_preemption_do_not_change_a_greedy_token(
     family, options, make_llm, expected
 ) -> None:

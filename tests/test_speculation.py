@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import FAMILIES, VOCAB
+from effort import each_with_some
 
 from paged_infer import LLM, BeamSearchParams, SamplingParams
 
@@ -88,8 +89,7 @@ def expected(make_llm: MakeLLM) -> Callable[[str, str], list[Any]]:
 KINDS: dict[str, Any] = {"greedy": GREEDY, "seeded": SEEDED, "edited": EDITED}
 
 
-@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "options"), each_with_some(FAMILIES, SETTINGS, whole="qwen3"))
 def test_drafts_do_not_change_a_token(family, options, make_llm, expected) -> None:
     llm = make_llm(family, speculative_config=NGRAM, **options)
     for kind in KINDS:

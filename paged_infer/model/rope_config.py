@@ -152,9 +152,16 @@ def read_ropes_by_layer_type(
     raw["full_attention"] |= scaling
     raw["full_attention"].setdefault("rope_theta", config.value("rope_theta", full))
     raw["sliding_attention"].setdefault("rope_theta", sliding)
-    ropes = (_rope(ConfigReader(x, f"rope_parameters {kind}"), kind, head_dim, max_position) for kind, x in raw.items())
-    of_full, of_sliding = ropes
+    of_full, of_sliding = (
+        _nested_rope(ConfigReader(x, f"rope_parameters {kind}"), kind, head_dim, max_position)
+        for kind, x in raw.items()
+    )
     return of_full, of_sliding
+
+
+def _nested_rope(rope: ConfigReader, name: str, head_dim: int, max_position: int) -> RopeConfig:
+    rope.only(truncate=True)  # transformers reads it outside, where it is never set
+    return _rope(rope, name, head_dim, max_position)
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def test_a_rope_that_another_replaces_is_named(caplog) -> None:
         ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2 of head_dim=16 gives 3"),
         ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "gives 24 rotated dimensions: must be an even number"),
         ({"model_type": "gemma3_text", "rope_parameters": {"chunked_attention": {}}}, "must be an object of full"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": {**YARN, "truncate": False}}},
+         "rope_parameters full_attention truncate=False is not supported; only True is"),
         ({"model_type": "gemma3_text", "rope_scaling": "linear"}, "rope_scaling='linear': must be an object"),
         ({"model_type": "qwen3", "rope_scaling": {"full_attention": LINEAR}}, "rope_scaling is nested"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),

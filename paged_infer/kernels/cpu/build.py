@@ -30,7 +30,8 @@ from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "paged_prefill.c", "linear.c", "experts.c"))
+_NAMES = ("kernels.c", "paged_prefill.c", "linear.c", "linear_bfloat16.c", "experts.c")
+SOURCES = tuple(map(Path(__file__).with_name, _NAMES))
 _HEADER = Path(__file__).with_name("elements.h")
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
 FLAGS = (
@@ -47,6 +48,7 @@ _SIGNATURES = {
     "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
     "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
+    "linear_bfloat16": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
     "expert_segments": [_POINTER] * 4 + [_INT] * 3,
     "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],

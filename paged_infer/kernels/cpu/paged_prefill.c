@@ -86,11 +86,10 @@ INLINE void product(float *sums, const float *shrink, const word *x, int64_t row
     IN_MEMORY;
 }
 
-/* Rounded to nearest, ties to even, as in store(); a NaN reaches the output through the sum of the weights. */
+/* Two weights, rounded to nearest; a NaN reaches the output through their sum. */
 INLINE word pair(float first, float second) {
     union { float value; word bits; } low = {first}, high = {second};
-    low.bits += 0x7fff + (low.bits >> 16 & 1), high.bits += 0x7fff + (high.bits >> 16 & 1);
-    return low.bits >> 16 | (high.bits & 0xffff0000);
+    return (low.bits + 0x8000) >> 16 | ((high.bits + 0x8000) & 0xffff0000);
 }
 
 /* out [dim, KEYS / 2]: the elements of 32 keys' values, transposed, each pair of keys in a word. */

@@ -133,6 +133,7 @@ class Decoder(nn.Module):
 
     def prepack(self) -> None:
         """Lay the matrices out for the device's kernels, once the weights are final."""
+        self.head.keeps_weight = self.config.tie_word_embeddings
         for _, linear in [*self.linears(), ("head", self.head)]:
             linear.method.prepack(linear)
         for module in self.layers.modules():

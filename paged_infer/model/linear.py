@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paged_infer.kernels.cpu.linear import Pack, Product
+from paged_infer.kernels.cpu.linear import Pack, PanelProduct, Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +107,24 @@ class DenseMethod:
 
 
 class PackedMethod(DenseMethod):
-    """``DenseMethod`` with a second copy of W, laid out for the CPU's kernels (``kernels.cpu.linear``) by ``prepack``.
+    """``DenseMethod`` with W laid out for the CPU's kernels (``kernels.cpu.linear``) by ``prepack``.
 
-    If ``pack`` returns None (a copy would gain nothing), torch multiplies. Weights must not change after ``prepack``.
+    In C's panels W is held once, as the parameter ``panels``, and ``weight`` is a copy made when it is read. If
+    ``pack`` returns None (it would gain nothing), torch multiplies. Weights must not change after ``prepack``.
     """
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
 
     def prepack(self, linear: Linear) -> None:
-        if not linear.is_stack:
-            linear.product = self.pack(linear.weight, linear.bias)
+        if linear.is_stack:
+            return
+        weight = linear.weight.clone() if linear.keeps_weight else linear.weight
+        product = self.pack(weight, linear.bias)
+        if isinstance(product, PanelProduct) and not linear.keeps_weight:
+            del linear.weight
+            linear.panels = nn.Parameter(product.panels, requires_grad=False)
+        linear.product = product
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         product = linear.product
@@ -137,6 +144,7 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
     method: LinearMethod
     product: Product | None = None  # of ``PackedMethod``, once packed
+    keeps_weight = False  # for another that uses it: a tied embedding
     is_stack = False  # of the matrices of many experts, which are multiplied together by ``moe.Experts``
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, method: LinearMethod = DENSE) -> None:
@@ -155,3 +163,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
+
+    def __getattr__(self, name: str) -> Any:  # of what is no attribute and no parameter
+        product = self.__dict__.get("product")
+        return product.weight if name == "weight" and isinstance(product, PanelProduct) else super().__getattr__(name)

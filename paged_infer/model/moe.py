@@ -30,6 +30,7 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.gate = Linear(hidden_size, moe.num_experts, bias=moe.router_bias)
+        self.gate.keeps_weight = moe.float32_router
         self.correction_bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.correction_bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,11 +49,11 @@ def test_no_query_attends_beyond_its_window(window):
 
 
 def test_sizes_are_those_of_the_decoder(make_llm):
-    decoder = make_llm("qwen3").engine.decoder
+    decoder = make_llm("qwen3", attention_backend="sdpa").engine.decoder  # C pads panels
     cost = ModelCost.of(decoder)
     stored = sum({p.data_ptr(): p.numel() for p in decoder.parameters()}.values())
     assert cost.weight_bytes == pytest.approx(4 * stored, rel=1e-3)  # a norm of heads is stored once a head
-    matrices = sum(p.numel() for name, p in decoder.layers.named_parameters() if p.dim() == 2 and "norm" not in name)
+    matrices = sum(p.numel() for name, p in decoder.layers.named_parameters() if p.dim() >= 2 and "norm" not in name)
     assert cost.flops_per_token == pytest.approx(2 * matrices, rel=0.01)
     assert cost.head_flops == 2 * 1003 * 192
 
@@ -61,7 +61,7 @@ def test_sizes_are_those_of_the_decoder(make_llm):
 def test_an_embedding_that_is_no_head_is_looked_up_and_not_read(make_llm):
     tied, untied = (ModelCost.of(make_llm(name).engine.decoder) for name in ("qwen3", "llama2"))
     assert untied.head_flops == tied.head_flops
-    decoder = make_llm("llama2").engine.decoder
+    decoder = make_llm("llama2", attention_backend="sdpa").engine.decoder
     stored = sum(p.numel() for p in decoder.parameters())
     assert untied.weight_bytes == 4 * (stored - decoder.embedding.weight.numel())
     assert decoder.dtype is torch.float32

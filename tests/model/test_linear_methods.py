@@ -10,10 +10,11 @@ from decoding import IDS, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.op_sets import C_OPS
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import DENSE, DenseMethod, Linear, PackedMethod, Piece
-from paged_infer.model.loading.load import _targets, load_decoder
+from paged_infer.model.loading.load import _targets, checkpoint_views, load_decoder
 
 
 class Doubled(DenseMethod):
@@ -118,13 +119,18 @@ def test_a_matrix_may_be_several_tensors_of_other_types(family, checkpoint, tmp_
         load_decoder(tmp_path, torch.float32, method_of=method_of)
 
 
-def test_packed_is_what_the_loader_uses_and_keeps_the_dense_weights(checkpoint) -> None:
+def test_packed_is_what_the_loader_uses_and_holds_each_weight_once(checkpoint) -> None:
     decoder = load_decoder(checkpoint("qwen3"), torch.float32, ops=C_OPS)
     dense = load_decoder(checkpoint("qwen3"), torch.float32, method_of=lambda name: DENSE)
     assert all(type(linear.method) is PackedMethod for _, linear in decoder.linears())
-    ours, theirs = dict(decoder.named_parameters()), dict(dense.named_parameters())
+    ours, theirs = checkpoint_views(decoder), checkpoint_views(dense)
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     torch.testing.assert_close(logits(decoder, IDS), logits(dense, IDS), atol=1e-4, rtol=1e-4)
+    if unavailable_reason() is None:
+        held = {p.data_ptr(): p.numel() for p in decoder.parameters()}
+        assert sum(held.values()) < 1.02 * sum(p.numel() for p in dense.parameters())  # panels may be padded
+        for _, linear in decoder.linears():
+            assert linear.product.panels.data_ptr() in held and "weight" not in dict(linear.named_parameters())
 
 
 @torch.no_grad()

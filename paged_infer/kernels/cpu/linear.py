@@ -1,10 +1,10 @@
 """Linear layers on a CPU: x W^T + b, with W packed once into the layout that the product needs.
 
 torch's own product packs W into tiles in every call. A decode step multiplies a few rows by every matrix of the model,
-so packing costs as much as the product. Two ways keep the packed copy, at the cost of its memory:
+so packing costs as much as the product. There are two other ways:
 
-- ``pack_c``: panels for ``linear.c`` (float32) and ``linear_bfloat16.c``, which describe their layouts;
-- ``pack_onednn``: the layout that oneDNN prefers. torch ships oneDNN, and its compiler uses the same two operations.
+- ``pack_c``: panels for ``linear.c`` (float32) and ``linear_bfloat16.c``, which describe their layouts, in place of W;
+- ``pack_onednn``: a copy in oneDNN's layout. torch ships oneDNN, and its compiler uses the same two operations.
 
 All matrices of SmolLM2-135M, one after another, in bfloat16 with AMX, two threads of a busy machine: for 1, 8 and 32
 rows C took 14, 15 and 19 ms and oneDNN 27, 32 and 39, when memory gave 20 to 25 GB/s. For 1,500 rows C took 0.9 to 1.2
@@ -29,35 +29,47 @@ Pack = Callable[[Tensor, Tensor | None], Product | None]
 ROWS_HINT = 32  # rows of a typical decode step; oneDNN's layout works for any number
 WORTH_PACKING = 100_000  # elements; for a smaller W the call costs more than the packing that it saves
 _WIDE, _DEEP = 32, 32  # of linear_bfloat16.c
+_TOGETHER = 64  # panels that are laid out at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PanelProduct:
     """The product by C. It is batch-invariant: the bits of a row do not depend on the other rows."""
 
-    weight: Tensor  # [N, K], for inputs that C does not support
+    shape: tuple[int, int]  # N and K
     bias: Tensor | None
     panels: Tensor  # float32 [P, K, WIDE], for P WIDE rows of W; bfloat16 [P, K / 2, WIDE, 2]: pairs of columns
     start: Tensor  # [P WIDE] float32: the bias, or zeros
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> PanelProduct:
+    def of(cls, weight: Tensor, bias: Tensor | None, reuse: bool = False) -> PanelProduct:
+        """Args:
+        reuse: lay the panels out in the memory of ``weight``, which is then lost, unless they need padding.
+        """
         height, depth = weight.shape
         wide, deep = panel_shape(weight.dtype)
-        num_panels = -(-height // wide)
+        num_panels, pair = -(-height // wide), 1 if deep == 1 else 2
         padded = F.pad(weight, (0, -depth % deep, 0, -height % wide))
+        if padded is weight or padded.data_ptr() == weight.data_ptr():
+            padded = weight.contiguous() if reuse else weight.clone(memory_format=torch.contiguous_format)
         start = padded.new_zeros(num_panels * wide, dtype=torch.float32)
         if bias is not None:
             start[:height] = bias
-        if deep == 1:
-            panels = padded.view(num_panels, wide, depth).transpose(1, 2).contiguous()
-        else:
-            panels = padded.view(num_panels, wide, -1, 2).transpose(1, 2).contiguous()
-        return cls(weight, bias, panels, start)
+        rows, panels = padded.view(num_panels, wide, -1, pair), padded.view(num_panels, -1, wide, pair)
+        for first in range(0, num_panels, _TOGETHER):  # rows and their panel take the same memory
+            some = slice(first, first + _TOGETHER)
+            panels[some] = rows[some].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return cls((height, depth), bias, panels.squeeze(-1) if pair == 1 else panels, start)
+
+    @property
+    def weight(self) -> Tensor:
+        """W [N, K], a copy."""
+        rows = self.panels.transpose(1, 2).reshape(len(self.start), -1)
+        return rows[: self.shape[0], : self.shape[1]]
 
     def __call__(self, x: Tensor) -> Tensor:
-        height, depth = self.weight.shape
-        suits = x.dtype is self.weight.dtype and x.is_cpu and x.dim() == 2 and x.stride(1) == 1
+        height, depth = self.shape
+        suits = x.dtype is self.panels.dtype and x.is_cpu and x.dim() == 2 and x.stride(1) == 1
         if not suits or x.shape[1] != depth or not depth:
             return F.linear(x, self.weight, self.bias)
         num_rows, is_float32 = x.shape[0], x.dtype is torch.float32
@@ -80,10 +92,10 @@ def panel_shape(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def pack_c(weight: Tensor, bias: Tensor | None) -> Product | None:
-    """By ``linear.c`` or ``linear_bfloat16.c``; other dtypes by oneDNN."""
+    """By ``linear.c`` or ``linear_bfloat16.c``, in the memory of ``weight``, which is lost; other dtypes by oneDNN."""
     with torch.inference_mode(False), torch.no_grad():
         if weight.is_cpu and weight.dtype in DTYPES and unavailable_reason(weight.dtype) is None:
-            return PanelProduct.of(weight.detach(), None if bias is None else bias.detach())
+            return PanelProduct.of(weight.detach(), None if bias is None else bias.detach(), reuse=True)
     return pack_onednn(weight, bias)
 
 

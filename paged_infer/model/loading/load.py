@@ -32,6 +32,7 @@ from paged_infer.model.loading.safetensors import StoredTensor
 logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
+_PANELS = ".panels"  # what ``PackedMethod`` makes of ``.weight``
 _FLOATS = {  # as safetensors and as torch call them
     "F64": "float64",
     "F32": "float32",
@@ -220,10 +221,10 @@ def fill_at_random(decoder: Decoder, seed: int) -> None:
 
 
 def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights under the checkpoint's names and in its shapes: views, unless their rows were reordered."""
+    """The decoder's weights under the checkpoint's names and in its shapes: views, unless they were rearranged."""
     views = {}
     for name, target in _targets(decoder).items():
-        rows = target.module.get_parameter(target.parameter).data[target.rows]
+        rows = getattr(target.module, target.parameter).data[target.rows]
         piece = target.piece
         if target.parameter == "qk_norm_weight":  # a weight that all heads share is repeated, one row per head
             rows = rows.view(-1) if rows.numel() == math.prod(piece.shape) else rows[0]
@@ -275,12 +276,15 @@ class _Target:
 
 def _targets(decoder: Decoder) -> dict[str, _Target]:
     """Checkpoint name -> what it fills."""
-    parameters: dict[str, nn.Parameter] = dict(decoder.named_parameters())
+    parameters = {
+        name.removesuffix(_PANELS) + ".weight" if name.endswith(_PANELS) else name
+        for name, _ in decoder.named_parameters()
+    }
     targets: dict[str, _Target] = {}
     methods = {name: linear.method for name, linear in decoder.linears()}
     for our_name, pieces in checkpoint_layout(decoder.config, methods.__getitem__).items():
         row = 0
-        del parameters[our_name]
+        parameters.remove(our_name)
         module_name, _, name = our_name.rpartition(".")
         for piece in pieces:
             rows = piece.num_rows

@@ -1,7 +1,7 @@
 """Checkers of the exercises, a file a chapter: ``from checks import ch01``, then ``ch01.keep_top_p(keep_top_p)``.
 
-A checker takes the learner's answer, a function or a value. Nothing attempted yet is no fault, a right answer is told
-so, and a wrong one gets one sentence that says what is wrong with it and for which input.
+A checker takes the learner's answer, a function or a value. An exercise that is not attempted yet is no failure, a
+right answer is reported as right, and a wrong one gets one sentence with what is wrong and for which input.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def expect(good: bool, what_is_wrong: str) -> None:
 
 
 def expect_tensor(found: Any, like: torch.Tensor, asked: str) -> None:
-    """``found`` is a tensor of the shape and kind (bool, integer, float) of ``like``; ``asked`` says of what call."""
+    """``found`` is a tensor of the shape and kind (bool, integer, float) of ``like``; ``asked`` names the call."""
     expect(found is not None, f"{asked} gives None: is the `return` missing?")
     expect(isinstance(found, torch.Tensor), f"{asked} gives a {type(found).__name__}, and a tensor is asked for")
     expect(found.shape == like.shape, f"{asked} has shape {tuple(found.shape)}, and {tuple(like.shape)} is asked for")

@@ -102,7 +102,7 @@ def largest_batch(answer):
     expect(by_memory != 6, "5.5 texts fit, and half a text cannot be served: round down")
     expect(by_memory != 999_990, "memory_bytes is ignored: the caches must fit in memory")
     expect(by_memory == int(by_memory), f"{by_memory} is not a whole number of texts")
-    expect(by_memory == 5, f"5 texts of 100 bytes fit beside 1,000 in 1,550 bytes, and yours gives {by_memory:g}")
+    expect(by_memory == 5, f"1,550 bytes hold weights of 1,000 and 5 texts of 100, and yours gives {by_memory:g}")
     by_time = ask(10_000, 13.0)
     expect(by_time != 90, "tpot_s is ignored: reading 10,000 bytes at 100 a second takes 100 s, not 13")
     expect(by_time != 13, "the weights are read in every step, too: of 1,300 bytes in 13 s, 1,000 are theirs")

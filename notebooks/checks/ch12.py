@@ -24,7 +24,9 @@ def decoder_calls(answer):
     expect(static != 5, "a static batch lasts as long as its longest request, not its shortest")
     expect(static == 11, f"static batches [8, 2] and [3, 3] take 8 + 3 calls, and yours gives {static}")
     expect(continuous != 11, "continuous is as slow as static here: a seat is free as soon as its request ends")
-    expect(continuous == 8, f"continuous, 2, 3 and 3 fit beside the 8: 8 calls, and yours gives {continuous}")
+    expect(
+        continuous == 8, f"continuous: one seat runs the 8, the other 2, 3 and 3: 8 calls, and yours gives {continuous}"
+    )
     tail = answer([2, 2, 9], 2)[2]
     expect(
         tail != 7, "13 tokens over 2 seats are 7 calls only if both are always taken: the 9 runs on alone at the end"

@@ -32,9 +32,9 @@ def lookup_latest(answer):
     _is_ids(found, "the ending 7 3 of 7 3 9 4 7 3 5 6 8 7 3")
     expect(found != [], "7 3 stands twice before the end; only the ending itself is followed by nothing")
     expect(found != [9, 4], "9 4 followed the first 7 3, and the latest before the end is asked for")
-    expect(found != [7, 3], "7 3 is what was looked for; drafts are what came behind it")
+    expect(found != [7, 3], "7 3 is what was looked for; drafts are what followed it")
     expect(found != [5, 6, 8, 7, 3], "two drafts are wanted, and these are all that followed")
-    expect(found == [5, 6], f"behind the latest 7 3 came 5 6, and yours gives {found}")
+    expect(found == [5, 6], f"5 6 followed the latest 7 3, and yours gives {found}")
     found = answer([1, 1, 1], 4, 2)
     expect(found != [], "1 1 stands at place 0 of 1 1 1, too: it may overlap with the ending")
     expect(found == [1], f"1 1 1 and size 2: what followed at place 0 is [1], and yours gives {found}")
@@ -197,7 +197,7 @@ def speculative_step(answer):
     sequences, _ = _run(answer, _engine(), _params(1.2), _from_texts(texts))
     expect(
         [s.token_ids for s in sequences] == texts and [s.finish_reason for s in sequences] == reasons,
-        "a sequence ends with its end token, even if drafts behind it agree",
+        "a sequence ends with its end token, even if drafts after it agree",
     )
     texts, _ = _texts(0.0, True)
     engine = _engine(num_blocks=14)

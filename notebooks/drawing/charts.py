@@ -86,7 +86,7 @@ class Bars:
             axes.bar_label(bars, fmt=self.form, fontsize=7, padding=2, bbox=free)  # over the line, which it hides
         axes.set_xticks(range(len(self.x)), self.x)
         highest = max(height for heights in self.curves.values() for height in heights)
-        axes.set(title=self.title, ylim=(0, highest * (1.12 + 0.11 * len(self.curves))))  # room for the legend
+        axes.set(title=self.title, ylim=(0, highest * (1.1 + 0.16 * len(self.curves))))  # room for the legend
         axes.set(**self.axes)
 
 

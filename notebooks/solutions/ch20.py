@@ -7,7 +7,7 @@ The playground of the gates:
 - One seat: a request that runs alone has no other to preempt, and the rest of the pool is free, so order and blocks
   never close. The budget closes in step 0, where the long prompt is cut, and later the seat alone.
 - A budget of 4: the four requests take 23 steps and not 15. Until step 5 the long prompt has every step to itself, so
-  the three that arrive behind it pay, above all with their first token.
+  the three that arrive after it pay, above all with their first token.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def table() -> str:
     refused = [f"{models} (`{name}`: {why})" for name, (models, why) in sorted(REFUSED.items())]
     return "\n".join(
         [
-            "| `model_type` | these run, for example | beside what Llama has |",
+            "| `model_type` | these run, for example | differences from Llama |",
             "|---|---|---|",
             *run,
             "",

@@ -7,6 +7,7 @@ import typer
 from paged_infer.bench.http import cli as serve_cli
 from paged_infer.bench.kernels.cli import kernels
 from paged_infer.bench.scheduling import cli as control_cli
+from paged_infer.bench.side_by_side.cli import peers
 from paged_infer.bench.speed import cli as speed_cli
 
 app = typer.Typer(help="Measurements, compared to what one would use instead.", no_args_is_help=True)
@@ -20,4 +21,5 @@ def bench() -> None:
 app.add_typer(speed_cli.app)  # without a name: its commands are commands of ours
 app.command()(serve_cli.serve)
 app.command()(kernels)
+app.command()(peers)
 app.add_typer(control_cli.app)

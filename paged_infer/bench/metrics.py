@@ -86,6 +86,7 @@ class Run:
     loop_delay_s: Percentiles | None = None  # of a server's event loop
     acceptance_rate: float | None = None  # of drafted tokens; None where none was drafted
     num_steps: int | None = None  # None: a peer does not report it
+    peak_bytes: int | None = None  # resident memory of its process so far; of peers in processes of their own
 
     @property
     def num_outputs(self) -> list[int]:

@@ -14,29 +14,37 @@ from contextlib import contextmanager
 import httpx
 
 START_S, STOP_S, POLL_S = 300.0, 30.0, 0.1
+HEALTH_S = 5.0  # until the next try
 HOST = "127.0.0.1"
 
 
 @contextmanager
 def running(module: str, *arguments: str, torch_threads: int) -> Iterator[str]:
-    """``python -m MODULE ARGUMENTS --port P`` until /health responds; yields its address.
+    """``server_process`` of ``python -m MODULE ARGUMENTS``; yields its address."""
+    command = [sys.executable, "-m", module, *arguments]
+    with server_process(module, command, OMP_NUM_THREADS=str(torch_threads)) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(name: str, command: list[str], **environment: str) -> Iterator[tuple[str, int]]:
+    """``command --host H --port P`` until /health responds with 200; yields its address and process id.
 
     Raises:
-        ValueError: it ended before that; the message has the last line of its log.
+        ValueError: it ended before that, or took too long; the message has the last line of its log.
     """
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
+    port = _free_port()
+    command = [*command, "--host", HOST, "--port", str(port)]
     url = f"http://{HOST}:{port}"
     with tempfile.TemporaryFile() as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch_threads)}
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
         try:
             if not _answers(url, process):
                 log.seek(0)
                 words = log.read().decode(errors="replace").strip().splitlines() or ["no message"]
-                raise ValueError(f"{module} did not start: {words[-1]}")
-            yield url
+                late = "" if process.poll() is not None else f" within {START_S:.0f} s"
+                raise ValueError(f"{name} did not start{late}: {words[-1]}")
+            yield url, process.pid
         finally:
             process.terminate()
             try:
@@ -50,10 +58,17 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     deadline = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            return httpx.get(f"{url}/health", timeout=START_S).status_code == 200
+            if httpx.get(f"{url}/health", timeout=HEALTH_S).status_code == 200:
+                return process.poll() is None  # else another process responded
         except httpx.TransportError:
-            time.sleep(POLL_S)
+            pass
+        time.sleep(POLL_S)  # not listening yet, or loading, which is status 503
     return False
+
+
+def _free_port() -> int:
+    with socket.create_server((HOST, 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def served_model(url: str, api_key: str | None) -> str:

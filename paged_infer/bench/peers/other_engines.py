@@ -1,4 +1,5 @@
-"""Other engines on the same weights: vLLM, nano-vLLM and mini-SGLang, where they are installed.
+"""Engines on the same weights, each in a process: vLLM, nano-vLLM and mini-SGLang, where installed, and
+transformers and ours, for benches that compare what a process takes.
 
 Each runs in a process of its own, so that what it does to torch, to CUDA and to memory stays there. They are driven
 through what their own offline benchmarks use: ``LLM(...).generate``.
@@ -9,41 +10,61 @@ through what their own offline benchmarks use: ``LLM(...).generate``.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from paged_infer.bench.metrics import Run, System, TokenTimes
+from paged_infer.bench.peers.processes import peak_bytes
 from paged_infer.bench.workloads import Workload
 
 MODULES = {"vllm": "vllm", "nano-vllm": "nanovllm", "mini-sglang": "minisgl"}
+PROCESSES = {"paged": "paged_infer", "transformers": "transformers", "generate_batch": "transformers", **MODULES}
 START_LIMIT_S = 600.0  # a first start compiles kernels and captures graphs
+RUN_LIMIT_S = 3600.0
+BLOCK_SIZE = 16  # of ours
 
 
 @dataclass(frozen=True, slots=True)
 class PeerOptions:
-    """The options of every engine. ``memory_share``: of the whole device's memory."""
+    """The options of every engine. ``memory_share``: of the whole device's memory.
+
+    ``threads`` and the cache's ``pool_tokens`` are set on a CPU; 0: the engine's default.
+    """
 
     folder: str
     dtype: str
     max_model_len: int
     max_num_seqs: int
     memory_share: float
+    threads: int = 0
+    pool_tokens: int = 0
+
+
+def is_installed(name: str) -> str | None:
+    """The version of a peer's package, where it is importable."""
+    module = PROCESSES.get(name, "")
+    if not module or importlib.util.find_spec(module) is None:
+        return None
+    for distribution in importlib.metadata.packages_distributions().get(module, ()):
+        return importlib.metadata.version(distribution)
+    return "not known"
 
 
 def check_importable(names: list[str]) -> None:
     """Raises ValueError for a peer that is not installed; one line that names its module."""
     for name in names:
-        if importlib.util.find_spec(MODULES[name]) is None:
-            raise ValueError(f"peer {name} cannot run: no module {MODULES[name]!r} is installed here")
+        if importlib.util.find_spec(PROCESSES[name]) is None:
+            raise ValueError(f"peer {name} cannot run: no module {PROCESSES[name]!r} is installed here")
 
 
 @contextmanager
@@ -69,17 +90,20 @@ def engine_peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, S
 
 
 def _send(name: str, connection: Connection, workload: Workload) -> Run:
-    connection.send(workload)
-    run: Run = _answer(name, connection, None)
+    try:
+        connection.send(workload)
+    except OSError:
+        raise ValueError(f"peer {name} has ended") from None
+    run: Run = _answer(name, connection, RUN_LIMIT_S)
     return run
 
 
-def _answer(name: str, connection: Connection, limit_s: float | None) -> Any:
-    if limit_s is not None and not connection.poll(limit_s):
-        raise ValueError(f"peer {name} did not start within {limit_s:.0f} s")
+def _answer(name: str, connection: Connection, limit_s: float) -> Any:
     try:
+        if not connection.poll(limit_s):
+            raise ValueError(f"peer {name} did not respond within {limit_s:.0f} s")
         answer = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         raise ValueError(f"peer {name} ended without a message; its process may have written one above") from None
     if isinstance(answer, Exception):
         raise ValueError(f"peer {name} failed: {answer}")
@@ -97,10 +121,16 @@ def _end(process: Any, connection: Connection) -> None:
 def _serve(name: str, options: PeerOptions, connection: Connection) -> None:
     """The peer's process: build the engine, then serve workloads until the pipe is closed or something fails."""
     try:
-        generate = {"vllm": _vllm, "nano-vllm": _nano_vllm, "mini-sglang": _mini_sglang}[name](options)
+        if options.threads:
+            import torch
+
+            torch.set_num_threads(options.threads)
+        generate = ENGINES[name](options)
         connection.send("ready")
         while (workload := _receive(connection)) is not None:
-            connection.send(generate(workload))
+            run = generate(workload)
+            run.peak_bytes = peak_bytes()
+            connection.send(run)
     except Exception as error:  # a peer may raise anything; a user needs one line
         connection.send(RuntimeError(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]))
 
@@ -114,7 +144,44 @@ def _receive(connection: Connection) -> Workload | None:
     return workload
 
 
+def _paged(options: PeerOptions) -> System:
+    from paged_infer.llm import LLM
+
+    llm = LLM(
+        options.folder,
+        dtype=options.dtype,
+        device="cpu" if options.threads else "auto",
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        num_blocks=-(-options.pool_tokens // BLOCK_SIZE) or None,
+        block_size=BLOCK_SIZE,
+        enable_prefix_caching=False,
+    )
+
+    def generate(prompts: list[list[int]], params: list[Any]) -> list[dict[str, Any]]:
+        return [{"token_ids": one.outputs[0].token_ids} for one in llm.generate(prompts, params, use_tqdm=False)]
+
+    return _untimed(SimpleNamespace(generate=generate), lambda workload: workload.params)
+
+
+def _transformers(options: PeerOptions, name: str = "transformers static") -> System:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from paged_infer.bench.peers.transformers_peers import peers_of
+    from paged_infer.cli_options import quiet_libraries
+
+    quiet_libraries()
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype, local_files_only=True).eval()
+    return peers_of(model, 0)[name]
+
+
 def _vllm(options: PeerOptions) -> System:
+    if options.threads:  # its build for a CPU; in one process it is faster
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{options.threads - 1}")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -181,6 +248,16 @@ def _mini_sglang(options: PeerOptions) -> System:
     return _untimed(llm, lambda workload: _params(SamplingParams, workload))
 
 
+ENGINES: dict[str, Callable[[PeerOptions], System]] = {
+    "paged": _paged,
+    "transformers": _transformers,
+    "generate_batch": partial(_transformers, name="transformers generate_batch"),
+    "vllm": _vllm,
+    "nano-vllm": _nano_vllm,
+    "mini-sglang": _mini_sglang,
+}
+
+
 def _memory() -> tuple[int, int]:
     """Free and total bytes of the device."""
     import torch
@@ -209,28 +286,3 @@ def _untimed(llm: Any, params: Callable[[Workload], list[Any]], **options: Any) 
         return Run(token_ids, [TokenTimes(0.0, len(prompt), [], len(ids)) for prompt, ids in pairs], seconds)
 
     return run
-
-
-def save_for_peers(llm: Any, parent: Path) -> str:
-    """A folder with the weights of ``llm``: its own; random ones, or those of a GGUF file, are saved as a checkpoint
-    with a tokenizer of one word.
-
-    Peers that take token ids still want to load a tokenizer.
-    """
-    if llm.engine.config.load_format != "dummy" and llm.folder.is_dir():
-        return str(llm.folder)
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    from paged_infer.model.loading.checkpoint import config_dict
-    from paged_infer.model.loading.load import checkpoint_views
-
-    folder = parent / llm.folder.name.removesuffix(".gguf")
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config_dict(llm.folder)), encoding="utf-8")
-    tensors = {name: view.contiguous().cpu() for name, view in checkpoint_views(llm.engine.decoder).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    words = Tokenizer(models.WordLevel({"<|end|>": 0}, unk_token="<|end|>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>").save_pretrained(folder)
-    return str(folder)

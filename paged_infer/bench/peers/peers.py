@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from paged_infer.bench.metrics import System
-from paged_infer.bench.peers.other_engines import MODULES, PeerOptions, check_importable, engine_peers, save_for_peers
+from paged_infer.bench.peers.other_engines import MODULES, PeerOptions, check_importable, engine_peers
+from paged_infer.bench.peers.saved_weights import save_for_peers
 from paged_infer.llm import LLM
 
 # Short names, and the names in tables and pictures.

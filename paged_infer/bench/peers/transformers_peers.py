@@ -26,12 +26,14 @@ NEVER = -1  # an end token that no model draws
 
 def transformers_peers(llm: LLM) -> dict[str, System]:
     """One request after the other, all in one left-padded batch, and continuous batching (``generate_batch``)."""
-    model = transformers_model(llm)
-    per_token = kv_bytes_per_token(llm.engine.decoder.kv_spec())
+    return peers_of(transformers_model(llm), kv_bytes_per_token(llm.engine.decoder.kv_spec()))
 
+
+def peers_of(model: Any, kv_bytes_per_token: int) -> dict[str, System]:
+    """The same, of a model of transformers."""
     return {
-        "transformers": Generate(model, 1, per_token),
-        "transformers static": Generate(model, None, per_token),
+        "transformers": Generate(model, 1, kv_bytes_per_token),
+        "transformers static": Generate(model, None, kv_bytes_per_token),
         "transformers generate_batch": partial(_generate_batch, model),
     }
 

@@ -10,7 +10,8 @@ from checkpoints import save_random_checkpoint
 from safetensors.torch import load_file
 
 from paged_infer import LLM
-from paged_infer.bench.peers.other_engines import PeerOptions, engine_peers, save_for_peers
+from paged_infer.bench.peers.other_engines import PeerOptions, engine_peers
+from paged_infer.bench.peers.saved_weights import save_for_peers
 from paged_infer.bench.workloads import one_request
 from paged_infer.model.loading.load import checkpoint_views
 

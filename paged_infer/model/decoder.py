@@ -14,6 +14,8 @@ Residual additions are part of the norms: an addition and the norm after it are 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ from paged_infer.model.moe import Experts, MoE
 
 
 class DecoderLayer(nn.Module):
+    rope_index: int | None  # which of the decoder's ``rotary``; None: no RoPE
+
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
@@ -75,8 +79,10 @@ class Decoder(nn.Module):
         )
         self.rotary = make_rotary(config)
         ropes = distinct_ropes(config)
-        self._rope_of_layer = [None if rope is None else ropes.index(rope) for rope in config.ropes]
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in range(config.num_layers))
+        layers = [DecoderLayer(config, layer, ops) for layer in range(config.num_layers)]
+        for layer, rope in zip(layers, config.ropes, strict=True):
+            layer.rope_index = None if rope is None else ropes.index(rope)
+        self.layers = nn.ModuleList(layers)
         self.final_norm = make_norm(config, ops)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         packed = PackedMethod(ops.pack)
@@ -103,7 +109,8 @@ class Decoder(nn.Module):
             x = x * self._embedding_multiplier(x.dtype)
         ropes = [rotary(step.positions, x.dtype) for rotary in self.rotary]
         residual = None
-        for layer, index in zip(self.layers, self._rope_of_layer, strict=True):
+        for layer in self.layers:
+            index = cast(DecoderLayer, layer).rope_index
             x, residual = layer(x, residual, None if index is None else ropes[index], cache, step)
         return self.final_norm(x, residual)[0]
 

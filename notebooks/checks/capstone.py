@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from statistics import mean
 from time import perf_counter
@@ -21,7 +22,7 @@ from paged_infer.control.blocks.pool import BlockPool
 from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.kernels import paged_attention_reference
-from paged_infer.kernels.attention_backends import register_attention_backend
+from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, register_attention_backend
 
 MOST_STEPS = 100  # that a request may be overtaken by, or wait for its next token
 COST = StepCost(1.0, 0.02)  # seconds of a step and of each of its tokens
@@ -162,6 +163,16 @@ def _conversations() -> list:
     return [(3 * i, RequestLengths(len(p) + rng.randint(4, 12), rng.randint(2, 10)), p) for i, p in enumerate(picked)]
 
 
+@contextmanager
+def _registered(attend: Callable) -> Iterator[None]:
+    """As the backend "capstone", which no longer exists afterwards."""
+    register_attention_backend("capstone")(attend)
+    try:
+        yield
+    finally:
+        del ATTENTION_BACKENDS["capstone"]
+
+
 def _judge_backend(attend: Callable) -> None:
     name, faults, seconds = getattr(attend, "__name__", "the backend"), [], {}
 
@@ -184,19 +195,19 @@ def _judge_backend(attend: Callable) -> None:
                 faults.append(f"{rows}: off by up to {(found - right).abs().max():.2g}")
         return right
 
-    register_attention_backend("capstone")(held)
-    _tokens(name, attention_backend="capstone", max_num_batched_tokens=40)
+    with _registered(held):
+        _tokens(name, attention_backend="capstone", max_num_batched_tokens=40)
     expect(not faults, f"{name}: {faults[0] if faults else ''}")
-    register_attention_backend("capstone")(attend)
-    _expect_same(_tokens(name, attention_backend="capstone"), name)
-    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    for kind in ("capstone", "torch"):
-        llm = LLM(dtype="float32", device=device.type, attention_backend=kind, num_blocks=64, max_model_len=128)
-        prompts, times = [[token] * 20 for token in range(20, 24)], []
-        for salt in range(4):  # the first is a warm-up
-            start = perf_counter()
-            llm.generate(prompts, greedy, use_tqdm=False, cache_salt=str(salt))
-            times.append(perf_counter() - start)
-        seconds[kind] = min(times[1:])
+    with _registered(attend):
+        _expect_same(_tokens(name, attention_backend="capstone"), name)
+        greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        for kind in ("capstone", "torch"):
+            llm = LLM(dtype="float32", device=device.type, attention_backend=kind, num_blocks=64, max_model_len=128)
+            prompts, times = [[token] * 20 for token in range(20, 24)], []
+            for salt in range(4):  # the first is a warm-up
+                start = perf_counter()
+                llm.generate(prompts, greedy, use_tqdm=False, cache_salt=str(salt))
+                times.append(perf_counter() - start)
+            seconds[kind] = min(times[1:])
     rates = {kind: 4 * 40 / s for kind, s in seconds.items()}
     print(f"{name}: {rates['capstone']:,.0f} tokens/s, the reference: {rates['torch']:,.0f} tokens/s")

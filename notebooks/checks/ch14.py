@@ -41,7 +41,7 @@ def kv_bytes(answer):
         expect(found != right / layers, f"{case}: this is one layer's, and there are {layers}")
         group = config["num_attention_heads"] // config["num_key_value_heads"]
         if config is V3:
-            expect(found != right * 1088 / 576, f"{case}: values were counted beside the latent they are made from")
+            expect(found != right * 1088 / 576, f"{case}: values were counted as well as their latent")
             expect(found != right * 2, f"{case}: the latent is stored once, not as a key and as a value")
             expect(found != right * 512 / 576, f"{case}: the rotated key of 64 numbers is cached, too")
             expanded = right * 128 * 320 / 576, right * 128 * 2 * 56 / 576, right * 128 * 256 / 576
@@ -124,7 +124,7 @@ def moe_mlp(answer):
             "softmax comes before the choice: the scores are shares of all experts": _moe(decoder, x, late=True),
             "gate and up are exchanged": _moe(decoder, x, swaps=True),
         }
-        other = "scores are divided by their sum only if norm_topk_prob says so"
+        other = "scores are divided by their sum only if norm_topk_prob is true"
         if normalised:
             other = "norm_topk_prob is True here: divide the scores by their sum"
         mistakes[other] = _moe(decoder, x, flips=True)

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
         self.normalises_heads = config.qk_norm == "head"
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.attention_sinks else None
-        self.config = config
+        self.scores = score_options(config)
 
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: AttentionMetadata) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
@@ -52,7 +52,7 @@ class Attention(nn.Module):
                 **({} if slotted is None else slotted.slots(self.layer, step)),
             )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        scores = score_options(self.config, self.sinks)
+        scores = self.scores if self.sinks is None else self.scores | {"sinks": self.sinks}
         out = (
             cache.attend(self.layer, q, k, v, step, **scores)
             if slotted is None
@@ -63,13 +63,13 @@ class Attention(nn.Module):
     def _normalise_width(self, qkv: Tensor, weight: Tensor) -> None:
         """RMSNorm of all query heads at once, and of all key heads, in place (OLMo-2)."""
         for heads in (slice(self.num_heads), slice(self.num_heads, self.num_heads + self.num_kv_heads)):
-            wide = qkv[:, heads].flatten(1)  # [T, H D], a view
+            wide = qkv[:, heads].view(len(qkv), -1)  # [T, H D]
             normed, _ = self.ops.add_rms_norm(wide, None, weight[heads].flatten(), self.eps, self.norm_offset)
             wide.copy_(normed)
 
 
-def score_options(config: ModelConfig, sinks: Tensor | None = None) -> ScoreOptions:
-    """What the attention kernels must know of a model beside the sizes; empty for most models."""
+def score_options(config: ModelConfig) -> ScoreOptions:
+    """What a model asks of the attention kernels besides the sizes; empty for most. Each layer has its own sinks."""
     options: ScoreOptions = {}
     if config.mla is not None:  # its kernels have a contract of their own
         return options
@@ -78,5 +78,5 @@ def score_options(config: ModelConfig, sinks: Tensor | None = None) -> ScoreOpti
     if config.softcap is not None:
         options["softcap"] = config.softcap
     if config.attention_sinks:
-        options["sinks"] = sinks
+        options["sinks"] = None
     return options

@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         q, latent = self.project(x, rope)
         if isinstance(cache, LatentCache):
             out = cache.attend_latent(self.layer, q, latent, step, self)
-        else:  # a cache that only knows keys and values: one key head, of absorbed queries
+        else:  # a cache of keys and values alone: one key head, of absorbed queries
             values = latent[..., : self.v_dim]
             out = self.leave(cache.attend(self.layer, self.absorb(q), latent, values, step, scale=self.scale))
         return self.output(out.flatten(1))

@@ -15,7 +15,7 @@ def expands_the_latent(config, num_tokens):
     return 2 * 2 * config["num_hidden_layers"] * heads * head_dim * num_tokens
 
 
-@wrong("kv_bytes", "values were counted beside the latent")
+@wrong("kv_bytes", "values were counted as well as their latent")
 def counts_values_twice(config, num_tokens):
     extra = 2 * config["num_hidden_layers"] * config.get("kv_lora_rank", 0) * num_tokens
     return ch14.kv_bytes(config, num_tokens) + extra
@@ -79,7 +79,7 @@ def always_says_compute(rows, width, bytes_per_s, operations_per_s):
     return ch14.product_us(rows, width, bytes_per_s, operations_per_s)[0], "compute"
 
 
-@wrong("moe_mlp", "only if norm_topk_prob says so")
+@wrong("moe_mlp", "only if norm_topk_prob is true")
 def always_divides(decoder, x, layer):
     return altered(decoder, x, layer, "if decoder.config.norm_topk_prob:", "if True:")
 

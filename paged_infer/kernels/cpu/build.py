@@ -1,10 +1,10 @@
 """The build of the C kernels for a CPU: compiled once, cached, and called through ctypes.
 
 A decode step on a CPU is many small passes over a few rows. Torch needs several operations for each, and has to gather
-scattered keys before it can multiply them. ``kernels.c`` makes one pass for each, and reads keys in place. It is
-compiled for the machine at its first use, in about a second, and cached in the user's cache folder (``cache.py``).
-Without a usable cache folder, each process compiles it again. Threads are OpenMP's, from the runtime that torch has
-loaded.
+scattered keys before it can multiply them. ``kernels.c`` makes one pass for each, and ``paged_decode.c`` reads keys in
+place. They are compiled for the machine at their first use, in a few seconds, and cached in the user's cache folder
+(``cache.py``). Without a usable cache folder, each process compiles them again. Threads are OpenMP's, from the runtime
+that torch has loaded.
 
 Without a compiler only speed is lost: "auto" then selects the "sdpa" backend. Each slower fallback is logged as a
 warning with its reason.
@@ -30,7 +30,7 @@ from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("kernels.c", "paged_prefill.c", "linear.c", "linear_bfloat16.c", "experts.c")
+_NAMES = ("kernels.c", "paged_decode.c", "paged_prefill.c", "linear.c", "linear_bfloat16.c", "experts.c")
 SOURCES = tuple(map(Path(__file__).with_name, _NAMES))
 _HEADER = Path(__file__).with_name("elements.h")
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.

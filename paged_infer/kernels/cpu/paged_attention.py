@@ -3,7 +3,7 @@
 Torch's batched products need contiguous keys, so ``paged_sdpa`` copies every key and value of the batch in every layer
 of every step, and pads rows to the longest. Here each (sequence, key head) follows its own block table, with the online
 softmax of the Triton kernels. A few tokens of one sequence, such as drafts, are computed as a decode is: each is a
-query of its own, over the keys that it sees (``kernels.c``). More are a prompt chunk, computed in tiles
+query of its own, over the keys that it sees (``paged_decode.c``). More are a prompt chunk, computed in tiles
 (``paged_prefill.c``). A sequence's own number of tokens decides, so its bits do not depend on the rest of the step.
 """
 
@@ -19,7 +19,7 @@ from paged_infer.kernels.attention.paged_sdpa import latent_decode_batched, page
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
 
-_MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of kernels.c
+_MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of paged_decode.c
 _MAX_DIM = 256  # of a tile, which is on the stack
 _FEW = 8  # tokens of a sequence in a step; more are a prompt chunk
 

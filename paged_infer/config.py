@@ -15,6 +15,7 @@ from paged_infer.values import Checked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("w8a16", "w4a16", "w8a8", "gguf")
 
 
 class EngineOptions(TypedDict, total=False):
@@ -22,6 +23,7 @@ class EngineOptions(TypedDict, total=False):
 
     dtype: str
     load_format: str
+    quantization: str | None
     device: str
     attention_backend: str
     block_size: int
@@ -51,6 +53,9 @@ class EngineConfig(Checked):
             CPU and the checkpoint's own dtype on a GPU.
         load_format: "auto" reads the checkpoint's safetensors. "dummy" reads its config.json alone and makes random
             weights on the device, from ``seed``: for measuring speed, where only the shape matters.
+        quantization: how many bits the weights of the linear layers get while a float checkpoint is loaded, and the
+            activations before each product: "w8a16", "w4a16" or "w8a8". "gguf" keeps the blocks of a GGUF file. A
+            checkpoint whose config.json has a quantization_config is read by that.
         device: "cpu", "cuda", or "auto", which is "cuda" if there is one.
         attention_backend: how the paged cache is read: "triton", "c", "sdpa", "torch", your own "module:function", or
             "auto" for the fastest one available; see ``kernels.attention_backends``.
@@ -87,6 +92,7 @@ class EngineConfig(Checked):
 
     dtype: str = "auto"
     load_format: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     attention_backend: str = "auto"
     block_size: int = 16
@@ -111,6 +117,8 @@ class EngineConfig(Checked):
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
+        if self.quantization is not None:
+            self._check_choice("quantization", QUANTIZATIONS)
         for name in ("block_size", "max_num_seqs"):
             self._check_integer(name, 1)
         for name in ("num_blocks", "max_model_len", "max_num_batched_tokens"):

@@ -56,7 +56,9 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     is_measured = device.type == "cuda" and config.num_blocks is None
     profiler = MemoryProfiler.start(CudaMeter(device)) if is_measured else None
     tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory: it may be refused
-    decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed, max_model_len=config.max_model_len)
+    few_bits = config.quantization
+    limit = config.max_model_len
+    decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed, max_model_len=limit, quantization=few_bits)
     if config.trace:
         decoder.count_expert_load()
     draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights

@@ -21,6 +21,7 @@ from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_refere
 from paged_infer.kernels.fused.sample import argmax_reference, sample
 from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
+from paged_infer.kernels.quant.product import PackQuantised, no_kernel
 
 
 class Ops(NamedTuple):
@@ -36,6 +37,7 @@ class Ops(NamedTuple):
     pack: Pack = pack_onednn  # lays out a matrix once its weights are final
     fuses_store: bool = False  # qk_norm_rope also stores keys and values
     pack_experts: PackExperts = loop_experts  # as ``pack``, for the experts of a layer
+    pack_quantised: PackQuantised = no_kernel  # as ``pack``, for weights of few bits
 
 
 TORCH_OPS = Ops(

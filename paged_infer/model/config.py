@@ -17,6 +17,7 @@ from paged_infer.model.config_reader import ConfigReader, read_json
 from paged_infer.model.families import FAMILIES
 from paged_infer.model.mla_config import MLAConfig
 from paged_infer.model.moe_config import MoEConfig
+from paged_infer.model.quantization_config import QuantizationConfig, read_quantization
 from paged_infer.model.rope_config import RopeConfig
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of the saved weights, by config.json
     moe: MoEConfig | None = None  # experts instead of the MLP, in the layers that it names
+    quantization: QuantizationConfig | None = None  # how the checkpoint's matrices of few bits are stored
     max_model_len: int | None = None  # the longest sequence that is computed, if less than max_position_embeddings
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ class ModelConfig:
             bos_token_id=reader.value("bos_token_id"),
             eos_token_ids=_end_tokens(reader.value("eos_token_id"), generation, settings["vocab_size"]),
             dtype=named_dtype(raw) or "float32",
+            quantization=read_quantization(reader.value("quantization_config")),
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 # In transformers, each of these changes what the model computes in a way that this decoder does not support. Only the
 # values below are accepted.
 UNSUPPORTED_KEYS: dict[str, Any] = {
-    "quantization_config": None,
     "compression_config": None,
     "transformers_weights": None,  # weights under another file name
     "configuration_files": None,  # a config under another file name

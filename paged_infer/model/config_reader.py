@@ -21,20 +21,20 @@ class ConfigReader:
 
     def __init__(self, raw: Mapping[str, Any], name: str = "") -> None:
         self._raw, self._read = dict(raw), set[str]()
-        self._name = f"{name} " if name else ""
+        self.name = f"{name} " if name else ""
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value, unchecked; ``default`` if the key is absent."""
         self._read.add(key)
         if key not in self._raw and default is _REQUIRED:
-            raise ValueError(f"{self._name}lacks {key!r}")
+            raise ValueError(f"{self.name}lacks {key!r}")
         return self._raw.get(key, default)
 
     def size(self, key: str, default: int = _REQUIRED, *, least: int = 1, most: int = MAX_SIZE) -> int:
         """An integer from ``least`` to ``most``."""
         value = self.value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{self._name}{key}={value!r}: must be an integer from {least} to {most}")
+            raise ValueError(f"{self.name}{key}={value!r}: must be an integer from {least} to {most}")
         return value
 
     def size_or_none(self, key: str, default: int | None = None) -> int | None:
@@ -44,7 +44,7 @@ class ConfigReader:
     def flag(self, key: str, default: bool) -> bool:
         value = self.value(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"{self._name}{key}={value!r}: must be true or false")
+            raise ValueError(f"{self.name}{key}={value!r}: must be true or false")
         return value
 
     def number(self, key: str, default: float = _REQUIRED) -> float:
@@ -52,7 +52,7 @@ class ConfigReader:
         value = self.value(key, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 < value < 3e38:
-            raise ValueError(f"{self._name}{key}={value!r}: must be a number > 0")
+            raise ValueError(f"{self.name}{key}={value!r}: must be a number > 0")
         return float(value)
 
     def number_or_none(self, key: str, default: float | None = None) -> float | None:
@@ -64,7 +64,7 @@ class ConfigReader:
         for key, allowed in expected.items():
             value = self.value(key)
             if value is not None and value != allowed:
-                raise ValueError(f"{self._name}{key}={value!r} is not supported; only {allowed!r} is")
+                raise ValueError(f"{self.name}{key}={value!r} is not supported; only {allowed!r} is")
 
     def unread(self) -> list[str]:
         """Keys that have not been read yet."""

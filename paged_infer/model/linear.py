@@ -27,6 +27,7 @@ class Piece:
         is_float: whether it must be stored as floats.
         order: our rows in the order that this lists; None: as they are stored.
         is_stack: the first dimension runs over experts, each of which fills as many of our rows.
+        as_stored: a GGUF's blocks are not dequantised.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Piece:
     is_float: bool = True
     order: tuple[int, ...] | None = None
     is_stack: bool = False
+    as_stored: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -79,6 +81,9 @@ class LinearMethod(Protocol):
     def dense(self, linear: Linear) -> Tensor:
         """W [out, in], in the dtype that the model computes in: ``moe.Experts`` multiplies by parts of it."""
 
+    def parts(self, linear: Linear, count: int) -> list[Product] | None:
+        """The products by ``count`` equal parts of the rows, once packed; None: ``dense`` costs nothing."""
+
 
 MethodOf = Callable[[str], LinearMethod]
 """The name of one of the decoder's linear layers, such as ``layers.3.mlp.up`` -> its method."""
@@ -105,6 +110,9 @@ class DenseMethod:
     def dense(self, linear: Linear) -> Tensor:
         return linear.weight
 
+    def parts(self, linear: Linear, count: int) -> list[Product] | None:
+        return None
+
 
 class PackedMethod(DenseMethod):
     """``DenseMethod`` with W laid out for the CPU's kernels (``kernels.cpu.linear``) by ``prepack``.
@@ -117,7 +125,7 @@ class PackedMethod(DenseMethod):
         self.pack = pack
 
     def prepack(self, linear: Linear) -> None:
-        if linear.is_stack:
+        if linear.is_stack or linear.stays_dense:
             return
         weight = linear.weight.clone() if linear.keeps_weight else linear.weight
         product = self.pack(weight, linear.bias)
@@ -143,8 +151,10 @@ class Linear(nn.Module):
     weight: Tensor  # [out, in], of the dense methods
     bias: nn.Parameter | None
     method: LinearMethod
-    product: Product | None = None  # of ``PackedMethod``, once packed
+    product: Product | None = None  # of ``PackedMethod`` and of quantised methods, once packed
+    dense_dtype: torch.dtype  # of quantised methods: what W is dequantised to
     keeps_weight = False  # for another that uses it: a tied embedding
+    stays_dense = False  # once packed: parts of W are multiplied by, such as those of ``mla``
     is_stack = False  # of the matrices of many experts, which are multiplied together by ``moe.Experts``
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, method: LinearMethod = DENSE) -> None:
@@ -157,6 +167,7 @@ class Linear(nn.Module):
         """Set the method. Its parameters, new and unset, replace those of the previous one."""
         bias = self.bias
         self._parameters.clear()
+        self._buffers.clear()
         self.method, self.product = method, None
         method.create(self, dtype)
         self.register_parameter("bias", bias)

@@ -46,10 +46,9 @@ class LatentAttention(nn.Module):
         self.q_b = Linear(config.hidden_size if rank is None else rank, query_rows, bias=False)
         self.kv_a = Linear(config.hidden_size, mla.cached_dim, bias=config.qkv_bias)
         self.kv_a_norm = RMSNorm(mla.kv_lora_rank, NORM_EPS, ops)
-        # Dense in every format of weights: the absorbed form multiplies by its parts.
-        self.kv_up = nn.Parameter(
-            torch.empty(config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
-        )
+        up_rows = config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self.kv_up = Linear(mla.kv_lora_rank, up_rows, bias=False)
+        self.kv_up.stays_dense = True  # in every format of weights: the absorbed form multiplies by its parts
         self.output = Linear(config.num_heads * mla.v_head_dim, config.hidden_size, bias=config.output_bias)
 
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: AttentionMetadata) -> Tensor:
@@ -110,4 +109,4 @@ class LatentAttention(nn.Module):
 
     def _per_head(self) -> Tensor:
         """[H, n + v, r]"""
-        return self.kv_up.view(self.num_heads, -1, self.mla.kv_lora_rank)
+        return self.kv_up.method.dense(self.kv_up).view(self.num_heads, -1, self.mla.kv_lora_rank)

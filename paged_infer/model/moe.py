@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paged_infer.kernels.fused.moe import ExpertsProduct, ExpertWeights, sort_experts
+from paged_infer.kernels.fused.moe import ExpertProducts, ExpertsProduct, ExpertWeights, sort_experts
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, activate
@@ -119,7 +119,14 @@ class Experts(nn.Module):
 
     def prepack(self) -> None:
         """The weights are final: lay them out for the device's kernels."""
-        self.product = self.ops.pack_experts(self.weights())
+        count = self.moe.num_experts
+        up, down = (stack.method.parts(stack, count) for stack in (self.up, self.down))
+        if up is None and down is None:
+            self.product = self.ops.pack_experts(self.weights())
+            return
+        if up is None or down is None:
+            raise ValueError("experts of which only one matrix is quantised are not supported")
+        self.product = sort_experts(ExpertProducts(up, down, self.glu))
 
     def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """x [T, hidden], ids and scores [T, k] -> [T, hidden]; an id of -1 adds nothing."""

@@ -14,7 +14,8 @@ from paged_infer.kernels.cpu.build import unavailable_reason
 from paged_infer.kernels.op_sets import C_OPS
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import DENSE, DenseMethod, Linear, PackedMethod, Piece
-from paged_infer.model.loading.load import _targets, checkpoint_views, load_decoder
+from paged_infer.model.loading.load import checkpoint_views, load_decoder
+from paged_infer.model.loading.targets import targets_of
 
 
 class Doubled(DenseMethod):
@@ -166,7 +167,7 @@ def test_shards_of_the_mlp_add_up_to_the_mlp(family, checkpoint) -> None:
 def test_the_layout_covers_every_row_of_every_parameter(family, checkpoint) -> None:
     decoder = load_decoder(checkpoint(family), torch.float32)
     covered: dict[str, int] = {}
-    for target in _targets(decoder).values():
+    for target in targets_of(decoder).values():
         name = f"{id(target.module)}.{target.parameter}"
         assert target.rows.start == covered.get(name, 0)
         covered[name] = target.rows.stop

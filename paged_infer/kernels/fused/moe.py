@@ -57,6 +57,22 @@ class ExpertWeights:
         return blocked_linear(self.glu(blocked_linear(x, self.up[index], up_bias)), self.down[index], down_bias)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertProducts:
+    """E experts as products of their own, for weights of few bits: of ``up`` and ``down``, biases included."""
+
+    up: list[Callable[[Tensor], Tensor]]
+    down: list[Callable[[Tensor], Tensor]]
+    glu: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.up)
+
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """x [P, hidden] through one expert: [P, hidden]."""
+        return self.down[index](self.glu(self.up[index](x)))
+
+
 PackExperts = Callable[[ExpertWeights], ExpertsProduct]
 
 
@@ -74,11 +90,11 @@ def loop_experts(weights: ExpertWeights) -> ExpertsProduct:
     return product
 
 
-def sort_experts(weights: ExpertWeights) -> ExpertsProduct:
+def sort_experts(weights: ExpertWeights | ExpertProducts) -> ExpertsProduct:
     """Sort the pairs by expert, gather their rows once, and multiply one segment of rows for each expert."""
-    experts = torch.arange(len(weights), device=weights.up.device)
 
     def product(x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        experts = torch.arange(len(weights), device=x.device)
         sorted_ids, order = ids.flatten().sort(stable=True)
         ends = torch.searchsorted(sorted_ids, experts, right=True).tolist()
         first = int(torch.searchsorted(sorted_ids, 0))  # the pairs before it route nowhere

@@ -62,14 +62,20 @@ class QuantisedWeight:
 
 def dequantise(weight: QuantisedWeight) -> Tensor:
     """W [N, K] in float32, its columns in the order of the model's input; the reference of all kernels."""
+    codes = signed_codes(weight).unflatten(1, (-1, weight.group_size))  # [N, G, group_size]
+    dense = (codes * weight.scales[:, :, None]).flatten(1)
+    return dense if weight.columns is None else dense[:, weight.columns]
+
+
+def signed_codes(weight: QuantisedWeight) -> Tensor:
+    """code - zero, [N, K] float32, in the order in which they are stored."""
     codes = unpack_int4(weight.values) if weight.is_packed else weight.values
-    codes = codes.float().unflatten(1, (-1, weight.group_size))  # [N, G, group_size]
+    codes = codes.float().unflatten(1, (-1, weight.group_size))
     if weight.zeros is not None:
         codes = codes - weight.zeros[:, :, None]
     elif weight.is_packed:
         codes = codes - 8
-    dense = (codes * weight.scales[:, :, None]).flatten(1)
-    return dense if weight.columns is None else dense[:, weight.columns]
+    return codes.flatten(1)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

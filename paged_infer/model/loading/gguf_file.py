@@ -51,6 +51,7 @@ class GgufTensor(StoredTensor):
     offset: int
     row_bytes: int
     change: Callable[[Tensor], Tensor] | None = None
+    is_kept: bool = False  # ``read`` gives the blocks of each row, uint8 [rows, row_bytes]
 
     def blocks(self) -> np.ndarray:
         """The rows as they are stored, uint8 [rows, row_bytes]; mapped from the file, not read."""
@@ -63,6 +64,9 @@ class GgufTensor(StoredTensor):
     def read(self) -> Tensor:
         """The tensor as a transformers checkpoint has it: floats as stored, every other type as float32."""
         blocks = self.blocks()
+        if self.is_kept:
+            tensor = torch.from_numpy(np.array(blocks))
+            return tensor if self.change in (None, Tensor.t) else self.change(tensor)
         if self.tensor_type in FLOATS:
             tensor = torch.from_numpy(np.array(blocks)).view(FLOATS[self.tensor_type])
         else:

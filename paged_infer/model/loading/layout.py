@@ -10,7 +10,7 @@ from paged_infer.model.loading.moe_layout import moe_pieces
 HEAD = "lm_head.weight"
 
 Layout = dict[str, tuple[Piece, ...]]
-_LINEARS = ("qkv", "q_a", "q_b", "kv_a", "output")  # of attention
+_LINEARS = ("qkv", "q_a", "q_b", "kv_a", "kv_up", "output")  # of attention
 
 
 def checkpoint_layout(config: ModelConfig, method_of: MethodOf) -> Layout:

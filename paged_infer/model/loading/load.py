@@ -14,25 +14,27 @@ import os
 import re
 from collections.abc import Container, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.layers import make_rotary
-from paged_infer.model.linear import DENSE, MethodOf, PackedMethod, Piece
+from paged_infer.model.linear import MethodOf
 from paged_infer.model.loading.checkpoint import config_dict, list_tensors, read_config, read_tensors
+from paged_infer.model.loading.gguf_file import GgufTensor
 from paged_infer.model.loading.layout import HEAD, checkpoint_layout
+from paged_infer.model.loading.quantised import choose_methods
 from paged_infer.model.loading.safetensors import StoredTensor
+from paged_infer.model.loading.targets import targets_of
 
 logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 20  # listed in one error; the config of another model can cause thousands
-_PANELS = ".panels"  # what ``PackedMethod`` makes of ``.weight``
 _FLOATS = {  # as safetensors and as torch call them
     "F64": "float64",
     "F32": "float32",
@@ -52,6 +54,7 @@ def load_decoder(
     dummy_seed: int | None = None,
     method_of: MethodOf | None = None,
     max_model_len: int | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
     """Read ``folder`` (config.json, one or many .safetensors), or a GGUF file, into a Decoder on ``device`` that
     computes with ``ops``.
@@ -60,6 +63,7 @@ def load_decoder(
         dummy_seed: read the config alone, and make random weights from this seed.
         method_of: how the weights of each linear layer are stored and multiplied; None: dense, packed by ``ops``.
         max_model_len: the longest sequence that will be computed; None: as long as the model allows.
+        quantization: the few bits that linear layers are rounded to while they are loaded; see ``quantised``.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that
@@ -67,9 +71,11 @@ def load_decoder(
     """
     config = replace(read_config(folder), max_model_len=max_model_len)
     _warn_about_long_factors(config)
-    packed = PackedMethod(ops.pack)
-    method_of = method_of or (lambda name: packed)
-    found = match(config, method_of, list_tensors(folder), str(folder)) if dummy_seed is None else {}
+    stored = list_tensors(folder) if dummy_seed is None else []
+    if dummy_seed is not None and config.quantization is not None:
+        raise ValueError("load_format='dummy': random weights in the checkpoint's quantised format are not supported")
+    method_of = method_of or choose_methods(config, quantization, stored, ops)
+    found = match(config, method_of, stored, str(folder)) if dummy_seed is None else {}
     decoder = empty_decoder(config, dtype, device, ops, method_of)
     if dummy_seed is None:
         fill(decoder, found, str(folder))
@@ -100,13 +106,17 @@ def empty_decoder(
         ValueError: the device does not have enough memory.
     """
     needed, available = config.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
-    if needed > available:
-        raise ValueError(
-            f"{config.num_parameters} parameters as {dtype} need {needed} bytes, but {device} has {available} available"
-        )
+    shown = f"{config.num_parameters} parameters as {dtype}"
+    if needed > available * dtype.itemsize * 4:  # too much even at 2 bits each: before thousands of layers are made
+        raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
     with torch.device("meta"):
         decoder = Decoder(config, ops).to(dtype)
         decoder.use(method_of)
+    if config.tie_word_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    few_bits = [buffer for _, linear in decoder.linears() for buffer in linear.buffers()]
+    if (needed := sum(tensor.nbytes for tensor in (*decoder.parameters(), *few_bits))) > available:
+        raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embedding.weight
@@ -193,7 +203,13 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
     Raises:
         ValueError: a stored head differs from the embedding that it is tied to.
     """
-    targets = _targets(decoder)
+    targets = targets_of(decoder)
+    found = {
+        name: replace(stored, is_kept=True)
+        if isinstance(stored, GgufTensor) and name in targets and targets[name].piece.as_stored
+        else stored
+        for name, stored in found.items()
+    }
     tied_head: Tensor | None = None
     for name, tensor in read_tensors(found):
         if name in targets:
@@ -211,7 +227,12 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
 def fill_at_random(decoder: Decoder, seed: int) -> None:
     """Matrices normal with a standard deviation of 0.02, norms 1, biases 0; generated in place, on the device."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
+    for target in targets_of(decoder).values():
+        if not target.module.get_parameter(target.parameter).is_floating_point():  # rounded as it is loaded
+            target.load(torch.empty(target.piece.shape, device=decoder.device).normal_(std=0.02, generator=generator))
     for name, parameter in decoder.named_parameters():
+        if not parameter.is_floating_point():
+            continue
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:
@@ -223,7 +244,7 @@ def fill_at_random(decoder: Decoder, seed: int) -> None:
 def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under the checkpoint's names and in its shapes: views, unless they were rearranged."""
     views = {}
-    for name, target in _targets(decoder).items():
+    for name, target in targets_of(decoder).items():
         rows = getattr(target.module, target.parameter).data[target.rows]
         piece = target.piece
         if target.parameter == "qk_norm_weight":  # a weight that all heads share is repeated, one row per head
@@ -255,46 +276,3 @@ def _canonical(name: str, config: ModelConfig, known: Container[str]) -> str:
     if name.startswith(prefix) and name.removeprefix(prefix) in known:
         return name.removeprefix(prefix)
     return prefix + name if prefix + name in known else name
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where one tensor of the checkpoint goes: to some rows of a module's parameter."""
-
-    module: nn.Module
-    parameter: str
-    rows: slice
-    piece: Piece
-
-    def load(self, tensor: Tensor) -> None:
-        if self.piece.order is not None:
-            tensor = tensor.index_select(self.piece.row_dim, torch.tensor(self.piece.order))
-        if self.parameter == "qk_norm_weight":  # [D] of all heads, or [H D] of each
-            tensor = tensor.view(-1, self.module.get_parameter(self.parameter).shape[1])
-        getattr(self.module, "method", DENSE).load(self.module, self.parameter, self.rows, self.piece, tensor)
-
-
-def _targets(decoder: Decoder) -> dict[str, _Target]:
-    """Checkpoint name -> what it fills."""
-    parameters = {
-        name.removesuffix(_PANELS) + ".weight" if name.endswith(_PANELS) else name
-        for name, _ in decoder.named_parameters()
-    }
-    targets: dict[str, _Target] = {}
-    methods = {name: linear.method for name, linear in decoder.linears()}
-    for our_name, pieces in checkpoint_layout(decoder.config, methods.__getitem__).items():
-        row = 0
-        parameters.remove(our_name)
-        module_name, _, name = our_name.rpartition(".")
-        for piece in pieces:
-            rows = piece.num_rows
-            if name == "qk_norm_weight":
-                rows = _heads_of(piece, decoder.config)
-            targets[piece.name] = _Target(decoder.get_submodule(module_name), name, slice(row, row + rows), piece)
-            row += rows
-    assert not parameters, f"layout names no source for {sorted(parameters)}"
-    return targets
-
-
-def _heads_of(piece: Piece, config: ModelConfig) -> int:
-    return config.num_heads if "q_norm" in piece.name else config.num_kv_heads

@@ -1,0 +1,279 @@
+"""The formats of few bits: the tensors of a checkpoint that one matrix W [N, K] is stored as, and their decoding.
+
+    packed  compressed-tensors   weight_packed [N, K b / 32] int32, codes + 2^(b-1) along K, lowest bits first;
+                                 weight_scale [N, G], weight_zero_point [N b / 32, G] int32, packed along N;
+                                 weight_shape [2], weight_g_idx [K]
+    plain   compressed-tensors   weight [N, K] int8 or float8, weight_scale [N, G], [N, 1] or [1]
+    awq     AutoAWQ, gemm        qweight [K, N / 8] int32, qzeros [K / g, N / 8], scales [K / g, N]; bits 4 i .. 4 i + 3
+                                 of a word are column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight
+    gptq    GPTQ v1, v2          qweight [K b / 32, N] int32, qzeros [G, N b / 32], scales [G, N], g_idx [K]; the zero
+                                 points of v1 are stored less one
+    fp8     DeepSeek             weight [N, K] float8, weight_scale_inv: a factor for each block, of 128 by 128
+
+Sources: compressed-tensors ``compressors/pack_quantized``, AutoAWQ ``utils/packing_utils.py``, GPTQModel
+``utils/model.py``, DeepSeek-V3 ``inference/kernel.py`` (looked up).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd, prod
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.quant.product import Activations
+from paged_infer.kernels.quant.weight import QuantisedWeight, pack_int4
+from paged_infer.model.linear import Piece
+from paged_infer.model.quantization_config import StoredAs
+
+_NO_PIECE = Piece("", ())
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is nibble AWQ_ORDER[j]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece(Piece):
+    """A tensor that belongs to a matrix of few bits.
+
+    Attributes:
+        source: the matrix as a dense checkpoint would store it.
+        rows: that the tensor fills, of the parameter.
+    """
+
+    source: Piece = _NO_PIECE
+    rows: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows
+
+
+class Format:
+    """How W is held, and which tensors it is stored as. Subclasses read one kind of ``StoredAs``.
+
+    Attributes:
+        packs: codes of up to 4 bits are held in pairs.
+        has_zeros, has_order: ``zeros`` and ``g_idx`` are held.
+        float_dtype: of float codes.
+        strict: a scale of 0, or less, is an error.
+        is_expanded: ``weight`` is larger than what is held, and made for each product.
+    """
+
+    float_dtype: torch.dtype | None = None
+    strict = True
+    is_expanded = False
+
+    def __init__(self, stored: StoredAs) -> None:
+        self.stored = stored
+        self.bits, self.has_zeros, self.has_order = stored.bits, stored.has_zeros, stored.has_order
+        self.activations: Activations | None = stored.activations
+        self.float_dtype = torch.float8_e4m3fn if stored.is_float else None
+
+    def packs(self, columns: int) -> bool:
+        return self.float_dtype is None and self.bits <= 4 and columns % 2 == 0
+
+    def group(self, columns: int) -> int:
+        """Columns that share a scale in memory."""
+        return self.stored.group_size or columns
+
+    def held(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The tensors in memory: shape and dtype of ``values``, ``scales`` and, if it has them, ``zeros``."""
+        is_packed = self.packs(columns)
+        grid = (rows, columns // self.group(columns)), torch.float32
+        held: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"scales": grid}
+        held["values"] = (rows, columns // 2), torch.uint8
+        if not is_packed:
+            held["values"] = (rows, columns), self.float_dtype or torch.int8
+        return held | ({"zeros": grid} if self.has_zeros else {})
+
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        """What we hold -> the tensor that fills it.
+
+        Raises:
+            ValueError: the matrix cannot be stored in this format: the group size does not divide its columns.
+        """
+        raise NotImplementedError
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor of the checkpoint -> rows of what we hold, in the checkpoint's order."""
+        raise NotImplementedError
+
+    def weight(self, held: dict[str, Tensor], shape: tuple[int, int], columns: Tensor | None) -> QuantisedWeight:
+        values, zeros = held["values"], held.get("zeros")
+        if zeros is not None and bool((zeros == (8 if values.dtype == torch.uint8 else 0)).all()):
+            zeros = None
+        bits = 4 if values.dtype == torch.uint8 else 8
+        return QuantisedWeight(values, held["scales"], zeros, bits, shape[1] // held["scales"].shape[1], shape, columns)
+
+    def codes(self, codes: Tensor) -> Tensor:
+        """Codes 0 .. 2^b - 1, [N, K] -> ``values``."""
+        is_packed = self.packs(codes.shape[1])
+        codes = codes + self.shift(codes.shape[1])
+        return pack_int4(codes) if is_packed else codes.to(torch.int8)
+
+    def shift(self, columns: int) -> int:
+        """From a code 0 .. 2^b - 1 to the one that we hold."""
+        return (8 if self.packs(columns) else 0) - 2 ** (self.bits - 1)
+
+    def zero_points(self, zeros: Tensor, piece: Piece) -> Tensor:
+        """Codes 0 .. 2^b - 1, [N, G] -> ``zeros``."""
+        if (wrong := zeros[(zeros < 0) | (zeros >= 2**self.bits)]).numel():
+            raise ValueError(f"{piece.name}: zero point {int(wrong[0])}: must be 0 to {2**self.bits - 1}")
+        return (zeros + self.shift(_sizes(piece)[1])).float()
+
+    def _group_of(self, piece: Piece) -> int:
+        """Checked."""
+        size, columns = self.stored.group_size, _sizes(piece)[1]
+        if size is not None and columns % size:
+            raise ValueError(f"group_size={size}: does not divide the {columns} columns of {piece.name}")
+        return size or columns
+
+    def _refuse_stack(self, piece: Piece) -> None:
+        if piece.is_stack:
+            raise ValueError(f"{piece.name}: all experts in one tensor are read as floats or as MXFP4 only")
+
+
+def _sizes(piece: Piece) -> tuple[int, int]:
+    """N and K of one matrix."""
+    return piece.num_rows, prod(piece.shape) // piece.num_rows
+
+
+def _module(piece: Piece) -> str:
+    return piece.name.removesuffix(".weight")
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [..., W] -> codes 0 .. 2^bits - 1, int32 [..., W * (32 // bits)], lowest bits first."""
+    shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
+    return (words[..., None] >> shifts & 2**bits - 1).flatten(-2)
+
+
+def _named(piece: Piece, rows: int, **tensors: tuple[str, tuple[int, ...]]) -> dict[str, StoredPiece]:
+    """Parameter -> name's ending and shape, as pieces. Scales and float codes must be stored as floats."""
+    found = {}
+    for parameter, (ending, shape) in tensors.items():
+        count = 1 if parameter in ("g_idx", "shape") else rows
+        is_float = parameter == "scales"
+        found[parameter] = StoredPiece(f"{_module(piece)}.{ending}", shape, is_float=is_float, source=piece, rows=count)
+    return found
+
+
+class Compressed(Format):
+    """compressed-tensors, ``packed`` and ``plain``."""
+
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        self._refuse_stack(piece)
+        (rows, columns), stored, group = _sizes(piece), self.stored, self._group_of(piece)
+        grid = (1,) if stored.per_tensor else (rows, columns // group)
+        if stored.block is not None:
+            grid = (-(-rows // stored.block[0]), -(-columns // stored.block[1]))
+        tensors = {"values": ("weight", (rows, columns)), "scales": ("weight_scale", grid)}
+        zeros = grid
+        if stored.kind == "packed":
+            per_word = 32 // stored.bits
+            tensors["values"] = ("weight_packed", (rows, -(-columns // per_word)))
+            tensors["shape"] = ("weight_shape", (2,))
+            zeros = (-(-rows // per_word), columns // group)
+        if stored.has_zeros:
+            tensors["zeros"] = ("weight_zero_point", zeros)
+        if stored.has_order:
+            tensors["g_idx"] = ("weight_g_idx", (columns,))
+        return _named(piece, rows, **tensors)
+
+    def group(self, columns: int) -> int:
+        return super().group(columns) if self.stored.block is None else gcd(self.stored.block[1], columns)
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        rows, columns = _sizes(piece)
+        is_packed, middle = self.stored.kind == "packed", 2 ** (self.bits - 1)
+        if parameter == "values" and self.float_dtype is not None:
+            return {"values": _as(tensor, self.float_dtype, piece)}
+        if parameter == "values":
+            codes = unpack_words(tensor, self.bits)[:, :columns] if is_packed else tensor.to(torch.int32) + middle
+            if not is_packed and (tensor.dtype != torch.int8 or bool(((codes < 0) | (codes >= 2 * middle)).any())):
+                raise ValueError(f"{piece.name}: has codes that are not of {self.bits} bits, as int8")
+            return {"values": self.codes(codes)}
+        if parameter == "zeros":
+            codes = unpack_words(tensor.t(), self.bits)[:, :rows].t() if is_packed else tensor.to(torch.int32) + middle
+            return {"zeros": self.zero_points(codes.expand(rows, -1), piece)}
+        if parameter == "scales":
+            return {"scales": _spread(tensor, rows, columns, self.stored.block, self.group(columns))}
+        if parameter == "shape" and tensor.tolist() != [rows, columns]:
+            raise ValueError(f"{_module(piece)}.weight_shape is {tensor.tolist()}, not {[rows, columns]}")
+        return {parameter: tensor[None]}
+
+
+def _as(tensor: Tensor, dtype: torch.dtype, piece: Piece) -> Tensor:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{piece.name} is stored as {tensor.dtype}, not {dtype}")
+    return tensor
+
+
+def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int] | None, group: int) -> Tensor:
+    """[1], [N, G] or one of each block -> [N, G]."""
+    if block is None:
+        return scales.float().reshape(-1, 1 if scales.dim() == 1 else scales.shape[1]).expand(rows, -1)
+    return (
+        scales.float()
+        .repeat_interleave(block[0], 0)[:rows]
+        .repeat_interleave(block[1] // group, 1)[:, : columns // group]
+    )
+
+
+class Fp8(Compressed):
+    """DeepSeek's blocks. The product is weight-only, as in transformers, which dequantises."""
+
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        found = super().tensors(piece)
+        return found | {"scales": replace(found["scales"], name=f"{piece.name}_scale_inv")}
+
+
+class Awq(Format):
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        self._refuse_stack(piece)
+        (rows, columns), groups = _sizes(piece), _sizes(piece)[1] // self._group_of(piece)
+        if rows % 8:
+            raise ValueError(f"{piece.name} has {rows} rows: AWQ's words need a multiple of 8")
+        return _named(
+            piece,
+            rows,
+            values=("qweight", (columns, rows // 8)),
+            scales=("scales", (groups, rows)),
+            zeros=("qzeros", (groups, rows // 8)),
+        )
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        if parameter == "scales":
+            return {"scales": tensor.t().float()}
+        nibbles = unpack_words(tensor, 4).unflatten(1, (-1, 8))
+        codes = nibbles[..., list(AWQ_ORDER)].flatten(1).t()
+        return {parameter: self.codes(codes) if parameter == "values" else self.zero_points(codes, piece)}
+
+
+class Gptq(Format):
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        self._refuse_stack(piece)
+        (rows, columns), groups, per_word = _sizes(piece), _sizes(piece)[1] // self._group_of(piece), 32 // self.bits
+        if rows % per_word or columns % per_word:
+            raise ValueError(f"{piece.name} is {[rows, columns]}: GPTQ's words need multiples of {per_word}")
+        return _named(
+            piece,
+            rows,
+            values=("qweight", (columns // per_word, rows)),
+            scales=("scales", (groups, rows)),
+            zeros=("qzeros", (groups, rows // per_word)),
+            g_idx=("g_idx", (columns,)),
+        )
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        if parameter == "scales":
+            return {"scales": tensor.t().float()}
+        if parameter == "g_idx":
+            return {"g_idx": tensor[None]}
+        if parameter == "values":
+            return {"values": self.codes(unpack_words(tensor.t(), self.bits))}
+        zeros = unpack_words(tensor, self.bits).t() + self.stored.zero_offset
+        return {"zeros": self.zero_points(zeros, piece)}
+
+
+FORMATS: dict[str, type[Format]] = {"packed": Compressed, "plain": Compressed, "awq": Awq, "gptq": Gptq, "fp8": Fp8}

@@ -1,0 +1,195 @@
+"""Formats whose tensors hold codes and scales together, and rounding of float tensors while they are loaded.
+
+    Q8_0    32 weights in 34 bytes    d float16, codes int8
+    Q4_0    32 in 18                  d, then 16 bytes: weight i in the low half of byte i, i + 16 in the high one
+    Q4_1    32 in 20                  d, m, the same 16 bytes; w = code d + m
+    Q4_K    256 in 144                d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, 128 bytes of codes
+    Q6_K    256 in 210                low 4 bits, high 2 bits, 16 int8 scales, d
+    MXFP4   32 in 16 + 1              float4 e2m1, the even weight in the low half; a power of two, less 127
+
+Sources: ggml's ``ggml-quants.c`` and ``block_*`` of ``ggml-common.h``; OCP Microscaling Formats 1.0, section 5 (looked
+up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from paged_infer.kernels.quant.product import Activations
+from paged_infer.kernels.quant.weight import QuantisedWeight, pack_int4, unpack_int4
+from paged_infer.model.linear import Piece
+from paged_infer.model.quant.formats import Format, StoredPiece
+from paged_infer.model.quant.scheme import Scheme, quantise
+from paged_infer.model.quantization_config import StoredAs
+
+FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of e2m1
+Decoded = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K]: 0 .. 15 or int8; scales [N, G]; zeros [N, G] or None
+
+
+class Rounded(Format):
+    """A dense checkpoint, rounded to nearest tensor by tensor."""
+
+    def __init__(self, scheme: Scheme, activations: Activations | None = None) -> None:
+        super().__init__(StoredAs("plain", scheme.bits, has_zeros=not scheme.symmetric, activations=activations))
+        self.scheme = scheme
+
+    def group(self, columns: int) -> int:
+        """A group size that does not divide the columns shrinks to one that does."""
+        return columns if self.scheme.group_size is None else gcd(self.scheme.group_size, columns)
+
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        return {"values": _dense(piece)}
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        rows = piece.to_rows(tensor)
+        scheme = self.scheme
+        if scheme.group_size is not None:
+            scheme = Scheme(scheme.bits, scheme.symmetric, "group", self.group(rows.shape[1]), scheme.codes)
+        found = quantise(rows, scheme, piece.name)
+        return {"values": found.values, "scales": found.scales} | (
+            {} if found.zeros is None else {"zeros": found.zeros}
+        )
+
+
+def _dense(piece: Piece, as_stored: bool = False) -> StoredPiece:
+    return StoredPiece(piece.name, piece.shape, source=piece, rows=piece.num_rows, as_stored=as_stored)
+
+
+class Gguf(Format):
+    """The blocks of a GGUF file.
+
+    Args:
+        types: of the matrices, by their names; all are in ``GGUF_TYPES``. Different ones (Q4_K_M's q and v) are held as
+            int8 with zeros, in groups that suit all.
+    """
+
+    strict = False  # a block of zeros has scale 0
+
+    def __init__(self, types: Mapping[str, str]) -> None:
+        used = {*types.values()}
+        are_nibbles = all(kind.startswith("Q4") for kind in used)
+        zeros = bool(used & {"Q4_1", "Q4_K"})
+        super().__init__(StoredAs("plain", 4 if are_nibbles else 8, 16 if "Q6_K" in used else 32, has_zeros=zeros))
+        self.types = types
+
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        return {"values": _dense(piece, as_stored=True)}
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        kind = self.types[piece.name]
+        codes, scales, zeros = GGUF_TYPES[kind](tensor)
+        middle = 8 if kind.startswith("Q4") else 0
+        zeros = torch.full_like(scales, middle) if zeros is None else zeros
+        if self.bits == 4:
+            values = pack_int4(codes)
+        else:
+            values, zeros = (codes.to(torch.int16) - middle).to(torch.int8), zeros - middle
+        repeats = codes.shape[1] // scales.shape[1] // self.group(codes.shape[1])
+        grid = {"scales": scales.repeat_interleave(repeats, 1), "zeros": zeros.repeat_interleave(repeats, 1)}
+        return {"values": values} | (grid if self.has_zeros else {"scales": grid["scales"]})
+
+
+def _blocks(tensor: Tensor, size: int) -> Tensor:
+    """uint8 [N, row bytes] -> [N, G, size]."""
+    return tensor.unflatten(1, (-1, size))
+
+
+def _half(blocks: Tensor, first: int) -> Tensor:
+    """The float16 at byte ``first`` of each block: [N, G] float32."""
+    return blocks[..., first : first + 2].contiguous().view(torch.float16)[..., 0].float()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """[..., B] bytes -> the low halves, then the high ones, [..., 2 B]."""
+    return torch.cat((packed & 15, packed >> 4), -1)
+
+
+def _with_minimum(codes: Tensor, scales: Tensor, minima: Tensor) -> Decoded:
+    """w = code * scale + minimum, as (code - zero) * scale; a scale of 0 leaves the minimum, of any code."""
+    flat = scales == 0
+    scales, zeros = torch.where(flat, minima, scales), torch.where(flat, -1.0, -minima / scales)
+    groups = codes.unflatten(1, (scales.shape[1], -1)).masked_fill(flat[..., None], 0)
+    return groups.flatten(1), scales, zeros
+
+
+def q8_0(tensor: Tensor) -> Decoded:
+    blocks = _blocks(tensor, 34)
+    return blocks[..., 2:].contiguous().view(torch.int8).flatten(1), _half(blocks, 0), None
+
+
+def q4_0(tensor: Tensor) -> Decoded:
+    blocks = _blocks(tensor, 18)
+    return _nibbles(blocks[..., 2:]).flatten(1), _half(blocks, 0), None
+
+
+def q4_1(tensor: Tensor) -> Decoded:
+    blocks = _blocks(tensor, 20)
+    return _with_minimum(_nibbles(blocks[..., 4:]).flatten(1), _half(blocks, 0), _half(blocks, 2))
+
+
+def q4_k(tensor: Tensor) -> Decoded:
+    blocks = _blocks(tensor, 144)
+    low, middle, high = blocks[..., 4:16].split(4, -1)  # of each: four scales, four minima, the second half's low bits
+    scales = torch.cat((low & 63, high & 15 | low >> 6 << 4), -1)
+    minima = torch.cat((middle & 63, high >> 4 | middle >> 6 << 4), -1)
+    codes = _nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(1)
+    scales = _half(blocks, 0)[..., None] * scales
+    return _with_minimum(codes, scales.flatten(1), (-_half(blocks, 2)[..., None] * minima).flatten(1))
+
+
+def q6_k(tensor: Tensor) -> Decoded:
+    blocks = _blocks(tensor, 210)
+    low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))  # [N, G, 2, 128]
+    high = blocks[..., 128:192].unflatten(-1, (2, 32))
+    high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+    codes = ((low | high << 4).to(torch.int8) - 32).flatten(1)
+    scales = blocks[..., 192:208].contiguous().view(torch.int8)
+    return codes, (_half(blocks, 208)[..., None] * scales).flatten(1), None
+
+
+GGUF_TYPES: dict[str, Callable[[Tensor], Decoded]] = {
+    "Q8_0": q8_0,
+    "Q4_0": q4_0,
+    "Q4_1": q4_1,
+    "Q4_K": q4_k,
+    "Q6_K": q6_k,
+}
+
+
+class Mxfp4(Format):
+    """gpt-oss' experts, all in one tensor. Held as they are stored; ``weight`` makes int8 of them, for a product."""
+
+    strict = False
+    is_expanded = True
+
+    def held(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"values": ((rows, columns // 2), torch.uint8), "scales": ((rows, columns // 32), torch.uint8)}
+
+    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        if not piece.is_stack:
+            raise ValueError(f"{piece.name}: MXFP4 is read for experts that are one tensor only")
+        experts, columns = piece.shape[0], piece.shape[1]
+        rows = piece.num_rows
+        if columns % 32:
+            raise ValueError(f"group_size=32: does not divide the {columns} columns of {piece.name}")
+        shape = (experts, rows // experts, columns // 32)
+        return {
+            "values": StoredPiece(f"{piece.name}_blocks", (*shape, 16), is_float=False, source=piece, rows=rows),
+            "scales": StoredPiece(f"{piece.name}_scales", shape, is_float=False, source=piece, rows=rows),
+        }
+
+    def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
+        if tensor.dtype != torch.uint8:
+            raise ValueError(f"{piece.name}: {parameter} are stored as {tensor.dtype}, not uint8")
+        if parameter == "scales" and bool((tensor == 255).any()):
+            raise ValueError(f"{piece.name}_scales: 255 is NaN")
+        return {parameter: tensor.flatten(0, 1).flatten(1)}
+
+    def weight(self, held: dict[str, Tensor], shape: tuple[int, int], columns: Tensor | None) -> QuantisedWeight:
+        table = torch.tensor(FLOAT4, dtype=torch.int8, device=held["values"].device)
+        scales = torch.exp2(held["scales"].float() - 128)
+        return QuantisedWeight(table[unpack_int4(held["values"]).long()], scales, None, 8, 32, shape)

@@ -1,0 +1,136 @@
+"""A checkpoint of few bits gives the logits of the dense one that it stands for."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from decoding import IDS, logits
+from quantised_folders import AWQ, Packer, awq, compressed_plain, compressed_words, fp8_blocks, gptq, write_pair
+from safetensors.torch import load_file, save_file
+
+from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.quant.methods import QuantisedMethod
+
+PROJ = r"_proj|\.w[123]"
+FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
+    "awq": (AWQ, awq),
+    **{
+        f"gptq-{bits}-v{version}-{order}": gptq(bits, version, order)
+        for bits, version, order in [
+            (4, 1, "plain"),
+            (4, 2, "plain"),
+            (8, 1, "shared"),
+            (2, 2, "shared"),
+            (4, 1, "shared"),
+            (4, 2, "own"),
+        ]
+    },
+    "packed-4": compressed_words(4, symmetric=True),
+    "packed-4-asymmetric": compressed_words(4, symmetric=False),
+    "packed-8": compressed_words(8, symmetric=True),
+    "packed-3-asymmetric": compressed_words(3, symmetric=False),
+    "int8": compressed_plain("channel", torch.int8),
+    "int8-tensor": compressed_plain("tensor", torch.int8),
+    "float8": compressed_plain("channel", torch.float8_e4m3fn),
+    "fp8": fp8_blocks(128, 128),
+    "fp8-small": fp8_blocks(32, 16),
+}
+
+
+def check_pair(packed, dense) -> Any:
+    ours, theirs = load_decoder(packed, torch.float32), load_decoder(dense, torch.float32)
+    torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS), atol=2e-4, rtol=1e-3)
+    return ours
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_folder_has_the_logits_of_the_dense_model_that_it_stands_for(form, checkpoint, tmp_path) -> None:
+    config, pack = FORMATS[form]
+    decoder = check_pair(*write_pair(checkpoint("llama-biased"), tmp_path, config, pack, PROJ))
+    assert all(type(linear.method) is QuantisedMethod for _, linear in decoder.linears())
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [(family, form) for family in ("phi3", "gemma3") for form in ("awq", "gptq-4-v2-own", "packed-4", "fp8-small")]
+    + [(family, form) for family in ("deepseek2-yarn", "qwen3-moe") for form in ("int8", "fp8-small")],
+)
+def test_rows_in_another_order_latents_and_experts(family, form, checkpoint, tmp_path) -> None:
+    """phi3 stores q, k and v as one matrix, some of whose rows are reordered; DeepSeek's kv_b becomes floats."""
+    config, pack = FORMATS[form]
+    check_pair(*write_pair(checkpoint(family), tmp_path, config, pack, PROJ))
+
+
+def test_ignored_layers_stay_floats_and_a_later_group_has_the_others(checkpoint, tmp_path) -> None:
+    config, pack = compressed_words(4, symmetric=True)
+    config["ignore"] = ["lm_head", "re:.*down_proj$", "model.layers.1.self_attn.o_proj"]
+    pattern = r"(q|k|v|gate|up)_proj|layers\.[02].*o_proj"
+    decoder = check_pair(*write_pair(checkpoint("qwen3"), tmp_path, config, pack, pattern))
+    few = {name for name, linear in decoder.linears() if type(linear.method) is QuantisedMethod}
+    assert few == {f"layers.{i}.{n}" for i in range(3) for n in ("attention.qkv", "attention.output", "mlp.up")} - {
+        "layers.1.attention.output"
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_proj.scales": lambda t: t * 0}, r"q_proj\.scales: scale 0\.0 of row 0: must be finite and > 0"),
+        ({"up_proj.scales": lambda t: t * torch.inf}, r"up_proj\.scales: scale inf of row 0: must be finite"),
+        ({"down_proj.scales": lambda t: t * torch.nan}, r"down_proj\.scales: scale nan of row 0"),
+        ({"k_proj.scales": None}, r"missing tensor model\.layers\.0\.self_attn\.k_proj\.scales \[12, 160\]"),
+        ({"o_proj.g_idx": None}, r"missing tensor .*o_proj\.g_idx"),
+        ({"o_proj.g_idx": lambda t: t * 0}, r"o_proj\.g_idx: must name each group 16 times"),
+        ({"o_proj.g_idx": lambda t: t - 1}, r"o_proj\.g_idx: must name each group 16 times"),
+        ({"v_proj.qzeros": lambda t: t | -1}, r"v_proj\.weight: zero point 16: must be 0 to 15"),
+        ({"q_proj.scales": lambda t: t[:6]}, r"q_proj\.scales is \[6, \d+\], not \[12, \d+\]"),
+    ],
+)
+def test_a_tensor_that_cannot_be_used_is_one_clear_error(change, message, checkpoint, tmp_path) -> None:
+    config, pack = FORMATS["gptq-4-v1-shared"]
+    packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, config, pack, PROJ)
+    tensors = load_file(packed / "model.safetensors")
+    for ending, new in change.items():
+        name = next(name for name in tensors if name.endswith(ending))
+        tensor = tensors.pop(name)
+        if new is not None:
+            tensors[name] = new(tensor).contiguous()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_decoder(packed, torch.float32)
+
+
+def test_a_group_size_that_does_not_divide_names_the_matrix(checkpoint, tmp_path) -> None:
+    packed, _ = write_pair(checkpoint("qwen3"), tmp_path, AWQ, awq, PROJ)
+    raw = json.loads((packed / "config.json").read_text())
+    raw["quantization_config"]["group_size"] = 128
+    (packed / "config.json").write_text(json.dumps(raw))
+    expected = "group_size=128: does not divide the 192 columns of model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_decoder(packed, torch.float32)
+
+
+def test_matrices_of_one_product_must_be_stored_alike(checkpoint, tmp_path) -> None:
+    config, pack = compressed_words(4, symmetric=True)
+    config["ignore"].append("re:.*k_proj")
+    packed, _ = write_pair(checkpoint("qwen3"), tmp_path, config, pack, PROJ)
+    with pytest.raises(ValueError, match=r"self_attn\.k_proj is not stored as model\.layers\.0\.self_attn\.q_proj is"):
+        load_decoder(packed, torch.float32)
+
+
+def test_int8_activations_are_rounded_row_by_row(checkpoint, tmp_path) -> None:
+    config, pack = compressed_plain("channel", torch.int8)
+    rounding = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    config["config_groups"]["group_0"]["input_activations"] = rounding
+    packed, dense = write_pair(checkpoint("qwen3"), tmp_path, config, pack, PROJ)
+    ours, theirs = load_decoder(packed, torch.float32), load_decoder(dense, torch.float32)
+    x = torch.randn(5, 192)
+    scale = x.abs().amax(1, keepdim=True) / 127.5
+    expected = theirs.layers[0].attention.qkv((x / scale).round().clamp(-128, 127) * scale)
+    qkv = ours.layers[0].attention.qkv
+    torch.testing.assert_close(qkv(x), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(qkv(x)[2:3], qkv(x[2:3]))

@@ -112,10 +112,10 @@ def empty_decoder(
     with torch.device("meta"):
         decoder = Decoder(config, ops).to(dtype)
         decoder.use(method_of)
-    if config.tie_word_embeddings:
-        decoder.head.weight = decoder.embedding.weight
-    few_bits = [buffer for _, linear in decoder.linears() for buffer in linear.buffers()]
-    if (needed := sum(tensor.nbytes for tensor in (*decoder.parameters(), *few_bits))) > available:
+    for _, linear in decoder.linears():  # of few bits
+        held = sum(tensor.nbytes for tensor in (*linear.parameters(), *linear.buffers()) if tensor is not linear.bias)
+        needed += held - linear.in_features * linear.out_features * dtype.itemsize
+    if needed > available:
         raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:

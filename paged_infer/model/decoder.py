@@ -102,17 +102,22 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, cache: Cache, step: AttentionMetadata) -> Tensor:
         """token_ids [T], positions in ``step`` [T] -> hidden states after the last norm, [T, hidden]."""
-        x = F.embedding(token_ids, self.embedding.weight)
-        if self.position_embedding is not None:
-            x = x + F.embedding(step.positions, self.position_embedding.weight)
-        if self.config.embedding_multiplier != 1:
-            x = x * self._embedding_multiplier(x.dtype)
+        x = self.embed(token_ids, step.positions)
         ropes = [rotary(step.positions, x.dtype) for rotary in self.rotary]
         residual = None
         for layer in self.layers:
             index = cast(DecoderLayer, layer).rope_index
             x, residual = layer(x, residual, None if index is None else ropes[index], cache, step)
         return self.final_norm(x, residual)[0]
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Both [T] -> what enters the first layer, [T, hidden]."""
+        x = F.embedding(token_ids, self.embedding.weight)
+        if self.position_embedding is not None:
+            x = x + F.embedding(positions, self.position_embedding.weight)
+        if self.config.embedding_multiplier != 1:
+            x = x * self._embedding_multiplier(x.dtype)
+        return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,0 +1,129 @@
+"""Texts through a decoder, layer by layer, with the inputs of each linear layer: what calibrated methods choose by.
+
+A layer's inputs come from the layers before it as they are by then: quantised. So each layer also makes up for the
+errors of those before it (Frantar 2022, section 3.3, quantises in this order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from paged_infer.cache.none import NoCache
+from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.model.decoder import Decoder, DecoderLayer
+from paged_infer.model.linear import Linear
+
+Texts = ReadOnlyList[ReadOnlyList[int]]
+"""Token ids of texts."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """What the methods need of the inputs x [T, K] of a linear layer.
+
+    Attributes:
+        products: sum over the tokens of x x^T, [K, K].
+        mean: of |x|, [K].
+        largest: of |x|, [K].
+    """
+
+    products: Tensor
+    mean: Tensor
+    largest: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        x = x.float()
+        return cls(x.t() @ x, x.abs().mean(0), x.abs().amax(0))
+
+
+class CalibratedLayer:
+    """One layer of the decoder, which can be run on the texts as often as its weights change.
+
+    Attributes:
+        linears: its linear layers by name, in the order of the decoder; without those of experts.
+        module: the layer.
+    """
+
+    def __init__(self, module: DecoderLayer, linears: dict[str, Linear], arguments: tuple[object, ...]) -> None:
+        self.module, self.linears, self._arguments = module, linears, arguments
+
+    @torch.inference_mode()
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The layer's output and the residual stream, [T, hidden] each."""
+        output: tuple[Tensor, Tensor] = self.module(*self._arguments)
+        return output
+
+    def moments(self, *names: str) -> dict[str, Moments]:
+        """Of the inputs of some of its linear layers, with the weights that it has now."""
+        seen: dict[str, Moments] = {}
+
+        def watch(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+            seen[name] = Moments.of(inputs[0])
+
+        handles = [self.linears[name].register_forward_pre_hook(partial(watch, name)) for name in names]
+        try:
+            self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def calibrated_layers(decoder: Decoder, texts: Texts) -> Iterator[CalibratedLayer]:
+    """The layers of ``decoder`` in order. The next one is run on what the last one, changed meanwhile, gives.
+
+    Raises:
+        ValueError: there is no text, or one is empty.
+    """
+    token_ids, step = packed_step(texts, decoder.device)
+    cache, residual = NoCache(decoder.kv_spec()), None
+    with torch.inference_mode():
+        x = decoder.embed(token_ids, step.positions)
+        ropes = [rotary(step.positions, x.dtype) for rotary in decoder.rotary]
+    linears = dict(decoder.linears())
+    for index, layer in enumerate(decoder.layers):
+        assert isinstance(layer, DecoderLayer)
+        rope = None if layer.rope_index is None else ropes[layer.rope_index]
+        own = {name: one for name, one in linears.items() if name.startswith(f"layers.{index}.") and not one.is_stack}
+        current = CalibratedLayer(layer, own, (x, residual, rope, cache, step))
+        yield current
+        x, residual = current.run()
+
+
+def packed_step(texts: Texts, device: torch.device | str = "cpu") -> tuple[Tensor, AttentionMetadata]:
+    """Token ids [T] of all texts, one after the other, and their layout for a cache without blocks."""
+    lengths = [len(text) for text in texts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(f"calibration: {'an empty text' if lengths else 'no text'}")
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    step = AttentionMetadata(
+        positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        slot_mapping=none,
+        query_start_loc=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_tables=none,
+        num_decodes=0,
+        max_query_len=max(lengths),
+        max_seq_len=max(lengths),
+    )
+    return torch.tensor([token for text in texts for token in text], device=device), step
+
+
+@torch.inference_mode()
+def log_probs(decoder: Decoder, text: ReadOnlyList[int]) -> Tensor:
+    """Of every token after each token of one text: [T, V] float32."""
+    token_ids, step = packed_step([text], decoder.device)
+    return decoder.logits(decoder(token_ids, NoCache(decoder.kv_spec()), step)).float().log_softmax(-1)
+
+
+def divergence(reference: Tensor, found: Tensor) -> Tensor:
+    """KL(reference || found) in nats of each row, from log-probabilities [T, V]: [T]."""
+    return (reference.exp() * (reference - found)).sum(-1)

@@ -1,0 +1,115 @@
+"""Quantise a decoder after training, by one of four methods; only the last three look at texts.
+
+rtn           round to nearest
+gptq          each column's rounding error is made up for by the columns after it
+awq           columns of large inputs get finer steps
+smoothquant   outliers of the inputs move into the weights, for products of 8 bits by 8 bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from paged_infer.kernels.quant.weight import QuantisedWeight, dequantise
+from paged_infer.model.decoder import Decoder
+from paged_infer.model.linear import DenseMethod
+from paged_infer.model.quant.awq import awq_scales
+from paged_infer.model.quant.calibration import CalibratedLayer, Texts, calibrated_layers
+from paged_infer.model.quant.folding import fold, shared
+from paged_infer.model.quant.gptq import gptq
+from paged_infer.model.quant.scheme import Scheme, quantise
+from paged_infer.model.quant.smooth import smooth_scales
+
+Quantised = dict[str, QuantisedWeight]
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
+
+
+def quantise_decoder(
+    decoder: Decoder,
+    scheme: Scheme,
+    method: str = "rtn",
+    texts: Texts = (),
+    *,
+    wide: Collection[str] = (),
+    on_layer: Callable[[], None] = lambda: None,
+) -> Quantised:
+    """The matrices of ``decoder``'s linear layers by name. Its own become what is left of them, in place.
+
+    Embedding, head, norms and biases stay as they are, but AWQ and SmoothQuant divide norms and biases by scales.
+
+    Args:
+        decoder: with dense methods, not packed.
+        texts: token ids to calibrate on.
+        wide: names of linear layers that stay as they are.
+        on_layer: called after each layer.
+
+    Raises:
+        ValueError: an unknown method or layer, a mixture of experts, a group size that does not divide, values that are
+            not finite, or no text for a method that needs some.
+    """
+    linears = dict(decoder.linears())
+    _check(linears.keys(), scheme, method, texts, wide, decoder)
+    found: Quantised = {}
+    if method == "rtn":
+        for index in range(len(decoder.layers)):
+            names = [name for name in linears if name.startswith(f"layers.{index}.") and name not in wide]
+            found |= {name: quantise(linears[name].weight, scheme, name) for name in names}
+            on_layer()
+        for name, weight in found.items():
+            linears[name].weight.data.copy_(dequantise(weight))
+        return found
+    quantise_layer = {"gptq": _gptq, "awq": _awq, "smoothquant": _smoothquant}[method]
+    for layer in calibrated_layers(decoder, texts):
+        found |= quantise_layer(layer, scheme, [name for name in layer.linears if name not in wide])
+        on_layer()
+    return found
+
+
+def _gptq(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised:
+    found = {}
+    for name in names:
+        products = layer.moments(name)[name].products  # with the linear layers before it quantised
+        found[name] = gptq(layer.linears[name].weight, products, scheme, name=name)
+        layer.linears[name].weight.data.copy_(dequantise(found[name]))
+    return found
+
+
+def _awq(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised:
+    for name, moments in layer.moments(*names).items():
+        mean = shared(layer.module, name, moments.mean)
+        if mean is not None:
+            fold(layer.module, name, awq_scales(layer.linears[name].weight, mean, moments.products, scheme, name))
+    return _round(layer, scheme, names)
+
+
+def _smoothquant(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised:
+    behind_norms = [name for name in names if name.endswith(("attention.qkv", "mlp.up"))]
+    for name, moments in layer.moments(*behind_norms).items():
+        largest = shared(layer.module, name, moments.largest)
+        if largest is not None:
+            fold(layer.module, name, smooth_scales(layer.linears[name].weight, largest))
+    return _round(layer, scheme, names)
+
+
+def _round(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised:
+    found = {name: quantise(layer.linears[name].weight, scheme, name) for name in names}
+    for name, weight in found.items():
+        layer.linears[name].weight.data.copy_(dequantise(weight))
+    return found
+
+
+def _check(
+    linears: Collection[str], scheme: Scheme, method: str, texts: Texts, wide: Collection[str], decoder: Decoder
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    if method != "rtn" and not texts:
+        raise ValueError(f"method={method!r}: needs texts to calibrate on")
+    if unknown := sorted(set(wide) - set(linears)):
+        raise ValueError(f"wide: {unknown[0]} is not one of the linear layers, such as {next(iter(linears))}")
+    if decoder.config.moe is not None:
+        raise ValueError("a mixture of experts cannot be quantised: its experts are not linear layers of their own")
+    for name, linear in decoder.linears():
+        assert isinstance(linear.method, DenseMethod)
+        if name not in wide:
+            scheme.group(linear.in_features, name)

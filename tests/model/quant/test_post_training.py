@@ -1,0 +1,131 @@
+"""A decoder quantised after training: calibration, the order of the methods in KL, and which layers stay wide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoding import IDS, logits
+from tokenizers import Tokenizer
+
+from paged_infer import storyteller
+from paged_infer.kernels.quant.weight import dequantise
+from paged_infer.model.decoder import Decoder
+from paged_infer.model.linear import DENSE
+from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.quant.calibration import calibrated_layers, divergence, log_probs, packed_step
+from paged_infer.model.quant.post_training import METHODS, quantise_decoder
+from paged_infer.model.quant.scheme import Scheme, quantise
+from paged_infer.model.quant.sensitivity import sensitivities, stay_wide
+from paged_infer.storyteller.evaluation import document
+from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED, tell
+
+INT3 = Scheme(3, False, "group", 32)
+
+
+def dense(folder=storyteller.PATH) -> Decoder:
+    return load_decoder(folder, torch.float32, method_of=lambda name: DENSE)
+
+
+def stories(first: int, count: int) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(storyteller.PATH / "tokenizer.json"))
+    return [tokenizer.encode(document(tell(first + i)), add_special_tokens=False).ids for i in range(count)]
+
+
+CALIBRATION, UNSEEN = stories(50_000_000, 4), stories(FIRST_EVALUATION_SEED, 8)
+
+
+def kl(decoder: Decoder, texts=UNSEEN) -> float:
+    exact = dense()
+    rows = [divergence(log_probs(exact, text), log_probs(decoder, text)) for text in texts]
+    return torch.cat(rows).mean().item()
+
+
+def test_gptq_diverges_less_than_awq_and_awq_less_than_round_to_nearest_at_3_bits() -> None:
+    found = {}
+    for method in ("rtn", "awq", "gptq"):
+        decoder = dense()
+        quantise_decoder(decoder, INT3, method, CALIBRATION)
+        found[method] = kl(decoder)
+    assert found["rtn"] > 1.1 * found["awq"] > 1.5 * found["gptq"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_decoder_has_what_is_left_of_its_matrices(method: str, checkpoint) -> None:
+    decoder, done = dense(checkpoint("qwen3")), []
+    scheme, wide = Scheme(4, True, "group", 16), "layers.1.mlp.up"
+    before = {name: linear.weight.clone() for name, linear in decoder.linears()}
+    found = quantise_decoder(decoder, scheme, method, [IDS], wide=[wide], on_layer=lambda: done.append(1))
+    linears = dict(decoder.linears())
+    assert found.keys() == linears.keys() - {wide} and len(done) == len(decoder.layers)
+    for name, weight in found.items():
+        assert torch.equal(dequantise(weight), linears[name].weight) and weight.bits == 4
+    if method in ("rtn", "gptq"):
+        assert torch.equal(linears[wide].weight, before[wide])
+    if method == "rtn":
+        assert all(torch.equal(dequantise(quantise(before[name], scheme)), linears[name].weight) for name in found)
+
+
+def test_a_layer_is_calibrated_on_what_the_changed_layers_before_it_give(checkpoint) -> None:
+    decoder, seen = dense(checkpoint("gemma3")), []
+    for index, layer in enumerate(calibrated_layers(decoder, [IDS, IDS[:5]])):
+        (name, *_) = layer.linears
+        layer.linears[name].weight.data.mul_(1 + 0.1 * index)
+        seen.append(layer.moments(name)[name])
+    inputs = {}
+    for name, linear in decoder.linears():
+        linear.register_forward_pre_hook(lambda module, x, name=name: inputs.setdefault(name, x[0]))
+    logits(decoder, IDS)
+    for index, moments in enumerate(seen):
+        whole = torch.cat([inputs[f"layers.{index}.attention.qkv"], inputs[f"layers.{index}.attention.qkv"][:5]])
+        torch.testing.assert_close(moments.products, whole.t() @ whole, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(moments.mean, whole.abs().mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moments.largest, whole.abs().amax(0), rtol=1e-4, atol=1e-4)
+
+
+def test_log_probs_are_those_of_the_decoder(checkpoint) -> None:
+    decoder = dense(checkpoint("llama2"))
+    torch.testing.assert_close(log_probs(decoder, IDS), logits(decoder, IDS).log_softmax(-1))
+    assert divergence(log_probs(decoder, IDS), log_probs(decoder, IDS)).abs().max() == 0
+
+
+def test_the_most_sensitive_layers_stay_wide_and_that_helps() -> None:
+    decoder, scheme = dense(), Scheme(2, False, "group", 32)
+    measured = sensitivities(decoder, scheme, CALIBRATION[:1])
+    assert kl(decoder, UNSEEN[:1]) == 0  # each layer was put back
+    wide = stay_wide(decoder, measured, share=0.2)
+    sizes = {name: linear.weight.numel() for name, linear in decoder.linears()}
+    assert 0 < sum(sizes[name] for name in wide) <= 0.2 * sum(sizes.values())
+    assert stay_wide(decoder, measured, share=0.0) == [] and len(stay_wide(decoder, measured, share=1.0)) == len(sizes)
+    quantise_decoder(decoder, scheme, wide=wide)
+    all_narrow = dense()
+    quantise_decoder(all_narrow, scheme)
+    assert kl(decoder, UNSEEN[:2]) < 0.5 * kl(all_narrow, UNSEEN[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"method": "omniquant"}, "method='omniquant': must be one of rtn, gptq, awq, smoothquant"),
+        ({"method": "gptq", "texts": ()}, "method='gptq': needs texts"),
+        ({"method": "awq", "texts": [[1], []]}, "an empty text"),
+        ({"wide": ["layers.0.mlp.gate"]}, "wide: layers.0.mlp.gate is not one of the linear layers"),
+        ({"scheme": Scheme(4, True, "group", 40)}, "group_size=40: does not divide the 192 columns of layers.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(options: dict[str, object], problem: str, checkpoint) -> None:
+    decoder = dense(checkpoint("qwen3"))
+    before = logits(decoder, IDS)
+    with pytest.raises(ValueError, match=problem):
+        quantise_decoder(decoder, **{"scheme": Scheme(8), "texts": [IDS], **options})
+    assert torch.equal(logits(decoder, IDS), before)
+
+
+def test_experts_and_weights_that_are_not_finite_are_refused(checkpoint) -> None:
+    with pytest.raises(ValueError, match="mixture of experts"):
+        quantise_decoder(dense(checkpoint("mixtral")), Scheme(8))
+    decoder = dense(checkpoint("qwen3"))
+    decoder.layers[1].mlp.down.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down: has values that are infinite"):
+        quantise_decoder(decoder, Scheme(8))
+    with pytest.raises(ValueError, match="no text"):
+        packed_step([])

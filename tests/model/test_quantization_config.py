@@ -1,0 +1,96 @@
+"""Each key of a ``quantization_config`` is read, or refused by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from paged_infer.model.quantization_config import read_quantization
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True, "damp_percent": 0.01}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "GEMM"}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def compressed(weights: Any = INT4, *, form: str = "pack-quantized", top: Any = (), **group: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, **group}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": []} | dict(top)
+
+
+def stored(raw: dict[str, Any], module: str = "model.layers.0.mlp.up_proj") -> Any:
+    config = read_quantization(raw)
+    assert config is not None
+    return config.of(module)
+
+
+def test_a_model_without_one_has_none() -> None:
+    assert read_quantization(None) is None
+
+
+@pytest.mark.parametrize("raw", [compressed(), GPTQ, AWQ, FP8, {"quant_method": "mxfp4"}])
+def test_known_methods_are_read(raw) -> None:
+    assert stored(raw).bits == (8 if raw is FP8 else 4)
+
+
+def test_gptq_v1_stores_zero_points_less_one() -> None:
+    assert stored(GPTQ).zero_offset == 1 and stored({**GPTQ, "checkpoint_format": "gptq_v2"}).zero_offset == 0
+    assert stored({**GPTQ, "group_size": -1}).group_size is None
+
+
+def test_names_and_patterns_choose_the_layers() -> None:
+    raw = compressed(top={"ignore": ["re:.*down_proj", "model.layers.1.mlp.up_proj"]})
+    assert stored(raw) is not None and stored(raw, "model.layers.10.mlp.up_proj") is not None
+    assert stored(raw, "model.layers.0.mlp.down_proj") is stored(raw, "model.layers.1.mlp.up_proj") is None
+    several = compressed()
+    several["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*"]
+    several["config_groups"]["group_1"] = {"targets": ["Linear"], "weights": {**INT4, "num_bits": 8}}
+    assert (stored(several).bits, stored(several, "model.layers.0.self_attn.q_proj").bits) == (8, 4)
+    named = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    assert stored(named, "model.layers.3.self_attn.q_proj") is stored(named, "lm_head") is None
+    parts = {**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]}
+    assert stored(parts) is not None and stored(parts, "model.layers.0.mlp.gate_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("int8", "quantization_config='int8': must be an object"),
+        ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes': must be one of compressed-tensors, awq"),
+        (compressed(form="marlin-24"), "group_0 format='marlin-24': must be one of pack-quantized"),
+        (compressed(form="float-quantized"), "format='float-quantized' with weights of type 'int'"),
+        (compressed({**INT4, "num_bits": 9}), "num_bits=9"),
+        (compressed({**INT4, "num_bits": 1}), "weights num_bits=1: must be 2 to 8"),
+        (compressed({**INT4, "strategy": "tensor_group"}), "strategy='tensor_group': must be one of"),
+        (compressed({**INT4, "group_size": None}), "strategy='group' lacks group_size"),
+        (compressed({**INT4, "dynamic": True}), "weights dynamic=True is not supported"),
+        (compressed({**INT4, "colour": 3}), "weights colour=3 is not supported"),
+        (compressed(input_activations={**TOKEN, "dynamic": False}), "dynamic=False: static scales are not supported"),
+        (compressed(input_activations={**TOKEN, "strategy": "tensor"}), "strategy='tensor' is not supported; only"),
+        (compressed(input_activations={**TOKEN, "symmetric": False}), "symmetric=False is not supported"),
+        (compressed(output_activations=TOKEN), "output_activations="),
+        (compressed(top={"kv_cache_scheme": {"num_bits": 8}}), "kv_cache_scheme="),
+        (compressed(top={"sparsity_config": {"format": "sparse-24-bitmask"}}), "sparsity_config="),
+        (compressed(top={"quantization_status": "frozen"}), "quantization_status='frozen' is not supported"),
+        (compressed(top={"ignore": "lm_head"}), "ignore='lm_head': must be a list of names"),
+        (compressed(top={"ignore": ["re:("]}), r"ignore: 're:\(' is no pattern"),
+        (compressed(top={"config_groups": {}}), "config_groups={}: must be an object"),
+        ({**GPTQ, "bits": 3}, "bits=3: must be one of 2, 4, 8"),
+        ({**GPTQ, "lm_head": True}, "lm_head=True is not supported"),
+        ({**GPTQ, "dynamic": {"-:.*down": {}}}, "dynamic="),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin': must be one of gptq, gptq_v2"),
+        ({**GPTQ, "group_size": 0}, "group_size=0: must be an integer from 1"),
+        ({**GPTQ, "rotation": "hadamard"}, "rotation='hadamard' is not supported"),
+        ({**AWQ, "version": "gemv"}, "version='gemv' is not supported; only 'gemm' is"),
+        ({**AWQ, "zero_point": False}, "zero_point=False is not supported"),
+        ({**AWQ, "bits": 3}, "bits=3 is not supported; only 4"),
+        ({**FP8, "activation_scheme": "static"}, "activation_scheme='static': static scales are not supported"),
+        ({**FP8, "weight_block_size": None}, "weight_block_size=None: must be two sizes"),
+        ({**FP8, "scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(raw, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_quantization(raw)

@@ -30,9 +30,9 @@ from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("kernels.c", "paged_decode.c", "paged_prefill.c", "linear.c", "linear_bfloat16.c", "experts.c")
+_NAMES = ("kernels.c", "paged_decode.c", "paged_prefill.c", "linear.c", "linear_bfloat16.c", "quant.c", "experts.c")
 SOURCES = tuple(map(Path(__file__).with_name, _NAMES))
-_HEADER = Path(__file__).with_name("elements.h")
+_HEADERS = tuple(map(Path(__file__).with_name, ("elements.h", "digits.h", "amx.h")))
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
 FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
@@ -49,6 +49,7 @@ _SIGNATURES = {
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
     "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
     "linear_bfloat16": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
+    "quantised_linear": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
     "expert_segments": [_POINTER] * 4 + [_INT] * 3,
     "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
@@ -146,7 +147,7 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
     words = shlex.split(compiler)
     version = subprocess.run([*words, "--version"], capture_output=True, timeout=_BUILD_TIMEOUT_S)
     parts = (
-        *(source.read_bytes() for source in (*SOURCES, _HEADER)),
+        *(source.read_bytes() for source in (*SOURCES, *_HEADERS)),
         " ".join([os.path.realpath(shutil.which(words[0]) or words[0]), *words[1:], *flags]).encode(),
         version.stdout,
         _processor().encode(),

@@ -117,34 +117,9 @@ INLINE void strip(const product *p, int64_t top, int64_t end, int64_t at) {
     }
 }
 
+#include "amx.h"
+
 #if defined __AMX_BF16__ && defined __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-
-typedef struct { /* of the tile registers, each up to 16 rows of 64 bytes */
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} shapes;
-
-static int has_amx(void) { /* Linux has to be asked once: it reserves room for the registers in each thread's saved state */
-    static int answer = -1;
-    if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-    return answer;
-}
-
-/* Registers 0 to 3 are sums, 4 and 5 blocks of height rows of x, 6 and 7 the halves of a panel. */
-static void amx_begin(int height) {
-    shapes s = {.palette = 1};
-    for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.rows[i] = i < 6 ? height : 16;
-    asm volatile("ldtilecfg %0" ::"m"(s));
-}
-
-static void amx_end(int past_cache) {
-    asm volatile("tilerelease");
-    if (past_cache) _mm_sfence();
-}
-
 static void amx_put(const product *p, int64_t row, int64_t at, int height, const float *sums) {
     uint16_t *out = p->out + row * p->width + at;
     uint32_t cols = p->width - at < WIDE ? p->width - at : WIDE;
@@ -198,11 +173,10 @@ static void amx_strip(const product *p, int64_t top, int64_t end, int64_t at, in
         if (row + height < end) amx_tile(p, first, second, at, height, ahead, lines, 1);
         else amx_tile(p, first, first, at, height, ahead, lines, 0);
     }
+    if (p->past_cache) _mm_sfence();
 }
 #else
-static int has_amx(void) { return 0; }
-static void amx_begin(int height) { (void)height; }
-static void amx_end(int past_cache) { (void)past_cache; }
+#define has_amx() 0
 static void amx_strip(const product *p, int64_t top, int64_t end, int64_t at, int height) {
     (void)height, strip(p, top, end, at);
 }
@@ -219,7 +193,7 @@ void linear_bfloat16(uint16_t *out, const uint16_t *x, const uint16_t *panels, c
     part = (part + 2 * height - 1) / (2 * height) * 2 * height;
 #pragma omp parallel num_threads(threads) if (num_rows * depth * width > WORTH_A_THREAD)
     {
-        if (amx) amx_begin(height);
+        if (amx) amx_begin(height, 64);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t top = 0; top < num_rows; top += part)
             for (int64_t at = 0; at < width; at += WIDE) {
@@ -227,6 +201,6 @@ void linear_bfloat16(uint16_t *out, const uint16_t *x, const uint16_t *panels, c
                 if (amx) amx_strip(&p, top, end, at, height);
                 else strip(&p, top, end, at);
             }
-        if (amx) amx_end(p.past_cache);
+        if (amx) amx_end();
     }
 }

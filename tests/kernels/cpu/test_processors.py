@@ -18,9 +18,10 @@ PROCESSORS = {
     "x86-64": ["-march=x86-64"],
     "with AVX2": ["-march=x86-64-v3"],
     "with AVX-512": ["-march=x86-64-v4"],
-    "with bfloat16 pairs": ["-march=native", "-mno-amx-bf16"],
+    "with AVX-VNNI": ["-march=x86-64-v3", "-mavxvnni"],
+    "without AMX": ["-march=native", "-mno-amx-bf16", "-mno-amx-int8"],
 }
-NEEDS = {"with AVX2": "avx2", "with AVX-512": "avx512vl", "with bfloat16 pairs": "amx_bf16"}
+NEEDS = {"with AVX2": "avx2", "with AVX-512": "avx512vl", "with AVX-VNNI": "avx_vnni", "without AMX": "amx_bf16"}
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or build.unavailable_reason() is not None, reason="no C kernels, or no x86-64"

@@ -1,0 +1,132 @@
+"""Linear layers with weights of few bits on a CPU: packed once into the panels of ``quant.c``.
+
+x is rounded inside the product, each row by itself (``digits.h``): in W8A8 to integers of 8 bits; otherwise, where only
+the weights have few bits, to 16 bits for bfloat16 and 24 for float32, of the row's largest number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paged_infer.kernels.cpu.build import library, unavailable_reason
+from paged_infer.kernels.quant.weight import QuantisedWeight, dequantise, unpack_int4
+
+Activations = Literal["int8"] | None  # what x is rounded to: W8A8, or not beyond its dtype's own precision
+MOST_COLUMNS = 65_536  # whose sums fit into 32 bits
+_WIDE, _STEP = 32, 64  # rows of a panel; columns that one group is padded to a multiple of
+_LIMITS = {1: 127.5, 2: 127.0 * 257, 3: 127.0 * 65793}  # by digits: the integer that a row's largest number becomes
+
+
+def quantised_linear_reference(
+    x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, activations: Activations = None
+) -> Tensor:
+    """x [T, K] -> x W^T + b, [T, N], in float64, rounded to the dtype of x; with ``activations``, of rounded x."""
+    exact = x.double() if activations is None else quantise_rows_reference(x)
+    out = F.linear(exact, dequantise(weight).double(), None if bias is None else bias.double())
+    return out.to(x.dtype)
+
+
+def quantise_rows_reference(x: Tensor, digits: int = 1) -> Tensor:
+    """x [T, K], each row rounded to multiples of its largest number / 127.5, -128 to 127 of them; float64.
+
+    127.5 is what compressed-tensors divides by. With 2 or 3 digits there are 256 or 65,536 times as many steps.
+    """
+    limit = torch.tensor(_LIMITS[digits])
+    most = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30)
+    highest = float(limit.floor())
+    steps = (x.float() * (limit / most)).round().clamp(-highest - 1, highest)
+    return steps.double() * (most / limit).double()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantisedProduct:
+    """The product by C. It is batch-invariant: the bits of a row do not depend on the other rows."""
+
+    shape: tuple[int, int]  # N and K
+    tensors: tuple[Tensor | None, ...]  # panels, scales, zeros / 8 or 128, and the bias or zeros, padded, as in quant.c
+    matrix: Tensor  # int64, the struct of quant.c: their addresses, and sizes
+    padded: int  # K
+    groups: int
+    is_packed: bool
+    order: Tensor | None  # [K] int64: the columns of x in the order in which the codes are stored
+    activations: Activations
+
+    @classmethod
+    def of(cls, weight: QuantisedWeight, bias: Tensor | None, activations: Activations = None) -> QuantisedProduct:
+        (height, depth), values = weight.shape, weight.values
+        order = None if weight.columns is None else weight.columns.argsort()
+        groups, is_packed = weight.scales.shape[1], weight.bits <= 4
+        middle = 8 if is_packed else 128  # added to signed codes
+        codes = unpack_int4(values) if weight.is_packed else values.view(torch.uint8) + middle
+        if order is not None and groups == 1:  # without groups the order of the columns is free
+            codes, order = codes[:, weight.columns], None
+        codes = F.pad(codes, (0, -depth % _STEP if groups == 1 else 0, 0, -height % _WIDE))
+        panels = codes.view(-1, _WIDE, codes.shape[1] // 4, 4).transpose(1, 2)
+        if is_packed:
+            panels = panels[:, :, :16] | panels[:, :, 16:] << 4
+        zeros = None if weight.zeros is None else (weight.zeros - (8 if weight.is_packed else 0)) / middle
+        if zeros is not None and not zeros.any():
+            zeros = None
+        start = torch.zeros(codes.shape[0])
+        if bias is not None:
+            start[:height] = bias
+        padded = codes.shape[1]
+        tensors = panels.contiguous(), _by_panel(weight.scales), None if zeros is None else _by_panel(zeros), start
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        matrix = torch.tensor([*addresses, depth, padded, height, groups, is_packed], dtype=torch.int64)
+        return cls((height, depth), tensors, matrix, padded, groups, is_packed, order, activations)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        height, depth = self.shape
+        if x.shape[-1] != depth:
+            raise RuntimeError(f"x {list(x.shape)} and W {[height, depth]}: shapes cannot be multiplied")
+        if x.dim() != 2:
+            return self(x.reshape(-1, depth)).view(*x.shape[:-1], height)
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self(x.float()).to(x.dtype)
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        elif x.stride(1) != 1:
+            x = x.contiguous()
+        num_rows, threads = x.shape[0], torch.get_num_threads()
+        digits = 1 if self.activations == "int8" else 3 if x.dtype is torch.float32 else 2
+        scratch = num_rows * (digits * (self.padded + 64 + 4 * self.groups) + 4) + 3 * 64  # three parts, in whole lines
+        scratch += threads * self.padded * _WIDE if self.is_packed else 0
+        room, out = self.matrix.new_empty(scratch // 8 + 1), x.new_empty(num_rows, height)
+        library(x.dtype).quantised_linear(
+            out.data_ptr(),
+            x.data_ptr(),
+            self.matrix.data_ptr(),
+            room.data_ptr(),
+            num_rows,
+            x.stride(0),
+            digits,
+            threads,
+        )
+        return out
+
+
+def pack_quantised(
+    weight: QuantisedWeight, bias: Tensor | None, activations: Activations = None
+) -> QuantisedProduct | None:
+    """The product with W and b, or None where C has none: another device, float8, groups that are no multiple of 32
+    columns, more columns than ``MOST_COLUMNS``, or no compiler."""
+    (_, depth), groups = weight.shape, weight.scales.shape[1]
+    suits = weight.values.is_cpu and weight.values.dtype in (torch.int8, torch.uint8) and 0 < depth <= MOST_COLUMNS
+    if groups > 1:
+        suits = suits and weight.group_size % 32 == 0
+    if not suits or unavailable_reason() is not None:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        return QuantisedProduct.of(weight, None if bias is None else bias.detach(), activations)
+
+
+def _by_panel(values: Tensor) -> Tensor:
+    """[N, G] -> [P, G, 32]"""
+    padded = F.pad(values.float(), (0, 0, 0, -values.shape[0] % _WIDE))
+    return padded.view(-1, _WIDE, values.shape[1]).transpose(1, 2).contiguous()

@@ -31,6 +31,7 @@ from paged_infer.model.loading.layout import HEAD, checkpoint_layout
 from paged_infer.model.loading.quantised import choose_methods
 from paged_infer.model.loading.safetensors import StoredTensor
 from paged_infer.model.loading.targets import targets_of
+from paged_infer.model.quant.methods import QuantisedMethod
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,13 @@ def fill_at_random(decoder: Decoder, seed: int) -> None:
 
 
 def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights under the checkpoint's names and in its shapes: views, unless they were rearranged."""
+    """The decoder's weights under the checkpoint's names and in its shapes: views, unless they were rearranged.
+
+    Raises:
+        ValueError: matrices of few bits, which have no such tensors.
+    """
+    if few := [name for name, linear in decoder.linears() if isinstance(linear.method, QuantisedMethod)]:
+        raise ValueError(f"{few[0]} is quantised: only a model of floats can be given to another engine")
     views = {}
     for name, target in targets_of(decoder).items():
         rows = getattr(target.module, target.parameter).data[target.rows]

@@ -14,7 +14,7 @@ from paged_infer import LLM, SamplingParams
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS
 from paged_infer.kernels.quant.weight import dequantise
 from paged_infer.model.linear import DENSE
-from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.loading.load import checkpoint_views, load_decoder
 from paged_infer.model.quant.methods import QuantisedMethod
 from paged_infer.model.quant.scheme import Scheme, quantise
 
@@ -92,3 +92,8 @@ def test_random_weights_are_rounded_too(checkpoint) -> None:
     llm = LLM(checkpoint("qwen3-moe"), quantization="w4a16", load_format="dummy", num_blocks=16)
     greedy = SamplingParams(max_tokens=4, ignore_eos=True)
     assert len(llm.generate([[1, 2, 3]], greedy, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+def test_a_quantised_model_has_no_tensors_for_another_engine(checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.qkv is quantised: only a model of floats"):
+        checkpoint_views(load_decoder(checkpoint("qwen3"), torch.float32, quantization="w8a16"))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from paged_infer.kernels.cpu.experts import pack_experts_c
-from paged_infer.kernels.cpu.linear import Pack, pack_c, pack_onednn
+from paged_infer.kernels.cpu.linear import Pack, PackHeads, heads_product, pack_c, pack_heads_c, pack_onednn
 from paged_infer.kernels.cpu.ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.fused.grouped_gemm import grouped_experts
@@ -38,6 +38,7 @@ class Ops(NamedTuple):
     fuses_store: bool = False  # qk_norm_rope also stores keys and values
     pack_experts: PackExperts = loop_experts  # as ``pack``, for the experts of a layer
     pack_quantised: PackQuantised = no_kernel  # as ``pack``, for weights of few bits
+    pack_heads: PackHeads = heads_product  # as ``pack``, for a matrix of each head (MLA)
 
 
 TORCH_OPS = Ops(
@@ -58,4 +59,5 @@ C_OPS = Ops(
     pack=pack_c,
     fuses_store=True,
     pack_experts=pack_experts_c,
+    pack_heads=pack_heads_c,
 )

@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         for _, linear in [*self.linears(), ("head", self.head)]:
             linear.method.prepack(linear)
         for module in self.layers.modules():
-            if isinstance(module, Experts):
+            if isinstance(module, Experts | LatentAttention):
                 module.prepack()
 
     def count_expert_load(self) -> None:

@@ -169,7 +169,23 @@ class MLP(nn.Module):
 
 def activate(name: str, x: Tensor) -> Tensor:
     if name == "silu":
-        return F.silu(x)
+        return x * sigmoid(x) if _rounds_by_place(x) else F.silu(x)
     if name == "relu":
         return F.relu(x)
+    if name == "gelu_tanh" and _rounds_by_place(x):
+        inner = (x * x).mul_(0.044715).add_(1).mul_(x).mul_(math.sqrt(2 / math.pi))
+        return inner.tanh_().add_(1).mul_(x).mul_(0.5)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return x.neg().exp_().add_(1).reciprocal_() if _rounds_by_place(x) else torch.sigmoid(x)
+
+
+def _rounds_by_place(x: Tensor) -> bool:
+    """Whether torch's sigmoid, SiLU and GELU round the elements that fill no whole vector differently.
+
+    These are the last of a tensor, or of a thread's part of it, so the bits of a row would depend on the other rows.
+    exp, tanh and arithmetic round all alike.
+    """
+    return x.is_cpu and x.dtype is torch.float32

@@ -155,6 +155,7 @@ class Linear(nn.Module):
     dense_dtype: torch.dtype  # of quantised methods: what W is dequantised to
     keeps_weight = False  # for another that uses it: a tied embedding
     stays_dense = False  # once packed: parts of W are multiplied by, such as those of ``mla``
+    is_float32 = False  # whatever the model's dtype
     is_stack = False  # of the matrices of many experts, which are multiplied together by ``moe.Experts``
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, method: LinearMethod = DENSE) -> None:
@@ -169,7 +170,7 @@ class Linear(nn.Module):
         self._parameters.clear()
         self._buffers.clear()
         self.method, self.product = method, None
-        method.create(self, dtype)
+        method.create(self, torch.float32 if self.is_float32 else dtype)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

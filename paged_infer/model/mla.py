@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from paged_infer.cache.spec import Cache, DenseAttention, LatentCache
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.mla import pad_heads
+from paged_infer.kernels.cpu.linear import Product, heads_product
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.attention import Rope
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import RMSNorm
-from paged_infer.model.linear import Linear
+from paged_infer.model.linear import DenseMethod, Linear
 
 NORM_EPS = 1e-6  # of the latents' norms, whatever the config's rms_norm_eps is
 _MAX_EXPANDED = 1 << 26  # elements of keys, and of values, expanded at once
@@ -32,6 +33,9 @@ _MAX_EXPANDED = 1 << 26  # elements of keys, and of values, expanded at once
 
 class LatentAttention(nn.Module):
     """In place of ``Attention`` where ``config.mla`` is set. It is also the ``LatentForms`` that caches call."""
+
+    w_uk: Product | None = None  # W_UK^T and W_UV of each head, once packed
+    w_uv: Product | None = None
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -50,6 +54,11 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(mla.kv_lora_rank, up_rows, bias=False)
         self.kv_up.stays_dense = True  # in every format of weights: the absorbed form multiplies by its parts
         self.output = Linear(config.num_heads * mla.v_head_dim, config.hidden_size, bias=config.output_bias)
+
+    def prepack(self) -> None:
+        """The weights are final: lay out the two matrices of each head for the device's kernels, if they are dense."""
+        if isinstance(self.kv_up.method, DenseMethod):
+            self.w_uk, self.w_uv = map(self.ops.pack_heads, self._up_matrices())
 
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache, step: AttentionMetadata) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
@@ -84,13 +93,13 @@ class LatentAttention(nn.Module):
     def absorb(self, q: Tensor) -> Tensor:
         """q [T, H, n + p] -> [T, H, r + p]."""
         q_n, q_p = q.split([self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], -1)
-        w_uk = self._per_head()[:, : self.mla.qk_nope_head_dim]  # [H, n, r]
-        return torch.cat((torch.bmm(q_n.transpose(0, 1), w_uk).transpose(0, 1), q_p), -1)
+        w_uk = self.w_uk or heads_product(self._up_matrices()[0])
+        return torch.cat((w_uk(q_n), q_p), -1)
 
     def leave(self, attended: Tensor) -> Tensor:
         """[T, H, r] -> [T, H, v]."""
-        w_uv = self._per_head()[:, self.mla.qk_nope_head_dim :]  # [H, v, r]
-        return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        w_uv = self.w_uv or heads_product(self._up_matrices()[1])
+        return w_uv(attended)
 
     def attend_expanded(self, q: Tensor, latents: Tensor, dense: DenseAttention) -> Tensor:
         """q [B, N, H, n + p], latents [B, M, r + p] -> [B, N, H, v]; a few heads at a time, so that they fit memory."""
@@ -106,6 +115,11 @@ class LatentAttention(nn.Module):
             queries, k, v = (pad_heads(x, width) for x in (queries.transpose(1, 2), k, v))
             parts.append(dense(queries, k, v, self.scale)[..., : mla.v_head_dim])
         return torch.cat(parts, 1).transpose(1, 2)
+
+    def _up_matrices(self) -> tuple[Tensor, Tensor]:
+        """W_UK^T [H, r, n] and W_UV [H, v, r]."""
+        w_uk, w_uv = self._per_head().split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], 1)
+        return w_uk.mT, w_uv
 
     def _per_head(self) -> Tensor:
         """[H, n + v, r]"""

@@ -9,16 +9,16 @@ A token passes through k / E of the weights. A batch hits more of them, since it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.kernels.fused.moe import ExpertProducts, ExpertsProduct, ExpertWeights, sort_experts
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.layers import MLP, activate
+from paged_infer.model.layers import MLP, activate, sigmoid
 from paged_infer.model.linear import Linear
 from paged_infer.model.moe_config import MoEConfig
 
@@ -30,7 +30,7 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.gate = Linear(hidden_size, moe.num_experts, bias=moe.router_bias)
-        self.gate.keeps_weight = moe.float32_router
+        self.gate.is_float32 = moe.float32_router
         self.correction_bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.correction_bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,9 +39,14 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, E], float32."""
-        if self.moe.float32_router and x.dtype != torch.float32:
-            return F.linear(x.float(), self.gate.weight.float())
-        return self.gate(x).float()
+        return self.gate(x.float() if self.moe.float32_router else x).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Stays in float32 in a model of any dtype, where ``float32_router`` asks for it."""
+        super()._apply(fn, recurse)
+        for parameter in self.parameters() if self.moe.float32_router else ():
+            parameter.data = parameter.data.float()
+        return self
 
 
 def choose(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,7 +57,7 @@ def choose(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None = None
     if moe.scoring == "softmax_of_top_k":
         best, ids = logits.topk(moe.top_k)
         return ids, best.softmax(-1)
-    scores = logits.softmax(-1) if moe.scoring == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if moe.scoring == "softmax" else sigmoid(logits)
     preference = scores if correction_bias is None else scores + correction_bias
     if moe.num_groups > 1:
         preference = _within_best_groups(preference, moe)
@@ -107,7 +112,7 @@ class Experts(nn.Module):
         if (limit := self.moe.swiglu_limit) is not None:
             gate, up = gate_up.chunk(2, dim=-1)
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-            return (up + 1) * (gate * torch.sigmoid(gate * self.moe.swiglu_alpha))
+            return (up + 1) * (gate * sigmoid(gate * self.moe.swiglu_alpha))
         if self.activation == "silu":
             return self.ops.silu_mul(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -172,7 +177,7 @@ class MoE(nn.Module):
         if self.shared is None:
             return out
         shared = self.shared(x)
-        return out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+        return out + (shared if self.shared_gate is None else sigmoid(self.shared_gate(x)) * shared)
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:

@@ -24,7 +24,7 @@ class MoEConfig:
             groups, a group's score being its largest ("max", DeepSeek-V2) or its two largest added ("top2_sum", V3).
         correction_bias: a learned [E] is added to the scores to choose, not to weigh (DeepSeek-V3 section 2.1.2).
         router_bias: of the router's matrix (gpt-oss).
-        float32_router: the router multiplies in float32 whatever the dtype (DeepSeek).
+        float32_router: the router's weights and products are float32 whatever the dtype (DeepSeek).
         shared_intermediate_size: width of an MLP that every token passes through; 0: none.
         shared_gate: its output times the sigmoid of one more logit (Qwen2-MoE).
         expert_bias: of the experts' matrices (gpt-oss).

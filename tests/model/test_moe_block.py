@@ -222,3 +222,14 @@ def test_the_settings_of_routing_change_the_choice() -> None:
         )
     ]
     assert len({tuple(ids.flatten().tolist()) for ids, _ in chosen}) == 4
+
+
+def test_deepseeks_router_stays_in_float32_in_a_model_of_bfloat16() -> None:
+    """As in transformers, which keeps the bias and multiplies in float32: rounded, both would change the choice."""
+    theirs, ours = their_block("deepseek-v3"), our_block("deepseek-v3")
+    x = hidden(200).bfloat16()
+    ours.bfloat16()
+    dtypes = {name: parameter.dtype for name, parameter in ours.named_parameters()}
+    assert dtypes["router.correction_bias"] == dtypes["router.gate.weight"] == torch.float32
+    assert dtypes["experts.up.weight"] == dtypes["shared.down.weight"] == torch.bfloat16
+    assert torch.equal(ours.router(x)[0].sort().values, theirs.gate(x)[2].sort().values)

@@ -25,6 +25,7 @@ from paged_infer.kernels.cpu.build import DTYPES, library, unavailable_reason
 Product = Callable[[Tensor], Tensor]  # x [T, in] -> [T, out]
 # (weight [out, in], bias [out] or None) -> the product; None where packing does not help or is not possible
 Pack = Callable[[Tensor, Tensor | None], Product | None]
+PackHeads = Callable[[Tensor], Product]  # weight [H, out, in] -> the product, x [T, H, in] -> [T, H, out]
 
 ROWS_HINT = 32  # rows of a typical decode step; oneDNN's layout works for any number
 WORTH_PACKING = 100_000  # elements; for a smaller W the call costs more than the packing that it saves
@@ -97,6 +98,20 @@ def pack_c(weight: Tensor, bias: Tensor | None) -> Product | None:
         if weight.is_cpu and weight.dtype in DTYPES and unavailable_reason(weight.dtype) is None:
             return PanelProduct.of(weight.detach(), None if bias is None else bias.detach(), reuse=True)
     return pack_onednn(weight, bias)
+
+
+def heads_product(weight: Tensor) -> Product:
+    """A ``PackHeads`` in torch: each head's part of x by its own matrix."""
+    return lambda x: torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1)
+
+
+def pack_heads_c(weight: Tensor) -> Product:
+    """The same in C, from a copy in panels: here the bits of a row do not depend on the other rows."""
+    if not weight.is_cpu or weight.dtype not in DTYPES or unavailable_reason(weight.dtype) is not None:
+        return heads_product(weight)
+    with torch.inference_mode(False), torch.no_grad():
+        heads = [PanelProduct.of(matrix, None) for matrix in weight.detach()]
+    return lambda x: torch.stack([head(part) for head, part in zip(heads, x.unbind(1), strict=True)], 1)
 
 
 def pack_onednn(weight: Tensor, bias: Tensor | None) -> Product | None:

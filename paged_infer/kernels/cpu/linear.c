@@ -23,6 +23,7 @@
 #define WIDE (2 * LANES)
 #define DEEP 1024            /* columns of W per pass, and ... */
 #define TALL (20 * ROWS)     /* ... the most rows of x: both parts stay in a core's cache */
+#define AHEAD 1024           /* numbers: a core's own prefetcher keeps fewer lines of memory in flight than it could */
 #define WORTH_A_THREAD 65536 /* multiplications */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -40,6 +41,7 @@ INLINE void tile(float *out, const float *x, const float *panel, const float *st
     }
     for (int64_t k = 0; k < depth; k++) {
         vec a = *(const vec *)(panel + k * WIDE), b = *(const vec *)(panel + k * WIDE + LANES);
+        for (int i = 0; i < WIDE; i += 16) __builtin_prefetch(panel + k * WIDE + AHEAD + i, 0, 2); /* to its second cache */
         for (int r = 0; r < rows; r++) left[r] += a * x[r * x_stride + k], right[r] += b * x[r * x_stride + k];
     }
     for (int r = 0; r < rows; r++) {

@@ -20,6 +20,7 @@
 #define WIDE 32              /* rows of W in a panel */
 #define DEEP 32              /* columns of W in a step of AMX */
 #define TALL 256             /* the most rows of x that pass over a panel: they stay in a core's cache */
+#define SOON 4096            /* numbers */
 #define LARGE (1 << 20)      /* numbers in an output that is not worth a place in the cache */
 #define WORTH_A_THREAD 65536 /* multiplications */
 #define INLINE static inline __attribute__((always_inline))
@@ -132,8 +133,8 @@ static void amx_put(const product *p, int64_t row, int64_t at, int height, const
     }
 }
 
-/* One or two blocks of x, from row and from next on, times a panel. Of the panel at ahead, the first lines cache lines
-   of each step are fetched meanwhile. */
+/* One or two blocks of x, from row and from next on, times a panel. From ahead on, the first lines cache lines of
+   each step are fetched meanwhile. */
 INLINE void amx_tile(const product *p, int64_t row, int64_t next, int64_t at, int height, const uint16_t *ahead, int lines,
                      const int two) {
     float sums[2][16 * WIDE];
@@ -167,7 +168,8 @@ INLINE void amx_tile(const product *p, int64_t row, int64_t next, int64_t at, in
 static void amx_strip(const product *p, int64_t top, int64_t end, int64_t at, int height) {
     int64_t last = end - height;
     int tiles = (end - top + 2 * height - 1) / (2 * height), lines = (DEEP * WIDE / 32 + tiles - 1) / tiles;
-    const uint16_t *ahead = p->panels + (at + WIDE) * p->depth; /* the next panel, shared out among the tiles */
+    /* one tile: what it reads soon; more: the next panel, shared out among them */
+    const uint16_t *ahead = p->panels + at * p->depth + (tiles == 1 ? SOON : WIDE * p->depth);
     for (int64_t row = top; row < end; row += 2 * height, ahead += lines * 32) {
         int64_t first = row < last ? row : last, second = row + height < last ? row + height : last;
         if (row + height < end) amx_tile(p, first, second, at, height, ahead, lines, 1);

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,15 @@ ROWS_HINT = 32  # rows of a typical decode step; oneDNN's layout works for any n
 WORTH_PACKING = 100_000  # elements; for a smaller W the call costs more than the packing that it saves
 _WIDE, _DEEP = 32, 32  # of linear_bfloat16.c
 _TOGETHER = 64  # panels that are laid out at a time
+
+
+class InC(NamedTuple):
+    """A product that ``layers.c`` calls: function(out, x, weights, start, rows, depth, width, x_stride, threads)."""
+
+    function: str
+    weights: Tensor
+    start: Tensor
+    shape: tuple[int, int]  # N and K; a row of x has exactly K numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +60,9 @@ class PanelProduct:
         height, depth = weight.shape
         wide, deep = panel_shape(weight.dtype)
         num_panels, pair = -(-height // wide), 1 if deep == 1 else 2
-        padded = F.pad(weight, (0, -depth % deep, 0, -height % wide))
-        if padded is weight or padded.data_ptr() == weight.data_ptr():
+        if height % wide or depth % deep:
+            padded = F.pad(weight, (0, -depth % deep, 0, -height % wide))
+        else:
             padded = weight.contiguous() if reuse else weight.clone(memory_format=torch.contiguous_format)
         start = padded.new_zeros(num_panels * wide, dtype=torch.float32)
         if bias is not None:
@@ -67,6 +78,19 @@ class PanelProduct:
         """W [N, K], a copy."""
         rows = self.panels.transpose(1, 2).reshape(len(self.start), -1)
         return rows[: self.shape[0], : self.shape[1]]
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of W by number [T], int64, each within 0 .. N - 1: [T, K], a copy."""
+        wide = self.panels.shape[2]
+        return self.panels[numbers // wide, :, numbers % wide].flatten(1)[:, : self.shape[1]].contiguous()
+
+    @property
+    def in_c(self) -> InC | None:
+        """None: x has to be padded."""
+        if self.shape[1] % panel_shape(self.panels.dtype)[1]:
+            return None
+        function = "linear" if self.panels.dtype is torch.float32 else "linear_bfloat16"
+        return InC(function, self.panels, self.start, self.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         height, depth = self.shape

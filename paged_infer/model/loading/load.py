@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from paged_infer.kernels.cpu.large_pages import to_empty_in_large_pages
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.decoder import Decoder
@@ -118,7 +119,10 @@ def empty_decoder(
         needed += held - linear.in_features * linear.out_features * dtype.itemsize
     if needed > available:
         raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
-    decoder.to_empty(device=device)
+    if torch.device(device).type == "cpu":
+        to_empty_in_large_pages(decoder)
+    else:
+        decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embedding.weight
     decoder.rotary = make_rotary(config).to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from paged_infer.model.config_reader import read_json
 
 INDEX = "model.safetensors.index.json"
+_MAPPED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,20 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each of ``wanted`` under its key, as stored, one at a time."""
+    """Each of ``wanted`` under its key, as stored, one at a time.
+
+    A file is mapped into memory, and what was read of it counts as the process's as long as it is. So it is opened anew
+    every ``_MAPPED_BYTES``.
+    """
     for path in dict.fromkeys(stored.path for stored in wanted.values()):
-        with safe_open(path, framework="pt") as file:
-            for key, stored in wanted.items():
-                if stored.path == path:
-                    yield key, file.get_tensor(stored.name)
+        left = [(key, stored.name) for key, stored in wanted.items() if stored.path == path]
+        left.reverse()
+        while left:
+            num_bytes = 0
+            with safe_open(path, framework="pt") as file:
+                while left and num_bytes < _MAPPED_BYTES:
+                    key, name = left.pop()
+                    tensor = file.get_tensor(name)
+                    num_bytes += tensor.nbytes
+                    yield key, tensor
+                    del tensor  # it keeps the mapping

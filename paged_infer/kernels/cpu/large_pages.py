@@ -1,0 +1,46 @@
+"""Memory for weights in large pages (2 MiB on x86), where the system has them.
+
+A decode step reads every weight once, and in pages of 4 KiB the processor has to look up each: reading the matrices of
+SmolLM2-135M took 7 to 10 % longer so. Most matrices are smaller than a large page, so they share a mapping.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor, nn
+
+_ALONE = 16 << 20  # bytes; a tensor of this size has a mapping of its own, which ends with it
+_LINE = 64  # bytes, of a cache
+
+
+def to_empty_in_large_pages(module: nn.Module) -> None:
+    """``module.to_empty(device="cpu")``. The tensors take memory as they are written."""
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    shared, used = _mapping(sum(_in_lines(x) for _, x in own if x.nbytes < _ALONE)), 0
+
+    def empty_like(tensor: Tensor) -> Tensor:
+        nonlocal used
+        if tensor.nbytes >= _ALONE:
+            memory = _mapping(tensor.nbytes)
+        else:
+            memory, used = shared[used : used + tensor.nbytes], used + _in_lines(tensor)
+        return memory.view(tensor.dtype).view(tensor.shape)
+
+    module._apply(empty_like)
+
+
+def _in_lines(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _LINE) * _LINE
+
+
+def _mapping(num_bytes: int) -> Tensor:  # uint8
+    if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # no room, which torch reports with the number of bytes; or a kernel without large pages
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(pages, dtype=torch.uint8)  # it keeps the mapping as long as it lives

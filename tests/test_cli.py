@@ -84,9 +84,12 @@ def failing_model(monkeypatch, text_checkpoint) -> tuple[str, ...]:
 
     def open_poisoned(llm: LLM, *arguments: Any, **options: Any) -> None:
         open_engine(llm, *arguments, **options)
-        embedding = llm.engine.decoder.embedding
-        embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # the head keeps the old one
-        embedding.weight.data[llm.tokenizer.encode("q") + llm.tokenizer.encode(" q")] = torch.nan
+        embedding, fatal = (
+            llm.engine.decoder.embedding,
+            torch.tensor(llm.tokenizer.encode("q") + llm.tokenizer.encode(" q")),
+        )
+        look_up = embedding.forward
+        embedding.forward = lambda ids: look_up(ids).masked_fill(torch.isin(ids, fatal)[:, None], torch.nan)
 
     monkeypatch.setattr(LLM, "__init__", open_poisoned)
     return ("--model", str(text_checkpoint), "--max-tokens", "4", "--temperature", "0")

@@ -17,15 +17,16 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.cache.spec import Cache, LayerSpec
 from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.cpu.linear import PanelProduct
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
-from paged_infer.model.layers import MLP, AddOnly, distinct_ropes, make_embedding, make_norm, make_rotary
+from paged_infer.model.layers import MLP, AddOnly, Embedding, distinct_ropes, make_norm, make_rotary
+from paged_infer.model.layers_in_c import WholeLayers, whole_layers
 from paged_infer.model.linear import Linear, MethodOf, PackedMethod
 from paged_infer.model.mla import LatentAttention
 from paged_infer.model.moe import Experts, MoE
@@ -68,14 +69,15 @@ class Decoder(nn.Module):
         ops: the elementwise pieces, in plain torch or as Triton kernels.
     """
 
+    whole_layers: WholeLayers | None = None  # all layers by one call, where that is possible
     expert_load: Tensor | None = None  # [layers with experts, E + 1], the last column for padding; if it is counted
 
     def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS) -> None:
         super().__init__()
         self.config, self.ops = config, ops
-        self.embedding = make_embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = (
-            make_embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
+            Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         )
         self.rotary = make_rotary(config)
         ropes = distinct_ropes(config)
@@ -93,17 +95,19 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self.final_norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.final_norm.weight.device
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, cache: Cache, step: AttentionMetadata) -> Tensor:
         """token_ids [T], positions in ``step`` [T] -> hidden states after the last norm, [T, hidden]."""
         x = self.embed(token_ids, step.positions)
         ropes = [rotary(step.positions, x.dtype) for rotary in self.rotary]
+        if self.whole_layers is not None and (done := self.whole_layers(x, ropes, cache, step)) is not None:
+            return self.final_norm(*done)[0]
         residual = None
         for layer in self.layers:
             index = cast(DecoderLayer, layer).rope_index
@@ -112,9 +116,9 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Both [T] -> what enters the first layer, [T, hidden]."""
-        x = F.embedding(token_ids, self.embedding.weight)
+        x = self.embedding(token_ids)
         if self.position_embedding is not None:
-            x = x + F.embedding(positions, self.position_embedding.weight)
+            x = x + self.position_embedding(positions)
         if self.config.embedding_multiplier != 1:
             x = x * self._embedding_multiplier(x.dtype)
         return x
@@ -145,12 +149,15 @@ class Decoder(nn.Module):
 
     def prepack(self) -> None:
         """Lay the matrices out for the device's kernels, once the weights are final."""
-        self.head.keeps_weight = self.config.tie_word_embeddings
         for _, linear in [*self.linears(), ("head", self.head)]:
             linear.method.prepack(linear)
+        if self.config.tie_word_embeddings and isinstance(self.head.product, PanelProduct):
+            self.embedding.use(self.head.product)
+            del self.head.panels
         for module in self.layers.modules():
             if isinstance(module, Experts | LatentAttention):
                 module.prepack()
+        self.whole_layers = whole_layers(self.layers, self.config, self.dtype)
 
     def count_expert_load(self) -> None:
         """From now on, ``expert_load`` counts the tokens of each expert until it is set to zero."""

@@ -6,11 +6,13 @@ T is the number of tokens in the step, all sequences packed one after the other.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paged_infer.kernels.cpu.linear import PanelProduct
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
@@ -61,12 +63,29 @@ def make_norm(config: ModelConfig, ops: Ops) -> RMSNorm | LayerNorm:
     return LayerNorm(config.hidden_size, config.norm_eps)
 
 
-def make_embedding(num_rows: int, dim: int) -> nn.Embedding:
-    """An embedding that is allocated, not initialised, as ``Linear`` is.
+class Embedding(nn.Module):
+    """Rows of a table [V, dim] by number. It is allocated, not initialised, as ``Linear`` is.
 
-    A model is first built on the meta device, where PyTorch imports its compiler to draw random numbers: two seconds.
+    Once a tied head is in C's panels (``head``), they are the table, and ``weight`` is a copy made when it is read.
     """
-    return nn.Embedding.from_pretrained(torch.empty(num_rows, dim), freeze=False)
+
+    weight: Tensor
+    head: PanelProduct | None = None
+
+    def __init__(self, num_rows: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, dim))
+
+    def use(self, head: PanelProduct) -> None:
+        del self.weight
+        self.head, self.panels = head, nn.Parameter(head.panels, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:  # [T] -> [T, dim]
+        return F.embedding(ids, self.weight) if self.head is None else self.head.rows(ids)
+
+    def __getattr__(self, name: str) -> Any:  # of what is no attribute and no parameter
+        head = self.__dict__.get("head")
+        return head.weight if name == "weight" and head is not None else super().__getattr__(name)
 
 
 def inverse_frequencies(rope: RopeConfig, max_model_len: int) -> Tensor:

@@ -153,7 +153,7 @@ class Linear(nn.Module):
     method: LinearMethod
     product: Product | None = None  # of ``PackedMethod`` and of quantised methods, once packed
     dense_dtype: torch.dtype  # of quantised methods: what W is dequantised to
-    keeps_weight = False  # for another that uses it: a tied embedding
+    keeps_weight = False  # for another that uses it
     stays_dense = False  # once packed: parts of W are multiplied by, such as those of ``mla``
     is_float32 = False  # whatever the model's dtype
     is_stack = False  # of the matrices of many experts, which are multiplied together by ``moe.Experts``

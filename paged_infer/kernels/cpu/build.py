@@ -30,7 +30,16 @@ from paged_infer.kernels.cpu.cache import CacheUnavailable, KernelCache
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("kernels.c", "paged_decode.c", "paged_prefill.c", "linear.c", "linear_bfloat16.c", "quant.c", "experts.c")
+_NAMES = (
+    "kernels.c",
+    "paged_decode.c",
+    "paged_prefill.c",
+    "linear.c",
+    "linear_bfloat16.c",
+    "quant.c",
+    "experts.c",
+    "layers.c",
+)
 SOURCES = tuple(map(Path(__file__).with_name, _NAMES))
 _HEADERS = tuple(map(Path(__file__).with_name, ("elements.h", "digits.h", "amx.h")))
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
@@ -54,6 +63,7 @@ _SIGNATURES = {
     "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
     "latent_decode": [_POINTER] * 5 + [_INT] * 6 + [_FLOAT, _THREADS],
+    "decoder_layers": [_POINTER] * 3 + [_INT, _POINTER, _INT] + [_POINTER] * 4 + [_THREADS],
     "paged_prefill": [_POINTER] * 9 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
     "paged_decode": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
 }

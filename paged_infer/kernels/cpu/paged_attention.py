@@ -35,11 +35,9 @@ def paged_attention_c(
     if (
         not dense
         or v_cache.shape != k_cache.shape
-        or num_heads // num_kv_heads * dim > _MAX_GROUP_WIDTH
-        or dim > _MAX_DIM
-        or (dim % 2 and q.dtype is torch.bfloat16)  # which are multiplied in pairs
+        or not takes_heads(num_heads // num_kv_heads, dim, q.dtype)
         or step.block_tables.stride(-1) != 1
-        or (plan := _plan(step, q.dtype)) is None
+        or (plan := plan_queries(step, q.dtype)) is None
     ):
         return paged_attention_batched(q, k_cache, v_cache, step, window=window, **scores)
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -66,7 +64,12 @@ def paged_attention_c(
     return out
 
 
-class _Plan(NamedTuple):
+def takes_heads(group: int, dim: int, dtype: torch.dtype) -> bool:
+    """Whether C attends with heads of this size, ``group`` to a key head. bfloat16 is multiplied in pairs."""
+    return group * dim <= _MAX_GROUP_WIDTH and dim <= _MAX_DIM and not (dim % 2 and dtype is torch.bfloat16)
+
+
+class QueryPlan(NamedTuple):
     """The queries of a step: single ones, each with a block table and a number of keys, and tiles of prompt chunks."""
 
     num_rows: int
@@ -76,16 +79,16 @@ class _Plan(NamedTuple):
     tasks: Tensor | None  # [num_tasks, 2] int32: the sequence, and the place of a tile's first query in its chunk
 
 
-def _plan(step: AttentionMetadata, dtype: torch.dtype) -> _Plan | None:
+def plan_queries(step: AttentionMetadata, dtype: torch.dtype) -> QueryPlan | None:
     """None: C cannot compute this step on this system."""
     if step.max_query_len == 1:
-        return _Plan(step.num_decodes, step.block_tables, step.seq_lens, None, None)
+        return QueryPlan(step.num_decodes, step.block_tables, step.seq_lens, None, None)
     if "c" not in step.plan:
         step.plan["c"] = _mixed_plan(step, library(dtype).prefill_queries())
-    return cast("_Plan | None", step.plan["c"])
+    return cast("QueryPlan | None", step.plan["c"])
 
 
-def _mixed_plan(step: AttentionMetadata, num_queries: int) -> _Plan | None:
+def _mixed_plan(step: AttentionMetadata, num_queries: int) -> QueryPlan | None:
     if not num_queries:
         return None
     starts, query_lens = step.query_start_loc[:-1], step.query_start_loc.diff()  # [B] each
@@ -98,7 +101,7 @@ def _mixed_plan(step: AttentionMetadata, num_queries: int) -> _Plan | None:
         if count > _FEW:
             tasks += [(count - first - length, row, first) for first in range(0, count, num_queries)]
     tiles = torch.tensor([task[1:] for task in sorted(tasks)], dtype=torch.int32) if tasks else None  # longest first
-    return _Plan(len(places), step.block_tables[owners], seen.int(), places.int(), tiles)
+    return QueryPlan(len(places), step.block_tables[owners], seen.int(), places.int(), tiles)
 
 
 def latent_decode_c(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:

@@ -1,0 +1,77 @@
+"""Which decoders run all their layers by one call of C (``kernels.cpu.layers``), and when.
+
+The modules stay what is read, tested and changed: the call is made only while they are as they were loaded. Once one
+has a hook, another part or another ``forward``, all are computed module by module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paged_infer.cache.paged import PagedCache
+from paged_infer.cache.spec import Cache
+from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.cpu.layers import LayersInC, LayerSizes, LayerWeights
+from paged_infer.kernels.cpu.linear import InC, PanelProduct
+from paged_infer.kernels.cpu.paged_attention import paged_attention_c, takes_heads
+from paged_infer.model.attention import Rope
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.linear import Linear
+
+
+class WholeLayers:
+    """Layers that C computes in one call as long as nothing was changed since they were loaded."""
+
+    def __init__(self, layers: nn.ModuleList, in_c: LayersInC) -> None:
+        modules = list(layers.modules())
+        self._in_c = in_c
+        self._hooks = [one for module in modules for one in (module._forward_hooks, module._forward_pre_hooks)]
+        self._parts = [(module._modules, [*module._modules.values()]) for module in modules if module._modules]
+        self._attributes = [module.__dict__ for module in modules]
+
+    def __call__(
+        self, x: Tensor, ropes: Sequence[Rope], cache: Cache, step: AttentionMetadata
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the layers give one by one for x [T, hidden], which may be overwritten; None: it is left to them."""
+        if type(cache) is not PagedCache or cache.backend is not paged_attention_c or self._has_changed():
+            return None
+        return self._in_c(x, ropes, cache, step)
+
+    def _has_changed(self) -> bool:
+        return (
+            any(self._hooks)
+            or any("forward" in attributes for attributes in self._attributes)
+            or any([*parts.values()] != known for parts, known in self._parts)
+        )
+
+
+def whole_layers(layers: nn.ModuleList, config: ModelConfig, dtype: torch.dtype) -> WholeLayers | None:
+    """None: ``layers.c`` lacks something that the decoder needs, or a matrix is not in C's panels."""
+    usual = config.norm == "rms" and config.pre_norm and not config.post_norm and config.residual_multiplier == 1
+    usual = usual and config.gated_mlp and config.activation == "silu" and config.qk_norm in (None, "head")
+    if not usual or config.mla or config.moe or config.attention_sinks or None in config.ropes:
+        return None
+    if not takes_heads(config.num_heads // config.num_kv_heads, config.head_dim, dtype):
+        return None
+    weights = list[LayerWeights]()
+    for layer, window in zip(layers, config.sliding_windows, strict=True):
+        part: Any = layer
+        products = [_in_c(one) for one in (part.attention.qkv, part.attention.output, part.mlp.up, part.mlp.down)]
+        qkv, output, up, down = products
+        if qkv is None or output is None or up is None or down is None:
+            return None
+        norms = part.attention_norm.weight, part.mlp_norm.weight, part.attention.qk_norm_weight
+        weights.append(LayerWeights(qkv, output, up, down, *norms, window, part.rope_index))
+    sizes = LayerSizes(
+        config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size,
+        config.norm_eps, config.norm_offset, config.attention_scale, config.softcap,
+    )  # fmt: skip
+    return WholeLayers(layers, LayersInC(weights, sizes))
+
+
+def _in_c(linear: Linear) -> InC | None:
+    return linear.product.in_c if isinstance(linear.product, PanelProduct) else None

@@ -1,0 +1,86 @@
+"""All layers by one call of C: the bits of the layers computed one by one, and whatever was changed in one is seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from paged_infer import LLM, SamplingParams
+from paged_infer.kernels.cpu.build import unavailable_reason
+
+if unavailable_reason() is not None:
+    pytest.skip("no C compiler", allow_module_level=True)
+
+USUAL = ["llama2", "llama3", "llama-biased", "mistral", "qwen2", "qwen2-window", "qwen3", "phi3"]
+PROMPTS = [[*range(3, 3 + n)] for n in (1, 2, 9, 40, 70)]
+PARAMS = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logprobs=2)
+
+
+def results(llm: LLM) -> list[Any]:
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    return [(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in outputs]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The number of tokens of each call."""
+    from paged_infer.kernels.cpu.layers import LayersInC
+
+    seen: list[int] = []
+    call = LayersInC.__call__
+
+    def counted(self: LayersInC, x: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(x))
+        return call(self, x, *rest)
+
+    monkeypatch.setattr(LayersInC, "__call__", counted)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", USUAL)
+def test_one_call_gives_the_bits_of_the_layers_one_by_one(make_llm, name, dtype, calls) -> None:
+    """With prompts in chunks beside decodes; rows of 272 numbers, which bfloat16 has to pad, are left to the layers."""
+    llm = make_llm(name, dtype=dtype, max_num_batched_tokens=32, enable_prefix_caching=False)
+    whole = results(llm)
+    assert bool(calls) == (llm.engine.decoder.whole_layers is not None)
+    assert calls or dtype == "bfloat16"
+    llm.engine.decoder.whole_layers = None
+    calls.clear()
+    assert results(llm) == whole and not calls
+
+
+@pytest.mark.parametrize("name", ["gpt2", "olmo2", "gemma2", "mixtral", "deepseek2", "smollm3", "granite"])
+def test_other_decoders_compute_their_layers_one_by_one(make_llm, name) -> None:
+    assert make_llm(name).engine.decoder.whole_layers is None
+
+
+def test_a_hook_a_part_and_a_forward_that_were_changed_are_seen(make_llm, calls) -> None:
+    llm = make_llm("qwen3", enable_prefix_caching=False)
+    want, layer, heard = results(llm), llm.engine.decoder.layers[1], list[int]()
+    calls.clear()
+    handle = layer.mlp.register_forward_hook(lambda *one: heard.append(1))
+    assert results(llm) == want and heard and not calls
+    handle.remove()
+    mlp = layer.mlp
+    layer.mlp = nn.Sequential(mlp)
+    assert results(llm) == want and not calls
+    layer.mlp = mlp
+    layer.mlp.forward = lambda x: torch.zeros_like(x)
+    assert results(llm) != want and not calls
+    del layer.mlp.forward
+    assert results(llm) == want and calls
+
+
+def test_a_tied_table_is_held_once(make_llm) -> None:
+    decoder, ids = make_llm("qwen3").engine.decoder, torch.tensor([0, 5, 1002])
+    assert decoder.head.product.panels.data_ptr() == decoder.embedding.panels.data_ptr()
+    assert torch.equal(decoder.embedding(ids), decoder.head.weight[ids])
+    assert torch.equal(decoder.embedding.weight, decoder.head.weight)
+    assert [name for name, _ in decoder.named_parameters() if not name.startswith("layers.")] == [
+        "embedding.panels",
+        "final_norm.weight",
+    ]

@@ -190,7 +190,7 @@ def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], 
         found[name] = tensor
     if config.tie_word_embeddings and embedding not in found and HEAD in found:
         found[embedding] = found.pop(HEAD)
-    problems += [f"missing tensor {name} {list(shapes[name])}" for name in needed if name not in found]
+    problems = [f"missing tensor {name} {list(shapes[name])}" for name in needed if name not in found] + problems
     if problems:
         shown = problems[:MAX_PROBLEMS]
         if len(problems) > len(shown):

@@ -101,7 +101,8 @@ INLINE void put(stored *out, const float *sums, int64_t cols, const int past_cac
 INLINE void finish_rows(const product *p, const int32_t *sums, float *so_far, int64_t row, int count, int64_t at, int64_t group,
                         const int num_digits) {
     const int last = group + 1 == p->groups;
-    const float *scales = p->scales + at * p->groups + group * WIDE, *zeros = p->zeros + (scales - p->scales);
+    const float *scales = p->scales + at * p->groups + group * WIDE;
+    const float *zeros = p->zeros ? p->zeros + (scales - p->scales) : 0;
     const int32_t *totals = p->totals + row * num_digits * p->groups + group;
     int64_t cols = p->width - at < WIDE ? p->width - at : WIDE;
     vec scale[WIDE / LANES], start[WIDE / LANES];
@@ -109,14 +110,15 @@ INLINE void finish_rows(const product *p, const int32_t *sums, float *so_far, in
     for (int i = 0; i < WIDE / LANES; i++) start[i] = *(const vec *)(p->start + at + i * LANES);
     for (int r = 0; r < count; r++, row++, totals += num_digits * p->groups) {
         float total = 0, wide[WIDE];
-        for (int d = num_digits - 1; d >= 0; d--) total = total * 256 + totals[d * p->groups];
+        if (zeros)
+            for (int d = num_digits - 1; d >= 0; d--) total = total * 256 + totals[d * p->groups];
         for (int i = 0; i < WIDE / LANES; i++) {
             vec sum = {0};
             for (int d = num_digits - 1; d >= 0; d--) {
                 ints exact = *(const ints *)(sums + (r * num_digits + d) * WIDE + i * LANES) - totals[d * p->groups];
                 sum = sum * 256 + __builtin_convertvector(exact, vec);
             }
-            if (p->zeros) sum -= *(const vec *)(zeros + i * LANES) * total;
+            if (zeros) sum -= *(const vec *)(zeros + i * LANES) * total;
             sum *= scale[i];
             if (group) sum += *(vec *)(so_far + r * WIDE + i * LANES);
             if (last) *(vec *)(wide + i * LANES) = sum * p->x_scales[row] + start[i];

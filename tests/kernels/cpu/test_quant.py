@@ -164,6 +164,8 @@ def test_other_shapes_and_dtypes_are_multiplied_all_the_same() -> None:
     assert product(torch.randn(2, 192).double()).dtype is torch.float64
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         product(torch.randn(2, 191))
+    with pytest.raises(RuntimeError, match="x is on meta"):
+        product(torch.empty(2, 192, device="meta"))
 
 
 def test_what_c_has_no_product_for_is_left_alone(monkeypatch) -> None:

@@ -3,8 +3,8 @@
 x is rounded inside the product, each row by itself (``digits.h``): in W8A8 to integers of 8 bits; otherwise, where only
 the weights have few bits, to 16 bits for bfloat16 and 24 for float32, of the row's largest number.
 
-The 120 matrices of SmolLM2-135M's layers, one after another, two threads, the best of 15 in ms on a busy machine with AMX,
-x in bfloat16; "bfloat16" is ``linear_bfloat16.c``:
+The 120 matrices of SmolLM2-135M's layers, one after another, two threads of a busy machine with AMX, x in bfloat16; ms,
+the best of 15 (at 1,500 rows of 3); "bfloat16" is ``linear_bfloat16.c``:
 
     rows    bfloat16    int8    int4, groups of 128    of 32    W8A8
        1        10.1     5.9                    3.9      4.3     5.2
@@ -12,8 +12,8 @@ x in bfloat16; "bfloat16" is ``linear_bfloat16.c``:
       32        10.5     8.6                    15       23      7.8
     1500       264     340                     620      996    233
 
-So groups lose at many rows: each group's sum has to become a float. Without AMX they still win at 128 (268, 89, 113, 148
-and 46), where ``vpdpbusd`` multiplies four numbers and ``vdpbf16ps`` two.
+Groups lose at many rows, as each group's sum becomes a float. In a build without AMX all win even at 128 rows (268, 89,
+113, 148 and 46): ``vpdpbusd`` multiplies four numbers where ``vdpbf16ps`` multiplies two.
 """
 
 from __future__ import annotations

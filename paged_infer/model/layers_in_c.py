@@ -18,6 +18,7 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.cpu.layers import LayersInC, LayerSizes, LayerWeights
 from paged_infer.kernels.cpu.linear import InC, PanelProduct
 from paged_infer.kernels.cpu.paged_attention import paged_attention_c, takes_heads
+from paged_infer.kernels.cpu.quant import QuantisedProduct
 from paged_infer.model.attention import Rope
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
@@ -60,7 +61,9 @@ def whole_layers(layers: nn.ModuleList, config: ModelConfig, dtype: torch.dtype)
     weights = list[LayerWeights]()
     for layer, window in zip(layers, config.sliding_windows, strict=True):
         part: Any = layer
-        products = [_in_c(one) for one in (part.attention.qkv, part.attention.output, part.mlp.up, part.mlp.down)]
+        products = [
+            _in_c(one, dtype) for one in (part.attention.qkv, part.attention.output, part.mlp.up, part.mlp.down)
+        ]
         qkv, output, up, down = products
         if qkv is None or output is None or up is None or down is None:
             return None
@@ -73,5 +76,6 @@ def whole_layers(layers: nn.ModuleList, config: ModelConfig, dtype: torch.dtype)
     return WholeLayers(layers, LayersInC(weights, sizes))
 
 
-def _in_c(linear: Linear) -> InC | None:
-    return linear.product.in_c if isinstance(linear.product, PanelProduct) else None
+def _in_c(linear: Linear, dtype: torch.dtype) -> InC | None:
+    product = linear.product
+    return product.in_c(dtype) if isinstance(product, PanelProduct | QuantisedProduct) else None

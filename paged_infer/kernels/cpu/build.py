@@ -63,7 +63,7 @@ _SIGNATURES = {
     "grouped_linear": [_POINTER] * 5 + [_INT] * 4 + [_THREADS],
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
     "latent_decode": [_POINTER] * 5 + [_INT] * 6 + [_FLOAT, _THREADS],
-    "decoder_layers": [_POINTER] * 3 + [_INT, _POINTER, _INT] + [_POINTER] * 4 + [_THREADS],
+    "decoder_layers": [_POINTER] * 4 + [_INT, _POINTER, _INT] + [_POINTER] * 4 + [_THREADS],
     "paged_prefill": [_POINTER] * 9 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
     "paged_decode": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
 }

@@ -24,8 +24,10 @@ typedef struct {
                      int64_t width, int64_t x_stride, int threads);
     const void *weights;
     const float *start;
-    int64_t depth, width;
+    int64_t depth, width, digits; /* digits: of quantised_linear, or 0 */
 } product;
+
+void quantised_linear(stored *, const stored *, const void *, uint8_t *, int64_t, int64_t, int64_t, int);
 
 typedef struct {
     product qkv, output, up, down;
@@ -46,8 +48,13 @@ typedef struct { /* the tokens of a step, as in paged_attention.py: single queri
 } tokens;
 
 /* Rows whose length is a multiple of 4 KiB would compete for the same cache sets, so they are copied farther apart. */
-INLINE void multiply(stored *out, const stored *x, const product *p, int64_t rows, stored *apart, int threads) {
+INLINE void multiply(stored *out, const stored *x, const product *p, int64_t rows, stored *apart, uint8_t *scratch,
+                     int threads) {
     int64_t stride = p->depth;
+    if (p->digits) {
+        quantised_linear(out, x, p->weights, scratch, rows, stride, p->digits, threads);
+        return;
+    }
     if (rows > 4 && stride % 1024 == 0) {
         for (int64_t r = 0; r < rows; r++) memcpy(apart + r * (stride + 32), x + r * stride, stride * sizeof(stored));
         x = apart, stride += 32;
@@ -56,8 +63,8 @@ INLINE void multiply(stored *out, const stored *x, const product *p, int64_t row
 }
 
 /* The last sublayer's output to x [T, hidden], and the residual stream in place [T, hidden], which begins as the
-   embeddings. room: wide numbers for each token, of layers.py. */
-void decoder_layers(stored *x, stored *residual, stored *room, int64_t wide, const layer *layers, int64_t num_layers,
+   embeddings. room and scratch: of layers.py; wide: numbers in the longest row. */
+void decoder_layers(stored *x, stored *residual, stored *room, uint8_t *scratch, int64_t wide, const layer *layers, int64_t num_layers,
                     const shape *s, const tokens *t, const stored *const *cos, const stored *const *sin, int threads) {
     int64_t n = t->num_tokens, num_qk = s->num_heads + s->num_kv_heads, hidden = s->hidden, dim = s->dim;
     stored *normed = room, *fused = normed + n * hidden, *after = fused + n * wide, *apart = after + n * wide;
@@ -66,7 +73,7 @@ void decoder_layers(stored *x, stored *residual, stored *room, int64_t wide, con
         stored *qk = after, *out = fused; /* qkv is not needed once keys and values are stored */
         add_rms_norm(normed, residual, first ? residual : x, first ? 0 : residual, l->attention_norm, n, hidden, hidden,
                      hidden, s->eps, s->offset, threads);
-        multiply(fused, normed, &l->qkv, n, apart, threads);
+        multiply(fused, normed, &l->qkv, n, apart, scratch, threads);
         qk_norm_rope(qk, fused, cos[l->rope], sin[l->rope], l->qk_norm, l->k_cache, l->v_cache, t->slots, s->num_kv_heads,
                      n, num_qk, dim, l->qkv.width, s->eps, s->offset, threads);
         if (t->num_rows)
@@ -77,10 +84,10 @@ void decoder_layers(stored *x, stored *residual, stored *room, int64_t wide, con
             paged_prefill(out, qk, l->k_cache, l->v_cache, t->tables, t->lengths, t->starts, t->tasks, 0,
                           t->num_tasks, s->num_heads, s->num_kv_heads, dim, s->block_size, t->table_stride, num_qk * dim,
                           l->window, s->scale, s->softcap, threads);
-        multiply(x, out, &l->output, n, apart, threads);
+        multiply(x, out, &l->output, n, apart, scratch, threads);
         add_rms_norm(normed, residual, x, residual, l->mlp_norm, n, hidden, hidden, hidden, s->eps, s->offset, threads);
-        multiply(fused, normed, &l->up, n, apart, threads);
+        multiply(fused, normed, &l->up, n, apart, scratch, threads);
         silu_mul(after, fused, n, l->down.depth, l->up.width, threads);
-        multiply(x, after, &l->down, n, apart, threads);
+        multiply(x, after, &l->down, n, apart, scratch, threads);
     }
 }

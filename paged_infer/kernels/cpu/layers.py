@@ -25,11 +25,8 @@ from paged_infer.kernels.cpu.paged_attention import plan_queries
 
 class _Product(Structure):
     _fields_ = [
-        ("multiply", c_void_p),
-        ("weights", c_void_p),
-        ("start", c_void_p),
-        ("depth", c_int64),
-        ("width", c_int64),
+        *((name, c_void_p) for name in ("multiply", "weights", "start")),
+        *((name, c_int64) for name in ("depth", "width", "digits")),
     ]
 
 
@@ -99,6 +96,7 @@ class LayersInC:
         # The addresses of a cache's tensors, with those of the weights.
         self._tables: WeakKeyDictionary[PoolOfBlocks, tuple[ctypes.Array[_Layer], _Shape]] = WeakKeyDictionary()
         products = [one for layer in layers for one in layer[:4]]
+        self._scratch = [one.scratch for one in products if one.digits]
         qk_rows = (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim
         self._wide = max(qk_rows, *(max(one.shape) for one in products))  # of the longest row between two products
         self._room = sizes.hidden + 2 * self._wide + max(one.shape[1] for one in products) + 32  # numbers for a token
@@ -113,12 +111,17 @@ class LayersInC:
 
         None: C cannot compute this step, and nothing was written.
         """
+        if cache.keys[0].dtype is not self.dtype or step.block_tables.stride(-1) != 1 or not x.is_contiguous():
+            return None
         plan = plan_queries(step, self.dtype)
-        if plan is None or step.block_tables.stride(-1) != 1 or not x.is_contiguous():
+        if plan is None:
             return None
         layers, shape = self._tables.get(cache) or self._addresses(cache)
-        num_tokens, tasks = len(x), plan.tasks
+        num_tokens, tasks, threads = len(x), plan.tasks, torch.get_num_threads()
         out, room = torch.empty_like(x), x.new_empty(num_tokens * self._room)
+        scratch = room.new_empty(
+            max((num_bytes(num_tokens, threads) for num_bytes in self._scratch), default=0), dtype=torch.uint8
+        )
         tokens = _Tokens(
             num_tokens, plan.num_rows, 0 if tasks is None else len(tasks), plan.tables.stride(0),
             step.block_tables.stride(0), step.slot_mapping.data_ptr(), plan.tables.data_ptr(), plan.lengths.data_ptr(),
@@ -128,8 +131,8 @@ class LayersInC:
         addresses = c_void_p * len(ropes)
         cos, sin = (addresses(*(pair[i].data_ptr() for pair in ropes)) for i in (0, 1))
         self._library.decoder_layers(
-            out.data_ptr(), x.data_ptr(), room.data_ptr(), self._wide, layers, len(layers), byref(shape), byref(tokens),
-            cos, sin, torch.get_num_threads(),
+            out.data_ptr(), x.data_ptr(), room.data_ptr(), scratch.data_ptr(), self._wide,
+            layers, len(layers), byref(shape), byref(tokens), cos, sin, threads,
         )  # fmt: skip
         return out, x
 
@@ -155,4 +158,5 @@ class LayersInC:
     def _product(self, product: InC) -> _Product:
         function = ctypes.cast(getattr(self._library, product.function), c_void_p)
         height, depth = product.shape
-        return _Product(function, product.weights.data_ptr(), product.start.data_ptr(), depth, height)
+        start = None if product.start is None else product.start.data_ptr()
+        return _Product(function, product.weights.data_ptr(), start, depth, height, product.digits)

@@ -35,12 +35,14 @@ _TOGETHER = 64  # panels that are laid out at a time
 
 
 class InC(NamedTuple):
-    """A product that ``layers.c`` calls: function(out, x, weights, start, rows, depth, width, x_stride, threads)."""
+    """A product that ``layers.c`` calls, of rows of exactly K numbers."""
 
     function: str
-    weights: Tensor
-    start: Tensor
-    shape: tuple[int, int]  # N and K; a row of x has exactly K numbers
+    weights: Tensor  # what the function is given as W
+    start: Tensor | None  # float32, the bias or zeros
+    shape: tuple[int, int]  # N and K
+    digits: int = 0  # of each number of x, in ``quantised_linear``
+    scratch: Callable[[int, int], int] = lambda rows, threads: 0  # bytes that it writes to meanwhile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,9 +86,8 @@ class PanelProduct:
         wide = self.panels.shape[2]
         return self.panels[numbers // wide, :, numbers % wide].flatten(1)[:, : self.shape[1]].contiguous()
 
-    @property
-    def in_c(self) -> InC | None:
-        """None: x has to be padded."""
+    def in_c(self, dtype: torch.dtype) -> InC | None:
+        """For x of ``dtype``; None: x has to be padded."""
         if self.shape[1] % panel_shape(self.panels.dtype)[1]:
             return None
         function = "linear" if self.panels.dtype is torch.float32 else "linear_bfloat16"

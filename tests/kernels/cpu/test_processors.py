@@ -11,6 +11,7 @@ import pytest
 import torch
 from c_building import cache_folder, forget  # noqa: F401  (a fixture)
 
+from paged_infer import LLM, SamplingParams
 from paged_infer.kernels.cpu import build
 from paged_infer.kernels.cpu.linear import PanelProduct
 
@@ -52,3 +53,17 @@ def test_products_are_right_and_a_row_keeps_its_bits(processor, dtype) -> None:
         torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=1e-4)
         for row in {0, rows // 2, rows - 1}:
             assert torch.equal(product(x[row : row + 1])[0], out[row])
+
+
+@pytest.mark.parametrize("scheme", [None, "w8a16"])
+def test_an_engine_gives_the_tokens_that_torch_gives(processor, checkpoint, scheme) -> None:
+    options = {"num_blocks": 64, "max_num_seqs": 8, "device": "cpu", "quantization": scheme}
+    prompts, params = (
+        [[*range(5, 5 + n)] for n in (1, 4, 37)],
+        SamplingParams(max_tokens=12, temperature=0, ignore_eos=True),
+    )
+    tokens = []
+    for backend in ("c", "torch"):
+        llm = LLM(str(checkpoint("qwen3")), attention_backend=backend, **options)
+        tokens.append([out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]

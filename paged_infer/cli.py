@@ -1,4 +1,4 @@
-"""The command line: ``paged-infer compare | generate | chat | serve | info | bench``."""
+"""The command line: ``paged-infer compare | generate | chat | serve | info | quantize | bench``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from paged_infer.cli_options import (
     fail,
     failure_of,
     open_llm,
+    quiet_libraries,
     show_error,
     show_stream,
     with_option_groups,
@@ -199,6 +200,49 @@ def info(
         )
         kinds = (f"{kind} ... ? {right} of {asked}" for kind, (right, asked) in scores["recall_by_kind"].items())
         console.print(f"on {stories} stories: {', '.join(kinds)}", highlight=False)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Local folder, GGUF file, hub id, smollm2 or storyteller.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the quantised model; it must not exist, or be empty.")],
+    scheme: Annotated[str, typer.Option(help="w4a16, w8a16, or w8a8, which rounds inputs, too.")] = "w4a16",
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq or smoothquant.")] = "rtn",
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale; default: 32 for w4a16, else a row.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="stories, or a text file; all methods but rtn need one. The storyteller: stories."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the texts for calibration.", min=0)] = 0,
+) -> None:
+    """Write a model with weights of few bits, in compressed-tensors' format, which transformers loads, too."""
+    from tqdm import tqdm
+
+    from paged_infer.quantize import quantize as quantize_model
+
+    quiet_libraries()
+    bar = tqdm(unit="layer", leave=False, desc=method, disable=None)
+    try:
+        with bar:
+            report = quantize_model(
+                model,
+                out,
+                scheme=scheme,
+                method=method,
+                group_size=group_size,
+                calibration=calibration,
+                seed=seed,
+                on_start=bar.reset,
+                on_layer=bar.update,
+            )
+    except ValueError as error:
+        fail(error)
+    bits = 8 * report.quantised_bytes / report.num_quantised
+    typer.echo(f"{report.num_quantised:,} weights in {_mib(report.quantised_bytes)}, {bits:.2f} bits each with scales")
+    tied = "; the head is tied to the embedding, so it stays as it is" if report.is_tied else ", the head included"
+    typer.echo(f"{report.num_parameters - report.num_quantised:,} other parameters are not quantised{tied}")
 
 
 def profile_rows(profile: MemoryProfile, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, str]:

@@ -126,6 +126,10 @@ class Tokenizer:
             kind = type(error).__name__
             raise ValueError(f"the chat template fails on these messages: {kind}: {error}") from error
 
+    def save(self, folder: Path) -> None:
+        """Write its files, as Hugging Face tokenizers are stored."""
+        self._hf.save_pretrained(folder)
+
     @property
     def eos_token_id(self) -> int | None:
         return self._hf.eos_token_id

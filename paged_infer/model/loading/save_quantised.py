@@ -1,0 +1,119 @@
+"""Write a quantised decoder as a folder in compressed-tensors' formats, which transformers and vLLM load, too.
+
+    pack-quantized   4 bits    weight_packed int32 [N, K / 8], code i at bit 4 i; weight_scale [N, G]; weight_shape
+    int-quantized    8 bits    weight int8 [N, K]; weight_scale [N, G] or [N, 1]; inputs rounded per token for W8A8
+
+Source: compressed-tensors 0.20, ``compressors/pack_quantized`` and ``quantization/quant_args.py`` (looked up).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paged_infer.kernels.quant.weight import QuantisedWeight, pack_int4, unpack_int4
+from paged_infer.model.config import ModelConfig
+from paged_infer.model.decoder import Decoder
+from paged_infer.model.linear import Piece
+from paged_infer.model.loading.layout import HEAD
+from paged_infer.model.loading.load import checkpoint_views
+from paged_infer.model.loading.targets import targets_of
+from paged_infer.model.quant.scheme import Scheme
+
+
+def check_can_save(config: ModelConfig) -> None:
+    """Raises ValueError for a model whose matrices are not linear layers of their own in transformers."""
+    if config.quantization is not None:
+        raise ValueError(f"the checkpoint is quantised already, by {config.quantization.method!r}")
+    if config.moe is not None:
+        raise ValueError("a mixture of experts cannot be quantised: its experts are not linear layers of their own")
+    if config.family == "gpt2":
+        raise ValueError("gpt2 cannot be quantised: its Conv1D layers are not targets of compressed-tensors")
+
+
+def save_quantised(
+    folder: Path,
+    config: Mapping[str, Any],
+    decoder: Decoder,
+    quantised: Mapping[str, QuantisedWeight],
+    scheme: Scheme,
+    *,
+    rounds_inputs: bool = False,
+) -> None:
+    """Write config.json and model.safetensors to ``folder``.
+
+    Other tensors keep their values, in the first of bfloat16, float16 and float32 that holds them exactly.
+
+    Args:
+        config: the dense checkpoint's config.json.
+        decoder: whose linear layers ``quantised`` came from, by ``quantise_decoder``.
+        scheme: of 4 or 8 bits, symmetric.
+        rounds_inputs: engines round inputs to int8, token by token (W8A8).
+    """
+    names = {linear: name for name, linear in decoder.linears()}
+    dense, tensors, ignore = checkpoint_views(decoder), dict[str, Tensor](), [HEAD.removesuffix(".weight")]
+    for name, target in targets_of(decoder).items():
+        layer = names.get(target.module, "")  # type: ignore[call-overload]
+        if target.parameter == "weight" and layer in quantised:
+            tensors |= _compressed(name, quantised[layer], target.rows, target.piece)
+        else:
+            tensors[name] = _smallest(dense[name])
+            if target.parameter == "weight" and layer:
+                ignore.append(name.removesuffix(".weight"))
+    file = folder / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    file.chmod(0o644)
+    section = quantization_config(scheme, ignore, rounds_inputs=rounds_inputs)
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
+
+
+def quantization_config(scheme: Scheme, ignore: Iterable[str], *, rounds_inputs: bool) -> dict[str, Any]:
+    """The section of config.json."""
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.strategy,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    form = "pack-quantized" if scheme.bits == 4 else "int-quantized"
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if rounds_inputs else None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "ignore": list(ignore),
+        "config_groups": {"group_0": {**group, "format": form}},
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
+def _compressed(name: str, weight: QuantisedWeight, rows: slice, piece: Piece) -> dict[str, Tensor]:
+    """The tensors of one matrix, whose rows are some of ``weight``'s, in the checkpoint's order."""
+    assert weight.zeros is None and weight.columns is None
+    values, scales, module = weight.values[rows], weight.scales[rows], name.removesuffix(".weight")
+    if piece.order is not None:
+        order = torch.tensor(piece.order).argsort()
+        values, scales = values[order], scales[order]
+    if weight.bits == 8:
+        return {name: values, f"{module}.weight_scale": scales}
+    codes = unpack_int4(values) if weight.is_packed else values + 8
+    words = pack_int4(F.pad(codes, (0, -codes.shape[1] % 8))).view(torch.int32)  # the machine is little-endian
+    shape = torch.tensor([len(codes), codes.shape[1]])
+    return {f"{module}.weight_packed": words, f"{module}.weight_scale": scales, f"{module}.weight_shape": shape}
+
+
+def _smallest(tensor: Tensor) -> Tensor:
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor

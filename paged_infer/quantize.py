@@ -1,0 +1,141 @@
+"""``paged-infer quantize``: a float checkpoint in, a folder of few bits out."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paged_infer import storyteller
+from paged_infer.kernels.quant.weight import QuantisedWeight
+from paged_infer.model.linear import DENSE
+from paged_infer.model.loading.checkpoint import config_dict, read_config
+from paged_infer.model.loading.hub import resolve_model
+from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.loading.save_quantised import check_can_save, save_quantised
+from paged_infer.model.quant.post_training import quantise_decoder
+from paged_infer.model.quant.scheme import Scheme
+from paged_infer.storyteller.evaluation import document
+from paged_infer.text.tokenizer import Tokenizer
+
+SCHEMES = ("w4a16", "w8a16", "w8a8")
+NUM_TEXTS, TEXT_TOKENS = 24, 512  # for calibration
+FIRST_STORY = 50_000_000  # seeds of stories for calibration; evaluation begins at a billion
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Of one checkpoint: its parameters, how many of them are in quantised matrices, and the bytes of these."""
+
+    num_parameters: int
+    num_quantised: int
+    quantised_bytes: int
+    is_tied: bool
+
+
+def quantize(
+    model: str,
+    out: Path,
+    *,
+    scheme: str = "w4a16",
+    method: str = "rtn",
+    group_size: int | None = None,
+    calibration: str | None = None,
+    seed: int = 0,
+    on_start: Callable[[int], None] = lambda num_layers: None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Report:
+    """Quantise a model's linear layers and write it to ``out``, in compressed-tensors' format, with its tokenizer.
+
+    Embedding and head stay as they are. The model is held once, in float32.
+
+    Args:
+        model: a folder, GGUF file or hub id, or "storyteller".
+        out: a folder that does not exist, or is empty; it appears when it is complete.
+        scheme: "w4a16", groups of int4; "w8a16", int8 per row, or in groups; "w8a8", per row, with inputs of 8 bits.
+        group_size: columns that share a scale. None: 32 for "w4a16", a row for the others.
+        calibration: "stories" of the storyteller, or a text file; None: stories, for the storyteller itself.
+        seed: which texts.
+
+    Raises:
+        ValueError: an option that does not fit, a model that cannot be quantised, or a calibration without text.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r}: must be one of {', '.join(SCHEMES)}")
+    if method == "rtn" and calibration is not None:
+        raise ValueError(f"calibration={calibration!r}: method 'rtn' looks at no text")
+    if scheme == "w8a8" and group_size is not None:
+        raise ValueError(f"group_size={group_size}: 'w8a8' has a scale for each row, so that products stay integers")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already")
+    grid = _scheme(scheme, group_size)
+    path = storyteller.PATH if model == "storyteller" else resolve_model(model)
+    check_can_save(read_config(path))
+    texts = [] if method == "rtn" else calibration_texts(path, calibration, seed)
+    decoder = load_decoder(path, torch.float32, method_of=lambda name: DENSE)
+    on_start(len(decoder.layers))
+    found = quantise_decoder(decoder, grid, method, texts, on_layer=on_layer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as name:
+        draft = Path(name) / out.name
+        draft.mkdir()
+        save_quantised(draft, config_dict(path), decoder, found, grid, rounds_inputs=scheme == "w8a8")
+        _copy_the_rest(path, draft)
+        draft.replace(out)
+    return _report(decoder.config.num_parameters, found, decoder.config.tie_word_embeddings)
+
+
+def _scheme(name: str, group_size: int | None) -> Scheme:
+    bits = 4 if name == "w4a16" else 8
+    size = 32 if group_size is None and bits == 4 else group_size
+    return Scheme(bits) if size is None else Scheme(bits, True, "group", size)
+
+
+def calibration_texts(path: Path, calibration: str | None, seed: int) -> list[list[int]]:
+    """Token ids of ``NUM_TEXTS`` stories, or of as many pieces of a file, of ``TEXT_TOKENS`` each, drawn by ``seed``.
+
+    Raises:
+        ValueError: the model has no tokenizer, or the file has no text.
+    """
+    if calibration is None and path != storyteller.PATH:
+        raise ValueError("calibration: this model needs a text file of what it will read, or 'stories'")
+    tokenizer = Tokenizer.from_pretrained(path)
+    if tokenizer is None:
+        raise ValueError(f"{path}: has no tokenizer, so it cannot read texts to calibrate on")
+    if calibration in (None, "stories"):
+        first = FIRST_STORY + seed * NUM_TEXTS
+        return [tokenizer.encode(document(storyteller.tell(first + i))) for i in range(NUM_TEXTS)]
+    try:
+        text = Path(str(calibration)).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"calibration={calibration!r}: cannot be read as text ({error})") from None
+    if not text.strip():
+        raise ValueError(f"calibration={calibration!r}: has no text")
+    ids = tokenizer.encode(text)
+    pieces = [ids[start : start + TEXT_TOKENS] for start in range(0, len(ids), TEXT_TOKENS)]
+    return random.Random(seed).sample(pieces, min(NUM_TEXTS, len(pieces)))
+
+
+def _copy_the_rest(path: Path, folder: Path) -> None:
+    """What stands beside the weights: tokenizer, chat template, end tokens."""
+    if path.is_file():
+        tokenizer = Tokenizer.from_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        return
+    for file in sorted(path.iterdir()):
+        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(
+            ".index.json"
+        )
+        if file.is_file() and not is_weights and file.name != "config.json":
+            shutil.copy(file, folder)
+
+
+def _report(num_parameters: int, found: dict[str, QuantisedWeight], is_tied: bool) -> Report:
+    sizes = [weight.shape[0] * weight.shape[1] for weight in found.values()]
+    return Report(num_parameters, sum(sizes), sum(weight.num_bytes for weight in found.values()), is_tied)

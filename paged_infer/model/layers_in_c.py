@@ -1,7 +1,8 @@
 """Which decoders run all their layers by one call of C (``kernels.cpu.layers``), and when.
 
 The modules stay what is read, tested and changed: the call is made only while they are as they were loaded. Once one
-has a hook, another part or another ``forward``, all are computed module by module.
+has a hook, another part, other ``ops`` or another ``forward``, all are computed module by module. Numbers that a module
+keeps, such as ``eps``, are read once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WholeLayers:
         self._in_c = in_c
         self._hooks = [one for module in modules for one in (module._forward_hooks, module._forward_pre_hooks)]
         self._parts = [(module._modules, [*module._modules.values()]) for module in modules if module._modules]
-        self._attributes = [module.__dict__ for module in modules]
+        self._attributes = [(module.__dict__, module.__dict__.get("ops")) for module in modules]
 
     def __call__(
         self, x: Tensor, ropes: Sequence[Rope], cache: Cache, step: AttentionMetadata
@@ -45,7 +46,7 @@ class WholeLayers:
     def _has_changed(self) -> bool:
         return (
             any(self._hooks)
-            or any("forward" in attributes for attributes in self._attributes)
+            or any("forward" in one or one.get("ops") is not ops for one, ops in self._attributes)
             or any([*parts.values()] != known for parts, known in self._parts)
         )
 

@@ -181,7 +181,6 @@ def test_keys_are_stored_by_the_kernel_that_rotates_them_where_there_is_one(
         cache, stored = llm.engine.executor.runner.cache, []
         store_kv = cache.ops.store_kv
         cache.ops = cache.ops._replace(store_kv=lambda *a, s=stored, f=store_kv: s.append(1) or f(*a))
-        llm.engine.decoder.whole_layers = None  # the call for all layers always stores by it
         for layer in llm.engine.decoder.layers:
             layer.attention.ops = layer.attention.ops._replace(fuses_store=fuses)
         tokens.append(llm.generate([[5, 6, 7, 8, 9], [3]], params, use_tqdm=False))

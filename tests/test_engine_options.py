@@ -48,7 +48,9 @@ OMITTED = {
     "bench sharing": OWN_SEED | {"enable_prefix_caching"},  # off: it would share, too
 }
 # No engine is opened, or one with the options that are compared: the experiment fixes the others.
-WITHOUT_OPTIONS = {"bench kernels", "bench peers", "bench memory", "bench control", "bench policies", "bench arrival"}
+WITHOUT_OPTIONS = {
+    "bench kernels", "bench peers", "bench memory", "bench control", "bench policies", "bench arrival", "quantize",
+}  # fmt: skip
 
 
 def commands(command: Any, name: str = "") -> dict[str, Any]:

@@ -31,16 +31,20 @@ def python(name: str, code: str, *arguments: object, share: float = 1.0, **optio
 
 
 class Clock(SimpleNamespace):
-    """A stand-in for ``time``: it stands still until ``event()`` is true; then ``passing_s`` pass at once."""
+    """A stand-in for ``time``: it stands still until ``event()`` is true; then ``passing_s`` pass at once.
+
+    From then on it runs, so that a signal that is lost is followed by the next.
+    """
 
     def __init__(self, event: Callable[[], object], passing_s: float) -> None:
         super().__init__(strftime=time.strftime, sleep=time.sleep)
-        self._event, self._passing_s, self._now_s = event, passing_s, 0.0
+        self._event, self._passing_s = event, passing_s
+        self._start_s: float | None = None  # of the passing, on the real clock
 
     def monotonic(self) -> float:
-        if self._now_s == 0.0 and self._event():
-            self._now_s = self._passing_s
-        return self._now_s
+        if self._start_s is None and self._event():
+            self._start_s = time.monotonic()
+        return 0.0 if self._start_s is None else self._passing_s + time.monotonic() - self._start_s
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import save_llama_tokenizer, save_random_checkpoint, save_tokenizer
+from holding import LIMIT_S, ended_after
 from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -28,6 +29,14 @@ settings.register_profile(
     "steady", deadline=None, derandomize=True, print_blob=False, suppress_health_check=[HealthCheck.too_slow]
 )  # no example fails because it takes long
 settings.load_profile("steady")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """A test that hangs has failed, and the others are run."""
+    with ended_after(2 * LIMIT_S):  # the limits within tests come first: they say what did not come
+        return (yield)
+
 
 Checkpoint = Callable[[str], Path]
 MakeLLM = Callable[..., LLM]

@@ -1,9 +1,10 @@
-"""Hold an engine that runs in a thread at a step, so that a test can observe its state."""
+"""Hold an engine that runs in a thread at a step, so that a test can observe its state; end a test that hangs."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,26 @@ def until(condition: Callable[[], Any], state: Callable[[], Any] = lambda: None)
     while not condition():
         assert time.monotonic() < deadline, state()
         time.sleep(0.005)
+
+
+class Hangs(BaseException):
+    """A test does not end. No ``Exception``: Hypothesis would run such an example again."""
+
+
+@contextlib.contextmanager
+def ended_after(limit_s: float) -> Iterator[None]:
+    """Raise ``Hangs`` in the main thread after ``limit_s``, also where it waits for a lock."""
+
+    def end(*_: object) -> None:
+        raise Hangs(f"not ended after {limit_s:g} s")
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 class Steps:

@@ -50,7 +50,8 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
     num_placeholders: int = 0  # at the end of its tokens
-    may_draft: bool = True  # False once a step with drafts has failed, perhaps because of the drafts
+    has_hits: bool = False  # once some of its blocks were found in the prefix cache
+    is_retried: bool = False  # it failed, perhaps because of hits or drafts: it is computed again without any
     last_step: int = 0  # index of the newest step that it was scheduled in
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when it was first admitted
     num_preemptions: int = 0
@@ -139,6 +140,7 @@ class Sequence:
     def fork_from(self, parent: Sequence, num_tokens: int, block_size: int) -> None:
         """Start with the first ``num_tokens`` tokens of ``parent``, which have been computed."""
         self.num_computed_tokens = num_tokens
+        self.has_hits, self.is_retried = parent.has_hits, parent.is_retried
         self.block_hashes = parent.block_hashes[: num_tokens // block_size]  # further on, the two may differ
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:

@@ -1,7 +1,7 @@
 """A step that has been launched: what it adds to its sequences, and how its results are applied.
 
 While it is in flight, sequences may end or restart, and others may share the blocks that it fills. Only its results
-show whether a sequence failed (its logits are NaN): ``fail`` then determines which requests are affected.
+show whether a sequence failed (its logits are NaN), which may be the fault of another: ``fail`` computes it again then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ class StepInFlight:
         sampling: sequences that get a token.
         beams: sequences that get candidates.
         restarted: sequences restarted since: their results in this step are dropped.
-        suspect: blocks that may hold the NaN of a failed sequence.
         num_accepted: drafts accepted, by the id of each sequence that had some in the step.
         num_published: hashes that are committed once the step has succeeded.
     """
@@ -35,7 +34,6 @@ class StepInFlight:
         self.sampling: list[Sequence] = []
         self.beams: list[Sequence] = []
         self.restarted: set[Sequence] = set()
-        self.suspect: set[int] = set()
         self.num_accepted: dict[int, int] = {}
         self._queues = queues
         for sequence, num_tokens in plan.scheduled:
@@ -91,12 +89,12 @@ class StepInFlight:
             self.trace_step.rejected[sequence.sequence_id] = num_drafts - num_accepted
 
     def fail(self, step: ScheduledStep, failed: Mapping[int, str], later: Iterable[StepInFlight]) -> None:
-        """End the requests of failed sequences. If the NaN may come from another request, the sequence is recomputed.
+        """End the requests of failed sequences. If the NaN may come from elsewhere, the sequence is recomputed, once.
 
         A block can be shared before its contents are checked: in the step that computes it, and in a step that is
-        planned while that one is in flight. So the NaN of a sequence with such a block may come from another request,
-        even one aborted or preempted since: what counts are the tables of the step. The NaN of a draft also reaches the
-        tokens before it.
+        planned while that one is in flight. So the NaN of a sequence with prefix hits may come from another request,
+        even one aborted or preempted since. The NaN of a draft also reaches the tokens before it. Computed again
+        without hits and drafts, a sequence can only fail by itself.
         """
         computed = {s.sequence_id: s for s in step.sequences}
         computing = [(one, computed[one.sequence_id]) for one, _ in self.plan.scheduled]
@@ -104,24 +102,20 @@ class StepInFlight:
         for one, work in computing:
             if one.sequence_id not in failed:
                 continue
-            is_its_own = self.suspect.isdisjoint(work.block_table) and not work.num_drafts
-            self.suspect.update(work.block_table)
             if one.is_finished:
                 block_size = self._queues.manager.block_size
                 self._queues.manager.forget(one.block_hashes[work.num_computed_tokens // block_size :])
             elif one in self.restarted:
                 continue
-            elif is_its_own:
+            elif one.is_retried or not (one.has_hits or work.num_drafts):
                 self._queues.fail(one, failed[one.sequence_id])
             else:
-                one.may_draft = one.may_draft and not work.num_drafts
                 self._recompute(one, (self, *later))
-        for flight in later:  # planned while these blocks could be found
-            flight.suspect |= self.suspect
 
     def _recompute(self, sequence: Sequence, flights: Iterable[StepInFlight]) -> None:
         """Restart a sequence that may have read another's NaN. Its results in ``flights`` do not count."""
         for one in sequence.sequence_group:
+            one.is_retried = True
             self._queues.manager.forget(one.block_hashes)
             one.drop_placeholders()
             self._queues.restart(one)

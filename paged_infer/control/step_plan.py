@@ -108,6 +108,7 @@ class StepPlan:
             if not self._manager.swap_in(*map(self._swap_in_of, group)):
                 break
             for sequence in group:
+                sequence.has_hits |= bool(self._chain(sequence))  # its blocks may have been found, not moved
                 self._start(sequence)
             for sequence in group:  # those beyond the budget continue in the next step, like all running ones
                 if self.budget and sequence.num_uncomputed_tokens:
@@ -142,7 +143,7 @@ class StepPlan:
         for place, (sequence, num_tokens) in enumerate(self.scheduled):
             end, sequence_id = sequence.num_tokens, sequence.sequence_id
             most = min(self.budget, sequence.max_total_tokens - 1 - end)
-            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_placeholders and sequence.may_draft
+            is_ready = sequence.num_uncomputed_tokens == 1 and not sequence.num_placeholders and not sequence.is_retried
             if most < 1 or not is_ready or sequence.is_beam or sequence_id in self.forks:
                 continue
             drafts = proposer.propose(sequence.token_ids, most)
@@ -231,8 +232,9 @@ class StepPlan:
     # -- blocks and tokens ------------------------------------------------------------------------------------------
 
     def _chain(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the sequence's full blocks; none without prefix caching."""
-        return sequence.hash_chain(self._manager.block_size) if self._limits.enable_prefix_caching else []
+        """Hashes of the sequence's full blocks, to find them by; none without prefix caching or when it is retried."""
+        is_cached = self._limits.enable_prefix_caching and not sequence.is_retried
+        return sequence.hash_chain(self._manager.block_size) if is_cached else []
 
     def _swap_in_of(self, sequence: Sequence) -> SwapIn:
         num_stored = sequence.num_computed_tokens
@@ -255,9 +257,10 @@ class StepPlan:
         self._manager.adopt(sequence.sequence_id, prefix)
         num_hit = len(prefix) * self._manager.block_size
         sequence.num_computed_tokens = num_hit
+        sequence.has_hits |= num_hit > 0
         self.num_hit_tokens += num_hit
         self.num_looked_up_tokens += sequence.num_tokens
-        if not sequence.num_preemptions and not sequence.num_output_tokens:
+        if not (sequence.num_preemptions or sequence.num_output_tokens or sequence.is_retried):
             sequence.num_cached_tokens = num_hit
 
     def _start(self, sequence: Sequence) -> None:

@@ -227,9 +227,20 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.has_unfinished_requests == bool(self.live)
 
     def teardown(self) -> None:
-        while self.live:
-            self.step(1)
-        assert is_idle(self.engine)
+        for _ in range(100 * len(self.live)):  # law 3: far more steps than they need
+            if self.live:
+                self.step(1)
+        assert not self.live and is_idle(self.engine)
+
+
+def test_requests_that_share_blocks_and_are_nan_do_not_recompute_each_other_for_ever(poisoned_engine) -> None:
+    prompts = [list(range(3, 10)), [3, 4, 5, 6, 7, 8, POISON, *range(10, 16)], [3, 4, 5, 6, POISON]]
+    for name, prompt in enumerate(prompts):
+        poisoned_engine.add_request(str(name), prompt, GREEDY)
+    outputs = [output for _ in range(100) for output in poisoned_engine.step().outputs if output.finished]
+    reasons = {output.request_id: output.outputs[0].finish_reason for output in outputs}
+    assert reasons == {"0": "length", "1": "error", "2": "error"}
+    assert is_idle(poisoned_engine)
 
 
 def test_any_order_of_adding_stepping_failing_and_aborting_leaks_nothing(poisoned_engine) -> None:

@@ -121,8 +121,11 @@ INLINE void finish_rows(const product *p, const int32_t *sums, float *so_far, in
             if (zeros) sum -= *(const vec *)(zeros + i * LANES) * total;
             sum *= scale[i];
             if (group) sum += *(vec *)(so_far + r * WIDE + i * LANES);
-            if (last) *(vec *)(wide + i * LANES) = sum * p->x_scales[row] + start[i];
-            else *(vec *)(so_far + r * WIDE + i * LANES) = sum;
+            if (last) {
+                sum *= p->x_scales[row];
+                if (num_digits == 1) __asm__("" : "+m"(sum)); /* W8A8 has the reference's bits: no fused addition */
+                *(vec *)(wide + i * LANES) = sum + start[i];
+            } else *(vec *)(so_far + r * WIDE + i * LANES) = sum;
         }
         if (last) put(p->out + row * p->width + at, wide, cols, p->past_cache);
     }

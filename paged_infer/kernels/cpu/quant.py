@@ -1,7 +1,8 @@
 """Linear layers with weights of few bits on a CPU: packed once into the panels of ``quant.c``.
 
-x is rounded inside the product, each row by itself (``digits.h``): in W8A8 to integers of 8 bits; otherwise, where only
-the weights have few bits, to 16 bits for bfloat16 and 24 for float32, of the row's largest number.
+x is rounded inside the product, each row by itself (``digits.h``): in W8A8 to integers of 8 bits, and with a scale for
+each row of W the result has the reference's bits; otherwise, where only the weights have few bits, to 16 bits for
+bfloat16 and 24 for float32, of the row's largest number.
 
 The 120 matrices of SmolLM2-135M's layers, one after another, two threads of a busy machine with AMX, x in bfloat16; ms,
 the best of 15 (at 1,500 rows of 3); "bfloat16" is ``linear_bfloat16.c``:
@@ -28,33 +29,11 @@ from torch import Tensor
 
 from paged_infer.kernels.cpu.build import library, unavailable_reason
 from paged_infer.kernels.cpu.linear import InC, Product
-from paged_infer.kernels.quant.weight import QuantisedWeight, dequantise, unpack_int4
+from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
 
 Activations = Literal["int8"] | None  # what x is rounded to: W8A8, or not beyond its dtype's own precision
 MOST_COLUMNS = 65_536  # whose sums fit into 32 bits
 _WIDE, _STEP = 32, 64  # rows of a panel; columns that one group is padded to a multiple of
-_LIMITS = {1: 127.5, 2: 127.0 * 257, 3: 127.0 * 65793}  # by digits: the integer that a row's largest number becomes
-
-
-def quantised_linear_reference(
-    x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, activations: Activations = None
-) -> Tensor:
-    """x [T, K] -> x W^T + b, [T, N], in float64, rounded to the dtype of x; with ``activations``, of rounded x."""
-    exact = x.double() if activations is None else quantise_rows_reference(x)
-    out = F.linear(exact, dequantise(weight).double(), None if bias is None else bias.double())
-    return out.to(x.dtype)
-
-
-def quantise_rows_reference(x: Tensor, digits: int = 1) -> Tensor:
-    """x [T, K], each row rounded to multiples of its largest number / 127.5, -128 to 127 of them; float64.
-
-    127.5 is what compressed-tensors divides by. With 2 or 3 digits there are 256 or 65,536 times as many steps.
-    """
-    limit = torch.tensor(_LIMITS[digits])
-    most = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30)
-    highest = float(limit.floor())
-    steps = (x.float() * (limit / most)).round().clamp(-highest - 1, highest)
-    return steps.double() * (most / limit).double()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,9 +1,13 @@
 """x W^T + b for W of few bits, by dequantising: the reference of the kernels, and what multiplies where there is none.
 
-Weight-only (``activations`` None): x stays as it is. "int8" and "float8" also round x, each row by itself:
+Weight-only (``activations`` None): x stays as it is. "int8" and "float8" also round x, each row by itself, in float32:
 
-    scale[t] = max |x[t]| / 127.5    codes = round(x[t] / scale[t]), cut at -128 and 127      (compressed-tensors' W8A8)
+    scale[t] = max |x[t]| / 127.5    codes = round(x[t] / scale[t]), ties to even, cut at -128 and 127
     scale[t] = max |x[t]| / 448      codes = x[t] / scale[t] as float8 e4m3
+
+These are compressed-tensors' rules (``calculate_qparams`` and ``_quantize`` of 0.20.1, looked up), which rounds scale
+and quotient to bfloat16, too, if x is. Every kernel has to divide, as they do: -max |x| is between two codes, and a
+product by 127.5 / max |x| has another last bit, so another code.
 
 In every form a row's bits depend on no other row.
 """
@@ -32,7 +36,10 @@ def no_kernel(weight: QuantisedWeight, bias: Tensor | None, activations: Literal
 def quantised_linear(
     x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, activations: Activations | None = None
 ) -> Tensor:
-    """x [T, K], bias [N] -> [T, N], in the dtype of x."""
+    """x [T, K], bias [N] -> [T, N], in the dtype of x: the reference of all kernels; with x in float64, an exact one.
+
+    Integers are summed exactly. Of W with a scale a row, kernels have to give the same bits.
+    """
     if activations == "int8" and not weight.values.is_floating_point():
         codes, scales = int8_tokens(x)
         out = _integer_product(codes, weight) * scales

@@ -13,7 +13,7 @@ from torch import Tensor
 from paged_infer.kernels.cpu.experts import pack_experts_c
 from paged_infer.kernels.cpu.linear import Pack, PackHeads, heads_product, pack_c, pack_heads_c, pack_onednn
 from paged_infer.kernels.cpu.ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
-from paged_infer.kernels.cpu.quant import pack_weight_only
+from paged_infer.kernels.cpu.quant import pack_quantised
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.fused.grouped_gemm import grouped_experts
 from paged_infer.kernels.fused.moe import PackExperts, loop_experts, sort_experts
@@ -61,5 +61,5 @@ C_OPS = Ops(
     fuses_store=True,
     pack_experts=pack_experts_c,
     pack_heads=pack_heads_c,
-    pack_quantised=pack_weight_only,
+    pack_quantised=pack_quantised,
 )

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.kernels.cpu.build import library, unavailable_reason
-from paged_infer.kernels.cpu.linear import InC, Product
+from paged_infer.kernels.cpu.linear import InC
 from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
 
 Activations = Literal["int8"] | None  # what x is rounded to: W8A8, or not beyond its dtype's own precision
@@ -132,15 +132,6 @@ def pack_quantised(
         return None
     with torch.inference_mode(False), torch.no_grad():
         return QuantisedProduct.of(weight, None if bias is None else bias.detach(), activations)
-
-
-def pack_weight_only(weight: QuantisedWeight, bias: Tensor | None, activations: Activations = None) -> Product | None:
-    """``pack_quantised``, but W8A8 is left to the reference.
-
-    A prompt's attention has other last bits than a decode's. Where such a bit changes a code of x, W8A8's
-    scores differ by up to 0.06, and one request in 60 had other tokens after a preemption than without one.
-    """
-    return None if activations else pack_quantised(weight, bias)
 
 
 def _by_panel(values: Tensor) -> Tensor:

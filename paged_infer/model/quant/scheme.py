@@ -1,11 +1,12 @@
 """How a matrix is rounded to few bits: the grid of each group of its weights, and round to nearest on it.
 
     symmetric    scale = max |w| / (2^b - 1) * 2      zero = 0, so one end may be cut by half a step
+    narrow       scale = max |w| / (2^(b-1) - 1)      zero = 0, and the lowest code is not used (Jacob 2018)
     asymmetric   scale = (max - min) / (2^b - 1)      zero = the code that stands for 0, rounded
     float8       scale = max |w| / largest float8     the codes are floats
 
-Either way a weight moves by half a step at most. These are compressed-tensors' rules (``calculate_qparams``); others
-divide by 2^(b-1) - 1 and lose the lowest code (Jacob 2018).
+Either way a weight moves by half a step at most. All but the narrow range are compressed-tensors' rules
+(``calculate_qparams``).
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Scheme:
         strategy: what shares a scale: the tensor, a channel (one row), or a group of columns of a row.
         group_size: columns of a group; None for the other strategies.
         codes: integers, or float8 (8 bits, symmetric).
+        narrow_range: of symmetric integers, as TensorFlow calls it: -7 .. 7 instead of -8 .. 7.
 
     Raises:
-        ValueError: bits out of range, a group size without groups or the reverse, or asymmetric float8.
+        ValueError: bits out of range, a group size without groups or the reverse, asymmetric float8, or a narrow range
+            of anything but symmetric integers.
     """
 
     bits: int
@@ -42,6 +45,7 @@ class Scheme:
     strategy: Strategy = "channel"
     group_size: int | None = None
     codes: Codes = "int"
+    narrow_range: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9):
@@ -56,6 +60,8 @@ class Scheme:
             raise ValueError(f"codes={self.codes!r}: must be 'int', 'float8_e4m3fn' or 'float8_e5m2'")
         if self.codes != "int" and (self.bits != 8 or not self.symmetric):
             raise ValueError(f"codes={self.codes!r}: has 8 bits and is symmetric")
+        if self.narrow_range and (self.codes != "int" or not self.symmetric):
+            raise ValueError("narrow_range=True: only symmetric integers have one")
 
     @property
     def lowest(self) -> int:
@@ -121,9 +127,9 @@ def grid(weight: Tensor, scheme: Scheme, name: str = "the weight") -> tuple[Tens
     if scheme.float_dtype is not None:
         scales = torch.maximum(-low, high) / torch.finfo(scheme.float_dtype).max
     elif scheme.symmetric:
-        scales = torch.maximum(-low, high) / (steps / 2)
+        scales = torch.maximum(-low, high) / (steps // 2 if scheme.narrow_range else steps / 2)
     else:
-        scales = high / steps - low / steps
+        scales = (high / 2 - low / 2) / (steps / 2)  # halves: the difference stays finite, to the bit
     scales = torch.where(high > low, scales.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
     if scheme.symmetric:
         return scales, None

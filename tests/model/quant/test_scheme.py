@@ -11,8 +11,10 @@ from torch import Tensor
 from paged_infer.kernels.quant.weight import dequantise
 from paged_infer.model.quant.scheme import Scheme, encode, grid, quantise, rounded
 
-INT_SCHEMES = st.builds(Scheme, st.integers(2, 8), st.booleans(), st.sampled_from(["tensor", "channel"])) | st.builds(
-    Scheme, st.integers(2, 8), st.booleans(), st.just("group"), st.sampled_from([1, 2, 4, 12])
+INT_SCHEMES = (
+    st.builds(Scheme, st.integers(2, 8), st.booleans(), st.sampled_from(["tensor", "channel"]))
+    | st.builds(Scheme, st.integers(2, 8), st.booleans(), st.just("group"), st.sampled_from([1, 2, 4, 12]))
+    | st.builds(Scheme, st.integers(2, 8), narrow_range=st.just(True))
 )
 
 
@@ -76,6 +78,20 @@ def test_a_tensor_shares_one_scale_and_a_group_has_its_own() -> None:
     torch.testing.assert_close(scales * 127.5, torch.tensor([[2.0, 8.0], [0.5, 127.5]]))  # 127.5: scale 1
 
 
+def test_an_asymmetric_scale_is_rounded_once_and_stays_finite() -> None:
+    weight = (torch.randn(500, 32) / 7).bfloat16().float()  # many lie halfway between two codes
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    assert torch.equal(grid(weight, Scheme(4, False))[0], (high - low) / 15)
+    largest = torch.finfo(torch.float32).max
+    assert grid(torch.tensor([[-largest, largest]]), Scheme(4, False))[0].isfinite().all()
+
+
+def test_a_narrow_range_has_as_many_codes_below_zero_as_above() -> None:
+    coded = quantise(torch.tensor([[-3.5, 1.0, 0.2, 3.0]]), Scheme(4, narrow_range=True))
+    assert coded.scales.tolist() == [[0.5]]
+    assert dequantise(coded).tolist() == [[-3.5, 1.0, 0.0, 3.0]]
+
+
 def test_a_group_size_that_does_not_divide_is_refused_with_those_that_would() -> None:
     with pytest.raises(ValueError, match="group_size=40: does not divide the 192 columns of mlp; 32 or 48 would"):
         quantise(torch.zeros(1, 192), Scheme(4, True, "group", 40), "mlp")
@@ -103,6 +119,8 @@ def test_infinite_weights_are_refused_by_name(value: float) -> None:
         ({"bits": 4, "codes": "float8_e5m2"}, "codes='float8_e5m2'"),
         ({"bits": 8, "codes": "float8_e4m3fn", "symmetric": False}, "codes='float8_e4m3fn'"),
         ({"bits": 8, "codes": "nf4"}, "codes='nf4'"),
+        ({"bits": 4, "symmetric": False, "narrow_range": True}, "narrow_range=True"),
+        ({"bits": 8, "codes": "float8_e5m2", "narrow_range": True}, "narrow_range=True"),
     ],
 )
 def test_a_scheme_that_cannot_be_is_refused(options: dict[str, object], problem: str) -> None:

@@ -16,6 +16,7 @@ from paged_infer.values import Checked
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("w8a16", "w4a16", "w8a8", "gguf")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e5m2")
 
 
 class EngineOptions(TypedDict, total=False):

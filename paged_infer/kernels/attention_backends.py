@@ -20,13 +20,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.checks import MAX_HEAD_DIM
-from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.attention.metadata import AttentionMetadata, AttentionOptions, ScoreOptions
 from paged_infer.kernels.attention.mla import (
     LatentBackend,
     dense_reference,
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 class AttentionBackend(Protocol):
     def __call__(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
-        **scores: Unpack[ScoreOptions],
+        **options: Unpack[AttentionOptions],
     ) -> Tensor:  # fmt: skip
         """q [T, H, D]; caches [num_blocks, block_size, H_kv, D] that already hold this step's tokens -> [T, H, D]."""
         ...
@@ -72,21 +72,25 @@ def register_attention_backend(name: str) -> Callable[[AttentionBackend], Attent
 @register_attention_backend("torch")
 def torch_backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
-    **scores: Unpack[ScoreOptions],
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:  # fmt: skip
     """The reference: readable, one sequence at a time, on any device."""
     return paged_attention_reference(
         q, k_cache, v_cache, window=window,
-        block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc, **scores,
+        block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc, **options,
     )  # fmt: skip
 
 
 @register_attention_backend("triton")
 def triton_backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
-    **scores: Unpack[ScoreOptions],
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:  # fmt: skip
     """The Triton kernels: compiled on CUDA; interpreted on a CPU, for tests and readers."""
+    if options.get("k_scale") is not None:
+        warn_once("keys and values of 8 bits have no Triton kernel: the torch reference reads them")
+        return torch_backend(q, k_cache, v_cache, step, window=window, **options)
+    scores: Any = {name: value for name, value in options.items() if name in ScoreOptions.__annotations__}
     return paged_attention(
         q, k_cache, v_cache, window=window,
         block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,

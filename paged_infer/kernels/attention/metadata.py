@@ -17,6 +17,13 @@ class ScoreOptions(TypedDict, total=False):
     sinks: Tensor | None  # [H]: a learned logit per query head that joins the softmax's denominator (gpt-oss)
 
 
+class AttentionOptions(ScoreOptions, total=False):
+    """What a backend may get: how scores are changed, and the scales of a cache of 8 bits (``kernels.kv_quant``)."""
+
+    k_scale: Tensor | None  # [num_blocks, block_size, H_kv] float16; None: the cache holds what was computed
+    v_scale: Tensor | None
+
+
 @dataclass(slots=True)
 class AttentionMetadata:
     """The layout of the T tokens of a step: B sequences packed without padding, those with one token first.

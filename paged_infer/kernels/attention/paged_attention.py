@@ -22,6 +22,7 @@ from paged_infer.kernels.attention.checks import check_index_values, check_paged
 from paged_infer.kernels.attention.flash_attention import flash_attention_reference
 from paged_infer.kernels.attention.paged_decode import paged_decode
 from paged_infer.kernels.attention.paged_prefill import paged_prefill
+from paged_infer.kernels.kv_quant import dequantise_kv
 
 
 def paged_attention(
@@ -88,7 +89,8 @@ def paged_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *,
     block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     scale: float | None = None, window: int | None = None, return_lse: bool = False,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """``paged_attention`` in plain torch, one sequence at a time, without hints."""
     block_size = k_cache.shape[1]
@@ -101,11 +103,18 @@ def paged_attention_reference(
             continue
         token = torch.arange(length, device=q.device)
         slots = block_tables[row, token // block_size].long() * block_size + token % block_size
-        k, v = (cache.flatten(0, 1)[slots].transpose(0, 1)[None] for cache in (k_cache, v_cache))
-        # [1, H, N, D] and [1, H_kv, length, D]
+        k, v = (
+            read_slots(*both, slots).transpose(0, 1)[None] for both in ((k_cache, k_scale), (v_cache, v_scale))
+        )  # [1, H_kv, length, D]
         dense, dense_lse = flash_attention_reference(
-            q[queries].transpose(0, 1)[None], k, v,
+            q[queries].transpose(0, 1)[None].to(k.dtype), k, v,
             scale=scale, window=window, return_lse=True, softcap=softcap, sinks=sinks,
         )  # fmt: skip
         out[queries], lse[queries] = dense[0].transpose(0, 1), dense_lse[0].T
     return (out, lse) if return_lse else out
+
+
+def read_slots(cache: Tensor, scale: Tensor | None, slots: Tensor) -> Tensor:
+    """Keys or values of ``slots`` [S], [S, H_kv, D]: as they are stored, or from their codes, in float32."""
+    stored = cache.flatten(0, 1)[slots]
+    return stored if scale is None else dequantise_kv(stored, scale.flatten(0, 1)[slots])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -25,33 +25,42 @@ from torch import Tensor
 
 from paged_infer.kernels.attention.flash_attention import attend_seen, causal_mask
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.kv_quant import dequantise_kv
 
 
 def paged_attention_batched(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
-    **scores: Unpack[ScoreOptions],
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, **scores: Unpack[ScoreOptions],
 ) -> Tensor:  # fmt: skip
     """q [T, H, D]; caches [num_blocks + 1, block_size, H_kv, D], the last block zero -> [T, H, D]."""
+    keys, values = _Stored(k_cache, k_scale, q.dtype), _Stored(v_cache, v_scale, q.dtype)
     key = ("decodes", window)
     if key not in step.plan:
-        step.plan[key] = _decode_plans(k_cache, step, window)
+        step.plan[key] = _decode_plans(k_cache, step, window, q.dtype)
     out = torch.empty_like(q)
     for decode in step.plan[key]:
-        out[decode.rows] = _decode(q[decode.rows], k_cache, v_cache, decode, **scores)
-    attend_chunks(out, q, k_cache, v_cache, step, window, **scores)
-    return out
-
-
-def attend_chunks(
-    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, window: int | None,
-    **scores: Unpack[ScoreOptions],
-) -> None:  # fmt: skip
-    """Fill the part of ``out`` [T, H, D] that belongs to the rows after the decodes."""
+        out[decode.rows] = _decode(q[decode.rows], keys, values, decode, **scores)
     key = ("chunks", window)
     if key not in step.plan:
         step.plan[key] = _chunk_plans(k_cache, step, window)
     for chunk in step.plan[key]:
-        out[chunk.rows] = _chunk(q[chunk.rows], k_cache, v_cache, chunk, **scores)
+        out[chunk.rows] = _chunk(q[chunk.rows], keys, values, chunk, **scores)
+    return out
+
+
+class _Stored(NamedTuple):
+    """Keys or values of a layer, and what is read of them has ``dtype``."""
+
+    cache: Tensor  # [num_blocks + 1, block_size, H_kv, D]
+    scale: Tensor | None  # [num_blocks + 1, block_size, H_kv], of a cache of 8 bits
+    dtype: torch.dtype
+
+    def gather(self, places: Tensor, dims: int) -> Tensor:
+        """Of places [R] in the cache and in the scales, whose first ``dims`` dimensions are taken for one."""
+        stored = self.cache.flatten(0, dims - 1).index_select(0, places)
+        if self.scale is None:
+            return stored
+        return dequantise_kv(stored, self.scale.flatten(0, dims - 1).index_select(0, places), self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,9 @@ class _DecodePlan:
     mask: Tensor  # [B * H_kv, 1, L] 0 where a token is seen, -inf elsewhere
 
 
-def _decode_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) -> list[_DecodePlan]:
+def _decode_plans(
+    k_cache: Tensor, step: AttentionMetadata, window: int | None, dtype: torch.dtype
+) -> list[_DecodePlan]:  # fmt: skip
     num_blocks, block_size, num_kv_heads, dim = k_cache.shape
     device = k_cache.device
     heads = torch.arange(num_kv_heads, device=device)[:, None]
@@ -78,7 +89,7 @@ def _decode_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) 
         blocks = step.block_tables[rows].gather(1, (token // block_size).where(seen, 0))
         slots = (blocks.long() * block_size + token % block_size).where(seen, (num_blocks - 1) * block_size)
         reads = slots[:, None] * num_kv_heads + heads  # [B, H_kv, L]
-        mask = torch.zeros(seen.shape, dtype=k_cache.dtype, device=device).masked_fill_(~seen, -math.inf)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
         mask = mask[:, None].expand(-1, num_kv_heads, -1).reshape(-1, 1, width)
         plans.append(_DecodePlan(rows, reads.flatten(), mask))
     return plans
@@ -108,14 +119,13 @@ def similar_rows(lengths: ReadOnlyList[int], worth_a_split: int) -> list[slice]:
 
 
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _DecodePlan,
+    q: Tensor, keys: _Stored, values: _Stored, plan: _DecodePlan,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    num_kv_heads, dim = k_cache.shape[2:]
+    num_kv_heads, dim = keys.cache.shape[2:]
     batch, num_heads, _ = q.shape
     shape = (batch * num_kv_heads, -1, dim)
-    k = k_cache.view(-1, dim).index_select(0, plan.reads).view(shape)  # [B * H_kv, L, D]
-    v = v_cache.view(-1, dim).index_select(0, plan.reads).view(shape)
+    k, v = (stored.gather(plan.reads, 3).view(shape) for stored in (keys, values))  # [B * H_kv, L, D]
     grouped = q.reshape(batch * num_kv_heads, num_heads // num_kv_heads, dim)
     if softcap is not None or sinks is not None:  # the query heads of a group are queries of their key head
         grouped, k, v, seen = (x.unflatten(0, (batch, num_kv_heads)) for x in (grouped, k, v, plan.mask == 0))
@@ -130,7 +140,7 @@ def latent_decode_batched(q: Tensor, cache: Tensor, step: AttentionMetadata, *, 
     """``kernels.attention.mla.LatentDecode``: each latent is gathered once for all heads, and is key and value."""
     key = ("decodes", None)
     if key not in step.plan:
-        step.plan[key] = _decode_plans(cache, step, None)
+        step.plan[key] = _decode_plans(cache, step, None, q.dtype)
     out = q.new_empty(*q.shape[:2], v_dim)
     for plan in step.plan[key]:
         rows = q[plan.rows]
@@ -161,9 +171,8 @@ def _chunk_plans(k_cache: Tensor, step: AttentionMetadata, window: int | None) -
     return plans
 
 
-def _chunk(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _ChunkPlan, **scores: Unpack[ScoreOptions]) -> Tensor:
-    k = k_cache.flatten(0, 1).index_select(0, chunk.slots)  # [context, H_kv, D]
-    v = v_cache.flatten(0, 1).index_select(0, chunk.slots)
+def _chunk(q: Tensor, keys: _Stored, values: _Stored, chunk: _ChunkPlan, **scores: Unpack[ScoreOptions]) -> Tensor:
+    k, v = (stored.gather(chunk.slots, 2) for stored in (keys, values))  # [context, H_kv, D]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or H_kv, N or context, D]
     return masked_sdpa(q, k, v, chunk.mask, **scores)[0].transpose(0, 1)
 

@@ -26,7 +26,7 @@ _FEW = 8  # tokens of a sequence in a step; more are a prompt chunk
 
 def paged_attention_c(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionMetadata, *, window: int | None,
-    **scores: Unpack[ScoreOptions],
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, **scores: Unpack[ScoreOptions],
 ) -> Tensor:  # fmt: skip
     """q [T, H, D]; caches [num_blocks, block_size, H_kv, D], contiguous -> [T, H, D]."""
     num_heads, dim = q.shape[1:]
@@ -39,7 +39,9 @@ def paged_attention_c(
         or step.block_tables.stride(-1) != 1
         or (plan := plan_queries(step, q.dtype)) is None
     ):
-        return paged_attention_batched(q, k_cache, v_cache, step, window=window, **scores)
+        return paged_attention_batched(
+            q, k_cache, v_cache, step, window=window, k_scale=k_scale, v_scale=v_scale, **scores
+        )
     out = torch.empty(q.shape, dtype=q.dtype)
     kernels, scale, sinks = library(q.dtype), scores.get("scale"), scores.get("sinks")
     sinks = None if sinks is None else sinks.float().contiguous()

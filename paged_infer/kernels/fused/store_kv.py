@@ -12,9 +12,11 @@ leave out -1, for which the host waits in every layer; here -1 is a branch, and 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from paged_infer.kernels.checks import INDICES, check_slots, layouts, on_one_device, shapes
+from paged_infer.kernels.kv_quant import quantise_kv
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
@@ -43,16 +45,22 @@ def store_kv(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | Non
 
 
 def store_kv_reference(
-    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``store_kv`` in plain torch: leave out tokens without a slot, then copy by index."""
     if slot_mapping.numel() == 0:
         return
     kept = None if slot_mapping.min() >= 0 else slot_mapping >= 0
     slots = slot_mapping.long() if kept is None else slot_mapping[kept].long()
-    for x, cache in ((k, k_cache), (v, v_cache)):
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if x is not None and cache is not None:
-            cache.view(-1, *x.shape[1:]).index_copy_(0, slots, x if kept is None else x[kept])
+            rows = x if kept is None else x[kept]
+            if scale is not None:
+                rows, scales = quantise_kv(rows, cache.dtype)
+                scale.flatten(0, 1).index_copy_(0, slots, scales)
+                rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
+            cache.view(-1, *x.shape[1:]).index_copy_(0, slots, rows)
 
 
 @triton.jit

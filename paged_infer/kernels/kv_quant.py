@@ -1,0 +1,46 @@
+"""Keys and values in 8 bits: for each token and head its vector as codes, and one float16 scale.
+
+    k [D]  ->  scale = max |k| / largest code, rounded up to float16     codes [D] = k / scale, rounded to the nearest
+           <-  codes * scale
+
+    k_cache [num_blocks, block_size, H_kv, D]     one byte each          k_scale [num_blocks, block_size, H_kv]
+
+A vector's bits depend on nothing but the vector, so a token is stored alike alone and in a crowd, in any chunk and in
+blocks of any size. The error of an element is at most scale / 2 in int8. In float8 it is 2^-4 (e4m3) or 2^-3 (e5m2) of
+the element, or, below the smallest normal code, scale * 2^-10 or scale * 2^-17.
+
+A zero vector has scale 0. One with NaN or infinity has scale NaN and reads as NaN, as it would without codes. Vectors
+beyond the largest scale, 65504, saturate: 8.3e6 in int8, 2.9e7 in e4m3, 3.7e9 in e5m2.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+LARGEST_CODE: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+KV_DTYPES: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # vLLM's names
+LARGEST_SCALE: Final = 65504.0  # of float16
+
+
+def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> codes [..., D] of ``dtype``, a key of ``LARGEST_CODE``, and scales [...] float16."""
+    x, largest = x.float(), LARGEST_CODE[dtype]
+    top = x.abs().amax(-1)  # NaN where any element is
+    scale = _round_up((top / largest).clamp(max=LARGEST_SCALE)).masked_fill(~top.isfinite(), torch.nan)
+    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)[..., None]
+    codes = (x * inverse).nan_to_num(0.0).clamp(-largest, largest)
+    return (codes.round() if dtype is torch.int8 else codes).to(dtype), scale
+
+
+def dequantise_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes [..., D], scale [...] -> [..., D]. The product is exact in float32."""
+    return (codes.float() * scale.float()[..., None]).to(dtype)
+
+
+def _round_up(x: Tensor) -> Tensor:
+    """The smallest float16 that is at least x, within 0..65504: then no element exceeds the largest code."""
+    nearest = x.half()
+    return (nearest.view(torch.int16) + (nearest.float() < x).short()).view(torch.float16)

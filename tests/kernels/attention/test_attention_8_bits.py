@@ -1,0 +1,128 @@
+"""Attention over keys and values of 8 bits: every backend equals attention over what the codes stand for, and stays
+within the bound that follows from the codes' error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paged_infer.bench.kernels.problems import PagedProblem, paged_attention_float64, paged_problem
+from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
+from paged_infer.kernels.kv_quant import LARGEST_CODE, dequantise_kv, quantise_kv
+
+BACKENDS = ["torch", "sdpa"]
+MIXED = [(70, 1), (5, 1), (40, 4), (0, 131), (66, 9), (3, 8)]  # decodes, drafts, a prompt, chunks
+TYPES = pytest.mark.parametrize("kind", LARGEST_CODE)
+
+
+class Coded:
+    """A problem whose keys and values are codes; slots that hold no token, and their scales, may be anything."""
+
+    def __init__(self, problem: PagedProblem, kind: torch.dtype) -> None:
+        self.problem, self.kind = problem, kind
+        self.k_cache, self.k_scale = self._coded(problem.k_cache)
+        self.v_cache, self.v_scale = self._coded(problem.v_cache)
+
+    def _coded(self, cache: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = quantise_kv(torch.cat((cache, torch.zeros_like(cache[:1]))), self.kind)
+        free = torch.ones(codes.shape[:2], dtype=torch.bool).flatten()
+        free[self.problem.slots] = False
+        free[-codes.shape[1] :] = False  # the block that is never assigned is zero
+        codes.view(torch.uint8).flatten(0, 1)[free] = 0x7F  # NaN in float8; the scales are NaN already
+        return codes, scale
+
+    @property
+    def exact(self) -> PagedProblem:
+        """The same problem, with the numbers that the codes stand for."""
+        caches = (dequantise_kv(*both)[:-1] for both in ((self.k_cache, self.k_scale), (self.v_cache, self.v_scale)))
+        return PagedProblem(
+            self.problem.q.float(), *caches,
+            *(getattr(self.problem, n) for n in ("block_tables", "seq_lens", "query_start_loc", "sequences", "slots")),
+        )  # fmt: skip
+
+    def attend(self, backend: str, window: int | None = None, rows: list[int] | None = None, **options: Any) -> Tensor:
+        problem, counts = self.problem, [n for _, n in self.problem.sequences]
+        rows = [*range(len(counts))] if rows is None else rows
+        q, counts = torch.cat([problem.q.split(counts)[row] for row in rows]), [counts[row] for row in rows]
+        step = AttentionMetadata(
+            *[torch.empty(0, dtype=torch.int64)] * 2,
+            query_start_loc=torch.tensor([0, *counts]).cumsum(0).int(),
+            seq_lens=problem.seq_lens[rows], block_tables=problem.block_tables[rows],
+            num_decodes=next((i for i, n in enumerate(counts) if n > 1), len(counts)),
+            max_query_len=max(counts), max_seq_len=int(problem.seq_lens[rows].max()),
+        )  # fmt: skip
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return ATTENTION_BACKENDS[backend](
+            q, self.k_cache, self.v_cache, step, window=window, **scales, **options
+        )  # fmt: skip
+
+
+def coded(kind: torch.dtype, dtype=torch.float32, dim=64, group=3, block_size=16, sequences=MIXED) -> Coded:
+    sizes = {"num_heads": 2 * group, "num_kv_heads": 2, "head_dim": dim, "block_size": block_size}
+    return Coded(paged_problem(sequences, **sizes, dtype=dtype, seed=1), kind)
+
+
+@TYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(64, 3, 16), (24, 1, 3), (80, 3, 1), (128, 4, 16)])
+@pytest.mark.parametrize("window", [None, 50])
+def test_it_is_attention_over_what_the_codes_stand_for(kind, backend, shape, window) -> None:
+    problem = coded(kind, torch.float32, *shape)
+    expected = paged_attention_float64(problem.exact, window)
+    torch.testing.assert_close(problem.attend(backend, window).double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@TYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"sinks": torch.linspace(-2, 3, 6)}], ids=["soft cap", "sinks"])
+def test_scores_are_changed_as_those_of_any_cache(kind, backend, options) -> None:
+    problem = coded(kind)
+    expected = paged_attention_float64(problem.exact, **options)
+    torch.testing.assert_close(problem.attend(backend, **options).double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@TYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_queries_of_16_bits_stay_near_it(kind, backend, dtype, tolerance) -> None:
+    problem = coded(kind, dtype)
+    out = problem.attend(backend)
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out.double(), paged_attention_float64(problem.exact), atol=tolerance, rtol=tolerance
+    )  # fmt: skip
+
+
+ERRORS = {torch.int8: 0.02, torch.float8_e4m3fn: 0.12, torch.float8_e5m2: 0.24}  # of normal numbers, 64 a head
+
+
+@TYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_error_is_within_the_bound_that_follows_from_the_codes(kind, backend) -> None:
+    """Scores off by at most e change a weight by a factor within exp(-2 e)..exp(2 e)."""
+    problem = coded(kind)
+    out, expected = problem.attend(backend).double(), paged_attention_float64(problem.problem)
+    (k, v), (k_read, v_read) = problem.problem.packed, problem.exact.packed
+    e = float((k - k_read).norm(dim=-1).max() * problem.problem.q.norm(dim=-1).max()) / 8
+    bound = float((v - v_read).abs().max() + (torch.tensor(2 * e).exp() - 1) * v.abs().max())
+    worst = float((out - expected).abs().max())
+    assert worst < min(bound, ERRORS[kind])
+
+
+@TYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_in_one_sequence_spoils_no_other(kind, backend) -> None:
+    problem = coded(kind)
+    before = problem.attend(backend).split([n for _, n in problem.problem.sequences])
+    row = 3
+    table = problem.problem.block_tables[row]
+    problem.k_scale[table[1], 2], problem.v_scale[table[2], 5] = torch.nan, torch.nan
+    after = problem.attend(backend).split([n for _, n in problem.problem.sequences])
+    assert after[row][-1].isnan().all()
+    for other in {*range(len(MIXED))} - {row}:
+        assert torch.equal(after[other], before[other])

@@ -96,6 +96,16 @@ class AsyncLLM:
         return self._llm.engine.memory.max_model_len
 
     @property
+    def cache_config(self) -> dict[str, str]:
+        """How keys and values are stored, under the names of vLLM's metric."""
+        plan = self._llm.engine.memory
+        return {
+            "block_size": str(plan.block_size),
+            "cache_dtype": plan.kv_cache_dtype,
+            "num_gpu_blocks": str(plan.num_blocks),
+        }
+
+    @property
     def trace(self) -> Trace | None:
         """A record of every step, with ``trace=True``; otherwise None. Use ``run`` to read it between two steps."""
         return self._llm.trace

@@ -91,6 +91,8 @@ class _Batch:
         self, model_or_llm: LLM | str | Path | None, prompts: Prompts, params: Params, usage: KVUsage | None
     ) -> None:
         llm = model_or_llm if isinstance(model_or_llm, LLM) else LLM(model_or_llm)
+        if (kind := llm.engine.config.kv_cache_dtype) != "auto":
+            raise ValueError(f"kv_cache_dtype={kind!r}: the baselines store no keys in 8 bits, only LLM.generate does")
         self.engine = llm.engine
         self.decoder = llm.engine.decoder
         self.sampler = Sampler()

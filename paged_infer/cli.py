@@ -27,13 +27,14 @@ from paged_infer.cli_options import (
     show_stream,
     with_option_groups,
 )
-from paged_infer.config import EngineConfig
+from paged_infer.config import KV_CACHE_DTYPES, EngineConfig
 from paged_infer.params import SamplingParams
 from paged_infer.server.cli import serve
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from paged_infer.execution.memory_plan import MemoryPlan
     from paged_infer.execution.memory_profile import MemoryProfile
     from paged_infer.llm import LLM
     from paged_infer.model.config import ModelConfig
@@ -262,12 +263,15 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / MIB:,.1f} MiB"
 
 
-def _kv_product(config: ModelConfig, item_bytes: int) -> str:
+def _kv_product(config: ModelConfig, memory: MemoryPlan, item_bytes: int) -> str:
     """The bytes of a token in all layers, as factors."""
     if config.mla is not None:
         names, width = "layers x (kv_lora_rank + qk_rope_head_dim) x bytes", config.mla.cached_dim
         return f"{names} = {config.num_layers} x {width} x {item_bytes}"
     names, heads = "2 x layers x kv_heads x head_dim x bytes", config.num_kv_heads
+    if memory.kv_cache_dtype in KV_CACHE_DTYPES:
+        names = f"{memory.kv_cache_dtype}: 2 x layers x kv_heads x (head_dim + 2 of its scale)"
+        return f"{names} = 2 x {config.num_layers} x {heads} x ({config.head_dim} + 2)"
     return f"{names} = 2 x {config.num_layers} x {heads} x {config.head_dim} x {item_bytes}"
 
 
@@ -286,7 +290,7 @@ def info_table(llm: LLM) -> Table:
         "model": f"{llm.name} ({config.family}), {str(engine.decoder.dtype).removeprefix('torch.')} on {engine.device}",
         "weights": f"{config.num_parameters:,} parameters x {item_bytes} bytes"
         f" = {config.num_parameters * item_bytes / MIB:,.1f} MiB",
-        "KV bytes per token": f"{_kv_product(config, item_bytes)} = {memory.kv_bytes_per_token:,}",
+        "KV bytes per token": f"{_kv_product(config, memory, item_bytes)} = {memory.kv_bytes_per_token:,}",
         "block": f"{memory.block_size} tokens x {memory.kv_bytes_per_token:,} bytes = {block_bytes:,} bytes",
         "pool": f"{memory.num_blocks:,} blocks = {pool_tokens:,} tokens = {memory.pool_bytes / MIB:,.1f} MiB",
         "longest sequence": f"max_model_len = {memory.max_model_len:,} tokens;"

@@ -25,6 +25,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: str
     load_format: str
     quantization: str | None
+    kv_cache_dtype: str
     device: str
     attention_backend: str
     block_size: int
@@ -57,6 +58,9 @@ class EngineConfig(Checked):
         quantization: how many bits the weights of the linear layers get while a float checkpoint is loaded, and the
             activations before each product: "w8a16", "w4a16" or "w8a8". "gguf" keeps the blocks of a GGUF file. A
             checkpoint whose config.json has a quantization_config is read by that.
+        kv_cache_dtype: how keys and values are stored. "auto" is ``dtype``; "int8", "fp8" (e4m3) and "fp8_e5m2" take 8
+            bits and a float16 scale for each token and head. Greedy tokens do not depend on chunks, the pool's size,
+            sharing or preemption, but are those of this type.
         device: "cpu", "cuda", or "auto", which is "cuda" if there is one.
         attention_backend: how the paged cache is read: "triton", "c", "sdpa", "torch", your own "module:function", or
             "auto" for the fastest one available; see ``kernels.attention_backends``.
@@ -94,6 +98,7 @@ class EngineConfig(Checked):
     dtype: str = "auto"
     load_format: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     attention_backend: str = "auto"
     block_size: int = 16
@@ -118,6 +123,7 @@ class EngineConfig(Checked):
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
+        self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         if self.quantization is not None:
             self._check_choice("quantization", QUANTIZATIONS)
         for name in ("block_size", "max_num_seqs"):

@@ -127,6 +127,13 @@ def test_info_shows_the_formula_with_its_numbers():
     assert "100 blocks = 800 tokens" in words
 
 
+def test_info_counts_the_scales_of_a_cache_of_8_bits():
+    result = run("info", "--stories", "0", "--num-blocks", "100", "--block-size", "8", "--kv-cache-dtype", "fp8")
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert "fp8: 2 x layers x kv_heads x (head_dim + 2 of its scale) = 2 x 6 x 2 x (32 + 2) = 816" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,7 +57,7 @@ class ModelCost:
     layers: tuple[LayerCost, ...]
 
     @classmethod
-    def of(cls, decoder: Decoder) -> ModelCost:
+    def of(cls, decoder: Decoder, kv_cache_dtype: str = "auto") -> ModelCost:
         config = decoder.config
         embedding = config.vocab_size * config.hidden_size
         looked_up = config.learned_positions * config.max_position_embeddings * config.hidden_size
@@ -71,7 +71,7 @@ class ModelCost:
             head_flops=2 * embedding,
             layers=tuple(
                 LayerCost(layer.bytes_per_token, 2 * config.num_heads * (layer.k_dim + layer.v_dim), layer.window)
-                for layer in decoder.kv_spec()
+                for layer in decoder.kv_spec(kv_cache_dtype)
             ),
         )
 

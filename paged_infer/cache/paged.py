@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from torch import Tensor
 from paged_infer.cache.lazy_zeros import untouched_zeros
 from paged_infer.cache.spec import LatentForms, LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
-from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.attention.metadata import AttentionMetadata, AttentionOptions, ScoreOptions
 from paged_infer.kernels.attention.mla import LatentPlan, plan_latent
 from paged_infer.kernels.attention_backends import AttentionBackend, latent_backend
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
+from paged_infer.kernels.kv_quant import LARGEST_CODE
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 
 Pairs = ReadOnlyList[tuple[int, int]]
@@ -32,7 +33,10 @@ Pairs = ReadOnlyList[tuple[int, int]]
 class PagedCache:
     """The pool of physical blocks, a pair of tensors for each layer: [num_blocks + 1, block_size, H_kv, D].
 
-    A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them.
+    A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them. One whose spec has scales (8
+    bits) has two more tensors, [num_blocks + 1, block_size, H_kv] float16. They are copied and swapped with the codes,
+    so whatever shares or moves a block needs no code of its own. Keys and values are read as they are stored, those of
+    the same step too: how a prompt is cut into chunks does not change what its tokens see.
     The last block is never assigned or written: it stays zero, and reads past the end of a sequence can be directed
     to it. On a CPU, a block takes memory from its first write on. ``num_swap_blocks`` more blocks of swap space are in
     the CPU's memory.
@@ -62,7 +66,16 @@ class PagedCache:
             else untouched_zeros(*shape, s.num_kv_heads, s.v_dim, dtype=s.dtype, device=device)
             for k, s in zip(self.keys, spec, strict=True)
         ]
-        self._pools = [*self.keys, *(v for v, s in zip(self.values, spec, strict=True) if not s.v_in_k)]
+        self.scales = [
+            {
+                name: untouched_zeros(*shape, s.num_kv_heads, dtype=torch.float16, device=device)
+                for name in (("k_scale", "v_scale") if s.has_scales else ())
+            }
+            for s in spec
+        ]
+        stored = [*self.keys, *(v for v, s in zip(self.values, spec, strict=True) if not s.v_in_k)]
+        stored = [x.view(torch.uint8) if x.dtype in LARGEST_CODE else x for x in stored]  # torch copies few float8
+        self._pools = [*stored, *(scale for own in self.scales for scale in own.values())]
         self._latent = latent_backend(backend) if any(s.v_in_k for s in spec) else None
         # The GPU's copy engine reads and writes pinned memory directly.
         pinned = torch.device(device).type == "cuda" and num_swap_blocks > 0
@@ -114,16 +127,19 @@ class PagedCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]
     ) -> Tensor:
         """Store k and v at their slots, then attend through the block tables: [T, H, D]."""
-        self.ops.store_kv(k, v, self.keys[layer], self.values[layer], step.slot_mapping)
+        self.ops.store_kv(k, v, self.keys[layer], self.values[layer], step.slot_mapping, **self.scales[layer])
         return self.attend_stored(layer, q, step, **scores)
 
-    def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor]:
-        """Where ``attend`` would store."""
+    def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor] | None:
+        """Where ``attend`` would store, if it stores what it gets."""
+        if self.scales[layer]:
+            return None
         return {"k_cache": self.keys[layer], "v_cache": self.values[layer], "slot_mapping": step.slot_mapping}
 
     def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]) -> Tensor:
         """Attend through the block tables to what is stored already: [T, H, D]."""
-        return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window, **scores)
+        options: AttentionOptions = {**scores, **cast(AttentionOptions, self.scales[layer])}
+        return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window, **options)
 
     def attend_latent(
         self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms

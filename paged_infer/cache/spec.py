@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.kv_quant import LARGEST_CODE, SCALE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +22,25 @@ class LayerSpec:
     k_dim: int
     v_dim: int
     window: int | None  # tokens that a query sees, its own included; None: all up to its own
-    dtype: torch.dtype
+    dtype: torch.dtype  # as stored
     v_in_k: bool = False  # a value is the first v_dim elements of its key, which alone is stored (MLA)
 
     @property
+    def has_scales(self) -> bool:
+        """Whether each vector is stored as codes of 8 bits and one float16 scale (``kernels.kv_quant``)."""
+        return self.dtype in LARGEST_CODE
+
+    @property
     def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.k_dim + (0 if self.v_in_k else self.v_dim)) * self.dtype.itemsize
+        elements = self.k_dim + (0 if self.v_in_k else self.v_dim)
+        return self.num_kv_heads * (elements * self.dtype.itemsize + 2 * SCALE_BYTES * self.has_scales)
 
 
 def kv_bytes_per_token(spec: ReadOnlyList[LayerSpec]) -> int:
-    """Bytes in all layers: 2 * layers * kv_heads * head_dim * bytes per element, where layers are equal."""
+    """Bytes in all layers: 2 * layers * kv_heads * head_dim * bytes per element, where layers are equal.
+
+    Of a cache of 8 bits: 2 * layers * kv_heads * (head_dim + 2), the scales included.
+    """
     return sum(layer.bytes_per_token for layer in spec)
 
 
@@ -52,10 +62,11 @@ class Cache(Protocol):
 class SlottedCache(Cache, Protocol):
     """A cache to which the kernel that computes the keys can store directly, which saves one launch per layer."""
 
-    def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor]:
+    def slots(self, layer: int, step: AttentionMetadata) -> dict[str, Tensor] | None:
         """The arguments ``k_cache``, ``v_cache`` and ``slot_mapping`` of ``kernels.qk_norm_rope``.
 
-        A caller that stores there calls ``attend_stored`` next, instead of ``attend``.
+        A caller that stores there calls ``attend_stored`` next, instead of ``attend``. None: call ``attend``, as what
+        is stored is not what is computed.
         """
         ...
 

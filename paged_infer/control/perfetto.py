@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from paged_infer.control.trace_step import Arrive, End, TraceStep, Transition
 _US = 1e6  # Perfetto counts microseconds
 
 
-def write_perfetto(steps: ReadOnlyList[TraceStep], num_blocks: int, path: str | Path) -> None:
-    """Write ``steps`` as JSON. ``num_blocks``: the pool's size."""
+def write_perfetto(
+    steps: ReadOnlyList[TraceStep], num_blocks: int, path: str | Path, metadata: Mapping[str, str]
+) -> None:  # fmt: skip
+    """Write ``steps`` as JSON. ``num_blocks``: the pool's size; ``metadata`` is shown with the whole trace."""
     begin_s = steps[0].began_s if steps else 0.0
     events = [*_names(), *_engine_track(steps, num_blocks), *_sequence_tracks(steps)]
     for event in events:
         if "ts" in event:
             event["ts"] = (event["ts"] - begin_s) * _US
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": metadata}))
 
 
 def _spans(steps: ReadOnlyList[TraceStep]) -> Iterator[tuple[TraceStep, float]]:

@@ -71,10 +71,15 @@ class Replay:
 
 
 class Trace:
-    """Every step since the engine was created. ``num_blocks``: the pool's size."""
+    """Every step since the engine was created.
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    Args:
+        num_blocks: the pool's size.
+        kv_cache_dtype: how its keys and values are stored, by name.
+    """
+
+    def __init__(self, num_blocks: int, kv_cache_dtype: str = "float32") -> None:
+        self.num_blocks, self.kv_cache_dtype = num_blocks, kv_cache_dtype
         self.block_size = 0  # tokens; set by the scheduler
         self.steps: list[TraceStep] = []
 
@@ -115,4 +120,4 @@ class Trace:
 
     def to_perfetto(self, path: str | Path) -> None:
         """Write the trace as JSON that https://ui.perfetto.dev opens: a track for the engine, one for each sequence."""
-        write_perfetto(self.steps, self.num_blocks, path)
+        write_perfetto(self.steps, self.num_blocks, path, {"kv_cache_dtype": self.kv_cache_dtype})

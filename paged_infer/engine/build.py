@@ -25,7 +25,7 @@ from paged_infer.execution.executor import InProcessExecutor
 from paged_infer.execution.memory_plan import MemoryPlan, plan_memory
 from paged_infer.execution.memory_profile import CudaMeter, MemoryProfiler
 from paged_infer.execution.model_runner import ModelRunner
-from paged_infer.kernels.attention_backends import attention_backend, check_scores, suited_backend
+from paged_infer.kernels.attention_backends import attention_backend, check_options, suited_backend
 from paged_infer.kernels.device import device_of
 from paged_infer.model.attention import score_options
 from paged_infer.model.decoder import Decoder
@@ -64,7 +64,9 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights
     for model in (decoder, draft):
         if model is not None:
-            check_scores(backend, score_options(model.config))
+            check_options(backend, score_options(model.config))
+            if config.kv_cache_dtype != "auto":
+                check_options(backend, ("k_scale", "v_scale"), f"kv_cache_dtype={config.kv_cache_dtype!r}")
             backend = suited_backend(backend, model.config.head_dim)
     has_graphs = uses_graphs(config.enforce_eager, device, backend)
     profile = None
@@ -76,7 +78,8 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     size, num_swap_blocks = (memory.num_blocks, memory.block_size), memory.num_swap_blocks
 
     def cache_of(decoder: Decoder) -> PagedCache:
-        return PagedCache(decoder.kv_spec(), *size, backend, device, ops, num_swap_blocks=num_swap_blocks)
+        spec = decoder.kv_spec(config.kv_cache_dtype)
+        return PagedCache(spec, *size, backend, device, ops, num_swap_blocks=num_swap_blocks)
 
     cache, sampler = cache_of(decoder), Sampler(ops.sample, ops.argmax)
     graphs = None
@@ -91,7 +94,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
         preemption_mode=config.preemption_mode,
         policy=policy,
         proposer=make_proposer(config.speculation),
-        trace=Trace(memory.num_blocks) if config.trace else None,
+        trace=Trace(memory.num_blocks, memory.kv_cache_dtype) if config.trace else None,
     )
     executor = InProcessExecutor(ModelRunner(decoder, cache, sampler, graphs), drafter)
     return EngineParts(tokenizer, memory, executor, scheduler)

@@ -25,6 +25,7 @@ class MemoryPlan:
     max_num_batched_tokens: int
     kv_bytes_per_token: int
     num_swap_blocks: int = 0
+    kv_cache_dtype: str = "float32"  # as stored: a dtype, or the option's name for one of 8 bits
     profile: MemoryProfile | None = None  # if the pool was given what a GPU had left
 
     @property
@@ -48,7 +49,8 @@ def plan_memory(
     limit = decoder.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={limit}")
-    per_token = kv_bytes_per_token([*decoder.kv_spec(), *(draft.kv_spec() if draft is not None else ())])
+    models, kind = [decoder] if draft is None else [decoder, draft], config.kv_cache_dtype
+    per_token = kv_bytes_per_token([layer for model in models for layer in model.kv_spec(kind)])
     longest = config.max_model_len or limit
     num_blocks = config.num_blocks
     if num_blocks is None:
@@ -74,6 +76,7 @@ def plan_memory(
         max_num_batched_tokens(config, decoder.device),
         per_token,
         _num_swap_blocks(config, num_blocks, per_token * config.block_size),
+        str(decoder.dtype).removeprefix("torch.") if kind == "auto" else kind,
         profile,
     )
 

@@ -134,7 +134,7 @@ class MemoryProfiler:
     ) -> MemoryProfile:
         """Run what needs the most memory, and record how much it took."""
         weights = self.meter.allocated() - self.allocated
-        cache = PagedCache(decoder.kv_spec(), 1, config.block_size, backend, decoder.device, ops)
+        cache = PagedCache(decoder.kv_spec(config.kv_cache_dtype), 1, config.block_size, backend, decoder.device, ops)
         longest = config.max_model_len or decoder.config.max_position_embeddings
         graphs = 0
         with torch.inference_mode():

@@ -8,6 +8,7 @@ A backend takes the queries and the cache of one layer, and the metadata of the 
     LLM(attention_backend="mine")
 
 Only models that change their scores pass the last three (``ScoreOptions``), so a backend for others may leave them out.
+Only a cache of 8 bits (``kv_cache_dtype``) passes ``k_scale`` and ``v_scale`` (``AttentionOptions``).
 
 ``module:function`` names a backend that is not registered, for instance on the command line.
 """
@@ -151,8 +152,8 @@ def suited_backend(backend: AttentionBackend, head_dim: int) -> AttentionBackend
     return paged_attention_batched
 
 
-def check_scores(backend: AttentionBackend, options: Iterable[str]) -> None:
-    """Raises ValueError if ``backend`` does not take one of ``options``, keys of ``ScoreOptions`` that a model sets."""
+def check_options(backend: AttentionBackend, options: Iterable[str], needed_by: str = "this model") -> None:
+    """Raises ValueError if ``backend`` does not take one of ``options``, keys of ``AttentionOptions``."""
     try:
         taken = inspect.signature(backend).parameters
     except (TypeError, ValueError):  # a function of an extension module may have none
@@ -162,7 +163,7 @@ def check_scores(backend: AttentionBackend, options: Iterable[str]) -> None:
     if missing := [name for name in options if name not in taken]:
         named = f"{backend.__module__}:{getattr(backend, '__qualname__', type(backend).__qualname__)}"
         raise ValueError(
-            f"attention_backend {named} takes no {' and no '.join(missing)}, which this model needs: add the keyword "
+            f"attention_backend {named} takes no {' and no '.join(missing)}, which {needed_by} needs: add the keyword "
             "to the function, or choose another backend"
         )
 

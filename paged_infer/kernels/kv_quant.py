@@ -23,6 +23,7 @@ from torch import Tensor
 LARGEST_CODE: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 KV_DTYPES: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # vLLM's names
 LARGEST_SCALE: Final = 65504.0  # of float16
+SCALE_BYTES: Final = 2
 
 
 def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Ops(NamedTuple):
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     qk_norm_rope: Callable[..., Tensor]
     silu_mul: Callable[[Tensor], Tensor]
-    store_kv: Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Tensor], None]
+    store_kv: Callable[..., None]
     copy_blocks: Callable[..., None]
     sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler samples in torch
     argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # greedy sampling where ``sample`` is None

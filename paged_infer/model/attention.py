@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class Attention(nn.Module):
             self._normalise_width(qkv, self.qk_norm_weight)
         qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
         fuses = self.ops.fuses_store and rope is not None
-        slotted = cache if fuses and isinstance(cache, SlottedCache) else None
+        slots = cache.slots(self.layer, step) if fuses and isinstance(cache, SlottedCache) else None
         if rope is not None:
             qk = self.ops.qk_norm_rope(
                 qkv,
@@ -49,14 +51,14 @@ class Attention(nn.Module):
                 norm_weight=self.qk_norm_weight if self.normalises_heads else None,
                 eps=self.eps,
                 norm_offset=self.norm_offset,
-                **({} if slotted is None else slotted.slots(self.layer, step)),
+                **(slots or {}),
             )
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         scores = self.scores if self.sinks is None else self.scores | {"sinks": self.sinks}
         out = (
             cache.attend(self.layer, q, k, v, step, **scores)
-            if slotted is None
-            else slotted.attend_stored(self.layer, q, step, **scores)
+            if slots is None
+            else cast(SlottedCache, cache).attend_stored(self.layer, q, step, **scores)
         )  # [T, H, D]
         return self.output(out.reshape(x.shape[0], -1))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from paged_infer.cache.spec import Cache, LayerSpec
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.cpu.linear import PanelProduct
+from paged_infer.kernels.kv_quant import KV_DTYPES
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.attention import Attention, Rope
 from paged_infer.model.config import ModelConfig
@@ -168,10 +169,22 @@ class Decoder(nn.Module):
             for block, load in zip(blocks, self.expert_load, strict=True):
                 block.load = load
 
-    def kv_spec(self) -> list[LayerSpec]:
-        """What the cache stores for one token, layer by layer."""
+    def kv_spec(self, kv_cache_dtype: str = "auto") -> list[LayerSpec]:
+        """What the cache stores for one token, layer by layer.
+
+        Args:
+            kv_cache_dtype: "auto", the decoder's own, or a key of ``kernels.kv_quant.KV_DTYPES``.
+
+        Raises:
+            ValueError: the decoder's cache cannot be stored in this type.
+        """
         config, mla = self.config, self.config.mla
         if mla is not None:
+            if kv_cache_dtype != "auto":
+                raise ValueError(
+                    f"kv_cache_dtype={kv_cache_dtype!r}: {config.family} caches latents (MLA), a normalised part and a "
+                    "rotated one of another size in one vector, for which there are no kernels of 8 bits; use 'auto'"
+                )
             latent = LayerSpec(1, mla.cached_dim, mla.kv_lora_rank, None, self.dtype, v_in_k=True)
             return [latent] * config.num_layers
         return [
@@ -180,7 +193,7 @@ class Decoder(nn.Module):
                 k_dim=config.head_dim,
                 v_dim=config.head_dim,
                 window=window,
-                dtype=self.dtype,
+                dtype=KV_DTYPES.get(kv_cache_dtype, self.dtype),
             )
             for window in config.sliding_windows
         ]

@@ -36,7 +36,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     service = Service(engine, settings or Settings())
     app.state.service = service
     app.state.jobs = jobs.Jobs(service)
-    app.state.metrics = Metrics(engine, service.model_names[0])
+    app.state.metrics = Metrics(engine, service.model_names[0], engine.cache_config)
     app.state.live_events = LiveEvents(service)
     errors.install(app)
     for module in ROUTES:

@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from paged_infer.async_llm import AsyncLLM, StepReport
 from paged_infer.control.sequence import Sequence
@@ -48,9 +48,10 @@ def _usage(stats: dict[str, int | float]) -> float:
 class Metrics:
     """Observes an engine: counters and histograms on its thread after each step, the rest when they are scraped."""
 
-    def __init__(self, engine: AsyncLLM, model_name: str) -> None:
+    def __init__(self, engine: AsyncLLM, model_name: str, cache_config: Mapping[str, str] | None = None) -> None:
+        """``cache_config``: what ``vllm:cache_config_info`` shows as labels."""
         self.registry = CollectorRegistry()
-        self._engine = engine
+        self._engine, self._cache_config = engine, {"engine": "0", **(cache_config or {})}
         self._labels = (model_name, "0")
         self._last_token_s: dict[str, dict[int, float]] = {}  # request id -> sample index -> time
         counter, histogram = self._counter, self._histogram
@@ -104,6 +105,7 @@ class Metrics:
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
             counter.add_metric(self._labels, stats[key])
             yield counter
+        yield InfoMetricFamily("vllm:cache_config", "How keys and values are stored.", self._cache_config)
         yield from self._gaps_under_their_older_name()
 
     def _gaps_under_their_older_name(self) -> Iterator[Metric]:

@@ -13,7 +13,7 @@ from paged_infer.kernels import attention_backends, triton_runtime
 from paged_infer.kernels.attention_backends import (
     ATTENTION_BACKENDS,
     attention_backend,
-    check_scores,
+    check_options,
     register_attention_backend,
 )
 from paged_infer.kernels.op_sets import C_OPS, SDPA_OPS, TORCH_OPS, TRITON_OPS
@@ -107,15 +107,15 @@ def test_a_backend_without_an_option_that_the_model_needs_is_refused_by_name() -
 
     options = {"scale": 0.1, "softcap": 50.0}
     for backend in (*ATTENTION_BACKENDS.values(), all_of_them):
-        check_scores(backend, options)
+        check_options(backend, options)
     for backend in (plain, scaled):
-        check_scores(backend, {})
+        check_options(backend, {})
     with pytest.raises(ValueError, match=r"_backends:.*plain takes no scale and no softcap, which this model needs"):
-        check_scores(plain, options)
+        check_options(plain, options)
     with pytest.raises(ValueError, match=r"_backends:.*scaled takes no softcap, which"):
-        check_scores(scaled, options)
+        check_options(scaled, options)
     with pytest.raises(ValueError, match=r"_backends:.*Callable takes no sinks, which"):
-        check_scores(Callable(), ["sinks"])
+        check_options(Callable(), ["sinks"])
 
 
 def test_an_engine_whose_model_needs_more_than_its_backend_takes_is_not_built(checkpoint, monkeypatch) -> None:

@@ -62,6 +62,13 @@ def test_the_numbers_add_up_to_what_was_asked() -> None:
         )
 
 
+def test_the_cache_is_described_under_the_name_of_vllm() -> None:
+    with serving(max_num_seqs=1, num_blocks=64, block_size=8, kv_cache_dtype="int8") as served:
+        text = served.http.get("/metrics").text
+    line = next(line for line in text.splitlines() if line.startswith("vllm:cache_config_info{"))
+    assert all(label in line for label in ('cache_dtype="int8"', 'block_size="8"', 'num_gpu_blocks="64"'))
+
+
 def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
     with serving(max_num_seqs=1, num_blocks=64) as served:
         assert samples(served)["kv_cache_usage_perc"] == samples(served)["num_requests_running"] == 0

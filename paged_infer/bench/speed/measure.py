@@ -248,7 +248,8 @@ class Bench:
         engine = self.llm.engine
         num_running = min(num_clients or len(prompts), len(prompts), engine.config.max_num_seqs)
         assert self.roofline is not None
-        return ModelCost.of(engine.decoder).floor(prompts, outputs, self.roofline, num_running)
+        cost = ModelCost.of(engine.decoder, engine.config.kv_cache_dtype)
+        return cost.floor(prompts, outputs, self.roofline, num_running)
 
     def report(
         self,

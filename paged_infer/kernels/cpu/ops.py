@@ -99,7 +99,10 @@ def qk_norm_rope_c(
     return qk
 
 
-def store_kv_c(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor) -> None:
+def store_kv_c(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """``kernels.store_kv``: rows [T, H_kv, D] to their slots, which must be within the cache; -1: not stored."""
     dim, rows, caches = k.shape[-1], [k], [k_cache]
     if v is not None and v_cache is not None:
@@ -107,7 +110,7 @@ def store_kv_c(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | N
     dense = suits(*rows, *caches) and all(x.stride(1) == dim and x.shape == k.shape for x in rows)
     dense = dense and all(cache.is_contiguous() for cache in caches) and slot_mapping.dtype is torch.int64
     if not dense:
-        store_kv_reference(k, v, k_cache, v_cache, slot_mapping)
+        store_kv_reference(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
         return
     library(k.dtype).store_kv(
         k_cache.data_ptr(), None if v_cache is None else v_cache.data_ptr(),

@@ -20,7 +20,10 @@ from paged_infer.kernels.kv_quant import quantise_kv
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
-def store_kv(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor) -> None:
+def store_kv(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """Copy token t to slot ``slot_mapping[t]``; for slot -1 nothing is written. Without v and v_cache, keys alone.
 
     Args:
@@ -32,6 +35,9 @@ def store_kv(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | Non
         ValueError: shapes, dtypes, devices or layouts do not fit; for CPU tensors also a slot outside the cache. (On a
         GPU the check would make the host wait: there the caller must ensure it.)
     """
+    if k_scale is not None:
+        store_kv_reference(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        return
     _check(k, v, k_cache, v_cache, slot_mapping)
     num_tokens, width = k.shape[0], k.shape[1] * k.shape[2]
     block = min(triton.next_power_of_2(max(width, 1)), 2048)

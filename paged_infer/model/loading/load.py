@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.cpu.large_pages import to_empty_in_large_pages
+from paged_infer.kernels.cpu.large_pages import to_empty_in_large_pages, trim_heap
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.decoder import Decoder
@@ -84,6 +84,7 @@ def load_decoder(
     else:
         fill_at_random(decoder, dummy_seed)
     decoder.prepack()
+    trim_heap()
     return decoder
 
 

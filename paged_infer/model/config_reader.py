@@ -37,9 +37,9 @@ class ConfigReader:
             raise ValueError(f"{self.name}{key}={value!r}: must be an integer from {least} to {most}")
         return value
 
-    def size_or_none(self, key: str, default: int | None = None) -> int | None:
+    def size_or_none(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int | None:
         """As ``size``, but null is allowed and gives None."""
-        return None if self.value(key, default) is None else self.size(key, default)  # type: ignore[arg-type]
+        return None if self.value(key, default) is None else self.size(key, default, most=most)  # type: ignore[arg-type]
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.value(key, default)

@@ -8,7 +8,9 @@ from typing import Any
 from paged_infer.model.config_reader import ConfigReader
 from paged_infer.model.rope_config import read_rope
 
-MAX_LAYERS = 10_000  # far beyond any real model; each layer is a Python module
+# Far beyond any real model. Each layer is a Python module, each expert an entry of the layout, each row of a head a
+# number there.
+MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_WIDTH = 10_000, 2**16, 2**14, 2**20
 Windows = tuple[int | None, ...]
 ACTIVATIONS = {
     "silu": "silu",
@@ -63,15 +65,17 @@ def read_sizes(config: ConfigReader, activation: str = "hidden_act", **defaults:
         activation: the key that names it.
         defaults: of transformers' class for the family, for keys that a config.json may lack.
     """
-    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    heads, hidden = config.size("num_attention_heads", most=MAX_HEADS), config.size("hidden_size", most=MAX_WIDTH)
+    kv_heads = config.size_or_none("num_key_value_heads", defaults.get("num_key_value_heads"), most=MAX_HEADS)
+    head_dim = config.size_or_none("head_dim", defaults.get("head_dim"), most=MAX_WIDTH)
     return {
         "vocab_size": config.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": config.size("intermediate_size"),
+        "intermediate_size": config.size("intermediate_size", most=MAX_WIDTH),
         "num_layers": config.size("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
-        "num_kv_heads": config.size_or_none("num_key_value_heads", defaults.get("num_key_value_heads")) or heads,
-        "head_dim": head_dim_of(config.size_or_none("head_dim", defaults.get("head_dim")), hidden, heads),
+        "num_kv_heads": kv_heads or heads,
+        "head_dim": head_dim_of(head_dim, hidden, heads),
         "max_position_embeddings": config.size("max_position_embeddings"),
         "norm_eps": config.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
         "activation": read_activation(config, activation, defaults.get(activation, "silu")),

@@ -6,7 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from paged_infer.model.config_reader import ConfigReader
-from paged_infer.model.families.common import read_attention_biases, read_one_rope, read_one_window, read_sizes
+from paged_infer.model.families.common import (
+    MAX_EXPERTS,
+    MAX_WIDTH,
+    read_attention_biases,
+    read_one_rope,
+    read_one_window,
+    read_sizes,
+)
 from paged_infer.model.mla_config import MLAConfig
 from paged_infer.model.moe_config import MoEConfig
 from paged_infer.model.rope_config import RopeConfig, yarn_mscale
@@ -47,11 +54,11 @@ def _read_common(config: ConfigReader, *, interleaved: bool) -> dict[str, Any]:
     for key in ("num_mtp_layers", "num_nextn_predict_layers"):
         config.value(key)  # layers that draft further tokens, which transformers leaves out, too
     mla = MLAConfig(
-        q_lora_rank=config.size_or_none("q_lora_rank", 1536),
-        kv_lora_rank=config.size("kv_lora_rank", 512),
-        qk_nope_head_dim=config.size("qk_nope_head_dim", 128),
-        qk_rope_head_dim=config.size("qk_rope_head_dim", 64),
-        v_head_dim=config.size("v_head_dim", 128),
+        q_lora_rank=config.size_or_none("q_lora_rank", 1536, most=MAX_WIDTH),
+        kv_lora_rank=config.size("kv_lora_rank", 512, most=MAX_WIDTH),
+        qk_nope_head_dim=config.size("qk_nope_head_dim", 128, most=MAX_WIDTH),
+        qk_rope_head_dim=config.size("qk_rope_head_dim", 64, most=MAX_WIDTH),
+        v_head_dim=config.size("v_head_dim", 128, most=MAX_WIDTH),
     )
     settings = read_sizes(config, head_dim=mla.qk_rope_head_dim) | {"head_dim": mla.qk_rope_head_dim}
     if settings["num_kv_heads"] != settings["num_heads"]:
@@ -72,9 +79,10 @@ def _read_experts(
     config: ConfigReader, settings: dict[str, Any], first: int, *, num_shared: int, **routing: Any
 ) -> dict[str, Any]:
     """The experts of the layers from ``first`` on."""
-    num_experts, width = config.size("n_routed_experts"), config.size("moe_intermediate_size")
+    num_experts = config.size("n_routed_experts", most=MAX_EXPERTS)
+    width = config.size("moe_intermediate_size", most=MAX_WIDTH)
     config.only(num_experts=num_experts, num_local_experts=num_experts)
-    shared = config.size("n_shared_experts", num_shared)
+    shared = config.size("n_shared_experts", num_shared, most=MAX_EXPERTS)
     moe = MoEConfig(
         layers=tuple(layer >= first for layer in range(settings["num_layers"])),
         num_experts=num_experts,

@@ -6,7 +6,9 @@ from typing import Any
 
 from paged_infer.model.config_reader import ConfigReader
 from paged_infer.model.families.common import (
+    MAX_HEADS,
     MAX_LAYERS,
+    MAX_WIDTH,
     Windows,
     head_dim_of,
     read_activation,
@@ -72,12 +74,12 @@ def gpt2(config: ConfigReader) -> dict[str, Any]:
     }
     # transformers reads both names; the long one takes precedence.
     names = {key: key if config.value(long) is None else long for key, long in short.items()}
-    hidden, heads = config.size(names["n_embd"]), config.size(names["n_head"])
+    hidden, heads = config.size(names["n_embd"], most=MAX_WIDTH), config.size(names["n_head"], most=MAX_HEADS)
     num_layers = config.size(names["n_layer"], most=MAX_LAYERS)
     return {
         "vocab_size": config.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": config.size_or_none("n_inner") or 4 * hidden,
+        "intermediate_size": config.size_or_none("n_inner", most=MAX_WIDTH) or 4 * hidden,
         "num_layers": num_layers,
         "num_heads": heads,
         "num_kv_heads": heads,

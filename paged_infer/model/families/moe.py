@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from paged_infer.model.config_reader import ConfigReader
-from paged_infer.model.families.common import read_attention_biases, read_llama_like, read_one_window, read_windows
+from paged_infer.model.families.common import (
+    MAX_EXPERTS,
+    MAX_WIDTH,
+    read_attention_biases,
+    read_llama_like,
+    read_one_window,
+    read_windows,
+)
 from paged_infer.model.moe_config import MoEConfig
 
 _GPT_OSS_ROPE = {
@@ -67,7 +74,8 @@ def qwen2_moe(config: ConfigReader) -> dict[str, Any]:
     windows = read_windows(config, num_layers, window)
     if config.value("layer_types") is None:
         windows = tuple(window if layer % 2 == 0 and layer < end else None for layer in range(num_layers))
-    num_experts, shared = config.size("num_experts", 60, least=0), config.size("shared_expert_intermediate_size", 5632)
+    num_experts = config.size("num_experts", 60, least=0, most=MAX_EXPERTS)
+    shared = config.size("shared_expert_intermediate_size", 5632, most=MAX_WIDTH)
     return {
         **settings,
         "qkv_bias": config.flag("qkv_bias", True),
@@ -103,7 +111,8 @@ def _qwen_moe(
     dense = [] if dense is None else dense
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ValueError(f"mlp_only_layers={dense!r}: must be a list of layers")
-    top_k, width = config.size("num_experts_per_tok", top_k), config.size("moe_intermediate_size", width)
+    top_k = config.size("num_experts_per_tok", top_k)
+    width = config.size("moe_intermediate_size", width, most=MAX_WIDTH)
     renormalise = config.flag("norm_topk_prob", False)
     layers = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
     if not num_experts or not any(layers):
@@ -121,7 +130,7 @@ def _qwen_moe(
 def _num_experts(config: ConfigReader, default: int, *, least: int) -> int:
     """Under either of its two names, which transformers reads as one."""
     names = [name for name in ("num_local_experts", "num_experts") if config.value(name) is not None]
-    counts = {name: config.size(name, default, least=least) for name in names or ["num_experts"]}
+    counts = {name: config.size(name, default, least=least, most=MAX_EXPERTS) for name in names or ["num_experts"]}
     if len({*counts.values()}) > 1:
         raise ValueError(
             f"num_local_experts={counts['num_local_experts']} contradicts num_experts={counts['num_experts']}"

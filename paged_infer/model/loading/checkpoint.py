@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from paged_infer.model.config_reader import read_json
 from paged_infer.model.loading import gguf_model, safetensors
 from paged_infer.model.loading.gguf_file import GgufTensor, is_gguf, read_gguf
 from paged_infer.model.loading.safetensors import StoredTensor
+
+MOST_PACKED = 32  # weights in one stored element: 2 bits each of an int64
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -48,6 +52,23 @@ def list_tensors(path: Path) -> list[StoredTensor]:
         ValueError: a file that is missing, truncated or unreadable.
     """
     return [*gguf_model.list_tensors(read_gguf(path))] if is_gguf(path) else safetensors.list_tensors(path)
+
+
+def check_size(config: ModelConfig, stored: list[StoredTensor], source: str) -> None:
+    """Refuse a config of a far larger model, before a layout is built with an entry for each expert and row of a head.
+
+    Raises:
+        ValueError: more layers than tensors, or more parameters than their elements can hold.
+    """
+    if config.num_layers > len(stored):
+        raise ValueError(f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors")
+    num_elements = sum(math.prod(tensor.shape) for tensor in stored)
+    in_layers = replace(config, vocab_size=1, max_position_embeddings=1).num_parameters
+    if in_layers > num_elements * MOST_PACKED:
+        raise ValueError(
+            f"{source}: the config's sizes make {in_layers} parameters without the embeddings, "
+            f"but the tensors have only {num_elements} elements"
+        )
 
 
 def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:

@@ -182,7 +182,7 @@ def _head_and_rope(file: GgufFile, keys: ConfigReader, arch: str, config: dict[s
         found["head_dim"] = head_dim
     elif head_dim * heads != hidden:
         raise ValueError(f"qwen2 attention.key_length={head_dim}: must be {hidden} / {heads}")
-    if (rotated := keys.size("rope.dimension_count", head_dim)) != head_dim:
+    if (rotated := keys.size("rope.dimension_count", head_dim, most=head_dim)) != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
     kind, factor = keys.value("rope.scaling.type", "none"), keys.value("rope.scaling.factor", 1.0)
     if kind == "linear" and factor != 1:

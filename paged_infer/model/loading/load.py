@@ -26,7 +26,7 @@ from paged_infer.model.config import ModelConfig, named_dtype
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.layers import make_rotary
 from paged_infer.model.linear import MethodOf
-from paged_infer.model.loading.checkpoint import config_dict, list_tensors, read_config, read_tensors
+from paged_infer.model.loading.checkpoint import check_size, config_dict, list_tensors, read_config, read_tensors
 from paged_infer.model.loading.gguf_file import GgufTensor
 from paged_infer.model.loading.layout import HEAD, checkpoint_layout
 from paged_infer.model.loading.quantised import choose_methods
@@ -76,6 +76,8 @@ def load_decoder(
     stored = list_tensors(folder) if dummy_seed is None else []
     if dummy_seed is not None and config.quantization is not None:
         raise ValueError("load_format='dummy': random weights in the checkpoint's quantised format are not supported")
+    if dummy_seed is None:
+        check_size(config, stored, str(folder))
     method_of = method_of or choose_methods(config, quantization, stored, ops)
     found = match(config, method_of, stored, str(folder)) if dummy_seed is None else {}
     decoder = empty_decoder(config, dtype, device, ops, method_of)
@@ -166,8 +168,6 @@ def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], 
         ValueError: tensors that are missing, unexpected, given twice, misshapen or not floating-point; the message
             names up to ``MAX_PROBLEMS`` of them.
     """
-    if config.num_layers > len(stored):  # before a layout of thousands of layers is built
-        raise ValueError(f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors")
     layout = checkpoint_layout(config, method_of)
     shapes = {piece.name: piece.shape for pieces in layout.values() for piece in pieces}
     floats = {piece.name for pieces in layout.values() for piece in pieces if piece.is_float} | {HEAD}

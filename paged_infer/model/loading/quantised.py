@@ -44,8 +44,7 @@ def choose_methods(config: ModelConfig, quantization: str | None, stored: list[S
     own = config.quantization
     if own is not None and quantization is not None:
         raise ValueError(f"quantization={quantization!r}: the checkpoint is quantised already, by {own.method!r}")
-    is_short = bool(stored) and config.num_layers > len(stored)  # refused by the loader
-    if is_short or (own is None and quantization is None):
+    if own is None and quantization is None:
         return lambda name: packed
     formats = dict[str, Format]()
     matrices = _matrices(config)

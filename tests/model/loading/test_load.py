@@ -138,8 +138,9 @@ def test_a_config_that_fits_other_weights_is_an_error_and_not_garbage(checkpoint
     ("changes", "message"),
     [
         ({"vocab_size": 10**9}, "model.embed_tokens.weight is [1003, 192], not [1000000000, 192]"),
-        ({"hidden_size": 2**30}, "layers.0.input_layernorm.weight is [192], not [1073741824]"),
-        ({"intermediate_size": 2**31 - 1}, "mlp.up_proj.weight is [272, 192], not [2147483647, 192]"),
+        ({"hidden_size": 2**30}, "hidden_size=1073741824: must be an integer from 1 to 1048576"),
+        ({"intermediate_size": 2**20}, "parameters without the embeddings, but the tensors have only 885264 elements"),
+        ({"intermediate_size": 2**13}, "mlp.up_proj.weight is [272, 192], not [8192, 192]"),
         ({"num_hidden_layers": 10_000}, "num_hidden_layers=10000, but there are only 35 tensors"),
         ({"num_hidden_layers": 30}, "and 277 more"),
     ],
@@ -157,7 +158,12 @@ def test_a_config_of_an_absurd_size_is_refused_before_anything_is_allocated(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"vocab_size": 2**31 - 1, "hidden_size": 2**30}, {"intermediate_size": 2**31 - 1}], ids=str
+    "changes",
+    [
+        {"vocab_size": 2**31 - 1, "hidden_size": 2**20},
+        {"intermediate_size": 2**20, "num_hidden_layers": 9999, "layer_types": None},
+    ],
+    ids=str,
 )
 def test_dummy_weights_that_no_memory_holds_are_refused_in_bytes(changes, checkpoint, tmp_path, make_llm) -> None:
     folder = copy_of(checkpoint("qwen3"), tmp_path)

@@ -184,7 +184,9 @@ def _head_and_rope(file: GgufFile, keys: ConfigReader, arch: str, config: dict[s
         raise ValueError(f"qwen2 attention.key_length={head_dim}: must be {hidden} / {heads}")
     if (rotated := keys.size("rope.dimension_count", head_dim, most=head_dim)) != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
-    kind, factor = keys.value("rope.scaling.type", "none"), keys.value("rope.scaling.factor", 1.0)
+    # Without a type, a factor is linear: llama.cpp's default, of the time when there was no other, as is the old key.
+    kind, old_factor = keys.value("rope.scaling.type", "linear"), keys.number("rope.scale_linear", 1.0)
+    factor = keys.number("rope.scaling.factor", old_factor)
     if kind == "linear" and factor != 1:
         found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
@@ -196,7 +198,10 @@ def _head_and_rope(file: GgufFile, keys: ConfigReader, arch: str, config: dict[s
     elif kind not in ("none", "linear"):
         raise ValueError(f"{arch}.rope.scaling.type={kind!r}: must be one of none, linear, yarn")
     if arch == "llama" and "rope_freqs.weight" in file.tensors:
-        found["rope_scaling"] = _llama3_scaling(file.tensors["rope_freqs.weight"].read(), found["rope_theta"], head_dim)
+        llama3 = _llama3_scaling(file.tensors["rope_freqs.weight"], found["rope_theta"], head_dim)
+        if llama3 and "rope_scaling" in found:
+            raise ValueError(f"rope_freqs.weight, of Llama 3's scaling, beside {found['rope_scaling']}: not supported")
+        found |= {"rope_scaling": llama3} if llama3 else {}
     return found
 
 
@@ -213,18 +218,20 @@ def _gemma3(keys: ConfigReader, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _llama3_scaling(factors: Tensor, theta: float, dim: int) -> dict[str, Any] | None:
+def _llama3_scaling(stored: GgufTensor, theta: float, dim: int) -> dict[str, Any] | None:
     """The ``rope_scaling`` of Llama 3.1 and later, if these are the factors that it gives; None if all are 1.
 
     The file has no other trace of it than each frequency's divisor, so the numbers that all of these models share are
     tried.
     """
+    if stored.shape != (dim // 2,):
+        raise ValueError(f"{stored.name} is {list(stored.shape)}, not [{dim // 2}]")
+    factors = stored.read().double()
     low, high, length, factor = 1.0, 4.0, 8192, round(factors.max().item(), 3)
     wavelengths = 2 * math.pi * theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     share = ((length / wavelengths - low) / (high - low)).clamp(0, 1)  # 1: a short wave, which stays as it is
-    expected = 1 / ((1 - share) / factor + share)
-    if factors.shape != expected.shape or not torch.allclose(factors.double(), expected, rtol=1e-3):
-        raise ValueError(f"rope_freqs.weight {factors.tolist()}: not the factors of Llama 3's scaling by {factor}")
+    if not factor > 0 or not torch.allclose(factors, 1 / ((1 - share) / factor + share), rtol=1e-3):
+        raise ValueError(f"{stored.name} {factors.tolist()}: not the factors of Llama 3's scaling by {factor}")
     if factor == 1:
         return None
     return {

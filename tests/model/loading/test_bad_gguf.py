@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from pathlib import Path
@@ -29,6 +30,13 @@ class AllocatedError(Exception):
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     save_gguf(path, random_model("llama"), "Q8_0", general__name="random", tokenizer__ggml__tokens=["a", "b"])
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_llama3(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    save_gguf(path, random_model("llama3"))
     return path.read_bytes()
 
 
@@ -211,6 +219,33 @@ class TestModel:
         path = tmp_path / "model.gguf"
         save_gguf(path, random_model("llama3"), llama__rope__freq_base=1234.5)
         assert "not the factors of Llama 3's scaling by 8.0" in refusal(path)
+
+    @pytest.mark.parametrize("bad", [0.0, math.nan, -1.0, math.inf, 1e-30])
+    def test_factors_that_are_no_numbers_above_zero_are_refused(
+        self, bad: float, whole_llama3: bytes, tmp_path: Path
+    ) -> None:
+        """All of them, and one of them."""
+        path = written(tmp_path / "model.gguf", whole_llama3)
+        freqs = read_gguf(path).tensors["rope_freqs.weight"]
+        for count in (1, freqs.shape[0]):
+            changed = bytearray(whole_llama3)
+            changed[freqs.offset : freqs.offset + 4 * count] = np.full(count, bad, np.float32).tobytes()
+            assert "rope_freqs.weight" in refusal(written(path, changed))
+
+    def test_factors_of_another_shape_or_beside_another_scaling_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.gguf"
+        narrow = dict.fromkeys(("attention__key_length", "attention__value_length", "rope__dimension_count"), 32)
+        save_gguf(path, random_model("llama3"), **{f"llama__{key}": value for key, value in narrow.items()})
+        assert "rope_freqs.weight is [32], not [16]" in refusal(path)
+        save_gguf(path, random_model("llama3"), llama__rope__scaling__factor=2.0)
+        assert "rope_freqs.weight, of Llama 3's scaling, beside {'rope_type': 'linear'" in refusal(path)
+
+    @pytest.mark.parametrize("factor", [0.0, -2.0, math.nan, math.inf, "2", [2.0]])
+    @pytest.mark.parametrize("kind", [None, "linear", "yarn"])
+    def test_a_scaling_factor_that_is_no_number_above_zero_is_refused(self, factor, kind, tmp_path: Path) -> None:
+        path = tmp_path / "model.gguf"
+        save_gguf(path, random_model("llama"), llama__rope__scaling__factor=factor, llama__rope__scaling__type=kind)
+        assert f"rope.scaling.factor={factor!r}: must be a number > 0" in refusal(path)
 
     def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(self, whole: bytes, tmp_path: Path) -> None:
         path = written(tmp_path / "model.gguf", whole)

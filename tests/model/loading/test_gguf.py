@@ -69,6 +69,25 @@ class TestTokens:
         assert tokens(drafting.generate(prompts(), GREEDY, use_tqdm=False)) == expected
 
 
+class TestRope:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"llama__rope__scaling__type": None},
+            {
+                "llama__rope__scaling__type": None,
+                "llama__rope__scaling__factor": None,
+                "llama__rope__scale_linear": 4.0,
+            },
+        ],
+        ids=["no-type", "old-key"],
+    )
+    def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        path = tmp_path / "model.gguf"
+        save_gguf(path, random_model("llama-linear"), **changes)
+        assert {rope.linear_factor for rope in read_config(path).ropes} == {4.0}
+
+
 class TestTensors:
     @pytest.mark.parametrize("name", MODELS)
     def test_names_shapes_and_values_are_those_of_the_transformers_checkpoint(self, name: str, tmp_path: Path) -> None:

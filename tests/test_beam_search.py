@@ -179,6 +179,19 @@ def test_blocks_chunks_preemption_and_neighbours_do_not_change_a_beam(options, c
     assert is_idle(llm) and llm.engine.manager.swap.num_used == 0
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "deepseek3"])
+def test_experts_and_latents_give_a_preempted_beam_the_answers_of_transformers(
+    family, mode, make_llm, expected
+) -> None:
+    llm = speaks(make_llm(family, block_size=3, num_blocks=36, max_num_seqs=24, preemption_mode=mode), ENDS)
+    outputs = serve_together(llm)
+    del outputs[4], outputs[1]  # sampled and greedy
+    assert [answers(o) for o in outputs] == expected(family, CROWD, SEARCH, ENDS)
+    assert llm.stats()["preemptions"] > 0 and (llm.stats()["blocks_swapped_in"] > 0) == (mode == "swap")
+    assert is_idle(llm)
+
+
 # -- endings, and what is refused --------------------------------------------------------------------------------------
 
 

@@ -275,6 +275,24 @@ def _kv_product(config: ModelConfig, memory: MemoryPlan, item_bytes: int) -> str
     return f"{names} = 2 x {config.num_layers} x {heads} x {config.head_dim} x {item_bytes}"
 
 
+def weight_rows(llm: LLM) -> dict[str, str]:
+    """The bytes of the weights and, if some have few bits, which and how."""
+    from paged_infer.model.quant.methods import few_bits
+
+    decoder = llm.engine.decoder
+    config, item_bytes, few = decoder.config, decoder.dtype.itemsize, few_bits(decoder.linears())
+    if few is None:
+        total = config.num_parameters * item_bytes
+        return {"weights": f"{config.num_parameters:,} parameters x {item_bytes} bytes = {total / MIB:,.1f} MiB"}
+    floats, own = config.num_parameters - few.num_weights, config.quantization
+    how = f"{llm.engine.config.quantization}, while loading" if own is None else f"{own.method}, as stored"
+    return {
+        "weights": f"{floats:,} parameters x {item_bytes} bytes + {few.num_weights:,} of few bits in"
+        f" {few.num_bytes / MIB:,.1f} MiB",
+        "quantization": f"{how}; linear layers: {'; '.join(few.kinds)}",
+    }
+
+
 def info_table(llm: LLM) -> Table:
     """The model and its memory, each number with its formula."""
     from rich.table import Table
@@ -288,8 +306,7 @@ def info_table(llm: LLM) -> Table:
     rows = {
         "machine": machine_line(describe_machine()),
         "model": f"{llm.name} ({config.family}), {str(engine.decoder.dtype).removeprefix('torch.')} on {engine.device}",
-        "weights": f"{config.num_parameters:,} parameters x {item_bytes} bytes"
-        f" = {config.num_parameters * item_bytes / MIB:,.1f} MiB",
+        **weight_rows(llm),
         "KV bytes per token": f"{_kv_product(config, memory, item_bytes)} = {memory.kv_bytes_per_token:,}",
         "block": f"{memory.block_size} tokens x {memory.kv_bytes_per_token:,} bytes = {block_bytes:,} bytes",
         "pool": f"{memory.num_blocks:,} blocks = {pool_tokens:,} tokens = {memory.pool_bytes / MIB:,.1f} MiB",

@@ -64,6 +64,13 @@ def words(codes: np.ndarray, bits: int, columns: tuple[int, ...] | None = None) 
     return torch.from_numpy(out.view(np.int32).copy())
 
 
+def dense_words(codes: np.ndarray, bits: int) -> Tensor:
+    """[R, C] -> int32 [R, C bits / 32], one string of bits a row, the lowest of each code first."""
+    row = (codes[..., None] >> np.arange(bits) & 1).reshape(len(codes), -1)
+    row = np.pad(row, ((0, 0), (0, -row.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(row, axis=1, bitorder="little").view("<i4").copy())
+
+
 def awq(module: str, w: np.ndarray) -> Packed:
     codes, zeros, scales, dense = rounded(w, 4, np.arange(w.shape[1]) // GROUP)
     return {
@@ -108,24 +115,30 @@ def compressed(form: str, weights: dict[str, Any], activations: dict[str, Any] |
     }
 
 
-def compressed_words(bits: int, symmetric: bool) -> tuple[dict[str, Any], Packer]:
+def compressed_words(bits: int, symmetric: bool, ordered: bool = False) -> tuple[dict[str, Any], Packer]:
+    """``ordered``: GPTQ's act-order, with the group of each column in ``weight_g_idx``."""
+
     def pack(module: str, w: np.ndarray) -> Packed:
         groups = np.arange(w.shape[1]) // GROUP
+        if ordered:
+            groups = np.random.default_rng(w.shape[1]).permutation(groups)
         codes, zeros, scales, dense = rounded(w, bits, groups)
         if symmetric:
             zeros[:] = 2 ** (bits - 1)
             dense = torch.from_numpy((codes - 2 ** (bits - 1)) * scales[:, groups].astype(np.float64)).float()
-        per = 32 // bits
         tensors = {
-            "weight_packed": words(np.pad(codes, ((0, 0), (0, -w.shape[1] % per))), bits),
+            "weight_packed": dense_words(codes, bits),
             "weight_scale": torch.from_numpy(scales),
             "weight_shape": torch.tensor(w.shape),
         }
         if not symmetric:
-            tensors["weight_zero_point"] = words(np.pad(zeros.T, ((0, 0), (0, -w.shape[0] % per))), bits).t()
+            tensors["weight_zero_point"] = dense_words(zeros.T, bits).t()
+        if ordered:
+            tensors["weight_g_idx"] = torch.from_numpy(groups.astype(np.int32))
         return tensors, dense
 
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": GROUP}
+    weights |= {"actorder": "group"} if ordered else {}
     return compressed("pack-quantized", {**weights, "dynamic": False, "observer": "minmax"}), pack
 
 

@@ -131,7 +131,9 @@ def _group_size(keys: ConfigReader) -> int | None:
 
 
 def _compressed_tensors(keys: ConfigReader) -> QuantizationConfig:
-    keys.only(kv_cache_scheme=None, quantization_status="compressed", sparsity_config={}, transform_config={})
+    keys.only(kv_cache_scheme=None, sparsity_config={}, transform_config={})
+    # "frozen": no longer calibrated. Tensors that are not compressed are refused by their names and types.
+    _choice(keys, "quantization_status", ("compressed", "frozen", None))
     for key in ("global_compression_ratio", "version"):  # without effect
         keys.value(key)
     top, groups = keys.value("format"), keys.value("config_groups")

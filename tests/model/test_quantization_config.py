@@ -73,7 +73,7 @@ def test_names_and_patterns_choose_the_layers() -> None:
         (compressed(output_activations=TOKEN), "output_activations="),
         (compressed(top={"kv_cache_scheme": {"num_bits": 8}}), "kv_cache_scheme="),
         (compressed(top={"sparsity_config": {"format": "sparse-24-bitmask"}}), "sparsity_config="),
-        (compressed(top={"quantization_status": "frozen"}), "quantization_status='frozen' is not supported"),
+        (compressed(top={"quantization_status": "calibration"}), "status='calibration': must be one of compressed, fr"),
         (compressed(top={"ignore": "lm_head"}), "ignore='lm_head': must be a list of names"),
         (compressed(top={"ignore": ["re:("]}), r"ignore: 're:\(' is no pattern"),
         (compressed(top={"config_groups": {}}), "config_groups={}: must be an object"),

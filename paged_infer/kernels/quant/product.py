@@ -5,7 +5,7 @@ Weight-only (``activations`` None): x stays as it is. "int8" and "float8" also r
     scale[t] = max |x[t]| / 127.5    codes = round(x[t] / scale[t]), ties to even, cut at -128 and 127
     scale[t] = max |x[t]| / 448      codes = x[t] / scale[t] as float8 e4m3
 
-These are compressed-tensors' rules (``calculate_qparams`` and ``_quantize`` of 0.20.1, looked up), which rounds scale
+These are compressed-tensors' rules (0.20.1, ``calculate_qparams`` and ``_quantize``, read), which rounds scale
 and quotient to bfloat16, too, if x is. Every kernel has to divide, as they do: -max |x| is between two codes, and a
 product by 127.5 / max |x| has another last bit, so another code.
 

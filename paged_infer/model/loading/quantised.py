@@ -53,7 +53,8 @@ def choose_methods(config: ModelConfig, quantization: str | None, stored: list[S
     elif quantization == "gguf":
         formats = _kept(matrices, stored)
     else:
-        assert quantization is not None
+        if quantization not in _ROUNDED:
+            raise ValueError(f"quantization={quantization!r}: must be one of {', '.join((*_ROUNDED, 'gguf'))}")
         rounded = _ROUNDED[quantization]()
         formats = {name: rounded for name in matrices if not name.endswith((*_STAY_DENSE, "kv_up"))}
     if config.tie_word_embeddings:

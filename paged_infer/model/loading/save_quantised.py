@@ -3,7 +3,7 @@
     pack-quantized   4 bits    weight_packed int32 [N, K / 8], code i at bit 4 i; weight_scale [N, G]; weight_shape
     int-quantized    8 bits    weight int8 [N, K]; weight_scale [N, G] or [N, 1]; inputs rounded per token for W8A8
 
-Source: compressed-tensors 0.20, ``compressors/pack_quantized`` and ``quantization/quant_args.py`` (looked up).
+Source, read: compressed-tensors 0.20.1, ``compressors/pack_quantized`` and ``quantization/utils/helpers.py``.
 """
 
 from __future__ import annotations

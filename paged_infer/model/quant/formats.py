@@ -1,7 +1,7 @@
 """The formats of few bits: the tensors of a checkpoint that one matrix W [N, K] is stored as, and their decoding.
 
-    packed  compressed-tensors   weight_packed [N, K b / 32] int32, codes + 2^(b-1) along K, lowest bits first;
-                                 weight_scale [N, G], weight_zero_point [N b / 32, G] int32, packed along N;
+    packed  compressed-tensors   weight_packed [N, K b / 32] int32, codes + 2^(b-1) along K, lowest bits first, across
+                                 words; weight_scale [N, G], weight_zero_point [N b / 32, G] int32, packed along N;
                                  weight_shape [2], weight_g_idx [K]
     plain   compressed-tensors   weight [N, K] int8 or float8, weight_scale [N, G], [N, 1] or [1]
     awq     AutoAWQ, gemm        qweight [K, N / 8] int32, qzeros [K / g, N / 8], scales [K / g, N]; bits 4 i .. 4 i + 3
@@ -10,8 +10,9 @@
                                  points of v1 are stored less one
     fp8     DeepSeek             weight [N, K] float8, weight_scale_inv: a factor for each block, of 128 by 128
 
-Sources: compressed-tensors ``compressors/pack_quantized``, AutoAWQ ``utils/packing_utils.py``, GPTQModel
-``utils/model.py``, DeepSeek-V3 ``inference/kernel.py`` (looked up).
+Sources, all read: compressed-tensors 0.20.1 ``compressors/pack_quantized``, AutoAWQ ``awq/utils/packing_utils.py``,
+GPTQModel ``utils/model.py`` (v1's zero points), transformers 5.23 ``integrations/finegrained_fp8.py``. The layout of
+GPTQ's words and compressed-tensors' ``weight_g_idx`` are from memory, and tested against folders packed by the tests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from math import gcd, prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.kernels.quant.product import Activations
@@ -68,6 +70,17 @@ class Format:
         self.bits, self.has_zeros, self.has_order = stored.bits, stored.has_zeros, stored.has_order
         self.activations: Activations | None = stored.activations
         self.float_dtype = torch.float8_e4m3fn if stored.is_float else None
+
+    def describe(self) -> str:
+        """The codes, for messages."""
+        return f"{self.bits} bits" if self.float_dtype is None else "float8"
+
+    def describe_group(self, columns: int) -> str:
+        """What shares a scale, of rows of ``columns``."""
+        if self.stored.block is not None:
+            return "a scale for {} x {}".format(*self.stored.block)
+        group = self.group(columns)
+        return "a scale for each row" if group == columns else f"groups of {group}"
 
     def packs(self, columns: int) -> bool:
         return self.float_dtype is None and self.bits <= 4 and columns % 2 == 0
@@ -143,7 +156,12 @@ def _module(piece: Piece) -> str:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., W] -> codes 0 .. 2^bits - 1, int32 [..., W * (32 // bits)], lowest bits first."""
+    """int32 [..., W] -> codes 0 .. 2^bits - 1, int32 [..., W * 32 // bits], lowest bits first, across words."""
+    if 32 % bits:
+        first = torch.arange(words.shape[-1] * 32 // bits, device=words.device) * bits
+        wide = F.pad(words, (0, 1)).long() & 0xFFFFFFFF
+        both = wide[..., first // 32] | wide[..., first // 32 + 1] << 32
+        return (both >> first % 32 & 2**bits - 1).int()
     shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
     return (words[..., None] >> shifts & 2**bits - 1).flatten(-2)
 
@@ -170,10 +188,9 @@ class Compressed(Format):
         tensors = {"values": ("weight", (rows, columns)), "scales": ("weight_scale", grid)}
         zeros = grid
         if stored.kind == "packed":
-            per_word = 32 // stored.bits
-            tensors["values"] = ("weight_packed", (rows, -(-columns // per_word)))
+            tensors["values"] = ("weight_packed", (rows, -(-columns * stored.bits // 32)))
             tensors["shape"] = ("weight_shape", (2,))
-            zeros = (-(-rows // per_word), columns // group)
+            zeros = (-(-rows * stored.bits // 32), columns // group)
         if stored.has_zeros:
             tensors["zeros"] = ("weight_zero_point", zeros)
         if stored.has_order:

@@ -7,13 +7,15 @@
     Q6_K    256 in 210                low 4 bits, high 2 bits, 16 int8 scales, d
     MXFP4   32 in 16 + 1              float4 e2m1, the even weight in the low half; a power of two, less 127
 
-Sources: ggml's ``ggml-quants.c`` and ``block_*`` of ``ggml-common.h``; OCP Microscaling Formats 1.0, section 5 (looked
-up).
+Sources, all read: ggml's ``get_scale_min_k4`` and ``dequantize_row_q6_K`` (``ggml-quants.c``); transformers 5.23
+``integrations/mxfp4.py``. The other blocks are from memory, and tested against the ``gguf`` package.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from math import gcd
 
 import torch
@@ -25,6 +27,8 @@ from paged_infer.model.linear import Piece
 from paged_infer.model.quant.formats import Format, StoredPiece
 from paged_infer.model.quant.scheme import Scheme, quantise
 from paged_infer.model.quantization_config import StoredAs
+
+logger = logging.getLogger(__name__)
 
 FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of e2m1
 Decoded = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K]: 0 .. 15 or int8; scales [N, G]; zeros [N, G] or None
@@ -42,6 +46,9 @@ class Rounded(Format):
         return columns if self.scheme.group_size is None else gcd(self.scheme.group_size, columns)
 
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
+        columns = piece.to_rows(torch.empty(piece.shape, device="meta")).shape[1]
+        if self.group(columns) != (self.scheme.group_size or columns):
+            _warn_about_group(self.scheme.group_size, columns, self.group(columns))
         return {"values": _dense(piece)}
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
@@ -53,6 +60,11 @@ class Rounded(Format):
         return {"values": found.values, "scales": found.scales} | (
             {} if found.zeros is None else {"zeros": found.zeros}
         )
+
+
+@cache
+def _warn_about_group(size: int | None, columns: int, group: int) -> None:
+    logger.warning("group_size=%d: does not divide rows of %d columns, so they have groups of %d", size, columns, group)
 
 
 def _dense(piece: Piece, as_stored: bool = False) -> StoredPiece:
@@ -165,6 +177,9 @@ class Mxfp4(Format):
 
     strict = False
     is_expanded = True
+
+    def describe(self) -> str:
+        return "MXFP4"
 
     def held(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"values": ((rows, columns // 2), torch.uint8), "scales": ((rows, columns // 32), torch.uint8)}

@@ -10,7 +10,11 @@ act-order).
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +104,7 @@ class QuantisedMethod:
         """x -> some rows of x W^T + b; and whether kernels compute it, which hold what they need."""
         activations = self.form.activations
         if self.form.is_expanded:
+            _warn_about_reference(self.form.describe(), activations, linear.values.device.type)
             return lambda x: quantised_linear(x, self._weights(linear, rows)[0], bias, activations), False
         products, are_packed, first = list[Product](), True, 0
         for weight in self._weights(linear, rows):
@@ -109,7 +114,7 @@ class QuantisedMethod:
             if activations != "float8":
                 product = self.pack(weight, its_bias, activations)
             if product is None:
-                _warn_about_reference(self.form.bits, activations, weight.values.device.type)
+                _warn_about_reference(self.form.describe(), activations, weight.values.device.type)
                 product = partial(quantised_linear, weight=weight, bias=its_bias, activations=activations)
                 are_packed = False
             products.append(product)
@@ -164,6 +169,30 @@ class QuantisedMethod:
             linear.g_idx.data[index] = order.argsort()
 
 
+@dataclass(frozen=True, slots=True)
+class FewBits:
+    """Of a decoder: the weights of its quantised linear layers, their bytes with scales and zeros, and their kinds."""
+
+    num_weights: int
+    num_bytes: int
+    kinds: tuple[str, ...]
+
+
+def few_bits(linears: Iterable[tuple[str, Linear]]) -> FewBits | None:
+    """``decoder.linears()`` -> what is quantised; None: nothing."""
+    num_weights, num_bytes, kinds = 0, 0, Counter[str]()
+    for _, linear in linears:
+        if isinstance(linear.method, QuantisedMethod):
+            form, rows, columns = linear.method.form, linear.out_features, linear.in_features
+            num_weights += rows * columns
+            num_bytes += sum(prod(shape) * dtype.itemsize for shape, dtype in form.held(rows, columns).values())
+            inputs = f", inputs rounded to {form.activations}" if form.activations else ""
+            kinds[f"{form.describe()}, {form.describe_group(columns)}{inputs}"] += 1
+    if not kinds:
+        return None
+    return FewBits(num_weights, num_bytes, tuple(f"{count} of {kind}" for kind, count in kinds.items()))
+
+
 def _check_scales(scales: Tensor, name: str, *, strict: bool) -> None:
     if scales.dtype != torch.float32:
         return
@@ -175,10 +204,10 @@ def _check_scales(scales: Tensor, name: str, *, strict: bool) -> None:
 
 
 @cache
-def _warn_about_reference(bits: int, activations: str | None, device: str) -> None:
+def _warn_about_reference(kind: str, activations: str | None, device: str) -> None:
     logger.warning(
-        "no kernel for weights of %d bits%s on this %s: they are dequantised in every product, which is slow",
-        bits,
+        "no kernel for weights of %s%s on this %s: they are dequantised in every product, which is slow",
+        kind,
         f" and activations of {activations}" if activations else "",
         device,
     )

@@ -17,6 +17,7 @@ from paged_infer import LLM, SamplingParams
 from paged_infer.kernels.quant.weight import dequantise
 from paged_infer.model.linear import Piece
 from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.quant import methods
 from paged_infer.model.quant.formats_blocks import FLOAT4, GGUF_TYPES, Gguf
 from paged_infer.model.quant.methods import QuantisedMethod
 
@@ -100,9 +101,11 @@ def mxfp4_folders(monkeypatch, tmp_path):
     return folders
 
 
-def test_experts_in_mxfp4_stay_in_4_bits_and_give_the_logits_of_the_dense_ones(monkeypatch, tmp_path) -> None:
+def test_experts_in_mxfp4_stay_in_4_bits_and_give_the_logits_of_the_dense_ones(monkeypatch, tmp_path, caplog) -> None:
+    methods._warn_about_reference.cache_clear()
     ours, theirs = (load_decoder(folder, torch.float32) for folder in mxfp4_folders(monkeypatch, tmp_path))
     torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS), atol=2e-4, rtol=1e-3)
+    assert sum("no kernel for weights of MXFP4 on this cpu" in text for text in caplog.messages) == 1
     up = ours.layers[0].mlp.experts.up
     assert type(up.method) is QuantisedMethod and type(ours.layers[0].attention.qkv.method) is not QuantisedMethod
     assert sum(t.nbytes for t in up.parameters() if t is not up.bias) == up.in_features * up.out_features * 17 // 32

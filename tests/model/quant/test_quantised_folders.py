@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from decoding import IDS, logits
 from quantised_folders import AWQ, Packer, awq, compressed_plain, compressed_words, fp8_blocks, gptq, write_pair
 from safetensors.torch import load_file, save_file
 
 from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.quant.formats import unpack_words
 from paged_infer.model.quant.methods import QuantisedMethod
 
 PROJ = r"_proj|\.w[123]"
@@ -32,13 +34,24 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "packed-4": compressed_words(4, symmetric=True),
     "packed-4-asymmetric": compressed_words(4, symmetric=False),
     "packed-8": compressed_words(8, symmetric=True),
+    "packed-4-order": compressed_words(4, symmetric=True, ordered=True),
+    "packed-2": compressed_words(2, symmetric=True),
     "packed-3-asymmetric": compressed_words(3, symmetric=False),
+    "packed-5": compressed_words(5, symmetric=True),
+    "packed-6-asymmetric": compressed_words(6, symmetric=False),
+    "packed-7-order": compressed_words(7, symmetric=True, ordered=True),
     "int8": compressed_plain("channel", torch.int8),
     "int8-tensor": compressed_plain("tensor", torch.int8),
     "float8": compressed_plain("channel", torch.float8_e4m3fn),
     "fp8": fp8_blocks(128, 128),
     "fp8-small": fp8_blocks(32, 16),
 }
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_are_packed_as_compressed_tensors_packs_them(bits) -> None:
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 77), dtype=torch.int8)
+    assert torch.equal(unpack_words(pack_to_int32(codes, bits), bits)[:, :77], codes.int() + 2 ** (bits - 1))
 
 
 def check_pair(packed, dense) -> Any:
@@ -63,6 +76,26 @@ def test_rows_in_another_order_latents_and_experts(family, form, checkpoint, tmp
     """phi3 stores q, k and v as one matrix, some of whose rows are reordered; DeepSeek's kv_b becomes floats."""
     config, pack = FORMATS[form]
     check_pair(*write_pair(checkpoint(family), tmp_path, config, pack, PROJ))
+
+
+def changed(folder, change, **section: Any) -> None:
+    """Some tensors of a folder replaced, or left out where ``change`` gives None, and keys of quantization_config."""
+    tensors = {name: change(name, tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= section
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def test_a_folder_of_compressed_tensors_may_be_called_frozen(checkpoint, tmp_path) -> None:
+    packed, dense = write_pair(checkpoint("qwen3"), tmp_path, *FORMATS["int8"], PROJ)
+    changed(packed, lambda name, tensor: tensor, quantization_status="frozen")
+    check_pair(packed, dense)
+    floats = load_file(dense / "model.safetensors")
+    changed(packed, lambda name, tensor: floats.get(name, tensor))
+    with pytest.raises(ValueError, match=r"_proj\.weight: has codes that are not of 8 bits, as int8"):
+        load_decoder(packed, torch.float32)
 
 
 def test_ignored_layers_stay_floats_and_a_later_group_has_the_others(checkpoint, tmp_path) -> None:
@@ -93,13 +126,9 @@ def test_ignored_layers_stay_floats_and_a_later_group_has_the_others(checkpoint,
 def test_a_tensor_that_cannot_be_used_is_one_clear_error(change, message, checkpoint, tmp_path) -> None:
     config, pack = FORMATS["gptq-4-v1-shared"]
     packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, config, pack, PROJ)
-    tensors = load_file(packed / "model.safetensors")
-    for ending, new in change.items():
-        name = next(name for name in tensors if name.endswith(ending))
-        tensor = tensors.pop(name)
-        if new is not None:
-            tensors[name] = new(tensor).contiguous()
-    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    ((ending, new),) = change.items()
+    first = next(name for name in load_file(packed / "model.safetensors") if name.endswith(ending))
+    changed(packed, lambda name, tensor: tensor if name != first else None if new is None else new(tensor))
     with pytest.raises(ValueError, match=message):
         load_decoder(packed, torch.float32)
 
@@ -122,15 +151,22 @@ def test_matrices_of_one_product_must_be_stored_alike(checkpoint, tmp_path) -> N
         load_decoder(packed, torch.float32)
 
 
-def test_int8_activations_are_rounded_row_by_row(checkpoint, tmp_path) -> None:
-    config, pack = compressed_plain("channel", torch.int8)
-    rounding = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_activations_are_rounded_row_by_row(kind, checkpoint, tmp_path) -> None:
+    config, pack = compressed_plain("channel", torch.int8 if kind == "int" else torch.float8_e4m3fn)
+    rounding = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True, "strategy": "token"}
     config["config_groups"]["group_0"]["input_activations"] = rounding
     packed, dense = write_pair(checkpoint("qwen3"), tmp_path, config, pack, PROJ)
     ours, theirs = load_decoder(packed, torch.float32), load_decoder(dense, torch.float32)
     x = torch.randn(5, 192)
-    scale = x.abs().amax(1, keepdim=True) / 127.5
-    expected = theirs.layers[0].attention.qkv((x / scale).round().clamp(-128, 127) * scale)
+    if kind == "int":
+        scale = x.abs().amax(1, keepdim=True) / 127.5
+        rounded = (x / scale).round().clamp(-128, 127)
+    else:
+        scale = x.abs().amax(1, keepdim=True) / 448
+        rounded = (x / scale).to(torch.float8_e4m3fn).float()
+    expected = theirs.layers[0].attention.qkv(rounded * scale)
+    assert not torch.allclose(expected, theirs.layers[0].attention.qkv(x), atol=1e-5, rtol=1e-4)
     qkv = ours.layers[0].attention.qkv
     torch.testing.assert_close(qkv(x), expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(qkv(x)[2:3], qkv(x[2:3]))

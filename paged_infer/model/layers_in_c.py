@@ -1,8 +1,8 @@
 """Which decoders run all their layers by one call of C (``kernels.cpu.layers``), and when.
 
 The modules stay what is read, tested and changed: the call is made only while they are as they were loaded. Once one
-has a hook, another part, other ``ops`` or another ``forward``, all are computed module by module. Numbers that a module
-keeps, such as ``eps``, are read once.
+has a hook, another part, parameter, product, method, ``ops`` or ``forward``, or torch has a hook for all modules, all
+are computed module by module. Numbers that a module keeps, such as ``eps``, are read once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.cache.spec import Cache
@@ -32,8 +33,20 @@ class WholeLayers:
         modules = list(layers.modules())
         self._in_c = in_c
         self._hooks = [one for module in modules for one in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks += [of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks]
         self._parts = [(module._modules, [*module._modules.values()]) for module in modules if module._modules]
-        self._attributes = [(module.__dict__, module.__dict__.get("ops")) for module in modules]
+        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
+        self._attributes = [
+            (module.__dict__, name, module.__dict__.get(name))
+            for module in modules
+            for name in ("forward", "ops", "method", "product")
+            if name == "forward" or name in module.__dict__
+        ]
+        self._parameters = [
+            (module._parameters, name, parameter, 0 if parameter is None else parameter.data_ptr())
+            for module in modules
+            for name, parameter in module._parameters.items()
+        ]
 
     def __call__(
         self, x: Tensor, ropes: Sequence[Rope], cache: Cache, step: AttentionMetadata
@@ -46,8 +59,13 @@ class WholeLayers:
     def _has_changed(self) -> bool:
         return (
             any(self._hooks)
-            or any("forward" in one or one.get("ops") is not ops for one, ops in self._attributes)
+            or any(one.get(name) is not known for one, name, known in self._attributes)
             or any([*parts.values()] != known for parts, known in self._parts)
+            or any(kind.forward is not known for kind, known in self._forwards)
+            or any(
+                one.get(name) is not known or (known is not None and known.data_ptr() != address)
+                for one, name, known, address in self._parameters
+            )
         )
 
 

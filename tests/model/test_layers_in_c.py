@@ -85,6 +85,42 @@ def test_a_hook_a_part_and_a_forward_that_were_changed_are_seen(make_llm, calls)
     assert results(llm) == want and calls
 
 
+def test_hooks_of_all_modules_are_seen(make_llm, calls) -> None:
+    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+    llm = make_llm("qwen3", enable_prefix_caching=False)
+    want = results(llm)
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        heard = set[str]()
+        handle = register(lambda module, *rest, heard=heard: heard.add(type(module).__name__))
+        calls.clear()
+        try:
+            assert results(llm) == want and not calls and {"DecoderLayer", "Attention", "MLP"} <= heard
+        finally:
+            handle.remove()
+        assert results(llm) == want and calls
+
+
+@pytest.mark.parametrize("change", ["parameter", "data", "product", "method", "class"])
+def test_what_was_replaced_after_loading_is_seen(change, make_llm, calls, monkeypatch) -> None:
+    llm = make_llm("qwen3", enable_prefix_caching=False)
+    want, layer = results(llm), llm.engine.decoder.layers[1]
+    calls.clear()
+    if change == "parameter":
+        layer.mlp_norm.weight = nn.Parameter(layer.mlp_norm.weight * 2, requires_grad=False)
+    elif change == "data":
+        layer.attention.qk_norm_weight.data = layer.attention.qk_norm_weight.data * 2
+    elif change == "product":
+        product = layer.mlp.down.product
+        layer.mlp.down.product = lambda x: 2 * product(x)
+    elif change == "method":
+        layer.mlp.down.method = type("Doubled", (), {"apply": lambda self, linear, x: 2 * linear.product(x)})()
+    else:
+        forward = type(layer.mlp).forward
+        monkeypatch.setattr(type(layer.mlp), "forward", lambda self, x: 2 * forward(self, x))
+    assert results(llm) != want and not calls
+
+
 def test_a_tied_table_is_held_once(make_llm) -> None:
     decoder, ids = make_llm("qwen3").engine.decoder, torch.tensor([0, 5, 1002])
     assert decoder.head.product.panels.data_ptr() == decoder.embedding.panels.data_ptr()

@@ -1,7 +1,9 @@
 """Write a quantised decoder as a folder in compressed-tensors' formats, which transformers and vLLM load, too.
 
-    pack-quantized   4 bits    weight_packed int32 [N, K / 8], code i at bit 4 i; weight_scale [N, G]; weight_shape
-    int-quantized    8 bits    weight int8 [N, K]; weight_scale [N, G] or [N, 1]; inputs rounded per token for W8A8
+    pack-quantized   2 .. 7 bits   weight_packed int32 [N, K b / 32], code i at bit b i; weight_scale [N, G];
+                                   weight_shape; asymmetric: weight_zero_point int32 [N b / 32, G], packed along N
+    int-quantized    8 bits        weight int8 [N, K]; weight_scale [N, G] or [N, 1]; asymmetric: weight_zero_point
+                                   int8, as weight_scale; inputs rounded per token for W8A8
 
 Source, read: compressed-tensors 0.20.1, ``compressors/pack_quantized`` and ``quantization/utils/helpers.py``.
 """
@@ -14,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paged_infer.kernels.quant.weight import QuantisedWeight, pack_int4, unpack_int4
+from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import Piece
 from paged_infer.model.loading.layout import HEAD
 from paged_infer.model.loading.load import checkpoint_views
 from paged_infer.model.loading.targets import targets_of
+from paged_infer.model.quant.formats import pack_words
 from paged_infer.model.quant.scheme import Scheme
 
 
@@ -54,7 +56,7 @@ def save_quantised(
     Args:
         config: the dense checkpoint's config.json.
         decoder: whose linear layers ``quantised`` came from, by ``quantise_decoder``.
-        scheme: of 4 or 8 bits, symmetric.
+        scheme: of integer codes; transformers 5.23 loads symmetric ones only.
         rounds_inputs: engines round inputs to int8, token by token (W8A8).
     """
     names = {linear: name for name, linear in decoder.linears()}
@@ -85,7 +87,7 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str], *, rounds_inputs:
         "dynamic": False,
     }
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    form = "pack-quantized" if scheme.bits == 4 else "int-quantized"
+    form = "int-quantized" if scheme.bits == 8 else "pack-quantized"
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if rounds_inputs else None}
     return {
         "quant_method": "compressed-tensors",
@@ -99,17 +101,24 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str], *, rounds_inputs:
 
 def _compressed(name: str, weight: QuantisedWeight, rows: slice, piece: Piece) -> dict[str, Tensor]:
     """The tensors of one matrix, whose rows are some of ``weight``'s, in the checkpoint's order."""
-    assert weight.zeros is None and weight.columns is None
+    assert weight.columns is None and not weight.values.is_floating_point()
     values, scales, module = weight.values[rows], weight.scales[rows], name.removesuffix(".weight")
+    codes = unpack_int4(values) if weight.is_packed else values + (0 if weight.bits == 8 else 2 ** (weight.bits - 1))
+    zeros = None if weight.zeros is None else weight.zeros[rows]  # signed, unless the codes are packed
+    if zeros is not None and not weight.is_packed and weight.bits < 8:
+        zeros = zeros + 2 ** (weight.bits - 1)
     if piece.order is not None:
         order = torch.tensor(piece.order).argsort()
-        values, scales = values[order], scales[order]
+        codes, scales, zeros = codes[order], scales[order], None if zeros is None else zeros[order]
+    tensors = {f"{module}.weight_scale": scales}
     if weight.bits == 8:
-        return {name: values, f"{module}.weight_scale": scales}
-    codes = unpack_int4(values) if weight.is_packed else values + 8
-    words = pack_int4(F.pad(codes, (0, -codes.shape[1] % 8))).view(torch.int32)  # the machine is little-endian
-    shape = torch.tensor([len(codes), codes.shape[1]])
-    return {f"{module}.weight_packed": words, f"{module}.weight_scale": scales, f"{module}.weight_shape": shape}
+        tensors[name] = codes
+        return tensors if zeros is None else {**tensors, f"{module}.weight_zero_point": zeros.to(torch.int8)}
+    tensors[f"{module}.weight_packed"] = pack_words(codes, weight.bits)
+    tensors[f"{module}.weight_shape"] = torch.tensor([len(codes), codes.shape[1]])
+    if zeros is not None:
+        tensors[f"{module}.weight_zero_point"] = pack_words(zeros.t(), weight.bits).t()
+    return tensors
 
 
 def _smallest(tensor: Tensor) -> Tensor:

@@ -166,6 +166,13 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return (words[..., None] >> shifts & 2**bits - 1).flatten(-2)
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes 0 .. 2^bits - 1, [..., K] -> int32 [..., ceil(K bits / 32)]: the inverse of ``unpack_words``."""
+    each = (codes[..., None].int() >> torch.arange(bits, dtype=torch.int32) & 1).flatten(-2)
+    words = F.pad(each, (0, -each.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    return (words << torch.arange(32, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
 def _named(piece: Piece, rows: int, **tensors: tuple[str, tuple[int, ...]]) -> dict[str, StoredPiece]:
     """Parameter -> name's ending and shape, as pieces. Scales and float codes must be stored as floats."""
     found = {}

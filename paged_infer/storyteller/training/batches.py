@@ -92,14 +92,15 @@ class Rows:
         batches, group = [], list[tuple[list[int], list[float]]]()
         for row in rows:
             if group and (len(group) + 1) * len(row[0]) > tokens:
-                batches.append(self._pad(group))
+                batches.append(self.pad(group))
                 group = []
             group.append(row)
-        batches.append(self._pad(group))
+        batches.append(self.pad(group))
         self.random.shuffle(batches)
         return batches
 
-    def _pad(self, rows: list[tuple[list[int], list[float]]]) -> Batch:
+    def pad(self, rows: list[tuple[list[int], list[float]]]) -> Batch:
+        """Rows, as `row` gives them, as one batch; shorter ones end in `<|endoftext|>`s that weigh nothing."""
         width = max(len(row) for row, _ in rows)
         token_ids = torch.full((len(rows), width), self.end)
         weights = torch.zeros(len(rows), width - 1)

@@ -13,7 +13,18 @@ from transformers import Qwen3ForCausalLM
 
 from paged_infer.storyteller import DRAFT_PATH, PATH
 from paged_infer.storyteller.training.batches import Batch, Mix
-from paged_infer.storyteller.training.train import BatchTokens, Loss, Out, Seed, Steps, Threads, fit, new_model
+from paged_infer.storyteller.training.train import (
+    BatchTokens,
+    Loss,
+    Out,
+    Precision,
+    Products,
+    Seed,
+    Steps,
+    Threads,
+    fit,
+    new_model,
+)
 
 DRAFT_SHAPE = {
     "hidden_size": 128,
@@ -29,10 +40,9 @@ def distance_from(teacher: Qwen3ForCausalLM) -> Loss:
 
     def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         counted = batch.weights > 0  # [B, S - 1]: not the padding
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                wanted = teacher(input_ids=batch.token_ids[:, :-1], use_cache=False).logits[counted]  # [N, V]
-            logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits[counted]
+        with torch.no_grad():
+            wanted = teacher(input_ids=batch.token_ids[:, :-1], use_cache=False).logits[counted]  # [N, V]
+        logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits[counted]
         wanted, logits = log_softmax(wanted.float(), dim=-1), log_softmax(logits.float(), dim=-1)
         distance = kl_div(logits, wanted, log_target=True, reduction="batchmean")
         return distance, distance.detach()
@@ -41,7 +51,12 @@ def distance_from(teacher: Qwen3ForCausalLM) -> Loss:
 
 
 def main(
-    out: Out = DRAFT_PATH, seed: Seed = 0, steps: Steps = 1700, batch_tokens: BatchTokens = 1600, threads: Threads = 1
+    out: Out = DRAFT_PATH,
+    seed: Seed = 0,
+    steps: Steps = 1700,
+    batch_tokens: BatchTokens = 1600,
+    threads: Threads = 1,
+    precision: Products = Precision.bfloat16,
 ) -> None:
     """Train the draft model on new stories and write it in Hugging Face format."""
     torch.set_num_threads(threads)
@@ -49,7 +64,7 @@ def main(
     loss_of = distance_from(Qwen3ForCausalLM.from_pretrained(PATH).eval())
     model = new_model(tokenizer.get_vocab_size(), seed, DRAFT_SHAPE)
     phases = [(steps, Mix(drills=0.2, packed=0.02, headless=0.2))]
-    fit(model, tokenizer, phases, out, seed, batch_tokens, decay_steps=0.4 * steps, log_every=100, loss_of=loss_of)
+    fit(model, tokenizer, phases, out, seed, batch_tokens, 0.4 * steps, 100, loss_of, precision=precision)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,22 @@ from paged_infer.storyteller.stories.grammar import END
 from paged_infer.storyteller.training.vocabulary import save_tokenizer
 
 
-def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write config, weights (rounded to bfloat16) and tokenizer to `folder`; each file is replaced atomically.
+def export(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path, tensors: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write config, weights and tokenizer to `folder`; each file is replaced atomically.
 
-    config.json still names float32, so that engines compute in it: only the stored weights are bfloat16.
+    The weights are `tensors`, by default those of the model, rounded to bfloat16. config.json still names float32, so
+    that engines compute in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = tokenizer.token_to_id(END)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         draft = Path(name)
-        tensors = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
-        del tensors["lm_head.weight"]  # tied to the embedding
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        if tensors is None:
+            tensors = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
+        stored = {key: value for key, value in tensors.items() if key != "lm_head.weight"}  # tied to the embedding
+        save_file(stored, draft / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(draft)
         config = json.loads((draft / "config.json").read_text())
         config |= {"architectures": [type(model).__name__], "dtype": "float32"}

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from paged_infer.storyteller import PATH
 from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
 from paged_infer.storyteller.training.batches import CONTEXT, Batch, Mix, Rows, stream
 from paged_infer.storyteller.training.export import export, plot
+from paged_infer.storyteller.training.mixed_precision import LossScale, autocast
 from paged_infer.storyteller.training.vocabulary import train_tokenizer
 
 SHAPE = {
@@ -27,13 +29,29 @@ SHAPE = {
     "intermediate_size": 640,
 }
 Loss = Callable[[Qwen3ForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]]  # (to minimize, to log)
+Save = Callable[[Qwen3ForCausalLM, Tokenizer, Path], None]
 
-# The options that both training commands have.
+
+class Precision(Enum):
+    """Of the products; weights, gradients and optimizers are float32."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.value)
+        return found
+
+
+# The options that all training commands have.
 Out = Annotated[Path, typer.Option(help="Folder for the model.")]
 Seed = Annotated[int, typer.Option(help="Seed of the weights and the data.")]
 Steps = Annotated[int, typer.Option(help="Optimizer steps in total.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens per step.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Products = Annotated[Precision, typer.Option(help="Of products; float16 has a loss scale, and is slow on most CPUs.")]
 
 
 def new_model(vocab_size: int, seed: int, shape: dict[str, int] = SHAPE) -> Qwen3ForCausalLM:
@@ -90,8 +108,7 @@ def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
 
 def weighted_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted mean, plain mean) of the nats per predicted token."""
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits  # [B, S - 1, vocabulary]
+    logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits  # [B, S - 1, vocabulary]
     nats = cross_entropy(logits.float().flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
     weights = batch.weights.flatten()
     return (nats * weights).sum() / weights.sum(), nats.detach()[weights > 0].mean()
@@ -111,16 +128,23 @@ class Probe:
         """An answer counts if each of its tokens is the most probable one given the true tokens before it."""
         right = asked = 0
         for batch in self.batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits
+            logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits
             guesses = logits.argmax(-1)  # [B, S - 1]
             for targets, guess, weights in zip(batch.token_ids[:, 1:], guesses, batch.weights, strict=True):
-                good = True
-                for i in (weights > 1.0).nonzero().flatten().tolist():
-                    good = good and bool(guess[i] == targets[i])
-                    if targets[i] == self.end_of_answer:
-                        right, asked, good = right + good, asked + 1, True
+                found = answers(targets, guess, weights > 1.0, self.end_of_answer)
+                right, asked = right + sum(found), asked + len(found)
         return right / asked
+
+
+def answers(targets: torch.Tensor, guesses: torch.Tensor, in_answer: torch.Tensor, end: int) -> list[bool]:
+    """Whether each answer is guessed right, all its tokens and the `end` of its line; [S] token ids, twice, and [S]."""
+    found, good = [], True
+    for i in in_answer.nonzero().flatten().tolist():
+        good = good and bool(guesses[i] == targets[i])
+        if targets[i] == end:
+            found.append(good)
+            good = True
+    return found
 
 
 def fit(
@@ -133,39 +157,50 @@ def fit(
     decay_steps: float,
     log_every: int,
     loss_of: Loss = weighted_loss,
+    *,
+    precision: Precision = Precision.bfloat16,
+    rate: float = 1.0,
+    save: Save = export,
 ) -> list[dict[str, float]]:
-    """Train `model` for the steps of all `phases` and write it to `out`, at the end and every 500 steps.
+    """Train `model` for the steps of all `phases` and `save` it to `out`, at the end and every 500 steps.
 
-    The learning rates rise over 50 steps and fall linearly to 0 over the last `decay_steps`. Returns the loss and
-    the recall of unseen facts, measured every `log_every` steps.
+    The learning rates, times `rate`, rise over 50 steps and fall linearly to 0 over the last `decay_steps`. Returns the
+    loss and the recall of unseen facts, measured every `log_every` steps.
+
+    Raises:
+        FloatingPointError: the gradients are infinite or NaN; in float16, even without a loss scale.
     """
     steps = sum(count for count, _ in phases)
     rows = Rows(tokenizer, seed)
     probe = Probe(rows)
     all_optimizers = optimizers(model)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in all_optimizers]
+    rates = [rate * optimizer.param_groups[0]["lr"] for optimizer in all_optimizers]
+    scale = LossScale.of(precision.dtype)
     log: list[dict[str, float]] = []
     losses: list[float] = []
     tokens = 0
     bar = tqdm(stream(rows, phases, batch_tokens), total=steps, unit="step")
     for step, batch in enumerate(bar, start=1):
-        loss, plain = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(all_optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50, (steps - step + 1) / decay_steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        with autocast(precision.dtype):
+            loss, plain = loss_of(model, batch)
+        scale.backward(loss)
+        if scale.unscale(model):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, full in zip(all_optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = full * min(1.0, step / 50, (steps - step + 1) / decay_steps)
+                optimizer.step()
+        model.zero_grad()
         losses.append(plain.item())
         tokens += int((batch.weights > 0).sum())
         if step % log_every == 0:
-            recall = probe.recall(model)
+            with autocast(precision.dtype):
+                recall = probe.recall(model)
             log.append({"step": step, "tokens": tokens, "loss": sum(losses) / len(losses), "recall": recall})
             losses = []
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", recall=f"{recall:.0%}")
         if step % 500 == 0:
-            export(model, tokenizer, out)
-    export(model, tokenizer, out)
+            save(model, tokenizer, out)
+    save(model, tokenizer, out)
     return log
 
 
@@ -178,12 +213,13 @@ def main(
     batch_tokens: BatchTokens = 1600,
     log_every: Annotated[int, typer.Option(help="Steps between two measurements of recall.")] = 50,
     threads: Threads = 1,
+    precision: Products = Precision.bfloat16,
 ) -> None:
     """Train the storyteller and write it in Hugging Face format, with a picture of its loss."""
     torch.set_num_threads(threads)
     tokenizer = train_tokenizer()
     model = new_model(tokenizer.get_vocab_size(), seed)
-    log = fit(model, tokenizer, phases(steps), out, seed, batch_tokens, decay_steps, log_every)
+    log = fit(model, tokenizer, phases(steps), out, seed, batch_tokens, decay_steps, log_every, precision=precision)
     figures.mkdir(parents=True, exist_ok=True)
     (figures / "storyteller_loss.json").write_text(json.dumps({"seed": seed, "steps": steps, "log": log}) + "\n")
     plot(log, figures / "storyteller_loss.png")

@@ -68,7 +68,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
             if config.kv_cache_dtype != "auto":
                 check_options(backend, ("k_scale", "v_scale"), f"kv_cache_dtype={config.kv_cache_dtype!r}")
             backend = suited_backend(backend, model.config.head_dim)
-    has_graphs = uses_graphs(config.enforce_eager, device, backend)
+    has_graphs = uses_graphs(config.enforce_eager, device, backend, decoder)
     profile = None
     if profiler is not None:
         profile = profiler.finish(config, decoder, backend, ops, has_graphs=has_graphs)

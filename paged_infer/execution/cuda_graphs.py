@@ -16,12 +16,13 @@ What is captured must hold for every step: one query per row, and no row longer 
 from __future__ import annotations
 
 import gc
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paged_infer.cache.paged import PagedCache
 from paged_infer.control.step import SamplingRow, ScheduledSequence, ScheduledStep
@@ -29,6 +30,8 @@ from paged_infer.execution.input_buffers import InputBuffers
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention_backends import AttentionBackend, triton_backend
 from paged_infer.model.decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], None]], Replay]
@@ -49,13 +52,21 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-def uses_graphs(enforce_eager: bool | None, device: torch.device, backend: AttentionBackend) -> bool:
-    """Whether decode steps are captured.
+def uses_graphs(
+    enforce_eager: bool | None, device: torch.device, backend: AttentionBackend, decoder: nn.Module
+) -> bool:
+    """Whether decode steps of ``decoder`` are captured.
 
     Raises:
         ValueError: graphs are requested (``enforce_eager=False``) but cannot be used.
     """
     can_be_captured = device.type == "cuda" and backend is triton_backend
+    if can_be_captured and any(getattr(module, "waits", False) for module in decoder.modules()):
+        reason = "experts of few bits have no kernel: in each step the host waits for their choice"
+        if enforce_eager is False:
+            raise ValueError(f"enforce_eager=False requests CUDA graphs, but {reason}")
+        logger.warning("%s, and no CUDA graph is used", reason)
+        return False
     if enforce_eager is False and not can_be_captured:
         raise ValueError(
             f"enforce_eager=False requests CUDA graphs, which need a GPU and attention_backend='triton'; the device is "

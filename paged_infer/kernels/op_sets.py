@@ -22,6 +22,7 @@ from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_refere
 from paged_infer.kernels.fused.sample import argmax_reference, sample
 from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
+from paged_infer.kernels.quant.gemm import pack_triton
 from paged_infer.kernels.quant.product import PackQuantised, no_kernel
 
 
@@ -47,7 +48,15 @@ TORCH_OPS = Ops(
 )
 SDPA_OPS = TORCH_OPS._replace(pack_experts=sort_experts)
 TRITON_OPS = Ops(
-    add_rms_norm, qk_norm_rope, silu_mul, store_kv, copy_blocks, sample, fuses_store=True, pack_experts=grouped_experts
+    add_rms_norm,
+    qk_norm_rope,
+    silu_mul,
+    store_kv,
+    copy_blocks,
+    sample,
+    fuses_store=True,
+    pack_experts=grouped_experts,
+    pack_quantised=pack_triton,
 )
 C_OPS = Ops(
     add_rms_norm_c,

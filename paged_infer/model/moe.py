@@ -99,6 +99,7 @@ class Experts(nn.Module):
     """E gated MLPs, of which each row passes through those that its router chose; computed by ``ops.pack_experts``."""
 
     product: ExpertsProduct | None = None  # once packed
+    waits = False  # the host reads the ids in each product, so no CUDA graph can hold it
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, ops: Ops) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class Experts(nn.Module):
             return
         if up is None or down is None:
             raise ValueError("experts of which only one matrix is quantised are not supported")
-        self.product = sort_experts(ExpertProducts(up, down, self.glu))
+        self.product, self.waits = sort_experts(ExpertProducts(up, down, self.glu)), True
 
     def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """x [T, hidden], ids and scores [T, k] -> [T, hidden]; an id of -1 adds nothing."""

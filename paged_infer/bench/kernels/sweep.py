@@ -25,13 +25,21 @@ from paged_infer.bench.kernels.checks import SMALL_TOLERANCES, TOLERANCES
 from paged_infer.bench.kernels.comparisons import compare
 from paged_infer.bench.kernels.fused import largest_error
 from paged_infer.bench.kernels.peers import Ready, Unavailable, packed
-from paged_infer.bench.kernels.problems import PagedProblem, paged_attention_float64
 from paged_infer.bench.kernels.report import LEFT_OUT, Entry
-from paged_infer.bench.kernels.sweep_cases import DTYPE, SMALL_SPLIT_RULES, Candidate, Case, candidates, small_cases
+from paged_infer.bench.kernels.sweep_cases import (
+    DTYPE,
+    SMALL_SPLIT_RULES,
+    AnyCase,
+    Candidate,
+    call_case,
+    candidates,
+    exact_output,
+    small_cases,
+)
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 from paged_infer.kernels.ahead_of_time import SHARED_LIMIT, compiling_for
-from paged_infer.kernels.attention.tile_table import Chosen, Key
+from paged_infer.kernels.attention.tile_table import LINEAR_KERNELS, AnyKey, Chosen, LinearKey, as_key
 
 TODAY, AGAIN = "today's", "today's, again"
 LEAST_GAIN = 0.02
@@ -64,9 +72,13 @@ class CaseResult:
     title: str
     kernel: str
     key: list[Any]  # the fields of the table's ``Key``
-    work: float  # bytes of a decode, floating-point operations of a prompt
+    work: float  # bytes of a decode, or of the weights for few tokens; else floating-point operations
     trials: list[Trial]
     is_finished: bool = False
+
+    @property
+    def counts_bytes(self) -> bool:
+        return self.kernel == "decode" or (self.kernel in LINEAR_KERNELS and LinearKey(*self.key).few)
 
     @property
     def was_left_out(self) -> bool:
@@ -151,17 +163,18 @@ class SweepReport(JsonReport):
                 found.append(Winner([*key], best, means[best], margin))
         return found
 
-    def table(self) -> dict[Key, Chosen]:
+    def table(self) -> dict[AnyKey, Chosen]:
         """Entries for the winners."""
-        by_label = {(kernel, c.label): c for kernel in ("flash", "prefill", "decode") for c in candidates(kernel)}
-        chosen = {Key(*winner.key): by_label[winner.key[0], winner.name] for winner in self.winners()}
+        chosen = dict[AnyKey, Candidate]()
+        for winner in self.winners():
+            chosen[as_key(winner.key)] = {c.label: c for c in candidates(winner.key[0])}[winner.name]
         return {key: (candidate.tile, candidate.splits) for key, candidate in chosen.items()}
 
 
 # -- Compiled first ----------------------------------------------------------------------------------------------------
 
 
-def compile_all(cases: list[Case], arch: int) -> dict[tuple[Key, str], Built]:
+def compile_all(cases: list[AnyCase], arch: int) -> dict[tuple[AnyKey, str], Built]:
     """Every candidate of every case, by key and label, in a pool of processes; Triton's cache keeps what they compile.
 
     Raises:
@@ -179,18 +192,18 @@ def compile_all(cases: list[Case], arch: int) -> dict[tuple[Key, str], Built]:
         return {key: built for results in found for key, built in results.items()}
 
 
-def compile_candidates(cases: list[Case], some: list[Candidate], arch: int) -> dict[tuple[Key, str], Built]:
+def compile_candidates(cases: list[AnyCase], some: list[Candidate], arch: int) -> dict[tuple[AnyKey, str], Built]:
     """Compile these candidates in this process, each for all of these cases, which share a key."""
     torch.set_num_threads(1)
     problems = [(case, case.problem("meta")) for case in cases]
     return {(cases[0].key, candidate.label): _build(problems, candidate, arch) for candidate in some}
 
 
-def _build(problems: list[tuple[Case, PagedProblem]], candidate: Candidate, arch: int) -> Built:
+def _build(problems: list[tuple[AnyCase, Any]], candidate: Candidate, arch: int) -> Built:
     try:
         with compiling_for(arch) as compiled:
             for case, problem in problems:
-                case.call(problem, candidate).call()
+                call_case(case, problem, candidate).call()
     except Exception as error:  # whatever the compiler raises is in the report
         return Built(error="does not compile: " + f"{type(error).__name__}: {error}".strip().splitlines()[0][:200])
     registers, spilled, shared = (
@@ -205,7 +218,7 @@ def _build(problems: list[tuple[Case, PagedProblem]], candidate: Candidate, arch
 
 
 def sweep(
-    cases: list[Case], device: torch.device, built: Mapping[tuple[Key, str], Built], deadline_s: float, limit: str
+    cases: list[AnyCase], device: torch.device, built: Mapping[tuple[AnyKey, str], Built], deadline_s: float, limit: str
 ) -> Iterator[CaseResult]:
     """Yield the result of a case so far after each timing; a case is finished before the next begins."""
     for case in cases:
@@ -214,7 +227,7 @@ def sweep(
         if time.perf_counter() <= deadline_s:
             try:
                 problem = case.problem(device)
-                exact = paged_attention_float64(problem)
+                exact = exact_output(problem)
             except torch.OutOfMemoryError as error:
                 reason = f"no room for the problem in float64: {error}".splitlines()[0]
                 entries = [Entry(entry.name, None, reason) for entry in entries]
@@ -230,13 +243,11 @@ def sweep(
         yield _result(case, entries, built, is_finished=True)
 
 
-def _checked(
-    case: Case, problem: PagedProblem, exact: Tensor, candidate: Candidate | None, built: Built | None
-) -> Ready:
+def _checked(case: AnyCase, problem: Any, exact: Tensor, candidate: Candidate | None, built: Built | None) -> Ready:
     """The call of a candidate, if it compiles and its output is right."""
     if built is not None and built.error:
         raise Unavailable(built.error)
-    ready = case.call(problem, candidate)
+    ready = call_case(case, problem, candidate)
     error, allowed = largest_error({}, [packed(ready.call())], [exact]), TOLERANCES[DTYPE]
     if not error <= allowed:
         raise Unavailable(f"wrong: {error:.2g} from float64, allowed {allowed:.2g}")
@@ -244,7 +255,7 @@ def _checked(
 
 
 def _result(
-    case: Case, entries: list[Entry], built: Mapping[tuple[Key, str], Built], is_finished: bool = False
+    case: AnyCase, entries: list[Entry], built: Mapping[tuple[AnyKey, str], Built], is_finished: bool = False
 ) -> CaseResult:
     trials = [Trial(e.name, e.seconds, e.note, built.get((case.key, e.name))) for e in entries]
     return CaseResult(case.title, case.kernel, [*case.key], case.work, trials, is_finished)
@@ -257,9 +268,9 @@ def check_interpreted() -> Iterator[tuple[str, str, float, float]]:
     """
     for case in small_cases():
         problem = case.problem("cpu")
-        exact = paged_attention_float64(problem)
+        exact = exact_output(problem)
         all_of_them = candidates(case.kernel, SMALL_SPLIT_RULES)
         unlike = {(c.tile[:2], c.tile.use_tma, c.splits): c for c in reversed(all_of_them)}
         for candidate in reversed(unlike.values()):
-            error = largest_error({}, [packed(case.call(problem, candidate).call())], [exact])
+            error = largest_error({}, [packed(call_case(case, problem, candidate).call())], [exact])
             yield case.title, candidate.label, error, SMALL_TOLERANCES[DTYPE]

@@ -13,7 +13,15 @@ from paged_infer.bench.kernels.sweep import CaseResult, SweepReport, Trial, chec
 from paged_infer.bench.kernels.sweep_cases import SPLIT_RULES, candidates, sweep_cases
 from paged_infer.bench.tables import print_table
 from paged_infer.execution.machine import describe_machine, machine_line
-from paged_infer.kernels.attention.tile_table import KERNELS, tables, write_table
+from paged_infer.kernels.attention.tile_table import (
+    KERNELS,
+    LINEAR_KERNELS,
+    AnyKey,
+    LinearKey,
+    as_key,
+    tables,
+    write_table,
+)
 from paged_infer.kernels.triton_runtime import capability, triton
 
 
@@ -74,12 +82,12 @@ def _check_on_cpu() -> None:
     if wrong:
         typer.echo(f"error: differs from float64: {'; '.join(wrong)}", err=True)
         raise typer.Exit(1)
-    total = sum(len(candidates(kernel)) for kernel in KERNELS)
+    total = sum(len(candidates(kernel)) for kernel in (*KERNELS, *LINEAR_KERNELS))
     print(f"{len(checked)} of {total} candidates run here: the interpreter ignores warps and stages")
 
 
 def _show(result: CaseResult, report: SweepReport) -> None:
-    unit = "share of copy" if result.kernel == "decode" else "TFLOP/s"
+    unit = "share of copy" if result.counts_bytes else "TFLOP/s"
     header = ("candidate", "registers", "spilled", "shared", "us", unit, "x today's", "note")
     rows = []
     for trial in sorted(result.trials, key=lambda trial: trial.seconds or float("inf")):
@@ -99,7 +107,7 @@ def _speed(result: CaseResult, trial: Trial, report: SweepReport) -> tuple[str, 
         return "-", "-", "-"
     rate = result.work / trial.seconds
     speed = f"{rate / 1e12:,.0f}"
-    if result.kernel == "decode":
+    if result.counts_bytes:
         speed = "-" if report.roofline is None else f"{rate / report.roofline.copy_bytes_per_s:.0%}"
     return f"{trial.seconds * 1e6:,.1f}", speed, "-" if gain is None else f"{gain:.3f}"
 
@@ -114,11 +122,14 @@ def _write_winners(report: SweepReport, path: Path, arch: int) -> None:
 
 
 def _show_winners(report: SweepReport) -> None:
-    rows = [
-        (f"{w.key[0]}, head_dim {w.key[2]}, group {w.key[3]}", w.name, f"{w.gain:.3f}", f"{1 + w.margin:.3f}")
-        for w in report.winners()
-    ]
+    rows = [(_described(as_key(w.key)), w.name, f"{w.gain:.3f}", f"{1 + w.margin:.3f}") for w in report.winners()]
     title = f"winners (splits: {'/'.join(SPLIT_RULES[0]._fields)}); x today's: geometric mean over the batches"
     print_table(title, ("", "candidate", "x today's", "had to exceed"), rows)
     if not rows:
         print("no candidate beats today's tile by more than the noise: no table is written")
+
+
+def _described(key: AnyKey) -> str:
+    if isinstance(key, LinearKey):
+        return f"{key.kernel}, {'few' if key.few else 'many'} tokens"
+    return f"{key.kernel}, head_dim {key.head_dim}, group {key.group}"

@@ -6,6 +6,9 @@
       "splits": {"per_processor": 4, "min_keys": 256, "max_splits": 64}}
     ]}
 
+An entry of a product with weights of few bits (``quant.gemm``) names no head_dim and no group, but whether it is for
+few tokens: {"kernel": "w4a16", "dtype": "bfloat16", "few": true, "block_m": 64, ...}.
+
 ``paged-infer bench kernels --sweep`` writes such a file. ``PAGED_INFER_TILES=file.json`` replaces the package's table
 of the architecture that the file names. A tile that no kernel could run is refused when the table is read.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -29,18 +32,19 @@ from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
 FOLDER = Path(__file__).parents[1] / "tiles"
 VARIABLE = "PAGED_INFER_TILES"
 KERNELS = ("flash", "prefill", "decode")
+LINEAR_KERNELS = ("w4a16", "w8a16", "w8a8")  # bits of the weights and of x; 8 bits are int8 or float8
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
 TMA_HEAD_DIMS = (64, 128)
 
 
 class Tile(NamedTuple):
-    """The constants of a compiled attention kernel."""
+    """The constants of a compiled kernel."""
 
-    block_m: int  # queries of one head; in a decode, query heads of one KV head
-    block_n: int  # keys
+    block_m: int  # queries of one head; in a decode, query heads of one KV head; in a linear layer, tokens
+    block_n: int  # keys; in a linear layer, rows of W
     num_warps: int
-    num_stages: int  # of the pipeline that loads keys and values
+    num_stages: int  # of the pipeline that loads keys and values, or codes and tokens
     use_tma: bool = False  # flash: TMA loads keys and values, where it can (``flash_tma``)
 
 
@@ -52,8 +56,16 @@ class SplitRule(NamedTuple):
     max_splits: int = 64
 
 
+class LinearKey(NamedTuple):
+    """What an entry of one of ``LINEAR_KERNELS`` is for."""
+
+    kernel: str
+    dtype: str  # of x, before it is rounded
+    few: bool  # at most ``quant.tiles.FEW_TOKENS``
+
+
 class Key(NamedTuple):
-    """What an entry is for."""
+    """What an entry of an attention kernel is for."""
 
     kernel: str
     dtype: str
@@ -62,6 +74,7 @@ class Key(NamedTuple):
     window: bool = False  # flash and prefill; a decode cuts its window before the tiles
 
 
+AnyKey = Key | LinearKey
 Chosen = tuple[Tile, SplitRule | None]  # a decode alone has a rule
 _LIMITS = {"block_m": (16, 128), "block_n": (16, 128), "num_warps": (1, 16), "num_stages": (1, 10)}
 _SPLIT_LIMITS = {"per_processor": (1, 64), "min_keys": (16, 2**20), "max_splits": (1, 1024)}
@@ -73,10 +86,10 @@ def forced(kernel: str, tile: Tile, splits: SplitRule | None = None) -> Iterator
     """All calls of ``kernel`` inside this block take ``tile`` and, if it is given, ``splits``: for a sweep.
 
     Raises:
-        ValueError: the kernel is none of ``KERNELS``, or the tile is outside the kernels' limits.
+        ValueError: there is no such kernel, or the tile is outside the kernels' limits.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(KERNELS)}")
+    if kernel not in (*KERNELS, *LINEAR_KERNELS):
+        raise ValueError(f"kernel={kernel!r}: must be one of {', '.join((*KERNELS, *LINEAR_KERNELS))}")
     _check_tile(tile)
     token = _forced.set({**_forced.get(), kernel: (tile, splits)})
     try:
@@ -85,7 +98,7 @@ def forced(kernel: str, tile: Tile, splits: SplitRule | None = None) -> Iterator
         _forced.reset(token)
 
 
-def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
+def measured(gpu: tuple[int, int], key: AnyKey) -> Chosen | None:
     """The forced tile, or the entry of the table for ``gpu``; None if there is neither.
 
     Raises:
@@ -97,7 +110,7 @@ def measured(gpu: tuple[int, int], key: Key) -> Chosen | None:
 
 
 @cache
-def tables() -> Mapping[int, Mapping[Key, Chosen]]:
+def tables() -> Mapping[int, Mapping[AnyKey, Chosen]]:
     """All tables by architecture (90: sm90): the package's, one of which the file of ``VARIABLE`` may replace."""
     paths = sorted(FOLDER.glob("sm*.json"))
     found = {}
@@ -113,7 +126,7 @@ def tables() -> Mapping[int, Mapping[Key, Chosen]]:
     return found
 
 
-def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
+def read_table(path: Path) -> tuple[int, dict[AnyKey, Chosen]]:
     """The architecture and the entries of a table.
 
     Raises:
@@ -128,7 +141,7 @@ def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not a table of tiles: {reason}") from error
-    found: dict[Key, Chosen] = {}
+    found: dict[AnyKey, Chosen] = {}
     for number, entry in enumerate(entries, 1):
         try:
             key, chosen = _read_entry(entry, arch)
@@ -140,7 +153,7 @@ def read_table(path: Path) -> tuple[int, dict[Key, Chosen]]:
     return arch, found
 
 
-def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_on: str) -> None:
+def write_table(path: Path, arch: int, entries: Mapping[AnyKey, Chosen], measured_on: str) -> None:
     """Write a file for ``kernels/tiles/``. At any moment it is this table or the previous one."""
     lines = []
     for key, (tile, splits) in entries.items():
@@ -155,7 +168,14 @@ def write_table(path: Path, arch: int, entries: Mapping[Key, Chosen], measured_o
     os.replace(part, path)
 
 
-def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:
+def as_key(fields: Sequence[Any]) -> AnyKey:
+    """The key that a report keeps as a list."""
+    return LinearKey(*fields) if fields[0] in LINEAR_KERNELS else Key(*fields)
+
+
+def _read_entry(entry: Any, arch: int) -> tuple[AnyKey, Chosen]:
+    if isinstance(entry, dict) and entry.get("kernel") in LINEAR_KERNELS:
+        return _read_linear_entry(entry)
     allowed = {*Key._fields, *Tile._fields, "splits"}
     if not isinstance(entry, dict) or not allowed >= entry.keys() >= allowed - {"window", "splits", "use_tma"}:
         raise ValueError(f"expected {', '.join(Key._fields + Tile._fields[:4])} and, of a decode, splits")
@@ -174,6 +194,19 @@ def _read_entry(entry: Any, arch: int) -> tuple[Key, Chosen]:
         raise ValueError("use_tma is for flash on sm90 or later, in 16 bits, head_dim 64 or 128, without a window")
     _check_shared_memory(key, tile, arch)
     return key, (tile, _read_splits(key, entry.get("splits")))
+
+
+def _read_linear_entry(entry: dict[str, Any]) -> tuple[LinearKey, Chosen]:
+    """No tile within the limits is too large for the shared memory of a chip, as stages are no part of the check."""
+    names = LinearKey._fields + Tile._fields[:4]
+    if entry.keys() != set(names):
+        raise ValueError(f"expected {', '.join(names)}")
+    key = LinearKey(*(entry[name] for name in LinearKey._fields))
+    tile = Tile(*(entry[name] for name in Tile._fields[:4]))
+    if key.dtype not in DTYPES or not isinstance(key.few, bool):
+        raise ValueError(f"dtype must be in {DTYPES}, and few true or false")
+    _check_tile(tile)
+    return key, (tile, None)
 
 
 def _read_splits(key: Key, given: Any) -> SplitRule | None:

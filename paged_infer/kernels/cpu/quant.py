@@ -29,9 +29,9 @@ from torch import Tensor
 
 from paged_infer.kernels.cpu.build import library, unavailable_reason
 from paged_infer.kernels.cpu.linear import InC
+from paged_infer.kernels.quant.product import Activations
 from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
 
-Activations = Literal["int8"] | None  # what x is rounded to: W8A8, or not beyond its dtype's own precision
 MOST_COLUMNS = 65_536  # whose sums fit into 32 bits
 _WIDE, _STEP = 32, 64  # rows of a panel; columns that one group is padded to a multiple of
 
@@ -47,10 +47,12 @@ class QuantisedProduct:
     groups: int
     is_packed: bool
     order: Tensor | None  # [K] int64: the columns of x in the order in which the codes are stored
-    activations: Activations
+    activations: Literal["int8"] | None  # what x is rounded to: W8A8, or not beyond its dtype's own precision
 
     @classmethod
-    def of(cls, weight: QuantisedWeight, bias: Tensor | None, activations: Activations = None) -> QuantisedProduct:
+    def of(
+        cls, weight: QuantisedWeight, bias: Tensor | None, activations: Literal["int8"] | None = None
+    ) -> QuantisedProduct:
         (height, depth), values = weight.shape, weight.values
         order = None if weight.columns is None else weight.columns.argsort()
         groups, is_packed = weight.scales.shape[1], weight.bits <= 4
@@ -120,15 +122,15 @@ class QuantisedProduct:
 
 
 def pack_quantised(
-    weight: QuantisedWeight, bias: Tensor | None, activations: Activations = None
+    weight: QuantisedWeight, bias: Tensor | None, activations: Activations | None = None
 ) -> QuantisedProduct | None:
-    """The product with W and b, or None where C has none: another device, float8, groups that are no multiple of 32
-    columns, more columns than ``MOST_COLUMNS``, or no compiler."""
+    """The product with W and b, or None where C has none: another device, float8 (of W or x), groups that are no
+    multiple of 32 columns, more columns than ``MOST_COLUMNS``, or no compiler."""
     (_, depth), groups = weight.shape, weight.scales.shape[1]
     suits = weight.values.is_cpu and weight.values.dtype in (torch.int8, torch.uint8) and 0 < depth <= MOST_COLUMNS
     if groups > 1:
         suits = suits and weight.group_size % 32 == 0
-    if not suits or unavailable_reason() is not None:
+    if not suits or activations == "float8" or unavailable_reason() is not None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         return QuantisedProduct.of(weight, None if bias is None else bias.detach(), activations)

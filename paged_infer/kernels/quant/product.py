@@ -30,10 +30,10 @@ from paged_infer.kernels.quant.weight import QuantisedWeight, dequantise, signed
 
 Activations = Literal["int8", "float8"]
 # (W, bias [N] or None, how x is rounded) -> the product; None: there is no kernel for them
-PackQuantised = Callable[[QuantisedWeight, Tensor | None, Literal["int8"] | None], Callable[[Tensor], Tensor] | None]
+PackQuantised = Callable[[QuantisedWeight, Tensor | None, Activations | None], Callable[[Tensor], Tensor] | None]
 
 
-def no_kernel(weight: QuantisedWeight, bias: Tensor | None, activations: Literal["int8"] | None) -> None:
+def no_kernel(weight: QuantisedWeight, bias: Tensor | None, activations: Activations | None) -> None:
     """The ``PackQuantised`` of a device without kernels for weights of few bits."""
     return None
 

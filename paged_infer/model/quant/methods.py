@@ -110,9 +110,7 @@ class QuantisedMethod:
         for weight in self._weights(linear, rows):
             last = first + weight.shape[0]
             its_bias = None if bias is None else bias[first:last]
-            product, first = None, last
-            if activations != "float8":
-                product = self.pack(weight, its_bias, activations)
+            product, first = self.pack(weight, its_bias, activations), last
             if product is None:
                 _warn_about_reference(self.form.describe(), activations, weight.values.device.type)
                 product = partial(quantised_linear, weight=weight, bias=its_bias, activations=activations)

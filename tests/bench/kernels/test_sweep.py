@@ -25,7 +25,16 @@ from paged_infer.bench.kernels.sweep_cases import Candidate, Case, candidates, s
 from paged_infer.bench.roofline import Roofline
 from paged_infer.bench.timing import Timing
 from paged_infer.cli import app
-from paged_infer.kernels.attention.tile_table import Key, SplitRule, Tile, _check_tile, read_table, tables
+from paged_infer.kernels.attention.tile_table import (
+    LINEAR_KERNELS,
+    Key,
+    LinearKey,
+    SplitRule,
+    Tile,
+    _check_tile,
+    read_table,
+    tables,
+)
 from paged_infer.kernels.triton_runtime import HAS_TRITON, INTERPRETED, launches_go_to
 
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs triton, interpreting")
@@ -38,7 +47,7 @@ KEY = ["decode", "bfloat16", 32, 2, False]
 @pytest.fixture
 def two_candidates(monkeypatch):
     """A sweep of two decode tiles, computed in float64, with made-up times. The list grows with each timing."""
-    monkeypatch.setattr(sweep_cases, "TILES", {"decode": (SMALL, LARGE), "flash": (), "prefill": ()})
+    monkeypatch.setattr(sweep_cases, "TILES", {**dict.fromkeys(sweep_cases.TILES, ()), "decode": (SMALL, LARGE)})
     monkeypatch.setattr(sweep_cases, "SPLIT_RULES", (rule := SplitRule(4, 16, 3),))
     monkeypatch.setattr(sweep_cases.candidates, "__defaults__", ((rule,),))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -74,7 +83,7 @@ def made_up(seconds: dict[str, float], title: str = "a", **options) -> CaseResul
 # -- Candidates
 
 
-@pytest.mark.parametrize("kernel", ["decode", "flash", "prefill"])
+@pytest.mark.parametrize("kernel", ["decode", "flash", "prefill", "w4a16", "w8a16", "w8a8"])
 def test_candidates_are_distinct_and_within_the_kernels_limits(kernel):
     names = [candidate.label for candidate in candidates(kernel)]
     assert len(set(names)) == len(names) >= 5
@@ -85,7 +94,10 @@ def test_candidates_are_distinct_and_within_the_kernels_limits(kernel):
 
 def test_cases_count_what_a_kernel_must_read_or_compute():
     cases = {case.title: case for case in sweep_cases.sweep_cases()}
-    assert len(cases) == 2 * 4 + 2 * 2 * 2
+    assert len(cases) == 2 * 4 + 2 * 2 * 2 + 3 * 3 * 2
+    assert cases["w4a16, gate and up 28,672 x 4,096, 16 tokens"].work == 28_672 * 4096 / 2
+    assert cases["w8a8, down 4,096 x 14,336, 2,048 tokens"].work == 2 * 2048 * 4096 * 14_336
+    assert cases["w8a8, down 4,096 x 14,336, 2,048 tokens"].key == LinearKey("w8a8", "bfloat16", False)
     assert cases["decode, Llama-3-8B, 32 x 4k"].work == 32 * 4096 * 2 * 8 * 128 * 2
     assert cases["prefill, Qwen3-0.6B, 1 x 16k"].work == 4 * 16 * 128 * 16_384**2 / 2
     assert cases["flash, Llama-3-8B, 4 x 4k"].key == Key("flash", "bfloat16", 128, 4)
@@ -131,7 +143,7 @@ def test_a_candidate_of_each_kernel_is_right_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(sweep_cases, "SMALL_PROMPTS", {"1 x 20": ((0, 20),)})
     monkeypatch.setattr(sweeping, "SMALL_SPLIT_RULES", sweep_cases.SMALL_SPLIT_RULES[-1:])
     checked = [*sweeping.check_interpreted()]
-    assert [title.split(",")[0] for title, *_ in checked] == ["flash", "prefill", "decode"]
+    assert [title.split(",")[0] for title, *_ in checked] == ["flash", "prefill", "decode", *LINEAR_KERNELS]
     assert all(error <= allowed for *_, error, allowed in checked)
 
 
@@ -179,7 +191,7 @@ def test_a_batch_that_the_device_has_no_room_for_does_not_end_the_sweep(two_cand
     def too_large(problem):
         raise torch.OutOfMemoryError("CUDA out of memory: 2 GiB\nmore about it")
 
-    monkeypatch.setattr(sweeping, "paged_attention_float64", too_large)
+    monkeypatch.setattr(sweeping, "exact_output", too_large)
     results = list(sweep([decode_case()] * 2, CPU, {}, math.inf, ""))
     assert [result.is_finished for result in results] == [True, True]
     notes = {trial.note for result in results for trial in result.trials}

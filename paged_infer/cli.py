@@ -205,7 +205,9 @@ def info(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Local folder, GGUF file, hub id, smollm2 or storyteller.")],
+    model: Annotated[
+        str, typer.Argument(help="Local folder, GGUF file, hub id, smollm2, storyteller or storyteller-moe.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the quantised model; it must not exist, or be empty.")],
     scheme: Annotated[str, typer.Option(help="w4a16, w8a16, or w8a8, which rounds inputs, too.")] = "w4a16",
     method: Annotated[str, typer.Option(help="rtn, gptq, awq or smoothquant.")] = "rtn",

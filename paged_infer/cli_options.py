@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-_MODEL = "Local folder, GGUF file, hub id, or smollm2; the bundled storyteller if left out."
+_MODEL = "Local folder, GGUF file, hub id, smollm2 or storyteller-moe; the bundled storyteller if left out."
 Model = Annotated[str | None, typer.Argument(help=_MODEL)]
 ModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL)]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]

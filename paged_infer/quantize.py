@@ -15,7 +15,7 @@ from paged_infer import storyteller
 from paged_infer.kernels.quant.weight import QuantisedWeight
 from paged_infer.model.linear import DENSE
 from paged_infer.model.loading.checkpoint import config_dict, read_config
-from paged_infer.model.loading.hub import resolve_model
+from paged_infer.model.loading.hub import BUNDLED, resolve_model
 from paged_infer.model.loading.load import load_decoder
 from paged_infer.model.loading.save_quantised import check_can_save, save_quantised
 from paged_infer.model.quant.post_training import quantise_decoder
@@ -55,7 +55,7 @@ def quantize(
     Embedding and head stay as they are. The model is held once, in float32.
 
     Args:
-        model: a folder, GGUF file or hub id, or "storyteller".
+        model: a folder, GGUF file, hub id or the name of a bundled model ("storyteller").
         out: a folder that does not exist, or is empty; it appears when it is complete.
         scheme: "w4a16", groups of int4; "w8a16", int8 per row, or in groups; "w8a8", per row, with inputs of 8 bits.
         group_size: columns that share a scale. None: 32 for "w4a16", a row for the others.
@@ -74,7 +74,7 @@ def quantize(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already")
     grid = _scheme(scheme, group_size)
-    path = storyteller.PATH if model == "storyteller" else resolve_model(model)
+    path = resolve_model(model)
     check_can_save(read_config(path))
     texts = [] if method == "rtn" else calibration_texts(path, calibration, seed)
     decoder = load_decoder(path, torch.float32, method_of=lambda name: DENSE)
@@ -102,7 +102,7 @@ def calibration_texts(path: Path, calibration: str | None, seed: int) -> list[li
     Raises:
         ValueError: the model has no tokenizer, or the file has no text.
     """
-    if calibration is None and path != storyteller.PATH:
+    if calibration is None and path not in BUNDLED.values():
         raise ValueError("calibration: this model needs a text file of what it will read, or 'stories'")
     tokenizer = Tokenizer.from_pretrained(path)
     if tokenizer is None:

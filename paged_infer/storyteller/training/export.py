@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
 
 from paged_infer.storyteller.stories.grammar import END
 from paged_infer.storyteller.training.vocabulary import save_tokenizer
 
+TIED = "lm_head.weight"  # to the embedding, so it is not stored
+
 
 def export(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path, tensors: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, tensors: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write config, weights and tokenizer to `folder`; each file is replaced atomically.
 
@@ -27,12 +29,16 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         draft = Path(name)
         if tensors is None:
-            tensors = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
-        stored = {key: value for key, value in tensors.items() if key != "lm_head.weight"}  # tied to the embedding
-        save_file(stored, draft / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(draft)
+            own = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items() if key != TIED}
+            model.save_pretrained(draft, state_dict=own)  # each expert's matrices on their own, as engines read them
+        else:
+            stored = {key: value for key, value in tensors.items() if key != TIED}
+            save_file(stored, draft / "model.safetensors", metadata={"format": "pt"})
+            model.config.save_pretrained(draft)
         config = json.loads((draft / "config.json").read_text())
         config |= {"architectures": [type(model).__name__], "dtype": "float32"}
+        if "num_local_experts" in config:
+            config["num_experts"] = config["num_local_experts"]  # which older versions of transformers, and vLLM, read
         (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         GenerationConfig(eos_token_id=end, pad_token_id=end).save_pretrained(draft)
         save_tokenizer(tokenizer, draft)

@@ -5,14 +5,14 @@ import random
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from paged_infer.storyteller import PATH
 from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
@@ -28,8 +28,10 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 640,
 }
-Loss = Callable[[Qwen3ForCausalLM, Batch], tuple[torch.Tensor, torch.Tensor]]  # (to minimize, to log)
-Save = Callable[[Qwen3ForCausalLM, Tokenizer, Path], None]
+SAVE_EVERY = 500  # steps
+Loss = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor]]  # (to minimize, to log)
+Optimizers = Callable[[Any], list[torch.optim.Optimizer]]
+Save = Callable[[Any, Tokenizer, Path], None]
 
 
 class Precision(Enum):
@@ -106,7 +108,7 @@ def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def weighted_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_loss(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted mean, plain mean) of the nats per predicted token."""
     logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits  # [B, S - 1, vocabulary]
     nats = cross_entropy(logits.float().flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
@@ -124,7 +126,7 @@ class Probe:
         self.end_of_answer = rows.newline
 
     @torch.no_grad()
-    def recall(self, model: Qwen3ForCausalLM) -> float:
+    def recall(self, model: PreTrainedModel) -> float:
         """An answer counts if each of its tokens is the most probable one given the true tokens before it."""
         right = asked = 0
         for batch in self.batches:
@@ -148,7 +150,7 @@ def answers(targets: torch.Tensor, guesses: torch.Tensor, in_answer: torch.Tenso
 
 
 def fit(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     phases: list[tuple[int, Mix]],
     out: Path,
@@ -160,9 +162,10 @@ def fit(
     *,
     precision: Precision = Precision.bfloat16,
     rate: float = 1.0,
+    optimizers_of: Optimizers = optimizers,
     save: Save = export,
 ) -> list[dict[str, float]]:
-    """Train `model` for the steps of all `phases` and `save` it to `out`, at the end and every 500 steps.
+    """Train `model` for the steps of all `phases` and `save` it to `out`, at the end and every `SAVE_EVERY` steps.
 
     The learning rates, times `rate`, rise over 50 steps and fall linearly to 0 over the last `decay_steps`. Returns the
     loss and the recall of unseen facts, measured every `log_every` steps.
@@ -173,7 +176,7 @@ def fit(
     steps = sum(count for count, _ in phases)
     rows = Rows(tokenizer, seed)
     probe = Probe(rows)
-    all_optimizers = optimizers(model)
+    all_optimizers = optimizers_of(model)
     rates = [rate * optimizer.param_groups[0]["lr"] for optimizer in all_optimizers]
     scale = LossScale.of(precision.dtype)
     log: list[dict[str, float]] = []
@@ -198,7 +201,7 @@ def fit(
             log.append({"step": step, "tokens": tokens, "loss": sum(losses) / len(losses), "recall": recall})
             losses = []
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", recall=f"{recall:.0%}")
-        if step % 500 == 0:
+        if step % SAVE_EVERY == 0:
             save(model, tokenizer, out)
     save(model, tokenizer, out)
     return log

@@ -68,6 +68,21 @@ def test_a_cache_that_holds_a_part_is_not_taken_for_the_model(index, cached: Pat
     assert asked == ["owner/name"]
 
 
+@pytest.mark.parametrize("name", ["storyteller", "storyteller-moe"])
+def test_a_bundled_model_has_its_name_in_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = resolve_model(name)
+    assert (folder / "config.json").is_file() and resolve_model(folder) == folder
+    assert resolve_model(f"./{name}") == Path(name)
+
+
+@pytest.mark.parametrize("name", ["storyteler-moe", "no/such.gguf", "a name"])
+def test_a_name_that_is_no_model_s_is_answered_with_those_that_are(name: str, asked: list[str]) -> None:
+    with pytest.raises(ValueError, match="storyteller, storyteller-moe, smollm2"):
+        resolve_model(name)
+
+
 def test_weights_are_fetched_once_and_not_in_other_formats() -> None:
     wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
     others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "pytorch_model.bin"]

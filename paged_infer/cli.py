@@ -216,8 +216,13 @@ def quantize(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="stories, or a text file; all methods but rtn need one. The storyteller: stories."),
+        typer.Option(
+            help="stories, or a text file; all methods but rtn, and --keep-wide, need one. The storyteller: stories."
+        ),
     ] = None,
+    keep_wide: Annotated[
+        float, typer.Option(help="Share of the weights that may stay as they are, in the most sensitive layers.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the texts for calibration.", min=0)] = 0,
 ) -> None:
     """Write a model with weights of few bits, in compressed-tensors' format, which transformers loads, too."""
@@ -236,6 +241,7 @@ def quantize(
                 method=method,
                 group_size=group_size,
                 calibration=calibration,
+                keep_wide=keep_wide,
                 seed=seed,
                 on_start=bar.reset,
                 on_layer=bar.update,
@@ -246,6 +252,8 @@ def quantize(
     typer.echo(f"{report.num_quantised:,} weights in {_mib(report.quantised_bytes)}, {bits:.2f} bits each with scales")
     tied = "; the head is tied to the embedding, so it stays as it is" if report.is_tied else ", the head included"
     typer.echo(f"{report.num_parameters - report.num_quantised:,} other parameters are not quantised{tied}")
+    if report.wide:
+        typer.echo(f"kept wide: {', '.join(report.wide)}")
 
 
 def profile_rows(profile: MemoryProfile, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, str]:

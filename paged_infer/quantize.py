@@ -20,22 +20,28 @@ from paged_infer.model.loading.load import load_decoder
 from paged_infer.model.loading.save_quantised import check_can_save, save_quantised
 from paged_infer.model.quant.post_training import quantise_decoder
 from paged_infer.model.quant.scheme import Scheme
+from paged_infer.model.quant.sensitivity import sensitivities, stay_wide
 from paged_infer.storyteller.evaluation import document
 from paged_infer.text.tokenizer import Tokenizer
 
 SCHEMES = ("w4a16", "w8a16", "w8a8")
 NUM_TEXTS, TEXT_TOKENS = 24, 512  # for calibration
+NUM_SENSITIVITY_TEXTS = 4  # of these, read once for each linear layer
 FIRST_STORY = 50_000_000  # seeds of stories for calibration; evaluation begins at a billion
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of one checkpoint: its parameters, how many of them are in quantised matrices, and the bytes of these."""
+    """Of one checkpoint: its parameters, how many of them are in quantised matrices, and the bytes of these.
+
+    ``wide``: names of the linear layers that stay as they are.
+    """
 
     num_parameters: int
     num_quantised: int
     quantised_bytes: int
     is_tied: bool
+    wide: tuple[str, ...] = ()
 
 
 def quantize(
@@ -46,6 +52,7 @@ def quantize(
     method: str = "rtn",
     group_size: int | None = None,
     calibration: str | None = None,
+    keep_wide: float = 0.0,
     seed: int = 0,
     on_start: Callable[[int], None] = lambda num_layers: None,
     on_layer: Callable[[], None] = lambda: None,
@@ -60,14 +67,21 @@ def quantize(
         scheme: "w4a16", groups of int4; "w8a16", int8 per row, or in groups; "w8a8", per row, with inputs of 8 bits.
         group_size: columns that share a scale. None: 32 for "w4a16", a row for the others.
         calibration: "stories" of the storyteller, or a text file; None: stories, for the storyteller itself.
+        keep_wide: the share of the linear layers' weights that may stay as they are: layers whose rounding alone
+            changes the predictions most, on the first texts (``model.quant.sensitivity``).
         seed: which texts.
+        on_start: gets the number of layers, and of linear layers if they are measured first.
+        on_layer: called after each of these.
 
     Raises:
         ValueError: an option that does not fit, a model that cannot be quantised, or a calibration without text.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r}: must be one of {', '.join(SCHEMES)}")
-    if method == "rtn" and calibration is not None:
+    if not 0 <= keep_wide < 1:
+        raise ValueError(f"keep_wide={keep_wide}: must be 0 or more, and less than 1")
+    reads = method != "rtn" or keep_wide > 0
+    if not reads and calibration is not None:
         raise ValueError(f"calibration={calibration!r}: method 'rtn' looks at no text")
     if scheme == "w8a8" and group_size is not None:
         raise ValueError(f"group_size={group_size}: 'w8a8' has a scale for each row, so that products stay integers")
@@ -76,10 +90,14 @@ def quantize(
     grid = _scheme(scheme, group_size)
     path = resolve_model(model)
     check_can_save(read_config(path))
-    texts = [] if method == "rtn" else calibration_texts(path, calibration, seed)
+    texts = calibration_texts(path, calibration, seed) if reads else []
     decoder = load_decoder(path, torch.float32, method_of=lambda name: DENSE)
-    on_start(len(decoder.layers))
-    found = quantise_decoder(decoder, grid, method, texts, on_layer=on_layer)
+    wide = list[str]()
+    on_start(len(decoder.layers) + (len(decoder.linears()) if keep_wide else 0))
+    if keep_wide:
+        measured = sensitivities(decoder, grid, texts[:NUM_SENSITIVITY_TEXTS], on_layer)
+        wide = stay_wide(decoder, measured, keep_wide)
+    found = quantise_decoder(decoder, grid, method, texts, wide=wide, on_layer=on_layer)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         draft = Path(name) / out.name
@@ -87,7 +105,7 @@ def quantize(
         save_quantised(draft, config_dict(path), decoder, found, grid, rounds_inputs=scheme == "w8a8")
         _copy_the_rest(path, draft)
         draft.replace(out)
-    return _report(decoder.config.num_parameters, found, decoder.config.tie_word_embeddings)
+    return _report(decoder.config.num_parameters, found, decoder.config.tie_word_embeddings, wide)
 
 
 def _scheme(name: str, group_size: int | None) -> Scheme:
@@ -136,6 +154,7 @@ def _copy_the_rest(path: Path, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def _report(num_parameters: int, found: dict[str, QuantisedWeight], is_tied: bool) -> Report:
+def _report(num_parameters: int, found: dict[str, QuantisedWeight], is_tied: bool, wide: list[str]) -> Report:
     sizes = [weight.shape[0] * weight.shape[1] for weight in found.values()]
-    return Report(num_parameters, sum(sizes), sum(weight.num_bytes for weight in found.values()), is_tied)
+    num_bytes = sum(weight.num_bytes for weight in found.values())
+    return Report(num_parameters, sum(sizes), num_bytes, is_tied, tuple(wide))

@@ -121,6 +121,24 @@ def test_scales_are_folded_into_norms_that_keep_their_precision(tmp_path: Path) 
         assert stored[name].dtype == source[name].dtype and torch.equal(stored[name], source[name])
 
 
+def test_the_most_sensitive_layers_may_stay_wide_and_transformers_reads_them_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("paged_infer.quantize.NUM_SENSITIVITY_TEXTS", 1)
+    steps = []
+    options = {"group_size": 64, "keep_wide": 0.1}
+    report = quantize(
+        "storyteller", tmp_path / "out", **options, on_start=steps.append, on_layer=lambda: steps.append(1)
+    )
+    assert "layers.0.attention.qkv" in report.wide and steps == [30] + [1] * 30  # 6 layers, 24 linear layers
+    assert 0.9 * 2_801_664 <= report.num_quantised < 2_801_664
+    stored, source = load_file(tmp_path / "out/model.safetensors"), load_file(storyteller.PATH / "model.safetensors")
+    for part in "qkv":
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        assert torch.equal(stored[name], source[name])
+    plain = in_transformers(storyteller.PATH)
+    plain.load_state_dict(by_hand(tmp_path / "out"), strict=False)
+    assert torch.equal(their_logits(in_transformers(tmp_path / "out")), their_logits(plain))
+
+
 def test_an_untied_head_stays_and_is_named(checkpoint, tmp_path: Path) -> None:
     report = quantize(str(checkpoint("llama2")), tmp_path / "out", scheme="w8a16")
     section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
@@ -145,6 +163,8 @@ def test_the_seed_draws_the_texts(tmp_path: Path) -> None:
         ({"method": "best"}, "method='best': must be one of rtn"),
         ({"group_size": 40}, r"group_size=40: does not divide the 192 columns of layers\.0\.attention\.qkv; 32 or 48"),
         ({"scheme": "w8a8", "group_size": 32}, "group_size=32: 'w8a8' has a scale for each row"),
+        ({"keep_wide": 1.0}, "keep_wide=1.0: must be 0 or more, and less than 1"),
+        ({"keep_wide": -0.1}, "keep_wide=-0.1: must be 0 or more"),
         ({"calibration": "stories"}, "calibration='stories': method 'rtn' looks at no text"),
         ({"method": "gptq", "calibration": "{tmp}/none.txt"}, "none.txt': cannot be read as text"),
         ({"method": "gptq", "calibration": "{tmp}/blank.txt"}, "blank.txt': has no text"),

@@ -114,7 +114,7 @@ def test_a_few_steps_lower_the_distance_and_level_a_router_that_has_collapsed(to
     before = loss_and_balance(model, dense, batches)
     loss_of = upcycle.balanced_distance_from(dense)
     phases = [(20, Mix(drills=0.5))]
-    train.fit(model, tokenizer, phases, tmp_path / "out", 0, 300, 10, 20, loss_of, upcycle.optimizers)
+    train.fit(model, tokenizer, phases, tmp_path / "out", 0, 300, 10, 20, loss_of, optimizers_of=upcycle.optimizers)
     after = loss_and_balance(model, dense, batches)
     assert after[0] < 0.9 * before[0]
     assert before[1] > 2.5 and 1.99 < after[1] < before[1] - 0.01  # an even choice of 2 experts gives 2

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paged_infer.kernels.cpu.experts import PanelExperts, PanelStack
 from paged_infer.kernels.fused.moe import ExpertProducts, ExpertsProduct, ExpertWeights, sort_experts
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, activate, sigmoid
-from paged_infer.model.linear import Linear
+from paged_infer.model.linear import Linear, LinearMethod
 from paged_infer.model.moe_config import MoEConfig
 
 
@@ -84,6 +86,7 @@ class ExpertStack(Linear):
     """
 
     is_stack = True
+    packed: PanelStack | None = None  # in C's panels: W is held once, as the parameter ``panels``
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, num_experts * out_features, bias=bias)
@@ -93,6 +96,20 @@ class ExpertStack(Linear):
         """Weights [E, out, in] and biases [E, out]."""
         bias = None if self.bias is None else self.bias.view(self.num_experts, -1)
         return self.method.dense(self).view(self.num_experts, -1, self.in_features), bias
+
+    def use(self, method: LinearMethod, dtype: torch.dtype) -> None:
+        self.packed = None
+        super().use(method, dtype)
+
+    def hold(self, packed: PanelStack) -> None:
+        """Drop ``weight``, which was packed; it is a copy, made when it is read, from then on."""
+        del self.weight
+        self.panels = nn.Parameter(packed.panels, requires_grad=False)
+        self.packed = packed
+
+    def __getattr__(self, name: str) -> Any:  # of what is no attribute and no parameter
+        packed = self.__dict__.get("packed")
+        return super().__getattr__(name) if packed is None or name != "weight" else packed.weight.flatten(0, 1)
 
 
 class Experts(nn.Module):
@@ -129,6 +146,9 @@ class Experts(nn.Module):
         up, down = (stack.method.parts(stack, count) for stack in (self.up, self.down))
         if up is None and down is None:
             self.product = self.ops.pack_experts(self.weights())
+            if isinstance(self.product, PanelExperts):
+                self.up.hold(self.product.up)
+                self.down.hold(self.product.down)
             return
         if up is None or down is None:
             raise ValueError("experts of which only one matrix is quantised are not supported")

@@ -16,6 +16,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import DENSE, DenseMethod, Linear, PackedMethod, Piece
 from paged_infer.model.loading.load import checkpoint_views, load_decoder
 from paged_infer.model.loading.targets import targets_of
+from paged_infer.model.moe import ExpertStack, MoE
 
 
 class Doubled(DenseMethod):
@@ -132,6 +133,28 @@ def test_packed_is_what_the_loader_uses_and_holds_each_weight_once(checkpoint) -
         assert sum(held.values()) < 1.02 * sum(p.numel() for p in dense.parameters())  # panels may be padded
         for _, linear in decoder.linears():
             assert linear.product.panels.data_ptr() in held and "weight" not in dict(linear.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "gpt-oss", "deepseek2"])
+def test_float32_experts_are_held_once_in_panels(family, checkpoint) -> None:
+    decoder = load_decoder(checkpoint(family), torch.float32, ops=C_OPS)
+    dense = load_decoder(checkpoint(family), torch.float32, method_of=lambda name: DENSE)
+    ours, theirs = checkpoint_views(decoder), checkpoint_views(dense)
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.testing.assert_close(logits(decoder, IDS), logits(dense, IDS), atol=1e-4, rtol=1e-4)
+    stacks = [module for module in decoder.modules() if isinstance(module, ExpertStack)]
+    assert stacks
+    if unavailable_reason() is None:
+        for stack in stacks:
+            assert {name for name, _ in stack.named_parameters()} - {"bias"} == {"panels"}
+            rows = stack.out_features // stack.num_experts
+            assert stack.panels.numel() <= stack.num_experts * (rows + 31) * stack.in_features  # padding of a panel
+        x = torch.randn(3, decoder.config.hidden_size)
+        moe = next(module for module in decoder.modules() if isinstance(module, MoE))
+        ids, scores = torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
+        plain = next(module for module in dense.modules() if isinstance(module, MoE))
+        out, expected = (one.experts(x, ids, scores.double()) for one in (moe, plain))  # scores that C does not take
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

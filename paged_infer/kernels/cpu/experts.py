@@ -18,13 +18,13 @@ from paged_infer.kernels.fused.moe import ExpertsProduct, ExpertWeights, sort_ex
 
 
 def pack_experts_c(weights: ExpertWeights) -> ExpertsProduct:
-    """float32 by C, with a second copy of the weights in panels; other dtypes and devices by ``sort_experts``."""
+    """float32 by C, in the memory of the weights, which are lost; other dtypes and devices by ``sort_experts``."""
     up = weights.up
     if not up.is_cpu or up.dtype is not torch.float32 or unavailable_reason() is not None:
         return sort_experts(weights)
     with torch.inference_mode(False), torch.no_grad():
         stacks = PanelStack.of(up, weights.up_bias), PanelStack.of(weights.down, weights.down_bias)
-    return PanelExperts(*stacks, weights.glu, sort_experts(weights))
+    return PanelExperts(*stacks, weights.glu)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,18 +33,31 @@ class PanelStack:
 
     panels: Tensor  # [E, ceil(out / WIDE), in, WIDE]
     start: Tensor  # [E, ceil(out / WIDE) * WIDE] the biases, or zeros
+    bias: Tensor | None  # [E, out]
     height: int  # out
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> PanelStack:
         num_experts, height, depth = weight.shape
         wide = library().panel_width()
-        panels = weight.new_empty(num_experts, -(-height // wide), depth, wide)
-        start = weight.new_empty(num_experts, panels.shape[1] * wide)
-        for expert, matrix in enumerate(weight.detach()):
-            packed = PanelProduct.of(matrix, None if bias is None else bias[expert].detach())
-            panels[expert], start[expert] = packed.panels, packed.start
-        return cls(panels, start, height)
+        num_panels = -(-height // wide)
+        start = weight.new_zeros(num_experts, num_panels * wide)
+        if bias is not None:
+            start[:, :height] = bias.detach()
+        weight = weight.detach().contiguous()
+        is_whole = height % wide == 0  # without padding, panels take the memory of their rows
+        shape = num_experts, num_panels, depth, wide
+        panels = weight.view(shape) if is_whole else weight.new_empty(shape)
+        for expert, matrix in enumerate(weight):
+            packed = PanelProduct.of(matrix, None, reuse=True)
+            if not is_whole:
+                panels[expert] = packed.panels
+        return cls(panels, start, bias, height)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrices [E, out, in], a copy."""
+        return self.panels.transpose(2, 3).flatten(1, 2)[:, : self.height].contiguous()
 
     def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [P, in], sorted by expert, with the ends of the segments [E] -> [P, out]."""
@@ -64,11 +77,11 @@ class PanelExperts:
     up: PanelStack
     down: PanelStack
     glu: Callable[[Tensor], Tensor]
-    otherwise: ExpertsProduct  # for inputs that C does not support
 
     def __call__(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         if not (x.is_cpu and x.dtype is torch.float32 and scores.dtype is torch.float32 and ids.dtype is torch.int64):
-            return self.otherwise(x, ids, scores)
+            up, down = self.up, self.down
+            return sort_experts(ExpertWeights(up.weight, down.weight, self.glu, up.bias, down.bias))(x, ids, scores)
         ids, scores = ids.contiguous(), scores.contiguous()
         num_tokens, top_k = ids.shape
         num_experts = self.up.panels.shape[0]

@@ -150,6 +150,17 @@ def test_what_is_captured_is_all_that_a_step_needs(ahead, make_llm) -> None:
     assert graphs.has_sampler and graphs.num_replays == 6 and recorder.num_operations > 30
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_experts_and_latents_are_captured_without_a_look_at_the_router(make_llm) -> None:
+    """Replayed without Python, where other experts are hit in each step."""
+    options = {"attention_backend": "triton", "max_num_seqs": 1, "num_blocks": 8}
+    captured = with_graphs(make_llm("deepseek3", **options), Recorder())
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    expected = said(make_llm("deepseek3", attention_backend="torch"), params, PROMPTS[:1])
+    assert_alike(said(captured, params, PROMPTS[:1]), expected)
+    assert captured.engine.executor.runner.graphs.num_replays == 2
+
+
 def test_on_a_gpu_a_layer_is_five_launches_that_no_value_decides(checkpoint) -> None:
     """On tensors without values, with tiles as for sm90: whatever looked at a length or a token would fail here.
 

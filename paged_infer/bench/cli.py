@@ -6,6 +6,7 @@ import typer
 
 from paged_infer.bench.http import cli as serve_cli
 from paged_infer.bench.kernels.cli import kernels
+from paged_infer.bench.quantisation.cli import quantisation
 from paged_infer.bench.scheduling import cli as control_cli
 from paged_infer.bench.side_by_side.cli import peers
 from paged_infer.bench.speed import cli as speed_cli
@@ -22,4 +23,5 @@ app.add_typer(speed_cli.app)  # without a name: its commands are commands of our
 app.command()(serve_cli.serve)
 app.command()(kernels)
 app.command()(peers)
+app.command()(quantisation)
 app.add_typer(control_cli.app)

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from typing import Any
 from paged_infer.bench.metrics import Run, System, TokenTimes
 from paged_infer.bench.peers.processes import peak_bytes
 from paged_infer.bench.workloads import Workload
+from paged_infer.config import EngineOptions
 
 MODULES = {"vllm": "vllm", "nano-vllm": "nanovllm", "mini-sglang": "minisgl"}
 PROCESSES = {"paged": "paged_infer", "transformers": "transformers", "generate_batch": "transformers", **MODULES}
@@ -38,7 +39,8 @@ BLOCK_SIZE = 16  # of ours
 class PeerOptions:
     """The options of every engine. ``memory_share``: of the whole device's memory.
 
-    ``threads`` and the cache's ``pool_tokens`` are set on a CPU; 0: the engine's default.
+    ``threads`` and the cache's ``pool_tokens`` are set on a CPU; 0: the engine's default. ``engine``: further options
+    of ours, which replace those that follow from the rest.
     """
 
     folder: str
@@ -48,6 +50,7 @@ class PeerOptions:
     memory_share: float
     threads: int = 0
     pool_tokens: int = 0
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def is_installed(name: str) -> str | None:
@@ -147,21 +150,24 @@ def _receive(connection: Connection) -> Workload | None:
 def _paged(options: PeerOptions) -> System:
     from paged_infer.llm import LLM
 
-    llm = LLM(
-        options.folder,
-        dtype=options.dtype,
-        device="cpu" if options.threads else "auto",
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        num_blocks=-(-options.pool_tokens // BLOCK_SIZE) or None,
-        block_size=BLOCK_SIZE,
-        enable_prefix_caching=False,
-    )
+    own: EngineOptions = {
+        "dtype": options.dtype,
+        "device": "cpu" if options.threads else "auto",
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "num_blocks": -(-options.pool_tokens // BLOCK_SIZE) or None,
+        "block_size": BLOCK_SIZE,
+        "enable_prefix_caching": False,
+    }
+    own.update(options.engine)
+    llm = LLM(options.folder, **own)
 
     def generate(prompts: list[list[int]], params: list[Any]) -> list[dict[str, Any]]:
         return [{"token_ids": one.outputs[0].token_ids} for one in llm.generate(prompts, params, use_tqdm=False)]
 
-    return _untimed(SimpleNamespace(generate=generate), lambda workload: workload.params)
+    untimed = _untimed(SimpleNamespace(generate=generate), lambda workload: workload.params)
+    per_token = llm.engine.memory.kv_bytes_per_token
+    return lambda workload: replace(untimed(workload), kv_bytes_per_token=per_token)
 
 
 def _transformers(options: PeerOptions, name: str = "transformers static") -> System:

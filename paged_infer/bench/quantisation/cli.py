@@ -1,0 +1,107 @@
+"""``paged-infer bench quantisation``."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paged_infer.bench.options import BenchModel, Repeats
+from paged_infer.bench.report import save_report
+from paged_infer.bench.shapes import folder_of
+from paged_infer.bench.side_by_side.cli import DTYPES
+from paged_infer.bench.speed.cli import errors, progress
+from paged_infer.cli_options import Figures, Seed, open_llm
+
+NAME = "bench-quantisation.json"
+
+
+def quantisation(
+    model: BenchModel = None,
+    load_format: Annotated[str, typer.Option(help="dummy: random weights; their quality is not measured.")] = "auto",
+    schemes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="w8a16, w4a16, w8a8, int4-g32-asym, int4-narrow, nf4 ...; may be repeated. Default: a table."
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="rtn, gptq, awq or smoothquant; may be repeated. Default: the usual ones of each scheme."),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Of schemes such as int4-g. Default: 32.", min=1)] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="stories, or a text file. Default: stories, or what the model itself writes.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="To measure quality on. Default: unseen stories, or what the model itself writes."),
+    ] = None,
+    num_texts: Annotated[int, typer.Option(help="To measure quality on.", min=1)] = 30,
+    quality: Annotated[bool, typer.Option(help="Measure quality, or keep what was measured before.")] = True,
+    speed: Annotated[bool, typer.Option(help="Measure speed, or keep what was measured before.")] = True,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="A further engine: its options as JSON; may be repeated.")
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option(help="For llama.cpp; may be repeated. Default: Q8_0 and Q4_K_M of the model, if it is a GGUF."),
+    ] = None,
+    memory: Annotated[float, typer.Option(help="GiB that a process may take, its pool included.", min=0.01)] = 2.0,
+    scale: Annotated[float, typer.Option(help="Factor of the requests' lengths.", min=0.01)] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="Of each engine. Default: torch's.", min=1)] = None,
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    figures: Figures = Path("figures"),
+) -> None:
+    """Weights of few bits on a CPU: what schemes and methods cost (KL to float32, agreement, perplexity, recall), and
+    what those with kernels gain: memory, and tokens per second of 1, 4, 16 and 32 requests.
+
+    llama.cpp's are measured, too: quality where llama-cpp-python is installed, speed where llama-server is on PATH.
+    """
+    import torch
+
+    from paged_infer.bench.quantisation import llama
+    from paged_infer.bench.quantisation.cases import read_cases, read_engines
+    from paged_infer.bench.quantisation.engines import measure_speed, peer_options, weigh, workloads
+    from paged_infer.bench.quantisation.quality import choose_texts, measure_cases
+    from paged_infer.bench.quantisation.report import GIB, QuantisationReport, print_report, quantisation_figure
+    from paged_infer.execution.machine import describe_machine
+
+    with errors(), ExitStack() as stack:
+        if unknown := [name for name in dtype or () if name not in DTYPES]:
+            raise ValueError(f"dtype {', '.join(unknown)}: must be float32 or bfloat16")
+        cases = read_cases(schemes or (), methods or (), group_size)
+        machine, threads = describe_machine(), threads or torch.get_num_threads()
+        machine["torch_threads"] = threads
+        parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(folder_of(model, load_format))
+        llm = open_llm(folder, dtype="float32", device="cpu", load_format=load_format)
+        engines = read_engines(cases, dtype or DTYPES, engine or (), is_gguf=llm.folder.is_file())
+        report = QuantisationReport(llm.name, machine).with_halves_of(figures / NAME)
+        files = gguf or []
+        if not files and llm.folder.is_file() and llama.is_importable():
+            files = llama.requantise(llm.folder, parent)
+        if quality and load_format != "dummy":
+            report.texts, held_out, calibrating = choose_texts(llm, cases, text, calibration, num_texts, seed)
+            with progress(len(cases)) as advance:
+                report.quality, reference = measure_cases(llm.folder, cases, held_out, calibrating, advance)
+                if llama.is_importable():
+                    report.quality += [llama.llama_quality(file, held_out, reference, threads) for file in files]
+        if speed:
+            config = llm.engine.decoder.config
+            given = workloads(config.vocab_size, scale, seed)
+            options = peer_options(llm.folder, load_format, given, config.max_position_embeddings, threads)
+            del llm
+            report.speed_machine, report.left_out, report.memory_bytes = machine, {}, round(memory * GIB)
+            report.memory = weigh(options, engines, config, report.memory_bytes, report.left_out)
+            with progress(repeats * (len(engines) + len(files)) * len(given)) as advance:
+                report.speed = measure_speed(options, engines, files, given, repeats, advance, report.left_out)
+            report.workloads = {key: one.name for key, one in given.items()}
+            report.output_tokens = {key: sum(p.max_tokens or 0 for p in one.params) for key, one in given.items()}
+    print_report(report)
+    save_report(report, figures / NAME, quantisation_figure if report.quality or report.speed else None)

@@ -1,0 +1,128 @@
+"""The report of ``bench quantisation``: quality of schemes, speed and memory of engines; its tables and picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from paged_infer.bench.quantisation.engines import Memory
+from paged_infer.bench.quantisation.quality import Quality
+from paged_infer.bench.report import JsonReport
+from paged_infer.bench.side_by_side.turns import PeerResult
+from paged_infer.bench.tables import print_table
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
+
+GIB = 2**30
+_MARKS = {"rtn": "o", "awq": "s", "gptq": "^", "smoothquant": "D", "llama.cpp": "X"}
+_COLOURS = [BASELINE_COLOURS[name] for name in ("naive", "cached", "static", "paged", "nano-vllm", "transformers")]
+
+
+@dataclass(slots=True)
+class QuantisationReport(JsonReport):
+    """A half that was not measured is empty, or what an earlier run measured.
+
+    Attributes:
+        texts: what quality was measured on.
+        memory_bytes: what a process may take, for the number of blocks.
+        workloads: what each number of requests is.
+        output_tokens: of each number of requests.
+        speed: of engines, and of llama.cpp by the name of its file.
+        left_out: why.
+        machine, speed_machine: of the last run, and of the one that measured ``speed``.
+    """
+
+    model: str
+    machine: dict[str, Any]
+    texts: str = ""
+    quality: list[Quality] = field(default_factory=list)
+    memory_bytes: int = 0
+    memory: dict[str, Memory] = field(default_factory=dict)
+    workloads: dict[str, str] = field(default_factory=dict)
+    output_tokens: dict[str, int] = field(default_factory=dict)
+    speed: dict[str, PeerResult] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    speed_machine: dict[str, Any] = field(default_factory=dict)
+
+    def with_halves_of(self, path: Path) -> QuantisationReport:
+        """What an earlier run measured of the same model, as this run's."""
+        earlier = self.read(path) if path.is_file() else self
+        if earlier.model != self.model:
+            return self
+        return replace(earlier, machine=self.machine)
+
+    def rates(self, engine: str) -> list[float]:
+        """Output tokens a second, for each number of requests."""
+        return [self.output_tokens[key] / self.speed[engine].seconds(key) for key in self.workloads]
+
+
+def print_report(report: QuantisationReport) -> None:
+    """Tables of at most 80 columns."""
+    if report.quality:
+        header = ["scheme", "method", "bits", "KL, nats", "top-1", "ppl", "recall"]
+        rows = []
+        for one in report.quality:
+            recall = "-" if one.recall is None else f"{one.recall:.3f}"
+            costs = [f"{one.kl:#.2g}" if one.kl else "0", f"{one.agreement:.3f}", f"{one.perplexity:.4f}", recall]
+            rows.append([one.scheme, one.method, f"{one.bits:.2f}", *costs])
+        print_table(f"{report.model}: rounded weights compared with float32, on {report.texts}", header, rows)
+    if report.memory:
+        header = ["engine", "peak memory, GB", f"blocks in {report.memory_bytes / GIB:g} GiB", "bytes of a block"]
+        rows = [
+            [name, f"{one.peak_bytes / 1e9:.3f}", f"{one.num_blocks:,}", f"{one.block_bytes:,}"]
+            for name, one in report.memory.items()
+        ]
+        print_table(f"{report.model}: a process without its pool, and what fits beside it", header, rows)
+    if report.speed:
+        first, rows = report.rates(next(iter(report.speed))), []
+        for name, result in report.speed.items():
+            rates = [f"{rate:,.0f} {rate / base:.2f}x" for rate, base in zip(report.rates(name), first, strict=True)]
+            rows.append([name, *rates, _others(result)])
+        header = ["requests", *report.workloads, "others"]
+        print_table(f"{report.model}: tokens/s of so many requests; cores that others kept busy", header, rows)
+    for name, reason in report.left_out.items():
+        print(f"left out: {name}: {reason}")
+
+
+def _others(one: PeerResult) -> str:
+    beside = [run.others_cores for runs in one.runs.values() for run in runs if run.others_cores is not None]
+    return f"{median(beside):.1f}" if beside else "-"
+
+
+def quantisation_figure(report: QuantisationReport) -> Picture:
+    """KL over bits a weight (left), tokens per second over requests (right); what was not measured is left out."""
+    figure = new_picture(8.4 if report.quality and report.speed else 5.4, 4.2)
+    places = iter(figure.subplots(1, bool(report.quality) + bool(report.speed), squeeze=False)[0])
+    if report.quality:
+        _draw_quality(next(places), [one for one in report.quality if one.kl > 0])
+    if report.speed:
+        axes = next(places)
+        for index, name in enumerate(report.speed):
+            style = "--" if "bfloat16" in name else ":" if "llama.cpp" in name else "-"
+            colour = _COLOURS[index % len(_COLOURS)]
+            axes.plot([*report.workloads], report.rates(name), f"o{style}", color=colour, label=name, markersize=4)
+        log_heights(axes)
+        tidy_axes(axes, title="output tokens per second", labelsize=8)
+        axes.set_xlabel("requests at once", fontsize=8.5, color=INK)
+        axes.legend(frameon=False, fontsize=7.5)
+    figure.suptitle(f"{report.model}: {report.texts}" if report.quality else report.model, fontsize=9.5, color=INK)
+    return figure
+
+
+def _draw_quality(axes: Any, rows: list[Quality]) -> None:
+    for method, mark in _MARKS.items():
+        some = [one for one in rows if one.method == method]
+        if some:
+            colour = _COLOURS[1 + list(_MARKS).index(method)]
+            axes.plot(
+                [one.bits for one in some], [one.kl for one in some], mark, color=colour, label=method, alpha=0.85
+            )
+    for one in rows:
+        if one.method in ("rtn", "llama.cpp"):
+            axes.annotate(one.scheme, (one.bits, one.kl), (5, 2), textcoords="offset points", fontsize=6.5, color=INK)
+    axes.set_yscale("log")
+    tidy_axes(axes, title="KL to float32, nats per token", labelsize=8)
+    axes.margins(x=0.18)
+    axes.set_xlabel("bits a weight, scales and zero points included", fontsize=8.5, color=INK)
+    axes.legend(frameon=False, fontsize=8)

@@ -260,8 +260,11 @@ def _gptq(keys: ConfigReader) -> QuantizationConfig:
     inside = keys.value("modules_in_block_to_quantize")
     targets: tuple[str, ...] = ("Linear",)
     if inside is not None:
-        names = [one for part in inside for one in (part if isinstance(part, list) else [part])]
-        targets = tuple(rf".*\.{re.escape(str(name))}$" for name in names)
+        parts = inside if isinstance(inside, list) else [inside]
+        names = [one for part in parts for one in (part if isinstance(part, list) else [part])]
+        if not isinstance(inside, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{keys.name}modules_in_block_to_quantize={inside!r}: must be lists of names")
+        targets = tuple(rf".*\.{re.escape(name)}$" for name in names)
     stored = StoredAs(
         "gptq", bits, _group_size(keys), has_zeros=True, has_order=True, zero_offset=1 if version == "gptq" else 0
     )

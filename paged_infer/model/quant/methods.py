@@ -155,8 +155,9 @@ class QuantisedMethod:
         size, first = self.form.group(linear.in_features), 0
         for index, piece in enumerate(self.pieces):
             rows, g_idx = slice(first, first := first + piece.num_rows), linear.g_idx[index]
-            counts = torch.bincount(g_idx.clamp(min=0), minlength=linear.in_features // size)
-            if bool((g_idx < 0).any()) or counts.tolist() != [size] * (linear.in_features // size):
+            groups = linear.in_features // size
+            counts = torch.bincount(g_idx.clamp(0, groups), minlength=groups)  # other numbers would need other memory
+            if bool((g_idx < 0).any()) or counts.tolist() != [size] * groups:
                 raise ValueError(f"{self.tensors[index]['g_idx'].name}: must name each group {size} times")
             order = g_idx.argsort(stable=True)
             values = linear.values.data[rows]

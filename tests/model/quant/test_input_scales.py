@@ -60,14 +60,16 @@ def test_heads_that_read_one_value_head_share_their_scales(checkpoint) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(3, False, "group", 16), Scheme(4)], ids=str)
 def test_awq_loses_less_on_inputs_with_outliers(scheme: Scheme) -> None:
-    weight, x = outliers(0)
-    scales = awq_scales(weight, x.abs().mean(0), x.t() @ x, scheme)
-    assert scales[0] > 1.5 * scales[1]
-
-    def loss(found: Tensor) -> float:
-        return (x @ (found - weight).t()).square().mean().item()
-
-    assert loss(rounded(weight * scales, scheme) / scales) < 0.7 * loss(rounded(weight, scheme))
+    """Than round to nearest: of ten problems 0.15 to 0.20 of it at 3 bits, 0.41 to 0.64 with a scale for each row."""
+    parts = []
+    for seed in range(5):
+        weight, x = outliers(seed)
+        scales = awq_scales(weight, x.abs().mean(0), x.t() @ x, scheme)
+        assert scales[0] > 1.3 * scales[1]
+        found, usual = rounded(weight * scales, scheme) / scales, rounded(weight, scheme)
+        lost, usually = ((x @ (one - weight).t()).square().mean().item() for one in (found, usual))
+        parts.append(lost / usually)
+    assert max(parts) < 0.8 and sum(parts) / 5 < 0.65
 
 
 def test_awq_leaves_inputs_of_one_size_and_those_that_are_zero() -> None:
@@ -77,13 +79,15 @@ def test_awq_leaves_inputs_of_one_size_and_those_that_are_zero() -> None:
 
 
 def test_smoothing_cures_what_an_outlier_does_to_inputs_of_8_bits() -> None:
-    weight, x = outliers(2)
-    exact, scheme = x @ weight.t(), Scheme(8)
+    """Of five problems the loss became 0.17 to 0.22 of it."""
+    for seed in range(5):
+        weight, x = outliers(seed)
+        exact, scheme = x @ weight.t(), Scheme(8)
 
-    def loss(scales: Tensor) -> float:
-        return (rounded(x / scales, scheme) @ rounded(weight * scales, scheme).t() - exact).square().mean().item()
+        def loss(scales: Tensor, x=x, weight=weight, exact=exact, scheme=scheme) -> float:
+            return (rounded(x / scales, scheme) @ rounded(weight * scales, scheme).t() - exact).square().mean().item()
 
-    assert loss(smooth_scales(weight, x.abs().amax(0))) < 0.3 * loss(torch.ones(64))
+        assert loss(smooth_scales(weight, x.abs().amax(0))) < 0.4 * loss(torch.ones(64))
 
 
 def test_smooth_scales_balance_inputs_and_weights() -> None:

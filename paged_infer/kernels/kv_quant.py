@@ -22,6 +22,7 @@ from torch import Tensor
 
 LARGEST_CODE: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 KV_DTYPES: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # vLLM's names
+FORMATS: Final = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}  # numbers for the kernels; 0: no codes
 LARGEST_SCALE: Final = 65504.0  # of float16
 SCALE_BYTES: Final = 2
 
@@ -31,14 +32,18 @@ def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x, largest = x.float(), LARGEST_CODE[dtype]
     top = x.abs().amax(-1)  # NaN where any element is
     scale = _round_up((top / largest).clamp(max=LARGEST_SCALE)).masked_fill(~top.isfinite(), torch.nan)
-    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)[..., None]
-    codes = (x * inverse).nan_to_num(0.0).clamp(-largest, largest)
+    codes = torch.where((scale > 0)[..., None], x * (1 / scale.float())[..., None], 0.0).clamp(-largest, largest)
     return (codes.round() if dtype is torch.int8 else codes).to(dtype), scale
 
 
 def dequantise_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes [..., D], scale [...] -> [..., D]. The product is exact in float32."""
     return (codes.float() * scale.float()[..., None]).to(dtype)
+
+
+def as_bytes(cache: Tensor) -> Tensor:
+    """Codes as int8, for kernels and copies that take no float8; any other cache as it is."""
+    return cache.view(torch.int8) if cache.dtype in FORMATS else cache
 
 
 def _round_up(x: Tensor) -> Tensor:

@@ -43,6 +43,21 @@ def test_a_row_has_the_same_logprobs_alone_and_in_a_crowd(family, dtype, make_ll
         assert numbers(alone) == numbers(together)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "dtype"),
+    [("qwen3", "int8", "float32"), ("gpt2", "fp8", "bfloat16"), ("gemma2", "fp8_e5m2", "float32")],
+)
+def test_a_row_over_a_cache_of_8_bits_has_the_same_logprobs_alone_and_in_a_crowd(family, kind, dtype, make_llm) -> None:
+    rng = random.Random(1)
+    prompts = [[rng.randrange(2, VOCAB) for _ in range(length)] for length in (1, 5, 17, 30, 9, 41)]
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    llm = make_llm(family, attention_backend="c", enable_prefix_caching=False, kv_cache_dtype=kind, dtype=dtype)
+    crowd = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, together in zip(prompts, crowd, strict=True):
+        (alone,) = llm.generate([prompt], params, use_tqdm=False)
+        assert numbers(alone) == numbers(together)
+
+
 def numbers(output) -> list[tuple[int, float]]:
     rows = [*filter(None, output.prompt_logprobs), *output.outputs[0].logprobs]
     return [(token, entry.logprob) for row in rows for token, entry in row.items()]

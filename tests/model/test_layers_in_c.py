@@ -63,6 +63,19 @@ def test_products_of_few_bits_are_part_of_the_call(make_llm, scheme, dtype, call
     assert results(llm) == whole
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "float32"), ("fp8", "bfloat16"), ("fp8_e5m2", "float32")])
+def test_a_cache_of_8_bits_is_part_of_the_call(make_llm, kind, dtype, calls) -> None:
+    sizes = {"max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    sizes |= {"quantization": "w8a16"} if dtype == "bfloat16" else {}  # whose dense rows would need padding
+    llm = make_llm("llama2", dtype=dtype, kv_cache_dtype=kind, **sizes)
+    whole = results(llm)
+    assert calls
+    llm.engine.decoder.whole_layers = None
+    calls.clear()
+    assert results(llm) == whole and not calls
+    assert results(make_llm("llama2", dtype=dtype, **sizes)) != whole
+
+
 @pytest.mark.parametrize("name", ["gpt2", "olmo2", "gemma2", "mixtral", "deepseek2", "smollm3", "granite"])
 def test_other_decoders_compute_their_layers_one_by_one(make_llm, name) -> None:
     assert make_llm(name).engine.decoder.whole_layers is None

@@ -41,7 +41,7 @@ _NAMES = (
     "layers.c",
 )
 SOURCES = tuple(map(Path(__file__).with_name, _NAMES))
-_HEADERS = tuple(map(Path(__file__).with_name, ("elements.h", "digits.h", "amx.h")))
+_HEADERS = tuple(map(Path(__file__).with_name, ("elements.h", "kv_codes.h", "digits.h", "amx.h")))
 # Sums may be taken in any order, as a vector unit does, but NaN and infinity keep their meaning.
 FLAGS = (
     "-O3 -march=native -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
@@ -56,6 +56,7 @@ _SIGNATURES = {
     "qk_norm_rope": [_POINTER] * 8 + [_INT] * 5 + [_FLOAT, _FLOAT, _THREADS],
     "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
+    "store_kv_codes": [_POINTER] * 7 + [_INT] * 6 + [_THREADS],
     "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
     "linear_bfloat16": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],
     "quantised_linear": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
@@ -64,8 +65,8 @@ _SIGNATURES = {
     "expert_sum": [_POINTER] * 4 + [_INT] * 3 + [_THREADS],
     "latent_decode": [_POINTER] * 5 + [_INT] * 6 + [_FLOAT, _THREADS],
     "decoder_layers": [_POINTER] * 4 + [_INT, _POINTER, _INT] + [_POINTER] * 4 + [_THREADS],
-    "paged_prefill": [_POINTER] * 9 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
-    "paged_decode": [_POINTER] * 8 + [_INT] * 8 + [_FLOAT, _FLOAT, _THREADS],
+    "paged_prefill": [_POINTER] * 11 + [_INT] * 9 + [_FLOAT, _FLOAT, _THREADS],
+    "paged_decode": [_POINTER] * 10 + [_INT] * 9 + [_FLOAT, _FLOAT, _THREADS],
 }
 
 

@@ -6,6 +6,7 @@
    D their dimension. */
 
 #include "elements.h"
+#include "kv_codes.h"
 
 #define WORTH_A_THREAD 16384 /* elements; below this, a thread costs more than it saves */
 
@@ -84,6 +85,25 @@ void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v
         memcpy(k_cache + slots[t] * width, k + t * k_stride, width * sizeof(stored));
         if (v) memcpy(v_cache + slots[t] * width, v + t * v_stride, width * sizeof(stored));
     }
+}
+
+/* The same in 8 bits: rows [H_kv, D], whose vectors are codes and a scale. */
+void store_kv_codes(uint8_t *k_cache, uint8_t *v_cache, uint16_t *k_scale, uint16_t *v_scale, const stored *k,
+                    const stored *v, const int64_t *slots, int64_t num_tokens, int64_t num_kv, int64_t dim,
+                    int64_t k_stride, int64_t v_stride, int64_t format, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_tokens * num_kv * dim > WORTH_A_THREAD)
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t h = 0; h < num_kv && slots[t] >= 0; h++) {
+            int64_t at = slots[t] * num_kv + h;
+#define STORE(FORMAT) \
+    store_vector(k_cache + at * dim, k_scale + at, k + t * k_stride + h * dim, dim, FORMAT); \
+    store_vector(v_cache + at * dim, v_scale + at, v + t * v_stride + h * dim, dim, FORMAT)
+            switch (format) {
+                case INT8: STORE(INT8); break;
+                case E4M3: STORE(E4M3); break;
+                default: STORE(E5M2);
+            }
+        }
 }
 
 /* Maps floats to integers of the same order, which a vector unit compares; NaN is above all, -0 equals 0. */

@@ -11,12 +11,14 @@ void add_rms_norm(stored *, stored *, const stored *, const stored *, const stor
 void silu_mul(stored *, const stored *, int64_t, int64_t, int64_t, int);
 void qk_norm_rope(stored *, const stored *, const stored *, const stored *, const stored *, stored *, stored *,
                   const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
-void paged_decode(stored *, const stored *, const stored *, const stored *, const int32_t *, const int32_t *,
-                  const int32_t *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                  float, float, int);
-void paged_prefill(stored *, const stored *, const stored *, const stored *, const int32_t *, const int32_t *,
-                   const int32_t *, const int32_t *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                   int64_t, int64_t, float, float, int);
+void store_kv_codes(void *, void *, uint16_t *, uint16_t *, const stored *, const stored *, const int64_t *, int64_t,
+                    int64_t, int64_t, int64_t, int64_t, int64_t, int);
+void paged_decode(stored *, const stored *, const void *, const void *, const uint16_t *, const uint16_t *,
+                  const int32_t *, const int32_t *, const int32_t *, const float *, int64_t, int64_t, int64_t, int64_t,
+                  int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
+void paged_prefill(stored *, const stored *, const void *, const void *, const uint16_t *, const uint16_t *,
+                   const int32_t *, const int32_t *, const int32_t *, const int32_t *, const float *, int64_t, int64_t,
+                   int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
 
 /* x [rows, depth] W^T + start -> out [rows, width], by linear or another function of its signature */
 typedef struct {
@@ -32,12 +34,13 @@ void quantised_linear(stored *, const stored *, const void *, uint8_t *, int64_t
 typedef struct {
     product qkv, output, up, down;
     const stored *attention_norm, *mlp_norm, *qk_norm; /* [hidden]; [H + H_kv, D], or none */
-    stored *k_cache, *v_cache;                         /* [num_slots, H_kv, D] */
+    void *k_cache, *v_cache;                           /* [num_slots, H_kv, D], in the format of the shape */
+    uint16_t *k_scale, *v_scale;                       /* [num_slots, H_kv], of codes */
     int64_t window, rope;                              /* rope: which pair of cos and sin */
 } layer;
 
 typedef struct {
-    int64_t num_heads, num_kv_heads, dim, hidden, block_size;
+    int64_t num_heads, num_kv_heads, dim, hidden, block_size, format; /* format: of the cache, as in kv_codes.h */
     float eps, offset, scale, softcap; /* of the norms; of the scores */
 } shape;
 
@@ -74,16 +77,19 @@ void decoder_layers(stored *x, stored *residual, stored *room, uint8_t *scratch,
         add_rms_norm(normed, residual, first ? residual : x, first ? 0 : residual, l->attention_norm, n, hidden, hidden,
                      hidden, s->eps, s->offset, threads);
         multiply(fused, normed, &l->qkv, n, apart, scratch, threads);
-        qk_norm_rope(qk, fused, cos[l->rope], sin[l->rope], l->qk_norm, l->k_cache, l->v_cache, t->slots, s->num_kv_heads,
-                     n, num_qk, dim, l->qkv.width, s->eps, s->offset, threads);
+        qk_norm_rope(qk, fused, cos[l->rope], sin[l->rope], l->qk_norm, l->k_cache, l->v_cache,
+                     s->format ? 0 : t->slots, s->num_kv_heads, n, num_qk, dim, l->qkv.width, s->eps, s->offset, threads);
+        if (s->format)
+            store_kv_codes(l->k_cache, l->v_cache, l->k_scale, l->v_scale, qk + s->num_heads * dim, fused + num_qk * dim,
+                           t->slots, n, s->num_kv_heads, dim, num_qk * dim, l->qkv.width, s->format, threads);
         if (t->num_rows)
-            paged_decode(out, qk, l->k_cache, l->v_cache, t->row_tables, t->row_lengths, t->places, 0, t->num_rows,
-                         s->num_heads, s->num_kv_heads, dim, s->block_size, t->row_stride, num_qk * dim, l->window,
-                         s->scale, s->softcap, threads);
+            paged_decode(out, qk, l->k_cache, l->v_cache, l->k_scale, l->v_scale, t->row_tables, t->row_lengths,
+                         t->places, 0, s->format, t->num_rows, s->num_heads, s->num_kv_heads, dim, s->block_size,
+                         t->row_stride, num_qk * dim, l->window, s->scale, s->softcap, threads);
         if (t->num_tasks)
-            paged_prefill(out, qk, l->k_cache, l->v_cache, t->tables, t->lengths, t->starts, t->tasks, 0,
-                          t->num_tasks, s->num_heads, s->num_kv_heads, dim, s->block_size, t->table_stride, num_qk * dim,
-                          l->window, s->scale, s->softcap, threads);
+            paged_prefill(out, qk, l->k_cache, l->v_cache, l->k_scale, l->v_scale, t->tables, t->lengths, t->starts,
+                          t->tasks, 0, s->format, t->num_tasks, s->num_heads, s->num_kv_heads, dim, s->block_size,
+                          t->table_stride, num_qk * dim, l->window, s->scale, s->softcap, threads);
         multiply(x, out, &l->output, n, apart, scratch, threads);
         add_rms_norm(normed, residual, x, residual, l->mlp_norm, n, hidden, hidden, hidden, s->eps, s->offset, threads);
         multiply(fused, normed, &l->up, n, apart, scratch, threads);

@@ -21,6 +21,7 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.linear import InC
 from paged_infer.kernels.cpu.paged_attention import plan_queries
+from paged_infer.kernels.kv_quant import FORMATS
 
 
 class _Product(Structure):
@@ -33,14 +34,15 @@ class _Product(Structure):
 class _Layer(Structure):
     _fields_ = [
         *((name, _Product) for name in ("qkv", "output", "up", "down")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qk_norm", "k_cache", "v_cache")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qk_norm")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache", "k_scale", "v_scale")),
         *((name, c_int64) for name in ("window", "rope")),
     ]
 
 
 class _Shape(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "hidden", "block_size")),
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "hidden", "block_size", "format")),
         *((name, c_float) for name in ("eps", "offset", "scale", "softcap")),
     ]
 
@@ -85,6 +87,7 @@ class PoolOfBlocks(Protocol):
     block_size: int
     keys: list[Tensor]
     values: list[Tensor]
+    scales: list[dict[str, Tensor]]  # "k_scale" and "v_scale" of each layer, if keys and values are codes
 
 
 class LayersInC:
@@ -111,7 +114,11 @@ class LayersInC:
 
         None: C cannot compute this step, and nothing was written.
         """
-        if cache.keys[0].dtype is not self.dtype or step.block_tables.stride(-1) != 1 or not x.is_contiguous():
+        if (
+            cache.keys[0].dtype not in (self.dtype, *FORMATS)
+            or step.block_tables.stride(-1) != 1
+            or not x.is_contiguous()
+        ):
             return None
         plan = plan_queries(step, self.dtype)
         if plan is None:
@@ -139,19 +146,21 @@ class LayersInC:
     def _addresses(self, cache: PoolOfBlocks) -> tuple[ctypes.Array[_Layer], _Shape]:
         sizes, scale = self._sizes, self._sizes.scale
         layers = (_Layer * len(self._layers))(
-            *(self._layer(*both) for both in zip(self._layers, cache.keys, cache.values, strict=True))
+            *(self._layer(*own) for own in zip(self._layers, cache.keys, cache.values, cache.scales, strict=True))
         )
         shape = _Shape(
             sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.hidden, cache.block_size,
-            sizes.eps, sizes.offset, sizes.head_dim**-0.5 if scale is None else scale, sizes.softcap or 0.0,
+            FORMATS.get(cache.keys[0].dtype, 0), sizes.eps, sizes.offset,
+            sizes.head_dim**-0.5 if scale is None else scale, sizes.softcap or 0.0,
         )  # fmt: skip
         self._tables[cache] = layers, shape
         return layers, shape
 
-    def _layer(self, layer: LayerWeights, keys: Tensor, values: Tensor) -> _Layer:
+    def _layer(self, layer: LayerWeights, keys: Tensor, values: Tensor, scales: dict[str, Tensor]) -> _Layer:
         return _Layer(
             *map(self._product, layer[:4]), layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr(),
             None if layer.qk_norm is None else layer.qk_norm.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            *(scales[name].data_ptr() if scales else None for name in ("k_scale", "v_scale")),
             2**62 if layer.window is None else layer.window, layer.rope,
         )  # fmt: skip
 

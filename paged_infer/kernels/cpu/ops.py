@@ -17,6 +17,7 @@ from paged_infer.kernels.fused.rms_norm import add_rms_norm_reference
 from paged_infer.kernels.fused.sample import argmax_reference
 from paged_infer.kernels.fused.silu_mul import silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv_reference
+from paged_infer.kernels.kv_quant import FORMATS
 
 
 @functools.cache
@@ -106,6 +107,9 @@ def store_kv_c(
     """``kernels.store_kv``: rows [T, H_kv, D] to their slots, which must be within the cache; -1: not stored."""
     dim, rows, caches = k.shape[-1], [k], [k_cache]
     if v is not None and v_cache is not None:
+        if k_scale is not None and v_scale is not None:
+            _store_codes(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+            return
         rows, caches = [k, v], [k_cache, v_cache]
     dense = suits(*rows, *caches) and all(x.stride(1) == dim and x.shape == k.shape for x in rows)
     dense = dense and all(cache.is_contiguous() for cache in caches) and slot_mapping.dtype is torch.int64
@@ -116,6 +120,21 @@ def store_kv_c(
         k_cache.data_ptr(), None if v_cache is None else v_cache.data_ptr(),
         k.data_ptr(), None if v is None else v.data_ptr(), slot_mapping.data_ptr(),
         k.shape[0], k.shape[1] * dim, k.stride(0), 0 if v is None else v.stride(0),
+    )  # fmt: skip
+
+
+def _store_codes(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> None:  # fmt: skip
+    """``store_kv`` to a cache of 8 bits."""
+    dim, stored = k.shape[-1], (k_cache, v_cache, k_scale, v_scale)
+    dense = suits(k, v) and k.stride(1) == v.stride(1) == dim and all(x.is_cpu and x.is_contiguous() for x in stored)
+    if not dense or slots.dtype is not torch.int64:
+        store_kv_reference(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+        return
+    library(k.dtype).store_kv_codes(
+        k_cache.data_ptr(), v_cache.data_ptr(), k_scale.data_ptr(), v_scale.data_ptr(), k.data_ptr(), v.data_ptr(),
+        slots.data_ptr(), *k.shape, k.stride(0), v.stride(0), FORMATS[k_cache.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

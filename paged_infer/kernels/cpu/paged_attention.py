@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
+from paged_infer.kernels.attention.mla import warn_once
 from paged_infer.kernels.attention.paged_sdpa import latent_decode_batched, paged_attention_batched
 from paged_infer.kernels.cpu.build import library
 from paged_infer.kernels.cpu.ops import suits
+from paged_infer.kernels.kv_quant import FORMATS
 
 _MAX_GROUP_WIDTH = 4096  # MAX_TASK_WIDTH of paged_decode.c
 _MAX_DIM = 256  # of a tile, which is on the stack
@@ -31,7 +33,9 @@ def paged_attention_c(
     """q [T, H, D]; caches [num_blocks, block_size, H_kv, D], contiguous -> [T, H, D]."""
     num_heads, dim = q.shape[1:]
     _, block_size, num_kv_heads, _ = k_cache.shape
-    dense = suits(q, k_cache, v_cache) and q.stride(1) == dim and k_cache.is_contiguous() and v_cache.is_contiguous()
+    scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
+    dense = suits(q) if scales else suits(q, k_cache, v_cache)
+    dense = dense and q.stride(1) == dim and all(x.is_cpu and x.is_contiguous() for x in (k_cache, v_cache, *scales))
     if (
         not dense
         or v_cache.shape != k_cache.shape
@@ -39,13 +43,22 @@ def paged_attention_c(
         or step.block_tables.stride(-1) != 1
         or (plan := plan_queries(step, q.dtype)) is None
     ):
+        if scales:
+            warn_once(
+                f"keys and values of {k_cache.dtype} are read by torch, which is slower: C does not take {num_heads} "
+                f"heads of {dim} over {num_kv_heads} in {q.dtype} here"
+            )
         return paged_attention_batched(
             q, k_cache, v_cache, step, window=window, k_scale=k_scale, v_scale=v_scale, **scores
         )
     out = torch.empty(q.shape, dtype=q.dtype)
     kernels, scale, sinks = library(q.dtype), scores.get("scale"), scores.get("sinks")
     sinks = None if sinks is None else sinks.float().contiguous()
-    tensors = (out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr())
+    tensors = (
+        out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        *([scale.data_ptr() for scale in scales] or (None, None)),
+    )  # fmt: skip
+    kind = FORMATS[k_cache.dtype] if scales else 0
     shape = (num_heads, num_kv_heads, dim, block_size)
     options = (
         2**62 if window is None else window, dim**-0.5 if scale is None else scale, scores.get("softcap") or 0.0,
@@ -55,13 +68,13 @@ def paged_attention_c(
         kernels.paged_decode(
             *tensors, plan.tables.data_ptr(), plan.lengths.data_ptr(),
             None if plan.places is None else plan.places.data_ptr(), None if sinks is None else sinks.data_ptr(),
-            plan.num_rows, *shape, plan.tables.stride(0), q.stride(0), *options,
+            kind, plan.num_rows, *shape, plan.tables.stride(0), q.stride(0), *options,
         )  # fmt: skip
     if plan.tasks is not None:
         kernels.paged_prefill(
             *tensors, step.block_tables.data_ptr(), step.seq_lens.data_ptr(), step.query_start_loc.data_ptr(),
             plan.tasks.data_ptr(), None if sinks is None else sinks.data_ptr(),
-            len(plan.tasks), *shape, step.block_tables.stride(0), q.stride(0), *options,
+            kind, len(plan.tasks), *shape, step.block_tables.stride(0), q.stride(0), *options,
         )  # fmt: skip
     return out
 

@@ -3,6 +3,7 @@
    H query heads, H_kv key heads, D their dimension. */
 
 #include "elements.h"
+#include "kv_codes.h"
 
 INLINE float dot(const float *a, const stored *b, int64_t n) {
     float sum = 0.0f;
@@ -10,32 +11,48 @@ INLINE float dot(const float *a, const stored *b, int64_t n) {
     return sum;
 }
 
+INLINE float dot_wide(const float *a, const float *b, int64_t n) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 #define TILE 32             /* keys per iteration */
 #define MAX_TASK_WIDTH 4096 /* elements of the query heads of one task */
 
 /* One sequence and some adjacent key heads of it: online softmax (Milakov 2018) over keys first..length-1, tile by
-   tile. Keys and values are read in place, all heads of a token together. With a softcap > 0, a score becomes softcap *
+   tile. Keys and values are read in place, all heads of a token together; codes become floats in registers, and their
+   scale is a factor of the score or the weight. With a softcap > 0, a score becomes softcap *
    tanh(score / softcap). A head's sink, if there are sinks, is a key of that score and of value zero. */
-INLINE void attend_row(stored *out, const stored *q, const stored *keys, const stored *values, const int32_t *table,
-                       int64_t first, int64_t length, int64_t num_kv, int64_t group, int64_t dim, int64_t v_dim,
-                       int64_t block_size, int64_t slot_stride, float scale, float softcap, const float *sinks) {
-    int64_t num_heads = num_kv * group, place[TILE];
+INLINE void attend_row(stored *out, const stored *q, const char *keys, const char *values, const uint16_t *k_scales,
+                       const uint16_t *v_scales, const int32_t *table, int64_t first, int64_t length, int64_t num_kv,
+                       int64_t group, int64_t dim, int64_t block_size, int64_t slot_heads, float scale, float softcap,
+                       const float *sinks, const int format) {
+    int64_t num_heads = num_kv * group, slot[TILE], size = size_of(format);
     if (softcap > 0.0f) scale /= softcap;
     float acc[MAX_TASK_WIDTH], query[MAX_TASK_WIDTH], score[num_heads][TILE], largest[num_heads], total[num_heads];
     for (int64_t h = 0; h < num_heads; h++) largest[h] = sinks ? sinks[h] : -INFINITY, total[h] = sinks ? 1.0f : 0.0f;
-    for (int64_t i = 0; i < num_heads * v_dim; i++) acc[i] = 0.0f;
+    float wide[dim];
+    for (int64_t i = 0; i < num_heads * dim; i++) acc[i] = 0.0f;
     for (int64_t i = 0; i < num_heads * dim; i++) query[i] = load(q[i]) * scale;
     int64_t block = first / block_size, offset = first % block_size;
     for (int64_t start = first; start < length; start += TILE) {
         int64_t n = length - start < TILE ? length - start : TILE;
         for (int64_t i = 0; i < n; i++) {
-            place[i] = ((int64_t)table[block] * block_size + offset) * slot_stride;
+            slot[i] = ((int64_t)table[block] * block_size + offset) * slot_heads;
             if (++offset == block_size) offset = 0, block++;
         }
         for (int64_t i = 0; i < n; i++)
-            for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
-                for (int64_t g = 0; g < group; g++, h++)
-                    score[h][i] = dot(query + h * dim, keys + place[i] + kv * dim, dim);
+            for (int64_t kv = 0, h = 0; kv < num_kv; kv++) {
+                const char *key = keys + (slot[i] + kv) * dim * size;
+                if (format) {
+                    float factor = scale_of(k_scales[slot[i] + kv]);
+                    widen(wide, (const uint8_t *)key, dim, format);
+                    for (int64_t g = 0; g < group; g++, h++) score[h][i] = dot_wide(query + h * dim, wide, dim) * factor;
+                } else
+                    for (int64_t g = 0; g < group; g++, h++)
+                        score[h][i] = dot(query + h * dim, (const stored *)key, dim);
+            }
         for (int64_t h = 0; h < num_heads; h++) {
             float top = largest[h], sum = 0.0f;
             if (softcap > 0.0f)
@@ -44,28 +61,37 @@ INLINE void attend_row(stored *out, const stored *q, const stored *keys, const s
             for (int64_t i = 0; i < n; i++) score[h][i] = fast_exp(score[h][i] - top);
             for (int64_t i = 0; i < n; i++) sum += score[h][i];
             float shrink = start == first && !sinks ? 0.0f : fast_exp(largest[h] - top);
-            for (int64_t d = 0; d < v_dim; d++) acc[h * v_dim + d] *= shrink;
+            for (int64_t d = 0; d < dim; d++) acc[h * dim + d] *= shrink;
             total[h] = total[h] * shrink + sum;
             largest[h] = top;
         }
         for (int64_t i = 0; i < n; i++)
-            for (int64_t kv = 0, h = 0; kv < num_kv; kv++)
-                for (int64_t g = 0; g < group; g++, h++)
-                    for (int64_t d = 0; d < v_dim; d++)
-                        acc[h * v_dim + d] += score[h][i] * load(values[place[i] + kv * dim + d]);
+            for (int64_t kv = 0, h = 0; kv < num_kv; kv++) {
+                const char *value = values + (slot[i] + kv) * dim * size;
+                if (format) {
+                    float factor = scale_of(v_scales[slot[i] + kv]);
+                    widen(wide, (const uint8_t *)value, dim, format);
+                    for (int64_t g = 0; g < group; g++, h++)
+                        for (int64_t d = 0; d < dim; d++) acc[h * dim + d] += score[h][i] * factor * wide[d];
+                } else
+                    for (int64_t g = 0; g < group; g++, h++)
+                        for (int64_t d = 0; d < dim; d++)
+                            acc[h * dim + d] += score[h][i] * load(((const stored *)value)[d]);
+            }
     }
     for (int64_t h = 0; h < num_heads; h++)
-        for (int64_t d = 0; d < v_dim; d++) out[h * v_dim + d] = store(acc[h * v_dim + d] / total[h]);
+        for (int64_t d = 0; d < dim; d++) out[h * dim + d] = store(acc[h * dim + d] / total[h]);
 }
 
 /* Single queries: q and out [T, H, D], q with row stride q_stride; row r of the tables and lengths belongs to query
-   places[r], without places to query r; caches [num_slots, H_kv, D]; sinks [H]. The query heads of a group, H / H_kv * D
-   elements, must fit MAX_TASK_WIDTH. */
-void paged_decode(stored *out, const stored *q, const stored *k_cache, const stored *v_cache, const int32_t *tables,
-                  const int32_t *lengths, const int32_t *places, const float *sinks, int64_t num_rows, int64_t num_heads,
-                  int64_t num_kv_heads, int64_t dim, int64_t block_size, int64_t table_stride, int64_t q_stride,
-                  int64_t window, float scale, float softcap, int threads) {
-    int64_t group = num_heads / num_kv_heads, slot_stride = num_kv_heads * dim;
+   places[r], without places to query r; caches [num_slots, H_kv, D], those of codes with scales [num_slots, H_kv]; sinks
+   [H]. The query heads of a group, H / H_kv * D elements, must fit MAX_TASK_WIDTH. */
+void paged_decode(stored *out, const stored *q, const char *k_cache, const char *v_cache, const uint16_t *k_scale,
+                  const uint16_t *v_scale, const int32_t *tables, const int32_t *lengths, const int32_t *places,
+                  const float *sinks, int64_t format, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads,
+                  int64_t dim, int64_t block_size, int64_t table_stride, int64_t q_stride, int64_t window, float scale,
+                  float softcap, int threads) {
+    int64_t group = num_heads / num_kv_heads, size = size_of(format);
     int64_t together = MAX_TASK_WIDTH / (group * dim); /* key heads per task: all, if that leaves enough tasks */
     if (together > num_kv_heads) together = num_kv_heads;
     while (together > 1 && num_rows * ((num_kv_heads + together - 1) / together) < 4 * threads) together--;
@@ -78,17 +104,21 @@ void paged_decode(stored *out, const stored *q, const stored *k_cache, const sto
             const int32_t *table = tables + row * table_stride;
             int64_t place = places ? places[row] : row;
             const stored *queries = q + place * q_stride + head * group * dim;
-            const stored *keys = k_cache + head * dim, *values = v_cache + head * dim;
+            const char *keys = k_cache + head * dim * size, *values = v_cache + head * dim * size;
+            const uint16_t *k_scales = k_scale + head, *v_scales = v_scale + head;
             const float *own = sinks ? sinks + head * group : 0;
             stored *result = out + (place * num_heads + head * group) * dim;
-#define ATTEND(D) \
-    attend_row(result, queries, keys, values, table, first, length, num_kv, group, D, D, block_size, slot_stride, \
-               scale, softcap, own)
-            switch (dim) { /* loops over a constant dimension are unrolled */
-                case 32: ATTEND(32); break;
-                case 64: ATTEND(64); break;
-                case 128: ATTEND(128); break;
-                default: ATTEND(dim);
+#define ATTEND(D, FORMAT) \
+    attend_row(result, queries, keys, values, k_scales, v_scales, table, first, length, num_kv, group, D, block_size, \
+               num_kv_heads, scale, softcap, own, FORMAT)
+            switch (format ? -format : dim) { /* loops over a constant dimension are unrolled */
+                case 32: ATTEND(32, AS_COMPUTED); break;
+                case 64: ATTEND(64, AS_COMPUTED); break;
+                case 128: ATTEND(128, AS_COMPUTED); break;
+                case -INT8: ATTEND(dim, INT8); break;
+                case -E4M3: ATTEND(dim, E4M3); break;
+                case -E5M2: ATTEND(dim, E5M2); break;
+                default: ATTEND(dim, AS_COMPUTED);
             }
         }
 }

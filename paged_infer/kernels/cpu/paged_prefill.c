@@ -14,6 +14,7 @@
 #pragma GCC target("prefer-vector-width=512")
 #endif
 #include "elements.h"
+#include "kv_codes.h"
 #if defined(BFLOAT16) && defined(__AMX_BF16__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -192,11 +193,28 @@ INLINE void weigh(word *weight, float *score, rows *row, int64_t start, int64_t 
     memcpy(row->total, sum, sizeof sum);
 }
 
+#ifdef AMX
+typedef stored fetched;
+#define READ(x) store(x)
+#else
+typedef float fetched;
+#define READ(x) (x)
+#endif
+/* out [n] = codes * scale, which is exact in float32 */
+static void read_codes(fetched *out, const char *codes, uint16_t half, int64_t n, int64_t format) {
+    float wide[n], scale = scale_of(half);
+    if (format == INT8) widen(wide, (const uint8_t *)codes, n, INT8);
+    else if (format == E4M3) widen(wide, (const uint8_t *)codes, n, E4M3);
+    else widen(wide, (const uint8_t *)codes, n, E5M2);
+    for (int64_t i = 0; i < n; i++) out[i] = READ(wide[i] * scale);
+}
+
 /* num_queries queries from `position` of a sequence on; of heads adjacent ones of the key head of keys and values. */
-INLINE void attend_tile(stored *out, const stored *q, const stored *keys, const stored *values, const int32_t *table,
-                        int64_t position, int64_t num_queries, int64_t heads, int64_t dim, int64_t block_size,
-                        int64_t slot_stride, int64_t q_stride, int64_t out_stride, int64_t window, float scale,
-                        float softcap, const float *sinks) {
+INLINE void attend_tile(stored *out, const stored *q, const char *keys, const char *values, const uint16_t *k_scales,
+                        const uint16_t *v_scales, const int32_t *table, int64_t position, int64_t num_queries,
+                        int64_t heads, int64_t dim, int64_t block_size, int64_t slot_heads, int64_t q_stride,
+                        int64_t out_stride, int64_t window, float scale, float softcap, const float *sinks,
+                        int64_t format) {
     int64_t num_rows = num_queries * heads, panels = (num_rows + WIDE - 1) / WIDE, end = position + num_queries;
     int64_t depth = ROUND_UP(dim / PER_WORD, STEP), height = ROUND_UP(dim, ROWS);
     word query[panels][depth][WIDE] ALIGNED, key[KEYS][depth] ALIGNED, value[KEYS / PER_WORD * height] ALIGNED;
@@ -221,6 +239,9 @@ INLINE void attend_tile(stored *out, const stored *q, const stored *keys, const 
     int64_t oldest = position - window + 1 > 0 ? position - window + 1 : 0; /* keys before it may hold anything */
     stored zeros[dim];
     memset(zeros, 0, sizeof zeros);
+#ifdef AMX
+    stored wide[2][KEYS][dim]; /* keys and values that are codes in the cache */
+#endif
     configure();
     for (int64_t start = oldest / KEYS * KEYS; start < end; start += KEYS) {
         int64_t n = ROUND_UP(end - start < KEYS ? end - start : KEYS, KEY_STEP);
@@ -230,8 +251,20 @@ INLINE void attend_tile(stored *out, const stored *q, const stored *keys, const 
         for (int64_t i = 0, token = start; i < n; i++, token++) {
             int64_t at = -1;
             if (token >= oldest && token < end)
-                at = ((int64_t)table[token / block_size] * block_size + token % block_size) * slot_stride;
-            const stored *k = at < 0 ? zeros : keys + at, *v = at < 0 ? zeros : values + at;
+                at = ((int64_t)table[token / block_size] * block_size + token % block_size) * slot_heads;
+            const stored *k = zeros, *v = zeros;
+            if (at >= 0 && format) {
+                const char *k_codes = keys + at * dim, *v_codes = values + at * dim;
+#ifdef AMX
+                read_codes(wide[0][i], k_codes, k_scales[at], dim, format), k = wide[0][i];
+                read_codes(wide[1][i], v_codes, v_scales[at], dim, format), v = wide[1][i];
+#else
+                read_codes(key[i], k_codes, k_scales[at], dim, format);
+                read_codes(value + i * height, v_codes, v_scales[at], dim, format);
+                continue;
+#endif
+            } else if (at >= 0)
+                k = (const stored *)keys + at * dim, v = (const stored *)values + at * dim;
 #ifdef AMX
             weighted[i] = v;
             memcpy(key[i], k, dim * sizeof(stored));
@@ -267,10 +300,11 @@ int64_t prefill_queries(void) { return may_use_unit() ? QUERIES : 0; }
 
 /* Tasks [num_tasks, 2] (sequence, place of the first of up to QUERIES queries in its chunk), longest first. q and out
    [T, H, D] are packed, those of sequence s from starts[s]; the queries are the last of its lengths[s] tokens. */
-void paged_prefill(stored *out, const stored *q, const stored *k_cache, const stored *v_cache, const int32_t *tables,
-                   const int32_t *lengths, const int32_t *starts, const int32_t *tasks, const float *sinks,
-                   int64_t num_tasks, int64_t num_heads, int64_t num_kv_heads, int64_t dim, int64_t block_size,
-                   int64_t table_stride, int64_t q_stride, int64_t window, float scale, float softcap, int threads) {
+void paged_prefill(stored *out, const stored *q, const char *k_cache, const char *v_cache, const uint16_t *k_scale,
+                   const uint16_t *v_scale, const int32_t *tables, const int32_t *lengths, const int32_t *starts,
+                   const int32_t *tasks, const float *sinks, int64_t format, int64_t num_tasks, int64_t num_heads,
+                   int64_t num_kv_heads, int64_t dim, int64_t block_size, int64_t table_stride, int64_t q_stride,
+                   int64_t window, float scale, float softcap, int threads) {
     int64_t group = num_heads / num_kv_heads, most = MAX_PANELS / (QUERIES * dim) > 1 ? MAX_PANELS / (QUERIES * dim) : 1;
     int64_t parts = (group + most - 1) / most, together = (group + parts - 1) / parts; /* heads of a task */
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
@@ -281,9 +315,10 @@ void paged_prefill(stored *out, const stored *q, const stored *k_cache, const st
             int64_t num_queries = count - first < QUERIES ? count - first : QUERIES, head = kv * group + own;
             if (left <= 0) continue;
             attend_tile(out + ((starts[s] + first) * num_heads + head) * dim,
-                        q + (starts[s] + first) * q_stride + head * dim, k_cache + kv * dim, v_cache + kv * dim,
-                        tables + s * table_stride, lengths[s] - count + first, num_queries,
-                        left < together ? left : together, dim, block_size, num_kv_heads * dim, q_stride,
-                        num_heads * dim, window, scale, softcap, sinks ? sinks + head : 0);
+                        q + (starts[s] + first) * q_stride + head * dim, k_cache + kv * dim * size_of(format),
+                        v_cache + kv * dim * size_of(format), k_scale + kv, v_scale + kv, tables + s * table_stride,
+                        lengths[s] - count + first, num_queries, left < together ? left : together, dim, block_size,
+                        num_kv_heads, q_stride, num_heads * dim, window, scale, softcap, sinks ? sinks + head : 0,
+                        format);
         }
 }

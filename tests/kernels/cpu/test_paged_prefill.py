@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +16,9 @@ from paged_infer.bench.kernels.problems import PagedProblem, paged_problem
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_sdpa import paged_attention_batched
 from paged_infer.kernels.cpu import build, paged_attention
+from paged_infer.kernels.cpu.ops import store_kv_c
 from paged_infer.kernels.cpu.paged_attention import paged_attention_c
+from paged_infer.kernels.kv_quant import LARGEST_CODE
 
 __all__ = ["cache_folder"]  # a fixture
 MIXED = [(70, 1), (5, 1), (40, 4), (0, 131), (66, 9), (129, 70), (3, 8)]  # decodes, drafts, a prompt, chunks
@@ -134,7 +138,7 @@ def test_the_key_of_a_token_that_is_not_stored_is_not_read(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_machine_without_wide_vectors_computes_the_same(dtype: torch.dtype, monkeypatch) -> None:
     problem = problem_of(MIXED, dtype, 80)
-    here = attend(problem)
+    here, read_here = attend(problem), [attend(coded, **scales) for coded, scales in in_8_bits(problem)]
     flags = [flag.replace("=native", "=x86-64") for flag in build.FLAGS]
     if build.platform.machine() != "x86_64":
         pytest.skip("not x86")
@@ -144,6 +148,18 @@ def test_a_machine_without_wide_vectors_computes_the_same(dtype: torch.dtype, mo
     check_definition(problem, out)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out, here, atol=tolerance, rtol=tolerance)
+    for (coded, scales), read in zip(in_8_bits(problem), read_here, strict=True):
+        torch.testing.assert_close(attend(coded, **scales), read, atol=tolerance, rtol=tolerance)
+
+
+def in_8_bits(problem: PagedProblem) -> Iterator[tuple[PagedProblem, dict[str, Tensor]]]:
+    """The problem with codes for keys and values, and their scales, for each type; stored by this machine's kernels."""
+    for kind in LARGEST_CODE:
+        stored = [torch.zeros(x.shape, dtype=kind) for x in (problem.k_cache, problem.v_cache)]
+        scales = [torch.zeros(x.shape[:-1], dtype=torch.float16) for x in stored]
+        k, v = (cache.flatten(0, 1)[problem.slots] for cache in (problem.k_cache, problem.v_cache))
+        store_kv_c(k, v, *stored, problem.slots, *scales)
+        yield replace(problem, k_cache=stored[0], v_cache=stored[1]), {"k_scale": scales[0], "v_scale": scales[1]}
 
 
 def test_a_system_that_forbids_the_matrix_unit_is_served_by_torch(monkeypatch) -> None:

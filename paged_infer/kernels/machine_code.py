@@ -22,7 +22,8 @@ from pathlib import Path
 from paged_infer.kernels.triton_runtime import triton
 
 # HMMA: sm80, and small products everywhere. HGMMA: sm90, of four warps. UTCHMMA: sm100, by the tensor memory.
-_TENSOR = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
+# The same with I: of int8, and with Q: of float8.
+_TENSOR = re.compile(r"\b([HIQ]MMA|[HIQ]GMMA|UTC[HIQ]MMA)\b")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _EXIT = re.compile(r"\*/ +EXIT\b")  # the end of the kernel; paths behind it branch back into the middle
 _WAIT = re.compile(r"(?<!WARPGROUP\.)DEPBAR\.LE SB0, 0x([0-9a-f]+)")  # SB0 counts groups of copies (LDGDEPBAR)
@@ -40,6 +41,7 @@ class MachineCode:
     spills: int  # loads and stores of local memory
     in_flight: tuple[int | None, ...]  # for each main loop, the groups of copies that its strictest wait leaves
     kv_buffers: int  # tiles of keys that are in shared memory at once; 0 where no loop is pipelined
+    tensor_kinds: tuple[str, ...] = ()  # the names of the tensor-core instructions
 
 
 def read_machine_code(cubin: bytes, ttgir: str) -> MachineCode:
@@ -56,6 +58,7 @@ def read_machine_code(cubin: bytes, ttgir: str) -> MachineCode:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         in_flight=tuple(_strictest_wait(loop) for loop in _main_loops(sass.splitlines())),
         kv_buffers=min((int(count) for count in _BUFFERS.findall(ttgir)), default=0),
+        tensor_kinds=tuple(sorted(set(_TENSOR.findall(sass)))),
     )
 
 

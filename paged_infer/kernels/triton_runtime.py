@@ -52,7 +52,9 @@ _hook: LaunchHook | None = None
 _hook_capability: tuple[int, int] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **named: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **named: Any
+) -> None:
     """Run ``kernel`` once for each program of ``grid``, on the device of the first argument, a tensor.
 
     Raises:
@@ -60,7 +62,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
     """
     if 0 in grid:
         return
-    named |= {"num_warps": num_warps, "enable_fp_fusion": True}  # fusion: triton 3.10 would turn it off
+    named |= {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}  # triton 3.10 would turn fusion off
     if _hook is not None:
         _hook(kernel, grid, args, named)
         return

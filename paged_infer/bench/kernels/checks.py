@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from paged_infer.bench.kernels.fused import FUSED, Shape, largest_error
+from paged_infer.bench.kernels.linear_cases import GRIDS, linear_problem
 from paged_infer.bench.kernels.peers import Ready, our_flash, our_paged, packed
 from paged_infer.bench.kernels.problems import Tensors, paged_attention_float64, paged_problem
 from paged_infer.kernels.attention.metadata import AttentionMetadata
@@ -121,6 +122,19 @@ def _latent(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
         yield CheckResult("latent_decode", _name(dtype), largest_error({}, [out], [exact]), tolerance)
 
 
+def _quantised(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
+    """Each way to hold W and x; few tokens, whose columns are split over programs, and, if compiled, many."""
+    matrix, tokens = ((20, 256), (5,)) if sizes is INTERPRETED else ((1000, 4096), (16, 300))
+    for dtype, tolerance in sizes.tolerances.items():
+        for name, grid in GRIDS.items():
+            # sm90 keeps 14 bits of a sum of float8 products, of 128 columns at a time; sm80 rounds x to its dtype.
+            allowed = max(tolerance, 2e-3) if grid.activations == "float8" else tolerance
+            for num_tokens in tokens:
+                problem = linear_problem(grid, matrix, num_tokens, dtype, device)
+                error = largest_error({}, [problem.product(problem.x)], [problem.exact()])
+                yield CheckResult("quantised_linear", f"{_name(dtype)}, {name}, {num_tokens} tokens", error, allowed)
+
+
 def _fused(kernel: str, device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
     described = FUSED[kernel]
     for dtype, tolerance in sizes.tolerances.items():
@@ -138,5 +152,6 @@ CHECKS: dict[str, Callable[[torch.device, Sizes], Iterator[CheckResult]]] = {
     "flash_attention": _flash,
     "paged_attention": _paged,
     "latent_decode": _latent,
+    "quantised_linear": _quantised,
     **{kernel: partial(_fused, kernel) for kernel in FUSED},
 }

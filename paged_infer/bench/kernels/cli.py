@@ -190,11 +190,17 @@ def _exit_if_wrong(report: KernelReport) -> None:
 
 def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: float, limit: str, path: Path) -> None:
     """Time what is right; save the report after each timing, so that no number is lost if the next ends the process."""
-    from paged_infer.bench.kernels.comparisons import attention_comparisons, fused_comparisons, run_comparisons
+    from paged_infer.bench.kernels.comparisons import (
+        attention_comparisons,
+        fused_comparisons,
+        linear_comparisons,
+        run_comparisons,
+    )
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
 
     wrong = {check.kernel for check in report.checks if not check.passed}
-    comparisons = [one.without(wrong) for one in (*attention_comparisons(device), *fused_comparisons(device))]
+    planned = (*attention_comparisons(device), *linear_comparisons(device), *fused_comparisons(device))
+    comparisons = [one.without(wrong) for one in planned]
     for measurement in run_comparisons(comparisons, deadline_s, limit):
         if report.record(measurement):
             print(f"{time.strftime('%H:%M:%S')} {measurement.title}", flush=True)
@@ -246,6 +252,11 @@ def _show_comparisons(report: KernelReport) -> None:
         if entry.seconds is not None
     ]
     print_table("fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows)
+    rows = [
+        (m.title, *(_number(e.seconds, 1e-6) for e in m.entries), _number(m.ratio(*(e.name for e in m.entries)), 1, 2))
+        for m in report.group("linear")
+    ]
+    print_table("linear layers: weights of few bits beside bfloat16", ("", "us", "bfloat16, us", "times"), rows)
     for name, why in report.absences():
         print(f"{name}: {why}")
     wanted = [(reach.what, f"{reach.wanted:.2f}", _number(reach.measured, 1, 2)) for reach in report.reaches()]

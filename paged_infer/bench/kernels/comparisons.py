@@ -1,6 +1,7 @@
 """Our kernels and their peers on this GPU: interleaved, graph-timed from a cold L2 cache, medians.
 
 A prefill counts 4 * heads * head_dim * tokens * length / 2 operations (two products, half of them above the diagonal).
+A linear layer counts 2 * rows * columns * tokens operations.
 A decode counts the bytes of the keys and values that it must read, and nothing else: 2 * batch * context * kv_heads *
 head_dim * 2. A fused kernel counts each number once, read and written. Sizes are Llama-3-8B's, numbers bfloat16.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.bench.kernels.fused import FUSED, Function, Shape
+from paged_infer.bench.kernels.linear_cases import GRIDS, MATRICES, LinearProblem, linear_problem
 from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable, packed
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.bench.kernels.report import LEFT_OUT, LONG_PREFILL, TARGET_DECODES, Entry, Measurement
@@ -30,6 +32,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 BATCHES = (32, 1, 8, 128)
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 FUSED_TOKENS = (32, 2048)  # a batch of decodes, and a budget full of prompts
+LINEAR_TOKENS, LINEAR_GRIDS = (1, 16, 256, 2048), ("w4a16", "w8a16", "w8a8", "float8")
 
 ROUNDS, REPEATS = 3, 7  # every kernel of a comparison has its turn in each round; 21 samples in all
 LARGEST_DISTANCE = 0.02  # of a peer's output from ours, as |a - b| / |b|: bfloat16 gives 0.003
@@ -107,6 +110,24 @@ def fused_comparisons(device: torch.device) -> list[Comparison]:
         for tokens in FUSED_TOKENS
         for name, kernel in FUSED.items()
         if kernel.elements is not None and (name != "sample" or tokens == FUSED_TOKENS[0])
+    ]
+
+
+def linear_comparisons(device: torch.device) -> list[Comparison]:
+    """Ways to hold W and x, each beside torch's product of the same numbers in bfloat16; few tokens first."""
+    matrix = MATRICES["gate and up"]
+    return [
+        Comparison(
+            group="linear",
+            title=f"{name}, {matrix[0]:,} x {matrix[1]:,}, {tokens:,} tokens",
+            sizes={"tokens": tokens},
+            work=2 * matrix[0] * matrix[1] * tokens,
+            num_bytes=16 * matrix[0] * matrix[1],  # random numbers in float32, from which the codes are made
+            problem=partial(linear_problem, GRIDS[name], matrix, tokens, torch.bfloat16, device),
+            peers={"quantised_linear": LinearProblem.call, "F.linear, bfloat16": LinearProblem.call_dense},
+        )
+        for tokens in LINEAR_TOKENS
+        for name in LINEAR_GRIDS
     ]
 
 

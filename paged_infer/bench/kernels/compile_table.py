@@ -47,12 +47,13 @@ class CompiledRow:
     num_stages: int = 0
     uses_tf32: bool = False
     blocks_per_sm: int = 0  # that registers, shared memory and warps allow
-    tensor_ops: int = 0  # this and the next five: see ``MachineCode``
+    tensor_ops: int = 0  # this and the next six: see ``MachineCode``
     wide_copies: int = 0
     tma_copies: int = 0
     spills: int = 0
     in_flight: list[int | None] = field(default_factory=list)
     kv_buffers: int = 0
+    tensor_kinds: list[str] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from paged_infer.bench.kernels.fused import FUSED, Shape
+from paged_infer.bench.kernels.linear_cases import GRIDS, linear_problem
 from paged_infer.bench.kernels.peers import our_flash, our_paged
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.kernels.attention.metadata import AttentionMetadata
@@ -78,6 +79,14 @@ def full_variants() -> list[Variant]:
     variants += [Variant("qk_norm_rope", t, 64, {"plain": True}) for t in wide]
     variants += [Variant("silu_mul", t, 14_336) for t in both]
     variants += [Variant("experts", t, 768, {"tokens": n}) for t, n in product(wide, (32, 4096))]  # both tile heights
+    # Weights of few bits: few tokens and many, in bfloat16; one of each form of weights in the other dtypes
+    variants += [
+        Variant("quantised", "bfloat16", 4096, {"grid": grid, "tokens": n}) for grid, n in product(GRIDS, (16, 2048))
+    ]
+    variants += [
+        Variant("quantised", t, 4096, {"grid": grid, "tokens": n})
+        for t, grid, n in product(("float32", "float16"), ("w4a16, zeros", "w8a16", "float8, blocks"), (16, 2048))
+    ]
     return variants + [Variant("sample", t, v) for t, v in product(wide, (1003, 151_936))]
 
 
@@ -88,6 +97,8 @@ QUICK = {
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
     "latent bfloat16 576 heads 128",
+    "quantised bfloat16 4096 grid w8a8 tokens 16",
+    "quantised float32 4096 grid w4a16, zeros tokens 2048",
     *("experts bfloat16 768 tokens 32", "experts float32 768 tokens 4096"),
 }
 
@@ -148,6 +159,12 @@ def _experts(variant: Variant) -> None:
     grouped_experts(weights)(tensors.random(tokens, hidden), ids, torch.empty(tokens, top_k, device="meta"))
 
 
+def _quantised(variant: Variant) -> None:
+    grid, tokens = GRIDS[variant.options["grid"]], variant.options["tokens"]
+    problem = linear_problem(grid, (4096, variant.width), tokens, getattr(torch, variant.dtype), "meta")
+    problem.product(problem.x)
+
+
 def _fused(variant: Variant, **sizes: Any) -> None:
     kernel = FUSED[variant.family]
     arguments = kernel.arguments(Shape(**sizes), Tensors(getattr(torch, variant.dtype), "meta"))
@@ -166,6 +183,7 @@ CALLS: dict[str, Callable[[Variant], object]] = {
     "add_rms_norm": lambda v: _fused(v, hidden=v.width),
     "qk_norm_rope": lambda v: _fused(v, head_dim=v.width),
     "experts": _experts,
+    "quantised": _quantised,
     "silu_mul": lambda v: _fused(v, intermediate=v.width),
     "sample": lambda v: _fused(v, rows=8, vocab=v.width),
 }

@@ -106,6 +106,7 @@ class TritonProduct:
         zeros, *others = (out if one is None else one for one in (self.zeros, x_scales, self.bias))  # None: not read
         epilogue = (self.scales, *others, num_rows, height)
         flags = {"HAS_GROUPS": groups > 1, "HAS_X_SCALES": x_scales is not None, "HAS_BIAS": self.bias is not None}
+        flags["enable_fp_fusion"] = sums == torch.float32  # the sum of integers is scaled as by the reference
         launch(
             _quantised_kernel,
             (triton.cdiv(height, tile.block_n), self.splits if is_split else 1, triton.cdiv(num_rows, tile.block_m)),

@@ -118,6 +118,17 @@ def test_a_wrong_kernel_is_named_and_costs_the_others_nothing(tmp_path, monkeypa
     assert {check.kernel for check in checks if not check.passed} == {"silu_mul"}
 
 
+@needs_interpreter
+def test_a_product_of_few_bits_is_compared_with_a_dense_one_of_the_same_numbers(monkeypatch):
+    monkeypatch.setitem(kernels.MATRICES, "gate and up", (70, 256))
+    comparisons = [one for one in kernels.linear_comparisons(torch.device("cpu")) if one.sizes == {"tokens": 1}]
+    assert [one.title.split(",")[0] for one in comparisons] == list(kernels.LINEAR_GRIDS)
+    for comparison in comparisons:
+        problem = comparison.problem()
+        ours, dense = (peer(problem).call() for peer in comparison.peers.values())
+        assert kernels._distance(dense, ours) <= kernels.LARGEST_DISTANCE
+
+
 def test_a_wrong_kernel_has_no_time_and_its_peers_are_compared_with_each_other(monkeypatch):
     monkeypatch.setattr(kernels, "time_cuda_graph", lambda call, **_: Timing((1.0,), "cuda graph"))
     out = torch.ones(2, 3, 8)

@@ -25,7 +25,8 @@ GOOD = CompiledRow("flash bfloat16 128", "flash", 90, 200, 0, 163_840, SHARED_LI
 # Every family's kernels, as their names stand in the table.
 KERNELS = {
     "flash", "prefill", "plan", "decode", "combine", "store_kv", "copy_blocks", "add_rms_norm", "qk_norm_rope",
-    "silu_mul", "race", "final", "latent_decode", "count", "place", "grouped", "sum",
+    "silu_mul", "race", "final", "latent_decode", "count", "place", "grouped", "sum", "quantised", "add_splits",
+    "round",
 }  # fmt: skip
 
 

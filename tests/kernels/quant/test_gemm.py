@@ -82,7 +82,15 @@ def test_half_precision_rounds_the_result_alone(case: str, dtype: torch.dtype) -
     torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["int8", "int4, zeros", "W8A8", "float8 x float8, blocks"])
+@pytest.mark.parametrize("case", ["W8A8", "W8A8, one scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_integers_give_the_bits_of_the_reference(case: str, dtype: torch.dtype) -> None:
+    product, weight, bias = a_product(case)
+    x = random(4, weight.shape[1]).to(dtype)
+    assert torch.equal(product(x), quantised_linear(x, weight, bias, "int8"))
+
+
+@pytest.mark.parametrize("case", ["int8", "int4, zeros", "float8 x float8, blocks"])
 def test_it_is_near_the_reference(case: str) -> None:
     product, weight, bias = a_product(case)
     x = random(4, weight.shape[1])

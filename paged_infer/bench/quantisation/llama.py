@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def requantise(source: Path, folder: Path) -> list[Path]:
     """
     import llama_cpp
 
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it has a line for each tensor
     found = []
     for name, kind in TYPES.items():
         params = llama_cpp.llama_model_quantize_default_params()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -12,9 +13,10 @@ from paged_infer.bench.quantisation.quality import Quality
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.side_by_side.turns import PeerResult
 from paged_infer.bench.tables import print_table
-from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
+from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture, tidy_axes
 
 GIB = 2**30
+LEFT_BITS, NEAR_BITS, AWAY_BITS, LINE = 6.0, 1.5, 0.55, 0.17  # names in the picture; LINE: decades between two
 _MARKS = {"rtn": "o", "awq": "s", "gptq": "^", "smoothquant": "D", "llama.cpp": "X"}
 _COLOURS = [BASELINE_COLOURS[name] for name in ("naive", "cached", "static", "paged", "nano-vllm", "transformers")]
 
@@ -92,22 +94,31 @@ def _others(one: PeerResult) -> str:
 
 def quantisation_figure(report: QuantisationReport) -> Picture:
     """KL over bits a weight (left), tokens per second over requests (right); what was not measured is left out."""
-    figure = new_picture(8.4 if report.quality and report.speed else 5.4, 4.2)
+    figure = new_picture(9.4 if report.quality and report.speed else 6.0, 4.2)
     places = iter(figure.subplots(1, bool(report.quality) + bool(report.speed), squeeze=False)[0])
     if report.quality:
         _draw_quality(next(places), [one for one in report.quality if one.kl > 0])
     if report.speed:
         axes = next(places)
-        for index, name in enumerate(report.speed):
+        schemes = list(dict.fromkeys(map(_scheme, report.speed)))  # each has a colour
+        for name in report.speed:
             style = "--" if "bfloat16" in name else ":" if "llama.cpp" in name else "-"
-            colour = _COLOURS[index % len(_COLOURS)]
+            colour = _COLOURS[schemes.index(_scheme(name)) % len(_COLOURS)]
             axes.plot([*report.workloads], report.rates(name), f"o{style}", color=colour, label=name, markersize=4)
         log_heights(axes)
         tidy_axes(axes, title="output tokens per second", labelsize=8)
         axes.set_xlabel("requests at once", fontsize=8.5, color=INK)
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.legend(loc="upper left", frameon=False, fontsize=7.5)
     figure.suptitle(f"{report.model}: {report.texts}" if report.quality else report.model, fontsize=9.5, color=INK)
     return figure
+
+
+def _scheme(engine: str) -> str:
+    """
+    >>> _scheme("w8a16 bfloat16"), _scheme("bfloat16")
+    ('w8a16', '')
+    """
+    return engine.removesuffix("bfloat16").removesuffix("float32").strip()
 
 
 def _draw_quality(axes: Any, rows: list[Quality]) -> None:
@@ -118,11 +129,28 @@ def _draw_quality(axes: Any, rows: list[Quality]) -> None:
             axes.plot(
                 [one.bits for one in some], [one.kl for one in some], mark, color=colour, label=method, alpha=0.85
             )
-    for one in rows:
-        if one.method in ("rtn", "llama.cpp"):
-            axes.annotate(one.scheme, (one.bits, one.kl), (5, 2), textcoords="offset points", fontsize=6.5, color=INK)
+    _name_points(axes, [one for one in rows if one.method in ("rtn", "llama.cpp")])
     axes.set_yscale("log")
     tidy_axes(axes, title="KL to float32, nats per token", labelsize=8)
     axes.margins(x=0.18)
     axes.set_xlabel("bits a weight, scales and zero points included", fontsize=8.5, color=INK)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper right", frameon=False, fontsize=8)
+
+
+def _name_points(axes: Any, rows: list[Quality]) -> None:
+    """Each scheme's name beside its point, moved down where another name is near."""
+    names: list[tuple[float, float]] = []  # bits and log10 of KL
+    for one in sorted(rows, key=lambda one: one.kl, reverse=True):
+        side = 1 if one.bits < LEFT_BITS else -1
+        height = min([math.log10(one.kl), *(other - LINE for bits, other in names if abs(bits - one.bits) < NEAR_BITS)])
+        names.append((one.bits, height))
+        axes.annotate(
+            one.scheme,
+            (one.bits, one.kl),
+            (one.bits + side * AWAY_BITS, 10**height),
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=6.5,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8},
+        )

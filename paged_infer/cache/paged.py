@@ -24,7 +24,7 @@ from paged_infer.kernels.attention.mla import LatentPlan, plan_latent
 from paged_infer.kernels.attention_backends import AttentionBackend, latent_backend
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
-from paged_infer.kernels.kv_quant import LARGEST_CODE
+from paged_infer.kernels.kv_quant import as_bytes
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 
 Pairs = ReadOnlyList[tuple[int, int]]
@@ -74,8 +74,7 @@ class PagedCache:
             for s in spec
         ]
         stored = [*self.keys, *(v for v, s in zip(self.values, spec, strict=True) if not s.v_in_k)]
-        stored = [x.view(torch.uint8) if x.dtype in LARGEST_CODE else x for x in stored]  # torch copies few float8
-        self._pools = [*stored, *(scale for own in self.scales for scale in own.values())]
+        self._pools = [*map(as_bytes, stored), *(scale for own in self.scales for scale in own.values())]
         self._latent = latent_backend(backend) if any(s.v_in_k for s in spec) else None
         # The GPU's copy engine reads and writes pinned memory directly.
         pinned = torch.device(device).type == "cuda" and num_swap_blocks > 0

@@ -21,13 +21,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, Unpack
+from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
 
 from paged_infer.kernels.attention.checks import MAX_HEAD_DIM
-from paged_infer.kernels.attention.metadata import AttentionMetadata, AttentionOptions, ScoreOptions
+from paged_infer.kernels.attention.metadata import AttentionMetadata, AttentionOptions
 from paged_infer.kernels.attention.mla import (
     LatentBackend,
     dense_reference,
@@ -88,15 +88,11 @@ def triton_backend(
     **options: Unpack[AttentionOptions],
 ) -> Tensor:  # fmt: skip
     """The Triton kernels: compiled on CUDA; interpreted on a CPU, for tests and readers."""
-    if options.get("k_scale") is not None:
-        warn_once("keys and values of 8 bits have no Triton kernel: the torch reference reads them")
-        return torch_backend(q, k_cache, v_cache, step, window=window, **options)
-    scores: Any = {name: value for name, value in options.items() if name in ScoreOptions.__annotations__}
     return paged_attention(
         q, k_cache, v_cache, window=window,
         block_tables=step.block_tables, seq_lens=step.seq_lens, query_start_loc=step.query_start_loc,
         num_decodes=step.num_decodes, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
-        shared=step.plan, **scores,
+        shared=step.plan, **options,
     )  # fmt: skip
 
 

@@ -67,8 +67,10 @@ def greedy_without_a_cache(llm: LLM, kind: str, prompt: list[int], num_tokens: i
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("family", "backend"), [*zip(FAMILIES, BACKENDS * 2, strict=False)])
+@pytest.mark.parametrize(
+    ("kind", "family", "backend"),
+    [*zip(KINDS * 2, FAMILIES, BACKENDS * 2, strict=False), *((kind, "llama3", "c") for kind in KINDS)],
+)
 def test_tokens_are_those_of_keys_and_values_rounded_as_they_are_computed(kind, family, backend, make_llm) -> None:
     """So a token reads the codes of its own chunk, too."""
     llm = make_llm(family, attention_backend=backend, kv_cache_dtype=kind)

@@ -53,6 +53,27 @@ def load_tiles(
 
 
 @triton.jit
+def read_codes(codes, FORMAT: tl.constexpr):
+    """Codes of 8 bits (``kv_quant``), as int8 -> float32 within -1..1: divided by ``code_span``, so float16 holds them.
+
+    The bits of float8 are put where float32's are, whose exponent has another bias: no chip needs to know float8.
+    """
+    if FORMAT == 1:  # int8
+        return codes.to(tl.float32) * 0.0078125
+    bits = codes.to(tl.int32)
+    sign, rest = (bits & 0x80) << 24, bits & 0x7F
+    if FORMAT == 2:  # e4m3: 2^120 is the difference of the biases, 2^8 the span
+        return (sign | (rest << 20)).to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
+    return (sign | (rest << 21)).to(tl.float32, bitcast=True) * 79228162514264337593543950336.0  # 2^(112 - 16)
+
+
+@triton.jit
+def code_span(FORMAT: tl.constexpr):
+    """The power of two above all codes of a format."""
+    return 128.0 if FORMAT == 1 else 256.0 if FORMAT == 2 else 65536.0
+
+
+@triton.jit
 def tanh(x):
     """To 2e-7 of its value: a polynomial near 0, where the formula cancels. tl has none that can be interpreted."""
     size, square = tl.abs(x), x * x
@@ -76,10 +97,15 @@ def start_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr):
 @triton.jit
 def attend_tile(
     acc, row_max, row_sum, q, k, v, query, key, num_keys, scale_log2, tanh_scale, window,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, k_scale=None, v_scale=None,
 ):  # fmt: skip
-    """Add keys and values [N, D] of positions ``key``; if MASKED, hide those that positions ``query`` do not see."""
+    """Add keys and values [N, D] of positions ``key``; if MASKED, hide those that positions ``query`` do not see.
+
+    ``k_scale`` and ``v_scale`` [N] are factors of keys and values that are codes.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+    if k_scale is not None:
+        scores = scores * k_scale[None, :]
     if tanh_scale is not None:
         scores = tanh(scores * tanh_scale)
     if MASKED:
@@ -95,6 +121,8 @@ def attend_tile(
     weights = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [M, N]
     shrink = tl.math.exp2(row_max - shift)  # [M]
     row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if v_scale is not None:
+        weights = weights * v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 

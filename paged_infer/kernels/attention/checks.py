@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.checks import FLOATS, shapes
+from paged_infer.kernels.checks import FLOATS, check_codes, shapes
 
 MAX_HEAD_DIM = 256
 MAX_ROWS = 65_535  # CUDA's limit on a grid's second and third axes
@@ -34,7 +34,8 @@ def check_dense_attention(
 def check_paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     scale: float | None, window: int | None, out: Tensor | None,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Raises ValueError unless q [T, H, D], caches [num_blocks, block_size, H_kv, D] and the indices fit together."""
     given = shapes(q=q, k_cache=k_cache, v_cache=v_cache)
@@ -47,7 +48,11 @@ def check_paged_attention(
     if q.shape[2] != k_cache.shape[3]:
         raise ValueError(f"q and the caches must share head_dim; got {given}")
     _check_heads(q.shape[1], k_cache.shape[2], q.shape[2], given)
-    _check_alike(q=q, k_cache=k_cache, v_cache=v_cache)
+    if k_scale is None and v_scale is None:
+        _check_alike(q=q, k_cache=k_cache, v_cache=v_cache)
+    else:
+        check_codes(k_cache, v_cache, k_scale, v_scale)
+        _check_alike(q=q)
     _check_scores(q, q.shape[1], scale, window, softcap, sinks)
     rows = seq_lens.shape[0] if seq_lens.dim() == 1 else -1
     if rows < 0 or block_tables.dim() != 2 or block_tables.shape[0] != rows or query_start_loc.shape != (rows + 1,):

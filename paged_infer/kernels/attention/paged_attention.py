@@ -31,7 +31,8 @@ def paged_attention(
     scale: float | None = None, window: int | None = None,
     num_decodes: int | None = None, max_query_len: int | None = None, max_seq_len: int | None = None,
     out: Tensor | None = None, return_lse: bool = False, shared: dict[Any, Any] | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Causal attention of packed queries over paged keys and values, in Triton: one kernel for decodes, one for chunks.
 
@@ -54,13 +55,15 @@ def paged_attention(
         shared: a dict for what calls with the same index tensors and hints have in common, such as those of all
             layers of a step: the splits of decodes.
         softcap, sinks: as in ``flash_attention``; sinks is [H], one logit per query head.
+        k_scale, v_scale: [num_blocks, block_size, H_kv] float16, of caches of 8 bits (``kernels.kv_quant``).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or (without hints) an index is out of range.
     """
     check_paged_attention(
-        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, out, softcap, sinks
-    )
+        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, window, out, softcap, sinks, k_scale,
+        v_scale,
+    )  # fmt: skip
     if num_decodes is None or max_query_len is None:
         bounds = query_start_loc.tolist()
         check_index_values(block_tables, seq_lens.tolist(), bounds, q.shape[0], k_cache)
@@ -80,8 +83,8 @@ def paged_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     window = None if window is None else min(window, 2**30)  # a wider one hides nothing, and may overflow 32 bits
     given = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, out, lse, scale, window, num_decodes)
-    paged_decode(*given, max_seq_len, {} if shared is None else shared, softcap, sinks)
-    paged_prefill(*given, max_query_len, softcap, sinks)
+    paged_decode(*given, max_seq_len, {} if shared is None else shared, softcap, sinks, k_scale, v_scale)
+    paged_prefill(*given, max_query_len, softcap, sinks, k_scale, v_scale)
     return (out, lse) if return_lse else out
 
 

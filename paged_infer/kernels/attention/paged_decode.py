@@ -30,6 +30,7 @@ from paged_infer.kernels.attention.attention_tile import (
 from paged_infer.kernels.attention.decode_plan import DecodePlan, plan_decode, split_bounds
 from paged_infer.kernels.attention.paged_prefill import attend_blocks
 from paged_infer.kernels.attention.tiles import decode_tiles
+from paged_infer.kernels.kv_quant import FORMATS, as_bytes
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, num_processors, tl, triton
 
 _COMBINED_AT_ONCE = 32
@@ -38,7 +39,7 @@ _COMBINED_AT_ONCE = 32
 def paged_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     out: Tensor, lse: Tensor, scale: float, window: int | None, num_rows: int, max_seq_len: int, shared: dict[Any, Any],
-    softcap: float | None, sinks: Tensor | None,
+    softcap: float | None, sinks: Tensor | None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the first ``num_rows`` rows.
 
@@ -63,14 +64,16 @@ def paged_decode(
     launch(
         _decode_kernel,
         (num_kv_heads * head_tiles, bounds.max_items),
-        q, k_cache, v_cache, out, lse, partial_out, partial_lse, block_tables, seq_lens, query_start_loc,
+        q, as_bytes(k_cache), as_bytes(v_cache), out, lse, partial_out, partial_lse,
+        block_tables, seq_lens, query_start_loc,
         *(plan[:2] if plan else (None, None)), num_rows, block_tables.stride(0),
-        *score_factors(scale, softcap), window or 0, sinks,
+        *score_factors(scale, softcap), window or 0, sinks, k_scale, v_scale,
         HAS_WINDOW=window is not None, SAVE_LSE=lse.numel() > 0, IS_SPLIT=is_split,
         NUM_HEADS=num_heads, GROUP=group, HEAD_TILES=head_tiles, BLOCK_G=block_g,
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
         D=dim, BLOCK_D=padded(dim), BLOCK_N=block_n,
         STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
+        FORMAT=0 if k_scale is None else FORMATS[k_cache.dtype],
         num_warps=num_warps, num_stages=num_stages,
         maxnreg=max_registers(q.dtype) if dim <= 128 else None,  # wider heads spill with a limit, others without
     )  # fmt: skip
@@ -99,11 +102,13 @@ def combine_splits(
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr, seq_lens_ptr,
     query_start_loc_ptr, starts_ptr, item_rows_ptr, num_rows, stride_table, scale_log2, tanh_scale, window, sinks_ptr,
+    k_scale_ptr, v_scale_ptr,
     HAS_WINDOW: tl.constexpr, SAVE_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_G: tl.constexpr,
     STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_O: tl.constexpr, STRIDE_OH: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     # KV heads are the fastest axis: the heads of a slot are adjacent in memory.
     kv_head, item = tl.program_id(0) // HEAD_TILES, tl.program_id(1)
@@ -137,6 +142,9 @@ def _decode_kernel(
     query = tl.full([BLOCK_G], 0, tl.int32) + (length - 1)
     k_ptr += kv_head * D
     v_ptr += kv_head * D
+    if FORMAT:
+        k_scale_ptr += kv_head
+        v_scale_ptr += kv_head
     table_ptr = tables_ptr + row.to(tl.int64) * stride_table
 
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -146,13 +154,13 @@ def _decode_kernel(
     # The window is cut exactly at first_key, so only the last tile of a split needs a mask.
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, begin, full_end, query,
-        length, scale_log2, tanh_scale, window, False, False, D, BLOCK_D, BLOCK_N,
-        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+        length, scale_log2, tanh_scale, window, k_scale_ptr, v_scale_ptr, False, False, D, BLOCK_D, BLOCK_N,
+        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN, FORMAT,
     )  # fmt: skip
     acc, row_max, row_sum = attend_blocks(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, full_end, end, query,
-        end, scale_log2, tanh_scale, window, False, True, D, BLOCK_D, BLOCK_N,
-        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+        end, scale_log2, tanh_scale, window, k_scale_ptr, v_scale_ptr, False, True, D, BLOCK_D, BLOCK_N,
+        STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN, FORMAT,
     )  # fmt: skip
     out, lse = finish_softmax(acc, row_max, row_sum)
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
-from paged_infer.kernels.fused.store_kv import store_kv_reference
+from paged_infer.kernels.attention.paged_attention import paged_attention
+from paged_infer.kernels.cpu.ops import store_kv_c
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
 from paged_infer.kernels.kv_quant import LARGEST_CODE, quantise_kv
 
-STORES = {"torch": store_kv_reference}
+STORES = {"torch": store_kv_reference, "c": store_kv_c, "triton": store_kv}
 
 
-@pytest.mark.parametrize("store", STORES.values(), ids=STORES.keys())
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [*product(("torch", "c"), FLOATS, [(2, 64), (3, 7), (1, 80), (5, 256)])]
+CASES += [("triton", dtype, (1, 7)) for dtype in FLOATS]  # interpreted
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape"), CASES)
 @pytest.mark.parametrize("kind", LARGEST_CODE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 64), (3, 7), (1, 80), (5, 256)])
-def test_tokens_are_stored_as_codes_and_scales_at_their_slots(store, kind, dtype, shape) -> None:
+def test_tokens_are_stored_as_codes_and_scales_at_their_slots(name, kind, dtype, shape) -> None:
     heads, dim = shape
     qkv = torch.randn(12, 2 * heads + 3, dim).to(dtype)
     size = 10 ** torch.linspace(-9, 8, 12) if dtype != torch.float16 else 10 ** torch.linspace(-5, 3, 12)
@@ -25,7 +32,7 @@ def test_tokens_are_stored_as_codes_and_scales_at_their_slots(store, kind, dtype
     slots = torch.tensor([14, 2, 9, 0, -1, 7, 1, 12, -1, 3, 5, 8])
     caches = [torch.full((4, 4, heads, dim), 77, dtype=torch.uint8).view(kind) for _ in "kv"]
     scales = [torch.full((4, 4, heads), 7.0, dtype=torch.float16) for _ in "kv"]
-    store(k, v, *caches, slots, *scales)
+    STORES[name](k, v, *caches, slots, *scales)
     kept = slots >= 0
     for x, cache, scale in zip((k, v), caches, scales, strict=True):
         codes, own = quantise_kv(x, kind)
@@ -42,3 +49,26 @@ def test_a_step_without_tokens_stores_nothing(store) -> None:
     none = torch.zeros(0, 2, 8)
     store(none, none, cache, cache.clone(), torch.zeros(0, dtype=torch.int64), scale, scale.clone())
     assert not cache.any() and not scale.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k_scale": None}, "k_scale and v_scale come together"),
+        ({"v_scale": torch.zeros(2, 4, 3).half()}, r"scales must be float16 .* got .*v_scale \[2, 4, 3\]"),
+        ({"k_scale": torch.zeros(2, 4, 2)}, "scales must be float16 .*k_scale torch.float32"),
+        ({"k_cache": torch.zeros(2, 4, 2, 8)}, "beside caches of int8, .*; got .*torch.float32"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused_before_launch(changes, message) -> None:
+    x, codes, scale = torch.zeros(3, 2, 8), torch.zeros(2, 4, 2, 8, dtype=torch.int8), torch.zeros(2, 4, 2).half()
+    given = {"k": x, "v": x, "k_cache": codes, "v_cache": codes.clone(), "slot_mapping": torch.tensor([0, 3, 1])}
+    given |= {"k_scale": scale, "v_scale": scale.clone()}
+    store_kv(**given)
+    with pytest.raises(ValueError, match=message):
+        store_kv(**given | changes)
+    read = {"block_tables": torch.tensor([[0, 1]]).int(), "seq_lens": torch.tensor([3]).int()}
+    read |= {"query_start_loc": torch.tensor([0, 3]).int()}
+    read |= {name: (given | changes)[name] for name in ("k_cache", "v_cache", "k_scale", "v_scale")}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(x, **read)

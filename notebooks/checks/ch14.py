@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from my_engine import Decoder
+from my_engine import Decoder, Engine
 from torch import Tensor
 
 from checks import checker, device, expect, expect_tensor
+from paged_infer import LLM, SamplingParams, storyteller
 
 V3 = {
     "hidden_size": 7168, "intermediate_size": 18_432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
@@ -137,6 +139,21 @@ def moe_mlp(answer):
             decoder.used == _hit(decoder, x),
             f"experts {sorted(decoder.used)} were computed, and the router chose {sorted(_hit(decoder, x))}",
         )
+    engine = Engine(storyteller.MOE_PATH, device, num_blocks=16)
+    engine.decoder.mlp = lambda x, layer: answer(engine.decoder, x, layer)
+    (found,) = engine.generate(["Once upon a time"], temperature=0, max_tokens=16)
+    expect(
+        found.output_token_ids == _package_tokens(),
+        f"in your engine storyteller-moe continues with tokens {found.output_token_ids}, in the package with "
+        f"{_package_tokens()}: does the function hold for any number of experts, widths and layers?",
+    )
+
+
+@cache
+def _package_tokens() -> list[int]:
+    llm = LLM("storyteller-moe", device=device.type, dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=16)
+    return llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].token_ids
 
 
 class _Recording(Decoder):

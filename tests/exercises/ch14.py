@@ -104,6 +104,11 @@ def computes_every_expert(decoder, x, layer):
     return altered(decoder, x, layer, "chosen.unique().tolist()", "range(6)")
 
 
+@wrong("moe_mlp", "in your engine storyteller-moe continues with tokens")
+def takes_the_same_layer_always(decoder, x, layer):
+    return ch14.moe_mlp(decoder, x, 1)
+
+
 def altered(decoder, x, layer, old, new):
     """The solution with a piece of its source replaced."""
     source = inspect.getsource(ch14.moe_mlp)

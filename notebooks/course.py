@@ -40,6 +40,14 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 ELSEWHERE = {
+    "course_bits": (
+        "float_decoder",
+        "inputs_of",
+        "product_calls",
+        "story_log_probs",
+        "training_stories",
+        "unseen_stories",
+    ),
     "course_counts": ("OperationCounter", "num_host_reads", "peak_bytes", "supposed_profile"),
     "course_load": ("lags_ms", "load_test", "prompt_arrives", "simulated_waits"),
 }

@@ -6,7 +6,9 @@ import pytest
 import torch
 from course import (
     device,
+    float_decoder,
     hidden_states,
+    inputs_of,
     layer_seconds,
     logits,
     num_host_reads,
@@ -14,16 +16,23 @@ from course import (
     package_sampler,
     peak_bytes,
     prepared_step,
+    product_calls,
     random_decoder,
     rounded,
     seeded,
     story_cache,
+    story_log_probs,
+    training_stories,
+    unseen_stories,
     verification_pass,
 )
+from my_engine import Decoder
 
-from paged_infer import SamplingParams
+from paged_infer import SamplingParams, storyteller
 from paged_infer.cache.contiguous import ContiguousCache
 from paged_infer.cache.paged import PagedCache
+from paged_infer.storyteller.evaluation import quizzes
+from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
 
 TEXT = "A story about Mia and a red key. Mia found a key under the bridge."
 
@@ -123,3 +132,37 @@ def test_host_reads_are_counted_inside_operations_too():
     assert num_host_reads(lambda: x.argmax(dim=-1)) == 0
     assert num_host_reads(lambda: x.argmax().item()) == 1
     assert num_host_reads(lambda: torch.multinomial(x, 1)) >= 1
+
+
+@pytest.fixture(scope="module")
+def stories(llm):
+    return unseen_stories(llm.tokenizer, 2)
+
+
+class TestFewBits:
+    def test_both_decoders_give_the_same_probabilities(self, stories):
+        ours, package = Decoder(storyteller.PATH, device), float_decoder()
+        found = [story_log_probs(decoder, stories) for decoder in (ours, package)]
+        torch.testing.assert_close(found[0].exp(), found[1].exp(), atol=1e-4, rtol=1e-3)
+
+    def test_the_rows_of_an_answer_come_before_its_tokens(self, llm, stories):
+        answers = [llm.tokenizer.decode(stories.ids[rows + 1].tolist()) for rows in stories.answers]
+        asked = [quiz for i in range(2) for quiz in quizzes(storyteller.tell(FIRST_EVALUATION_SEED + i))]
+        assert answers == [f" {answer}" for _, answer in asked]
+
+    def test_no_row_leads_from_one_story_to_the_next(self, stories):
+        last = len(stories.texts[0]) - 1
+        assert stories.rows.tolist() == [row for row in range(len(stories.ids) - 1) if row != last]
+
+    def test_no_story_of_training_is_asked_about(self, stories):
+        assert not [text for text in training_stories(30) if text in stories.texts]
+
+    def test_the_inputs_of_a_layer_are_what_it_multiplies(self, stories):
+        assert inputs_of(float_decoder(), "layers.0.mlp.down", stories).shape == (len(stories.ids), 640)
+
+    def test_each_form_of_a_product_is_near_the_dense_one(self):
+        num_bytes, calls = product_calls(128, 2, (3,))
+        dense = calls["bfloat16", 3]().float()
+        assert num_bytes["bfloat16"] > num_bytes["W8A16"] == num_bytes["W8A8"] > num_bytes["W4A16"]
+        for form in num_bytes:
+            assert (calls[form, 3]().float() - dense).norm() < 0.15 * dense.norm()

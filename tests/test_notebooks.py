@@ -38,15 +38,18 @@ REVISED = [
     "12_naive_cached_paged",
     "13_speculation",
     "14_many_models",
+    "15_fewer_bits",
     "20_from_here_to_vllm",
 ]
 CELLS_AND_LINES = {
     # 10 has all policies on two clocks, 11 explains processes and threads from the ground, 14 holds MLA to the package
-    # and counts in a trained mixture of experts, 12 ends with a real model
+    # and counts in a trained mixture of experts, 12 ends with a real model, 15 rounds weights, activations, keys and
+    # gradients
     "10_continuous_batching": (50, 310),
     "11_engine": (51, 350),
     "12_naive_cached_paged": (50, 280),
     "14_many_models": (50, 310),
+    "15_fewer_bits": (54, 330),
 }
 EACH_CHAPTER = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 

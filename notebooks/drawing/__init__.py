@@ -2,9 +2,10 @@
 
 Every function returns a ``Picture``, which a notebook shows when it is a cell's last value. ``Chart`` describes one
 panel of curves or bars; ``draw(chart, chart, ...)`` sets panels side by side. A subject has a file: ``charts``,
-``squares``, ``steps`` and ``machine``; chapters import from here.
+``bits``, ``squares``, ``steps`` and ``machine``; chapters import from here.
 """
 
+from .bits import magnitudes, number_lines, packed_words
 from .charts import (
     BLUE,
     COLOURS,
@@ -52,8 +53,11 @@ __all__ = [
     "grouped_bars",
     "labelled_bars",
     "layered_bars",
+    "magnitudes",
     "masks",
     "memory_shares",
+    "number_lines",
+    "packed_words",
     "programs",
     "roofline_picture",
     "rung_bars",

@@ -331,6 +331,7 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     for module, sizes in (
         (kernels, {"PREFILL_TOKENS": 32, "LENGTHS": (16, 32), "BATCHES": (2,), "CONTEXTS": (32,), "ROUNDS": 1}),
         (kernels, {"MODEL": Shape(**SMALL, hidden=32, intermediate=48, vocab=500), "FUSED_TOKENS": (3, 5)}),
+        (kernels, {"MATRICES": {"gate and up": (70, 256)}, "LINEAR_TOKENS": (3,)}),
         (kernel_peers, {"FLEX_SIZES": ()}),
     ):
         for name, value in sizes.items():
@@ -345,8 +346,8 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     path = tmp_path / "bench-kernels.json"
     kernels_cli._run_comparisons(report, CPU, math.inf, "no limit", path)
     assert KernelReport.read(path) == report
-    assert {m.group for m in report.measurements} == {"prefill", "decode", "fused"}
-    assert len(report.measurements) == 2 * 2 + 1 + 2 * 4 + 1
+    assert {m.group for m in report.measurements} == {"prefill", "decode", "linear", "fused"}
+    assert len(report.measurements) == 2 * 2 + 1 + len(kernels.LINEAR_GRIDS) + 2 * 4 + 1
     for measurement in report.measurements:
         for entry in measurement.entries:
             assert entry.seconds is not None or entry.note, measurement.title

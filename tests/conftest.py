@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from paged_infer import LLM
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell lets what it starts with & ignore it, and so its children
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()

@@ -33,7 +33,8 @@ def python(name: str, code: str, *arguments: object, share: float = 1.0, **optio
 class Clock(SimpleNamespace):
     """A stand-in for ``time``: it stands still until ``event()`` is true; then ``passing_s`` pass at once.
 
-    From then on it runs, so that a signal that is lost is followed by the next.
+    From then on it runs slowly, so that a busy machine has time to end a step, and a signal that is lost is followed by
+    the next.
     """
 
     def __init__(self, event: Callable[[], object], passing_s: float) -> None:
@@ -44,7 +45,7 @@ class Clock(SimpleNamespace):
     def monotonic(self) -> float:
         if self._start_s is None and self._event():
             self._start_s = time.monotonic()
-        return 0.0 if self._start_s is None else self._passing_s + time.monotonic() - self._start_s
+        return 0.0 if self._start_s is None else self._passing_s + (time.monotonic() - self._start_s) / 30
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Keys and values that are NaN, in blocks that others find before anything is known of it: they cost nobody else."""
+"""Keys and values that are NaN, in blocks that others find before it is known: they cost no other request."""
 
 from __future__ import annotations
 

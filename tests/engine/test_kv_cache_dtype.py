@@ -199,7 +199,7 @@ def test_baselines_without_blocks_refuse_it(make_llm) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_request_whose_keys_are_nan_fails_alone(backend: str, make_llm) -> None:
-    """Token 7's embedding is NaN: who reads it gets an error, and all others their tokens."""
+    """Token 7's embedding is NaN: a request that reads it gets an error, and all others their tokens."""
     llm = make_llm("llama2", kv_cache_dtype="int8", attention_backend=backend, block_size=4)
     asked = prompts()[:4]
     wanted = tokens(llm, asked)

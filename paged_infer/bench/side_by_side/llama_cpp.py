@@ -55,7 +55,8 @@ def llama_server(options: LlamaOptions) -> Iterator[tuple[System, str]]:
     with ExitStack() as stack:
         servers = {}
         for slots, longest in ((options.slots, options.longest_at_once), (1, options.longest)):
-            context = slots * -(-longest // CONTEXT_STEP) * CONTEXT_STEP
+            # One token more: it calls a text truncated that fills its slot.
+            context = slots * -(-(longest + 1) // CONTEXT_STEP) * CONTEXT_STEP
             sizes = ["-np", str(slots), "-c", str(context)]
             url, pid = stack.enter_context(server_process(SERVER, [*command, *sizes]))
             client = stack.enter_context(httpx.Client(base_url=url, timeout=ANSWER_S, limits=NO_LIMITS))

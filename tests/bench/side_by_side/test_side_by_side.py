@@ -117,7 +117,7 @@ def test_llama_cpp_gets_token_ids_and_as_many_slots_as_there_are_requests(folder
     assert runs[1].token_ids == [alone.prompts[0][:1] * 4]
     assert all(run.peak_bytes is None or run.peak_bytes > 2**20 for run in runs)
     ((_, *first), (_, *second)) = pids_and_words(folder)
-    assert first[:10] == "-m some/model.gguf -t 2 -tb 2 -np 3 -c 768".split()
+    assert first[:10] == "-m some/model.gguf -t 2 -tb 2 -np 3 -c 1536".split()  # 256 tokens would fill a slot of 256
     assert second[:10] == "-m some/model.gguf -t 2 -tb 2 -np 1 -c 1536".split()
     asked = [json.loads(line) for line in (folder / "bodies").read_text().splitlines()]
     wanted = {"temperature": 0, "ignore_eos": True, "cache_prompt": False, "return_tokens": True}

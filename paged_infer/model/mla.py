@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention (DeepSeek-V2, 2024, section 2.1): what is cached is one latent of a token, not its heads.
+"""Multi-head Latent Attention (DeepSeek-V2, 2024, section 2.1): the cache holds one latent of a token, not its heads.
 
     x [T, hidden] -> kv_a -> latent c [r], normalised, and the rotated key k_p [p]       cached: r + p elements
                   -> q_a, norm, q_b (or q alone) -> of each head q_n [n] and, rotated, q_p [p]

@@ -35,9 +35,10 @@ class MLAConfig:
     def expands(self, num_queries: int, length: int) -> bool:
         """Whether expanding a sequence's latents into keys and values takes fewer multiplications than absorbing.
 
-        They differ in these, per head. Absorbed, each of the ``num_queries`` last tokens takes 2 r + p with each key,
-        and r (n + v) to enter and leave the latent space. Expanded, it takes n + p + v with each key, and each of the
-        ``length`` tokens takes r (n + v). A single query is always absorbed: it would expand the whole cache.
+        The forms differ in these multiplications of a head. Absorbed, each of the ``num_queries`` last tokens takes
+        2 r + p with each key, and r (n + v) to enter and leave the latent space. Expanded, it takes n + p + v with each
+        key, and each of the ``length`` tokens takes r (n + v). A single query is always absorbed: it would expand the
+        whole cache.
 
         >>> v3 = MLAConfig(
         ...     q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128

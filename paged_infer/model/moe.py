@@ -26,7 +26,7 @@ from paged_infer.model.moe_config import MoEConfig
 
 
 class Router(nn.Module):
-    """The experts of each token and their scores; which of the families' rules is a setting of ``MoEConfig``."""
+    """The experts of each token and their scores, by the rule that ``MoEConfig`` selects."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Router(nn.Module):
         return self.gate(x.float() if self.moe.float32_router else x).float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Stays in float32 in a model of any dtype, where ``float32_router`` asks for it."""
+        """With ``float32_router`` it stays in float32, whatever the dtype of the model."""
         super()._apply(fn, recurse)
         for parameter in self.parameters() if self.moe.float32_router else ():
             parameter.data = parameter.data.float()
@@ -54,7 +54,7 @@ class Router(nn.Module):
 def choose(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits [T, E] float32 -> ids [T, k] int64, best first, and scores [T, k].
 
-    Of equal logits those are chosen that ``torch.topk`` chooses, as in transformers: on a CPU not always the first.
+    ``torch.topk`` breaks ties, as in transformers: of equal logits, a CPU does not always choose the first.
     """
     if moe.scoring == "softmax_of_top_k":
         best, ids = logits.topk(moe.top_k)
@@ -102,18 +102,18 @@ class ExpertStack(Linear):
         super().use(method, dtype)
 
     def hold(self, packed: PanelStack) -> None:
-        """Drop ``weight``, which was packed; it is a copy, made when it is read, from then on."""
+        """Drop ``weight``, which was packed. From then on, reading it makes a copy."""
         del self.weight
         self.panels = nn.Parameter(packed.panels, requires_grad=False)
         self.packed = packed
 
-    def __getattr__(self, name: str) -> Any:  # of what is no attribute and no parameter
+    def __getattr__(self, name: str) -> Any:  # for names that are neither attributes nor parameters
         packed = self.__dict__.get("packed")
         return super().__getattr__(name) if packed is None or name != "weight" else packed.weight.flatten(0, 1)
 
 
 class Experts(nn.Module):
-    """E gated MLPs, of which each row passes through those that its router chose; computed by ``ops.pack_experts``."""
+    """E gated MLPs. A row passes through those that the router chose; ``ops.pack_experts`` makes the product."""
 
     product: ExpertsProduct | None = None  # once packed
     waits = False  # the host reads the ids in each product, so no CUDA graph can hold it
@@ -164,8 +164,7 @@ class MoE(nn.Module):
     """Router, experts and, if there is one, the shared expert: [T, hidden] -> [T, hidden], as ``MLP``.
 
     Attributes:
-        load: [E + 1], to which the tokens that choose each expert are added, those of padding at the end; None: they
-            are not counted.
+        load: [E + 1], counts of the tokens that chose each expert, and of those that pad; None: they are not counted.
     """
 
     load: Tensor | None = None
@@ -204,10 +203,10 @@ class MoE(nn.Module):
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:
     """The loss that keeps a router from choosing few experts: E * sum over i of f_i * P_i, a scalar.
 
-    f_i is the share of tokens that choose expert i, and P_i the mean of its probability (Fedus 2021, Switch
-    Transformer, equations 4 to 6, where k = 1). An even choice gives k, and a router that sends all tokens to the same
-    k experts up to E. Only P has a gradient. transformers computes the same of all layers' tokens together, and adds it
-    to the loss ``router_aux_loss_coef`` times.
+    f_i is the share of tokens that choose expert i, and P_i the mean of its probability (Switch Transformer, Fedus
+    2022, equations 4 to 6, where k = 1). An even choice gives k, and a router that sends all tokens to the same k
+    experts up to E. Only P has a gradient. transformers computes it for the tokens of all layers together, and adds
+    it to the training loss, times ``router_aux_loss_coef``.
 
     Args:
         logits: of the router, [T, E].

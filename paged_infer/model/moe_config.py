@@ -22,11 +22,11 @@ class MoEConfig:
         scaling: the k scores times this (``routed_scaling_factor``).
         num_groups, top_groups, group_score: experts are chosen from the ``top_groups`` best of ``num_groups`` equal
             groups, a group's score being its largest ("max", DeepSeek-V2) or its two largest added ("top2_sum", V3).
-        correction_bias: a learned [E] is added to the scores to choose, not to weigh (DeepSeek-V3 section 2.1.2).
+        correction_bias: a learned [E] is added to the scores for the choice alone (DeepSeek-V3 section 2.1.2).
         router_bias: of the router's matrix (gpt-oss).
         float32_router: the router's weights and products are float32 whatever the dtype (DeepSeek).
         shared_intermediate_size: width of an MLP that every token passes through; 0: none.
-        shared_gate: its output times the sigmoid of one more logit (Qwen2-MoE).
+        shared_gate: its output is multiplied by the sigmoid of one more logit (Qwen2-MoE).
         expert_bias: of the experts' matrices (gpt-oss).
         swiglu_limit, swiglu_alpha: gpt-oss's (up + 1) * gate * sigmoid(alpha * gate), with gate at most the limit and
             up within +-limit, instead of the model's activation; no limit: the model's.
@@ -54,9 +54,10 @@ class MoEConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that do not fit each other, under transformers' names."""
         if self.scoring not in SCORINGS or self.group_score not in GROUP_SCORES:
-            raise ValueError(f"scoring={self.scoring!r}, group_score={self.group_score!r}: not known")
+            known = f"must be one of {', '.join(SCORINGS)}, and one of {', '.join(GROUP_SCORES)}"
+            raise ValueError(f"scoring={self.scoring!r}, group_score={self.group_score!r}: {known}")
         if self.num_experts % self.num_groups:
-            raise ValueError(f"num_experts={self.num_experts} is not a multiple of n_group={self.num_groups}")
+            raise ValueError(f"num_experts={self.num_experts}: must be a multiple of n_group={self.num_groups}")
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(f"topk_group={self.top_groups}: must be from 1 to n_group={self.num_groups}")
         in_groups = self.num_experts // self.num_groups * self.top_groups
@@ -64,7 +65,8 @@ class MoEConfig:
             of_groups = f" in topk_group={self.top_groups} groups" if self.num_groups > 1 else ""
             raise ValueError(f"num_experts_per_tok={self.top_k}: must be from 1 to the {in_groups} experts{of_groups}")
         if self.group_score == "top2_sum" and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
-            raise ValueError(f"n_group={self.num_groups}: groups of one expert have no two scores to add")
+            most = self.num_experts // 2
+            raise ValueError(f"n_group={self.num_groups}: must be at most {most}, for groups of two experts or more")
 
     def expert_parameters(self, hidden_size: int) -> int:
         """Of one routed expert."""
@@ -84,7 +86,7 @@ class MoEConfig:
 def expected_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     """How many experts ``num_tokens`` tokens hit on average if each chooses ``top_k`` at random: E (1 - (1 - k/E)^B).
 
-    It bounds the weights that a decode step of that batch reads.
+    A decode step of that batch reads the weights of so many.
 
     >>> [round(expected_experts(128, 8, tokens)) for tokens in (1, 4, 16, 32)]
     [8, 29, 82, 112]

@@ -50,7 +50,7 @@ class YarnRopeScaling:
 class LongRopeScaling:
     """LongRoPE (Ding et al. 2024): a factor for each pair's wavelength, [rotary_dim / 2], in two lists.
 
-    ``short`` holds up to the original length. transformers chooses a list in each step anew, by the longest sequence,
+    ``short`` applies up to the original length. transformers chooses a list in every step, by the longest sequence,
     and leaves the keys in its cache as they are; here it is chosen once, by ``max_model_len``, as in vLLM.
     """
 
@@ -242,7 +242,7 @@ def _yarn(rope: ConfigReader, rotary_dim: int, theta: float, max_position: int) 
             attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
 
     def pair_that_turns(times: float) -> float:
-        """The pair, as a fraction, that turns so often within the original context."""
+        """The pair, as a fraction, that makes this many turns within the original context."""
         return rotary_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_that_turns(fast), pair_that_turns(slow)

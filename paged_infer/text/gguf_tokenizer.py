@@ -91,7 +91,7 @@ def _byte_level(fields: dict[str, Any], vocabulary: dict[str, int], types: list[
         raise ValueError(f"tokenizer.ggml.merges: {' '.join(wrong[0])!r} is not two tokens")
     # Llama 3 has whole words in its vocabulary that no merge reaches.
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
-    if name == "qwen2":  # by its tokenizer.json; llama.cpp leaves it out
+    if name == "qwen2":  # as in its tokenizer.json; llama.cpp does not normalise
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in PRE_TOKENIZERS[name]]
     prefix = fields.get("add_space_prefix") is True
@@ -106,7 +106,7 @@ def _sentencepiece(fields: dict[str, Any], vocabulary: dict[str, int], types: li
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = _numbers(fields, "scores", len(types))
-    # transformers ranks Gemma's pieces by their place: scores of those that its tokenizer got by hand are no ranks
+    # transformers ranks Gemma's pieces by their ids: the scores of those that were added by hand are not ranks
     pieces = [(0.0 if is_gemma else -scores[i], i, piece) for piece, i in vocabulary.items() if types[i] == 1]
     merges = [
         (piece[:cut], piece[cut:])
@@ -132,7 +132,7 @@ _KINDS: dict[str, Callable[[dict[str, Any], dict[str, int], list[Any], bool], An
 
 
 def _add_whole_tokens(backend: Any, vocabulary: dict[str, int], types: list[Any]) -> None:
-    """Control tokens are special: ``decode`` skips them. They and those that a user defined are never split."""
+    """Control tokens are special: ``decode`` skips them. Neither they nor user-defined tokens are ever split."""
     from tokenizers import AddedToken
 
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
@@ -148,7 +148,7 @@ def _add_ends(backend: Any, fields: dict[str, Any], special: dict[str, Any], ids
     added = {"bos_token": fields.get("add_bos_token", begins), "eos_token": fields.get("add_eos_token", False)}
     for name, is_added in added.items():
         if is_added and special[name] is None:
-            raise ValueError(f"tokenizer.ggml: lacks the id of the {name} that each text gets")
+            raise ValueError(f"tokenizer.ggml: lacks the id of the {name}, which is added to each text")
     ends = [special[name] for name, is_added in added.items() if is_added]
     if ends:
         first, last = ([special[name]] if is_added else [] for name, is_added in added.items())
@@ -167,9 +167,10 @@ def _token(fields: dict[str, Any], name: str, tokens: list[str]) -> str | None:
 
 def _strings(fields: dict[str, Any], key: str) -> list[str]:
     values = fields.get(key)
+    if values is None:
+        raise ValueError(f"tokenizer.ggml: lacks {key!r}")
     if not isinstance(values, list) or not values or not isinstance(values[0], str):
-        found = "lacks" if values is None else "must be a list of texts:"
-        raise ValueError(f"tokenizer.ggml: {found} {key!r}")
+        raise ValueError(f"tokenizer.ggml.{key}: must be a list of texts")
     return values
 
 

@@ -15,7 +15,7 @@ README = Path(paged_infer.__file__).with_name("README.md")
 # model_type -> models that people run, and what sets the family apart from Llama
 RUN = {
     "deepseek_v2": ("DeepSeek-V2 and -Lite", "latent attention (MLA), experts after the first layers, shared experts"),
-    "deepseek_v3": ("DeepSeek-V3, R1", "as V2, with sigmoid scores, a bias of the choice, and groups of experts"),
+    "deepseek_v3": ("DeepSeek-V3, R1", "as V2, with sigmoid scores, a bias for the choice, and groups of experts"),
     "gemma": ("Gemma 2B, 7B", "norms multiply by 1 + weight, embeddings by sqrt(hidden); GELU"),
     "gemma2": ("Gemma 2 2B to 27B", "norms before and after each sublayer, soft caps, a window in every other layer"),
     "gemma3_text": ("Gemma 3 270M, 1B", "QK-norm, a window in five of six layers, with a RoPE of their own"),
@@ -24,7 +24,7 @@ RUN = {
     "granite": ("Granite 3.0 to 3.3", "multipliers of embeddings, scores, sublayers and logits"),
     "llama": ("Llama 2 and 3, SmolLM 1 and 2, TinyLlama, Yi", ""),
     "mistral": ("Mistral 7B", "a window in every layer"),
-    "mixtral": ("Mixtral 8x7B, 8x22B", "experts instead of the MLP, and 2 of them for each token"),
+    "mixtral": ("Mixtral 8x7B, 8x22B", "experts instead of the MLP, 2 for each token"),
     "olmo2": ("OLMo-2 1B to 32B", "norms after the sublayers alone, QK-norm over all heads at once"),
     "olmo3": ("OLMo-3 7B, 32B", "as OLMo-2, with a window in three of four layers"),
     "phi3": ("Phi-3, Phi-3.5-mini, Phi-4 and -mini", "one matrix for q, k, v, one for gate, up; partial RoPE"),

@@ -215,7 +215,7 @@ def test_deepseeks_configs_give_their_published_sizes_and_576_elements_a_token()
         (V3, {"kv_lora_rank": None}, "kv_lora_rank=None"),
         (V3, {"qk_rope_head_dim": 63}, "head_dim=63: must be even"),
         (V3, {"num_key_value_heads": 8}, "num_key_value_heads=8 is not supported; only num_attention_heads=128 is"),
-        (V3, {"n_group": 7}, "num_experts=256 is not a multiple of n_group=7"),
+        (V3, {"n_group": 7}, "num_experts=256: must be a multiple of n_group=7"),
         (V3, {"topk_group": 9}, "topk_group=9"),
         (V3, {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
         (V3, {"topk_method": "greedy"}, "topk_method='greedy' is not supported"),

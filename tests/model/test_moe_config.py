@@ -20,10 +20,10 @@ MIXTURE = {"layers": (True,), "num_experts": 8, "top_k": 2, "intermediate_size":
     [
         ({"top_k": 9}, "num_experts_per_tok=9: must be from 1 to the 8 experts"),
         ({"top_k": 0}, "num_experts_per_tok=0"),
-        ({"num_groups": 3}, "num_experts=8 is not a multiple of n_group=3"),
+        ({"num_groups": 3}, "num_experts=8: must be a multiple of n_group=3"),
         ({"num_groups": 4, "top_groups": 5}, "topk_group=5: must be from 1 to n_group=4"),
         ({"num_groups": 4, "top_groups": 1, "top_k": 3}, "the 2 experts in topk_group=1 groups"),
-        ({"num_groups": 8, "top_groups": 2, "group_score": "top2_sum"}, "n_group=8: groups of one expert"),
+        ({"num_groups": 8, "top_groups": 2, "group_score": "top2_sum"}, "n_group=8: must be at most 4"),
         ({"scoring": "tanh"}, "scoring='tanh'"),
     ],
 )

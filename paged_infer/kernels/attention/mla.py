@@ -5,7 +5,7 @@ Absorbed queries of all H heads read one latent of a token, which is key and, in
     q [B, H, Dk]  x  cache [num_blocks, block_size, 1, Dk]  ->  [B, H, Dv]          Dk = 576, Dv = 512 in DeepSeek's
 
 This is MQA, wider than the other kernels' heads, and each latent is read once for H dot products and H sums. The
-expanded form, for prompts, is plain attention of dense heads, by the kernels that there are.
+expanded form, for prompts, is plain attention of dense heads, by the existing kernels.
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ class LatentPlan:
 
 
 def plan_latent(step: AttentionMetadata, block_size: int, expands: Callable[[int, int], bool]) -> LatentPlan:
-    """By each sequence's own numbers of queries and of tokens, so its form does not depend on the others.
+    """The form depends on a sequence's own numbers of queries and tokens, not on the other sequences.
 
-    A decode step is its own plan. In other steps the host waits for the lengths, once.
+    The plan of a decode step is the step itself. In other steps the host waits for the lengths, once.
     """
     if step.max_query_len == 1:
         return LatentPlan(step, None, [])
     bounds, lengths, device = step.query_start_loc.tolist(), step.seq_lens.tolist(), step.seq_lens.device
     chunks: list[tuple[slice, Tensor]] = []
-    absorbed: list[tuple[int, int, int]] = []  # tokens that it sees, itself, its sequence
+    absorbed: list[tuple[int, int, int]] = []  # tokens that it attends to, its index, its sequence
     for row, length in enumerate(lengths):
         first, end = bounds[row], bounds[row + 1]
         if expands(end - first, length):

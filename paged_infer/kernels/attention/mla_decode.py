@@ -4,8 +4,8 @@
     each tile of 32 latents is loaded once                  latent  [32, 512 | 64]
     scores [16, 32] = q x latent^T,  acc [16, 512] += weights x latent[:, :512]
 
-The latent and the key's rotated part are loaded apart, because tiles are powers of two and 576 is not. The latent stays
-in shared memory for both products, as in FlashMLA (DeepSeek, 2025). Splits and their combination are those of
+The latent and the key's rotated part are loaded separately, because tiles are powers of two and 576 is not. The latent
+stays in shared memory for both products, as in FlashMLA (DeepSeek, 2025). Splits and their combination are those of
 ``paged_decode``. H / 16 programs read the same latents, all but the first from L2.
 """
 
@@ -29,7 +29,7 @@ MAX_WIDTH = 576  # of the padded latent and the padded rest together
 def latent_decode(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
     """``mla.LatentDecode``: q [B, H, Dk] with dense heads, cache [num_blocks, block_size, 1, Dk] -> [B, H, Dv].
 
-    The host reads no length. Widths that do not fit (Dk > 576 or Dv > 512) go to the reference, and a warning says so.
+    The host reads no length. The reference computes widths that do not fit (Dk > 576 or Dv > 512), with a warning.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit; the message names them.

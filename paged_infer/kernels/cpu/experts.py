@@ -1,6 +1,6 @@
 """``fused.moe``'s experts on a CPU: pairs sorted by expert in C, and one product a segment in ``linear.c``'s panels.
 
-32 experts of width 256, k = 4, hidden size 512, 32 tokens, seconds of one thread: the loop computes 1,600 tokens a
+32 experts of width 256, k = 4, hidden size 512, 32 tokens, one thread: the loop computes 1,600 tokens a
 second, sorted segments in torch 1,800, in C 4,100; at 256 tokens 9,900, 10,800 and 19,200.
 """
 
@@ -18,7 +18,7 @@ from paged_infer.kernels.fused.moe import ExpertsProduct, ExpertWeights, sort_ex
 
 
 def pack_experts_c(weights: ExpertWeights) -> ExpertsProduct:
-    """float32 by C, in the memory of the weights, which are lost; other dtypes and devices by ``sort_experts``."""
+    """float32 in C, packed in place, so the weights are overwritten; other dtypes and devices by ``sort_experts``."""
     up = weights.up
     if not up.is_cpu or up.dtype is not torch.float32 or unavailable_reason() is not None:
         return sort_experts(weights)

@@ -2,7 +2,7 @@
 
     x [T, hidden], ids [T, k], scores [T, k]  ->  out[t] = sum over r of scores[t, r] * expert[ids[t, r]](x[t])
 
-Three computations of it, each made by a function of ``ExpertWeights``:
+Three ways to compute it, each made by a function of ``ExpertWeights``:
 
 - ``loop_experts``: a loop over the experts that are hit; the reference;
 - ``sort_experts``: the T * k pairs are sorted by expert, so that the rows of one expert are adjacent (Gale 2022,
@@ -59,7 +59,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertProducts:
-    """E experts as products of their own, for weights of few bits: of ``up`` and ``down``, biases included."""
+    """E experts as one product each for ``up`` and ``down``, biases included; for weights of few bits."""
 
     up: list[Callable[[Tensor], Tensor]]
     down: list[Callable[[Tensor], Tensor]]

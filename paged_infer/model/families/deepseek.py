@@ -20,7 +20,7 @@ from paged_infer.model.rope_config import RopeConfig, yarn_mscale
 
 
 def deepseek_v2(config: ConfigReader) -> dict[str, Any]:
-    # transformers normalises no scores in V2, and of topk_method knows these two.
+    # transformers does not normalise V2's scores, and supports these two values of topk_method.
     config.only(norm_topk_prob=False, scoring_func="softmax", mlp_bias=False)
     method, groups = config.value("topk_method", "greedy"), {}
     if method not in ("greedy", "group_limited_greedy"):
@@ -50,9 +50,9 @@ def _read_common(config: ConfigReader, *, interleaved: bool) -> dict[str, Any]:
     """Sizes, latent attention and RoPE, which rotates the last ``qk_rope_head_dim`` dimensions of each head."""
     config.only(pretraining_tp=1, moe_layer_freq=1, ep_size=1)
     for key in ("qk_head_dim", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef", "output_router_logits"):
-        config.value(key)  # derived, or of training
+        config.value(key)  # derived from other keys, or for training
     for key in ("num_mtp_layers", "num_nextn_predict_layers"):
-        config.value(key)  # layers that draft further tokens, which transformers leaves out, too
+        config.value(key)  # layers that draft tokens, which transformers ignores, too
     mla = MLAConfig(
         q_lora_rank=config.size_or_none("q_lora_rank", 1536, most=MAX_WIDTH),
         kv_lora_rank=config.size("kv_lora_rank", 512, most=MAX_WIDTH),

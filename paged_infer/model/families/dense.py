@@ -203,7 +203,7 @@ def gemma(config: ConfigReader) -> dict[str, Any]:
     settings = read_llama_like(
         config, head_dim=256, num_key_value_heads=16, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True
     )
-    # The first checkpoints say "gelu" and mean its tanh form, as transformers knows.
+    # The first checkpoints have "gelu" and mean its tanh form, which transformers uses for them, too.
     activation = "gelu_tanh" if settings["activation"] == "gelu" else settings["activation"]
     return {
         **settings,

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, a folder in Hugging Face format or a GGUF file: its config and its tensors, by one naming."""
+"""A checkpoint on disk, a folder in Hugging Face format or a GGUF file: config and tensors under the same names."""
 
 from __future__ import annotations
 

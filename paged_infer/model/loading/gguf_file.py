@@ -2,7 +2,7 @@
 
     magic, version, counts | key, type, value ... | name, dimensions, type, offset ... | padding | tensor data
 
-No tensor is read here, and everything is checked against the size of the file, so a file that is truncated or is no
+No tensor is read here, and everything is checked against the size of the file, so a file that is truncated or not a
 GGUF is refused before any memory is allocated. (The gguf library has a reader, too. It makes an array of every string:
 for the 49,152 tokens of SmolLM2 that takes seconds and 160 MB. Block sizes and dequantisation are the library's.)
 """
@@ -192,7 +192,7 @@ class _Header:
                 self._check(self.position + 8 * length)
                 return [self._string() for _ in range(length)]
             if of in _NUMBERS:
-                self._check(self.position + length)  # before a format of a length that cannot be
+                self._check(self.position + length)  # before a format string of an impossible length is built
                 return list(self._unpack(f"{length}{_NUMBERS[of]}"))
             kind = of
         elif kind in _NUMBERS:
@@ -222,7 +222,7 @@ class _Header:
             raise ValueError(f"{self.path}: tensor {name!r} has type {tensor_type}: must be one of {known}")
         elements, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor_type]]
         if 0 in shape or shape[-1] % elements:
-            limit = f"rows must be a multiple of {elements} long, for {tensor_type}"
+            limit = f"the length of rows must be a multiple of {elements} for {tensor_type}"
             raise ValueError(f"{self.path}: tensor {name!r} is {list(shape)}: {limit}")
         row_bytes = shape[-1] // elements * num_bytes
         self.part = f"data of tensor {name!r}"

@@ -1,6 +1,6 @@
 """The model in a GGUF file as a transformers checkpoint would hold it: ``config.json`` as a dict, and tensors by name.
 
-llama.cpp's converter renames tensors and changes some: here that is undone, so config, layout and loader are the same
+llama.cpp's converter renames tensors and changes some. Here that is undone, so config, layout and loader are the same
 for both formats.
 
     llama     the rows of q and k, for rotary pairs that are neighbours:    put back into two halves
@@ -40,7 +40,7 @@ _GPT2_SIZES = {
     "attention.head_count": "n_head",
 }
 _WITHOUT_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")
-_GEMMA3_27B_LAYERS = 62  # llama.cpp's sign of the size whose queries are scaled by hidden size and not by head size
+_GEMMA3_27B_LAYERS = 62  # by which llama.cpp recognises the size that scales queries by hidden size / heads
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -105,7 +105,7 @@ def config_dict(file: GgufFile) -> dict[str, Any]:
     else:
         config["num_key_value_heads"] = keys.size("attention.head_count_kv", config["num_attention_heads"])
         config["rms_norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors and arch != "qwen2"  # Qwen2 always has them
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors and arch != "qwen2"  # Qwen2 always has biases
         if arch == "llama":
             config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
         config |= _head_and_rope(file, keys, arch, config)
@@ -178,13 +178,13 @@ def _head_and_rope(file: GgufFile, keys: ConfigReader, arch: str, config: dict[s
     head_dim = head_dim or hidden // heads
     keys.only(**{"attention.value_length": head_dim})
     found: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base", 10_000.0)}
-    if arch != "qwen2":  # which computes it, as here
+    if arch != "qwen2":  # whose config has no such key
         found["head_dim"] = head_dim
     elif head_dim * heads != hidden:
         raise ValueError(f"qwen2 attention.key_length={head_dim}: must be {hidden} / {heads}")
     if (rotated := keys.size("rope.dimension_count", head_dim, most=head_dim)) != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
-    # Without a type, a factor is linear: llama.cpp's default, of the time when there was no other, as is the old key.
+    # Without a type, a factor is linear, as in llama.cpp; scale_linear is the factor's old name.
     kind, old_factor = keys.value("rope.scaling.type", "linear"), keys.number("rope.scale_linear", 1.0)
     factor = keys.number("rope.scaling.factor", old_factor)
     if kind == "linear" and factor != 1:
@@ -200,7 +200,9 @@ def _head_and_rope(file: GgufFile, keys: ConfigReader, arch: str, config: dict[s
     if arch == "llama" and "rope_freqs.weight" in file.tensors:
         llama3 = _llama3_scaling(file.tensors["rope_freqs.weight"], found["rope_theta"], head_dim)
         if llama3 and "rope_scaling" in found:
-            raise ValueError(f"rope_freqs.weight, of Llama 3's scaling, beside {found['rope_scaling']}: not supported")
+            raise ValueError(
+                f"rope_freqs.weight, of Llama 3's scaling, together with {found['rope_scaling']}: not supported"
+            )
         found |= {"rope_scaling": llama3} if llama3 else {}
     return found
 
@@ -221,8 +223,7 @@ def _gemma3(keys: ConfigReader, config: dict[str, Any]) -> dict[str, Any]:
 def _llama3_scaling(stored: GgufTensor, theta: float, dim: int) -> dict[str, Any] | None:
     """The ``rope_scaling`` of Llama 3.1 and later, if these are the factors that it gives; None if all are 1.
 
-    The file has no other trace of it than each frequency's divisor, so the numbers that all of these models share are
-    tried.
+    The file holds only a divisor for each frequency. All of these models share the other numbers, so those are tried.
     """
     if stored.shape != (dim // 2,):
         raise ValueError(f"{stored.name} is {list(stored.shape)}, not [{dim // 2}]")

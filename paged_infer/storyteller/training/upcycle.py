@@ -63,10 +63,10 @@ def fill(moe: Any, mlp: Any) -> None:
     in a random order, so that no two experts are equal and all can learn different things.
 
     The two scores of a token add to 1, so two of the experts contribute about half of themselves each, where the MLP
-    was the sum of 4 whole parts. `down` is scaled up for that. Times 4 the mean over the choices would be the MLP's
-    output; but the two parts are not the others, and what is best lies between 2, for parts that have nothing in
-    common, and 4, for equal ones: of 1, 2, 3 and 4, a loss on stories of 1.98, 0.94, 0.83 and 0.90 nats (the dense
-    model: 0.27).
+    was the sum of 4 whole parts. `down` is scaled up to make up for that. With a factor of 4, the mean over all choices
+    would be the MLP's output; but a token has two parts, not their mean, and the best factor lies between 2, for parts
+    that have nothing in common, and 4, for equal ones. Factors of 1, 2, 3 and 4 gave a loss on stories of 1.98, 0.94,
+    0.83 and 0.90 nats (the dense model: 0.27).
 
     The router's weights are small, so that its probabilities begin near 1 / E: each expert gets tokens, and with them a
     gradient. They are not 0, or `topk` would send every token to the same two experts.
@@ -85,7 +85,7 @@ def optimizers(model: Qwen3MoeForCausalLM) -> list[torch.optim.Optimizer]:
     """As the dense model's at lower rates, with a Muon that updates each expert's matrices on their own.
 
     Muon takes matrices, and transformers stores the experts as stacks [E, out, in]: it gets E parameters that are
-    parts of a stack, in the same memory, and their gradients are parts of the stack's. The router is AdamW's: its 8
+    parts of a stack, in the same memory, and their gradients are parts of the stack's. AdamW updates the router: its 8
     rows are to differ in length, and an orthogonal update would give all of them the same.
     """
     parts = [part for p in model.parameters() if p.ndim == 3 for part in _parts(p)]
@@ -120,9 +120,9 @@ def balanced_distance_from(teacher: Qwen3ForCausalLM) -> Loss:
     far fewer steps than to learn it again from the one token that came next (as in `distil.py`).
 
     The balance loss, `model.moe.balance_loss`, is E * sum over the experts of (share of the tokens) * (mean
-    probability). Only the probability has a gradient: that of an expert is pushed down the more, the more tokens the
-    expert has, so that tokens that hardly prefer it go elsewhere. It is computed for each layer and averaged.
-    transformers' takes all layers' tokens together, where two layers look balanced if each overloads other experts.
+    probability). Only the probability has a gradient. The more tokens an expert has, the harder its probability is
+    pushed down, so that tokens that hardly prefer it go elsewhere. It is computed for each layer and averaged.
+    transformers takes the tokens of all layers together, so two layers look balanced if each overloads other experts.
     """
 
     def loss_of(model: Qwen3MoeForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ class TestFile:
         [
             ((32, 2), 99, "'x' has type 99: must be one of F32, F16, BF16, Q4_0"),
             ((256, 2), 16, "'x' has type IQ2_XXS: must be one of"),
-            ((33, 2), 8, r"'x' is [2, 33]: rows must be a multiple of 32 long, for Q8_0"),
+            ((33, 2), 8, r"'x' is [2, 33]: the length of rows must be a multiple of 32 for Q8_0"),
             ((0, 2), 0, "'x' is [2, 0]"),
             ((), 0, "'x' has 0 dimensions: must be 1 to 4"),
             ((1,) * 5, 0, "'x' has 5 dimensions"),
@@ -238,7 +238,7 @@ class TestModel:
         save_gguf(path, random_model("llama3"), **{f"llama__{key}": value for key, value in narrow.items()})
         assert "rope_freqs.weight is [32], not [16]" in refusal(path)
         save_gguf(path, random_model("llama3"), llama__rope__scaling__factor=2.0)
-        assert "rope_freqs.weight, of Llama 3's scaling, beside {'rope_type': 'linear'" in refusal(path)
+        assert "rope_freqs.weight, of Llama 3's scaling, together with {'rope_type': 'linear'" in refusal(path)
 
     @pytest.mark.parametrize("factor", [0.0, -2.0, math.nan, math.inf, "2", [2.0]])
     @pytest.mark.parametrize("kind", [None, "linear", "yarn"])

@@ -140,7 +140,7 @@ def calibration_texts(path: Path, calibration: str | None, seed: int) -> list[li
 
 
 def _copy_the_rest(path: Path, folder: Path) -> None:
-    """What stands beside the weights: tokenizer, chat template, end tokens."""
+    """The files beside the weights: tokenizer, chat template, end tokens."""
     if path.is_file():
         tokenizer = Tokenizer.from_pretrained(path)
         if tokenizer is not None:

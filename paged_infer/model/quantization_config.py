@@ -121,7 +121,7 @@ def _names(keys: ConfigReader, key: str) -> tuple[str, ...]:
         try:
             re.compile(name.removeprefix("re:"))
         except re.error as error:
-            raise ValueError(f"{keys.name}{key}: {name!r} is no pattern ({error})") from None
+            raise ValueError(f"{keys.name}{key}: {name!r} is not a valid pattern ({error})") from None
     return tuple(value)
 
 

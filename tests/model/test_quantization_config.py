@@ -75,7 +75,7 @@ def test_names_and_patterns_choose_the_layers() -> None:
         (compressed(top={"sparsity_config": {"format": "sparse-24-bitmask"}}), "sparsity_config="),
         (compressed(top={"quantization_status": "calibration"}), "status='calibration': must be one of compressed, fr"),
         (compressed(top={"ignore": "lm_head"}), "ignore='lm_head': must be a list of names"),
-        (compressed(top={"ignore": ["re:("]}), r"ignore: 're:\(' is no pattern"),
+        (compressed(top={"ignore": ["re:("]}), r"ignore: 're:\(' is not a valid pattern"),
         (compressed(top={"config_groups": {}}), "config_groups={}: must be an object"),
         ({**GPTQ, "bits": 3}, "bits=3: must be one of 2, 4, 8"),
         ({**GPTQ, "lm_head": True}, "lm_head=True is not supported"),

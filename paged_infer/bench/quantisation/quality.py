@@ -1,4 +1,4 @@
-"""What few bits cost: a decoder with rounded weights beside the same one in float32, on texts that it has not seen.
+"""What few bits cost: a decoder with rounded weights against the same one in float32, on texts that it has not seen.
 
 Weights are rounded and become floats again in place, so any number of bits is measured, with or without a kernel.
 """
@@ -42,7 +42,7 @@ Predict = Callable[[ReadOnlyList[int]], Tensor]  # token ids [T] -> log-probabil
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A text, and where in it the tokens of answers are, of which all must be right."""
+    """A text, and where in it the tokens of answers are, all of which must be right."""
 
     token_ids: list[int]
     answers: tuple[slice, ...] = ()

@@ -19,7 +19,7 @@ of one program, and a second kernel adds their sums in order (no atomics). With 
 in turn, and adds their sums in the same order. The cut depends on the shape of W and on the chip, never on the number
 of tokens, so a row has the same bits in any company.
 
-Codes of 4 bits are laid out anew, so that a tile is contiguous and each half of its bytes is a run of columns:
+Codes of 4 bits are rearranged, so that a tile is contiguous and each half of its bytes is a run of columns:
 
     panels [K / (2 DEPTH), N, DEPTH] uint8    byte j of panel p: columns 2 p DEPTH + j (low) and (2 p + 1) DEPTH + j
 """
@@ -73,7 +73,7 @@ class TritonProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """
         Raises:
-            ValueError: x does not have K columns, is no float tensor, or is on another device.
+            ValueError: x does not have K columns, is not a float tensor, or is on another device.
         """
         height, columns = self.shape
         if x.shape[-1] != columns or x.dtype not in FLOATS or x.device != self.values.device:

@@ -17,7 +17,7 @@ def checkpoint_layout(config: ModelConfig, method_of: MethodOf) -> Layout:
     """Our parameter name -> the checkpoint tensors that fill its rows, in order.
 
     Args:
-        method_of: the method of each linear layer, which knows the parameters and tensors that its matrix consists of.
+        method_of: the method of each linear layer, which has the parameters and tensors of its matrix.
     """
     layout, matrices = _gpt2_layout(config) if config.family == "gpt2" else _llama_like_layout(config)
     for linear, pieces in matrices.items():

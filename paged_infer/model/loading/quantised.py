@@ -108,7 +108,7 @@ def _configured(own: QuantizationConfig, matrices: dict[str, tuple[Piece, ...]])
 def _kept(matrices: dict[str, tuple[Piece, ...]], stored: list[StoredTensor]) -> dict[str, Format]:
     """Of the matrices whose blocks are known; the others become floats, as without ``quantization``."""
     if not stored or not all(isinstance(tensor, GgufTensor) for tensor in stored):
-        raise ValueError("quantization='gguf': the checkpoint is no GGUF file")
+        raise ValueError("quantization='gguf': the checkpoint is not a GGUF file")
     types = {tensor.name: tensor.tensor_type for tensor in stored if isinstance(tensor, GgufTensor)}
     formats, others = dict[str, Format](), set[str]()
     for name, pieces in matrices.items():

@@ -67,8 +67,8 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
 def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """Each of ``wanted`` under its key, as stored, one at a time.
 
-    A file is mapped into memory, and what was read of it counts as the process's as long as it is. So it is opened anew
-    every ``_MAPPED_BYTES``.
+    A file is mapped into memory, and the pages that were read count as the process's memory until it is closed. So it
+    is opened again every ``_MAPPED_BYTES``.
     """
     for path in dict.fromkeys(stored.path for stored in wanted.values()):
         left = [(key, stored.name) for key, stored in wanted.items() if stored.path == path]

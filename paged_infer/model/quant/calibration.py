@@ -1,6 +1,6 @@
 """Texts through a decoder, layer by layer, with the inputs of each linear layer: what calibrated methods choose by.
 
-A layer's inputs come from the layers before it as they are by then: quantised. So each layer also makes up for the
+A layer's inputs come from the layers before it, which are quantised by then. So each layer also makes up for the
 errors of those before it (Frantar 2022, section 3.3, quantises in this order).
 """
 

@@ -1,4 +1,4 @@
-"""Fake quantisation: a layer computes with rounded weights while float weights behind them are trained.
+"""Fake quantisation: a layer computes with rounded weights while the float weights that it rounds are trained.
 
     forward     Q = dequantise(quantise(W))
     backward    dL/dW = dL/dQ
@@ -23,7 +23,7 @@ from paged_infer.model.quant.scheme import Scheme, rounded
 
 
 def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
-    """What is left of W [N, K] after ``quantise``, to the bit, in float32; its gradient goes to W unchanged.
+    """W [N, K] quantised and dequantised, to the bit, in float32; its gradient goes to W unchanged.
 
     Raises:
         ValueError: as ``quantise``.

@@ -5,7 +5,7 @@
     for column c:   q = round(w_c)    e = (w_c - q) / U[c, c]    w_j -= e U[c, j] for all j > c
 
 The inverse of H without the columns that are done is part of U already, so it is factored once (section 3.3, step 3).
-Columns of a group are updated one by one, those behind them once a group (step 2, lazy batch updates).
+Columns of a group are updated one by one, those after the group once a group (step 2, lazy batch updates).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from paged_infer.kernels.quant.weight import QuantisedWeight
 from paged_infer.model.quant.scheme import Scheme, encode, grid, to_codes
 
-BLOCK = 128  # columns between two updates of the rest, where no group says so
+BLOCK = 128  # columns between two updates of the rest, without groups
 
 
 @torch.inference_mode()
@@ -53,7 +53,7 @@ def gptq(
     hessian.diagonal().add_(damping * hessian.diag().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
-    scales, zeros = grid(weight, scheme, name)  # that of a group is made again when its columns are up to date
+    scales, zeros = grid(weight, scheme, name)  # a group's are computed again once its columns are updated
     size, columns = scheme.group(weight.shape[1], name), weight.shape[1]
     block = size if scheme.strategy == "group" else BLOCK
     done = torch.empty_like(weight)

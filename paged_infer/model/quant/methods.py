@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class QuantisedMethod:
-    """One Linear's method: it knows the matrices that are stacked there.
+    """The method of one Linear, for the matrices that are stacked in it.
 
     Args:
         pieces: the matrices, as a dense checkpoint stores them.

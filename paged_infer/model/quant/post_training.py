@@ -1,4 +1,4 @@
-"""Quantise a decoder after training, by one of four methods; only the last three look at texts.
+"""Quantise a decoder after training, by one of four methods; the last three calibrate on texts.
 
 rtn           round to nearest
 gptq          each column's rounding error is made up for by the columns after it
@@ -33,7 +33,7 @@ def quantise_decoder(
     wide: Collection[str] = (),
     on_layer: Callable[[], None] = lambda: None,
 ) -> Quantised:
-    """The matrices of ``decoder``'s linear layers by name. Its own become what is left of them, in place.
+    """The matrices of ``decoder``'s linear layers by name. Its own are replaced by their dequantised values, in place.
 
     Embedding, head, norms and biases stay as they are, but AWQ and SmoothQuant divide norms and biases by scales.
 

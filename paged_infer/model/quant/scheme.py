@@ -37,7 +37,7 @@ class Scheme:
 
     Raises:
         ValueError: bits out of range, a group size without groups or the reverse, asymmetric float8, or a narrow range
-            of anything but symmetric integers.
+            without symmetric integers.
     """
 
     bits: int
@@ -161,7 +161,7 @@ def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Schem
 
 
 def rounded(weight: Tensor, scheme: Scheme, name: str = "the weight") -> Tensor:
-    """What is left of W [N, K] after ``quantise``, in float32."""
+    """W [N, K] quantised and dequantised, in float32."""
     return dequantise(quantise(weight, scheme, name))
 
 

@@ -105,7 +105,7 @@ def test_the_loader_names_the_schemes_that_it_has(checkpoint) -> None:
     ("options", "message"),
     [
         ({"quantization": "int4"}, "quantization='int4': must be one of w8a16, w4a16, w8a8, gguf"),
-        ({"quantization": "gguf"}, "quantization='gguf': the checkpoint is no GGUF file"),
+        ({"quantization": "gguf"}, "quantization='gguf': the checkpoint is not a GGUF file"),
     ],
 )
 def test_an_option_that_does_not_fit_is_refused(options, message, checkpoint) -> None:

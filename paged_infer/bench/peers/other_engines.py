@@ -1,5 +1,5 @@
 """Engines on the same weights, each in a process: vLLM, nano-vLLM and mini-SGLang, where installed, and
-transformers and ours, for benches that compare what a process takes.
+transformers and ours, for benches that compare what whole processes take.
 
 Each runs in a process of its own, so that what it does to torch, to CUDA and to memory stays there. They are driven
 through what their own offline benchmarks use: ``LLM(...).generate``.
@@ -230,10 +230,10 @@ def _nano_vllm(options: PeerOptions) -> System:
         options.folder,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        # it counts memory that other processes hold as part of its own share
+        # it counts memory of other processes as part of its own share
         gpu_memory_utilization=min(0.95, 1 - free / total + options.memory_share),
     )
-    # It samples every token and refuses a temperature of 0; the smallest that it takes is greedy but for ties.
+    # It samples every token and refuses a temperature of 0; the smallest that it accepts is greedy except for ties.
     return _untimed(llm, lambda workload: _params(SamplingParams, workload, coldest=1e-5), use_tqdm=False)
 
 

@@ -1,4 +1,4 @@
-"""What the engine is compared to, by the names that a command takes."""
+"""What the engine is compared with, under the names that a command takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Linux counts of processes: memory at its peak, and processor time, ours and that of all."""
+"""Peak memory and processor time, of our processes and of all, as Linux counts them in /proc."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def peak_bytes(pid: int | str = "self") -> int | None:
 
 @dataclass(slots=True)
 class Others:
-    """Cores that processes which are not ours kept busy within a block; None until it has ended, or without /proc."""
+    """Cores that other processes kept busy within a block; None until it has ended, or without /proc."""
 
     cores: float | None = None
 
@@ -48,7 +48,7 @@ def _all_ticks() -> int:
 
 
 def _own_ticks(root: int) -> int:
-    """Of a process and all below it, those that have ended and were waited for included."""
+    """Of a process and its descendants, with those that have ended and were waited for."""
     parents, ticks = {}, {}
     for folder in PROC.glob("[0-9]*"):
         try:

@@ -21,7 +21,7 @@ from paged_infer.params import SamplingParams
 
 PAGE_SIZE = 16  # of generate_batch's cache, as ours
 BATCH_TOKENS = 512  # of a step of generate_batch on a CPU, where it cannot infer a size from the device
-NEVER = -1  # an end token that no model draws
+NEVER = -1  # an end token that no model samples
 
 
 def transformers_peers(llm: LLM) -> dict[str, System]:
@@ -30,7 +30,7 @@ def transformers_peers(llm: LLM) -> dict[str, System]:
 
 
 def peers_of(model: Any, kv_bytes_per_token: int) -> dict[str, System]:
-    """The same, of a model of transformers."""
+    """The same, for a model of transformers."""
     return {
         "transformers": Generate(model, 1, kv_bytes_per_token),
         "transformers static": Generate(model, None, kv_bytes_per_token),
@@ -63,8 +63,8 @@ def transformers_baselines(llm: LLM) -> dict[str, System]:
 
 
 def transformers_model(llm: LLM) -> Any:
-    """The same checkpoint in transformers, read by transformers; random weights, and those of a GGUF file, are the
-    engine's own, not a copy.
+    """The same checkpoint, read by transformers. Random weights and those of a GGUF file are shared with the engine,
+    not copied.
 
     Raises:
         ValueError: the engine's weights, of a family with buffers that transformers does not create on a given device.
@@ -167,7 +167,7 @@ def _generate_batch(model: Any, workload: Workload) -> Run:
             if result.is_finished():
                 outputs[result.request_id] = result
         seconds = time.perf_counter() - start
-    model.set_attn_implementation(before)  # it pages the attention of the model that it is given
+    model.set_attn_implementation(before)  # generate_batch has switched the model to paged attention
     failed = [str(index) for index, one in enumerate(ids) if one not in outputs or outputs[one].error]
     if failed:
         reasons = {str(outputs[one].error) for one in ids if one in outputs and outputs[one].error}
@@ -191,7 +191,7 @@ def _sampling(workload: Workload) -> dict[str, Any]:
 
 
 def _end_tokens(model: Any, params: SamplingParams) -> list[int]:
-    """Never empty: without any, transformers takes the model's own."""
+    """Never empty: without end tokens, transformers uses those of the model."""
     eos = model.generation_config.eos_token_id
     if params.ignore_eos or eos is None:
         return [NEVER]

@@ -74,7 +74,7 @@ REFUSED = {
     "return_mm_kwargs": Refused(_RENDER, (True, False)),
     "return_prompt_text": Refused("return_token_ids returns the prompt's tokens", (False,)),
     "return_token_offsets": Refused(_RENDER, (False,)),
-    "routed_experts_prompt_start": Refused("there are no experts", (0,)),
+    "routed_experts_prompt_start": Refused("the experts of a token are not returned", (0,)),
     "skip_special_tokens": Refused("special tokens are never part of the answer", (True,)),
     "spaces_between_special_tokens": Refused("special tokens are never part of the answer", (True,)),
     "stream_interval": Refused("a stream sends a chunk whenever an answer has grown", (1,)),

@@ -155,12 +155,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint of family ``name`` under ``folder``. Wide weights (std 0.15): argmax has no near ties."""
+def save_random_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A checkpoint of family ``name`` under ``folder``, with some settings changed.
+
+    Wide weights (std 0.15): argmax has no near ties.
+    """
     model_type, settings, save_options = FAMILIES[name]
-    config = AutoConfig.for_model(
-        model_type, vocab_size=VOCAB, initializer_range=0.15, bos_token_id=0, eos_token_id=1, pad_token_id=0, **settings
-    )
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    settings = {"vocab_size": VOCAB, "initializer_range": 0.15, **special, **settings, **changes}
+    config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for parameter in model.parameters():  # biases and norms too: a weight that is ignored must change the tokens

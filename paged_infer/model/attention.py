@@ -12,14 +12,20 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptio
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.linear import Linear
+from paged_infer.model.parallel import ALONE, Collective
 
 Rope = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with H query heads over H_kv key and value heads (GQA, Ainslie 2023)."""
+    """Multi-head attention with H query heads over H_kv key and value heads (GQA, Ainslie 2023).
 
-    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
+    Args:
+        config: the sizes of a rank's own heads.
+        parallel: the ranks over which the norm of a whole width (OLMo-2) is taken.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops, parallel: Collective = ALONE) -> None:
         super().__init__()
         self.layer, self.ops, self.eps, self.norm_offset = layer, ops, config.norm_eps, config.norm_offset
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
@@ -31,6 +37,7 @@ class Attention(nn.Module):
         norm_shape = (config.num_heads + config.num_kv_heads, config.head_dim)
         self.qk_norm_weight = nn.Parameter(torch.empty(norm_shape)) if config.qk_norm else None
         self.normalises_heads = config.qk_norm == "head"
+        self.parallel = parallel
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.attention_sinks else None
         self.scores = score_options(config)
 
@@ -64,10 +71,24 @@ class Attention(nn.Module):
 
     def _normalise_width(self, qkv: Tensor, weight: Tensor) -> None:
         """RMSNorm of all query heads at once, and of all key heads, in place (OLMo-2)."""
+        if self.parallel.size > 1:
+            return self._normalise_width_of_ranks(qkv, weight)
         for heads in (slice(self.num_heads), slice(self.num_heads, self.num_heads + self.num_kv_heads)):
             wide = qkv[:, heads].view(len(qkv), -1)  # [T, H D]
             normed, _ = self.ops.add_rms_norm(wide, None, weight[heads].flatten(), self.eps, self.norm_offset)
             wide.copy_(normed)
+
+    def _normalise_width_of_ranks(self, qkv: Tensor, weight: Tensor) -> None:
+        """The same of all ranks' heads, which takes one more sum a layer, of two numbers a token.
+
+        A key head that several ranks have counts as often as any other, so the mean of means is that of the whole.
+        """
+        parts = qkv[:, : self.num_heads], qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
+        means = torch.stack([part.float().square().mean((1, 2)) for part in parts], 1)  # [T, 2]
+        factors = (self.parallel.all_reduce(means) / self.parallel.size + self.eps).rsqrt()
+        weights = weight.split([self.num_heads, self.num_kv_heads])
+        for part, factor, own in zip(parts, factors.unbind(1), weights, strict=True):
+            part.copy_((part.float() * factor[:, None, None]).to(part.dtype) * (own + self.norm_offset))
 
 
 def score_options(config: ModelConfig) -> ScoreOptions:

@@ -10,6 +10,9 @@ a token reads earlier tokens. Any cache works.
 
 Residual additions are part of the norms: an addition and the norm after it are one pass over memory
 (``kernels.op_sets``).
+
+Of N ranks, each computes attention and MLP of its own heads and columns, which give a part of the sublayer's output;
+the ranks meet in a sum after each (``parallel``). Norms and the residual stream are the same on all.
 """
 
 from __future__ import annotations
@@ -31,15 +34,20 @@ from paged_infer.model.layers_in_c import WholeLayers, whole_layers
 from paged_infer.model.linear import Linear, MethodOf, PackedMethod
 from paged_infer.model.mla import LatentAttention
 from paged_infer.model.moe import Experts, MoE
+from paged_infer.model.parallel import ALONE, Collective
+from paged_infer.model.rank_config import config_of_rank
+from paged_infer.model.vocabulary import make_embedding, make_head
 
 
 class DecoderLayer(nn.Module):
     rope_index: int | None  # which of the decoder's ``rotary``; None: no RoPE
 
-    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops, parallel: Collective) -> None:
         super().__init__()
+        self.parallel = parallel
         self.attention_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
-        self.attention = (Attention if config.mla is None else LatentAttention)(config, layer, ops)
+        is_latent = config.mla is not None
+        self.attention = LatentAttention(config, layer, ops) if is_latent else Attention(config, layer, ops, parallel)
         self.mlp_norm = make_norm(config, ops) if config.pre_norm else AddOnly()
         has_experts = config.moe is not None and config.moe.layers[layer]
         self.mlp = MoE(config, layer, ops) if has_experts else MLP(config, ops)
@@ -52,10 +60,11 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The last sublayer's output and the residual stream, both [T, hidden] -> the same two after this layer."""
         x, residual = self.attention_norm(x, residual)
-        x = self._finish(self.attention(x, rope, cache, step), self.attention_output_norm)
+        x = self.parallel.all_reduce(self.attention(x, rope, cache, step))
+        x = self._finish(x, self.attention_output_norm)
         x, residual = self.mlp_norm(x, residual)
         x = self.mlp(x, step.slot_mapping) if isinstance(self.mlp, MoE) else self.mlp(x)
-        return self._finish(x, self.mlp_output_norm), residual
+        return self._finish(self.parallel.all_reduce(x), self.mlp_output_norm), residual
 
     def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """A sublayer's output [T, hidden], before it joins the residual stream."""
@@ -67,27 +76,33 @@ class Decoder(nn.Module):
     """A decoder-only transformer. Build it with ``loading.load.load_decoder``, or directly for random weights.
 
     Args:
+        config: of the whole model.
         ops: the elementwise pieces, in plain torch or as Triton kernels.
+        parallel: the ranks that compute the model together; this is one of them, and makes its own part.
+
+    Raises:
+        ValueError: the model cannot be cut for so many ranks.
     """
 
     whole_layers: WholeLayers | None = None  # all layers by one call, where that is possible
     expert_load: Tensor | None = None  # [layers with experts, E + 1], the last column for padding; if it is counted
 
-    def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops = TORCH_OPS, parallel: Collective = ALONE) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.config, self.ops, self.parallel = config, ops, parallel
+        self.own_config = config_of_rank(config, parallel.size)  # the sizes of this rank's layers
+        self.embedding = make_embedding(config.vocab_size, config.hidden_size, parallel)
         self.position_embedding = (
             Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         )
         self.rotary = make_rotary(config)
         ropes = distinct_ropes(config)
-        layers = [DecoderLayer(config, layer, ops) for layer in range(config.num_layers)]
+        layers = [DecoderLayer(self.own_config, layer, ops, parallel) for layer in range(config.num_layers)]
         for layer, rope in zip(layers, config.ropes, strict=True):
             layer.rope_index = None if rope is None else ropes.index(rope)
         self.layers = nn.ModuleList(layers)
         self.final_norm = make_norm(config, ops)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = make_head(config.hidden_size, config.vocab_size, parallel)
         packed = PackedMethod(ops.pack)
         self.head.use(packed, self.dtype)
         self.use(lambda name: packed)
@@ -127,7 +142,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, hidden] -> [R, vocab], written to ``out`` if that is given."""
-        logits = self.head(hidden) if out is None else torch.mm(hidden, self.head.weight.t(), out=out)
+        logits = self.head(hidden, out)
         if self.config.logits_scaling != 1:
             logits.div_(self.config.logits_scaling)
         if (cap := self.config.logits_softcap) is not None:
@@ -158,7 +173,8 @@ class Decoder(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, Experts | LatentAttention):
                 module.prepack()
-        self.whole_layers = whole_layers(self.layers, self.config, self.dtype)
+        if self.parallel.size == 1:  # others meet between the layers' parts
+            self.whole_layers = whole_layers(self.layers, self.config, self.dtype)
 
     def count_expert_load(self) -> None:
         """From now on, ``expert_load`` counts the tokens of each expert until it is set to zero."""
@@ -170,7 +186,7 @@ class Decoder(nn.Module):
                 block.load = load
 
     def kv_spec(self, kv_cache_dtype: str = "auto") -> list[LayerSpec]:
-        """What the cache stores for one token, layer by layer.
+        """What the cache stores for one token, layer by layer, of this rank's key and value heads.
 
         Args:
             kv_cache_dtype: "auto", the decoder's own, or a key of ``kernels.kv_quant.KV_DTYPES``.
@@ -189,7 +205,7 @@ class Decoder(nn.Module):
             return [latent] * config.num_layers
         return [
             LayerSpec(
-                num_kv_heads=config.num_kv_heads,
+                num_kv_heads=self.own_config.num_kv_heads,
                 k_dim=config.head_dim,
                 v_dim=config.head_dim,
                 window=window,

@@ -1,13 +1,13 @@
 """Linear: x W^T + b by a linear method, which decides how W is stored, loaded and multiplied (vLLM's LinearMethodBase).
 
-A format of weights (AWQ, FP8), or a tensor-parallel shard of another method, is one more method. Neither ``Linear`` nor
-the decoder nor the loader has a branch for it.
+A format of weights (AWQ, FP8) is one more method. Neither ``Linear`` nor the decoder nor the loader has a branch for
+it. One of several ranks has smaller layers, whose methods load smaller pieces (``Piece.of_rank``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.kernels.cpu.linear import Pack, PanelProduct, Product
+from paged_infer.model.shard import Cut, Shard, runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,15 @@ class Piece:
     """One tensor of the checkpoint, which fills some rows of one of our parameters.
 
     Attributes:
-        name, shape: the tensor's in the checkpoint.
+        name, shape: the tensor's in the checkpoint; of a rank's part, ``shape`` is the part's.
         row_dim: the dimension of the tensor that runs over our rows. GPT-2's Conv1D keeps [in, out], so 1.
         is_float: whether it must be stored as floats.
         order: our rows in the order that this lists; None: as they are stored.
         is_stack: the first dimension runs over experts, each of which fills as many of our rows.
         as_stored: a GGUF's blocks are not dequantised.
+        shard: how ranks divide the tensor; None: each has all of it.
+        cut: where the part that this piece is lies in the tensor; None: it is the whole.
+        is_zero: another rank has the tensor, and this one zeros in its place.
     """
 
     name: str
@@ -37,11 +41,46 @@ class Piece:
     order: tuple[int, ...] | None = None
     is_stack: bool = False
     as_stored: bool = False
+    shard: Shard | None = None
+    cut: Cut | None = None
+    is_zero: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.shape if self.cut is None else self.cut.shape
+
+    @property
+    def column_dim(self) -> int:
+        """The dimension of a matrix, or of a stack of them, that runs over our columns."""
+        return len(self.shape) - 1 - self.row_dim + (1 if self.is_stack else 0)
 
     @property
     def num_rows(self) -> int:
         """Of our parameter that the tensor fills."""
         return self.shape[self.row_dim] * (self.shape[0] if self.is_stack else 1)
+
+    def of_rank(self, rank: int, size: int) -> Piece:
+        """The part that one of ``size`` ranks holds, which is read and loaded as if it were a tensor of its own."""
+        if self.shard is None or size == 1:
+            return self
+        if self.shard.along == "rank 0":
+            return replace(self, is_zero=rank > 0)
+        order = self.order
+        if self.shard.along == "columns":
+            dim = self.column_dim
+            share = self.shape[dim] // size
+            ranges = [range(rank * share, (rank + 1) * share)]
+        else:
+            dim = self.row_dim
+            ranges = self.shard.rows(self.shape[dim], rank, size)
+            if order is not None:  # the rows are read as they are stored, and ordered when they are loaded
+                chosen = [order[row] for rows in ranges for row in rows]
+                ranges = runs(sorted(chosen))
+                place = {row: i for i, row in enumerate(sorted(chosen))}
+                order = tuple(place[row] for row in chosen)
+        cut = Cut.along(self.shape, dim, ranges, size)
+        return replace(self, shape=cut.part, order=order, cut=cut)
 
     def to_rows(self, tensor: Tensor) -> Tensor:
         """The tensor, in the checkpoint's shape, as rows of our parameter."""

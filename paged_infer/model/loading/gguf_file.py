@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from paged_infer.model.loading.safetensors import StoredTensor
+from paged_infer.model.shard import refusal
 
 VERSIONS = (2, 3)
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,7 +55,7 @@ class GgufTensor(StoredTensor):
     is_kept: bool = False  # ``read`` gives the blocks of each row, uint8 [rows, row_bytes]
 
     def blocks(self) -> np.ndarray:
-        """The rows as they are stored, uint8 [rows, row_bytes]; mapped from the file, not read."""
+        """All rows as they are stored, uint8 [rows, row_bytes]; mapped from the file, not read."""
         shape = (prod(self.stored_shape[:-1]), self.row_bytes)
         try:
             return np.memmap(self.path, np.uint8, "r", self.offset, shape)
@@ -62,16 +63,46 @@ class GgufTensor(StoredTensor):
             raise ValueError(f"{self.path}: {self.name} cannot be read ({error})") from None
 
     def read(self) -> Tensor:
-        """The tensor as a transformers checkpoint has it: floats as stored, every other type as float32."""
-        blocks = self.blocks()
+        """The tensor as a transformers checkpoint has it: floats as stored, every other type as float32.
+
+        Of a matrix that is cut, only the blocks of the part are read; ``change`` must then turn whole rows of heads
+        into the same. What is smaller is read whole, then cut.
+
+        Raises:
+            ValueError: blocks that are kept, of which a rank would need a part.
+        """
+        if self.cut is None or len(self.stored_shape) != 2:
+            tensor = self._read(self.blocks(), self.stored_shape)
+            return tensor if self.cut is None else self.cut.take(tensor)
+        rows, (columns,) = self.cut.ranges if self.change is not Tensor.t else self.cut.ranges[::-1]
+        elements = self.block_elements
+        first, last = columns.start // elements, -(-columns.stop // elements)
+        if self.is_kept and (columns.start % elements or columns.stop % elements):
+            raise ValueError(refusal(self.name, self.cut, self.stored_shape[1], elements, "columns"))
+        size = self.row_bytes * elements // self.stored_shape[1]
+        stored = self.blocks()
+        blocks = np.concatenate([stored[r.start : r.stop, first * size : last * size] for r in rows])
+        tensor = self._read(blocks, (len(blocks), (last - first) * elements))
+        if self.is_kept:
+            return tensor
+        own = slice(columns.start - first * elements, columns.stop - first * elements)
+        return tensor[own] if self.change is Tensor.t else tensor[:, own]
+
+    @property
+    def block_elements(self) -> int:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.tensor_type]][0]
+
+    def _read(self, blocks: np.ndarray, shape: tuple[int, ...]) -> Tensor:
         if self.is_kept:
             tensor = torch.from_numpy(np.array(blocks))
             return tensor if self.change in (None, Tensor.t) else self.change(tensor)
         if self.tensor_type in FLOATS:
             tensor = torch.from_numpy(np.array(blocks)).view(FLOATS[self.tensor_type])
         else:
-            tensor = _dequantised(blocks, self.tensor_type, self.stored_shape[-1])
-        tensor = tensor.reshape(self.stored_shape)
+            tensor = _dequantised(blocks, self.tensor_type, shape[-1])
+        tensor = tensor.reshape(shape)
         return tensor if self.change is None else self.change(tensor)
 
 

@@ -137,7 +137,7 @@ def list_tensors(file: GgufFile) -> list[GgufTensor]:
             heads: Any = file.metadata.get("llama.attention.head_count")
             if part == "attn_k":
                 heads = file.metadata.get("llama.attention.head_count_kv", heads)
-            tensor = replace(tensor, change=partial(_in_halves, heads=heads))
+            tensor = replace(tensor, change=partial(_in_halves, heads=heads, rows=tensor.shape[0]))
         elif arch == "gemma3" and name.endswith("norm.weight"):
             tensor = replace(tensor, change=partial(torch.sub, other=1.0))
         elif arch == "gpt2" and part in _GPT2_MATRICES and kind == "weight":
@@ -244,6 +244,10 @@ def _llama3_scaling(stored: GgufTensor, theta: float, dim: int) -> dict[str, Any
     }
 
 
-def _in_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head as transformers rotates them, i with i + D/2; llama.cpp's order rotates 2i with 2i + 1."""
-    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+def _in_halves(tensor: Tensor, heads: int, rows: int) -> Tensor:
+    """Rows of each head as transformers rotates them, i with i + D/2; llama.cpp's order rotates 2i with 2i + 1.
+
+    Args:
+        tensor: all ``rows`` of ``heads``, or those of some heads.
+    """
+    return tensor.reshape(-1, rows // heads // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

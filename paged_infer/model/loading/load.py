@@ -28,11 +28,16 @@ from paged_infer.model.layers import make_rotary
 from paged_infer.model.linear import MethodOf
 from paged_infer.model.loading.checkpoint import check_size, config_dict, list_tensors, read_config, read_tensors
 from paged_infer.model.loading.gguf_file import GgufTensor
-from paged_infer.model.loading.layout import HEAD, checkpoint_layout
+from paged_infer.model.loading.layout import HEAD, checkpoint_layout, embedding_name
 from paged_infer.model.loading.quantised import choose_methods
+from paged_infer.model.loading.random_weights import fill_at_random
 from paged_infer.model.loading.safetensors import StoredTensor
 from paged_infer.model.loading.targets import targets_of
+from paged_infer.model.parallel import ALONE, Collective
 from paged_infer.model.quant.methods import QuantisedMethod
+from paged_infer.model.rank_config import config_of_rank
+from paged_infer.model.shard import units_of_rank
+from paged_infer.model.vocabulary import rows_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,7 @@ def load_decoder(
     method_of: MethodOf | None = None,
     max_model_len: int | None = None,
     quantization: str | None = None,
+    parallel: Collective = ALONE,
 ) -> Decoder:
     """Read ``folder`` (config.json, one or many .safetensors), or a GGUF file, into a Decoder on ``device`` that
     computes with ``ops``.
@@ -66,10 +72,12 @@ def load_decoder(
         method_of: how the weights of each linear layer are stored and multiplied; None: dense, packed by ``ops``.
         max_model_len: the longest sequence that will be computed; None: as long as the model allows.
         quantization: the few bits that linear layers are rounded to while they are loaded; see ``quantised``.
+        parallel: the ranks that compute the model together. Only this rank's part of each tensor is read.
 
     Raises:
-        ValueError: missing, unexpected or misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that
-            cannot be read, or too little memory on the device.
+        ValueError: ranks that do not divide the model, or the groups of its quantised weights; missing, unexpected or
+            misshapen tensors (the message names up to ``MAX_PROBLEMS``), a file that cannot be read, or too little
+            memory on the device.
     """
     config = replace(read_config(folder), max_model_len=max_model_len)
     _warn_about_long_factors(config)
@@ -78,9 +86,10 @@ def load_decoder(
         raise ValueError("load_format='dummy': random weights in the checkpoint's quantised format are not supported")
     if dummy_seed is None:
         check_size(config, stored, str(folder))
-    method_of = method_of or choose_methods(config, quantization, stored, ops)
-    found = match(config, method_of, stored, str(folder)) if dummy_seed is None else {}
-    decoder = empty_decoder(config, dtype, device, ops, method_of)
+    config_of_rank(config, parallel.size)  # refused before a layout is made
+    method_of = method_of or choose_methods(config, quantization, stored, ops, parallel)
+    found = match(config, method_of, stored, str(folder), parallel) if dummy_seed is None else {}
+    decoder = empty_decoder(config, dtype, device, ops, method_of, parallel)
     if dummy_seed is None:
         fill(decoder, found, str(folder))
     else:
@@ -103,19 +112,25 @@ def _warn_about_long_factors(config: ModelConfig) -> None:
 
 
 def empty_decoder(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops, method_of: MethodOf
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ops: Ops,
+    method_of: MethodOf,
+    parallel: Collective = ALONE,
 ) -> Decoder:
     """A Decoder with its weights allocated, once, in their final dtype and on their device, but not set.
 
     Raises:
         ValueError: the device does not have enough memory.
     """
-    needed, available = config.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
-    shown = f"{config.num_parameters} parameters as {dtype}"
+    own = replace(config_of_rank(config, parallel.size), vocab_size=rows_of_rank(config.vocab_size, parallel))
+    needed, available = own.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
+    shown = f"{own.num_parameters} parameters as {dtype}"
     if needed > available * dtype.itemsize * 4:  # too much even at 2 bits each: before thousands of layers are made
         raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
     with torch.device("meta"):
-        decoder = Decoder(config, ops).to(dtype)
+        decoder = Decoder(config, ops, parallel).to(dtype)
         decoder.use(method_of)
     for _, linear in decoder.linears():  # of few bits
         held = sum(tensor.nbytes for tensor in (*linear.parameters(), *linear.buffers()) if tensor is not linear.bias)
@@ -159,7 +174,9 @@ def saved_dtype(folder: Path) -> str:
     return name or "float32"
 
 
-def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], source: str) -> dict[str, StoredTensor]:
+def match(
+    config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], source: str, parallel: Collective = ALONE
+) -> dict[str, StoredTensor]:
     """Map the layout's names to the stored tensors, and check that all are present and have the right shape.
 
     A tied pair may be stored as either tensor or both. A head stored alone is listed under the embedding's name.
@@ -168,10 +185,10 @@ def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], 
         ValueError: tensors that are missing, unexpected, given twice, misshapen or not floating-point; the message
             names up to ``MAX_PROBLEMS`` of them.
     """
-    layout = checkpoint_layout(config, method_of)
-    shapes = {piece.name: piece.shape for pieces in layout.values() for piece in pieces}
+    layout = checkpoint_layout(config, method_of, parallel)
+    shapes = {piece.name: piece.stored_shape for pieces in layout.values() for piece in pieces}
     floats = {piece.name for pieces in layout.values() for piece in pieces if piece.is_float} | {HEAD}
-    embedding = layout["embedding.weight"][0].name
+    embedding = embedding_name(config)
     needed = list(shapes)
     shapes.setdefault(HEAD, shapes[embedding])
     found: dict[str, StoredTensor] = {}
@@ -201,7 +218,7 @@ def match(config: ModelConfig, method_of: MethodOf, stored: list[StoredTensor], 
 
 
 def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> None:
-    """Copy each tensor to its place in ``decoder``.
+    """Copy each tensor, or this rank's part of it, to its place in ``decoder``.
 
     Args:
         found: the result of ``match`` for the decoder's config.
@@ -210,10 +227,12 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
         ValueError: a stored head differs from the embedding that it is tied to.
     """
     targets = targets_of(decoder)
+    pieces = {name: target.piece for name, target in targets.items()}
+    pieces.setdefault(HEAD, pieces[embedding_name(decoder.config)])  # tied
     found = {
-        name: replace(stored, is_kept=True)
-        if isinstance(stored, GgufTensor) and name in targets and targets[name].piece.as_stored
-        else stored
+        name: replace(stored, is_kept=True, cut=pieces[name].cut)
+        if isinstance(stored, GgufTensor) and pieces[name].as_stored
+        else replace(stored, cut=pieces[name].cut)
         for name, stored in found.items()
     }
     tied_head: Tensor | None = None
@@ -222,37 +241,24 @@ def fill(decoder: Decoder, found: Mapping[str, StoredTensor], source: str) -> No
             targets[name].load(tensor)
         else:
             tied_head = tensor
-    if tied_head is not None and not _same(tied_head, decoder.embedding.weight):
+    own_tokens = units_of_rank(decoder.config.vocab_size, decoder.parallel.rank, decoder.parallel.size)
+    for table in (decoder.embedding, decoder.head):
+        table.weight.data[len(own_tokens) :] = 0  # padding
+    if tied_head is not None and not _same(tied_head, decoder.embedding.weight[: len(tied_head)]):
         raise ValueError(
             f"{source}: 1 problem(s) with its weights:\n  "
             "lm_head.weight differs from the embedding, though tie_word_embeddings is true"
         )
 
 
-@torch.inference_mode()
-def fill_at_random(decoder: Decoder, seed: int) -> None:
-    """Matrices normal with a standard deviation of 0.02, norms 1, biases 0; generated in place, on the device."""
-    generator = torch.Generator(decoder.device).manual_seed(seed)
-    for target in targets_of(decoder).values():
-        if not target.module.get_parameter(target.parameter).is_floating_point():  # rounded as it is loaded
-            target.load(torch.empty(target.piece.shape, device=decoder.device).normal_(std=0.02, generator=generator))
-    for name, parameter in decoder.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
-
-
 def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under the checkpoint's names and in its shapes: views, unless they were rearranged.
 
     Raises:
-        ValueError: matrices of few bits, which have no such tensors.
+        ValueError: matrices of few bits, which have no such tensors, or one rank's part of a model.
     """
+    if decoder.parallel.size > 1:
+        raise ValueError(f"tensor_parallel_size={decoder.parallel.size}: a rank has no whole tensors; it must be 1")
     if few := [name for name, linear in decoder.linears() if isinstance(linear.method, QuantisedMethod)]:
         raise ValueError(f"{few[0]} is quantised: only a model of floats can be given to another engine")
     views = {}

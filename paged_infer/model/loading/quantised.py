@@ -20,6 +20,7 @@ from paged_infer.model.linear import DENSE, LinearMethod, MethodOf, PackedMethod
 from paged_infer.model.loading.gguf_file import GgufTensor
 from paged_infer.model.loading.layout import checkpoint_layout
 from paged_infer.model.loading.safetensors import StoredTensor
+from paged_infer.model.parallel import ALONE, Collective
 from paged_infer.model.quant.formats import FORMATS, Format
 from paged_infer.model.quant.formats_blocks import GGUF_TYPES, Gguf, Mxfp4, Rounded
 from paged_infer.model.quant.methods import QuantisedMethod
@@ -31,11 +32,14 @@ logger = logging.getLogger(__name__)
 _STAY_DENSE = ("router.gate", "shared_gate")  # too small to gain, and every expert depends on them
 
 
-def choose_methods(config: ModelConfig, quantization: str | None, stored: list[StoredTensor], ops: Ops) -> MethodOf:
+def choose_methods(
+    config: ModelConfig, quantization: str | None, stored: list[StoredTensor], ops: Ops, parallel: Collective = ALONE
+) -> MethodOf:
     """The method of each linear layer, by its name.
 
     Args:
         stored: the checkpoint's tensors; none for random weights.
+        parallel: the rank whose parts of the matrices the methods hold.
 
     Raises:
         ValueError: ``quantization`` does not go with the checkpoint, or a layer cannot be stored in its format.
@@ -46,8 +50,10 @@ def choose_methods(config: ModelConfig, quantization: str | None, stored: list[S
         raise ValueError(f"quantization={quantization!r}: the checkpoint is quantised already, by {own.method!r}")
     if own is None and quantization is None:
         return lambda name: packed
+    if parallel.size > 1:
+        raise ValueError(f"tensor_parallel_size={parallel.size}: weights of few bits are for one rank")
     formats = dict[str, Format]()
-    matrices = _matrices(config)
+    matrices = _matrices(config, parallel)
     if own is not None:
         formats = _configured(own, matrices)
     elif quantization == "gguf":
@@ -72,8 +78,8 @@ _ROUNDED = {
 }
 
 
-def _matrices(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
-    """Linear layer -> the matrices that are stacked there."""
+def _matrices(config: ModelConfig, parallel: Collective) -> dict[str, tuple[Piece, ...]]:
+    """Linear layer -> the rank's parts of the matrices that are stacked there."""
     found = dict[str, tuple[Piece, ...]]()
 
     class Listing:
@@ -84,7 +90,7 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
             found[self.name] = pieces
             return DENSE.layout(pieces)
 
-    checkpoint_layout(config, Listing)  # type: ignore[arg-type]
+    checkpoint_layout(config, Listing, parallel)  # type: ignore[arg-type]
     return found
 
 

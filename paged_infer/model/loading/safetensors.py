@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paged_infer.model.config_reader import read_json
+from paged_infer.model.shard import Cut
 
 INDEX = "model.safetensors.index.json"
 _MAPPED_BYTES = 64 << 20
@@ -17,12 +18,17 @@ _MAPPED_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as its file's header describes it; ``dtype`` as safetensors names it ("F32", "BF16", "I8", ...)."""
+    """A tensor as its file's header describes it; ``dtype`` as safetensors names it ("F32", "BF16", "I8", ...).
+
+    Attributes:
+        cut: the part of it to read; None: all.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     path: Path
+    cut: Cut | None = field(default=None, kw_only=True)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -65,20 +71,21 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each of ``wanted`` under its key, as stored, one at a time.
+    """Each of ``wanted``, or the part of it that is asked for, under its key, as stored, one at a time.
 
     A file is mapped into memory, and the pages that were read count as the process's memory until it is closed. So it
     is opened again every ``_MAPPED_BYTES``.
     """
     for path in dict.fromkeys(stored.path for stored in wanted.values()):
-        left = [(key, stored.name) for key, stored in wanted.items() if stored.path == path]
+        left = [(key, stored) for key, stored in wanted.items() if stored.path == path]
         left.reverse()
         while left:
             num_bytes = 0
             with safe_open(path, framework="pt") as file:
                 while left and num_bytes < _MAPPED_BYTES:
-                    key, name = left.pop()
-                    tensor = file.get_tensor(name)
+                    key, stored = left.pop()
+                    cut = stored.cut
+                    tensor = file.get_tensor(stored.name) if cut is None else cut.take(file.get_slice(stored.name))
                     num_bytes += tensor.nbytes
                     yield key, tensor
                     del tensor  # it keeps the mapping

@@ -25,6 +25,8 @@ class Target:
     piece: Piece
 
     def load(self, tensor: Tensor) -> None:
+        if self.piece.is_zero:
+            tensor = torch.zeros_like(tensor)
         if self.piece.order is not None:
             tensor = tensor.index_select(self.piece.row_dim, torch.tensor(self.piece.order))
         if self.parameter == "qk_norm_weight":  # [D] of all heads, or [H D] of each
@@ -40,14 +42,15 @@ def targets_of(decoder: Decoder) -> dict[str, Target]:
     }
     targets: dict[str, Target] = {}
     methods = {name: linear.method for name, linear in decoder.linears()}
-    for our_name, pieces in checkpoint_layout(decoder.config, methods.__getitem__).items():
+    layout = checkpoint_layout(decoder.config, methods.__getitem__, decoder.parallel)
+    for our_name, pieces in layout.items():
         row = 0
         parameters.remove(our_name)
         module_name, _, name = our_name.rpartition(".")
         for piece in pieces:
             rows = piece.num_rows
             if name == "qk_norm_weight":
-                rows = _heads_of(piece, decoder.config)
+                rows = _heads_of(piece, decoder.own_config)
             targets[piece.name] = Target(decoder.get_submodule(module_name), name, slice(row, row + rows), piece)
             row += rows
     assert not parameters, f"layout names no source for {sorted(parameters)}"

@@ -1,0 +1,60 @@
+"""Ranks as threads of one process, which meet in memory: tensor parallelism without processes or a network."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from paged_infer.model.parallel import Collective, Traffic, add_in_order
+
+T = TypeVar("T")
+
+
+class ThreadRanks:
+    """One rank's ``Collective``. The others' tensors are read between two barriers."""
+
+    def __init__(self, rank: int, held: list[Tensor], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.traffic = rank, len(held), Traffic()
+        self._held, self._barrier = held, barrier
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.traffic.all_reduces += 1
+        return add_in_order(self._exchange(x))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self.traffic.all_gathers += 1
+        return self._exchange(x)
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        self.traffic.num_bytes += x.nbytes
+        self._held[self.rank] = x
+        self._barrier.wait()
+        gathered = torch.stack(self._held)  # fails if shapes differ
+        self._barrier.wait()
+        return gathered
+
+
+def on_ranks(size: int, work: Callable[[Collective], T]) -> list[T]:
+    """What ``work`` gives on each rank, run side by side. If one fails, the others stop waiting, and it is raised."""
+    held = [torch.empty(0)] * size
+    barrier = threading.Barrier(size, timeout=120)
+
+    def run(rank: int) -> T | BaseException:
+        try:
+            return work(ThreadRanks(rank, held, barrier))
+        except BaseException as error:
+            barrier.abort()
+            return error
+
+    with ThreadPoolExecutor(size) as threads:
+        results = list(threads.map(run, range(size)))
+    failures = [result for result in results if isinstance(result, BaseException)]
+    causes = [failure for failure in failures if not isinstance(failure, threading.BrokenBarrierError)]
+    for failure in (*causes, *failures):
+        raise failure
+    return [result for result in results if not isinstance(result, BaseException)]

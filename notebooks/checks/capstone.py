@@ -13,9 +13,7 @@ import torch
 
 from checks import Wrong, checker, device, expect
 from paged_infer import LLM, SamplingParams
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import StepCost
-from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.bench.workloads import story_beginnings
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.blocks.pool import BlockPool
@@ -23,6 +21,8 @@ from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.kernels import paged_attention_reference
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, register_attention_backend
+from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.model_free import RequestFactory, carry_out
 
 MOST_STEPS = 100  # that a request may be overtaken by, or wait for its next token
 COST = StepCost(1.0, 0.02)  # seconds of a step and of each of its tokens

@@ -7,12 +7,12 @@ from my_engine.paged import BlockManager as MyBlockManager
 from my_engine.sampler import SamplingParams as MyParams
 
 from checks import checker, expect
-from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import Policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.trace import Trace
+from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.model_free import RequestFactory, carry_out
 
 
 @checker

@@ -7,10 +7,10 @@ from typing import Any
 
 from checks import Wrong, checker, expect
 from checks.capstone import EvictionOrder, capstone  # noqa: F401 - as ch20.capstone
-from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
+from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.model_free import RequestFactory, carry_out
 
 
 @checker

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.metrics import TokenTimes
-from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.sequence import Sequence
 from paged_infer.params import SamplingParams
+from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.model_free import RequestFactory, carry_out
 
 if TYPE_CHECKING:
     from paged_infer.bench.workloads import Workload

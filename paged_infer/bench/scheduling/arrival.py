@@ -12,12 +12,12 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import SteppedSystem
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.scheduling.policies import SIMULATED, PolicyOptions, open_systems
 from paged_infer.bench.shapes import folder_of
 from paged_infer.execution.machine import describe_machine
+from paged_infer.simulation.lengths import RequestLengths
 
 TOKENS_BEFORE = 24  # of each running request, before the prompt arrives
 TOKENS_AFTER = 24  # of the long request: the picture shows some time after its first token

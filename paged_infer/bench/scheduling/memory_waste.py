@@ -6,13 +6,13 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 from statistics import mean
 
-from paged_infer.bench.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, Dataset, RequestLengths
-from paged_infer.bench.model_free import RequestFactory, carry_out
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.scheduling.reservations import RESERVATIONS, MemoryUse, reserve_contiguously
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import ScheduledStep
+from paged_infer.simulation.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, Dataset, RequestLengths
+from paged_infer.simulation.model_free import RequestFactory, carry_out
 
 # 12 GiB for the KV cache of OPT-13B (the paper's Table 1) at 2 x 40 layers x 5120 x 2 bytes = 800 KiB a token.
 PAPER_NUM_SLOTS = 15_728

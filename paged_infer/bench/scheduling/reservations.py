@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from paged_infer.bench.lengths import MAX_MODEL_LEN, RequestLengths
+from paged_infer.simulation.lengths import MAX_MODEL_LEN, RequestLengths
 
 
 def _pow2_at_least(number: int) -> int:

@@ -18,14 +18,14 @@ from itertools import chain
 from statistics import median, quantiles
 from typing import Any
 
-from paged_infer.bench.lengths import RequestLengths
-from paged_infer.bench.model_free import RequestFactory
 from paged_infer.bench.report import JsonReport
 from paged_infer.control.blocks.hashing import extend_chain, root_hash
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.step import StepResult
 from paged_infer.control.trace import Trace
+from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.model_free import RequestFactory
 
 BLOCK_SIZE = 16
 FULL = 0.95  # share of the pool that is held

@@ -7,13 +7,13 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import replace
 from functools import partial
 
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import Arrival, EngineSystem, poisson_moments, serve
 from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.llm import LLM
+from paged_infer.simulation.lengths import RequestLengths
 
 
 def run_engine(

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from contextlib import contextmanager
 
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import EngineSystem
 from paged_infer.bench.speed.step_spans import cuda_busy_s
 from paged_infer.bench.workloads import Workload
 from paged_infer.engine.engine import LLMEngine
+from paged_infer.simulation.lengths import RequestLengths
 
 BUSY_STEPS = 30
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from paged_infer.bench.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, RequestLengths
 from paged_infer.bench.scheduling.memory_waste import (
     PAPER_NUM_SLOTS,
     PAPER_SHARES,
@@ -23,6 +22,7 @@ from paged_infer.bench.scheduling.memory_waste import (
 )
 from paged_infer.bench.scheduling.reservations import RESERVATIONS, BuddyMemory, reserve_contiguously
 from paged_infer.cli import app
+from paged_infer.simulation.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, RequestLengths
 
 PARTS = ("tokens", "reserved", "internal", "external")
 

@@ -6,12 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from paged_infer import LLM
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.bench.load import Arrival, EngineSystem, StepCost, poisson_arrivals, serve
 from paged_infer.bench.metrics import quantile
 from paged_infer.bench.scheduling.arrival import ArrivalReport, run_arrival
 from paged_infer.bench.scheduling.policies import COST, PoliciesReport, PolicyOptions, run_policies, simulated
 from paged_infer.cli import app
+from paged_infer.simulation.lengths import RequestLengths
 
 
 @pytest.fixture(scope="module")

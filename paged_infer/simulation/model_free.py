@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 
-from paged_infer.bench.lengths import RequestLengths
 from paged_infer.control.admission import add_sequences
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.params import SamplingParams
+from paged_infer.simulation.lengths import RequestLengths
 
 FIRST_PROMPT = 1_000_000_000  # token ids of prompts start here, those of sampled tokens at 0
 

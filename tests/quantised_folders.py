@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import save_random_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from paged_infer.model.quant.formats_blocks import FLOAT4
 
 GROUP = 16
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of nibble i, from the lowest
@@ -174,3 +177,36 @@ def fp8_blocks(rows: int, columns: int) -> tuple[dict[str, Any], Packer]:
         "activation_scheme": "dynamic",
         "weight_block_size": [rows, columns],
     }, pack
+
+
+def to_mxfp4(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[E, in, out] -> blocks [E, out, in / 32, 16], scales [E, out, in / 32], and what they stand for."""
+    rows = tensor.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = torch.floor(torch.log2(rows.abs().amax(-1))) - 2
+    values = torch.tensor(FLOAT4) / 2
+    codes = (rows / 2 ** exponents[..., None]).unsqueeze(-1).sub(values).abs().argmin(-1)
+    blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    dense = (values[codes] * 2 ** exponents[..., None]).flatten(2).transpose(1, 2)
+    return blocks, (exponents + 127).to(torch.uint8), dense.contiguous()
+
+
+def mxfp4_folders(tmp_path: Path, **changes: Any) -> tuple[Path, Path]:
+    """gpt-oss with experts in MXFP4, and with what they stand for."""
+    source = save_random_checkpoint("gpt-oss", tmp_path, **{"intermediate_size": 64, **changes})
+    tensors = dict[str, Tensor]()
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    packed, dense = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            del packed[name]
+            packed[f"{name}_blocks"], packed[f"{name}_scales"], dense[name] = to_mxfp4(tensor)
+    raw = json.loads((source / "config.json").read_text())
+    ignored = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ignored}
+    folders = tmp_path / "packed", tmp_path / "dense"
+    for folder, held, extra in zip(folders, (packed, dense), ({"quantization_config": config}, {}), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**raw, **extra}))
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folders

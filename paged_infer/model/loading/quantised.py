@@ -50,8 +50,6 @@ def choose_methods(
         raise ValueError(f"quantization={quantization!r}: the checkpoint is quantised already, by {own.method!r}")
     if own is None and quantization is None:
         return lambda name: packed
-    if parallel.size > 1:
-        raise ValueError(f"tensor_parallel_size={parallel.size}: weights of few bits are for one rank")
     formats = dict[str, Format]()
     matrices = _matrices(config, parallel)
     if own is not None:

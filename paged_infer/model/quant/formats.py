@@ -17,7 +17,7 @@ GPTQ's words and compressed-tensors' ``weight_g_idx`` are from memory, and teste
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import gcd, prod
 
 import torch
@@ -27,27 +27,19 @@ from torch import Tensor
 from paged_infer.kernels.quant.product import Activations
 from paged_infer.kernels.quant.weight import QuantisedWeight, pack_int4
 from paged_infer.model.linear import Piece
+from paged_infer.model.quant.stored_piece import (
+    COLUMNS,
+    ROWS,
+    Along,
+    Dims,
+    StoredPiece,
+    own_groups,
+    stored_piece,
+    whole_sizes,
+)
 from paged_infer.model.quantization_config import StoredAs
 
-_NO_PIECE = Piece("", ())
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is nibble AWQ_ORDER[j]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPiece(Piece):
-    """A tensor that belongs to a matrix of few bits.
-
-    Attributes:
-        source: the matrix as a dense checkpoint would store it.
-        rows: that the tensor fills, of the parameter.
-    """
-
-    source: Piece = _NO_PIECE
-    rows: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows
 
 
 class Format:
@@ -103,7 +95,8 @@ class Format:
         """What we hold -> the tensor that fills it.
 
         Raises:
-            ValueError: the matrix cannot be stored in this format: the group size does not divide its columns.
+            ValueError: the matrix cannot be stored in this format: the group size does not divide its columns, or ranks
+                do not divide its groups.
         """
         raise NotImplementedError
 
@@ -134,12 +127,12 @@ class Format:
             raise ValueError(f"{piece.name}: zero point {int(wrong[0])}: must be 0 to {2**self.bits - 1}")
         return (zeros + self.shift(_sizes(piece)[1])).float()
 
-    def _group_of(self, piece: Piece) -> int:
-        """Checked."""
-        size, columns = self.stored.group_size, _sizes(piece)[1]
+    def _groups(self, piece: Piece) -> Along | int:
+        """The dimension of scales that runs over the groups of a row; one scale serves all parts of it."""
+        size, columns = self.stored.group_size, whole_sizes(piece)[1]
         if size is not None and columns % size:
             raise ValueError(f"group_size={size}: does not divide the {columns} columns of {piece.name}")
-        return size or columns
+        return 1 if size is None else Along("columns", size)
 
     def _refuse_stack(self, piece: Piece) -> None:
         if piece.is_stack:
@@ -147,7 +140,7 @@ class Format:
 
 
 def _sizes(piece: Piece) -> tuple[int, int]:
-    """N and K of one matrix."""
+    """N and K of one matrix, or of the rank's part of it."""
     return piece.num_rows, prod(piece.shape) // piece.num_rows
 
 
@@ -173,36 +166,38 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     return (words << torch.arange(32, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
 
-def _named(piece: Piece, rows: int, **tensors: tuple[str, tuple[int, ...]]) -> dict[str, StoredPiece]:
-    """Parameter -> name's ending and shape, as pieces. Scales and float codes must be stored as floats."""
+def _named(piece: Piece, **tensors: tuple[str, Dims]) -> dict[str, StoredPiece]:
+    """Parameter -> name's ending and dimensions, as pieces. Scales and float codes must be stored as floats."""
     found = {}
-    for parameter, (ending, shape) in tensors.items():
-        count = 1 if parameter in ("g_idx", "shape") else rows
-        is_float = parameter == "scales"
-        found[parameter] = StoredPiece(f"{_module(piece)}.{ending}", shape, is_float=is_float, source=piece, rows=count)
+    for parameter, (ending, dims) in tensors.items():
+        name, rows = f"{_module(piece)}.{ending}", 1 if parameter in ("g_idx", "shape") else None
+        found[parameter] = stored_piece(name, dims, piece, is_float=parameter == "scales", rows=rows)
     return found
 
 
 class Compressed(Format):
     """compressed-tensors, ``packed`` and ``plain``."""
 
+    scales = "weight_scale"
+
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
         self._refuse_stack(piece)
-        (rows, columns), stored, group = _sizes(piece), self.stored, self._group_of(piece)
-        grid = (1,) if stored.per_tensor else (rows, columns // group)
+        stored, groups = self.stored, self._groups(piece)
+        grid: Dims = (1,) if stored.per_tensor else (ROWS, groups)
         if stored.block is not None:
-            grid = (-(-rows // stored.block[0]), -(-columns // stored.block[1]))
-        tensors = {"values": ("weight", (rows, columns)), "scales": ("weight_scale", grid)}
+            grid = Along("rows", stored.block[0]), Along("columns", stored.block[1])
+        tensors: dict[str, tuple[str, Dims]] = {"values": ("weight", (ROWS, COLUMNS)), "scales": (self.scales, grid)}
         zeros = grid
         if stored.kind == "packed":
-            tensors["values"] = ("weight_packed", (rows, -(-columns * stored.bits // 32)))
+            in_word = Fraction(32, stored.bits)
+            tensors["values"] = ("weight_packed", (ROWS, Along("columns", in_word)))
             tensors["shape"] = ("weight_shape", (2,))
-            zeros = (-(-rows * stored.bits // 32), columns // group)
+            zeros = Along("rows", in_word), groups
         if stored.has_zeros:
             tensors["zeros"] = ("weight_zero_point", zeros)
         if stored.has_order:
-            tensors["g_idx"] = ("weight_g_idx", (columns,))
-        return _named(piece, rows, **tensors)
+            tensors["g_idx"] = ("weight_g_idx", (COLUMNS,))
+        return _named(piece, **tensors)
 
     def group(self, columns: int) -> int:
         return super().group(columns) if self.stored.block is None else gcd(self.stored.block[1], columns)
@@ -222,9 +217,9 @@ class Compressed(Format):
             return {"zeros": self.zero_points(codes.expand(rows, -1), piece)}
         if parameter == "scales":
             return {"scales": _spread(tensor, rows, columns, self.stored.block, self.group(columns))}
-        if parameter == "shape" and tensor.tolist() != [rows, columns]:
-            raise ValueError(f"{_module(piece)}.weight_shape is {tensor.tolist()}, not {[rows, columns]}")
-        return {parameter: tensor[None]}
+        if parameter == "shape" and tensor.tolist() != [*whole_sizes(piece)]:
+            raise ValueError(f"{_module(piece)}.weight_shape is {tensor.tolist()}, not {[*whole_sizes(piece)]}")
+        return {parameter: (own_groups(tensor, piece, self.group(columns)) if parameter == "g_idx" else tensor)[None]}
 
 
 def _as(tensor: Tensor, dtype: torch.dtype, piece: Piece) -> Tensor:
@@ -247,23 +242,20 @@ def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int] | No
 class Fp8(Compressed):
     """DeepSeek's blocks. The product is weight-only, as in transformers, which dequantises."""
 
-    def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
-        found = super().tensors(piece)
-        return found | {"scales": replace(found["scales"], name=f"{piece.name}_scale_inv")}
+    scales = "weight_scale_inv"
 
 
 class Awq(Format):
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
         self._refuse_stack(piece)
-        (rows, columns), groups = _sizes(piece), _sizes(piece)[1] // self._group_of(piece)
+        groups, rows = self._groups(piece), whole_sizes(piece)[0]
         if rows % 8:
             raise ValueError(f"{piece.name} has {rows} rows: AWQ's words need a multiple of 8")
         return _named(
             piece,
-            rows,
-            values=("qweight", (columns, rows // 8)),
-            scales=("scales", (groups, rows)),
-            zeros=("qzeros", (groups, rows // 8)),
+            values=("qweight", (COLUMNS, Along("rows", 8))),
+            scales=("scales", (groups, ROWS)),
+            zeros=("qzeros", (groups, Along("rows", 8))),
         )
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
@@ -277,23 +269,22 @@ class Awq(Format):
 class Gptq(Format):
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
         self._refuse_stack(piece)
-        (rows, columns), groups, per_word = _sizes(piece), _sizes(piece)[1] // self._group_of(piece), 32 // self.bits
+        (rows, columns), groups, per_word = whole_sizes(piece), self._groups(piece), 32 // self.bits
         if rows % per_word or columns % per_word:
             raise ValueError(f"{piece.name} is {[rows, columns]}: GPTQ's words need multiples of {per_word}")
         return _named(
             piece,
-            rows,
-            values=("qweight", (columns // per_word, rows)),
-            scales=("scales", (groups, rows)),
-            zeros=("qzeros", (groups, rows // per_word)),
-            g_idx=("g_idx", (columns,)),
+            values=("qweight", (Along("columns", per_word), ROWS)),
+            scales=("scales", (groups, ROWS)),
+            zeros=("qzeros", (groups, Along("rows", per_word))),
+            g_idx=("g_idx", (COLUMNS,)),
         )
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
         if parameter == "scales":
             return {"scales": tensor.t().float()}
         if parameter == "g_idx":
-            return {"g_idx": tensor[None]}
+            return {"g_idx": own_groups(tensor, piece, self.group(_sizes(piece)[1]))[None]}
         if parameter == "values":
             return {"values": self.codes(unpack_words(tensor.t(), self.bits))}
         zeros = unpack_words(tensor, self.bits).t() + self.stored.zero_offset

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from math import gcd
 
@@ -24,8 +25,9 @@ from torch import Tensor
 from paged_infer.kernels.quant.product import Activations
 from paged_infer.kernels.quant.weight import QuantisedWeight, pack_int4, unpack_int4
 from paged_infer.model.linear import Piece
-from paged_infer.model.quant.formats import Format, StoredPiece
-from paged_infer.model.quant.scheme import Scheme, quantise
+from paged_infer.model.quant.formats import Format
+from paged_infer.model.quant.scheme import Scheme, encode, grid
+from paged_infer.model.quant.stored_piece import ROWS, Along, StoredPiece, stored_piece
 from paged_infer.model.quantization_config import StoredAs
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,11 @@ Decoded = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K]: 0 .. 15 or int8;
 
 
 class Rounded(Format):
-    """A dense checkpoint, rounded to nearest tensor by tensor."""
+    """A dense checkpoint, rounded to nearest tensor by tensor.
+
+    A scale depends on all columns that share it. So a rank that has some of the columns reads all, and the scales of
+    N ranks are those of one; activations, though, are rounded by each rank with scales of its own.
+    """
 
     def __init__(self, scheme: Scheme, activations: Activations | None = None) -> None:
         super().__init__(StoredAs("plain", scheme.bits, has_zeros=not scheme.symmetric, activations=activations))
@@ -46,9 +52,11 @@ class Rounded(Format):
         return columns if self.scheme.group_size is None else gcd(self.scheme.group_size, columns)
 
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
-        columns = piece.to_rows(torch.empty(piece.shape, device="meta")).shape[1]
+        columns = piece.shape[piece.column_dim]
         if self.group(columns) != (self.scheme.group_size or columns):
             _warn_about_group(self.scheme.group_size, columns, self.group(columns))
+        if piece.shard is not None and piece.shard.along == "columns":
+            return {"values": replace(_dense(piece), shape=piece.stored_shape, cut=None)}
         return {"values": _dense(piece)}
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
@@ -56,7 +64,16 @@ class Rounded(Format):
         scheme = self.scheme
         if scheme.group_size is not None:
             scheme = Scheme(scheme.bits, scheme.symmetric, "group", self.group(rows.shape[1]), scheme.codes)
-        found = quantise(rows, scheme, piece.name)
+        scales, zeros = grid(rows, scheme, piece.name)
+        own = slice(0, rows.shape[1])
+        if (columns := piece.shape[piece.column_dim]) < rows.shape[1] and piece.cut is not None:
+            (share,), group = piece.cut.ranges[piece.column_dim], self.group(columns)
+            own = slice(share.start, share.stop)
+            if scheme.group_size is not None:
+                groups, repeats = slice(own.start // group, own.stop // group), scheme.group_size // group
+                scales = scales.repeat_interleave(repeats, 1)[:, groups]
+                zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1)[:, groups]
+        found = encode(rows[:, own], scales, zeros, scheme)
         return {"values": found.values, "scales": found.scales} | (
             {} if found.zeros is None else {"zeros": found.zeros}
         )
@@ -68,7 +85,8 @@ def _warn_about_group(size: int | None, columns: int, group: int) -> None:
 
 
 def _dense(piece: Piece, as_stored: bool = False) -> StoredPiece:
-    return StoredPiece(piece.name, piece.shape, source=piece, rows=piece.num_rows, as_stored=as_stored)
+    name, shape, rows = piece.name, piece.shape, piece.num_rows
+    return StoredPiece(name, shape, source=piece, rows=rows, as_stored=as_stored, cut=piece.cut)
 
 
 class Gguf(Format):
@@ -187,14 +205,13 @@ class Mxfp4(Format):
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
         if not piece.is_stack:
             raise ValueError(f"{piece.name}: MXFP4 is read for experts that are one tensor only")
-        experts, columns = piece.shape[0], piece.shape[1]
-        rows = piece.num_rows
+        experts, columns = piece.stored_shape[:2]
         if columns % 32:
             raise ValueError(f"group_size=32: does not divide the {columns} columns of {piece.name}")
-        shape = (experts, rows // experts, columns // 32)
+        dims = experts, ROWS, Along("columns", 32)
         return {
-            "values": StoredPiece(f"{piece.name}_blocks", (*shape, 16), is_float=False, source=piece, rows=rows),
-            "scales": StoredPiece(f"{piece.name}_scales", shape, is_float=False, source=piece, rows=rows),
+            "values": stored_piece(f"{piece.name}_blocks", (*dims, 16), piece, is_float=False),
+            "scales": stored_piece(f"{piece.name}_scales", dims, piece, is_float=False),
         }
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from paged_infer.kernels.cpu.linear import Product
 from paged_infer.kernels.quant.product import PackQuantised, no_kernel, quantised_linear
 from paged_infer.kernels.quant.weight import QuantisedWeight, dequantise, pack_int4, unpack_int4
 from paged_infer.model.linear import DENSE, Linear, Piece
-from paged_infer.model.quant.formats import Format, StoredPiece
+from paged_infer.model.quant.formats import Format
+from paged_infer.model.quant.stored_piece import StoredPiece
 
 logger = logging.getLogger(__name__)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, save_random_checkpoint
 from decoding import IDS, logits
 from gguf_files import encoded, random_model, save_gguf
+from quantised_folders import mxfp4_folders
 from safetensors.torch import load_file, save_file
 
 from paged_infer import LLM, SamplingParams
@@ -18,7 +16,7 @@ from paged_infer.kernels.quant.weight import dequantise
 from paged_infer.model.linear import Piece
 from paged_infer.model.loading.load import load_decoder
 from paged_infer.model.quant import methods
-from paged_infer.model.quant.formats_blocks import FLOAT4, GGUF_TYPES, Gguf
+from paged_infer.model.quant.formats_blocks import GGUF_TYPES, Gguf
 from paged_infer.model.quant.methods import QuantisedMethod
 
 
@@ -67,43 +65,9 @@ def test_a_file_may_be_rounded_again(tmp_path) -> None:
     assert 0 < error.abs().max() < 3
 
 
-def to_mxfp4(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[E, in, out] -> blocks [E, out, in / 32, 16], scales [E, out, in / 32], and what they stand for."""
-    rows = tensor.transpose(1, 2).unflatten(-1, (-1, 32))
-    exponents = torch.floor(torch.log2(rows.abs().amax(-1))) - 2
-    values = torch.tensor(FLOAT4) / 2
-    codes = (rows / 2 ** exponents[..., None]).unsqueeze(-1).sub(values).abs().argmin(-1)
-    blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
-    dense = (values[codes] * 2 ** exponents[..., None]).flatten(2).transpose(1, 2)
-    return blocks, (exponents + 127).to(torch.uint8), dense.contiguous()
-
-
-def mxfp4_folders(monkeypatch, tmp_path):
-    family, settings, options = FAMILIES["gpt-oss"]
-    monkeypatch.setitem(FAMILIES, "wide", (family, {**settings, "intermediate_size": 64}, options))
-    source = save_random_checkpoint("wide", tmp_path)
-    tensors = {}
-    for file in source.glob("*.safetensors"):
-        tensors |= load_file(file)
-    packed, dense = dict(tensors), dict(tensors)
-    for name, tensor in tensors.items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            del packed[name]
-            packed[f"{name}_blocks"], packed[f"{name}_scales"], dense[name] = to_mxfp4(tensor)
-    raw = json.loads((source / "config.json").read_text())
-    ignored = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    config = {"quant_method": "mxfp4", "modules_to_not_convert": ignored}
-    folders = tmp_path / "packed", tmp_path / "dense"
-    for folder, held, extra in zip(folders, (packed, dense), ({"quantization_config": config}, {}), strict=True):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({**raw, **extra}))
-        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    return folders
-
-
-def test_experts_in_mxfp4_stay_in_4_bits_and_give_the_logits_of_the_dense_ones(monkeypatch, tmp_path, caplog) -> None:
+def test_experts_in_mxfp4_stay_in_4_bits_and_give_the_logits_of_the_dense_ones(tmp_path, caplog) -> None:
     methods._warn_about_reference.cache_clear()
-    ours, theirs = (load_decoder(folder, torch.float32) for folder in mxfp4_folders(monkeypatch, tmp_path))
+    ours, theirs = (load_decoder(folder, torch.float32) for folder in mxfp4_folders(tmp_path))
     torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS), atol=2e-4, rtol=1e-3)
     assert sum("no kernel for weights of MXFP4 on this cpu" in text for text in caplog.messages) == 1
     up = ours.layers[0].mlp.experts.up
@@ -111,8 +75,8 @@ def test_experts_in_mxfp4_stay_in_4_bits_and_give_the_logits_of_the_dense_ones(m
     assert sum(t.nbytes for t in up.parameters() if t is not up.bias) == up.in_features * up.out_features * 17 // 32
 
 
-def test_mxfp4_scales_that_are_nan_are_refused(monkeypatch, tmp_path) -> None:
-    packed, _ = mxfp4_folders(monkeypatch, tmp_path)
+def test_mxfp4_scales_that_are_nan_are_refused(tmp_path) -> None:
+    packed, _ = mxfp4_folders(tmp_path)
     tensors = load_file(packed / "model.safetensors")
     tensors["model.layers.0.mlp.experts.down_proj_scales"][0, 0, 0] = 255
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})

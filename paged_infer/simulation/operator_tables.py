@@ -1,0 +1,117 @@
+"""Step times from measured operators, as LLMServingSim publishes them (its ``profiler/perf``), three files a prefix.
+
+    PREFIX-dense.csv         layer, tokens, time_us                           one layer's products, norms and so on
+    PREFIX-per_sequence.csv  layer, sequences, time_us                        head and sampler
+    PREFIX-attention.csv     prefill_chunk, kv_prefill, n_decode, kv_decode, time_us    one layer's attention
+
+Between the measured sizes, times are interpolated; beyond them they grow in proportion, which is counted in
+``extrapolated``. Attention of decodes is the mean time for a token of context in the rows of at least 8 decodes; of
+prompts, that of one chunk without decodes. Rows with both are not used: their times are about the sum.
+"""
+
+from __future__ import annotations
+
+import bisect
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from paged_infer.control.step import ScheduledStep
+
+NORMS_PER_LAYER = 2  # the tables have the time of one
+ONCE = ("embedding", "final_layernorm")  # all other rows of the first file are of one layer
+Curve = list[tuple[int, float]]
+
+
+class OperatorTable:
+    """
+    Args:
+        prefix: of the three files: a path and the beginning of their names.
+        num_layers: of the model that was measured.
+        step_overhead_s: host time of a step; the tables have none of it.
+
+    Raises:
+        ValueError: a file is missing, lacks a column or has no rows; the message names it.
+    """
+
+    def __init__(self, prefix: str, num_layers: int = 32, step_overhead_s: float = 0.0) -> None:
+        self.num_layers, self.step_overhead_s = num_layers, step_overhead_s
+        self.extrapolated: Counter[str] = Counter()  # what lay beyond the tables, and how often
+        self._dense = _curves(prefix, "dense", "tokens")
+        self._per_sequence = _curves(prefix, "per_sequence", "sequences")
+        decode: list[tuple[int, float]] = []
+        chunks: dict[int, Curve] = defaultdict(list)
+        columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+        for (chunk, kv_prefill, num_decodes, kv_decode), _, time_us in _rows(prefix, "attention", columns):
+            if chunk == 0 and num_decodes >= 8 and kv_decode >= 256:
+                decode.append((num_decodes * kv_decode, time_us))
+            elif chunk > 0 and num_decodes == 0:
+                chunks[chunk].append((kv_prefill, time_us))
+        if not decode or not chunks:
+            raise ValueError(f"{prefix}-attention.csv: has no rows of decodes alone, or none of a prompt alone")
+        self._decode_us = sum(time_us for _, time_us in decode) / sum(tokens for tokens, _ in decode)
+        self._chunks = {chunk: sorted(curve) for chunk, curve in sorted(chunks.items())}
+
+    def seconds(self, step: ScheduledStep) -> float:
+        num_tokens, num_sequences = step.num_tokens, len(step.sequences)
+        microseconds = 0.0
+        for layer, curve in self._dense.items():
+            times = 1 if layer in ONCE else self.num_layers * (NORMS_PER_LAYER if layer == "layernorm" else 1)
+            microseconds += times * self._at(curve, num_tokens, "tokens of a step")
+        for curve in self._per_sequence.values():
+            microseconds += self._at(curve, num_sequences, "sequences of a step")
+        for one in step.sequences:
+            if one.num_tokens == 1:
+                attention_us = (one.num_computed_tokens + 1) * self._decode_us
+            else:
+                attention_us = self._chunk_us(one.num_tokens, one.num_computed_tokens)
+            microseconds += self.num_layers * attention_us
+        return 1e-6 * microseconds + self.step_overhead_s
+
+    def _chunk_us(self, num_tokens: int, num_before: int) -> float:
+        """Of ``num_tokens`` of a prompt after so many earlier ones: between the two measured chunks around it."""
+        sizes = list(self._chunks)
+        index = min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)
+        upper = sizes[index]
+        time_us = self._at(self._chunks[upper], num_before, "tokens before a chunk")
+        if num_tokens > upper:
+            self.extrapolated["tokens of a chunk"] += 1
+        if num_tokens >= upper or index == 0:
+            return time_us * num_tokens / upper
+        lower = sizes[index - 1]
+        lower_us = self._at(self._chunks[lower], num_before, "tokens before a chunk")
+        return lower_us + (time_us - lower_us) * (num_tokens - lower) / (upper - lower)
+
+    def _at(self, curve: Curve, x: int, what: str) -> float:
+        index = bisect.bisect_left(curve, (x, 0.0))
+        if index == len(curve):
+            last, time_us = curve[-1]
+            self.extrapolated[what] += 1
+            return time_us * x / last
+        if index == 0:
+            return curve[0][1]
+        (a, a_us), (b, b_us) = curve[index - 1], curve[index]
+        return a_us + (b_us - a_us) * (x - a) / (b - a)
+
+
+def _rows(prefix: str, kind: str, sizes: tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], str, float]]:
+    """(sizes, layer, time_us) of each row."""
+    path = Path(f"{prefix}-{kind}.csv")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                yield tuple(int(row[name]) for name in sizes), row.get("layer", ""), float(row["time_us"])
+    except OSError as error:
+        raise ValueError(f"operator tables {prefix}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: must have the columns {', '.join(sizes)}, time_us of numbers: {error!r}") from None
+
+
+def _curves(prefix: str, kind: str, size: str) -> dict[str, Curve]:
+    curves: dict[str, Curve] = defaultdict(list)
+    for (x,), layer, time_us in _rows(prefix, kind, (size,)):
+        curves[layer].append((x, time_us))
+    if not curves:
+        raise ValueError(f"{prefix}-{kind}.csv: has no rows")
+    return {layer: sorted(curve) for layer, curve in curves.items()}

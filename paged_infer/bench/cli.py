@@ -9,6 +9,7 @@ from paged_infer.bench.kernels.cli import kernels
 from paged_infer.bench.quantisation.cli import quantisation
 from paged_infer.bench.scheduling import cli as control_cli
 from paged_infer.bench.side_by_side.cli import peers
+from paged_infer.bench.simulation.cli import simulate
 from paged_infer.bench.speed import cli as speed_cli
 
 app = typer.Typer(help="Measurements, compared to what one would use instead.", no_args_is_help=True)
@@ -24,4 +25,5 @@ app.command()(serve_cli.serve)
 app.command()(kernels)
 app.command()(peers)
 app.command()(quantisation)
+app.command()(simulate)
 app.add_typer(control_cli.app)

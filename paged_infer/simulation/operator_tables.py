@@ -12,6 +12,7 @@ prompts, that of one chunk without decodes. Rows with both are not used: their t
 from __future__ import annotations
 
 import bisect
+import copy
 import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -52,6 +53,12 @@ class OperatorTable:
             raise ValueError(f"{prefix}-attention.csv: has no rows of decodes alone, or none of a prompt alone")
         self._decode_us = sum(time_us for _, time_us in decode) / sum(tokens for tokens, _ in decode)
         self._chunks = {chunk: sorted(curve) for chunk, curve in sorted(chunks.items())}
+
+    def with_overhead(self, step_overhead_s: float) -> OperatorTable:
+        """The same tables with another host time, and a count of its own."""
+        other = copy.copy(self)
+        other.step_overhead_s, other.extrapolated = step_overhead_s, Counter()
+        return other
 
     def seconds(self, step: ScheduledStep) -> float:
         num_tokens, num_sequences = step.num_tokens, len(step.sequences)

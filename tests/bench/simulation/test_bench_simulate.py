@@ -1,0 +1,144 @@
+"""``bench simulate``: its report has the numbers and errors that it promises, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from paged_infer.bench.report import JsonReport
+from paged_infer.bench.simulation import cli, prediction
+from paged_infer.bench.simulation.prediction import SimulateReport
+from paged_infer.cli import app
+from paged_infer.simulation.cards import Card
+
+
+def run(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", "simulate", *options])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def workload(tmp_path) -> Path:
+    path = tmp_path / "workload.json"
+    path.write_text(json.dumps([{"at": 0.1 * i, "in": 100 + i, "out": 5 + i} for i in range(12)]))
+    return path
+
+
+def test_a_prediction_beside_records_has_signed_errors(workload, tmp_path):
+    lines = [
+        {"input_toks": 100 + i, "output_toks": 5 + i, "queued_ts": 50 + 0.1 * i, "first_token_ts": 51 + 0.1 * i,
+         "last_token_ts": 52 + 0.1 * i}
+        for i in range(12)
+    ]  # fmt: skip
+    records = tmp_path / "requests.jsonl"
+    records.write_text("\n".join(map(json.dumps, lines)))
+    code, output = run(
+        "--gpu", "rtx-4090", "--gpu", "h100", "--workload", str(workload), "--records", str(records),
+        "--step-overhead-ms", "2", "--watermark", "0", "--figures", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0, output
+    path = tmp_path / "bench-simulate.json"
+    found = json.loads(path.read_text())
+    for name in ("ttft", "tpot", "latency"):
+        assert found[name].keys() == found["errors"][name].keys() == {"mean", "p50", "p90", "p99"}
+    assert found["errors"]["ttft"]["mean"] == pytest.approx(found["ttft"]["mean"] / 1.0 - 1)
+    assert found["errors"]["makespan"] == pytest.approx(found["makespan"] / 3.1 - 1)
+    assert found["preemptions"] == 0 and 0 < found["pool_use"] < 1
+    assert str(tmp_path) not in path.read_text()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert {one["gpu"] for one in found["loads"]} == {"rtx-4090", "h100"}
+    report = SimulateReport.read(path)
+    assert report.as_json() == JsonReport.as_json(report.prediction) | found  # what is stored is what is read
+    for word in ("makespan, s", "measured", "1.5 ms more a step", "h100"):
+        assert word in output
+
+
+def test_clients_instead_of_arrivals(workload, tmp_path):
+    code, output = run("--gpu", "l4", "--workload", str(workload), "--concurrency", "4", "--figures", str(tmp_path))
+    assert code == 0, output
+    loads = json.loads((tmp_path / "bench-simulate.json").read_text())["loads"]
+    assert [one["load"] for one in loads] == [1, 2, 4, 8]
+    assert loads[0]["tokens_per_s"] < loads[3]["tokens_per_s"]
+
+
+def test_options_reach_the_cost_and_the_pool(workload):
+    def predicted(**options) -> SimulateReport:
+        options = {"workload": str(workload), "gpu": ["l4"], **options}
+        return prediction.predict(prediction.ServerOptions(**options), cli.measure_cpu, lambda what: None)
+
+    plain = predicted().prediction
+    for options, faster in (
+        ({"quantization": "w4a16"}, True),
+        ({"kv_cache_dtype": "int8"}, True),
+        ({"tensor_parallel_size": 2}, True),
+        ({"share_of_bandwidth": 0.5}, False),
+        ({"share_of_peak": 0.2}, False),
+    ):
+        other = predicted(**options).prediction
+        assert (other.latency["mean"] < plain.latency["mean"]) == faster, options
+        assert (other.num_blocks > plain.num_blocks) == faster, options
+    assert predicted(num_blocks=15, watermark=0.0).prediction.preemptions > 0 == plain.preemptions
+    assert predicted(policy="static", max_num_seqs=2).prediction.ttft["p99"] > plain.ttft["p99"]
+    assert [one.load for one in predicted(rate=1000.0).loads] == pytest.approx([250, 500, 1000, 2000])
+
+
+def test_a_cpu_is_measured(workload, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "measure_cpu", lambda: Card("cpu", 2**30, 30e9, 200e9, 200e9))
+    code, output = run("--gpu", "cpu", "--model", "qwen3-30m", "--workload", str(workload), "--figures", str(tmp_path))
+    assert code == 0, output
+    found = json.loads((tmp_path / "bench-simulate.json").read_text())
+    assert found["num_blocks"] == 256 * -(-(111 + 16) // 16)
+    assert found["tpot"]["p50"] > 4 * 29e6 / 30e9  # float32 weights at the measured rate
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "rtx-9090"], "error: gpu 'rtx-9090': not known; known: a10, a100, h100"),
+        (["--model", "llama-9"], "error: model 'llama-9': no folder with a config.json, and no shape; known: qw"),
+        (["--rate", "0"], "error: rate=0: must be a number > 0"),
+        (["--rate", "1", "--concurrency", "2"], "error: rate=1 with concurrency=2"),
+        (["--concurrency", "0"], "error: concurrency=0: must be at least 1"),
+        (["--workload", "nothing.json"], "error: workload nothing.json"),
+        (["--num-blocks", "4"], "error: request 0: 1 sample(s)"),
+        (["--policy", "fifo"], "error: scheduling_policy='fifo'"),
+        (["--watermark", "1"], "error: watermark=1.0"),
+        (["--quantization", "w3"], "error: quantization='w3': must be one of w8a16"),
+        (["--kv-cache-dtype", "int3"], "error: kv_cache_dtype='int3'"),
+        (["--tensor-parallel-size", "3"], "error: tensor_parallel=3"),
+        (["--operator-tables", "none"], "error: operator tables none"),
+        (["--operator-tables", "x", "--quantization", "w8a8"], "error: operator_tables with quantization"),
+        (["--operator-tables", "x", "--gpu", "l4", "--gpu", "a10"], "error: operator_tables with 2 cards"),
+        (["--records", "none.jsonl"], "error: records none.jsonl"),
+        (["--model", "llama-3.1-70b", "--gpu", "l4"], "error: llama-3.1-70b on 1 l4: 141.1 GB of weights"),
+        (["--step-overhead-ms", "-1"], "error: step_overhead_s=-0.001"),
+    ],
+)
+def test_bad_input_is_one_line(workload, options, message, tmp_path):
+    given = [] if "--workload" in options else ["--workload", str(workload)]
+    code, output = run(*given, *options, "--figures", str(tmp_path))
+    assert code == 2 and output.startswith(message) and output.count("\n") == 1, output
+    assert not (tmp_path / "bench-simulate.json").exists()
+
+
+def test_extrapolation_is_said(workload, tmp_path):
+    for kind, text in {
+        "dense": "layer,tokens,time_us\nproduct,1,10\nproduct,50,20\n",
+        "per_sequence": "layer,sequences,time_us\nlm_head,1,5\nlm_head,64,6\n",
+        "attention": "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,8,256,9\n64,0,0,0,8\n64,512,0,0,9\n",
+    }.items():
+        (tmp_path / f"card-{kind}.csv").write_text(text)
+    code, output = run(
+        "--workload", str(workload), "--operator-tables", str(tmp_path / "card"), "--figures", str(tmp_path)
+    )
+    assert code == 0, output
+    assert "note: tokens of a step beyond the tables, extrapolated" in output
+    assert "note: tokens of a chunk beyond the tables, extrapolated" in output
+
+
+def test_the_generated_workloads_are_seeded():
+    like = prediction.ServerOptions(workload="alpaca-like", rate=5.0)
+    assert like.requests() == like.requests() and len(like.requests()) == 300

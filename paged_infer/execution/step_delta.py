@@ -1,0 +1,172 @@
+"""A step as the difference from earlier ones: what a process that has seen those needs to be sent.
+
+A step lists, for each sequence, its whole block table and how to sample; with penalties, all of its tokens. A sequence
+that decodes needs only its new token, its position, and, every ``block_size`` steps, a block:
+
+    step      sequence 7: tokens [a9]  computed 84  table [3 1 8 5 9 2]  row (params, seed, position 85, ...)
+    sent      (7, [a9], 84, (5, [2]), 85)           the first 5 blocks of the table are known, and so is the row
+
+So the bytes of a decode do not grow with its context. (nano-vLLM sends a sequence's last token instead of all of them
+for the same reason, in ``Sequence.__getstate__``.) Both sides remember the sequences scheduled last, up to the same
+number, and forget the others in the same order. One that was forgotten is sent whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from paged_infer.control.step import BlockTransfers, SamplingRow, ScheduledSequence, ScheduledStep, TopKRow
+from paged_infer.params import SamplingParams
+
+Ints = ReadOnlyList[int]
+Change = tuple[int, Ints]
+"""A list as the number of its first elements that are known, and those after them."""
+Delta = tuple[Any, ...]
+"""A ScheduledStep as plain data: index, transfers, resume_at_s, and an entry for each sequence."""
+
+
+class RowConstants(NamedTuple):
+    """What all sampling rows of one sequence have in common."""
+
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    num_prompt_tokens: int
+    end_token_ids: tuple[int, ...]
+    prompt_token_ids: Ints
+
+
+@dataclass(slots=True)
+class _Known:
+    """What both sides know of a sequence."""
+
+    table: Ints = ()
+    constants: RowConstants | None = None
+    output_token_ids: Ints = ()
+
+
+class _Memory:
+    """The sequences scheduled last."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._known: dict[int, _Known] = {}  # the sequence scheduled last is the last one
+
+    def of(self, sequence_id: int) -> _Known:
+        known = self._known.pop(sequence_id, None) or _Known()
+        self._known[sequence_id] = known
+        return known
+
+    def forget(self) -> None:
+        """Between two steps, on both sides."""
+        while len(self._known) > self._capacity:
+            del self._known[next(iter(self._known))]
+
+
+class StepEncoder(_Memory):
+    """From steps to deltas. Every delta must reach every decoder, in order.
+
+    Args:
+        capacity: sequences to remember.
+    """
+
+    def encode(self, step: ScheduledStep) -> Delta:
+        """What the step adds to those before it."""
+        entries = [self._entry(sequence) for sequence in step.sequences]
+        self.forget()
+        moves = step.transfers
+        transfers = (moves.swap_outs, moves.swap_ins, moves.copies)
+        return step.index, transfers if any(transfers) else None, step.resume_at_s, entries
+
+    def _entry(self, sequence: ScheduledSequence) -> Delta:
+        known = self.of(sequence.sequence_id)
+        table, row = sequence.block_table, sequence.sample
+        table_change = None if table is known.table else _change(known.table, table)
+        known.table = table
+        sample = self._row(known, row) if isinstance(row, SamplingRow) else row
+        entry = (sequence.sequence_id, sequence.token_ids, sequence.num_computed_tokens, table_change, sample)
+        if sequence.forks or sequence.num_drafts or sequence.next_prompt_token_ids != ():
+            rest = (sequence.num_prompt_logprobs, sequence.next_prompt_token_ids, sequence.num_drafts)
+            return *entry, sequence.forks, *rest
+        return entry
+
+    def _row(self, known: _Known, row: SamplingRow) -> int | tuple[Any, ...]:
+        """The row's position, if nothing else is new; or that, new constants, and the change of its output."""
+        num_prompt = row.position - row.num_output_tokens
+        constants = RowConstants(
+            row.params, row.seed, row.sample_index, num_prompt, row.end_token_ids, row.prompt_token_ids
+        )
+        is_new = known.constants != constants
+        known.constants = constants
+        if not is_new and not row.output_token_ids and not known.output_token_ids:
+            return row.position
+        change = _change(known.output_token_ids, row.output_token_ids)
+        known.output_token_ids = row.output_token_ids
+        return row.position, constants if is_new else None, change
+
+
+class StepDecoder(_Memory):
+    """From deltas back to steps, equal to those that were encoded. ``capacity``: as of the encoder."""
+
+    def decode(self, delta: Delta) -> ScheduledStep:
+        """The step. A block table that has not changed is the same object as before."""
+        index, transfers, resume_at_s, entries = delta
+        sequences = [self._sequence(*entry) for entry in entries]
+        self.forget()
+        return ScheduledStep(index, sequences, BlockTransfers(*transfers or ([], [], [])), resume_at_s)
+
+    def _sequence(
+        self,
+        sequence_id: int,
+        token_ids: Ints,
+        num_computed_tokens: int,
+        table_change: Change | None,
+        sample: int | tuple[Any, ...] | TopKRow | None,
+        *rest: Any,
+    ) -> ScheduledSequence:
+        known = self.of(sequence_id)
+        if table_change is not None:
+            known.table = _changed(known.table, table_change)
+        row = self._row(known, sample) if isinstance(sample, int | tuple) else sample
+        return ScheduledSequence(sequence_id, token_ids, num_computed_tokens, known.table, row, *rest)
+
+    def _row(self, known: _Known, sample: int | tuple[Any, ...]) -> SamplingRow:
+        if isinstance(sample, int):
+            position = sample
+        else:
+            position, constants, change = sample
+            known.constants = constants or known.constants
+            known.output_token_ids = _changed(known.output_token_ids, change)
+        of = known.constants
+        assert of is not None, "a row without its constants: the deltas are not those of one encoder"
+        num_output = position - of.num_prompt_tokens
+        return SamplingRow(
+            of.params,
+            of.seed,
+            of.sample_index,
+            position,
+            num_output,
+            of.end_token_ids,
+            of.prompt_token_ids,
+            known.output_token_ids,
+        )
+
+
+def _change(known: Ints, now: Ints) -> Change:
+    """From ``known`` to ``now``, which usually begins with it.
+
+    >>> _change((3, 1), (3, 1, 8)), _change((3, 1), (3, 2, 8))
+    ((2, (8,)), (1, (2, 8)))
+    """
+    num_same = len(known)
+    if now[:num_same] != known:
+        pairs = zip(known, now, strict=False)
+        num_same = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(known), len(now)))
+    return num_same, now[num_same:]
+
+
+def _changed(known: Ints, change: Change) -> Ints:
+    num_same, rest = change
+    return type(rest)((*known[:num_same], *rest))  # type: ignore[call-arg]

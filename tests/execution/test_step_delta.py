@@ -1,0 +1,104 @@
+"""A step sent as the difference from earlier ones: equal when decoded, and small however long its sequences are."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from paged_infer.control.admission import add_sequences
+from paged_infer.control.blocks.manager import BlockManager
+from paged_infer.control.request import Request
+from paged_infer.control.scheduler import Scheduler
+from paged_infer.control.speculation import SpeculativeConfig, make_proposer
+from paged_infer.control.step import ScheduledStep, StepResult
+from paged_infer.execution.step_delta import StepDecoder, StepEncoder
+from paged_infer.params import BeamSearchParams, SamplingParams
+
+NGRAM = make_proposer(SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_max=1))
+
+
+def steps(
+    requests: list[tuple[int, SamplingParams | BeamSearchParams]], num_blocks: int = 400, **options
+) -> Iterator[ScheduledStep]:
+    """The steps of requests with so many prompt tokens, whose samples repeat what came before."""
+    mode = options.pop("mode", "recompute")
+    manager = BlockManager(num_blocks, 4, num_swap_blocks=num_blocks if mode == "swap" else 0)
+    scheduler = Scheduler(manager, 8, 64, preemption_mode=mode, **options)
+    for number, (num_prompt, params) in enumerate(requests):
+        beams = params if isinstance(params, BeamSearchParams) else None
+        limits = params if beams is None else beams.limits
+        prompt = [10 + (number * 7 + i) % 5 for i in range(num_prompt)]
+        request = Request(str(number), None, prompt, limits, 0.0, None, beams)
+        add_sequences(request, 8 * number, number, 4000, (1,))
+        scheduler.add(request.sequences, beams)
+    rng = random.Random(0)
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        yield step
+        result = StepResult({i: rng.randrange(10, 15) for i in step.sampling})
+        for s in step.sequences:
+            if s.num_drafts:
+                result.accepted[s.sequence_id] = list(s.drafts[: rng.randrange(s.num_drafts + 1)])
+        rows = {s.sequence_id: s.sample for s in step.sequences if s.sequence_id in step.beam_rows}
+        result.candidates = {i: [(20 + k, -1.0 - k - i / 100) for k in range(row.num_top)] for i, row in rows.items()}
+        scheduler.advance(step)
+        scheduler.settle(step, result)
+
+
+def sent(step: ScheduledStep, encoder: StepEncoder) -> bytes:
+    return pickle.dumps(encoder.encode(step), protocol=5)
+
+
+EVERY_KIND = [
+    (9, SamplingParams(max_tokens=30)),
+    (30, SamplingParams(max_tokens=20, repetition_penalty=1.2, min_tokens=3)),
+    (70, SamplingParams(max_tokens=12, n=3, seed=1)),
+    (5, BeamSearchParams(beam_width=3, max_tokens=15)),
+    (6, SamplingParams(max_tokens=9, prompt_logprobs=2)),
+]
+
+
+@pytest.mark.parametrize("capacity", [1, 100])
+@pytest.mark.parametrize("case", ["roomy", "recompute", "swap", "drafts"])
+def test_a_decoded_step_equals_the_one_that_was_encoded(case: str, capacity: int) -> None:
+    options = {
+        "roomy": {},
+        "recompute": {"num_blocks": 34, "enable_prefix_caching": False},
+        "swap": {"num_blocks": 34, "enable_prefix_caching": False, "mode": "swap"},
+        "drafts": {"proposer": NGRAM},
+    }[case]
+    encoder, decoder = StepEncoder(capacity), StepDecoder(capacity)
+    seen = set()
+    for step in steps(EVERY_KIND, **options):
+        copy = decoder.decode(pickle.loads(sent(step, encoder)))
+        assert copy == step
+        seen |= {name for name in ("swap_outs", "copies") if getattr(step.transfers, name)}
+        seen |= {"drafts" for s in step.sequences if s.num_drafts} | {"forks" for s in step.sequences if s.forks}
+    assert seen >= {"forks", "copies", {"swap": "swap_outs", "drafts": "drafts"}.get(case, "forks")}
+
+
+@pytest.mark.parametrize("params", [SamplingParams(max_tokens=1500), SamplingParams(max_tokens=1500, seed=1, top_k=3)])
+def test_the_bytes_of_a_decode_do_not_grow_with_its_context(params: SamplingParams) -> None:
+    encoder = StepEncoder(16)
+    sizes = [len(sent(step, encoder)) for step in steps([(1000, params)] * 4, num_blocks=2600)]
+    decodes = sizes[70:]
+    assert len(decodes) > 1400 and max(decodes) < 4 * 40
+    whole = [len(pickle.dumps(step, protocol=5)) for step in steps([(1000, params)] * 4, num_blocks=2600)]
+    assert whole[-1] > 19 * max(decodes)
+
+
+def test_the_bytes_of_a_decode_with_penalties_do_not_grow_either() -> None:
+    encoder = StepEncoder(16)
+    penalised = SamplingParams(max_tokens=600, presence_penalty=0.5)
+    sizes = [len(sent(step, encoder)) for step in steps([(200, penalised)])]
+    assert max(sizes[10:]) <= 60
+
+
+def test_a_table_that_has_not_changed_is_the_same_object() -> None:
+    encoder, decoder = StepEncoder(4), StepDecoder(4)
+    copies = [decoder.decode(encoder.encode(step)) for step in steps([(6, SamplingParams(max_tokens=9))])]
+    tables = [copy.sequences[0].block_table for copy in copies]
+    assert len({id(table) for table in tables}) == len({tuple(table) for table in tables}) < len(tables)

@@ -20,11 +20,12 @@ from typing import Any, TypeVar, Unpack
 from paged_infer.config import EngineOptions, lists_options
 from paged_infer.control.trace import Trace
 from paged_infer.engine.engine import LLMEngine, StepReport
-from paged_infer.engine.engine_thread import EngineDeadError, EngineThread, QueueFullError
+from paged_infer.engine.engine_thread import EngineThread, QueueFullError
 from paged_infer.engine.input_processor import Params, Prompt
 from paged_infer.engine.output_channel import OutputChannel
 from paged_infer.engine.text_queue import TextQueue
 from paged_infer.engine.watchdog import check_timeout
+from paged_infer.execution.errors import EngineDeadError
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams

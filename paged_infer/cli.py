@@ -186,11 +186,12 @@ def info(
     """Show the device, the model, the KV memory per token, and how many blocks fit."""
     try:
         llm = open_llm(model, **engine.options)
+        table = info_table(llm)
     except ValueError as error:
         fail(error)
     from paged_infer import storyteller
 
-    console.print(info_table(llm))
+    console.print(table)
     if llm.is_storyteller and stories:
         with console.status("reading unseen stories"):
             scores = storyteller.evaluate(llm, stories)
@@ -309,7 +310,7 @@ def info_table(llm: LLM) -> Table:
 
     from paged_infer.execution.machine import describe_machine, machine_line
 
-    engine, config, memory = llm.engine, llm.engine.decoder.config, llm.engine.memory
+    engine, config, memory = llm.engine, llm.engine.model_config, llm.engine.memory
     item_bytes = engine.decoder.dtype.itemsize
     block_bytes = memory.block_size * memory.kv_bytes_per_token
     pool_tokens = memory.num_blocks * memory.block_size
@@ -323,7 +324,7 @@ def info_table(llm: LLM) -> Table:
         "longest sequence": f"max_model_len = {memory.max_model_len:,} tokens;"
         f" {pool_tokens // memory.max_model_len:,} such sequences fit at once",
     }
-    graphs = engine.executor.runner.graphs
+    graphs = engine.in_process.runner.graphs
     if memory.profile is not None:
         rows |= profile_rows(memory.profile, memory.max_num_batched_tokens, engine.config.max_num_seqs)
     if graphs is not None:

@@ -21,6 +21,7 @@ import typer
 
 from paged_infer.config import EngineConfig, EngineOptions
 from paged_infer.control.speculation import SpeculativeConfig
+from paged_infer.execution.errors import EngineDeadError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,7 +146,11 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
             made = {name: group.take(options) for name, group in groups.items()}
         except ValueError as error:
             fail(error)
-        command(**options, **made)
+        try:
+            command(**options, **made)
+        except EngineDeadError as error:
+            show_error(error)
+            raise typer.Exit(1) from None
 
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     flat.__annotations__ = {one.name: one.annotation for one in parameters}

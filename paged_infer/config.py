@@ -16,6 +16,8 @@ from paged_infer.values import Checked
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("w8a16", "w4a16", "w8a8", "gguf")
+EXECUTOR_BACKENDS = ("mp",)
+DISTRIBUTED_TIMEOUT_S = 20.0
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e5m2")
 
 
@@ -42,6 +44,9 @@ class EngineOptions(TypedDict, total=False):
     async_scheduling: bool | None
     enforce_eager: bool | None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None
+    tensor_parallel_size: int
+    distributed_executor_backend: str | None
+    distributed_timeout: float | None
     trace: bool
     seed: int
 
@@ -88,6 +93,12 @@ class EngineConfig(Checked):
         speculative_config: draft tokens and verify them in one step; the text stays the same (in float32).
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
             ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.
+        tensor_parallel_size: ranks, each with a part of every matrix and of every token's keys and values. They
+            compute each step together; the text stays the same (in float32).
+        distributed_executor_backend: where the ranks run. "mp" starts a process for each on this machine. None: "mp" if
+            there are several, otherwise the model runs in this process.
+        distributed_timeout: seconds that a rank may give no sign of life, or let another wait for it, before the engine
+            ends with an error. None: 20.
         trace: keep a record of every step, in ``LLM.trace``; it grows.
         seed: requests without a seed derive theirs from this one.
 
@@ -115,6 +126,9 @@ class EngineConfig(Checked):
     async_scheduling: bool | None = None
     enforce_eager: bool | None = None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None
+    tensor_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    distributed_timeout: float | None = None
     trace: bool = False
     seed: int = 0
 
@@ -144,7 +158,29 @@ class EngineConfig(Checked):
             self._keep("speculative_config", SpeculativeConfig.from_options(self.speculative_config))
             if self.async_scheduling:
                 raise ValueError("async_scheduling=True with speculative_config: drafts need the tokens before them")
+        self._check_ranks()
         self._check_integer("seed", -(2**63), 2**63 - 1)
+
+    def _check_ranks(self) -> None:
+        self._check_integer("tensor_parallel_size", 1)
+        if self.distributed_executor_backend is not None:
+            self._check_choice("distributed_executor_backend", EXECUTOR_BACKENDS)
+        self._check_number("distributed_timeout", 0, optional=True, open_low=True)
+        if self.distributed_timeout is not None and self.executor_backend is None:
+            raise ValueError(
+                f"distributed_timeout={self.distributed_timeout} with tensor_parallel_size=1: there is no other rank"
+            )
+
+    @property
+    def executor_backend(self) -> str | None:
+        """``distributed_executor_backend`` with its default; None: the model runs in this process, alone."""
+        default = "mp" if self.tensor_parallel_size > 1 else None
+        return self.distributed_executor_backend or default
+
+    @property
+    def rank_timeout_s(self) -> float:
+        """``distributed_timeout`` with its default."""
+        return DISTRIBUTED_TIMEOUT_S if self.distributed_timeout is None else self.distributed_timeout
 
     @property
     def speculation(self) -> SpeculativeConfig | None:

@@ -234,6 +234,10 @@ class LLM:
         """Steps, preemptions, blocks and KV use; see ``LLMEngine.stats``."""
         return self.engine.stats()
 
+    def shutdown(self) -> None:
+        """End the processes of other ranks, if there are any; so does garbage collection, and the end of this one."""
+        self.engine.shutdown()
+
     def check_integrity(self) -> None:
         """Raises RuntimeError if a block leaks or is shared by accident."""
         with self._lock:

@@ -126,7 +126,7 @@ class EngineSystem:
         if self._requests is not None:
             prompt, params = next(self._requests)
         else:
-            vocab_size = self.engine.decoder.config.vocab_size
+            vocab_size = self.engine.model_config.vocab_size
             prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
             params = SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
         request = self.engine.prepare(f"bench {len(self.sequences)}", prompt, params, cache_salt=self._salt)

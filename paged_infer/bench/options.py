@@ -130,7 +130,7 @@ class Lengths:
     def draw(self, llm: LLM, num_requests: int, seed: int) -> Workload:
         from paged_infer.bench.workloads import random_ids
 
-        return random_ids(llm.engine.decoder.config.vocab_size, num_requests, self.shortest, self.longest, seed)
+        return random_ids(llm.engine.model_config.vocab_size, num_requests, self.shortest, self.longest, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,5 +166,5 @@ class NanoRequests:
     def draw(self, llm: LLM, seed: int) -> Workload:
         from paged_infer.bench.workloads import nano_vllm_requests
 
-        vocab_size = llm.engine.decoder.config.vocab_size
+        vocab_size = llm.engine.model_config.vocab_size
         return nano_vllm_requests(vocab_size, self.num_requests or 256, self.scale or 1.0, self.temperature, seed)

@@ -92,7 +92,7 @@ def one_request(vocab_size: int, num_prompt: int, num_output: int, seed: int) ->
 
 def random_lengths(llm: LLM, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
     """Random token ids; prompt and output lengths each uniform in [shortest, longest]; end tokens are ignored."""
-    return random_ids(llm.engine.decoder.config.vocab_size, num_requests, shortest, longest, seed)
+    return random_ids(llm.engine.model_config.vocab_size, num_requests, shortest, longest, seed)
 
 
 def random_ids(vocab_size: int, num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
@@ -115,7 +115,7 @@ def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) ->
     """
     rng = random.Random(seed)
     if llm.tokenizer is None:
-        vocab_size = llm.engine.decoder.config.vocab_size
+        vocab_size = llm.engine.model_config.vocab_size
         prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(4, 64))] for _ in range(num_requests)]
     elif llm.is_storyteller:
         first = FIRST_EVALUATION_SEED + seed * num_requests

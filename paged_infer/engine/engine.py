@@ -12,9 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlyList
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -26,7 +27,7 @@ from paged_infer.engine.build import build_parts
 from paged_infer.engine.defer_sigint import defer_sigint, interruptible
 from paged_infer.engine.input_processor import InputProcessor, Params, Prompt
 from paged_infer.engine.kv_usage import KVUsage
-from paged_infer.execution.executor import RunningStep
+from paged_infer.execution.executor import InProcessExecutor, RemoteStep, RunningStep
 from paged_infer.model.decoder import Decoder
 from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
@@ -65,11 +66,12 @@ class LLMEngine:
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         """See ``build_parts``, errors included."""
         self.config = config
-        self.tokenizer, self.memory, self.executor, self.scheduler = build_parts(folder, config)
-        self.model_config = self.decoder.config
+        self.tokenizer, self.model_config, self.memory, self.executor, self.scheduler = build_parts(folder, config)
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
-        self._input_processor = InputProcessor(self.tokenizer, config, self.model_config, self.memory, self.manager)
+        self._input_processor = InputProcessor(
+            self.tokenizer, config, self.model_config, self.memory, self.manager, self.executor.now
+        )
         by_default = self.device.type == "cuda" and config.speculation is None
         self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling
         self._running: tuple[ScheduledStep, RunningStep] | None = None  # launched, its result not yet read
@@ -77,12 +79,26 @@ class LLMEngine:
 
     @property
     def decoder(self) -> Decoder:
-        """The model, for code that runs it outside of steps: baselines, benches, notebooks."""
-        return self.executor.runner.decoder
+        """The model, for code that runs it outside of steps: baselines, benches. Errors as ``in_process``."""
+        return self.in_process.runner.decoder
+
+    @property
+    def in_process(self) -> InProcessExecutor:
+        """The executor, for code that needs the model in this process.
+
+        Raises:
+            ValueError: it is in others.
+        """
+        if not isinstance(self.executor, InProcessExecutor):
+            raise ValueError(
+                f"tensor_parallel_size={self.config.tensor_parallel_size}: the model is in other processes, and only "
+                "generates; what runs it in this one needs tensor_parallel_size=1"
+            )
+        return self.executor
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.device
+        return self.executor.device
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -181,17 +197,19 @@ class LLMEngine:
         """Plan a step and launch it, if any sequence can run. Wait for its result if the next plan depends on it."""
         if not self.scheduler.has_work:
             return None, None
-        step = self.scheduler.schedule(time.perf_counter())
+        now = self.executor.now()
+        step = self.scheduler.schedule(now)
         if not step.sequences:
             if step.resume_at_s is not None:
                 with interruptible():
-                    sleep(max(0.0, step.resume_at_s - time.perf_counter()))
+                    sleep(max(0.0, step.resume_at_s - now))
             elif not self.scheduler.has_step_in_flight:
                 raise RuntimeError(
                     "requests are waiting and none can run: one was admitted that does not fit in the pool"
                 )
             return None, None
-        with interruptible():
+        is_local = isinstance(self.executor, InProcessExecutor)
+        with interruptible() if is_local else nullcontext():  # see RemoteStep
             running = self.executor.launch(step)
         result = None if self._async_scheduling and step.allows_async_scheduling else self._result(running)
         self._record_usage(step)
@@ -199,8 +217,14 @@ class LLMEngine:
         return (step, running), result
 
     def _result(self, running: RunningStep) -> StepResult:
+        if isinstance(self.executor, InProcessExecutor):
+            with interruptible():
+                return running.result()
+        remote = cast(RemoteStep, running)
+        remote.request()
         with interruptible():
-            return running.result()
+            remote.wait()
+        return remote.result()
 
     def _settle(self, step: ScheduledStep, result: StepResult, report: StepReport) -> None:
         """Append a step's tokens to their sequences, decode them, and add what changed to ``report``."""
@@ -279,6 +303,16 @@ class LLMEngine:
             for completion in state.completions:
                 completion.is_broken = True
             return request_output(state.request, state.completions, state.prompt_logprobs)
+
+    # -- other processes --------------------------------------------------------------------------------------------
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if a rank has ended: no step can be computed."""
+        self.executor.check_alive()
+
+    def shutdown(self) -> None:
+        """From any thread: end the processes of other ranks. A step that waits for them fails."""
+        self.executor.close()
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 

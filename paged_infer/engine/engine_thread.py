@@ -27,12 +27,9 @@ from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine, StepReport
 from paged_infer.engine.output_channel import Delivery, OutputChannel, put_all
 from paged_infer.engine.watchdog import Watchdog
+from paged_infer.execution.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
-
-
-class EngineDeadError(RuntimeError):
-    """The engine has stopped: a step has failed (see ``__cause__``), or it has been shut down or abandoned."""
 
 
 class QueueFullError(RuntimeError):
@@ -81,9 +78,11 @@ class EngineThread:
         self._num_waiting = 0  # sequences waiting in the engine, as last counted, and those in the inbox
         self._taken: list[_Add | _Abort | _Call] = []  # taken from the inbox, perhaps not yet processed
         self._stopping = False
+        self._has_lost_rank = False
         self._channels: dict[str, OutputChannel] = {}  # changed by the thread alone
         hung = f"a step has taken longer than step_timeout={step_timeout_s} s"
         self.watchdog = Watchdog(step_timeout_s, lambda: self.abandon(hung))
+        engine.executor.on_death(self._notify)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -152,6 +151,7 @@ class EngineThread:
             commands, self._inbox = [*self._taken, *self._inbox], []
             self.gone.set()
         logger.error("%s", self.error)
+        self.engine.shutdown()
         channels = {*self._channels.values(), *(c.channel for c in commands if isinstance(c, _Add))}
         self._deliver([(channel, self._dead()) for channel in channels])
         for command in commands:
@@ -163,6 +163,12 @@ class EngineThread:
         """Raises EngineDeadError if the engine has failed, was stopped or was abandoned."""
         if self.error is not None:
             raise EngineDeadError(str(self.error)) from self.error.__cause__
+
+    def _notify(self) -> None:
+        """Another process of the engine has ended, perhaps while this thread is asleep."""
+        with self._wake:
+            self._has_lost_rank = True
+            self._wake.notify()
 
     def _post(self, command: _Add | _Abort | _Call) -> None:
         self._inbox.append(command)
@@ -180,7 +186,8 @@ class EngineThread:
                         self._report(report)
         except BaseException as error:
             logger.exception("the engine has failed")
-            died = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
+            reason = str(error) if isinstance(error, EngineDeadError) else f"{type(error).__name__}: {error}"
+            died = EngineDeadError(f"the engine has failed: {reason}")
             died.__cause__ = error
             self._fail_all(died)
         else:
@@ -198,10 +205,12 @@ class EngineThread:
         """Wait for work, and process the commands in the inbox. False when the thread is to end."""
         self.watchdog.pause()
         with self._wake:
-            while not (self._inbox or self.engine.has_unfinished_requests or self.error):
+            while not (self._inbox or self.engine.has_unfinished_requests or self.error or self._has_lost_rank):
                 self._wake.wait()
             if self.is_abandoned:
                 return False
+            if self._has_lost_rank:
+                self.engine.check_alive()
             self._taken, self._inbox = self._inbox, []
         self.watchdog.begin()
         for command in self._taken:
@@ -292,6 +301,7 @@ class EngineThread:
             commands, self._inbox = self._inbox, []
             self.ended.set()
             self.gone.set()
+        self.engine.shutdown()
         if self.is_abandoned:  # abandon() has already ended every request
             return
         orphaned = [*self._channels.values(), *(c.channel for c in commands if isinstance(c, _Add))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.config import EngineConfig
@@ -30,7 +31,9 @@ class InputProcessor:
         model: ModelConfig,
         memory: MemoryPlan,
         manager: BlockManager,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._clock = clock  # when requests arrive
         self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
         self._num_requests = 0
         self._num_sequences = 0
@@ -64,7 +67,7 @@ class InputProcessor:
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
-        request = Request(request_id, text, token_ids, params, time.perf_counter(), cache_salt, beam_params)
+        request = Request(request_id, text, token_ids, params, self._clock(), cache_salt, beam_params)
         add_sequences(request, self._num_sequences, seed, self.memory.max_model_len, self.model.eos_token_ids)
         self._num_requests += 1
         self._num_sequences += params.n

@@ -93,7 +93,7 @@ def quantisation(
                 if llama.is_importable():
                     report.quality += [llama.llama_quality(file, held_out, reference, threads) for file in files]
         if speed:
-            config = llm.engine.decoder.config
+            config = llm.engine.model_config
             given = workloads(config.vocab_size, scale, seed)
             options = peer_options(llm.folder, load_format, given, config.max_position_embeddings, threads)
             del llm

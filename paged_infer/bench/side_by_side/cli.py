@@ -57,9 +57,9 @@ def peers(
         machine |= {"torch_threads": threads, "versions": versions}
         parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         llm = open_llm(model, dtype="float32", device="cpu", num_blocks=1)
-        given = workloads(llm.engine.decoder.config.vocab_size, scale, seed)
+        given = workloads(llm.engine.model_config.vocab_size, scale, seed)
         folder, name, file = save_for_peers(llm, parent), llm.name, gguf or llm.folder
-        limit = llm.engine.decoder.config.max_position_embeddings
+        limit = llm.engine.model_config.max_position_embeddings
         del llm
         lengths = {
             key: [len(prompt) + (one.max_tokens or 0) for prompt, one in zip(w.prompts, w.params, strict=True)]

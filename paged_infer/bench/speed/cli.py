@@ -42,7 +42,7 @@ def latency(
     from paged_infer.bench.workloads import one_request
 
     with errors(), common.open_with_peers(prompt_tokens + max_tokens, peer, ("generate",)) as (llm, peers):
-        workload = one_request(llm.engine.decoder.config.vocab_size, prompt_tokens, max_tokens, common.seed)
+        workload = one_request(llm.engine.model_config.vocab_size, prompt_tokens, max_tokens, common.seed)
         systems = {**_engine(llm), **peers}
         with _bench(llm, common, common.repeats * len(systems)) as bench:
             report = bench.latency(systems, workload)

@@ -118,7 +118,7 @@ def _run(llm: LLM, workload: Workload, salt: str) -> StepRun:
 def watch_parts(llm: LLM) -> Iterator[dict[str, float]]:
     """Within the block, add up the seconds of each part but the rest; those of ``watch_steps`` at its end."""
     seconds = dict.fromkeys(PARTS, 0.0)
-    cache = llm.engine.executor.runner.cache
+    cache = llm.engine.in_process.runner.cache
 
     def clocked_ops(ops: Ops) -> Ops:
         calls: dict[str, Any] = {name: clocked(seconds, part, getattr(ops, name)) for name, part in _OPS.items()}

@@ -52,7 +52,7 @@ def watch_steps(engine: LLMEngine) -> Iterator[dict[str, float]]:
     schedule, pack, model, sample, update and rest add up to all of the steps. Costs about 2 microseconds a step.
     """
     seconds = dict.fromkeys(("step", "schedule", "launch", "model", "sample", "update"), 0.0)
-    executor, runner, scheduler = engine.executor, engine.executor.runner, engine.scheduler
+    executor, runner, scheduler = engine.in_process, engine.in_process.runner, engine.scheduler
     methods: list[tuple[str, object, str]] = [
         ("step", engine, "step"),
         ("schedule", scheduler, "schedule"),

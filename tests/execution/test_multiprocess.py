@@ -1,0 +1,226 @@
+"""Two ranks in processes of their own: the same tokens as one process, and one clear error when a rank is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from holding import until
+from rank_pids import children, is_running
+
+from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, storyteller
+from paged_infer.control.speculation import SpeculativeConfig, make_proposer
+from paged_infer.execution import rank_processes
+from paged_infer.execution.errors import EngineDeadError
+from paged_infer.execution.multiprocess import MultiprocessStep
+from paged_infer.model.loading.hub import BUNDLED
+
+PROMPTS = ["Once upon a time", "A story about Mia and a kite.", "A story about Mia and a red key.", "Tom was sad."]
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+SEEDED = SamplingParams(temperature=0.9, seed=3, max_tokens=40)
+DRAFT = {"method": "draft_model", "model": str(storyteller.DRAFT_PATH), "num_speculative_tokens": 3}
+TINY = {"block_size": 4, "max_num_seqs": 8, "num_blocks": 60, "max_model_len": 120, "max_num_batched_tokens": 32}
+SLOW = {"distributed_timeout": 300}  # no test fails because the machine is busy
+
+
+def said(llm: LLM, params: SamplingParams | BeamSearchParams, prompts: list[str] = PROMPTS) -> list[Any]:
+    """Everything that the outputs say, but times."""
+    run = llm.beam_search if isinstance(params, BeamSearchParams) else llm.generate
+    outputs: list[RequestOutput] = run(prompts, params, use_tqdm=False)
+    llm.check_integrity()
+    return [[(one.token_ids, one.text, one.finish_reason) for one in output.outputs] for output in outputs]
+
+
+class Pair:
+    """The same engine with two ranks, and in this process."""
+
+    def __init__(self, model: Any = None, **options: Any) -> None:
+        self.ranks = LLM(model, **options, tensor_parallel_size=2, **SLOW)
+        self.alone = LLM(model, **options)
+
+    def agree(self, params: SamplingParams | BeamSearchParams, prompts: list[str] = PROMPTS) -> None:
+        assert said(self.ranks, params, prompts) == said(self.alone, params, prompts)
+
+
+@pytest.fixture(scope="module")
+def recomputing() -> Iterator[Pair]:
+    pair = Pair(**TINY)
+    yield pair
+    pair.ranks.shutdown()
+
+
+@pytest.fixture(scope="module")
+def swapping() -> Iterator[Pair]:
+    pair = Pair(**TINY, preemption_mode="swap", kv_cache_dtype="int8", async_scheduling=True)
+    yield pair
+    pair.ranks.shutdown()
+
+
+@pytest.fixture(scope="module")
+def drafting() -> Iterator[Pair]:
+    pair = Pair(BUNDLED["storyteller-moe"], **TINY, speculative_config=DRAFT, trace=True)
+    yield pair
+    pair.ranks.shutdown()
+
+
+KINDS = {
+    "greedy": GREEDY,
+    "seeded": SEEDED,
+    "three samples": SamplingParams(temperature=0.9, seed=3, n=3, max_tokens=40),
+    "penalties": SamplingParams(temperature=0, repetition_penalty=1.1, min_tokens=20, max_tokens=40),
+    "a stop string": SamplingParams(temperature=0, max_tokens=40, stop=["."]),
+    "beams": BeamSearchParams(beam_width=3, max_tokens=20),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_give_the_same_tokens_under_recomputation(kind: str, recomputing: Pair) -> None:
+    recomputing.agree(KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_give_the_same_tokens_with_swaps_and_codes_of_8_bits(kind: str, swapping: Pair) -> None:
+    swapping.agree(KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "three samples"])
+def test_two_ranks_give_the_same_tokens_with_a_draft_model_and_experts(kind: str, drafting: Pair) -> None:
+    drafting.agree(KINDS[kind])
+
+
+def test_two_ranks_give_the_same_tokens_with_drafts_that_were_looked_up(recomputing: Pair) -> None:
+    config = SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_max=2)
+    recomputing.ranks.engine.scheduler.proposer = make_proposer(config)
+    recomputing.agree(GREEDY)
+    recomputing.agree(SEEDED)
+    recomputing.ranks.engine.scheduler.proposer = None
+    assert recomputing.ranks.stats()["num_accepted_tokens"] > 0
+
+
+def test_what_the_tests_above_are_to_meet_was_met(recomputing: Pair, swapping: Pair, drafting: Pair) -> None:
+    stats = {name: pair.ranks.stats() for name, pair in (("r", recomputing), ("s", swapping), ("d", drafting))}
+    assert stats["r"]["preemptions"] > 0 and stats["r"]["prefix_hit_tokens"] > 0 and stats["r"]["blocks_copied"] > 0
+    assert stats["s"]["blocks_swapped_out"] > 0 and stats["s"]["blocks_swapped_in"] > 0
+    assert stats["d"]["num_accepted_tokens"] > 0
+    assert drafting.ranks.trace.expert_load == drafting.alone.trace.expert_load != []
+
+
+def test_logprobs_come_from_rank_0(recomputing: Pair) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=2, prompt_logprobs=2)
+    ranks, alone = (llm.generate(PROMPTS[0], params, use_tqdm=False)[0] for llm in vars(recomputing).values())
+    for found, expected in ((ranks.outputs[0].logprobs, alone.outputs[0].logprobs),
+                            (ranks.prompt_logprobs[1:], alone.prompt_logprobs[1:])):  # fmt: skip
+        assert [[*one] for one in found] == [[*one] for one in expected]
+        values = [[entry.logprob for one in many for entry in one.values()] for many in (found, expected)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_a_stream_that_is_closed_leaves_the_ranks_usable(recomputing: Pair) -> None:
+    stream = recomputing.ranks.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    stream.close()
+    recomputing.agree(GREEDY)
+
+
+def test_an_interrupted_step_leaves_the_ranks_usable(recomputing: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while this process waits for the ranks: their result is read, and dropped, by the next call."""
+    wait, waits = MultiprocessStep.wait, []
+
+    def interrupted(step: MultiprocessStep) -> None:
+        waits.append(step)
+        if len(waits) == 3:
+            signal.raise_signal(signal.SIGINT)
+        wait(step)
+
+    monkeypatch.setattr(MultiprocessStep, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recomputing.ranks.generate(PROMPTS, GREEDY, use_tqdm=False)
+    recomputing.agree(GREEDY)
+
+
+def test_what_needs_the_model_in_this_process_is_refused(recomputing: Pair) -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size=2: the model is in other processes"):
+        _ = recomputing.ranks.engine.decoder
+
+
+# -- failures: the last tests of the engines above ---------------------------------------------------------------------
+
+
+def test_a_rank_that_is_killed_ends_the_call_and_all_later_ones(recomputing: Pair) -> None:
+    llm, pids = recomputing.ranks, recomputing.ranks.engine.executor.pids
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match=rf"rank 1 \(process {pids[1]}\) was ended by SIGKILL$"):
+        for _ in stream:
+            pass
+    assert not any(map(is_running, pids))
+    with pytest.raises(EngineDeadError, match="SIGKILL"):
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    llm.check_integrity()
+    assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
+
+
+def test_a_rank_that_is_stopped_ends_the_call_within_the_time_limit(swapping: Pair) -> None:
+    llm, pids = swapping.ranks, swapping.ranks.engine.executor.pids
+    llm.engine.executor._ranks.timeout_s = 3.0
+    os.kill(pids[0], signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match=rf"rank 0 \(process {pids[0]}\) has given no sign of life for .*=3 s"):
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert not any(map(is_running, pids))
+
+
+def test_shutdown_ends_the_ranks_and_later_calls(drafting: Pair) -> None:
+    pids = drafting.ranks.engine.executor.pids
+    drafting.ranks.shutdown()
+    assert not any(map(is_running, pids))
+    drafting.ranks.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        drafting.ranks.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+
+
+def faulty(fault: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LLM:
+    monkeypatch.setattr(rank_processes, "MODULE", "faulty_worker")
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    return LLM(**TINY, tensor_parallel_size=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        ("other options", ValueError, r"rank 1 was started with block_size=8 and not 4 as rank 0"),
+        ("out of memory", EngineDeadError, r"rank 1 has failed: OutOfMemoryError: CUDA out of memory"),
+        ("killed", EngineDeadError, r"rank 1 \(process \d+\) was ended by SIGKILL while it loaded"),
+        ("unreachable", EngineDeadError, r"rank \d has failed: .*(timed out|timeout)"),
+    ],
+)
+def test_a_rank_that_cannot_start_is_one_error_and_no_process(
+    fault: str, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+    with pytest.raises(kind, match=message):
+        faulty(fault, monkeypatch, distributed_timeout=5 if fault == "unreachable" else 300)
+    assert children() == before
+
+
+def test_a_rank_that_fails_in_a_step_is_the_cause_and_the_smallest_pool_is_that_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = faulty("step", monkeypatch, **SLOW)
+    with pytest.raises(EngineDeadError, match=r"rank 1 has failed: RuntimeError: the device fell off") as caught:
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert "faulty_worker.py" in str(caught.value.__cause__)
+
+
+def test_every_rank_has_as_many_blocks_as_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = faulty("small", monkeypatch, **SLOW)
+    assert llm.stats()["num_blocks"] == TINY["num_blocks"] - 3
+    assert said(llm, GREEDY) == said(LLM(**{**TINY, "num_blocks": TINY["num_blocks"] - 3}), GREEDY)
+    pids = llm.engine.executor.pids
+    del llm
+    until(lambda: not any(map(is_running, pids)))  # collected

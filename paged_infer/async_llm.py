@@ -69,6 +69,11 @@ class AsyncLLM:
         if limit is None or limit < 1:
             raise ValueError(f"max_num_waiting={max_num_waiting!r}: must be an integer >= 1")
         check_timeout("step_timeout", step_timeout)
+        if options.get("distributed_executor_backend") == "external_launcher":
+            raise ValueError(
+                "distributed_executor_backend='external_launcher': requests would arrive at one rank alone; use LLM, "
+                "or another backend"
+            )
         self._llm = LLM(model, **options)
         if self.tokenizer is not None:
             self.tokenizer.encode("warm up")  # the first call sets up truncation, which must not happen in two threads

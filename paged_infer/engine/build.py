@@ -6,6 +6,7 @@ folder -> tokenizer, models -> how much memory is left -> pool -> executor      
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from paged_infer.control.policies import make_policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.speculation import make_proposer
 from paged_infer.control.trace import Trace
-from paged_infer.execution.executor import Executor
+from paged_infer.execution.executor import Executor, InProcessExecutor
+from paged_infer.execution.external_launcher import LaunchedExecutor, load_launched
 from paged_infer.execution.loaded_models import LoadedModels
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.execution.multiprocess import MultiprocessExecutor
@@ -45,20 +47,13 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
     """
     tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory: it may be refused
     policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
-    executor: Executor
-    if config.executor_backend is None:
-        models = LoadedModels(folder, config)
-        check_budget(policy, models.memory.max_num_batched_tokens, models.memory.max_model_len)
-        executor, memory, model = models.executor(), models.memory, models.decoder.config
+    executor, memory = _load(
+        folder, config, lambda plan: check_budget(policy, plan.max_num_batched_tokens, plan.max_model_len)
+    )
+    if isinstance(executor, InProcessExecutor):
+        model = executor.runner.decoder.config
     else:
-        executor = MultiprocessExecutor(folder, config)
-        try:
-            check_budget(policy, executor.memory.max_num_batched_tokens, executor.memory.max_model_len)
-            executor.reserve()
-        except BaseException:
-            executor.close()
-            raise
-        memory, model = executor.memory, replace(read_config(folder), max_model_len=config.max_model_len)
+        model = replace(read_config(folder), max_model_len=config.max_model_len)
     scheduler = Scheduler(
         BlockManager(memory.num_blocks, memory.block_size, num_swap_blocks=memory.num_swap_blocks),
         config.max_num_seqs,
@@ -70,3 +65,23 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
         trace=Trace(memory.num_blocks, memory.kv_cache_dtype) if config.trace else None,
     )
     return EngineParts(tokenizer, model, memory, executor, scheduler)
+
+
+def _load(folder: Path, config: EngineConfig, check: Callable[[MemoryPlan], None]) -> tuple[Executor, MemoryPlan]:
+    """The models, where the options put them, and a pool for them. ``check`` is called before the pool is made."""
+    if config.executor_backend == "mp":
+        ranks = MultiprocessExecutor(folder, config)
+        try:
+            check(ranks.memory)
+            ranks.reserve()
+        except BaseException:
+            ranks.close()
+            raise
+        return ranks, ranks.memory
+    if config.executor_backend == "external_launcher":
+        rank, models, num_blocks = load_launched(folder, config)
+        check(models.memory)
+        return LaunchedExecutor(rank, models.executor(num_blocks)), models.memory
+    models = LoadedModels(folder, config)
+    check(models.memory)
+    return models.executor(), models.memory

@@ -23,11 +23,14 @@ from paged_infer.kernels.device import device_of
 from paged_infer.model.attention import score_options
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.loading.load import load_decoder, saved_dtype
+from paged_infer.model.parallel import ALONE, Collective
 from paged_infer.sampling.sampler import Sampler
 
 
 class LoadedModels:
-    """The decoder of ``folder``, and the draft model if there is one, on their device.
+    """One rank's part of the decoder of ``folder``, and the whole draft model if there is one, on their device.
+
+    A draft model is too small to gain from others: each rank computes all of it, and so drafts the same tokens.
 
     Attributes:
         memory: how large the pool can be here. ``executor`` makes it.
@@ -36,16 +39,23 @@ class LoadedModels:
         ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
     """
 
-    def __init__(self, folder: Path, config: EngineConfig) -> None:
+    def __init__(self, folder: Path, config: EngineConfig, parallel: Collective = ALONE) -> None:
         device = device_of(config.device)
         backend, ops = attention_backend(config.attention_backend, device)
         dtype = dtype_of(config.dtype, folder, device)
         seed = config.seed if config.load_format == "dummy" else None
         is_measured = device.type == "cuda" and config.num_blocks is None
         profiler = MemoryProfiler.start(CudaMeter(device)) if is_measured else None
-        few_bits = config.quantization
-        limit = config.max_model_len
-        decoder = load_decoder(folder, dtype, device, ops, dummy_seed=seed, max_model_len=limit, quantization=few_bits)
+        decoder = load_decoder(
+            folder,
+            dtype,
+            device,
+            ops,
+            dummy_seed=seed,
+            max_model_len=config.max_model_len,
+            quantization=config.quantization,
+            parallel=parallel,
+        )
         if config.trace:
             decoder.count_expert_load()
         draft = load_draft(config, decoder, ops)  # before the profile, which includes its weights

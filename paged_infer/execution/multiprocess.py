@@ -73,8 +73,8 @@ class MultiprocessExecutor:
     """
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
-        self.device = device_of(config.device)
         size = config.tensor_parallel_size
+        self.device = device_of_ranks(config)
         if self.device.type == "cuda" and size > (num_gpus := torch.cuda.device_count()):
             raise ValueError(f"tensor_parallel_size={size}: must be at most the number of GPUs, {num_gpus}")
         timeout_s = config.rank_timeout_s
@@ -131,6 +131,19 @@ class MultiprocessExecutor:
 
     def close(self) -> None:
         self._finalizer()
+
+
+def device_of_ranks(config: EngineConfig) -> torch.device:
+    """The kind of device that each rank has one of. No context is made on a GPU: it would take its memory.
+
+    Raises:
+        ValueError: it cannot be used, or is one particular GPU.
+    """
+    if not config.device.startswith("cuda"):
+        return device_of(config.device)
+    if config.device != "cuda":
+        raise ValueError(f"device={config.device!r}: {config.tensor_parallel_size} ranks need a GPU each; use 'cuda'")
+    return torch.device("cuda")
 
 
 def loopback_store(timeout_s: float) -> TCPStore:

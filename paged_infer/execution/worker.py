@@ -37,7 +37,9 @@ from paged_infer.execution.executor import InProcessExecutor, RunningStep
 from paged_infer.execution.loaded_models import LoadedModels
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.execution.step_delta import Delta, StepDecoder
+from paged_infer.model.parallel import TorchCollective
 
+NUM_IN_FLIGHT = 2  # steps of which the engine may still ask for the result
 BEAT_S = 1.0  # between two signs of life, at most
 
 
@@ -99,7 +101,7 @@ class Worker:
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=setup.rank, world_size=setup.size, timeout=timeout)
-        self._models = LoadedModels(setup.folder, setup.config)
+        self._models = LoadedModels(setup.folder, setup.config, TorchCollective(dist.new_group(timeout=timeout)))
         return self._models.memory
 
     def reserve(self, num_blocks: int) -> MemoryPlan:
@@ -115,13 +117,12 @@ class Worker:
             running = _Computed(running.result())  # in which all ranks meet again: for more logits
         if self._setup.rank == 0:
             self._running[step.index] = running
+            if len(self._running) > NUM_IN_FLIGHT:  # the caller was interrupted, and never asked for it
+                del self._running[min(self._running)]
 
     def result(self, index: int) -> tuple[int, StepResult]:
-        """The result of a step, with its index. Earlier ones that were not asked for are dropped."""
-        running = self._running.pop(index)
-        for earlier in [one for one in self._running if one < index]:
-            del self._running[earlier]
-        return index, running.result()
+        """The result of a step, with its index: of the last one launched, or of the one before."""
+        return index, self._running.pop(index).result()
 
 
 def num_remembered(config: EngineConfig) -> int:

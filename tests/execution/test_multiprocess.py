@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -9,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from holding import until
+import torch
+from holding import LIMIT_S, until
 from rank_pids import children, is_running
 
 from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, storyteller
 from paged_infer.control.speculation import SpeculativeConfig, make_proposer
+from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.execution import rank_processes
 from paged_infer.execution.errors import EngineDeadError
 from paged_infer.execution.multiprocess import MultiprocessStep
 from paged_infer.model.loading.hub import BUNDLED
 
 PROMPTS = ["Once upon a time", "A story about Mia and a kite.", "A story about Mia and a red key.", "Tom was sad."]
-GREEDY = SamplingParams(temperature=0, max_tokens=40)
-SEEDED = SamplingParams(temperature=0.9, seed=3, max_tokens=40)
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+SEEDED = SamplingParams(temperature=0.9, seed=3, max_tokens=24)
 DRAFT = {"method": "draft_model", "model": str(storyteller.DRAFT_PATH), "num_speculative_tokens": 3}
-TINY = {"block_size": 4, "max_num_seqs": 8, "num_blocks": 60, "max_model_len": 120, "max_num_batched_tokens": 32}
+TINY = {"block_size": 4, "max_num_seqs": 8, "num_blocks": 26, "max_model_len": 96, "max_num_batched_tokens": 32}
 SLOW = {"distributed_timeout": 300}  # no test fails because the machine is busy
 
 
@@ -64,16 +67,15 @@ def swapping() -> Iterator[Pair]:
 def drafting() -> Iterator[Pair]:
     pair = Pair(BUNDLED["storyteller-moe"], **TINY, speculative_config=DRAFT, trace=True)
     yield pair
-    pair.ranks.shutdown()
 
 
 KINDS = {
     "greedy": GREEDY,
     "seeded": SEEDED,
-    "three samples": SamplingParams(temperature=0.9, seed=3, n=3, max_tokens=40),
-    "penalties": SamplingParams(temperature=0, repetition_penalty=1.1, min_tokens=20, max_tokens=40),
-    "a stop string": SamplingParams(temperature=0, max_tokens=40, stop=["."]),
-    "beams": BeamSearchParams(beam_width=3, max_tokens=20),
+    "three samples": SamplingParams(temperature=0.9, seed=3, n=3, max_tokens=24),
+    "penalties": SamplingParams(temperature=0, repetition_penalty=1.1, min_tokens=12, max_tokens=24),
+    "a stop string": SamplingParams(temperature=0, max_tokens=24, stop=["."]),
+    "beams": BeamSearchParams(beam_width=3, max_tokens=16),
 }
 
 
@@ -165,22 +167,26 @@ def test_a_rank_that_is_killed_ends_the_call_and_all_later_ones(recomputing: Pai
     assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
 
 
-def test_a_rank_that_is_stopped_ends_the_call_within_the_time_limit(swapping: Pair) -> None:
+def test_a_rank_that_is_stopped_ends_the_engine_within_the_time_limit(swapping: Pair) -> None:
+    """Idle or not: a thread of its own watches the ranks. The engine's thread, asleep, wakes up and ends."""
     llm, pids = swapping.ranks, swapping.ranks.engine.executor.pids
+    thread = EngineThread(llm.engine, max_num_waiting=8)
     llm.engine.executor._ranks.timeout_s = 3.0
     os.kill(pids[0], signal.SIGSTOP)
-    with pytest.raises(EngineDeadError, match=rf"rank 0 \(process {pids[0]}\) has given no sign of life for .*=3 s"):
+    assert thread.join(LIMIT_S)
+    message = rf"rank 0 \(process {pids[0]}\) has given no sign of life for distributed_timeout=3 s"
+    with pytest.raises(EngineDeadError, match=f"the engine has failed: {message}"):
+        thread.check_alive()
+    with pytest.raises(EngineDeadError, match=message):
         llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert not any(map(is_running, pids))
 
 
-def test_shutdown_ends_the_ranks_and_later_calls(drafting: Pair) -> None:
+def test_an_engine_that_is_collected_leaves_no_rank(drafting: Pair) -> None:
     pids = drafting.ranks.engine.executor.pids
-    drafting.ranks.shutdown()
-    assert not any(map(is_running, pids))
-    drafting.ranks.shutdown()
-    with pytest.raises(EngineDeadError, match="shut down"):
-        drafting.ranks.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    del drafting.ranks
+    gc.collect()
+    until(lambda: not any(map(is_running, pids)))
 
 
 def faulty(fault: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LLM:
@@ -222,5 +228,37 @@ def test_every_rank_has_as_many_blocks_as_the_smallest(monkeypatch: pytest.Monke
     assert llm.stats()["num_blocks"] == TINY["num_blocks"] - 3
     assert said(llm, GREEDY) == said(LLM(**{**TINY, "num_blocks": TINY["num_blocks"] - 3}), GREEDY)
     pids = llm.engine.executor.pids
-    del llm
-    until(lambda: not any(map(is_running, pids)))  # collected
+    llm.shutdown()
+    assert len(pids) == 2 and not any(map(is_running, pids))
+    llm.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2: must be at most the number of GPUs, 1"):
+        LLM(tensor_parallel_size=2, device="cuda")
+    with pytest.raises(ValueError, match="device='cuda:0': 2 ranks need a GPU each"):
+        LLM(tensor_parallel_size=2, device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: must be an integer >= 1"),
+        ({"distributed_executor_backend": "mpi"}, "distributed_executor_backend='mpi': must be one of mp, "),
+        ({"distributed_timeout": 0, "tensor_parallel_size": 2}, "distributed_timeout=0: must be a finite number > 0"),
+        ({"distributed_timeout": 5}, "distributed_timeout=5 with tensor_parallel_size=1: there is no other rank"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(**options)
+
+
+def test_a_model_that_cannot_be_cut_is_refused_as_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children()
+    with pytest.raises(ValueError, match="tensor_parallel_size=3: does not divide num_attention_heads"):
+        LLM(**TINY, tensor_parallel_size=3, **SLOW)
+    assert children() == before

@@ -1,0 +1,38 @@
+"""What a rank answers does not depend on when it is asked: the engine may want the newest result first."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from paged_infer.control.step import ScheduledStep, StepResult
+from paged_infer.execution.step_delta import StepDecoder, StepEncoder
+from paged_infer.execution.worker import Worker
+
+
+def worker() -> Worker:
+    """Of rank 0, with an executor that computes a step's index."""
+    one = Worker()
+    one._setup = SimpleNamespace(rank=0)  # type: ignore[assignment]
+    one._decoder, one._running = StepDecoder(4), {}
+    launch = lambda step: SimpleNamespace(result=lambda: StepResult({0: step.index}))  # noqa: E731
+    one._executor = SimpleNamespace(launch=launch)  # type: ignore[assignment]
+    return one
+
+
+def test_a_step_s_result_may_be_asked_for_after_the_next_one_s() -> None:
+    one, encoder = worker(), StepEncoder(4)
+    for index in (1, 3):
+        one.launch(encoder.encode(ScheduledStep(index, [])))
+    assert one.result(3) == (3, StepResult({0: 3}))
+    assert one.result(1) == (1, StepResult({0: 1}))
+
+
+def test_results_that_are_never_asked_for_are_dropped() -> None:
+    one, encoder = worker(), StepEncoder(4)
+    for index in range(9):
+        one.launch(encoder.encode(ScheduledStep(index, [])))
+    assert [*one._running] == [7, 8]
+    with pytest.raises(KeyError):
+        one.result(6)

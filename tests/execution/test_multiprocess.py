@@ -95,7 +95,8 @@ def test_two_ranks_give_the_same_tokens_with_a_draft_model_and_experts(kind: str
 
 
 def test_two_ranks_give_the_same_tokens_with_drafts_that_were_looked_up(recomputing: Pair) -> None:
-    config = SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_max=2)
+    lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    config = SpeculativeConfig(method="ngram", num_speculative_tokens=3, **lookup)
     recomputing.ranks.engine.scheduler.proposer = make_proposer(config)
     recomputing.agree(GREEDY)
     recomputing.agree(SEEDED)
@@ -259,6 +260,6 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 def test_a_model_that_cannot_be_cut_is_refused_as_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     before = children()
-    with pytest.raises(ValueError, match="tensor_parallel_size=3: does not divide num_attention_heads"):
+    with pytest.raises(ValueError, match="tensor_parallel_size=3: does not divide intermediate_size=640"):
         LLM(**TINY, tensor_parallel_size=3, **SLOW)
     assert children() == before

@@ -17,16 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from paged_infer.config import EngineOptions, lists_options
+from paged_infer import storyteller
+from paged_infer.config import EngineConfig, EngineOptions, lists_options
 from paged_infer.control.trace import Trace
 from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.engine_thread import EngineThread, QueueFullError
 from paged_infer.engine.input_processor import Params, Prompt
 from paged_infer.engine.output_channel import OutputChannel
+from paged_infer.engine.replicas import Replicas
+from paged_infer.engine.routing import LEAST_LOADED, ROUTINGS
+from paged_infer.engine.start_processes import start_processes
 from paged_infer.engine.text_queue import TextQueue
 from paged_infer.engine.watchdog import check_timeout
 from paged_infer.execution.errors import EngineDeadError
 from paged_infer.llm import LLM
+from paged_infer.model.loading.hub import name_of, resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer
@@ -44,11 +50,20 @@ T = TypeVar("T")
 class AsyncLLM:
     """Generates for many callers at once: each awaits its own outputs, and one thread steps the engine for all.
 
+    That thread is in this process, or in others that are started by spawn: then the caller's main module must be one
+    that can be imported without running it (``if __name__ == "__main__":``), and what ``observers`` get as ``grown``
+    are the sequences as they were submitted.
+
     Args:
         model: as ``LLM`` takes it.
         max_num_waiting: the most sequences that may be waiting; another request then raises ``QueueFullError``.
         step_timeout: the longest that one step may take, in seconds; the first step may include compilation. After
             that the device is considered hung, and every request ends with an ``EngineDeadError``. None: no limit.
+        engine_process: run the engine in a process of its own.
+        data_parallel_size: how many engines with these options serve the requests, each in a process of its own if
+            there are several. Those on CUDA get their own devices, in order.
+        data_parallel_routing: how requests are divided among them: "round_robin", "least_loaded" or "prefix"; see
+            ``engine.routing``. None: "least_loaded".
         options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
@@ -63,6 +78,9 @@ class AsyncLLM:
         *,
         max_num_waiting: int = 1024,
         step_timeout: float | None = 600.0,
+        engine_process: bool = False,
+        data_parallel_size: int = 1,
+        data_parallel_routing: str | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         limit = as_integer(max_num_waiting)
@@ -74,37 +92,55 @@ class AsyncLLM:
                 "distributed_executor_backend='external_launcher': requests would arrive at one rank alone; use LLM, "
                 "or another backend"
             )
-        self._llm = LLM(model, **options)
+        size = as_integer(data_parallel_size)
+        if size is None or size < 1:
+            raise ValueError(f"data_parallel_size={data_parallel_size!r}: must be an integer >= 1")
+        if data_parallel_routing not in (None, *ROUTINGS):
+            raise ValueError(f"data_parallel_routing={data_parallel_routing!r}: must be one of {', '.join(ROUTINGS)}")
+        if data_parallel_routing is not None and size == 1:
+            raise ValueError(f"data_parallel_routing={data_parallel_routing!r} with data_parallel_size=1: one engine")
+        self.max_num_waiting = limit
+        self._core: EngineThread | EngineProcess | Replicas
+        if size == 1 and not engine_process:
+            self._llm = LLM(model, **options)
+            self._input_processor, self._name = self._llm.engine.input_processor, self._llm.name
+            self._core = self._thread = EngineThread(self._llm.engine, limit, step_timeout)
+        else:
+            config = EngineConfig.from_options(**options)
+            model = storyteller.PATH if model is None else model
+            folder = resolve_model(model)
+            self._name = name_of(model, folder)
+            self._core, self._input_processor = start_processes(
+                folder, config, limit, step_timeout, size, routing=data_parallel_routing or LEAST_LOADED
+            )
         if self.tokenizer is not None:
             self.tokenizer.encode("warm up")  # the first call sets up truncation, which must not happen in two threads
             _ = self.tokenizer.max_token_characters  # cached here: too slow to compute in the event loop
-        self.max_num_waiting = limit
-        self._thread = EngineThread(self._llm.engine, limit, step_timeout)
         self._submit_lock = threading.Lock()  # requests are numbered and queued in the same order
         self._streams: dict[str, RequestStream] = {}  # unfinished ones; guarded by _submit_lock
         self._numbers = itertools.count()
         self._tokenizing = TextQueue()
-        self._finalizer = weakref.finalize(self, _stop, self._thread, self._tokenizing)  # at exit, too
+        self._finalizer = weakref.finalize(self, _stop, self._core, self._tokenizing)  # at exit, too
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None if the checkpoint has none; then prompts must be token ids."""
-        return self._llm.tokenizer
+        return self._input_processor.tokenizer
 
     @property
     def name(self) -> str:
         """The model's name; see ``LLM.name``."""
-        return self._llm.name
+        return self._name
 
     @property
     def max_model_len(self) -> int:
         """Longest sequence in tokens, prompt and output together."""
-        return self._llm.engine.memory.max_model_len
+        return self._input_processor.memory.max_model_len
 
     @property
     def cache_config(self) -> dict[str, str]:
         """How keys and values are stored, under the names of vLLM's metric."""
-        plan = self._llm.engine.memory
+        plan = self._input_processor.memory
         return {
             "block_size": str(plan.block_size),
             "cache_dtype": plan.kv_cache_dtype,
@@ -114,22 +150,22 @@ class AsyncLLM:
     @property
     def trace(self) -> Trace | None:
         """A record of every step, with ``trace=True``; otherwise None. Use ``run`` to read it between two steps."""
-        return self._llm.trace
+        return self._core.engine.scheduler.trace if isinstance(self._core, EngineThread) else None
 
     @property
     def error(self) -> EngineDeadError | None:
         """Why the engine has stopped; None while it runs."""
-        return self._thread.error
+        return self._core.error
 
     @property
     def is_abandoned(self) -> bool:
         """Whether a step did not return and was abandoned. Its thread may run until the process ends."""
-        return self._thread.is_abandoned
+        return self._core.is_abandoned
 
     @property
     def observers(self) -> list[Callable[[StepReport], None]]:
         """Called on the engine's thread after every step and abort: must be fast. One that raises is removed."""
-        return self._thread.observers
+        return self._core.observers
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +218,7 @@ class AsyncLLM:
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str) and self.tokenizer is not None:
             if isinstance(params, BeamSearchParams) or params.truncate_prompt_tokens is None:
-                self._llm.engine.check_length(len(prompt))
+                self._input_processor.check_length(len(prompt))
             prompt = await self._run_in_tokenizer_thread(self.tokenizer.encode, prompt, len(prompt))
         channel = OutputChannel(asyncio.get_running_loop())
         with self._submit_lock:
@@ -190,9 +226,9 @@ class AsyncLLM:
                 request_id = f"request-{next(self._numbers)}"
             if request_id in self._streams:
                 raise ValueError(f"request_id={request_id!r} is already being served")
-            request = self._llm.engine.prepare(request_id, prompt, params, cache_salt=cache_salt)
+            request = self._input_processor.process(request_id, prompt, params, cache_salt)
             request.prompt = text
-            self._thread.add(request, channel, stream and not isinstance(params, BeamSearchParams))
+            self._core.add(request, channel, stream and not isinstance(params, BeamSearchParams))
             answers = self._streams[request_id] = RequestStream(self, request_id, channel)
         return answers
 
@@ -207,41 +243,64 @@ class AsyncLLM:
             QueueFullError: too much text is waiting to be tokenized.
         """
         if not truncates:
-            self._llm.engine.check_length(_num_user_characters(messages))
+            self._input_processor.check_length(_num_user_characters(messages))
         num_characters = sum(len(str(message)) for message in messages)
-        return await self._run_in_tokenizer_thread(self._llm.chat_prompt, messages, num_characters)
+        return await self._run_in_tokenizer_thread(self._input_processor.chat_prompt, messages, num_characters)
 
     async def _run_in_tokenizer_thread(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
         """``function(text)``; for a long text it runs in the tokenizer thread, see ``TextQueue``."""
         if num_characters <= LONG_TEXT:
             return function(text)
-        self._thread.check_alive()
+        self._core.check_alive()
         return await asyncio.wrap_future(self._tokenizing.submit(function, text, num_characters))
 
     def abort(self, request_id: str) -> None:
         """From any thread: end a request. Its reader gets the output so far, with finish_reason "abort"."""
-        self._thread.abort(request_id)
+        self._core.abort(request_id)
 
     def _closed(self, answers: RequestStream, is_over: bool) -> None:
         with self._submit_lock:
             if self._streams.get(answers.request_id) is answers:
                 del self._streams[answers.request_id]
             if not is_over:  # before another request can take the id
-                self._thread.abort(answers.request_id)
+                self._core.abort(answers.request_id)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int | float]:
-        """See ``LLMEngine.stats``. Read while the engine runs: its counts may be from different moments of a step."""
-        return self._llm.stats()
+        """See ``LLMEngine.stats``. Read while the engine runs: its counts may be from different moments of a step.
 
-    async def run(self, function: Callable[[LLMEngine], T]) -> T:
-        """``function(engine)``, called on the engine's thread between two steps, when no state changes."""
-        return await asyncio.wrap_future(self._thread.call(function))
+        Of several engines: the sums of their counts, and the means of their shares.
+        """
+        each = self.replica_stats()
+        return {name: _total([stats[name] for stats in each]) for name in each[0]}
+
+    def replica_stats(self) -> list[dict[str, int | float]]:
+        """``LLMEngine.stats`` of each engine; of one in another process, as of its last step."""
+        return self._core.replica_stats()
+
+    def health(self) -> list[dict[str, Any]]:
+        """Of several engines: each one's ``replica`` (its number), ``status`` and ``restarts``.
+
+        The status is "ready", "starting" (it is being replaced) or "dead" (given up).
+        """
+        return self._core.health() if isinstance(self._core, Replicas) else []
+
+    async def run(self, function: Callable[[LLMEngine], T], replica: int = 0) -> T:
+        """``function(engine)``, called on the engine's thread between two steps, when no state changes.
+
+        In another process, the function must be one of a module, and its result must be picklable.
+        """
+        if not 0 <= replica < len(self.replica_stats()):
+            raise ValueError(f"replica={replica}: must be less than data_parallel_size={len(self.replica_stats())}")
+        if isinstance(self._core, Replicas):
+            return await asyncio.wrap_future(self._core.call(function, replica))
+        return await asyncio.wrap_future(self._core.call(function))
 
     async def check_integrity(self) -> None:
         """Raises RuntimeError if a block leaks or is shared by accident."""
-        await self.run(LLMEngine.check_integrity)
+        for replica in range(len(self.replica_stats())):
+            await self.run(LLMEngine.check_integrity, replica)
 
     # -- shutdown ---------------------------------------------------------------------------------------------------
 
@@ -253,17 +312,17 @@ class AsyncLLM:
         Every request ends in either case. Returns when the engine's thread has ended, or when the current step has
         not returned after another ``last_step_s`` seconds; ``is_abandoned`` is then true.
         """
-        self._thread.stop(finish)
+        self._core.stop(finish)
         if finish:
-            await asyncio.to_thread(self._thread.join, timeout_s)
-        self._thread.stop(finish=False)
-        if not await asyncio.to_thread(self._thread.join, last_step_s):
+            await asyncio.to_thread(self._core.join, timeout_s)
+        self._core.stop(finish=False)
+        if not await asyncio.to_thread(self._core.join, last_step_s):
             self.abandon()
         self._tokenizing.close()
 
     def abandon(self) -> None:
         """From any thread: stop waiting for the current step. Unfinished requests end with an EngineDeadError."""
-        self._thread.abandon("its last step did not return")
+        self._core.abandon("its last step did not return")
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -315,9 +374,14 @@ def _num_user_characters(messages: ReadOnlyList[Mapping[str, str]]) -> int:
     return sum(len(content.strip()) for content in contents if isinstance(content, str))
 
 
-def _stop(thread: EngineThread, tokenizing: TextQueue) -> None:
+def _total(values: list[int | float]) -> int | float:
+    """The sum of counts, or the mean of shares."""
+    return sum(values) if all(isinstance(value, int) for value in values) else sum(values) / len(values)
+
+
+def _stop(core: EngineThread | EngineProcess | Replicas, tokenizing: TextQueue) -> None:
     """At garbage collection or interpreter exit: stop the thread, but not in the middle of a step."""
-    thread.stop()
-    if threading.current_thread() is not thread._thread:
-        thread.join(LAST_STEP_S)
+    core.stop()
+    if not isinstance(core, EngineThread) or threading.current_thread() is not core._thread:
+        core.join(LAST_STEP_S)
     tokenizing.close()

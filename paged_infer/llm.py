@@ -16,7 +16,7 @@ from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.input_processor import Params, Prompt
-from paged_infer.model.loading.hub import BUNDLED, resolve_model
+from paged_infer.model.loading.hub import BUNDLED, name_of, resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer
@@ -48,8 +48,7 @@ class LLM:
         config = EngineConfig.from_options(**options)
         model = storyteller.PATH if model is None else model
         self.folder = resolve_model(model)
-        is_path = Path(model).expanduser() == self.folder
-        self._name = self.folder.resolve().name if is_path else str(model)
+        self._name = name_of(model, self.folder)
         self.engine = LLMEngine(self.folder, config)
         self._num_requests = 0
         self._latest_outputs: dict[str, RequestOutput] = {}  # the latest output of each unfinished call's requests
@@ -66,7 +65,7 @@ class LLM:
     @property
     def name(self) -> str:
         """The model's name: a bundled model's, the hub id that was given, or the name of its folder or file."""
-        return next((name for name, folder in BUNDLED.items() if folder == self.folder), self._name)
+        return self._name
 
     @property
     def is_storyteller(self) -> bool:
@@ -221,9 +220,7 @@ class LLM:
 
     def chat_prompt(self, messages: ReadOnlyList[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the answer."""
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer, so it cannot chat: pass token ids to generate()")
-        return self.tokenizer.apply_chat_template(messages)
+        return self.engine.input_processor.chat_prompt(messages)
 
     @property
     def trace(self) -> Trace | None:

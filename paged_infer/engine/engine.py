@@ -53,11 +53,13 @@ class StepReport:
         outputs: of requests that finished (or were aborted, for an observer), and of streamed ones with a new token.
         grown: the sequences that got a token, once for each token.
         now: when the step ended, in ``time.perf_counter`` seconds.
+        replica: which engine it was, where there are several (``engine.replicas``).
     """
 
     outputs: list[RequestOutput] = field(default_factory=list)
     grown: list[Sequence] = field(default_factory=list)
     now: float = 0.0
+    replica: int = 0
 
 
 class LLMEngine:
@@ -69,7 +71,7 @@ class LLMEngine:
         self.tokenizer, self.model_config, self.memory, self.executor, self.scheduler = build_parts(folder, config)
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
-        self._input_processor = InputProcessor(
+        self.input_processor = InputProcessor(
             self.tokenizer, config, self.model_config, self.memory, self.manager, self.executor.now
         )
         by_default = self.device.type == "cuda" and config.speculation is None
@@ -115,11 +117,11 @@ class LLMEngine:
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
         """
-        return self._input_processor.process(request_id, prompt, params, cache_salt)
+        return self.input_processor.process(request_id, prompt, params, cache_salt)
 
     def check_length(self, num_characters: int) -> None:
         """See ``InputProcessor.check_length``."""
-        self._input_processor.check_length(num_characters)
+        self.input_processor.check_length(num_characters)
 
     @defer_sigint()
     def submit(self, request: Request, *, streamed: bool = False) -> None:

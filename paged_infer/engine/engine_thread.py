@@ -13,7 +13,6 @@ error, and the engine, whose step may still run, is not used again.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 
 from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine, StepReport
-from paged_infer.engine.output_channel import Delivery, OutputChannel, put_all
+from paged_infer.engine.output_channel import Delivery, OutputChannel, deliver
 from paged_infer.engine.watchdog import Watchdog
 from paged_infer.execution.errors import EngineDeadError
 
@@ -71,6 +70,8 @@ class EngineThread:
         self.error: EngineDeadError | None = None
         self.ended = threading.Event()
         self.is_abandoned = False
+        self.has_failed = False
+        self.num_submitted = 0  # requests that the engine has been given, as the thread counts them
         self.gone = threading.Event()  # the thread has ended or was abandoned: it delivers nothing more
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
@@ -87,6 +88,10 @@ class EngineThread:
         self._thread.start()
 
     # -- from any thread --------------------------------------------------------------------------------------------
+
+    def replica_stats(self) -> list[dict[str, int | float]]:
+        """See ``AsyncLLM.replica_stats``."""
+        return [self.engine.stats()]
 
     def add(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
         """Queue a prepared request; its outputs come through ``channel``.
@@ -235,6 +240,7 @@ class EngineThread:
 
     def _submit(self, command: _Add) -> None:
         request_id, channel = command.request.request_id, command.channel
+        self.num_submitted += 1
         try:
             self.engine.submit(command.request, streamed=command.streamed)
         except ValueError as error:
@@ -273,24 +279,18 @@ class EngineThread:
         self._deliver(deliveries)  # last: a request's metrics are counted before its reader gets the output
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
-        """Deliver by one call for each event loop; usually there is only one."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
-        for delivery in deliveries:
-            by_loop.setdefault(delivery[0].loop, []).append(delivery)
-        for loop, of_loop in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(put_all, of_loop)
-            except RuntimeError:  # the loop is closed, so its readers are gone: abort their requests
-                if self.is_abandoned:
-                    continue
-                for request_id in [i for i, channel in self._channels.items() if channel.loop is loop]:
-                    del self._channels[request_id]
-                    self.engine.abort(request_id)
+        for loop in deliver(deliveries):  # it is closed, so its readers are gone: abort their requests
+            if self.is_abandoned:
+                continue
+            for request_id in [i for i, channel in self._channels.items() if channel.loop is loop]:
+                del self._channels[request_id]
+                self.engine.abort(request_id)
 
     def _fail_all(self, died: EngineDeadError | None) -> None:
         """End every request and command, those still in the inbox included; later ones are refused."""
         self.watchdog.close()
         with self._wake:
+            self.has_failed = died is not None
             self.error = died or self.error  # from here on no request is added
         for request_id in self._channels:
             try:

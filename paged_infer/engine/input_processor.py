@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ReadOnlyList
+from typing import Any
 
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
@@ -85,3 +86,9 @@ class InputProcessor:
         if self.tokenizer is not None and num_characters >= self.memory.max_model_len:
             most = self.tokenizer.max_token_characters
             check_num_characters(num_characters, most, self.memory.max_model_len)
+
+    def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, ready for the answer."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer, so it cannot chat: pass token ids to generate()")
+        return self.tokenizer.apply_chat_template(messages)

@@ -43,3 +43,17 @@ Delivery = tuple[OutputChannel, RequestOutput | Exception]
 def put_all(deliveries: Iterable[Delivery]) -> None:
     for channel, item in deliveries:
         channel.put(item)
+
+
+def deliver(deliveries: Iterable[Delivery]) -> list[asyncio.AbstractEventLoop]:
+    """From any thread: one call for each event loop; usually there is only one. Returns the loops that are closed."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
+    for delivery in deliveries:
+        by_loop.setdefault(delivery[0].loop, []).append(delivery)
+    closed = []
+    for loop, of_loop in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(put_all, of_loop)
+        except RuntimeError:
+            closed.append(loop)
+    return closed

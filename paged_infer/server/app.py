@@ -37,7 +37,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     app.state.jobs = jobs.Jobs(service)
     app.state.metrics = Metrics(engine, service.model_names[0], engine.cache_config)
-    app.state.live_events = LiveEvents(service)
+    app.state.live_events = [LiveEvents(service, i) for i, _ in enumerate(engine.replica_stats())]
     errors.install(app)
     for module in ROUTES:
         app.include_router(module.router)

@@ -53,6 +53,16 @@ def serve(
     step_timeout: Annotated[
         float, typer.Option(help="Seconds that one step may take before the engine is abandoned; 0: no limit.")
     ] = 600.0,
+    engine_process: Annotated[
+        bool, typer.Option("--engine-process", help="Run the engine in a process of its own.")
+    ] = False,
+    data_parallel_size: Annotated[
+        int, typer.Option(help="Engines that serve the requests, each in a process of its own if several.", min=1)
+    ] = 1,
+    data_parallel_routing: Annotated[
+        str | None,
+        typer.Option(help="How requests are divided among them: round_robin, prefix, or least_loaded, the default."),
+    ] = None,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests may continue after SIGTERM or Ctrl-C.", min=0)
@@ -90,7 +100,15 @@ def serve(
         listener = run.listen(host, port)
         if not allowed_hosts:
             settings = dataclasses.replace(settings, allowed_hosts=hosts.names_of(host, listener.getsockname()[0]))
-        llm = AsyncLLM(model, max_num_waiting=max_num_waiting, step_timeout=step_timeout or None, **engine.options)
+        llm = AsyncLLM(
+            model,
+            max_num_waiting=max_num_waiting,
+            step_timeout=step_timeout or None,
+            engine_process=engine_process,
+            data_parallel_size=data_parallel_size,
+            data_parallel_routing=data_parallel_routing,
+            **engine.options,
+        )
     except ValueError as error:
         fail(error)
     is_clean = run.serve(llm, settings, listener, shutdown_timeout_s=shutdown_timeout, log_level=log_level)

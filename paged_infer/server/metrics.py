@@ -2,12 +2,13 @@
 
 ``num_requests_*`` count sequences, as in vLLM: each of ``n`` samples counts. ``gpu_cache_usage_perc`` and
 ``num_requests_swapped`` are names of vLLM's V0 (V1 has ``kv_cache_usage_perc``, and does not swap).
-``paged_infer:event_loop_delay_seconds`` is not vLLM's.
+Names that begin with ``paged_infer:`` are not vLLM's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -16,6 +17,7 @@ from paged_infer.async_llm import AsyncLLM, StepReport
 from paged_infer.control.sequence import Sequence
 from paged_infer.outputs import RequestOutput
 
+M = TypeVar("M", Counter, Histogram)
 LABELS = ("model_name", "engine")
 GAPS = "inter_token_latency_seconds"
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -46,13 +48,16 @@ def _usage(stats: dict[str, int | float]) -> float:
 
 
 class Metrics:
-    """Observes an engine: counters and histograms on its thread after each step, the rest when they are scraped."""
+    """Observes an engine: counters and histograms on its thread after each step, the rest when they are scraped.
+
+    The label ``engine`` is the number of a replica (``AsyncLLM(data_parallel_size=...)``), as in vLLM.
+    """
 
     def __init__(self, engine: AsyncLLM, model_name: str, cache_config: Mapping[str, str] | None = None) -> None:
         """``cache_config``: what ``vllm:cache_config_info`` shows as labels."""
         self.registry = CollectorRegistry()
-        self._engine, self._cache_config = engine, {"engine": "0", **(cache_config or {})}
-        self._labels = (model_name, "0")
+        self._engine, self._cache_config = engine, dict(cache_config or {})
+        self._labels = [(model_name, str(index)) for index, _ in enumerate(engine.replica_stats())]
         self._last_token_s: dict[str, dict[int, float]] = {}  # request id -> sample index -> time
         counter, histogram = self._counter, self._histogram
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens processed.")
@@ -60,11 +65,12 @@ class Metrics:
         self._success = Counter(
             "vllm:request_success", "Answers by finish reason.", (*LABELS, "finished_reason"), registry=self.registry
         )
-        for reason in ("stop", "length", "abort", "error"):
-            self._success.labels(*self._labels, reason)
+        for labels in self._labels:
+            for reason in ("stop", "length", "abort", "error"):
+                self._success.labels(*labels, reason)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
         self._gap_family = self._family(GAPS, "From one token to the next.", TPOT_S)
-        self._gap = self._gap_family.labels(*self._labels)
+        self._gap = self._each(self._gap_family)
         self._tpot = histogram("request_time_per_output_token_seconds", "Mean gap between its tokens.", TPOT_S)
         self._latency = histogram("e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S)
         self._queue_time = histogram("request_queue_time_seconds", "From arrival to its first step.", LATENCY_S)
@@ -81,32 +87,53 @@ class Metrics:
             LABELS,
             buckets=LOOP_DELAY_S,
             registry=self.registry,
-        ).labels(*self._labels)
+        ).labels(*self._labels[0])
         self.registry.register(self)
         engine.observers.append(self.observe)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*self._labels)
+    def _counter(self, name: str, text: str) -> list[Counter]:
+        return self._each(Counter(f"vllm:{name}", text, LABELS, registry=self.registry))
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return self._family(name, text, buckets).labels(*self._labels)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> list[Histogram]:
+        return self._each(self._family(name, text, buckets))
+
+    def _each(self, family: M) -> list[M]:
+        """The metric of each replica."""
+        return [family.labels(*labels) for labels in self._labels]
 
     def _family(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape: metrics that are read from the engine."""
-        stats = self._engine.stats()
+        each = list(zip(self._labels, self._engine.replica_stats(), strict=True))
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            gauge.add_metric(self._labels, value(stats))
+            for labels, stats in each:
+                gauge.add_metric(labels, value(stats))
             yield gauge
         for name, (text, key) in _COUNTERS.items():
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            counter.add_metric(self._labels, stats[key])
+            for labels, stats in each:
+                counter.add_metric(labels, stats[key])
             yield counter
-        yield InfoMetricFamily("vllm:cache_config", "How keys and values are stored.", self._cache_config)
+        info = InfoMetricFamily("vllm:cache_config", "How keys and values are stored.")
+        for _, index in self._labels:
+            info.add_metric([], {"engine": index, **self._cache_config})
+        yield info
+        yield from self._health()
         yield from self._gaps_under_their_older_name()
+
+    def _health(self) -> Iterator[Metric]:
+        """Of several replicas."""
+        health = self._engine.health() if len(self._labels) > 1 else []
+        ready = GaugeMetricFamily("paged_infer:replica_ready", "1 if the replica serves requests.", labels=LABELS)
+        restarts = CounterMetricFamily("paged_infer:replica_restarts", "Times it was replaced.", labels=LABELS)
+        for labels, one in zip(self._labels, health, strict=False):
+            ready.add_metric(labels, one["status"] == "ready")
+            restarts.add_metric(labels, one["restarts"])
+        if health:
+            yield from (ready, restarts)
 
     def _gaps_under_their_older_name(self) -> Iterator[Metric]:
         name = f"vllm:{GAPS}"
@@ -117,35 +144,35 @@ class Metrics:
 
     def observe(self, report: StepReport) -> None:
         """After a step, on the engine's thread."""
-        now = report.now
-        num_read = sum(self._observe_token(sequence, now) for sequence in report.grown)
+        i = report.replica
+        num_read = sum(self._observe_token(sequence, report.now, i) for sequence in report.grown)
         if report.grown:
-            self._prompt_tokens.inc(num_read)
-            self._generation_tokens.inc(len(report.grown))
-            self._step_tokens.observe(num_read + len(report.grown))
+            self._prompt_tokens[i].inc(num_read)
+            self._generation_tokens[i].inc(len(report.grown))
+            self._step_tokens[i].observe(num_read + len(report.grown))
         for output in report.outputs:
             if output.finished:
-                self._observe_end(output)
+                self._observe_end(output, i)
 
-    def _observe_token(self, sequence: Sequence, now: float) -> int:
+    def _observe_token(self, sequence: Sequence, now: float, i: int) -> int:
         """Returns the number of prompt tokens that this token completes: all of them if it is the request's first."""
         num_read = 0
         last_s = self._last_token_s.setdefault(sequence.request_id, {})
         if sequence.sample_index in last_s:
-            self._gap.observe(now - last_s[sequence.sample_index])
+            self._gap[i].observe(now - last_s[sequence.sample_index])
         elif sequence.sample_index == 0:
-            self._ttft.observe(now - sequence.arrival_time_s)
+            self._ttft[i].observe(now - sequence.arrival_time_s)
             num_read = sequence.num_prompt_tokens
         last_s[sequence.sample_index] = now
         return num_read
 
-    def _observe_end(self, output: RequestOutput) -> None:
+    def _observe_end(self, output: RequestOutput, i: int) -> None:
         self._last_token_s.pop(output.request_id, None)
         for one in output.outputs:
-            self._success.labels(*self._labels, one.finish_reason).inc()
-            self._output_length.observe(len(one.token_ids))
-        self._prompt_length.observe(len(output.prompt_token_ids))
-        self._longest_output.observe(max(len(one.token_ids) for one in output.outputs))
+            self._success.labels(*self._labels[i], one.finish_reason).inc()
+            self._output_length[i].observe(len(one.token_ids))
+        self._prompt_length[i].observe(len(output.prompt_token_ids))
+        self._longest_output[i].observe(max(len(one.token_ids) for one in output.outputs))
         metrics = output.metrics
         scheduled_s, first_s, end_s = (
             metrics.first_scheduled_time_s,
@@ -153,11 +180,11 @@ class Metrics:
             metrics.finished_time_s,
         )
         if scheduled_s is not None and first_s is not None and end_s is not None:
-            self._queue_time.observe(scheduled_s - metrics.arrival_time_s)
-            self._prefill_time.observe(first_s - scheduled_s)
-            self._decode_time.observe(end_s - first_s)
-            self._inference_time.observe(end_s - scheduled_s)
+            self._queue_time[i].observe(scheduled_s - metrics.arrival_time_s)
+            self._prefill_time[i].observe(first_s - scheduled_s)
+            self._decode_time[i].observe(end_s - first_s)
+            self._inference_time[i].observe(end_s - scheduled_s)
         if metrics.latency is not None:
-            self._latency.observe(metrics.latency)
+            self._latency[i].observe(metrics.latency)
         if metrics.tpot is not None:
-            self._tpot.observe(metrics.tpot)
+            self._tpot[i].observe(metrics.tpot)

@@ -92,7 +92,7 @@ class Served:
 
     def on_engine(self, function: Callable[[LLMEngine], T]) -> T:
         """``AsyncLLM.run`` without an event loop: a browser's driver has one in this thread already."""
-        return self.engine._thread.call(function).result(LIMIT_S)
+        return self.engine._core.call(function).result(LIMIT_S)
 
     def in_loop(self, function: Callable[[], T]) -> T:
         """The result of ``function()``, called in the server's event loop."""

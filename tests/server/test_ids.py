@@ -10,25 +10,27 @@ from typing import Any
 import pytest
 from serving import CHAT, Served, serving
 
+from paged_infer.engine.snapshot import Snapshot
+from paged_infer.engine.snapshot import snapshot as take_snapshot
 from paged_infer.server.routes import live_events
 from paged_infer.server.service import new_id
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
 
 
-def while_held(served: Served, work: Callable[[], Any]) -> tuple[Any, live_events.Snapshot]:
+def while_held(served: Served, work: Callable[[], Any]) -> tuple[Any, Snapshot]:
     """What ``work`` returns, and the engine's state after all that it has queued and before the first step of it."""
     thread, go_on = served.engine._thread, threading.Event()
     thread.call(lambda engine: go_on.wait(60))
     try:
         done = work()
-        taken = thread.call(live_events.snapshot)
+        taken = thread.call(take_snapshot)
     finally:
         go_on.set()
     return done, taken.result(60)
 
 
-def labels(snapshot: live_events.Snapshot) -> list[str]:
+def labels(snapshot: Snapshot) -> list[str]:
     return [one["request"] for queue in snapshot.queues.values() for one in queue]
 
 
@@ -50,10 +52,10 @@ def test_an_event_names_no_job_by_anything_that_opens_it() -> None:
 )
 def test_the_client_of_a_stream_finds_itself_among_the_events_by_how_its_id_begins(path: str, body: Any) -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
-        seen: list[live_events.Snapshot] = []
+        seen: list[Snapshot] = []
         engine = served.engine._llm.engine
         step = engine.step
-        engine.step = lambda *args: (seen.append(live_events.snapshot(engine)), step(*args))[1]  # type: ignore
+        engine.step = lambda *args: (seen.append(take_snapshot(engine)), step(*args))[1]  # type: ignore
         body = {**body, "max_tokens": 3, "stream": True}
         text = served.post(path, **body).text
         (its_id,) = {json.loads(line[6:])["id"] for line in text.split("\n\n") if line[6:7] == "{"}

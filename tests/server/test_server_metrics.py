@@ -91,7 +91,7 @@ def test_gauges_show_who_runs_who_waits_and_how_full_the_pool_is() -> None:
 
 def test_each_time_is_counted_to_the_part_in_which_it_passed(storyteller) -> None:
     """One that arrived at 1 s, ran from 3 s, had its first token at 3.5 s and ended at 8 s."""
-    engine = SimpleNamespace(stats=storyteller.stats, observers=[])
+    engine = SimpleNamespace(replica_stats=lambda: [storyteller.stats()], observers=[])
     metrics = Metrics(engine, "storyteller")  # type: ignore[arg-type]
     times = RequestMetrics(1.0, first_scheduled_time_s=3.0, first_token_time_s=3.5, finished_time_s=8.0)
     answer = CompletionOutput(index=0, text="", token_ids=[5] * 10, finish_reason="length")

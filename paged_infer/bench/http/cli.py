@@ -37,10 +37,10 @@ class Load:
     def closed(self) -> list[int]:
         return sorted(set(self.clients or CLIENTS))
 
-    def num_runs(self, num_others: int) -> int:
+    def num_runs(self, num_others: int, num_servers: int = 1) -> int:
         """Each closed loop twice, whole answers and streamed ones."""
         num_open = len(self.rate or speed_cli.RATE_SHARES)
-        return self.repeats * (2 * len(self.closed) + num_open) + num_others
+        return self.repeats * (2 * num_servers * len(self.closed) + num_open) + num_others
 
 
 @with_option_groups
@@ -61,6 +61,9 @@ def serve(
     naive: Annotated[
         str, typer.Option(help="cached: compare it to a server of one request at a time; or none.")
     ] = "cached",
+    engine_process: Annotated[
+        bool, typer.Option("--engine-process", help="Compare it to the same server with this option, in turn.")
+    ] = False,
     torch_threads: Annotated[int, typer.Option(help="Of each of our own processes.", min=1)] = 1,
     figures: Figures = Path("figures"),
 ) -> None:
@@ -75,8 +78,8 @@ def serve(
             one_at_a_time = "cached (compare it to paged-infer serve --max-num-seqs 1)"
             raise ValueError(f"naive={naive!r}: must be {one_at_a_time} or none")
         if base_url is None:
-            opened = _ours(load, lengths, engine, model, naive == "cached", torch_threads)
-        elif model is not None or engine != EngineConfig():
+            opened = _ours(load, lengths, engine, model, naive == "cached", engine_process, torch_threads)
+        elif model is not None or engine != EngineConfig() or engine_process:
             raise ValueError(f"base_url={base_url!r}: its model and engine are its own; leave out their options")
         else:
             opened = _theirs(load, lengths, base_url.rstrip("/").removesuffix("/v1"), api_key)
@@ -101,7 +104,13 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _ours(
-    load: Load, lengths: Lengths, engine: EngineConfig, model: str | None, naive: bool, torch_threads: int
+    load: Load,
+    lengths: Lengths,
+    engine: EngineConfig,
+    model: str | None,
+    naive: bool,
+    engine_process: bool,
+    torch_threads: int,
 ) -> Iterator[HttpBench]:
     """Our own servers of one model, and the same model in this process."""
     import torch
@@ -116,17 +125,21 @@ def _ours(
         llm = open_llm(model, **replace(engine, max_num_seqs=max(load.closed)).options)
         workload = lengths.draw(llm, load.num_requests, load.seed)
         num_others = load.repeats + len(load.closed) * naive
-        bench = stack.enter_context(speed_cli.bench_of(llm, load.repeats, load.num_runs(num_others)))
+        bench = stack.enter_context(
+            speed_cli.bench_of(llm, load.repeats, load.num_runs(num_others, 1 + engine_process))
+        )
         client = stack.enter_context(client_process())
         options = [*([] if model is None else [model]), *as_arguments(engine)]
 
-        def serving(max_num_seqs: int) -> HttpSystem:
-            arguments = ("serve", *options, "--log-level", "warning", "--max-num-seqs", str(max_num_seqs))
+        def serving(max_num_seqs: int, *more: str) -> HttpSystem:
+            arguments = ("serve", *options, *more, "--log-level", "warning", "--max-num-seqs", str(max_num_seqs))
             url = stack.enter_context(running("paged_infer.cli", *arguments, torch_threads=torch_threads))
             return HttpSystem(client, url, llm.name)
 
         server = serving(max(load.closed))
-        yield HttpBench(server, workload, load.repeats, bench.on_run, bench, serving(1) if naive else None)
+        apart = serving(max(load.closed), "--engine-process") if engine_process else None
+        slow = serving(1) if naive else None
+        yield HttpBench(server, workload, load.repeats, bench.on_run, bench, slow, engine_process=apart)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ this process                 a process                       a process each
 ------------                 ---------                       --------------
 LLM.generate                 client: asyncio, httpx     -->  paged-infer serve
 one run after the other -->  (when did which token come) ->  paged-infer serve --max-num-seqs 1
+                                                         ->  paged-infer serve --engine-process
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from paged_infer.execution.machine import describe_machine
 OFFLINE = "LLM.generate"
 SERVER, STREAMED, ARRIVALS = "the server", "the server, streaming", "Poisson arrivals, streaming"
 ONE_AT_A_TIME = "one request at a time"
+IN_PROCESS, IN_PROCESS_STREAMED = "the engine in a process of its own", "the engine in a process of its own, streaming"
 _RUNS = itertools.count()
 
 
@@ -111,6 +113,7 @@ class HttpBench:
     bench: Bench | None = None  # the same model in this process; None with a server that ran before
     one_at_a_time: HttpSystem | None = None
     expected: list[str] | None = None
+    engine_process: HttpSystem | None = None  # the same server with the engine in a process of its own
 
     def report(self, clients: list[int], rates: list[float] | None, rate_shares: list[float]) -> SpeedReport:
         """Entries for ``LLM.generate``, for each number of clients and for each rate.
@@ -130,7 +133,7 @@ class HttpBench:
     def _entries(self, clients: list[int], rates: list[float] | None, rate_shares: list[float]) -> list[Entry]:
         """The runs of one request at a time are not repeated: they take long, and nothing is close to them."""
         warm = self.workload.sample(max(clients), CHECKED_TOKENS)
-        for target in filter(None, (self.target, self.one_at_a_time)):
+        for target in filter(None, (self.target, self.engine_process, self.one_at_a_time)):
             target.run(warm, stream=False, num_clients=max(clients))
         offline: dict[str, System] = {}
         if self.bench is not None:
@@ -140,11 +143,22 @@ class HttpBench:
                 self.expected = [output.outputs[0].text for output in outputs]
         run, stream = partial(self.target.run, stream=False), partial(self.target.run, stream=True)
         whole, streamed = closed_loops(run, clients), closed_loops(stream, clients, ", streaming")
-        runs = interleave({**offline, **whole, **streamed}, self.workload, self.repeats, self.on_run)
+        apart: dict[str, dict[str, System]] = {}
+        if self.engine_process is not None:
+            run = partial(self.engine_process.run, stream=False)
+            apart[IN_PROCESS] = closed_loops(run, clients, ", engine process")
+            run = partial(self.engine_process.run, stream=True)
+            apart[IN_PROCESS_STREAMED] = closed_loops(run, clients, ", engine process, streaming")
+        systems = {**offline, **whole, **streamed}
+        for named in apart.values():
+            systems |= named
+        runs = interleave(systems, self.workload, self.repeats, self.on_run)
         entries = [self._entry(name, runs[name]) for name in offline]
         for series, names in ((SERVER, whole), (STREAMED, streamed)):
             entries += [self._entry(name, runs[name], n, series) for name, n in zip(names, clients, strict=True)]
         served_per_s = len(self.workload.prompts) / entries[-1].metrics.seconds
+        for series, named in apart.items():
+            entries += [self._entry(name, runs[name], n, series) for name, n in zip(named, clients, strict=True)]
         if self.one_at_a_time is not None:
             slow = closed_loops(partial(self.one_at_a_time.run, stream=False), clients, f", {ONE_AT_A_TIME}")
             runs = interleave(slow, self.workload, 1, self.on_run)

@@ -55,6 +55,12 @@ def resolve_model(model: str | Path) -> Path:
         raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}{names}") from None
 
 
+def name_of(model: str | Path, folder: Path) -> str:
+    """The name of what ``resolve_model`` found: a bundled model's, the hub id that was given, or the folder's own."""
+    own = folder.resolve().name if Path(model).expanduser() == folder else str(model)
+    return next((name for name, bundled in BUNDLED.items() if bundled == folder), own)
+
+
 def _packaged(model: str) -> Path:
     package = PACKAGED[model]
     spec = find_spec(package.replace("-", "_"))  # its code is not imported: it needs another engine

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from paged_infer.async_llm import EngineDeadError
-from paged_infer.control.blocks.snapshot import Cell, pool_cells
-from paged_infer.control.sequence import Sequence
-from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.snapshot import Snapshot, timed_snapshot
+from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import EventStream
 from paged_infer.server.openai.json_stream import event
 from paged_infer.server.service import Service, closing_error, service_of
@@ -31,46 +29,9 @@ from paged_infer.server.service import Service, closing_error, service_of
 EVERY_S = 0.1
 MOST_OF_ENGINE = 0.05  # largest share of the engine's time for snapshots: those of a large pool are rarer
 QUIET_S = 15.0  # then a comment keeps proxies from closing the connection
-MOST_LISTED = 64  # sequences of each queue; the counts are of all
-MOST_MARKED = 65_536  # blocks of the largest pool whose free but cached blocks are included
 
 CLOSING = b"event: closing\ndata: {}\n\n"
 router = APIRouter()
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The engine between two steps."""
-
-    stats: dict[str, int | float]
-    block_size: int
-    queues: dict[str, list[dict[str, Any]]]
-    cells: dict[int, Cell]  # blocks that hold something
-
-
-def snapshot(engine: LLMEngine) -> Snapshot:
-    """Call on the engine's thread, or while no step runs."""
-    scheduler, manager = engine.scheduler, engine.manager
-    holders = [*scheduler.running, *scheduler.queues.draining]
-    tables = ((s.sequence_id, manager.table(s.sequence_id), s.num_computed_tokens) for s in holders)
-    is_marked = manager.pool.num_blocks <= MOST_MARKED
-    return Snapshot(
-        stats=engine.stats(),
-        block_size=manager.block_size,
-        queues={
-            "running": _listed(scheduler.running),
-            "waiting": _listed(scheduler.waiting),
-            "swapped": _listed(scheduler.swapped),
-        },
-        cells=pool_cells(tables, manager.pool, manager.block_size, cached=is_marked),
-    )
-
-
-def _listed(queue: Iterable[Sequence]) -> list[dict[str, Any]]:
-    return [
-        {"id": one.sequence_id, "request": one.request_id, "num_tokens": one.num_tokens}
-        for one, _ in zip(queue, range(MOST_LISTED), strict=False)
-    ]
 
 
 def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
@@ -88,10 +49,14 @@ def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
 
 
 class LiveEvents:
-    """Takes snapshots, at most every ``EVERY_S``, and streams their differences; at ``app.state.live_events``."""
+    """Takes snapshots of one engine, at most every ``EVERY_S``, and streams their differences.
 
-    def __init__(self, service: Service) -> None:
+    One for each replica, in ``app.state.live_events``.
+    """
+
+    def __init__(self, service: Service, replica: int = 0) -> None:
         self._service = service
+        self._replica = replica
         self._lock = asyncio.Lock()
         self._newest: Snapshot | None = None
         self._next_s = 0.0  # time.monotonic()
@@ -100,7 +65,7 @@ class LiveEvents:
         async with self._lock:
             if self._newest is not None and time.monotonic() < self._next_s:
                 return self._newest
-            took_s, taken = await self._service.engine.run(_timed_snapshot)
+            took_s, taken = await self._service.engine.run(timed_snapshot, self._replica)
             self._newest, self._next_s = taken, time.monotonic() + max(EVERY_S, took_s / MOST_OF_ENGINE)
             return taken
 
@@ -112,7 +77,7 @@ class LiveEvents:
             try:
                 now = await self.newest()
             except EngineDeadError:
-                break
+                break  # a client may connect again, to the one that replaces it
             if now != sent:
                 yield event(diff(sent, now))
                 sent, sent_s = now, time.monotonic()
@@ -123,16 +88,12 @@ class LiveEvents:
         yield CLOSING
 
 
-def _timed_snapshot(engine: LLMEngine) -> tuple[float, Snapshot]:
-    began_s = time.perf_counter()
-    taken = snapshot(engine)
-    return time.perf_counter() - began_s, taken
-
-
 @router.get("/events", include_in_schema=False)
-async def events(request: Request) -> Response:
-    """Server-sent events for the page at /."""
+async def events(request: Request, replica: int = 0) -> Response:
+    """Server-sent events for the page at /: of one replica, if there are several."""
     if service_of(request).is_closing:
         raise closing_error()
-    live_events: LiveEvents = request.app.state.live_events
-    return EventStream(live_events.events())
+    live_events: list[LiveEvents] = request.app.state.live_events
+    if not 0 <= replica < len(live_events):
+        raise APIError(400, f"replica={replica}: must be from 0 to {len(live_events) - 1}", param="replica")
+    return EventStream(live_events[replica].events())

@@ -17,13 +17,17 @@ TEXT = {200: {"description": "Prometheus' text format.", "content": {"text/plain
 
 @router.get("/health", responses=documented(503))
 async def health(request: Request) -> Response:
-    """200 while requests are served; 503 if the engine has failed or the server is shutting down."""
+    """200 while requests are served; 503 if the engine has failed or the server is shutting down.
+
+    With several replicas, each is listed: its number, `ready`, `starting` or `dead`, and how often it was replaced.
+    """
     service = service_of(request)
     if service.is_closing:
         raise closing_error()
     if service.engine.error is not None:
         raise APIError(503, str(service.engine.error), code="engine_dead")
-    return json_response({"status": "ok"})
+    replicas = service.engine.health()
+    return json_response({"status": "ok", **({"replicas": replicas} if replicas else {})})
 
 
 @router.get("/metrics", responses=TEXT)  # type: ignore[arg-type]

@@ -93,12 +93,15 @@ def test_everybody_gives_the_texts_of_llm_generate(
 ) -> None:
     order: list[str] = []
     slow = HttpSystem(target.client, naive, "storyteller")
-    bench = HttpBench(target, workload, 2, order.append, Bench(llm, ROOF, 2), slow)
+    apart = HttpSystem(target.client, target.url, "storyteller")  # its process is for the command
+    bench = HttpBench(target, workload, 2, order.append, Bench(llm, ROOF, 2), slow, engine_process=apart)
     report = bench.report([1, 2], None, [0.5])
     names = [entry.name for entry in report.entries]
     closed = ["1 client", "2 clients", "1 client, streaming", "2 clients, streaming"]
-    assert names[:-1] == [OFFLINE, *closed, "1 client, one request at a time", "2 clients, one request at a time"]
-    assert order[:10] == [OFFLINE, *closed] * 2, "contenders take turns"
+    others = [f"{n}, engine process{how}" for how in ("", ", streaming") for n in ("1 client", "2 clients")]
+    assert names[:-3] == [OFFLINE, *closed, *others]
+    assert names[-3:-1] == ["1 client, one request at a time", "2 clients, one request at a time"]
+    assert order[:18] == [OFFLINE, *closed, *others] * 2, "contenders take turns"
     assert report.is_right and all(entry.same_tokens for entry in report.entries[1:])
     served_per_s = len(workload.prompts) / report["2 clients, streaming"].metrics.seconds
     assert report.entries[-1].load == pytest.approx(0.5 * served_per_s)
@@ -233,11 +236,12 @@ SMALL = ["--num-requests", "3", "--shortest", "2", "--longest", "4", "--repeats"
 def test_the_command_starts_its_servers_and_leaves_numbers_and_a_picture(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("paged_infer.bench.roofline.measure", lambda device, dtype: ROOF)
     options = ["--clients", "2", "--num-blocks", "64", "--device", "cpu", "--figures", str(tmp_path)]
+    options.append("--engine-process")
     result = CliRunner().invoke(app, ["bench", "serve", *SMALL, *options])
     assert result.exit_code == 0, result.output
     assert "2 clients / LLM.generate = " in result.output and "event loop late" in result.output
     report = SpeedReport.read(tmp_path / "bench-serve.json")
-    assert [entry.load for entry in report.entries] == [None, 2, 2, 2, 50]
+    assert [entry.load for entry in report.entries] == [None, 2, 2, 2, 2, 2, 50]
     assert (tmp_path / "bench-serve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -22,6 +22,7 @@ import pytest
 from holding import LIMIT_S, until
 from serving import NO_TLS, Served, serving
 
+from paged_infer.engine import snapshot
 from paged_infer.server.routes import live_events
 from paged_infer.server.service import Settings
 from paged_infer.viz.pool_map import CACHED_COLOUR
@@ -136,10 +137,10 @@ def watch_of(clock: Clock, take_s: float, snapshots: list[int]) -> tuple[live_ev
     """A watch of an engine whose ``stats`` are ``snapshots`` one after the other, and when it was looked at."""
     looks: list[float] = []
 
-    async def run(timed_take: Any) -> Any:
+    async def run(timed_take: Any, replica: int) -> Any:
         looks.append(clock.now_s)
         clock.now_s += take_s
-        return take_s, live_events.Snapshot({"value": snapshots[len(looks) - 1]}, 16, {}, {})
+        return take_s, snapshot.Snapshot({"value": snapshots[len(looks) - 1]}, 16, {}, {})
 
     engine = SimpleNamespace(error=None, run=run)
     return live_events.LiveEvents(SimpleNamespace(is_closing=False, engine=engine)), looks  # type: ignore[arg-type]
@@ -168,7 +169,7 @@ def test_a_pool_that_takes_long_to_look_at_is_looked_at_less_often(clock) -> Non
 
 
 def test_long_queues_are_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_events, "MOST_LISTED", 3)
+    monkeypatch.setattr(snapshot, "MOST_LISTED", 3)
     with serving(max_num_seqs=2, num_blocks=64) as served:
         watcher = Watcher(served.url)
         with served.held() as steps:
@@ -187,7 +188,7 @@ def test_snapshots_of_one_moment_are_equal() -> None:
     with serving(num_blocks=64) as served:
         served.complete(**LONG)
 
-        one, other = served.on_engine(live_events.snapshot), served.on_engine(live_events.snapshot)
+        one, other = served.on_engine(snapshot.snapshot), served.on_engine(snapshot.snapshot)
         assert one == other and one is not other and one.cells
         change = live_events.diff(one, other)
         assert change["cells"] == [] and not change["is_whole"]

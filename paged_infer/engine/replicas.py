@@ -1,0 +1,199 @@
+"""Several engines, each in a process of its own, as one. It has the interface of ``EngineThread``.
+
+A replica whose process ends is replaced, while the others go on; its own unfinished requests get one EngineDeadError.
+One that has been replaced ``MAX_RESTARTS`` times in a row without a token in between is given up, and when all are, so
+is the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from paged_infer.control.request import Request
+from paged_infer.engine.engine import StepReport
+from paged_infer.engine.engine_process import EngineProcess
+from paged_infer.engine.engine_thread import QueueFullError
+from paged_infer.engine.output_channel import OutputChannel
+from paged_infer.engine.process_messages import EngineInfo, Stats
+from paged_infer.engine.routing import PREFIX, Router
+from paged_infer.execution.errors import EngineDeadError
+
+if TYPE_CHECKING:
+    from paged_infer.engine.engine import LLMEngine
+
+logger = logging.getLogger(__name__)
+MAX_RESTARTS = 3
+Start = Callable[[int, Callable[[EngineProcess], None]], EngineProcess]
+
+
+@dataclass(slots=True, eq=False)
+class _Replica:
+    process: EngineProcess
+    num_restarts: int = 0
+    num_failures: int = 0  # in a row
+    is_given_up: bool = False
+
+    @property
+    def status(self) -> str:
+        if self.is_given_up:
+            return "dead"
+        return "ready" if self.process.is_ready else "starting"
+
+
+class Replicas:
+    """``num_replicas`` engines, and the rule that divides the requests among them.
+
+    Args:
+        start: called with the number of a replica and a function that its ``EngineProcess`` calls when it has ended.
+        routing: one of ``routing.ROUTINGS``.
+        max_num_waiting: the most sequences that may be waiting, in all replicas together.
+
+    Raises:
+        ValueError: the engines cannot be built.
+        EngineDeadError: a process ended while it loaded.
+    """
+
+    def __init__(self, start: Start, num_replicas: int, routing: str, max_num_waiting: int) -> None:
+        self.observers: list[Callable[[StepReport], None]] = []
+        self.error: EngineDeadError | None = None
+        self.is_abandoned = False
+        self._start = start
+        self._max_num_waiting = max_num_waiting
+        self._lock = threading.RLock()
+        self._is_serving = False  # before that, one that ends is an error, and not replaced
+        self._replicas: list[_Replica] = []
+        try:
+            for index in range(num_replicas):
+                self._replicas.append(_Replica(self._started(index)))
+            infos = [one.process.wait_until_ready() for one in self._replicas]
+        except BaseException:  # Ctrl-C, too
+            self.abandon("another one could not be started")
+            raise
+        # On GPUs the pools may differ by what each had left: what fits the smallest one fits all.
+        self.info: EngineInfo = min(infos, key=lambda one: (one.memory.max_model_len, one.memory.num_blocks))
+        memory = self.info.memory
+        self._router = Router(routing, num_replicas, memory.num_blocks)
+        with self._lock:
+            self._is_serving = True
+            for index, one in enumerate(self._replicas):
+                if one.process.gone.is_set():
+                    self._on_end(index, one.process)
+
+    def _started(self, index: int) -> EngineProcess:
+        process = self._start(index, lambda ended: self._on_end(index, ended))
+        process.observers.append(lambda report: self._observe(index, report))
+        return process
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
+        """See ``EngineThread.add``. Also QueueFullError if every replica is being restarted."""
+        sequence, block_size = request.sequences[0], self.info.memory.block_size
+        chain = sequence.hash_chain(block_size) if self._router.routing == PREFIX else []
+        with self._lock:
+            while True:
+                self.check_alive()
+                ready = {i: one.process for i, one in enumerate(self._replicas) if one.process.is_ready}
+                if not ready:
+                    raise QueueFullError("every replica is being restarted")
+                loads = {i: process.load for i, process in ready.items()}
+                num_waiting = sum(load.waiting for load in loads.values())
+                if num_waiting >= self._max_num_waiting:
+                    raise QueueFullError(
+                        f"{num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
+                    )
+                try:
+                    return ready[self._router.choose(chain, loads)].add(request, channel, streamed)
+                except EngineDeadError:  # it has just ended, and is no longer ready
+                    continue
+
+    def abort(self, request_id: str) -> None:
+        """See ``EngineThread.abort``."""
+        for one in self._replicas:
+            one.process.abort(request_id)
+
+    def call(self, function: Callable[[LLMEngine], Any], replica: int = 0) -> Future[Any]:
+        """See ``EngineProcess.call``. ``replica``: in which of them."""
+        return self._replicas[replica].process.call(function)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def stop(self, finish: bool = False) -> None:
+        """See ``EngineThread.stop``."""
+        with self._lock:
+            if self.error is None:
+                self.error = EngineDeadError("the engine has been shut down")
+        for one in self._replicas:
+            one.process.stop(finish)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """See ``EngineProcess.join``, of all of them."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        ended = [
+            one.process.join(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
+            for one in self._replicas
+        ]
+        return all(ended)
+
+    def abandon(self, reason: str) -> None:
+        """See ``EngineProcess.abandon``."""
+        with self._lock:
+            self.is_abandoned = True
+            self.error = EngineDeadError(f"the engine has been abandoned: {reason}")
+        for one in self._replicas:
+            one.process.abandon(reason)
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if all replicas have been given up, or were stopped."""
+        if self.error is not None:
+            raise EngineDeadError(str(self.error))
+
+    # -- looking inside ---------------------------------------------------------------------------------------------
+
+    def replica_stats(self) -> list[Stats]:
+        """See ``AsyncLLM.replica_stats``. One that is being restarted has done nothing yet."""
+        processes = [one.process for one in self._replicas]
+        return [process.stats() if process.is_ready else dict(self.info.stats) for process in processes]
+
+    def health(self) -> list[dict[str, Any]]:
+        """See ``AsyncLLM.health``."""
+        return [
+            {"replica": index, "status": one.status, "restarts": one.num_restarts}
+            for index, one in enumerate(self._replicas)
+        ]
+
+    # -- threads of the replicas ------------------------------------------------------------------------------------
+
+    def _observe(self, index: int, report: StepReport) -> None:
+        report.replica = index
+        if report.grown:
+            self._replicas[index].num_failures = 0
+        for observer in list(self.observers):
+            try:
+                observer(report)
+            except Exception:  # as in EngineThread
+                logger.exception("an observer has failed and is removed")
+                self.observers.remove(observer)
+
+    def _on_end(self, index: int, ended: EngineProcess) -> None:
+        with self._lock:
+            if self.error is not None or not self._is_serving or self._replicas[index].process is not ended:
+                return
+            replica = self._replicas[index]
+            replica.num_failures += 1
+            if replica.num_failures > MAX_RESTARTS:
+                replica.is_given_up = True
+                logger.error("%s; it has been restarted %d times in a row: given up", ended.error, MAX_RESTARTS)
+                if all(one.is_given_up for one in self._replicas):
+                    self.error = EngineDeadError(f"all replicas have been given up; of the last, {ended.error}")
+                return
+            logger.error("%s: it is restarted", ended.error)
+            self._router.forget(index)
+            replica.num_restarts += 1
+            replica.process = self._started(index)

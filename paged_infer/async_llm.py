@@ -60,6 +60,8 @@ class AsyncLLM:
         step_timeout: the longest that one step may take, in seconds; the first step may include compilation. After
             that the device is considered hung, and every request ends with an ``EngineDeadError``. None: no limit.
         engine_process: run the engine in a process of its own.
+        disaggregated_prefill: compute prompts in one engine and the tokens after them in another, each in a process of
+            its own on the same devices; see ``engine.prefill_decode``.
         data_parallel_size: how many engines with these options serve the requests, each in a process of its own if
             there are several. Those on CUDA get their own devices, in order.
         data_parallel_routing: how requests are divided among them: "round_robin", "least_loaded" or "prefix"; see
@@ -79,6 +81,7 @@ class AsyncLLM:
         max_num_waiting: int = 1024,
         step_timeout: float | None = 600.0,
         engine_process: bool = False,
+        disaggregated_prefill: bool = False,
         data_parallel_size: int = 1,
         data_parallel_routing: str | None = None,
         **options: Unpack[EngineOptions],
@@ -101,7 +104,7 @@ class AsyncLLM:
             raise ValueError(f"data_parallel_routing={data_parallel_routing!r} with data_parallel_size=1: one engine")
         self.max_num_waiting = limit
         self._core: EngineThread | EngineProcess | Replicas
-        if size == 1 and not engine_process:
+        if size == 1 and not engine_process and not disaggregated_prefill:
             self._llm = LLM(model, **options)
             self._input_processor, self._name = self._llm.engine.input_processor, self._llm.name
             self._core = self._thread = EngineThread(self._llm.engine, limit, step_timeout)
@@ -111,7 +114,13 @@ class AsyncLLM:
             folder = resolve_model(model)
             self._name = name_of(model, folder)
             self._core, self._input_processor = start_processes(
-                folder, config, limit, step_timeout, size, routing=data_parallel_routing or LEAST_LOADED
+                folder,
+                config,
+                limit,
+                step_timeout,
+                size,
+                routing=data_parallel_routing or LEAST_LOADED,
+                disaggregated_prefill=disaggregated_prefill,
             )
         if self.tokenizer is not None:
             self.tokenizer.encode("warm up")  # the first call sets up truncation, which must not happen in two threads

@@ -9,8 +9,8 @@ Blocks are assigned elsewhere (``control.blocks.manager``); this class only stor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
+from pathlib import Path
 from typing import Unpack, cast
 
 import torch
@@ -28,6 +28,7 @@ from paged_infer.kernels.kv_quant import as_bytes
 from paged_infer.kernels.op_sets import TORCH_OPS, Ops
 
 Pairs = ReadOnlyList[tuple[int, int]]
+ALIGNMENT = 64  # bytes, of each layer in shared swap space
 
 
 class PagedCache:
@@ -99,24 +100,38 @@ class PagedCache:
         sources, destinations = to_device(torch.tensor(pairs).T.contiguous(), self.keys[0].device)
         copy(self._pools, sources, destinations)
 
-    def swap_out(self, pairs: Pairs) -> None:
-        """Copy each (block, swap block) from the pool to swap space. The host waits, and writes to swap space."""
+    def swap_out(self, pairs: Pairs, space: ReadOnlyList[Tensor] | None = None) -> None:
+        """Copy each (block, swap block) from the pool to swap space. The host waits, and writes to swap space.
+
+        ``space``: another one than this cache's own; see ``shared_swap_space``.
+        """
         if pairs:
             blocks, swap_blocks = torch.tensor(pairs).T.contiguous()
             blocks = to_device(blocks, self.keys[0].device)
-            for pool, swap in self._pools_and_swaps():
+            for pool, swap in zip(self._pools, self._swap if space is None else space, strict=True):
                 swap[swap_blocks] = pool[blocks].cpu()
 
-    def swap_in(self, pairs: Pairs) -> None:
-        """Copy each (swap block, block) from swap space to the pool."""
+    def swap_in(self, pairs: Pairs, space: ReadOnlyList[Tensor] | None = None) -> None:
+        """Copy each (swap block, block) from swap space, or another ``space``, to the pool."""
         if pairs:
             swap_blocks, blocks = torch.tensor(pairs).T.contiguous()
             blocks = to_device(blocks, self.keys[0].device)
-            for pool, swap in self._pools_and_swaps():
+            for pool, swap in zip(self._pools, self._swap if space is None else space, strict=True):
                 pool[blocks] = to_device(swap[swap_blocks], pool.device)
 
-    def _pools_and_swaps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self._pools, self._swap, strict=True)
+    def shared_swap_space(self, path: Path, num_blocks: int) -> list[Tensor]:
+        """Swap space in a file that other processes map too, if their caches are like this one.
+
+        The first to call it makes the file as large as it must be. Once all have, it can be deleted.
+        """
+        sizes = [num_blocks * pool[0].nbytes for pool in self._pools]
+        aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=sum(aligned))
+        parts = torch.tensor([], dtype=torch.uint8).set_(storage).split(aligned)  # type: ignore[arg-type]
+        return [
+            part[:size].view(pool.dtype).view(num_blocks, *pool.shape[1:])
+            for part, size, pool in zip(parts, sizes, self._pools, strict=True)
+        ]
 
     @property
     def bytes_per_block(self) -> int:

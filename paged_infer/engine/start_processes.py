@@ -12,6 +12,7 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.input_processor import InputProcessor
+from paged_infer.engine.prefill_decode import PrefillDecode
 from paged_infer.engine.process_messages import EngineSpec
 from paged_infer.engine.replicas import Replicas
 from paged_infer.engine.routing import PREFIX
@@ -20,12 +21,20 @@ from paged_infer.text.tokenizer import Tokenizer
 
 
 def start_processes(
-    folder: Path, config: EngineConfig, max_num_waiting: int, step_timeout: float | None, size: int, *, routing: str
+    folder: Path,
+    config: EngineConfig,
+    max_num_waiting: int,
+    step_timeout: float | None,
+    size: int,
+    *,
+    routing: str,
+    disaggregated_prefill: bool,
 ) -> tuple[EngineProcess | Replicas, InputProcessor]:
     """``size`` engines, each in a process of its own; and what checks and tokenizes their requests here.
 
     Args:
         routing: one of ``routing.ROUTINGS``.
+        disaggregated_prefill: see ``engine.prefill_decode``.
 
     Raises:
         ValueError: see ``AsyncLLM``.
@@ -35,8 +44,10 @@ def start_processes(
         raise ValueError("trace=True: the record would stay in the engine's process; use one engine in this process")
     if routing == PREFIX and not config.enable_prefix_caching:
         raise ValueError("data_parallel_routing='prefix' with enable_prefix_caching=False: no prefix would be found")
+    if disaggregated_prefill:
+        _check_disaggregated(config, size)
     tokenizer = Tokenizer.from_pretrained(folder)
-    num_threads = max(1, torch.get_num_threads() // size)
+    num_threads = max(1, torch.get_num_threads() // (2 if disaggregated_prefill else size))
     devices: list[str | None] = [None] * size
     if size > 1 and device_of(config.device).type == "cuda":
         known = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -47,7 +58,8 @@ def start_processes(
 
     core: EngineProcess | Replicas
     if size == 1:
-        core = EngineProcess(spec_of(0), max_num_waiting=max_num_waiting)
+        kind = PrefillDecode if disaggregated_prefill else EngineProcess
+        core = kind(spec_of(0), max_num_waiting=max_num_waiting)
         try:
             info = core.wait_until_ready()
         except BaseException:  # Ctrl-C, too
@@ -62,6 +74,22 @@ def start_processes(
         info = core.info
     manager = BlockManager(info.memory.num_blocks, info.memory.block_size)  # to check sizes; it allocates nothing
     return core, InputProcessor(tokenizer, config, info.model_config, info.memory, manager)
+
+
+def _check_disaggregated(config: EngineConfig, size: int) -> None:
+    if size > 1:
+        raise ValueError(f"disaggregated_prefill=True with data_parallel_size={size}: must be 1")
+    if not config.enable_prefix_caching:
+        raise ValueError(
+            "disaggregated_prefill=True with enable_prefix_caching=False: blocks are handed over to the prefix cache"
+        )
+    if config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"disaggregated_prefill=True with tensor_parallel_size={config.tensor_parallel_size}: must be 1, because "
+            "blocks are handed over as wholes"
+        )
+    if config.speculation is not None and config.speculation.method == "draft_model":
+        raise ValueError("disaggregated_prefill=True with a draft model: the blocks of its cache are not handed over")
 
 
 def divide_devices(devices: list[str], num_replicas: int, num_each: int) -> list[str]:

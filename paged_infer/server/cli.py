@@ -56,6 +56,10 @@ def serve(
     engine_process: Annotated[
         bool, typer.Option("--engine-process", help="Run the engine in a process of its own.")
     ] = False,
+    disaggregated_prefill: Annotated[
+        bool,
+        typer.Option("--disaggregated-prefill", help="Compute prompts in one process, and the answers in another."),
+    ] = False,
     data_parallel_size: Annotated[
         int, typer.Option(help="Engines that serve the requests, each in a process of its own if several.", min=1)
     ] = 1,
@@ -105,6 +109,7 @@ def serve(
             max_num_waiting=max_num_waiting,
             step_timeout=step_timeout or None,
             engine_process=engine_process,
+            disaggregated_prefill=disaggregated_prefill,
             data_parallel_size=data_parallel_size,
             data_parallel_routing=data_parallel_routing,
             **engine.options,

@@ -64,6 +64,8 @@ class AsyncLLM:
             its own on the same devices; see ``engine.prefill_decode``.
         data_parallel_size: how many engines with these options serve the requests, each in a process of its own if
             there are several. Those on CUDA get their own devices, in order.
+        data_parallel_backend: where those are: "mp" on this machine, "ray" on the nodes of a Ray cluster
+            (``engine.ray_process``).
         data_parallel_routing: how requests are divided among them: "round_robin", "least_loaded" or "prefix"; see
             ``engine.routing``. None: "least_loaded".
         options: see ``help(paged_infer.config.EngineConfig)``.
@@ -83,6 +85,7 @@ class AsyncLLM:
         engine_process: bool = False,
         disaggregated_prefill: bool = False,
         data_parallel_size: int = 1,
+        data_parallel_backend: str = "mp",
         data_parallel_routing: str | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
@@ -104,7 +107,7 @@ class AsyncLLM:
             raise ValueError(f"data_parallel_routing={data_parallel_routing!r} with data_parallel_size=1: one engine")
         self.max_num_waiting = limit
         self._core: EngineThread | EngineProcess | Replicas
-        if size == 1 and not engine_process and not disaggregated_prefill:
+        if size == 1 and data_parallel_backend == "mp" and not engine_process and not disaggregated_prefill:
             self._llm = LLM(model, **options)
             self._input_processor, self._name = self._llm.engine.input_processor, self._llm.name
             self._core = self._thread = EngineThread(self._llm.engine, limit, step_timeout)
@@ -119,6 +122,7 @@ class AsyncLLM:
                 limit,
                 step_timeout,
                 size,
+                backend=data_parallel_backend,
                 routing=data_parallel_routing or LEAST_LOADED,
                 disaggregated_prefill=disaggregated_prefill,
             )

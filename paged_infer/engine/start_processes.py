@@ -10,7 +10,7 @@ import torch
 
 from paged_infer.config import EngineConfig
 from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.engine.engine_process import EngineProcess
+from paged_infer.engine.engine_process import EngineProcess, StartedProcess, spawn
 from paged_infer.engine.input_processor import InputProcessor
 from paged_infer.engine.prefill_decode import PrefillDecode
 from paged_infer.engine.process_messages import EngineSpec
@@ -18,6 +18,8 @@ from paged_infer.engine.replicas import Replicas
 from paged_infer.engine.routing import PREFIX
 from paged_infer.kernels.device import device_of
 from paged_infer.text.tokenizer import Tokenizer
+
+BACKENDS = ("mp", "ray")
 
 
 def start_processes(
@@ -27,12 +29,14 @@ def start_processes(
     step_timeout: float | None,
     size: int,
     *,
+    backend: str,
     routing: str,
     disaggregated_prefill: bool,
 ) -> tuple[EngineProcess | Replicas, InputProcessor]:
     """``size`` engines, each in a process of its own; and what checks and tokenizes their requests here.
 
     Args:
+        backend: one of ``BACKENDS``: on this machine, or on the nodes of a Ray cluster (``engine.ray_process``).
         routing: one of ``routing.ROUTINGS``.
         disaggregated_prefill: see ``engine.prefill_decode``.
 
@@ -42,6 +46,8 @@ def start_processes(
     """
     if config.trace:
         raise ValueError("trace=True: the record would stay in the engine's process; use one engine in this process")
+    if backend != "mp" and size == 1:
+        raise ValueError(f"data_parallel_backend={backend!r} with data_parallel_size=1: there is no replica to place")
     if routing == PREFIX and not config.enable_prefix_caching:
         raise ValueError("data_parallel_routing='prefix' with enable_prefix_caching=False: no prefix would be found")
     if disaggregated_prefill:
@@ -49,7 +55,7 @@ def start_processes(
     tokenizer = Tokenizer.from_pretrained(folder)
     num_threads = max(1, torch.get_num_threads() // (2 if disaggregated_prefill else size))
     devices: list[str | None] = [None] * size
-    if size > 1 and device_of(config.device).type == "cuda":
+    if size > 1 and backend == "mp" and device_of(config.device).type == "cuda":
         known = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         devices = [*divide_devices(known.split(","), size, config.tensor_parallel_size)]
 
@@ -66,14 +72,30 @@ def start_processes(
             core.abandon("it could not be started")
             raise
     else:
+        start = start_of(backend)
 
         def start_replica(i: int, on_end: Callable[[EngineProcess], None]) -> EngineProcess:
-            return EngineProcess(spec_of(i), f"replica {i}", on_end=on_end)
+            return EngineProcess(spec_of(i), f"replica {i}", on_end=on_end, start=start)
 
         core = Replicas(start_replica, size, routing, max_num_waiting)
         info = core.info
     manager = BlockManager(info.memory.num_blocks, info.memory.block_size)  # to check sizes; it allocates nothing
     return core, InputProcessor(tokenizer, config, info.model_config, info.memory, manager)
+
+
+def start_of(backend: str) -> Callable[[EngineSpec, str], StartedProcess]:
+    """How a replica is started. Raises ValueError if the backend is unknown or not installed."""
+    if backend not in BACKENDS:
+        raise ValueError(f"data_parallel_backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "mp":
+        return spawn
+    try:
+        from paged_infer.engine.ray_process import start_on_ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ValueError("data_parallel_backend='ray' needs ray: pip install 'paged-infer[ray]'") from None
+    return start_on_ray
 
 
 def _check_disaggregated(config: EngineConfig, size: int) -> None:

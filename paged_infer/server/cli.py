@@ -63,6 +63,9 @@ def serve(
     data_parallel_size: Annotated[
         int, typer.Option(help="Engines that serve the requests, each in a process of its own if several.", min=1)
     ] = 1,
+    data_parallel_backend: Annotated[
+        str, typer.Option(help="Where those are: mp, on this machine, or ray, on the nodes of a Ray cluster.")
+    ] = "mp",
     data_parallel_routing: Annotated[
         str | None,
         typer.Option(help="How requests are divided among them: round_robin, prefix, or least_loaded, the default."),
@@ -111,6 +114,7 @@ def serve(
             engine_process=engine_process,
             disaggregated_prefill=disaggregated_prefill,
             data_parallel_size=data_parallel_size,
+            data_parallel_backend=data_parallel_backend,
             data_parallel_routing=data_parallel_routing,
             **engine.options,
         )

@@ -400,9 +400,16 @@ def spawn(spec: EngineSpec, name: str) -> StartedProcess:
 
 def _shifted(metrics: RequestMetrics, offset_s: float) -> RequestMetrics:
     """The times that the engine has taken, on this process's clock."""
-    names = ("first_scheduled_time_s", "first_token_time_s", "finished_time_s")
-    times = {name: getattr(metrics, name) for name in names}
-    return replace(metrics, **{name: None if t is None else t + offset_s for name, t in times.items()})
+
+    def moved(time_s: float | None) -> float | None:
+        return None if time_s is None else time_s + offset_s
+
+    return replace(
+        metrics,
+        first_scheduled_time_s=moved(metrics.first_scheduled_time_s),
+        first_token_time_s=moved(metrics.first_token_time_s),
+        finished_time_s=moved(metrics.finished_time_s),
+    )
 
 
 def _describe(exitcode: int | None) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +21,18 @@ NUM = 2
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Any]:
-    """Each has one CPU, so each takes one replica."""
+    """Each has one CPU, so each takes one replica. Their processes can import what is in this file."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in Path(__file__).parents[:2]:
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

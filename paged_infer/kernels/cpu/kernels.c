@@ -47,6 +47,17 @@ void silu_mul(stored *out, const stored *gate_up, int64_t num_tokens, int64_t wi
     }
 }
 
+/* Half of a head, x, turned by the other half. Both halves in one loop would not be vectorised. */
+INLINE void rotate(stored *restrict out, const stored *x, const stored *other, const stored *weight,
+                   const stored *other_weight, const stored *cos, const stored *sin, int64_t half, float scale,
+                   float offset) {
+    for (int64_t i = 0; i < half; i++) {
+        float own = load(x[i]) * scale * (weight ? load(weight[i]) + offset : 1.0f);
+        float turned = load(other[i]) * scale * (weight ? load(other_weight[i]) + offset : 1.0f);
+        out[i] = store(own * load(cos[i]) + turned * load(sin[i]));
+    }
+}
+
 /* qk [T, num_qk, D]: heads of qkv, each normalised (if there is a weight) and rotated to the position of its token.
    The first half of sin is negated, as in model.layers.RotaryEmbedding. With slots, the last num_kv of these heads, the
    keys, and the num_kv after them, the values, are also stored. */
@@ -59,15 +70,11 @@ void qk_norm_rope(stored *qk, const stored *qkv, const stored *cos, const stored
     for (int64_t t = 0; t < num_tokens; t++) {
         const stored *c = cos + t * dim, *s = sin + t * dim;
         for (int64_t h = 0; h < num_qk; h++) {
-            const stored *in = qkv + t * stride + h * dim, *w = weight + h * dim;
+            const stored *in = qkv + t * stride + h * dim, *w = weight ? weight + h * dim : 0;
             stored *out = qk + (t * num_qk + h) * dim;
             float scale = weight ? 1.0f / sqrtf(mean_square(in, dim) + eps) : 1.0f;
-            for (int64_t i = 0, j = half; i < half; i++, j++) {
-                float first = load(in[i]) * scale * (weight ? load(w[i]) + offset : 1.0f);
-                float second = load(in[j]) * scale * (weight ? load(w[j]) + offset : 1.0f);
-                out[i] = store(first * load(c[i]) + second * load(s[i]));
-                out[j] = store(second * load(c[j]) + first * load(s[j]));
-            }
+            rotate(out, in, in + half, w, w ? w + half : 0, c, s, half, scale, offset);
+            rotate(out + half, in + half, in, w ? w + half : 0, w, c + half, s + half, half, scale, offset);
         }
         if (slots && slots[t] >= 0) {
             int64_t width = num_kv * dim, slot = slots[t] * width;

@@ -20,6 +20,23 @@ INLINE float dot_wide(const float *a, const float *b, int64_t n) {
 #define TILE 32             /* keys per iteration */
 #define MAX_TASK_WIDTH 4096 /* elements of the query heads of one task */
 
+/* The slots, in heads, of a tile's keys from start on; how many there are. */
+INLINE int64_t locate(int64_t *slot, const int32_t *table, int64_t start, int64_t length, int64_t block_size,
+                      int64_t slot_heads) {
+    int64_t n = length - start < TILE ? length - start : TILE, block = start / block_size, offset = start % block_size;
+    for (int64_t i = 0; i < n; i++) {
+        slot[i] = ((int64_t)table[block] * block_size + offset) * slot_heads;
+        if (++offset == block_size) offset = 0, block++;
+    }
+    return n;
+}
+
+/* Blocks may be anywhere, and a core's own prefetcher does not foresee where the next one is. */
+INLINE void fetch(const char *cache, const int64_t *slot, int64_t n, int64_t head_bytes, int64_t token_bytes) {
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t at = 0; at < token_bytes; at += 64) __builtin_prefetch(cache + slot[i] * head_bytes + at, 0, 2);
+}
+
 /* One sequence and some adjacent key heads of it: online softmax (Milakov 2018) over keys first..length-1, tile by
    tile. Keys and values are read in place, all heads of a token together; codes become floats in registers, and their
    scale is a factor of the score or the weight. With a softcap > 0, a score becomes softcap *
@@ -35,13 +52,12 @@ INLINE void attend_row(stored *out, const stored *q, const char *keys, const cha
     float wide[dim];
     for (int64_t i = 0; i < num_heads * dim; i++) acc[i] = 0.0f;
     for (int64_t i = 0; i < num_heads * dim; i++) query[i] = load(q[i]) * scale;
-    int64_t block = first / block_size, offset = first % block_size;
+    int64_t token_bytes = num_kv * dim * size, head_bytes = dim * size, ahead[TILE];
+    locate(ahead, table, first, length, block_size, slot_heads);
     for (int64_t start = first; start < length; start += TILE) {
         int64_t n = length - start < TILE ? length - start : TILE;
-        for (int64_t i = 0; i < n; i++) {
-            slot[i] = ((int64_t)table[block] * block_size + offset) * slot_heads;
-            if (++offset == block_size) offset = 0, block++;
-        }
+        memcpy(slot, ahead, sizeof slot);
+        fetch(values, slot, n, head_bytes, token_bytes);
         for (int64_t i = 0; i < n; i++)
             for (int64_t kv = 0, h = 0; kv < num_kv; kv++) {
                 const char *key = keys + (slot[i] + kv) * dim * size;
@@ -65,6 +81,7 @@ INLINE void attend_row(stored *out, const stored *q, const char *keys, const cha
             total[h] = total[h] * shrink + sum;
             largest[h] = top;
         }
+        fetch(keys, ahead, locate(ahead, table, start + TILE, length, block_size, slot_heads), head_bytes, token_bytes);
         for (int64_t i = 0; i < n; i++)
             for (int64_t kv = 0, h = 0; kv < num_kv; kv++) {
                 const char *value = values + (slot[i] + kv) * dim * size;

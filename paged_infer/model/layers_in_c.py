@@ -1,13 +1,14 @@
 """Which decoders run all their layers by one call of C (``kernels.cpu.layers``), and when.
 
 The modules stay what is read, tested and changed: the call is made only while they are as they were loaded. Once one
-has a hook, another part, parameter, product, method, ``ops`` or ``forward``, or torch has a hook for all modules, all
-are computed module by module. Numbers that a module keeps, such as ``eps``, are read once.
+has a hook, another part, product, method, ``ops`` or ``forward``, or a parameter that is in no product, or torch has a
+hook for all modules, all are computed module by module. Numbers that a module keeps, such as ``eps``, are read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -34,19 +35,22 @@ class WholeLayers:
         self._in_c = in_c
         self._hooks = [one for module in modules for one in (module._forward_hooks, module._forward_pre_hooks)]
         self._hooks += [of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks]
-        self._parts = [(module._modules, [*module._modules.values()]) for module in modules if module._modules]
         self._forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
-        self._attributes = [
-            (module.__dict__, name, module.__dict__.get(name))
+        self._parts = [module._modules for module in modules if module._modules]
+        self._num_parts = [*map(len, self._parts)]
+        items: list[tuple[dict[str, Any], str]] = [
+            (module.__dict__, name)
             for module in modules
             for name in ("forward", "ops", "method", "product")
             if name == "forward" or name in module.__dict__
         ]
-        self._parameters = [
-            (module._parameters, name, parameter, 0 if parameter is None else parameter.data_ptr())
-            for module in modules
-            for name, parameter in module._parameters.items()
-        ]
+        items += [(parts, name) for parts in self._parts for name in parts]
+        read = [module._parameters for module in modules if not isinstance(module, Linear)]  # a product has its own
+        items += [(parameters, name) for parameters in read for name in parameters]
+        self._owners, self._names = [own for own, _ in items], [name for _, name in items]
+        self._values = [*map(dict.get, self._owners, self._names)]
+        self._tensors = [one for parameters in read for one in parameters.values() if one is not None]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def __call__(
         self, x: Tensor, ropes: Sequence[Rope], cache: Cache, step: AttentionMetadata
@@ -57,15 +61,13 @@ class WholeLayers:
         return self._in_c(x, ropes, cache, step)
 
     def _has_changed(self) -> bool:
+        # Asked in each step, after weights have swept the processor's caches: long lists of few objects, read by C.
         return (
             any(self._hooks)
-            or any(one.get(name) is not known for one, name, known in self._attributes)
-            or any([*parts.values()] != known for parts, known in self._parts)
+            or any(map(is_not, map(dict.get, self._owners, self._names), self._values))
+            or [*map(len, self._parts)] != self._num_parts
             or any(kind.forward is not known for kind, known in self._forwards)
-            or any(
-                one.get(name) is not known or (known is not None and known.data_ptr() != address)
-                for one, name, known, address in self._parameters
-            )
+            or [*map(Tensor.data_ptr, self._tensors)] != self._addresses
         )
 
 

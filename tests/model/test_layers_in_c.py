@@ -96,6 +96,18 @@ def test_a_hook_a_part_and_a_forward_that_were_changed_are_seen(make_llm, calls)
     assert results(llm) != want and not calls
     del layer.mlp.forward
     assert results(llm) == want and calls
+    llm.engine.decoder.layers.append(Idle())
+    calls.clear()
+    assert results(llm) == want and not calls
+
+
+class Idle(nn.Module):
+    """A layer that changes nothing."""
+
+    rope_index = None
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, residual
 
 
 def test_hooks_of_all_modules_are_seen(make_llm, calls) -> None:

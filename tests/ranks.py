@@ -39,22 +39,33 @@ class ThreadRanks:
         return gathered
 
 
+class RankThreads:
+    """Ranks that meet in call after call of ``run``."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=120)
+        held = [torch.empty(0)] * size
+        self.ranks = [ThreadRanks(rank, held, self._barrier) for rank in range(size)]
+
+    def run(self, work: Callable[[ThreadRanks], T]) -> list[T]:
+        """What ``work`` gives on each rank, side by side. If one fails, the others stop waiting, and it is raised."""
+
+        def attempt(rank: ThreadRanks) -> T | BaseException:
+            try:
+                return work(rank)
+            except BaseException as error:
+                self._barrier.abort()
+                return error
+
+        with ThreadPoolExecutor(len(self.ranks)) as threads:
+            results = list(threads.map(attempt, self.ranks))
+        failures = [result for result in results if isinstance(result, BaseException)]
+        causes = [failure for failure in failures if not isinstance(failure, threading.BrokenBarrierError)]
+        for failure in (*causes, *failures):
+            raise failure
+        return [result for result in results if not isinstance(result, BaseException)]
+
+
 def on_ranks(size: int, work: Callable[[Collective], T]) -> list[T]:
-    """What ``work`` gives on each rank, run side by side. If one fails, the others stop waiting, and it is raised."""
-    held = [torch.empty(0)] * size
-    barrier = threading.Barrier(size, timeout=120)
-
-    def run(rank: int) -> T | BaseException:
-        try:
-            return work(ThreadRanks(rank, held, barrier))
-        except BaseException as error:
-            barrier.abort()
-            return error
-
-    with ThreadPoolExecutor(size) as threads:
-        results = list(threads.map(run, range(size)))
-    failures = [result for result in results if isinstance(result, BaseException)]
-    causes = [failure for failure in failures if not isinstance(failure, threading.BrokenBarrierError)]
-    for failure in (*causes, *failures):
-        raise failure
-    return [result for result in results if not isinstance(result, BaseException)]
+    """One call of ``RankThreads.run``."""
+    return RankThreads(size).run(work)

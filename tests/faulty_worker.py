@@ -15,7 +15,9 @@ FAULT = os.environ["FAULT"]
 
 
 class FaultyWorker(worker.Worker):
-    """Only rank 1 goes wrong."""
+    """Rank 1 goes wrong at the start, and any rank in its next step after SIGUSR1."""
+
+    is_broken = False
 
     def prepare(self, setup: worker.Setup) -> dict[str, str]:
         self.is_faulty = setup.rank == 1
@@ -31,10 +33,14 @@ class FaultyWorker(worker.Worker):
         if FAULT == "killed" and self.is_faulty:
             os.kill(os.getpid(), signal.SIGKILL)
         plan = super().load()
-        return replace(plan, num_blocks=plan.num_blocks - 3) if FAULT == "small" and self.is_faulty else plan
+        signal.signal(signal.SIGUSR1, self._break)
+        return replace(plan, num_blocks=plan.num_blocks - 2) if FAULT == "small pool" and self.is_faulty else plan
+
+    def _break(self, *_: object) -> None:
+        self.is_broken = True
 
     def launch(self, delta: object) -> None:
-        if FAULT == "step" and self.is_faulty:
+        if self.is_broken:
             raise RuntimeError("the device fell off")
         super().launch(delta)  # type: ignore[arg-type]
 

@@ -1,6 +1,6 @@
 """One of several ranks that were started together: ``distributed_executor_backend="external_launcher"``.
 
-    torchrun --nproc-per-node 2 script.py        every rank runs the same script, with an engine of its own
+    torchrun --nproc-per-node 2 my_script.py        every rank runs the same script, with an engine of its own
 
     rank 0   Scheduler -> step -> shard of the model -> logits -> Sampler -> tokens
     rank 1   Scheduler -> step -> shard of the model -> logits -> Sampler -> tokens      the same, so nothing is sent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from holding import LIMIT_S, until
+from holding import LIMIT_S
 from rank_pids import children, is_running
 
 from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, storyteller
@@ -183,11 +182,14 @@ def test_a_rank_that_is_stopped_ends_the_engine_within_the_time_limit(swapping: 
     assert not any(map(is_running, pids))
 
 
-def test_an_engine_that_is_collected_leaves_no_rank(drafting: Pair) -> None:
+def test_shutdown_ends_the_ranks_and_later_calls(drafting: Pair) -> None:
     pids = drafting.ranks.engine.executor.pids
-    del drafting.ranks
-    gc.collect()
-    until(lambda: not any(map(is_running, pids)))
+    assert len(pids) == 2 and all(map(is_running, pids))
+    drafting.ranks.shutdown()
+    assert not any(map(is_running, pids))
+    drafting.ranks.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        drafting.ranks.generate(PROMPTS[0], GREEDY, use_tqdm=False)
 
 
 def faulty(fault: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LLM:
@@ -215,25 +217,18 @@ def test_a_rank_that_cannot_start_is_one_error_and_no_process(
     assert children() == before
 
 
-def test_a_rank_that_fails_in_a_step_is_the_cause_and_the_smallest_pool_is_that_of_all(
+def test_the_smallest_pool_is_that_of_all_ranks_and_a_rank_that_fails_in_a_step_is_the_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    llm = faulty("step", monkeypatch, **SLOW)
+    llm = faulty("small pool", monkeypatch, **SLOW)
+    assert llm.stats()["num_blocks"] == TINY["num_blocks"] - 2
+    assert said(llm, GREEDY) == said(LLM(**{**TINY, "num_blocks": TINY["num_blocks"] - 2}), GREEDY)
+    os.kill(llm.engine.executor.pids[1], signal.SIGUSR1)
     with pytest.raises(EngineDeadError, match=r"rank 1 has failed: RuntimeError: the device fell off") as caught:
-        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+        for _ in range(1000):  # until the signal has come
+            llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert "faulty_worker.py" in str(caught.value.__cause__)
-
-
-def test_every_rank_has_as_many_blocks_as_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = faulty("small", monkeypatch, **SLOW)
-    assert llm.stats()["num_blocks"] == TINY["num_blocks"] - 3
-    assert said(llm, GREEDY) == said(LLM(**{**TINY, "num_blocks": TINY["num_blocks"] - 3}), GREEDY)
-    pids = llm.engine.executor.pids
-    llm.shutdown()
-    assert len(pids) == 2 and not any(map(is_running, pids))
-    llm.shutdown()
-    with pytest.raises(EngineDeadError, match="shut down"):
-        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert not any(map(is_running, llm.engine.executor.pids))
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from paged_infer import LLM, AsyncLLM
 from paged_infer.cli import app
 from paged_infer.cli_options import as_arguments, with_option_groups
 from paged_infer.config import EngineConfig, EngineOptions
+from paged_infer.execution.errors import EngineDeadError
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig)}
@@ -110,6 +111,17 @@ def test_what_is_read_from_the_command_line_is_written_back_as_the_same_options(
     assert read == [config]
     assert as_arguments(EngineConfig()) == []
     assert EngineConfig.from_options(**config.options) == config
+
+
+def test_a_command_whose_engine_dies_prints_one_line_and_fails() -> None:
+    @with_option_groups
+    def command(engine: EngineConfig) -> None:
+        raise EngineDeadError("rank 1 was ended by SIGKILL")
+
+    small = typer.Typer()
+    small.command()(command)
+    result = CliRunner().invoke(small, [])
+    assert result.exit_code == 1 and result.output == "error: rank 1 was ended by SIGKILL\n"
 
 
 def test_the_typed_options_are_the_fields_of_the_config() -> None:

@@ -14,6 +14,7 @@ from holding import LIMIT_S
 from rank_pids import children, is_running
 
 from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, storyteller
+from paged_infer.control.policies import Chunked
 from paged_infer.control.speculation import SpeculativeConfig, make_proposer
 from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.execution import rank_processes
@@ -57,7 +58,10 @@ def recomputing() -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def swapping() -> Iterator[Pair]:
-    pair = Pair(**TINY, preemption_mode="swap", kv_cache_dtype="int8", async_scheduling=True)
+    class Own(Chunked):
+        """A policy that no other process can import: it is not sent."""
+
+    pair = Pair(**TINY, preemption_mode="swap", kv_cache_dtype="int8", async_scheduling=True, scheduling_policy=Own())
     yield pair
     pair.ranks.shutdown()
 

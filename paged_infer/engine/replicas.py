@@ -73,7 +73,7 @@ class Replicas:
                 self._replicas.append(_Replica(self._started(index)))
             infos = [one.process.wait_until_ready() for one in self._replicas]
         except BaseException:  # Ctrl-C, too
-            self.abandon("another one could not be started")
+            self.stop()
             raise
         # On GPUs the pools may differ by what each had left: what fits the smallest one fits all.
         self.info: EngineInfo = min(infos, key=lambda one: (one.memory.max_model_len, one.memory.num_blocks))

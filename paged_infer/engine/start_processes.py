@@ -69,7 +69,7 @@ def start_processes(
         try:
             info = core.wait_until_ready()
         except BaseException:  # Ctrl-C, too
-            core.abandon("it could not be started")
+            core.stop()
             raise
     else:
         start = start_of(backend)

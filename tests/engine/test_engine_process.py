@@ -166,6 +166,12 @@ def test_when_it_is_killed_every_request_ends_with_one_clear_error(engine: Async
     assert engine.stats()["num_running"] == engine.stats()["num_waiting"] == 0 and not engine.is_abandoned
 
 
+def test_an_option_that_the_engine_refuses_is_one_error_as_in_a_thread(checkpoint, caplog) -> None:
+    with pytest.raises(ValueError, match="max_model_len=1000000 exceeds the model's max_position_embeddings"):
+        AsyncLLM(checkpoint("qwen3"), engine_process=True, device="cpu", max_model_len=1_000_000)
+    assert not caplog.records
+
+
 class Hangs(Chunked):
     """A step that never returns. Of this module, so that the engine's process can import it."""
 

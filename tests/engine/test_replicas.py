@@ -27,7 +27,7 @@ class FakeProcess:
         self.gone, self.is_ready, self.load = threading.Event(), True, Load(0, 0)
         self.error: EngineDeadError | None = None
         self.added: list[str] = []
-        self.fails, self.is_killed, self._on_end = fails, False, on_end
+        self.fails, self.is_stopped, self._on_end = fails, False, on_end
 
     def wait_until_ready(self) -> Any:
         if self.fails:
@@ -43,8 +43,8 @@ class FakeProcess:
     def stats(self) -> dict[str, int]:
         return {"steps": 7}
 
-    def abandon(self, reason: str) -> None:
-        self.is_killed = True
+    def stop(self, finish: bool = False) -> None:
+        self.is_stopped = True
 
     def end(self) -> None:
         self.error, self.is_ready = EngineDeadError("it has ended: killed by SIGKILL"), False
@@ -163,4 +163,4 @@ def test_a_replica_that_cannot_be_built_is_an_error_and_ends_the_others() -> Non
         Replicas(start, 2, "round_robin", 10)  # type: ignore[arg-type]
     for process in started:
         process.end()
-    assert all(process.is_killed for process in started) and len(started) == 2, "none is restarted"
+    assert all(process.is_stopped for process in started) and len(started) == 2, "none is restarted"

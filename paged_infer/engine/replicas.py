@@ -37,6 +37,7 @@ class _Replica:
     process: EngineProcess
     num_restarts: int = 0
     num_failures: int = 0  # in a row
+    is_restarting: bool = False
     is_given_up: bool = False
 
     @property
@@ -182,10 +183,11 @@ class Replicas:
                 self.observers.remove(observer)
 
     def _on_end(self, index: int, ended: EngineProcess) -> None:
+        """Replace it. Outside of the lock, because a cluster may take minutes to start another."""
         with self._lock:
-            if self.error is not None or not self._is_serving or self._replicas[index].process is not ended:
-                return
             replica = self._replicas[index]
+            if self.error is not None or not self._is_serving or replica.is_restarting or replica.process is not ended:
+                return
             replica.num_failures += 1
             if replica.num_failures > MAX_RESTARTS:
                 replica.is_given_up = True
@@ -193,7 +195,20 @@ class Replicas:
                 if all(one.is_given_up for one in self._replicas):
                     self.error = EngineDeadError(f"all replicas have been given up; of the last, {ended.error}")
                 return
-            logger.error("%s: it is restarted", ended.error)
             self._router.forget(index)
             replica.num_restarts += 1
-            replica.process = self._started(index)
+            replica.is_restarting = True
+        logger.error("%s: it is restarted", ended.error)
+        process: EngineProcess | None = None
+        try:
+            process = self._started(index)
+        except Exception as error:  # of a cluster: no node has room
+            logger.error("replica %d could not be restarted: %s", index, error)
+        with self._lock:
+            replica.is_restarting = False
+            replica.process = process or ended
+            is_over, again = self.error is not None, replica.process.gone.is_set()
+        if is_over:
+            replica.process.stop()
+        elif again:
+            self._on_end(index, replica.process)

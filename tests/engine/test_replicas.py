@@ -144,6 +144,33 @@ def test_the_queues_of_all_together_are_bounded() -> None:
         house.add()
 
 
+def test_one_that_cannot_be_started_again_is_tried_as_often_and_given_up() -> None:
+    house = House()
+
+    def start(*_: object) -> None:
+        house.started.append((0, FakeProcess(lambda _: None)))
+        raise ValueError("no node has room")
+
+    house.replicas._start = start  # type: ignore[assignment]
+    house.newest(0).end()
+    assert len(house.started) == 2 + MAX_RESTARTS
+    assert [one["status"] for one in house.replicas.health()] == ["dead", "ready"]
+
+
+def test_a_request_does_not_wait_while_a_replica_is_started() -> None:
+    house, start = House(), House.start
+
+    def slow(index: int, on_end: Callable[[Any], None]) -> FakeProcess:
+        adding = threading.Thread(target=house.add)
+        adding.start()
+        adding.join()  # for ever, if the lock were held
+        return start(house, index, on_end)
+
+    house.replicas._start = slow  # type: ignore[assignment]
+    house.newest(1).end()
+    assert house.newest(0).added == ["r0"]
+
+
 def test_reports_carry_the_number_of_their_replica() -> None:
     house, seen = House(), list[int]()
     house.replicas.observers.append(lambda report: seen.append(report.replica))

@@ -1,0 +1,195 @@
+"""This project's engine on this machine, predicted from measured step times, beside what it does.
+
+    python -m paged_infer.bench.simulation.own_engine [--model qwen3-30m]
+
+Step times are measured on other requests (another seed) than those that are predicted, and fitted by four features:
+
+    step  =  a  +  b tokens of prompts  +  c sequences  +  d tokens in the cache
+
+Then the workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are simulated, and measured
+in turns: a machine that slows down does so for all loads. Run it where nothing else runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from paged_infer.bench.load import poisson_moments
+from paged_infer.bench.metrics import Run as Served
+from paged_infer.bench.report import JsonReport, save_report
+from paged_infer.bench.shapes import SHAPES, folder_of
+from paged_infer.bench.speed.cli import errors
+from paged_infer.bench.speed.engine_runs import run_engine
+from paged_infer.bench.tables import print_table
+from paged_infer.bench.workloads import Workload, random_ids
+from paged_infer.cli_options import Figures, open_llm
+from paged_infer.control.step import ScheduledStep
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.execution.machine import describe_machine
+from paged_infer.simulation.simulate import SchedulerOptions, makespan_s, simulate, summary
+from paged_infer.simulation.workloads import WorkloadRequest
+
+CLIENTS = (1, 4, 8, 16, 32)
+RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
+METRICS = (("makespan", ""), ("ttft", "mean"), ("tpot", "mean"), ("latency", "mean"))
+
+
+@dataclass(frozen=True, slots=True)
+class FittedSteps:
+    """Seconds of a step from its features, by least squares over measured steps."""
+
+    factors: list[float]
+
+    @staticmethod
+    def features(step: ScheduledStep) -> tuple[float, float, float, float]:
+        prompts = sum(one.num_tokens for one in step.sequences if one.num_tokens > 1)
+        return 1.0, prompts, len(step.sequences), sum(one.num_computed_tokens for one in step.sequences)
+
+    @classmethod
+    def fit(cls, steps: ReadOnlyList[ScheduledStep], seconds: ReadOnlyList[float]) -> FittedSteps:
+        """Relative errors count, so that steps of one sequence weigh as much as those of many; no factor is below 0.
+
+        Raises:
+            ValueError: fewer than eight steps.
+        """
+        if len(steps) < 8:
+            raise ValueError(f"{len(steps)} steps: at least 8 are needed for a fit")
+        rows = np.array([cls.features(step) for step in steps]) / np.array(seconds)[:, None]
+        used = list(range(rows.shape[1]))
+        while True:
+            found = np.linalg.lstsq(rows[:, used], np.ones(len(rows)), rcond=None)[0]
+            if found.min() >= 0 or len(used) == 1:
+                break
+            del used[int(found.argmin())]
+        factors = [0.0] * rows.shape[1]
+        for index, value in zip(used, found, strict=True):
+            factors[index] = float(value)
+        return cls(factors)
+
+    def seconds(self, step: ScheduledStep) -> float:
+        return sum(factor * x for factor, x in zip(self.factors, self.features(step), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A way to send a workload: all at once, from clients, or at moments. Predicted and measured numbers."""
+
+    name: str
+    predicted: dict[str, float]
+    measured: dict[str, float]  # medians over the repeats
+    errors: dict[str, float]  # predicted / measured - 1
+
+
+@dataclass(frozen=True, slots=True)
+class OwnEngineReport(JsonReport):
+    model: str
+    repeats: int
+    factors: list[float]  # seconds: a step, a token of a prompt, a sequence, a token in the cache
+    machine: dict[str, Any]
+    loads: list[Load] = field(default_factory=list)
+
+
+def record_steps(engine: LLMEngine, workload: Workload, clients: int | None) -> tuple[list[ScheduledStep], list[float]]:
+    """Serve the workload; its steps, and how long each took from the return of the one before."""
+    steps: list[ScheduledStep] = []
+    schedule = engine.scheduler.schedule
+
+    def scheduled(now: float = 0.0) -> ScheduledStep:
+        steps.append(schedule(now))
+        return steps[-1]
+
+    engine.scheduler.schedule = scheduled  # type: ignore[method-assign]
+    try:
+        run = run_engine(engine, workload, num_clients=clients)
+    finally:
+        del engine.scheduler.schedule
+    return steps[1:], [after - before for before, after in zip(run.step_s, run.step_s[1:], strict=False)]
+
+
+def numbers(times: Any) -> dict[str, float]:
+    found: dict[str, Any] = {"makespan": makespan_s(times), **summary(times)}
+    return {" ".join(filter(None, (name, part))): found[name][part] if part else found[name] for name, part in METRICS}
+
+
+def compare(
+    engine: LLMEngine, num_requests: int, shortest: int, longest: int, repeats: int, seed: int = 0
+) -> tuple[FittedSteps, list[Load]]:
+    """Fit on one workload, predict and measure another.
+
+    Raises:
+        ValueError: lengths that leave nothing to draw, or too few steps for a fit.
+    """
+    vocab_size = engine.decoder.config.vocab_size
+    other, workload = (random_ids(vocab_size, num_requests, shortest, longest, seed + more) for more in (1, 0))
+    for warm_up in workload.warm_ups():
+        run_engine(engine, warm_up)
+    scheduler = engine.scheduler
+    options = SchedulerOptions(
+        num_blocks=engine.memory.num_blocks,
+        block_size=engine.memory.block_size,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+    )
+    recorded = [record_steps(engine, other, clients) for clients in (None, *CLIENTS) for _ in range(repeats)]
+    cost = FittedSteps.fit([s for steps, _ in recorded for s in steps], [s for _, seconds in recorded for s in seconds])
+    moments = [0.0] * len(workload.prompts)
+    ways: dict[str, tuple[list[float], int | None]] = {"all at once": (moments, None)}
+    ways |= {f"{n} client{'s' * (n > 1)}": (moments, n) for n in CLIENTS}
+    most = run_engine(engine, workload, num_clients=CLIENTS[-1])
+    for share in RATE_SHARES:
+        rate = share * num_requests / most.seconds
+        ways[f"{share:g} of the most: {rate:.3g} a second"] = (poisson_moments(num_requests, rate, seed), None)
+    served: dict[str, list[Served]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (arrive_s, clients) in ways.items():
+            served[name].append(run_engine(engine, workload, arrive_s, clients))
+    loads = []
+    for name, (arrive_s, clients) in ways.items():
+        requests = [
+            WorkloadRequest(at_s, len(prompt), params.max_tokens or 1)
+            for at_s, prompt, params in zip(arrive_s, workload.prompts, workload.params, strict=True)
+        ]
+        ours = numbers(simulate(requests, options, cost, concurrency=clients).times)
+        theirs = [numbers(run.times) for run in served[name]]
+        measured = {metric: median(one[metric] for one in theirs) for metric in ours}
+        wrong = {metric: ours[metric] / measured[metric] - 1 for metric in ours}
+        loads.append(Load(name, ours, measured, wrong))
+    return cost, loads
+
+
+def main(
+    model: Annotated[
+        str | None, typer.Option(help=f"A folder, or a shape: {', '.join(SHAPES)}. Default: the storyteller.")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="In each load.", min=2)] = 64,
+    shortest: Annotated[int, typer.Option(help="Shortest prompt and output, tokens.", min=2)] = 16,
+    longest: Annotated[int, typer.Option(help="Longest.", min=2)] = 128,
+    repeats: Annotated[int, typer.Option(help="Medians are compared.", min=1)] = 3,
+    figures: Figures = Path("figures"),
+) -> None:
+    """Predict this engine on this machine from measured step times; writes bench-simulate-own.json."""
+    machine = describe_machine()
+    load_format = "dummy" if model in SHAPES else "auto"
+    with errors(), folder_of(model, load_format) as folder:
+        llm = open_llm(folder, load_format=load_format, max_model_len=2 * longest)
+        cost, loads = compare(llm.engine, num_requests, shortest, longest, repeats)
+    a, b, c, d = (1e6 * factor for factor in cost.factors)
+    print(f"\na step takes {a:.0f} us + {b:.1f} a prompt's token + {c:.1f} a sequence + {d:.3f} a token in the cache")
+    rows = []
+    for one in loads:
+        cells = [f"{one.predicted[m]:.4g} / {one.measured[m]:.4g} ({one.errors[m]:+.1%})" for m in one.predicted]
+        rows.append((one.name, *cells))
+    print_table(f"{llm.name}: predicted / measured, seconds", ("", *loads[0].predicted), rows)
+    report = OwnEngineReport(llm.name, repeats, cost.factors, machine, loads)
+    save_report(report, figures / "bench-simulate-own.json")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -277,8 +277,11 @@ def _mib(num_bytes: int) -> str:
 def _kv_product(config: ModelConfig, memory: MemoryPlan, item_bytes: int) -> str:
     """The bytes of a token in all layers, as factors."""
     if config.mla is not None:
-        names, width = "layers x (kv_lora_rank + qk_rope_head_dim) x bytes", config.mla.cached_dim
-        return f"{names} = {config.num_layers} x {width} x {item_bytes}"
+        parts, width = "kv_lora_rank + qk_rope_head_dim", config.mla.cached_dim
+        if memory.kv_cache_dtype in KV_CACHE_DTYPES:
+            names = f"{memory.kv_cache_dtype}: layers x ({parts} + 4 of two scales)"
+            return f"{names} = {config.num_layers} x ({width} + 4)"
+        return f"layers x ({parts}) x bytes = {config.num_layers} x {width} x {item_bytes}"
     names, heads = "2 x layers x kv_heads x head_dim x bytes", config.num_kv_heads
     if memory.kv_cache_dtype in KV_CACHE_DTYPES:
         names = f"{memory.kv_cache_dtype}: 2 x layers x kv_heads x (head_dim + 2 of its scale)"

@@ -20,7 +20,7 @@ from paged_infer.cache.lazy_zeros import untouched_zeros
 from paged_infer.cache.spec import LatentForms, LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata, AttentionOptions, ScoreOptions
-from paged_infer.kernels.attention.mla import LatentPlan, plan_latent
+from paged_infer.kernels.attention.mla import LATENT_SCALES, LatentPlan, latents_at, plan_latent
 from paged_infer.kernels.attention_backends import AttentionBackend, latent_backend
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
@@ -35,9 +35,10 @@ class PagedCache:
     """The pool of physical blocks, a pair of tensors for each layer: [num_blocks + 1, block_size, H_kv, D].
 
     A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them. One whose spec has scales (8
-    bits) has two more tensors, [num_blocks + 1, block_size, H_kv] float16. They are copied and swapped with the codes,
-    so whatever shares or moves a block needs no code of its own. Keys and values are read as they are stored, those of
-    the same step too: how a prompt is cut into chunks does not change what its tokens see.
+    bits) has two more tensors, [num_blocks + 1, block_size, H_kv] float16, for keys and values or for a latent's two
+    parts. They are copied and swapped with the codes, so whatever shares or moves a block needs no code of its own.
+    Keys and values are read as they are stored, those of the same step too: how a prompt is cut into chunks does not
+    change what its tokens see.
     The last block is never assigned or written: it stays zero, and reads past the end of a sequence can be directed
     to it. On a CPU, a block takes memory from its first write on. ``num_swap_blocks`` more blocks of swap space are in
     the CPU's memory.
@@ -70,7 +71,7 @@ class PagedCache:
         self.scales = [
             {
                 name: untouched_zeros(*shape, s.num_kv_heads, dtype=torch.float16, device=device)
-                for name in (("k_scale", "v_scale") if s.has_scales else ())
+                for name in (() if not s.has_scales else LATENT_SCALES if s.v_in_k else ("k_scale", "v_scale"))
             }
             for s in spec
         ]
@@ -161,18 +162,23 @@ class PagedCache:
         """Store latent [T, 1, r + p]; q [T, H, n + p] -> [T, H, v]. The form is chosen for each sequence."""
         keys, backend = self.keys[layer], self._latent
         assert backend is not None, "the layer's spec has no v_in_k"
-        self.ops.store_kv(latent, None, keys, None, step.slot_mapping)
+        scales = self.scales[layer]
+        if scales:
+            self.ops.store_latents(latent[:, 0], keys, step.slot_mapping, v_dim=forms.v_dim, **scales)
+        else:
+            self.ops.store_kv(latent, None, keys, None, step.slot_mapping)
         plan: LatentPlan | None = step.plan.get("latent")
         if plan is None:
             plan = step.plan["latent"] = plan_latent(step, self.block_size, forms.expands)
         absorbed = None
         if plan.rows is not None:
             queries = forms.absorb(q if plan.tokens is None else q[plan.tokens])
-            absorbed = forms.leave(backend.decode(queries, keys, plan.rows, v_dim=forms.v_dim, scale=forms.scale))
+            rows, v_dim, scale = plan.rows, forms.v_dim, forms.scale
+            absorbed = forms.leave(backend.decode(queries, keys, rows, v_dim=v_dim, scale=scale, **scales))
             if plan.tokens is None:
                 return absorbed
         parts = [
-            forms.attend_expanded(q[None, tokens], keys.flatten(0, 2)[slots][None], backend.dense)[0]
+            forms.attend_expanded(q[None, tokens], self._latents(layer, slots, q.dtype)[None], backend.dense)[0]
             for tokens, slots in plan.chunks
         ]
         out = q.new_empty(*q.shape[:2], (parts[0] if absorbed is None else absorbed).shape[-1])
@@ -181,3 +187,8 @@ class PagedCache:
         for (tokens, _), part in zip(plan.chunks, parts, strict=True):
             out[tokens] = part
         return out
+
+    def _latents(self, layer: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is stored at slots [M], as ``dtype``: [M, r + p]."""
+        scales = [self.scales[layer].get(name) for name in LATENT_SCALES]
+        return latents_at(self.keys[layer], slots, self.spec[layer].v_dim, dtype, *scales)

@@ -27,7 +27,10 @@ class LayerSpec:
 
     @property
     def has_scales(self) -> bool:
-        """Whether each vector is stored as codes of 8 bits and one float16 scale (``kernels.kv_quant``)."""
+        """Whether each vector is stored as codes of 8 bits and one float16 scale (``kernels.kv_quant``).
+
+        With ``v_in_k``, the value and the rest of the key are two vectors.
+        """
         return self.dtype in LARGEST_CODE
 
     @property

@@ -18,7 +18,8 @@ from paged_infer.execution.executor import InProcessExecutor
 from paged_infer.execution.memory_plan import plan_memory
 from paged_infer.execution.memory_profile import CudaMeter, MemoryProfiler
 from paged_infer.execution.model_runner import ModelRunner
-from paged_infer.kernels.attention_backends import attention_backend, check_options, suited_backend
+from paged_infer.kernels.attention.mla import LATENT_SCALES
+from paged_infer.kernels.attention_backends import attention_backend, check_options, latent_backend, suited_backend
 from paged_infer.kernels.device import device_of
 from paged_infer.model.attention import score_options
 from paged_infer.model.decoder import Decoder
@@ -63,7 +64,11 @@ class LoadedModels:
             if model is not None:
                 check_options(backend, score_options(model.config))
                 if config.kv_cache_dtype != "auto":
-                    check_options(backend, ("k_scale", "v_scale"), f"kv_cache_dtype={config.kv_cache_dtype!r}")
+                    needed_by = f"kv_cache_dtype={config.kv_cache_dtype!r}"
+                    if model.config.mla is None:
+                        check_options(backend, ("k_scale", "v_scale"), needed_by)
+                    else:
+                        check_options(latent_backend(backend).decode, LATENT_SCALES, needed_by)
                 backend = suited_backend(backend, model.config.head_dim)
         self._has_graphs = uses_graphs(config.enforce_eager, device, backend, decoder)
         self._profile = None

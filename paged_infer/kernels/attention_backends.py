@@ -148,8 +148,8 @@ def suited_backend(backend: AttentionBackend, head_dim: int) -> AttentionBackend
     return paged_attention_batched
 
 
-def check_options(backend: AttentionBackend, options: Iterable[str], needed_by: str = "this model") -> None:
-    """Raises ValueError if ``backend`` does not take one of ``options``, keys of ``AttentionOptions``."""
+def check_options(backend: Callable[..., Tensor], options: Iterable[str], needed_by: str = "this model") -> None:
+    """Raises ValueError if ``backend``, or its decode of latents, does not take one of ``options``, keywords of it."""
     try:
         taken = inspect.signature(backend).parameters
     except (TypeError, ValueError):  # a function of an extension module may have none

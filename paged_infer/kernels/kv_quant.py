@@ -9,6 +9,10 @@ A vector's bits depend on nothing but the vector, so a token is stored alike alo
 blocks of any size. The error of an element is at most scale / 2 in int8. In float8 it is 2^-4 (e4m3) or 2^-3 (e5m2) of
 the element, or, below the smallest normal code, scale * 2^-10 or scale * 2^-17.
 
+A latent of MLA [r + p] is two vectors with a scale each: r elements that are normalised, and a rotated key of p, which
+is not. vLLM's "fp8_ds_mla" keeps the latter in bfloat16 and has four scales for r = 512, 656 bytes a token of
+DeepSeek's; here all types of cache code both parts, as the rotated keys of every other model are: 580 bytes.
+
 A zero vector has scale 0. One with NaN or infinity has scale NaN and reads as NaN, as it would without codes. Vectors
 beyond the largest scale, 65504, saturate: 8.3e6 in int8, 2.9e7 in e4m3, 3.7e9 in e5m2.
 """
@@ -39,6 +43,20 @@ def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def dequantise_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes [..., D], scale [...] -> [..., D]. The product is exact in float32."""
     return (codes.float() * scale.float()[..., None]).to(dtype)
+
+
+def quantise_latents(x: Tensor, v_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., r + p], r = ``v_dim`` -> codes [..., r + p] as int8 bytes of ``dtype``, two scales [...] float16."""
+    (latent, scale), (rest, rest_scale) = (quantise_kv(part, dtype) for part in (x[..., :v_dim], x[..., v_dim:]))
+    return torch.cat((as_bytes(latent), as_bytes(rest)), -1), scale, rest_scale
+
+
+def dequantise_latents(
+    codes: Tensor, v_dim: int, scale: Tensor, rest_scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """codes [..., r + p] of a dtype of ``LARGEST_CODE``, scales [...] -> [..., r + p]."""
+    latent, rest = codes[..., :v_dim], codes[..., v_dim:]
+    return torch.cat((dequantise_kv(latent, scale, dtype), dequantise_kv(rest, rest_scale, dtype)), -1)
 
 
 def as_bytes(cache: Tensor) -> Tensor:

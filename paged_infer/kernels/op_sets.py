@@ -12,7 +12,14 @@ from torch import Tensor
 
 from paged_infer.kernels.cpu.experts import pack_experts_c
 from paged_infer.kernels.cpu.linear import Pack, PackHeads, heads_product, pack_c, pack_heads_c, pack_onednn
-from paged_infer.kernels.cpu.ops import add_rms_norm_c, argmax_c, qk_norm_rope_c, silu_mul_c, store_kv_c
+from paged_infer.kernels.cpu.ops import (
+    add_rms_norm_c,
+    argmax_c,
+    qk_norm_rope_c,
+    silu_mul_c,
+    store_kv_c,
+    store_latents_c,
+)
 from paged_infer.kernels.cpu.quant import pack_quantised
 from paged_infer.kernels.fused.copy_blocks import copy_blocks, copy_blocks_reference
 from paged_infer.kernels.fused.grouped_gemm import grouped_experts
@@ -21,7 +28,7 @@ from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_re
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
 from paged_infer.kernels.fused.sample import argmax_reference, sample
 from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
-from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference, store_latents, store_latents_reference
 from paged_infer.kernels.quant.gemm import pack_triton
 from paged_infer.kernels.quant.product import PackQuantised, no_kernel
 
@@ -41,6 +48,7 @@ class Ops(NamedTuple):
     pack_experts: PackExperts = loop_experts  # as ``pack``, for the experts of a layer
     pack_quantised: PackQuantised = no_kernel  # as ``pack``, for weights of few bits
     pack_heads: PackHeads = heads_product  # as ``pack``, for a matrix of each head (MLA)
+    store_latents: Callable[..., None] = store_latents_reference  # ``store_kv`` of MLA, to a cache of 8 bits
 
 
 TORCH_OPS = Ops(
@@ -57,6 +65,7 @@ TRITON_OPS = Ops(
     fuses_store=True,
     pack_experts=grouped_experts,
     pack_quantised=pack_triton,
+    store_latents=store_latents,
 )
 C_OPS = Ops(
     add_rms_norm_c,
@@ -71,4 +80,5 @@ C_OPS = Ops(
     pack_experts=pack_experts_c,
     pack_heads=pack_heads_c,
     pack_quantised=pack_quantised,
+    store_latents=store_latents_c,
 )

@@ -190,18 +190,10 @@ class Decoder(nn.Module):
 
         Args:
             kv_cache_dtype: "auto", the decoder's own, or a key of ``kernels.kv_quant.KV_DTYPES``.
-
-        Raises:
-            ValueError: the decoder's cache cannot be stored in this type.
         """
-        config, mla = self.config, self.config.mla
+        config, mla, dtype = self.config, self.config.mla, KV_DTYPES.get(kv_cache_dtype, self.dtype)
         if mla is not None:
-            if kv_cache_dtype != "auto":
-                raise ValueError(
-                    f"kv_cache_dtype={kv_cache_dtype!r}: {config.family} caches latents (MLA), a normalised part and a "
-                    "rotated one of another size in one vector, for which there are no kernels of 8 bits; use 'auto'"
-                )
-            latent = LayerSpec(1, mla.cached_dim, mla.kv_lora_rank, None, self.dtype, v_in_k=True)
+            latent = LayerSpec(1, mla.cached_dim, mla.kv_lora_rank, None, dtype, v_in_k=True)
             return [latent] * config.num_layers
         return [
             LayerSpec(
@@ -209,7 +201,7 @@ class Decoder(nn.Module):
                 k_dim=config.head_dim,
                 v_dim=config.head_dim,
                 window=window,
-                dtype=KV_DTYPES.get(kv_cache_dtype, self.dtype),
+                dtype=dtype,
             )
             for window in config.sliding_windows
         ]

@@ -14,8 +14,9 @@ from torch import Tensor
 from paged_infer import LLM, BeamSearchParams, SamplingParams
 from paged_infer.baselines import generate_cached, generate_naive, generate_static
 from paged_infer.cache.none import NoCache
+from paged_infer.cache.spec import LayerSpec
 from paged_infer.kernels.attention.metadata import AttentionMetadata
-from paged_infer.kernels.kv_quant import KV_DTYPES, dequantise_kv, quantise_kv
+from paged_infer.kernels.kv_quant import KV_DTYPES, dequantise_kv, dequantise_latents, quantise_kv, quantise_latents
 
 FAMILIES = ["qwen3", "mistral", "gpt2", "gemma2", "gpt-oss"]
 BACKENDS = ["torch", "sdpa", "c"]
@@ -52,6 +53,12 @@ class Rounded(NoCache):
 
     kind = torch.int8
 
+    def attend_latent(self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: Any) -> Tensor:
+        codes, *scales = quantise_latents(latent, forms.v_dim, self.kind)
+        return super().attend_latent(
+            layer, q, dequantise_latents(codes.view(self.kind), forms.v_dim, *scales), step, forms
+        )
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata, **scores: Any) -> Tensor:
         k, v = (dequantise_kv(*quantise_kv(x, self.kind)) for x in (k, v))
         return super().attend(layer, q, k, v, step, **scores)
@@ -69,7 +76,11 @@ def greedy_without_a_cache(llm: LLM, kind: str, prompt: list[int], num_tokens: i
 
 @pytest.mark.parametrize(
     ("kind", "family", "backend"),
-    [*zip(KINDS * 2, FAMILIES, BACKENDS * 2, strict=False), *((kind, "llama3", "c") for kind in KINDS)],
+    [
+        *zip(KINDS * 2, FAMILIES, BACKENDS * 2, strict=False),
+        *((kind, "llama3", "c") for kind in KINDS),
+        *((kind, "deepseek3", backend) for kind, backend in zip(KINDS, BACKENDS, strict=True)),
+    ],
 )
 def test_tokens_are_those_of_keys_and_values_rounded_as_they_are_computed(kind, family, backend, make_llm) -> None:
     """So a token reads the codes of its own chunk, too."""
@@ -79,7 +90,10 @@ def test_tokens_are_those_of_keys_and_values_rounded_as_they_are_computed(kind, 
 
 
 @pytest.mark.parametrize("options", CROWDED.values(), ids=CROWDED.keys())
-@pytest.mark.parametrize(("kind", "family", "backend"), [*zip(KINDS, FAMILIES, ["c", "sdpa", "c"], strict=False)])
+@pytest.mark.parametrize(
+    ("kind", "family", "backend"),
+    [*zip(KINDS, FAMILIES, ["c", "sdpa", "c"], strict=False), ("int8", "deepseek2-yarn", "c")],
+)
 def test_chunks_small_pools_sharing_swaps_and_drafts_change_no_greedy_token(
     kind, family, backend, options, make_llm
 ) -> None:
@@ -145,6 +159,15 @@ def test_the_pool_of_the_same_bytes_holds_more_tokens(kind: str, make_llm) -> No
     assert sum(x.nbytes for x in stored) == (coded.memory.num_blocks + 1) * 16 * coded.memory.kv_bytes_per_token
 
 
+def test_a_latent_takes_a_byte_an_element_and_two_scales(make_llm) -> None:
+    """580 bytes a token and layer for DeepSeek's 512 + 64, which take 1,152 in bfloat16."""
+    for family, dim in (("deepseek3", 32), ("qwen3", 4 * 26 - 4)):
+        llm = make_llm(family, kv_cache_dtype="fp8")
+        assert llm.engine.memory.kv_bytes_per_token == 3 * (dim + 4)
+    latent = LayerSpec(1, 576, 512, None, torch.int8, v_in_k=True)
+    assert latent.bytes_per_token == 580
+
+
 def test_swap_space_holds_more_blocks_as_well(make_llm) -> None:
     sizes = {"num_blocks": 10**6, "preemption_mode": "swap", "swap_space": 1e-3, "dtype": "bfloat16"}
     narrow, coded = (
@@ -170,11 +193,6 @@ def test_an_unknown_type_is_refused_with_the_list() -> None:
         LLM(kv_cache_dtype="int4")
 
 
-def test_latents_are_refused_by_name(make_llm) -> None:
-    with pytest.raises(ValueError, match=r"kv_cache_dtype='int8': deepseek.* caches latents \(MLA\)"):
-        make_llm("deepseek3", kv_cache_dtype="int8")
-
-
 def test_a_backend_that_takes_no_scales_is_refused_by_name(make_llm) -> None:
     from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, register_attention_backend
 
@@ -188,6 +206,17 @@ def test_a_backend_that_takes_no_scales_is_refused_by_name(make_llm) -> None:
             make_llm(attention_backend="narrow", kv_cache_dtype="fp8")
     finally:
         del ATTENTION_BACKENDS["narrow"]
+
+
+def test_a_decode_of_latents_that_takes_no_scales_is_refused_by_name(make_llm, monkeypatch) -> None:
+    from paged_infer.kernels import attention_backends
+
+    def narrow(q, cache, step, *, v_dim, scale): ...
+
+    latent = attention_backends.LatentBackend(narrow, attention_backends.dense_reference)
+    monkeypatch.setattr(attention_backends, "LATENT_BACKENDS", [(attention_backends.torch_backend, latent)])
+    with pytest.raises(ValueError, match="narrow takes no latent_scale and no rest_scale, which kv_cache"):
+        make_llm("deepseek3", attention_backend="torch", kv_cache_dtype="int8")
 
 
 def test_baselines_without_blocks_refuse_it(make_llm) -> None:

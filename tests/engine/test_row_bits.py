@@ -45,7 +45,12 @@ def test_a_row_has_the_same_logprobs_alone_and_in_a_crowd(family, dtype, make_ll
 
 @pytest.mark.parametrize(
     ("family", "kind", "dtype"),
-    [("qwen3", "int8", "float32"), ("gpt2", "fp8", "bfloat16"), ("gemma2", "fp8_e5m2", "float32")],
+    [
+        ("qwen3", "int8", "float32"),
+        ("gpt2", "fp8", "bfloat16"),
+        ("gemma2", "fp8_e5m2", "float32"),
+        ("deepseek2", "int8", "bfloat16"),
+    ],
 )
 def test_a_row_over_a_cache_of_8_bits_has_the_same_logprobs_alone_and_in_a_crowd(family, kind, dtype, make_llm) -> None:
     rng = random.Random(1)

@@ -4,6 +4,10 @@ Absorbed queries of all H heads read one latent of a token, which is key and, in
 
     q [B, H, Dk]  x  cache [num_blocks, block_size, 1, Dk]  ->  [B, H, Dv]          Dk = 576, Dv = 512 in DeepSeek's
 
+In 8 bits (``kv_quant``) a latent is codes with two scales, of its first Dv elements and of the others:
+
+    cache [num_blocks, block_size, 1, Dk]     latent_scale, rest_scale [num_blocks, block_size, 1] float16
+
 This is MQA, wider than the other kernels' heads, and each latent is read once for H dot products and H sums. The
 expanded form, for prompts, is plain attention of dense heads, by the existing kernels.
 """
@@ -24,13 +28,21 @@ from paged_infer.kernels.attention.checks import MAX_HEAD_DIM
 from paged_infer.kernels.attention.flash_attention import causal_mask, flash_attention, flash_attention_reference
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.paged_sdpa import masked_sdpa
+from paged_infer.kernels.kv_quant import dequantise_latents
 
 logger = logging.getLogger(__name__)
 
+LATENT_SCALES = ("latent_scale", "rest_scale")  # of a latent's first Dv elements, and of the others
+
 
 class LatentDecode(Protocol):
-    def __call__(self, q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float,
+        latent_scale: Tensor | None = None, rest_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """q [B, H, Dk], one query for each row of ``step``; cache [num_blocks, block_size, 1, Dk] -> [B, H, Dv].
+
+        Only a cache of 8 bits passes ``latent_scale`` and ``rest_scale``.
 
         A row of length 0 pads a CUDA graph's batch; its output may be anything.
         """
@@ -44,15 +56,30 @@ class LatentBackend(NamedTuple):
     dense: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # expanded: a ``cache.spec.DenseAttention``
 
 
-def latent_decode_reference(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+def latent_decode_reference(
+    q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float,
+    latent_scale: Tensor | None = None, rest_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``LatentDecode`` in plain torch, one row at a time, of any width."""
     out = q.new_zeros(*q.shape[:2], v_dim)
     wide = torch.promote_types(q.dtype, torch.float32)
     for row, length in enumerate(step.seq_lens.tolist()):
-        keys = cache.flatten(0, 2)[slots_of(step, row, length, cache.shape[1])].to(wide)  # [length, Dk]
+        slots = slots_of(step, row, length, cache.shape[1])
+        keys = latents_at(cache, slots, v_dim, q.dtype, latent_scale, rest_scale).to(wide)  # [length, Dk]
         weights = (q[row].to(wide) @ keys.T * scale).softmax(-1)  # [H, length]
         out[row] = (weights @ keys[:, :v_dim]).to(q.dtype)
     return out
+
+
+def latents_at(
+    cache: Tensor, slots: Tensor, v_dim: int, dtype: torch.dtype, latent_scale: Tensor | None, rest_scale: Tensor | None
+) -> Tensor:
+    """What is stored at slots [M] of the cache: [M, Dk]; of codes, as ``dtype``."""
+    latents = cache.flatten(0, 2).index_select(0, slots)
+    if latent_scale is None or rest_scale is None:
+        return latents
+    first, rest = (scale.flatten().index_select(0, slots) for scale in (latent_scale, rest_scale))
+    return dequantise_latents(latents, v_dim, first, rest, dtype)
 
 
 def slots_of(step: AttentionMetadata, row: int, length: int, block_size: int) -> Tensor:

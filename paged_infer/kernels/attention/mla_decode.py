@@ -7,6 +7,9 @@
 The latent and the key's rotated part are loaded separately, because tiles are powers of two and 576 is not. The latent
 stays in shared memory for both products, as in FlashMLA (DeepSeek, 2025). Splits and their combination are those of
 ``paged_decode``. H / 16 programs read the same latents, all but the first from L2.
+
+Codes of 8 bits become numbers of q's dtype; their two scales are factors of the two parts of a score, and the first one
+of the weights of the sum.
 """
 
 from __future__ import annotations
@@ -14,19 +17,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paged_infer.kernels.attention.attention_tile import LOG2_E, finish_softmax, max_registers, padded
+from paged_infer.kernels.attention.attention_tile import (
+    LOG2_E,
+    code_span,
+    finish_softmax,
+    max_registers,
+    padded,
+    read_codes,
+)
 from paged_infer.kernels.attention.decode_plan import plan_decode, split_bounds
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.attention.mla import latent_decode_reference, warn_once
 from paged_infer.kernels.attention.paged_decode import combine_splits
 from paged_infer.kernels.attention.tiles import latent_tiles
-from paged_infer.kernels.checks import FLOATS, layouts, on_one_device, shapes
+from paged_infer.kernels.checks import FLOATS, check_codes, layouts, on_one_device, shapes
+from paged_infer.kernels.kv_quant import FORMATS, as_bytes
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, num_processors, tl, triton
 
 MAX_WIDTH = 576  # of the padded latent and the padded rest together
 
 
-def latent_decode(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+def latent_decode(
+    q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float,
+    latent_scale: Tensor | None = None, rest_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``mla.LatentDecode``: q [B, H, Dk] with dense heads, cache [num_blocks, block_size, 1, Dk] -> [B, H, Dv].
 
     The host reads no length. The reference computes widths that do not fit (Dk > 576 or Dv > 512), with a warning.
@@ -34,12 +48,13 @@ def latent_decode(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: i
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit; the message names them.
     """
-    _check(q, cache, step, v_dim)
+    _check(q, cache, step, v_dim, latent_scale, rest_scale)
     num_rows, num_heads, dim = q.shape
     rest = dim - v_dim
     if padded(v_dim) + (padded(rest) if rest else 0) > MAX_WIDTH:
         warn_once(f"MLA uses the torch reference: its latents have {v_dim} + {rest} elements, the kernel's 512 + 64")
-        return latent_decode_reference(q, cache, step, v_dim=v_dim, scale=scale)
+        scales = {"latent_scale": latent_scale, "rest_scale": rest_scale}
+        return latent_decode_reference(q, cache, step, v_dim=v_dim, scale=scale, **scales)
     (block_g, block_n, num_warps, num_stages, _), rule = latent_tiles(capability(q.device), q.dtype)
     head_tiles = triton.cdiv(num_heads, block_g)
     bounds = split_bounds(rule, num_rows, head_tiles, step.max_seq_len, num_processors(q.device))
@@ -56,12 +71,13 @@ def latent_decode(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: i
     launch(
         _latent_decode_kernel,
         (head_tiles, bounds.max_items),
-        q, cache, out, partial_out, partial_lse, step.block_tables, step.seq_lens,
+        q, as_bytes(cache), latent_scale, rest_scale, out, partial_out, partial_lse, step.block_tables, step.seq_lens,
         *(plan[:2] if plan else (None, None)), num_rows, step.block_tables.stride(0), scale * LOG2_E,
         IS_SPLIT=is_split, NUM_HEADS=num_heads, BLOCK_G=block_g,
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), DV=v_dim, DR=rest, BLOCK_V=padded(v_dim), BLOCK_R=padded(rest),
         BLOCK_N=block_n, STRIDE_BLOCK=cache.stride(0), STRIDE_SLOT=cache.stride(1), BLOCK_SIZE=cache.shape[1],
-        WIDEN=must_widen(q), num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
+        WIDEN=must_widen(q), FORMAT=0 if latent_scale is None else FORMATS[cache.dtype],
+        num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
     )  # fmt: skip
     if plan:
         no_lse = out.new_empty(0, dtype=torch.float32)
@@ -71,10 +87,10 @@ def latent_decode(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: i
 
 @triton.jit
 def _attend_latents(
-    acc, row_max, row_sum, q, q_rest, cache_ptr, table_ptr, begin, end, scale_log2,
+    acc, row_max, row_sum, q, q_rest, cache_ptr, latent_scale_ptr, rest_scale_ptr, table_ptr, begin, end, scale_log2,
     MASKED: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Attend to latents begin..end of the sequence with the table at ``table_ptr``; the last tile is MASKED."""
     dim, rest = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
@@ -83,27 +99,40 @@ def _attend_latents(
         there = key < end if MASKED else key >= 0
         block = tl.load(table_ptr + key // BLOCK_SIZE, mask=there, other=0)
         offset = (block.to(tl.int64) * STRIDE_BLOCK + (key % BLOCK_SIZE) * STRIDE_SLOT)[:, None]
+        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE  # of scales
         latent_ptrs = cache_ptr + offset + dim[None, :]
         if MASKED or DV != BLOCK_V:
             latent = tl.load(latent_ptrs, mask=there[:, None] & (dim < DV)[None, :], other=0.0)  # [N, V]
         else:
             latent = tl.load(latent_ptrs)
-        if WIDEN:
+        if FORMAT:
+            latent = read_codes(latent, FORMAT).to(q.dtype)
+        elif WIDEN:
             latent = latent.to(tl.float32)
         scores = tl.dot(q, tl.trans(latent), input_precision="ieee")  # [G, N]
+        if FORMAT:
+            latent_scale = tl.load(latent_scale_ptr + slot, mask=there, other=0.0).to(tl.float32) * code_span(FORMAT)
+            scores *= latent_scale[None, :]
         if DR > 0:
             k_rest = tl.load(
                 cache_ptr + DV + offset + rest[None, :], mask=there[:, None] & (rest < DR)[None, :], other=0.0
             )
-            if WIDEN:
-                k_rest = k_rest.to(tl.float32)
-            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+            if FORMAT:
+                rest_scale = tl.load(rest_scale_ptr + slot, mask=there, other=0.0).to(tl.float32) * code_span(FORMAT)
+                k_rest = read_codes(k_rest, FORMAT).to(q.dtype)
+                scores += tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee") * rest_scale[None, :]
+            else:
+                if WIDEN:
+                    k_rest = k_rest.to(tl.float32)
+                scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
         if MASKED:
             scores = tl.where(there[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # in powers of two; each tile has a key
         weights = tl.math.exp2(scores * scale_log2 - new_max[:, None])  # [G, N]
         shrink = tl.math.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(weights, 1)
+        if FORMAT:
+            weights *= latent_scale[None, :]
         acc = tl.dot(weights.to(latent.dtype), latent, acc * shrink[:, None], input_precision="ieee")
         row_max = new_max
     return acc, row_max, row_sum
@@ -112,12 +141,13 @@ def _attend_latents(
 # Values that change between steps must not compile the kernel again.
 @triton.jit(do_not_specialize=["num_rows", "stride_table"])
 def _latent_decode_kernel(
-    q_ptr, cache_ptr, out_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr, seq_lens_ptr, starts_ptr, item_rows_ptr,
-    num_rows, stride_table, scale_log2,
+    q_ptr, cache_ptr, latent_scale_ptr, rest_scale_ptr, out_ptr, partial_out_ptr, partial_lse_ptr, tables_ptr,
+    seq_lens_ptr, starts_ptr, item_rows_ptr, num_rows, stride_table, scale_log2,
     IS_SPLIT: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_G: tl.constexpr,
     STRIDE_Q: tl.constexpr, STRIDE_QH: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDEN: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(1)
     row, split, splits = item, 0, 1
@@ -149,12 +179,12 @@ def _latent_decode_kernel(
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc, row_max, row_sum = _attend_latents(
-        acc, row_max, row_sum, q, q_rest, cache_ptr, table_ptr, begin, full_end, scale_log2,
-        False, DV, DR, BLOCK_V, BLOCK_R, BLOCK_N, STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+        acc, row_max, row_sum, q, q_rest, cache_ptr, latent_scale_ptr, rest_scale_ptr, table_ptr, begin, full_end,
+        scale_log2, False, DV, DR, BLOCK_V, BLOCK_R, BLOCK_N, STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN, FORMAT,
     )  # fmt: skip
     acc, row_max, row_sum = _attend_latents(
-        acc, row_max, row_sum, q, q_rest, cache_ptr, table_ptr, full_end, end, scale_log2,
-        True, DV, DR, BLOCK_V, BLOCK_R, BLOCK_N, STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN,
+        acc, row_max, row_sum, q, q_rest, cache_ptr, latent_scale_ptr, rest_scale_ptr, table_ptr, full_end, end,
+        scale_log2, True, DV, DR, BLOCK_V, BLOCK_R, BLOCK_N, STRIDE_BLOCK, STRIDE_SLOT, BLOCK_SIZE, WIDEN, FORMAT,
     )  # fmt: skip
     out, lse = finish_softmax(acc, row_max, row_sum)
 
@@ -170,7 +200,16 @@ def _latent_decode_kernel(
         )
 
 
-def _check(q: Tensor, cache: Tensor, step: AttentionMetadata, v_dim: int) -> None:
+def _check(
+    q: Tensor,
+    cache: Tensor,
+    step: AttentionMetadata,
+    v_dim: int,
+    latent_scale: Tensor | None,
+    rest_scale: Tensor | None,
+) -> None:
+    if latent_scale is not None or rest_scale is not None:
+        check_codes(cache, cache, latent_scale, rest_scale)
     index = {"block_tables": step.block_tables, "seq_lens": step.seq_lens, "query_start_loc": step.query_start_loc}
     tensors = {"q": q, "cache": cache} | index
     fits = q.dim() == 3 and cache.dim() == 4 and cache.shape[2:] == (1, q.shape[2]) and 0 < v_dim <= q.shape[2]
@@ -180,7 +219,7 @@ def _check(q: Tensor, cache: Tensor, step: AttentionMetadata, v_dim: int) -> Non
             "latent_decode expects q [B, H, Dk], cache [num_blocks, block_size, 1, Dk], block_tables [B, max_blocks], "
             f"seq_lens [B], query_start_loc [B + 1], Dv within 1..Dk; got Dv {v_dim}, " + shapes(**tensors)
         )
-    alike = q.dtype == cache.dtype and q.dtype in FLOATS and on_one_device(**tensors)
+    alike = (latent_scale is not None or q.dtype == cache.dtype) and q.dtype in FLOATS and on_one_device(**tensors)
     dense = cache.is_contiguous() and q.stride(2) == 1 and step.block_tables.stride(1) == 1
     if not (alike and dense and {x.dtype for x in index.values()} == {torch.int32}):
         raise ValueError(

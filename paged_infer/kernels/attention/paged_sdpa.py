@@ -25,7 +25,7 @@ from torch import Tensor
 
 from paged_infer.kernels.attention.flash_attention import attend_seen, causal_mask
 from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptions
-from paged_infer.kernels.kv_quant import dequantise_kv
+from paged_infer.kernels.kv_quant import dequantise_kv, dequantise_latents
 
 
 def paged_attention_batched(
@@ -136,7 +136,10 @@ def _decode(
     return torch.bmm(scores.softmax(-1), v).view(batch, num_heads, dim)
 
 
-def latent_decode_batched(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+def latent_decode_batched(
+    q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float,
+    latent_scale: Tensor | None = None, rest_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``kernels.attention.mla.LatentDecode``: each latent is gathered once for all heads, and is key and value."""
     key = ("decodes", None)
     if key not in step.plan:
@@ -144,7 +147,11 @@ def latent_decode_batched(q: Tensor, cache: Tensor, step: AttentionMetadata, *, 
     out = q.new_empty(*q.shape[:2], v_dim)
     for plan in step.plan[key]:
         rows = q[plan.rows]
-        latents = cache.view(-1, q.shape[2]).index_select(0, plan.reads).unflatten(0, (len(rows), -1))  # [B, L, Dk]
+        latents = cache.view(-1, q.shape[2]).index_select(0, plan.reads)
+        if latent_scale is not None and rest_scale is not None:
+            first, rest = (one.flatten().index_select(0, plan.reads) for one in (latent_scale, rest_scale))
+            latents = dequantise_latents(latents, v_dim, first, rest, q.dtype)
+        latents = latents.unflatten(0, (len(rows), -1))  # [B, L, Dk]
         scores = torch.baddbmm(plan.mask, rows, latents.transpose(1, 2), alpha=scale)  # [B, H, L]
         out[plan.rows] = torch.bmm(scores.softmax(-1), latents[..., :v_dim])
     return out

@@ -113,6 +113,25 @@ void store_kv_codes(uint8_t *k_cache, uint8_t *v_cache, uint16_t *k_scale, uint1
         }
 }
 
+/* Latents (MLA) [T, dim] in 8 bits: their first v_dim elements and the others are two vectors, with a scale each. */
+void store_latent_codes(uint8_t *cache, uint16_t *latent_scale, uint16_t *rest_scale, const stored *x,
+                        const int64_t *slots, int64_t num_tokens, int64_t dim, int64_t v_dim, int64_t stride,
+                        int64_t format) {
+    for (int64_t t = 0; t < num_tokens; t++) {
+        const stored *row = x + t * stride;
+        int64_t at = slots[t];
+        if (at < 0) continue;
+#define STORE_BOTH(FORMAT) \
+    store_vector(cache + at * dim, latent_scale + at, row, v_dim, FORMAT); \
+    store_vector(cache + at * dim + v_dim, rest_scale + at, row + v_dim, dim - v_dim, FORMAT)
+        switch (format) {
+            case INT8: STORE_BOTH(INT8); break;
+            case E4M3: STORE_BOTH(E4M3); break;
+            default: STORE_BOTH(E5M2);
+        }
+    }
+}
+
 /* Maps floats to integers of the same order, which a vector unit compares; NaN is above all, -0 equals 0. */
 INLINE int32_t rank(float x) {
     union { float value; int32_t bits; } as = {x};

@@ -16,7 +16,7 @@ from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm_reference
 from paged_infer.kernels.fused.sample import argmax_reference
 from paged_infer.kernels.fused.silu_mul import silu_mul_reference
-from paged_infer.kernels.fused.store_kv import store_kv_reference
+from paged_infer.kernels.fused.store_kv import store_kv_reference, store_latents_reference
 from paged_infer.kernels.kv_quant import FORMATS
 
 
@@ -135,6 +135,21 @@ def _store_codes(
     library(k.dtype).store_kv_codes(
         k_cache.data_ptr(), v_cache.data_ptr(), k_scale.data_ptr(), v_scale.data_ptr(), k.data_ptr(), v.data_ptr(),
         slots.data_ptr(), *k.shape, k.stride(0), v.stride(0), FORMATS[k_cache.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def store_latents_c(
+    x: Tensor, cache: Tensor, slot_mapping: Tensor, *, v_dim: int, latent_scale: Tensor, rest_scale: Tensor
+) -> None:
+    """``store_latents_reference`` in C."""
+    stored = (cache, latent_scale, rest_scale)
+    if not suits(x) or slot_mapping.dtype is not torch.int64 or not all(y.is_cpu and y.is_contiguous() for y in stored):
+        scales = {"latent_scale": latent_scale, "rest_scale": rest_scale}
+        store_latents_reference(x, cache, slot_mapping, v_dim=v_dim, **scales)
+        return
+    library(x.dtype).store_latent_codes(
+        *(y.data_ptr() for y in stored), x.data_ptr(), slot_mapping.data_ptr(),
+        *x.shape, v_dim, x.stride(0), FORMATS[cache.dtype],
     )  # fmt: skip
 
 

@@ -119,16 +119,23 @@ def _mixed_plan(step: AttentionMetadata, num_queries: int) -> QueryPlan | None:
     return QueryPlan(len(places), step.block_tables[owners], seen.int(), places.int(), tiles)
 
 
-def latent_decode_c(q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float) -> Tensor:
+def latent_decode_c(
+    q: Tensor, cache: Tensor, step: AttentionMetadata, *, v_dim: int, scale: float,
+    latent_scale: Tensor | None = None, rest_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``kernels.attention.mla.LatentDecode``: q [B, H, Dk], cache [num_blocks, block_size, 1, Dk] -> [B, H, Dv]."""
     num_rows, num_heads, dim = q.shape
     tables, lengths, q = step.block_tables, step.seq_lens, q.contiguous()
-    dense = suits(q, cache) and cache.is_contiguous() and tables.stride(-1) == 1
+    scales = () if latent_scale is None or rest_scale is None else (latent_scale, rest_scale)
+    dense = suits(q) if scales else suits(q, cache)
+    dense = dense and all(x.is_cpu and x.is_contiguous() for x in (cache, *scales)) and tables.stride(-1) == 1
     if not dense or dim > _MAX_GROUP_WIDTH:
-        return latent_decode_batched(q, cache, step, v_dim=v_dim, scale=scale)
+        options = {"latent_scale": latent_scale, "rest_scale": rest_scale}
+        return latent_decode_batched(q, cache, step, v_dim=v_dim, scale=scale, **options)
     out = torch.empty(num_rows, num_heads, v_dim, dtype=q.dtype)
     library(q.dtype).latent_decode(
-        out.data_ptr(), q.data_ptr(), cache.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
+        out.data_ptr(), q.data_ptr(), cache.data_ptr(), *([one.data_ptr() for one in scales] or (None, None)),
+        tables.data_ptr(), lengths.data_ptr(), FORMATS[cache.dtype] if scales else 0,
         num_rows, num_heads, dim, v_dim, cache.shape[1], tables.stride(0), scale, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -141,7 +141,8 @@ void paged_decode(stored *out, const stored *q, const char *k_cache, const char 
 }
 
 /* Decodes over latents (MLA): all heads read the one key of a token, whose first v_dim elements are its value. So there
-   is a matrix product for each tile of KEYS latents, which is copied to floats; sums of HEADS heads stay in registers. */
+   is a matrix product for each tile of KEYS latents, which is copied to floats; sums of HEADS heads stay in registers.
+   Codes become floats times their scales, one of the first v_dim elements and one of the others. */
 
 #ifdef __AVX512F__ /* HEADS: whose sums are in registers together, two vectors of each */
 #define LANES 16
@@ -161,8 +162,9 @@ INLINE float sum_of(vec x) {
 }
 
 /* num_heads heads of one row, at most TASK_HEADS. Rows of the local arrays are padded with zeros to pairs of vectors. */
-INLINE void attend_latents(stored *out, const stored *q, const stored *cache, const int32_t *table, int64_t length,
-                           int64_t num_heads, int64_t dim, int64_t v_dim, int64_t block_size, float scale) {
+INLINE void attend_latents(stored *out, const stored *q, const char *cache, const uint16_t *latent_scale,
+                           const uint16_t *rest_scale, const int32_t *table, int64_t length, int64_t num_heads,
+                           int64_t dim, int64_t v_dim, int64_t block_size, float scale, const int format) {
     int64_t wide = (dim + 2 * LANES - 1) / (2 * LANES) * 2, v_wide = (v_dim + 2 * LANES - 1) / (2 * LANES) * 2;
     vec query[TASK_HEADS * wide], acc[TASK_HEADS * v_wide], tile[KEYS * wide];
     float score[TASK_HEADS][KEYS], largest[TASK_HEADS], total[TASK_HEADS] = {0}, shrink[TASK_HEADS] = {0};
@@ -173,9 +175,16 @@ INLINE void attend_latents(stored *out, const stored *q, const stored *cache, co
     for (int64_t start = 0; start < length; start += KEYS) {
         int64_t n = length - start < KEYS ? length - start : KEYS;
         for (int64_t i = 0; i < n; i++) {
-            int64_t token = start + i;
-            const stored *latent = cache + (table[token / block_size] * block_size + token % block_size) * dim;
-            for (int64_t d = 0; d < dim; d++) ((float *)(tile + i * wide))[d] = load(latent[d]);
+            int64_t token = start + i, slot = table[token / block_size] * block_size + token % block_size;
+            const char *latent = cache + slot * dim * size_of(format);
+            float *row = (float *)(tile + i * wide);
+            if (format) {
+                float first = scale_of(latent_scale[slot]), last = scale_of(rest_scale[slot]);
+                widen(row, (const uint8_t *)latent, dim, format);
+                for (int64_t d = 0; d < v_dim; d++) row[d] *= first;
+                for (int64_t d = v_dim; d < dim; d++) row[d] *= last;
+            } else
+                for (int64_t d = 0; d < dim; d++) row[d] = load(((const stored *)latent)[d]);
         }
         for (int64_t h = 0; h < num_heads; h += HEADS)
             for (int64_t i = 0; i < KEYS; i += 2) {
@@ -211,9 +220,11 @@ INLINE void attend_latents(stored *out, const stored *q, const stored *cache, co
         for (int64_t d = 0; d < v_dim; d++) out[h * v_dim + d] = store(((float *)(acc + h * v_wide))[d] / total[h]);
 }
 
-/* q [B, H, dim], out [B, H, v_dim]; cache [num_slots, dim]; dim must fit MAX_TASK_WIDTH. A task is some heads of a row,
+/* q [B, H, dim], out [B, H, v_dim]; cache [num_slots, dim], of codes with two scales [num_slots]; dim must fit
+   MAX_TASK_WIDTH. A task is some heads of a row,
    whose result depends neither on the other heads nor on the other rows. */
-void latent_decode(stored *out, const stored *q, const stored *cache, const int32_t *tables, const int32_t *lengths,
+void latent_decode(stored *out, const stored *q, const char *cache, const uint16_t *latent_scale,
+                   const uint16_t *rest_scale, const int32_t *tables, const int32_t *lengths, int64_t format,
                    int64_t num_rows, int64_t num_heads, int64_t dim, int64_t v_dim, int64_t block_size,
                    int64_t table_stride, float scale, int threads) {
     int64_t tasks = (num_heads + TASK_HEADS - 1) / TASK_HEADS;
@@ -224,6 +235,14 @@ void latent_decode(stored *out, const stored *q, const stored *cache, const int3
             const stored *queries = q + (row * num_heads + head) * dim;
             stored *result = out + (row * num_heads + head) * v_dim;
             const int32_t *table = tables + row * table_stride;
-            attend_latents(result, queries, cache, table, lengths[row], heads, dim, v_dim, block_size, scale);
+#define ATTEND_LATENTS(FORMAT) \
+    attend_latents(result, queries, cache, latent_scale, rest_scale, table, lengths[row], heads, dim, v_dim, block_size, \
+                   scale, FORMAT)
+            switch (format) {
+                case INT8: ATTEND_LATENTS(INT8); break;
+                case E4M3: ATTEND_LATENTS(E4M3); break;
+                case E5M2: ATTEND_LATENTS(E5M2); break;
+                default: ATTEND_LATENTS(AS_COMPUTED);
+            }
         }
 }

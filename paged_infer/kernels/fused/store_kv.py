@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from paged_infer.kernels.checks import INDICES, check_codes, check_slots, layouts, on_one_device, shapes
-from paged_infer.kernels.kv_quant import FORMATS, LARGEST_CODE, as_bytes, quantise_kv
+from paged_infer.kernels.checks import FLOATS, INDICES, check_codes, check_slots, layouts, on_one_device, shapes
+from paged_infer.kernels.kv_quant import FORMATS, LARGEST_CODE, as_bytes, quantise_kv, quantise_latents
 from paged_infer.kernels.triton_runtime import launch, tl, triton
 
 
@@ -76,6 +76,41 @@ def store_kv_reference(
                 scale.flatten(0, 1).index_copy_(0, slots, scales)
                 rows, cache = as_bytes(rows), as_bytes(cache)
             cache.view(-1, *x.shape[1:]).index_copy_(0, slots, rows)
+
+
+def store_latents(
+    x: Tensor, cache: Tensor, slot_mapping: Tensor, *, v_dim: int, latent_scale: Tensor, rest_scale: Tensor
+) -> None:
+    """Store latents of MLA in 8 bits, each part with a scale of its own; for slot -1 nothing is written.
+
+    Args:
+        x: [T, Dk] with any row stride; the first ``v_dim`` elements are the value.
+        cache: [num_blocks, block_size, 1, Dk] of int8 or float8, contiguous, changed in place.
+        slot_mapping: [T] int64 or int32; all slots but -1 are distinct.
+        latent_scale, rest_scale: [num_blocks, block_size, 1] float16, contiguous, changed in place.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit; for CPU tensors also a slot outside the cache.
+    """
+    _check_latents(x, cache, slot_mapping, v_dim, latent_scale, rest_scale)
+    dim = x.shape[1]
+    launch(
+        _store_latents_kernel,
+        (len(x), 2),
+        *(x, as_bytes(cache), latent_scale, rest_scale, slot_mapping, x.stride(0), LARGEST_CODE[cache.dtype]),
+        FORMAT=FORMATS[cache.dtype], D=dim, DV=v_dim, BLOCK_V=triton.next_power_of_2(v_dim),
+        BLOCK_R=triton.next_power_of_2(dim - v_dim), num_warps=1,
+    )  # fmt: skip
+
+
+def store_latents_reference(
+    x: Tensor, cache: Tensor, slot_mapping: Tensor, *, v_dim: int, latent_scale: Tensor, rest_scale: Tensor
+) -> None:
+    """``store_latents`` in plain torch."""
+    kept = slot_mapping >= 0
+    slots, codes = slot_mapping[kept].long(), quantise_latents(x[kept], v_dim, cache.dtype)
+    for stored, own in zip((as_bytes(cache), latent_scale, rest_scale), codes, strict=True):
+        stored.view(-1, *own.shape[1:]).index_copy_(0, slots, own)
 
 
 @triton.jit
@@ -158,6 +193,42 @@ def _store_codes_kernel(
         at = slot * num_heads + head
         _store_vector(k + token * k_stride + head * D, k_cache + at * D, k_scale + at, largest_code, FORMAT, D, BLOCK)
         _store_vector(v + token * v_stride + head * D, v_cache + at * D, v_scale + at, largest_code, FORMAT, D, BLOCK)
+
+
+@triton.jit
+def _store_latents_kernel(
+    x, cache, latent_scale, rest_scale, slot_mapping, stride, largest_code,
+    FORMAT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # One program: one part of one token.
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if slot >= 0:
+        row, codes = x + token * stride, cache + slot * D
+        if part == 0:
+            _store_vector(row, codes, latent_scale + slot, largest_code, FORMAT, DV, BLOCK_V)
+        else:
+            _store_vector(row + DV, codes + DV, rest_scale + slot, largest_code, FORMAT, D - DV, BLOCK_R)
+
+
+def _check_latents(
+    x: Tensor, cache: Tensor, slot_mapping: Tensor, v_dim: int, latent_scale: Tensor, rest_scale: Tensor
+) -> None:
+    check_codes(cache, cache, latent_scale, rest_scale)
+    tensors = {"x": x, "cache": cache, "slot_mapping": slot_mapping}
+    fits = x.dim() == 2 and cache.shape[2:] == (1, x.shape[1]) and slot_mapping.shape == x.shape[:1]
+    if not fits or not 0 < v_dim < x.shape[1]:
+        raise ValueError(
+            "store_latents expects x [T, Dk], cache [num_blocks, block_size, 1, Dk], slot_mapping [T] and Dv within "
+            f"1..Dk-1; got Dv {v_dim}, {shapes(**tensors)}"
+        )
+    dense = x.stride(1) == 1 and cache.is_contiguous() and slot_mapping.dtype in INDICES
+    if not dense or x.dtype not in FLOATS or not on_one_device(**tensors):
+        raise ValueError(
+            "store_latents expects one device, floats, int64 or int32 slots, dense rows, a contiguous cache; got "
+            + layouts(**tensors)
+        )
+    check_slots(slot_mapping, cache)
 
 
 def _check(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from paged_infer.kernels.attention import mla
 from paged_infer.kernels.attention.metadata import AttentionMetadata
-from paged_infer.kernels.attention.mla import latent_decode_reference, plan_latent
+from paged_infer.kernels.attention.mla import LATENT_SCALES, latent_decode_reference, plan_latent
 from paged_infer.kernels.attention.mla_decode import latent_decode
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, LATENT_BACKENDS, latent_backend
+from paged_infer.kernels.kv_quant import LARGEST_CODE, dequantise_latents, quantise_latents
 
 BACKENDS = ["torch", "sdpa", "c", "triton"]
 SCALE = 0.31
@@ -75,9 +76,9 @@ def step_of(queries: list[int], lengths: tuple[int, ...], tables: Tensor) -> Att
     )
 
 
-def decode(backend: str, rows: Rows, v_dim: int) -> Tensor:
+def decode(backend: str, rows: Rows, v_dim: int, **scales: Tensor) -> Tensor:
     form = latent_backend(ATTENTION_BACKENDS[backend]).decode
-    return form(rows.q, rows.cache, rows.step(), v_dim=v_dim, scale=SCALE)
+    return form(rows.q, rows.cache, rows.step(), v_dim=v_dim, scale=SCALE, **scales)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -94,6 +95,32 @@ def decode(backend: str, rows: Rows, v_dim: int) -> Tensor:
 def test_every_backend_computes_the_definition(backend, rows, v_dim) -> None:
     out = decode(backend, rows, v_dim)
     torch.testing.assert_close(out.double(), rows.expected(v_dim), atol=1e-5, rtol=1e-5)
+
+
+CODED = [(backend, kind) for backend in BACKENDS[:3] for kind in LARGEST_CODE] + [("triton", torch.float8_e4m3fn)]
+
+
+@pytest.mark.parametrize(("backend", "kind"), [*CODED, ("triton", torch.int8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_8_bits_are_read_as_what_they_stand_for(backend, kind, dtype) -> None:
+    """In any company, with the same bits: a row alone is the row among others, but for sdpa's sums of torch."""
+    rows = Rows((40, 9, 1), 6, 41, dtype=dtype)
+    rows.cache[-1] = 0.0
+    codes, *scales = quantise_latents(rows.cache, 26, kind)
+    scales = dict(zip(LATENT_SCALES, scales, strict=True))
+    read = [dequantise_latents(*_coded(latents, kind), dtype) for latents in rows.latents]
+    rows.cache, rows.latents = codes.view(kind), read
+    out = decode(backend, rows, 26, **scales)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), rows.expected(26), atol=tolerance, rtol=tolerance)
+    form = latent_backend(ATTENTION_BACKENDS[backend]).decode
+    alone = form(rows.q[1:2], rows.cache, step_of([1], (9,), rows.tables[1:2]), v_dim=26, scale=SCALE, **scales)
+    assert torch.equal(alone, out[1:2]) or backend == "sdpa"
+
+
+def _coded(latents: Tensor, kind: torch.dtype) -> tuple[Tensor, int, Tensor, Tensor]:
+    codes, scale, rest_scale = quantise_latents(latents, 26, kind)
+    return codes.view(kind), 26, scale, rest_scale
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,6 +206,7 @@ def test_a_users_own_backend_gets_the_reference_for_mla_and_that_is_logged_once(
         ({"v_dim": 10}, "Dv 10"),
         ({"q": torch.zeros(2, 3, 9, dtype=torch.float64)}, "one dtype"),
         ({"cache": torch.zeros(4, 3, 1, 18)[..., ::2]}, "contiguous cache"),
+        ({"latent_scale": torch.zeros(4, 3, 1).half()}, "k_scale and v_scale come together"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_shape(wrong, message) -> None:

@@ -7,10 +7,11 @@ from itertools import product
 import pytest
 import torch
 
+from paged_infer.kernels.attention.mla import LATENT_SCALES
 from paged_infer.kernels.attention.paged_attention import paged_attention
-from paged_infer.kernels.cpu.ops import store_kv_c
-from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
-from paged_infer.kernels.kv_quant import LARGEST_CODE, quantise_kv
+from paged_infer.kernels.cpu.ops import store_kv_c, store_latents_c
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference, store_latents, store_latents_reference
+from paged_infer.kernels.kv_quant import LARGEST_CODE, quantise_kv, quantise_latents
 
 STORES = {"torch": store_kv_reference, "c": store_kv_c, "triton": store_kv}
 
@@ -41,6 +42,46 @@ def test_tokens_are_stored_as_codes_and_scales_at_their_slots(name, kind, dtype,
         torch.testing.assert_close(flat_scale[slots[kept]], own[kept], rtol=0, atol=0, equal_nan=True)
         flat[slots[kept]], flat_scale[slots[kept]] = 77, 7.0
         assert (flat == 77).all() and (flat_scale == 7).all()
+
+
+LATENT_STORES = {"torch": store_latents_reference, "c": store_latents_c, "triton": store_latents}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("name", "kind"), [*product(("torch", "c"), LARGEST_CODE), ("triton", torch.int8)])
+def test_latents_are_stored_as_codes_with_a_scale_for_each_part(name, kind, dtype) -> None:
+    x = torch.randn(6, 50)[:, 3:44].to(dtype)
+    x[1], x[2, 3], x[3, 40] = 0.0, torch.nan, torch.inf
+    x[:, 30:] *= 100
+    slots = torch.tensor([4, 2, 7, -1, 0, 5])
+    cache = torch.full((3, 3, 1, 41), 77, dtype=torch.uint8).view(kind)
+    scales = {name: torch.full((3, 3, 1), 7.0, dtype=torch.float16) for name in LATENT_SCALES}
+    LATENT_STORES[name](x, cache, slots, v_dim=30, **scales)
+    kept = slots >= 0
+    expected = quantise_latents(x[kept], 30, kind)
+    for found, own in zip((cache.view(torch.int8), *scales.values()), expected, strict=True):
+        flat = found.flatten(0, 2)
+        torch.testing.assert_close(flat[slots[kept]], own, rtol=0, atol=0, equal_nan=True)
+        flat[slots[kept]] = 7
+        assert ((flat == 7) | (flat == 77)).all()
+    assert expected[1][2].isnan() and expected[2][2].isfinite()  # NaN in one part leaves the other
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"v_dim": 8}, "Dv within 1..Dk-1; got Dv 8"),
+        ({"x": torch.zeros(3, 9)}, r"store_latents expects x \[T, Dk\].*x \[3, 9\]"),
+        ({"cache": torch.zeros(2, 4, 1, 8)}, "beside caches of int8"),
+        ({"slot_mapping": torch.tensor([0, 3, 8])}, "slots 0..8 must be within -1..7"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(changes, message) -> None:
+    scales = {name: torch.zeros(2, 4, 1).half() for name in LATENT_SCALES}
+    given = {"x": torch.zeros(3, 8), "cache": torch.zeros(2, 4, 1, 8, dtype=torch.int8), "v_dim": 5, **scales}
+    given |= {"slot_mapping": torch.tensor([0, 3, 1])}
+    with pytest.raises(ValueError, match=message):
+        store_latents(**given | changes)
 
 
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES.keys())

@@ -26,16 +26,18 @@ from paged_infer.model.linear import Piece
 from paged_infer.model.loading.layout import HEAD
 from paged_infer.model.loading.load import checkpoint_views
 from paged_infer.model.loading.targets import targets_of
-from paged_infer.model.quant.formats import pack_words
 from paged_infer.model.quant.scheme import Scheme
+from paged_infer.model.quant.words import pack_words
 
 
 def check_can_save(config: ModelConfig) -> None:
     """Raises ValueError for a model whose matrices are not linear layers of their own in transformers."""
     if config.quantization is not None:
         raise ValueError(f"the checkpoint is quantised already, by {config.quantization.method!r}")
-    if config.moe is not None:
-        raise ValueError("a mixture of experts cannot be quantised: its experts are not linear layers of their own")
+    if config.family == "gpt_oss":
+        raise ValueError(
+            "gpt_oss cannot be quantised: it stores all experts as one tensor, no linear layers of their own"
+        )
     if config.family == "gpt2":
         raise ValueError("gpt2 cannot be quantised: its Conv1D layers are not targets of compressed-tensors")
 

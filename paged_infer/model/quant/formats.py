@@ -21,7 +21,6 @@ from fractions import Fraction
 from math import gcd, prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.kernels.quant.product import Activations
@@ -37,6 +36,7 @@ from paged_infer.model.quant.stored_piece import (
     stored_piece,
     whole_sizes,
 )
+from paged_infer.model.quant.words import as_stored, checked_words, group_numbers
 from paged_infer.model.quantization_config import StoredAs
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is nibble AWQ_ORDER[j]
@@ -148,24 +148,6 @@ def _module(piece: Piece) -> str:
     return piece.name.removesuffix(".weight")
 
 
-def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., W] -> codes 0 .. 2^bits - 1, int32 [..., W * 32 // bits], lowest bits first, across words."""
-    if 32 % bits:
-        first = torch.arange(words.shape[-1] * 32 // bits, device=words.device) * bits
-        wide = F.pad(words, (0, 1)).long() & 0xFFFFFFFF
-        both = wide[..., first // 32] | wide[..., first // 32 + 1] << 32
-        return (both >> first % 32 & 2**bits - 1).int()
-    shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
-    return (words[..., None] >> shifts & 2**bits - 1).flatten(-2)
-
-
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes 0 .. 2^bits - 1, [..., K] -> int32 [..., ceil(K bits / 32)]: the inverse of ``unpack_words``."""
-    each = (codes[..., None].int() >> torch.arange(bits, dtype=torch.int32) & 1).flatten(-2)
-    words = F.pad(each, (0, -each.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    return (words << torch.arange(32, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-
-
 def _named(piece: Piece, **tensors: tuple[str, Dims]) -> dict[str, StoredPiece]:
     """Parameter -> name's ending and dimensions, as pieces. Scales and float codes must be stored as floats."""
     found = {}
@@ -206,37 +188,34 @@ class Compressed(Format):
         rows, columns = _sizes(piece)
         is_packed, middle = self.stored.kind == "packed", 2 ** (self.bits - 1)
         if parameter == "values" and self.float_dtype is not None:
-            return {"values": _as(tensor, self.float_dtype, piece)}
+            return {"values": as_stored(tensor, self.float_dtype, piece)}
         if parameter == "values":
-            codes = unpack_words(tensor, self.bits)[:, :columns] if is_packed else tensor.to(torch.int32) + middle
-            if not is_packed and (tensor.dtype != torch.int8 or bool(((codes < 0) | (codes >= 2 * middle)).any())):
+            if is_packed:
+                return {"values": self.codes(checked_words(tensor, piece, self.bits)[:, :columns])}
+            codes = tensor.to(torch.int32) + middle
+            if tensor.dtype != torch.int8 or bool(((codes < 0) | (codes >= 2 * middle)).any()):
                 raise ValueError(f"{piece.name}: has codes that are not of {self.bits} bits, as int8")
             return {"values": self.codes(codes)}
-        if parameter == "zeros":
-            codes = unpack_words(tensor.t(), self.bits)[:, :rows].t() if is_packed else tensor.to(torch.int32) + middle
+        if parameter == "zeros" and not is_packed:
+            codes = as_stored(tensor, torch.int8, piece, "zero points").to(torch.int32) + middle
             return {"zeros": self.zero_points(codes.expand(rows, -1), piece)}
+        if parameter == "zeros":
+            return {"zeros": self.zero_points(checked_words(tensor.t(), piece, self.bits)[:, :rows].t(), piece)}
         if parameter == "scales":
             return {"scales": _spread(tensor, rows, columns, self.stored.block, self.group(columns))}
         if parameter == "shape" and tensor.tolist() != [*whole_sizes(piece)]:
             raise ValueError(f"{_module(piece)}.weight_shape is {tensor.tolist()}, not {[*whole_sizes(piece)]}")
-        return {parameter: (own_groups(tensor, piece, self.group(columns)) if parameter == "g_idx" else tensor)[None]}
-
-
-def _as(tensor: Tensor, dtype: torch.dtype, piece: Piece) -> Tensor:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{piece.name} is stored as {tensor.dtype}, not {dtype}")
-    return tensor
+        if parameter == "g_idx":
+            return {"g_idx": own_groups(group_numbers(tensor, piece), piece, self.group(columns))[None]}
+        return {parameter: tensor[None]}
 
 
 def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int] | None, group: int) -> Tensor:
     """[1], [N, G] or one of each block -> [N, G]."""
     if block is None:
         return scales.float().reshape(-1, 1 if scales.dim() == 1 else scales.shape[1]).expand(rows, -1)
-    return (
-        scales.float()
-        .repeat_interleave(block[0], 0)[:rows]
-        .repeat_interleave(block[1] // group, 1)[:, : columns // group]
-    )
+    row, column = (torch.arange(*span, device=scales.device) for span in ((0, rows), (0, columns, group)))
+    return scales.float()[row // block[0]][:, column // block[1]]
 
 
 class Fp8(Compressed):
@@ -261,7 +240,7 @@ class Awq(Format):
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
         if parameter == "scales":
             return {"scales": tensor.t().float()}
-        nibbles = unpack_words(tensor, 4).unflatten(1, (-1, 8))
+        nibbles = checked_words(tensor, piece, 4).unflatten(1, (-1, 8))
         codes = nibbles[..., list(AWQ_ORDER)].flatten(1).t()
         return {parameter: self.codes(codes) if parameter == "values" else self.zero_points(codes, piece)}
 
@@ -284,10 +263,10 @@ class Gptq(Format):
         if parameter == "scales":
             return {"scales": tensor.t().float()}
         if parameter == "g_idx":
-            return {"g_idx": own_groups(tensor, piece, self.group(_sizes(piece)[1]))[None]}
+            return {"g_idx": own_groups(group_numbers(tensor, piece), piece, self.group(_sizes(piece)[1]))[None]}
         if parameter == "values":
-            return {"values": self.codes(unpack_words(tensor.t(), self.bits))}
-        zeros = unpack_words(tensor, self.bits).t() + self.stored.zero_offset
+            return {"values": self.codes(checked_words(tensor.t(), piece, self.bits))}
+        zeros = checked_words(tensor, piece, self.bits).t() + self.stored.zero_offset
         return {"zeros": self.zero_points(zeros, piece)}
 
 

@@ -63,8 +63,8 @@ class QuantisedMethod:
             return DENSE.load(linear, parameter, rows, piece, tensor)
         source = piece.source
         for name, part in self.form.decode(parameter, source, tensor).items():
-            if name == "scales":
-                _check_scales(part, piece.name, strict=self.form.strict)
+            if name in ("scales", "zeros"):
+                _check_scales(part, piece.name, name[:-1], strict=self.form.strict and name == "scales")
             if source.order is not None and name not in ("g_idx", "shape"):
                 experts = source.shape[0] if source.is_stack else 1
                 order = torch.tensor(source.order, device=part.device)
@@ -193,14 +193,15 @@ def few_bits(linears: Iterable[tuple[str, Linear]]) -> FewBits | None:
     return FewBits(num_weights, num_bytes, tuple(f"{count} of {kind}" for kind, count in kinds.items()))
 
 
-def _check_scales(scales: Tensor, name: str, *, strict: bool) -> None:
+def _check_scales(scales: Tensor, name: str, kind: str, *, strict: bool) -> None:
+    """Of scales, or of zeros, which a GGUF's minima become: finite, and > 0 if ``strict``."""
     if scales.dtype != torch.float32:
         return
     wrong = ~scales.isfinite() | (scales <= 0 if strict else False)
     if bool(wrong.any()):
         row, value = int(wrong.nonzero()[0, 0]), scales[wrong][0].item()
         limit = "finite and > 0" if strict else "finite"
-        raise ValueError(f"{name}: scale {value} of row {row}: must be {limit}")
+        raise ValueError(f"{name}: {kind} {value} of row {row}: must be {limit}")
 
 
 @cache

@@ -49,6 +49,22 @@ def test_a_file_kept_in_blocks_has_the_logits_of_the_dequantised_one(model, kind
     torch.testing.assert_close(logits(kept, IDS), logits(floats, IDS), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize(("kind", "place"), [("Q8_0", 0), ("Q4_1", 0), ("Q4_1", 2), ("Q4_K", 2), ("Q6_K", 208)])
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_a_block_whose_scale_or_minimum_is_not_finite_is_refused(kind, place, wrong, tmp_path, monkeypatch) -> None:
+    def spoiled(data: np.ndarray, tensor_type: str) -> np.ndarray:
+        raw = encoded(data, tensor_type)
+        if tensor_type == kind:
+            raw[3, place : place + 2] = np.array([wrong], np.float16).view(np.uint8)
+        return raw
+
+    monkeypatch.setattr("gguf_files.encoded", spoiled)
+    save_gguf(tmp_path / "model.gguf", random_model("llama"), kind)
+    with pytest.raises(ValueError, match=r"(scale|zero) -?(inf|nan) of row \d+: must be finite"):
+        load_decoder(tmp_path / "model.gguf", torch.float32, quantization="gguf")
+
+
 def test_matrices_of_other_types_become_floats_and_that_is_said(tmp_path, caplog) -> None:
     path = tmp_path / "model.gguf"
     save_gguf(path, random_model("qwen3"), "Q5_0")

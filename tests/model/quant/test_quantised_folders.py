@@ -14,8 +14,8 @@ from quantised_folders import AWQ, Packer, awq, compressed_plain, compressed_wor
 from safetensors.torch import load_file, save_file
 
 from paged_infer.model.loading.load import load_decoder
-from paged_infer.model.quant.formats import unpack_words
 from paged_infer.model.quant.methods import QuantisedMethod
+from paged_infer.model.quant.words import unpack_words
 
 PROJ = r"_proj|\.w[123]"
 FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
@@ -121,6 +121,14 @@ def test_ignored_layers_stay_floats_and_a_later_group_has_the_others(checkpoint,
         ({"o_proj.g_idx": lambda t: t - 1}, r"o_proj\.g_idx: must name each group 16 times"),
         ({"o_proj.g_idx": lambda t: t + 2**30}, r"o_proj\.g_idx: must name each group 16 times"),
         ({"v_proj.qzeros": lambda t: t | -1}, r"v_proj\.weight: zero point 16: must be 0 to 15"),
+        ({"q_proj.qweight": lambda t: t.float()}, r"q_proj\.weight: packed codes are stored as torch\.float32, not"),
+        (
+            {"q_proj.qweight": lambda t: t.to(torch.int8)},
+            r"q_proj\.weight: packed codes are stored as torch\.int8, not",
+        ),
+        ({"v_proj.qzeros": lambda t: t.to(torch.int16)}, r"v_proj\.weight: packed codes are stored as torch\.int16"),
+        ({"o_proj.g_idx": lambda t: t.float()}, r"o_proj\.weight: g_idx is stored as torch\.float32, not torch\.int32"),
+        ({"o_proj.g_idx": lambda t: t.long() + 2**32}, r"o_proj\.g_idx: must name each group 16 times"),
         ({"q_proj.scales": lambda t: t[:6]}, r"q_proj\.scales is \[6, \d+\], not \[12, \d+\]"),
     ],
 )
@@ -132,6 +140,38 @@ def test_a_tensor_that_cannot_be_used_is_one_clear_error(change, message, checkp
     changed(packed, lambda name, tensor: tensor if name != first else None if new is None else new(tensor))
     with pytest.raises(ValueError, match=message):
         load_decoder(packed, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "ending", "change", "message"),
+    [
+        ("awq", "qweight", lambda t: t.double(), "packed codes are stored as torch.float64, not torch.int32"),
+        ("awq", "qzeros", lambda t: t.to(torch.int16), "packed codes are stored as torch.int16, not torch.int32"),
+        ("packed-4", "weight_packed", lambda t: t.to(torch.uint8), "packed codes are stored as torch.uint8"),
+        ("packed-4-asymmetric", "weight_zero_point", lambda t: t.float(), "packed codes are stored as torch.float32"),
+        ("packed-4", "weight_shape", lambda t: t.flip(0), "weight_shape is"),
+        ("packed-4", "weight_scale", lambda t: -t, "must be finite and > 0"),
+        ("packed-4-order", "weight_g_idx", lambda t: t * 0 - 1, "must name each group 16 times"),
+        ("float8", "weight", lambda t: t.float(), "codes are stored as torch.float32, not torch.float8_e4m3fn"),
+        ("float8", "weight_scale", lambda t: t * torch.nan, "scale nan of row 0: must be finite and > 0"),
+        ("fp8-small", "weight_scale_inv", lambda t: t * 0, "scale 0.0 of row 0: must be finite and > 0"),
+    ],
+)
+def test_a_tensor_of_another_kind_than_its_format_has_is_one_clear_error(
+    form, ending, change, message, checkpoint, tmp_path
+) -> None:
+    """Words of fewer bits would be read as other codes, and numbers that are no integers as none."""
+    packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, *FORMATS[form], PROJ)
+    first = next(name for name in load_file(packed / "model.safetensors") if name.endswith(f"v_proj.{ending}"))
+    changed(packed, lambda name, tensor: change(tensor) if name == first else tensor)
+    with pytest.raises(ValueError, match=message):
+        load_decoder(packed, torch.float32)
+
+
+def test_a_block_larger_than_the_matrix_takes_no_memory_of_its_size(checkpoint, tmp_path) -> None:
+    config, pack = fp8_blocks(10**9, 10**9)
+    packed, dense = write_pair(checkpoint("qwen3"), tmp_path, config, pack, PROJ)
+    check_pair(packed, dense)
 
 
 @pytest.mark.parametrize(("form", "ending"), [("gptq-4-v1-plain", "qweight"), ("awq", "qweight")])

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from quantised_folders import dense_words
 
-from paged_infer.model.quant.formats import pack_words, unpack_words
+from paged_infer.model.quant.words import pack_words, unpack_words
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

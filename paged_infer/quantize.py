@@ -18,9 +18,9 @@ from paged_infer.model.loading.checkpoint import config_dict, read_config
 from paged_infer.model.loading.hub import BUNDLED, resolve_model
 from paged_infer.model.loading.load import load_decoder
 from paged_infer.model.loading.save_quantised import check_can_save, save_quantised
-from paged_infer.model.quant.post_training import quantise_decoder
+from paged_infer.model.quant.post_training import check_method, quantise_decoder
 from paged_infer.model.quant.scheme import Scheme
-from paged_infer.model.quant.sensitivity import sensitivities, stay_wide
+from paged_infer.model.quant.sensitivity import narrowable, sensitivities, stay_wide
 from paged_infer.storyteller.evaluation import document
 from paged_infer.text.tokenizer import Tokenizer
 
@@ -90,10 +90,11 @@ def quantize(
     grid = _scheme(scheme, group_size)
     path = resolve_model(model)
     check_can_save(read_config(path))
+    check_method(read_config(path), method)
     texts = calibration_texts(path, calibration, seed) if reads else []
     decoder = load_decoder(path, torch.float32, method_of=lambda name: DENSE)
     wide = list[str]()
-    on_start(len(decoder.layers) + (len(decoder.linears()) if keep_wide else 0))
+    on_start(len(decoder.layers) + (len(narrowable(decoder)) if keep_wide else 0))
     if keep_wide:
         measured = sensitivities(decoder, grid, texts[:NUM_SENSITIVITY_TEXTS], on_layer)
         wide = stay_wide(decoder, measured, keep_wide)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import IDS, logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -79,6 +79,39 @@ def test_weight_only_folders_give_transformers_the_logits_of_their_weights(
     _, unexpected = plain.load_state_dict(by_hand(tmp_path / "out"), strict=False)
     assert not unexpected
     assert torch.equal(their_logits(in_transformers(tmp_path / "out")), their_logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"group_size": 4}),
+        ("qwen2-moe", {"scheme": "w8a16", "keep_wide": 0.3}),
+        ("qwen3-moe", {"method": "gptq", "group_size": 4}),
+        ("deepseek3", {"scheme": "w8a16"}),
+    ],
+)
+def test_experts_are_quantised_one_by_one_and_routers_stay(family, options, checkpoint, tmp_path, monkeypatch) -> None:
+    """With the logits of the same tensors as floats, in this engine and, from those floats, in transformers."""
+    monkeypatch.setattr("paged_infer.quantize.calibration_texts", lambda *_: [IDS])
+    report = quantize(str(checkpoint(family)), tmp_path / "out", **options)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    experts = [name for name in stored if ".experts." in name and name.endswith(("weight_packed", "weight_scale"))]
+    assert len(experts) > 10 or "keep_wide" in options
+    assert all(
+        stored[name].is_floating_point() for name in stored if name.endswith(("gate.weight", "kv_b_proj.weight"))
+    )
+    section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert any(name.endswith("gate") for name in section["ignore"]) and report.num_quantised > 0
+    raw = json.loads((checkpoint(family) / "config.json").read_text())
+    (tmp_path / "floats").mkdir()
+    (tmp_path / "floats/config.json").write_text(json.dumps(raw))
+    save_file(by_hand(tmp_path / "out"), tmp_path / "floats/model.safetensors", {"format": "pt"})
+    ours, floats = (load_decoder(tmp_path / name, torch.float32) for name in ("out", "floats"))
+    torch.testing.assert_close(logits(ours, IDS), logits(floats, IDS), atol=2e-4, rtol=1e-3)
+    folders = ["floats", *(["out"] if family == "mixtral" else [])]  # int8 experts it does not load
+    for name in folders:
+        found = their_logits(in_transformers(tmp_path / name))
+        torch.testing.assert_close(logits(ours, IDS), found, atol=2e-3, rtol=2e-3)
 
 
 def test_w8a8_in_transformers_rounds_inputs_by_the_published_rule(tmp_path: Path) -> None:
@@ -179,7 +212,8 @@ def test_the_seed_draws_the_texts(tmp_path: Path) -> None:
         ({"method": "gptq", "calibration": "{tmp}/blank.txt"}, "blank.txt': has no text"),
         ({"method": "gptq", "calibration": "{tmp}/bytes.bin"}, "bytes.bin': cannot be read as text"),
         ({"out": "."}, "exists already"),
-        ({"model": "mixtral"}, "mixture of experts"),
+        ({"model": "mixtral", "method": "smoothquant", "scheme": "w8a8"}, "mixture of experts"),
+        ({"model": "gpt-oss"}, "gpt_oss cannot be quantised: it stores all experts as one tensor"),
         ({"model": "gpt2"}, "gpt2 cannot be quantised"),
         ({"model": "qwen3", "method": "gptq"}, "this model needs a text file"),
         ({"model": "qwen3", "method": "gptq", "calibration": "stories"}, "has no tokenizer"),

@@ -25,11 +25,12 @@ from paged_infer.model.quant.formats import FORMATS, Format
 from paged_infer.model.quant.formats_blocks import GGUF_TYPES, Gguf, Mxfp4, Rounded
 from paged_infer.model.quant.methods import QuantisedMethod
 from paged_infer.model.quant.scheme import Scheme
+from paged_infer.model.quant.sensitivity import ALWAYS_WIDE
 from paged_infer.model.quantization_config import QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
-_STAY_DENSE = ("router.gate", "shared_gate")  # too small to gain, and every expert depends on them
+_STAY_DENSE = ("router.gate", "shared_gate")  # in every format
 
 
 def choose_methods(
@@ -60,7 +61,7 @@ def choose_methods(
         if quantization not in _ROUNDED:
             raise ValueError(f"quantization={quantization!r}: must be one of {', '.join((*_ROUNDED, 'gguf'))}")
         rounded = _ROUNDED[quantization]()
-        formats = {name: rounded for name in matrices if not name.endswith((*_STAY_DENSE, "kv_up"))}
+        formats = {name: rounded for name in matrices if not name.endswith(ALWAYS_WIDE)}
     if config.tie_word_embeddings:
         logger.warning("the head is tied to the embedding: both stay floats")
     methods = dict[str, LinearMethod]()

@@ -13,12 +13,14 @@ from functools import partial
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paged_infer.cache.none import NoCache
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.model.decoder import Decoder, DecoderLayer
 from paged_infer.model.linear import Linear
+from paged_infer.model.moe import Experts
 
 Texts = ReadOnlyList[ReadOnlyList[int]]
 """Token ids of texts."""
@@ -48,7 +50,7 @@ class CalibratedLayer:
     """One layer of the decoder, which can be run on the texts as often as its weights change.
 
     Attributes:
-        linears: its linear layers by name, in the order of the decoder; without those of experts.
+        linears: its linear layers by name, in the order of the decoder; those of experts are stacks.
         module: the layer.
     """
 
@@ -60,6 +62,27 @@ class CalibratedLayer:
         """The layer's output and the residual stream, [T, hidden] each."""
         output: tuple[Tensor, Tensor] = self.module(*self._arguments)
         return output
+
+    def expert_products(self, name: str) -> list[Tensor]:
+        """sum of x x^T over the inputs x of each expert of a stack: of the tokens that chose it, E times [K, K]."""
+        experts, found = self.module.get_submodule("mlp.experts"), list[Tensor]()
+        assert isinstance(experts, Experts)
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+            x, ids, _ = inputs
+            up, bias = experts.up.stacked()
+            for expert, weight in enumerate(up):
+                rows = x[(ids == expert).any(1)]
+                if name.endswith("down"):
+                    rows = experts.glu(F.linear(rows, weight, None if bias is None else bias[expert]))
+                found.append(rows.float().t() @ rows.float())
+
+        handle = experts.register_forward_pre_hook(watch)
+        try:
+            self.run()
+        finally:
+            handle.remove()
+        return found
 
     def moments(self, *names: str) -> dict[str, Moments]:
         """Of the inputs of some of its linear layers, with the weights that it has now."""
@@ -92,7 +115,7 @@ def calibrated_layers(decoder: Decoder, texts: Texts) -> Iterator[CalibratedLaye
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
         rope = None if layer.rope_index is None else ropes[layer.rope_index]
-        own = {name: one for name, one in linears.items() if name.startswith(f"layers.{index}.") and not one.is_stack}
+        own = {name: one for name, one in linears.items() if name.startswith(f"layers.{index}.")}
         current = CalibratedLayer(layer, own, (x, residual, rope, cache, step))
         yield current
         x, residual = current.run()

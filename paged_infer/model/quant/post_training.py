@@ -4,13 +4,21 @@ rtn           round to nearest
 gptq          each column's rounding error is made up for by the columns after it
 awq           columns of large inputs get finer steps
 smoothquant   outliers of the inputs move into the weights, for products of 8 bits by 8 bits
+
+Of a mixture of experts, the first two round every expert, GPTQ by the tokens that chose it. The other two would divide
+a norm, whose outputs go to the router and to all experts, by scales that suit one matrix: they are refused.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
 
 from paged_infer.kernels.quant.weight import QuantisedWeight, dequantise
+from paged_infer.model.config import ModelConfig
 from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import DenseMethod
 from paged_infer.model.quant.awq import awq_scales
@@ -18,7 +26,10 @@ from paged_infer.model.quant.calibration import CalibratedLayer, Texts, calibrat
 from paged_infer.model.quant.folding import fold, shared
 from paged_infer.model.quant.gptq import gptq
 from paged_infer.model.quant.scheme import Scheme, quantise
+from paged_infer.model.quant.sensitivity import narrowable
 from paged_infer.model.quant.smooth import smooth_scales
+
+logger = logging.getLogger(__name__)
 
 Quantised = dict[str, QuantisedWeight]
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
@@ -35,7 +46,8 @@ def quantise_decoder(
 ) -> Quantised:
     """The matrices of ``decoder``'s linear layers by name. Its own are replaced by their dequantised values, in place.
 
-    Embedding, head, norms and biases stay as they are, but AWQ and SmoothQuant divide norms and biases by scales.
+    Embedding, head, routers, norms and biases stay as they are, but AWQ and SmoothQuant divide norms and biases by
+    scales.
 
     Args:
         decoder: with dense methods, not packed.
@@ -44,10 +56,10 @@ def quantise_decoder(
         on_layer: called after each layer.
 
     Raises:
-        ValueError: an unknown method or layer, a mixture of experts, a group size that does not divide, values that are
-            not finite, or no text for a method that needs some.
+        ValueError: an unknown method or layer, a method that does not suit a mixture of experts, a group size that does
+            not divide, values that are not finite, or no text for a method that needs some.
     """
-    linears = dict(decoder.linears())
+    linears = narrowable(decoder)
     _check(linears.keys(), scheme, method, texts, wide, decoder)
     found: Quantised = {}
     if method == "rtn":
@@ -60,7 +72,7 @@ def quantise_decoder(
         return found
     quantise_layer = {"gptq": _gptq, "awq": _awq, "smoothquant": _smoothquant}[method]
     for layer in calibrated_layers(decoder, texts):
-        found |= quantise_layer(layer, scheme, [name for name in layer.linears if name not in wide])
+        found |= quantise_layer(layer, scheme, [name for name in layer.linears if name in linears and name not in wide])
         on_layer()
     return found
 
@@ -68,10 +80,34 @@ def quantise_decoder(
 def _gptq(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised:
     found = {}
     for name in names:
-        products = layer.moments(name)[name].products  # with the linear layers before it quantised
-        found[name] = gptq(layer.linears[name].weight, products, scheme, name=name)
+        if layer.linears[name].is_stack:
+            found[name] = _gptq_experts(layer, scheme, name)
+        else:
+            products = layer.moments(name)[name].products  # with the linear layers before it quantised
+            found[name] = gptq(layer.linears[name].weight, products, scheme, name=name)
         layer.linears[name].weight.data.copy_(dequantise(found[name]))
     return found
+
+
+def _gptq_experts(layer: CalibratedLayer, scheme: Scheme, name: str) -> QuantisedWeight:
+    """Each expert by its own tokens. One that no token chose is rounded to nearest, and a warning counts them."""
+    products, parts, num_unseen = layer.expert_products(name), list[QuantisedWeight](), 0
+    for weight, own in zip(layer.linears[name].weight.chunk(len(products)), products, strict=True):
+        unseen = not bool(own.any())
+        num_unseen += unseen
+        parts.append(quantise(weight, scheme, name) if unseen else gptq(weight, own, scheme, name=name))
+    if num_unseen:
+        logger.warning(
+            "%s: no text reaches %d of %d experts, which are rounded to nearest", name, num_unseen, len(parts)
+        )
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(
+        parts[0],
+        values=torch.cat([part.values for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+        shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+    )
 
 
 def _awq(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised:
@@ -98,18 +134,26 @@ def _round(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantise
     return found
 
 
+def check_method(config: ModelConfig, method: str) -> None:
+    """Raises ValueError for a method that does not exist, or that has no scales for the inputs of experts."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    if config.moe is not None and method in ("awq", "smoothquant"):
+        raise ValueError(
+            f"method={method!r}: not for a mixture of experts, whose router and experts have one input, so that no "
+            "scales of it suit each; use 'rtn' or 'gptq'"
+        )
+
+
 def _check(
     linears: Collection[str], scheme: Scheme, method: str, texts: Texts, wide: Collection[str], decoder: Decoder
 ) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    check_method(decoder.config, method)
     if method != "rtn" and not texts:
         raise ValueError(f"method={method!r}: needs texts to calibrate on")
     if unknown := sorted(set(wide) - set(linears)):
         raise ValueError(f"wide: {unknown[0]} is not one of the linear layers, such as {next(iter(linears))}")
-    if decoder.config.moe is not None:
-        raise ValueError("a mixture of experts cannot be quantised: its experts are not linear layers of their own")
-    for name, linear in decoder.linears():
+    for name, linear in narrowable(decoder).items():
         assert isinstance(linear.method, DenseMethod)
         if name not in wide:
             scheme.group(linear.in_features, name)

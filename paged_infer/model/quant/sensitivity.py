@@ -12,8 +12,16 @@ from collections.abc import Callable, Mapping
 import torch
 
 from paged_infer.model.decoder import Decoder
+from paged_infer.model.linear import Linear
 from paged_infer.model.quant.calibration import Texts, divergence, log_probs
 from paged_infer.model.quant.scheme import Scheme, rounded
+
+ALWAYS_WIDE = ("router.gate", "shared_gate", "kv_up")  # every expert depends on the first two; MLA multiplies by parts
+
+
+def narrowable(decoder: Decoder) -> dict[str, Linear]:
+    """The linear layers by name, without those that no scheme rounds."""
+    return {name: linear for name, linear in decoder.linears() if not name.endswith(ALWAYS_WIDE)}
 
 
 def sensitivities(
@@ -27,11 +35,12 @@ def sensitivities(
     Raises:
         ValueError: the group size does not divide the columns of a layer, or one has values that are not finite.
     """
-    for name, linear in decoder.linears():
+    linears = narrowable(decoder)
+    for name, linear in linears.items():
         scheme.group(linear.in_features, name)
     reference = [log_probs(decoder, text) for text in texts]
     found = {}
-    for name, linear in decoder.linears():
+    for name, linear in linears.items():
         weight = linear.weight.data.clone()
         linear.weight.data.copy_(rounded(weight, scheme, name))
         rows = [divergence(before, log_probs(decoder, text)) for before, text in zip(reference, texts, strict=True)]
@@ -43,7 +52,7 @@ def sensitivities(
 
 def stay_wide(decoder: Decoder, measured: Mapping[str, float], share: float) -> list[str]:
     """Names of the layers with the largest KL per weight, as many as fit into ``share`` of all layers' weights."""
-    sizes = {name: linear.weight.numel() for name, linear in decoder.linears()}
+    sizes = {name: linear.weight.numel() for name, linear in narrowable(decoder).items()}
     room, chosen = share * sum(sizes.values()), []
     for name in sorted(sizes, key=lambda name: measured[name] / sizes[name], reverse=True):
         if sizes[name] <= room:

@@ -134,9 +134,41 @@ def test_what_cannot_be_is_refused_and_changes_nothing(options: dict[str, object
     assert torch.equal(logits(decoder, IDS), before)
 
 
-def test_experts_and_weights_that_are_not_finite_are_refused(checkpoint) -> None:
-    with pytest.raises(ValueError, match="mixture of experts"):
-        quantise_decoder(dense(checkpoint("mixtral")), Scheme(8))
+@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss"])
+def test_gptq_rounds_each_expert_by_the_tokens_that_chose_it(family: str, checkpoint, caplog) -> None:
+    """And one that no token chose to nearest, which is said: dead inputs would make its weights zero."""
+    decoder, exact, scheme = dense(checkpoint(family)), dense(checkpoint(family)), Scheme(4)
+    text = [[5, 900, 17, 2]]  # so few that some experts get no token
+    found, layer = quantise_decoder(decoder, scheme, "gptq", text), 1
+    chosen = dict[str, torch.Tensor]()
+    experts = decoder.layers[layer].mlp.experts
+    experts.register_forward_pre_hook(lambda module, inputs: chosen.update(x=inputs[0], ids=inputs[1]))
+    logits(decoder, text[0])
+    name = f"layers.{layer}.mlp.experts.up"
+    before, after = dict(exact.linears())[name].weight, dequantise(found[name])
+    assert torch.equal(dict(decoder.linears())[name].weight, after)
+    unseen = 0
+    for expert, (was, now) in enumerate(zip(*(w.chunk(experts.moe.num_experts) for w in (before, after)), strict=True)):
+        x = chosen["x"][(chosen["ids"] == expert).any(1)]
+        nearest = dequantise(quantise(was, scheme))
+        if len(x) == 0:
+            assert torch.equal(now, nearest)
+            unseen += 1
+        else:
+            assert (x @ (now - was).t()).norm() < 0.9 * (x @ (nearest - was).t()).norm()
+    assert unseen > 0 and f"{name}: no text reaches {unseen} of {experts.moe.num_experts} experts" in caplog.text
+    narrow = {one for one, _ in decoder.linears() if not one.endswith(("router.gate", "shared_gate"))}
+    assert found.keys() == narrow
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_a_method_that_scales_inputs_is_refused_for_experts(method: str, checkpoint) -> None:
+    expected = rf"method='{method}': not for a mixture of experts, .*; use 'rtn' or 'gptq'"
+    with pytest.raises(ValueError, match=expected):
+        quantise_decoder(dense(checkpoint("mixtral")), Scheme(8), method, [IDS])
+
+
+def test_weights_that_are_not_finite_are_refused(checkpoint) -> None:
     decoder = dense(checkpoint("qwen3"))
     decoder.layers[1].mlp.down.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down: has values that are infinite"):

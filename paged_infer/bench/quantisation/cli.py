@@ -49,7 +49,11 @@ def quantisation(
     ] = None,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option(help="For llama.cpp; may be repeated. Default: Q8_0 and Q4_K_M of the model, if it is a GGUF."),
+        typer.Option(
+            help="For llama.cpp, as model-Q4_K.gguf; may be repeated. Default: Q8_0 and Q4_K_M of a GGUF model.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     memory: Annotated[float, typer.Option(help="GiB that a process may take, its pool included.", min=0.01)] = 2.0,
     scale: Annotated[float, typer.Option(help="Factor of the requests' lengths.", min=0.01)] = 1.0,
@@ -83,15 +87,19 @@ def quantisation(
         llm = open_llm(folder, dtype="float32", device="cpu", load_format=load_format)
         engines = read_engines(cases, dtype or DTYPES, engine or (), is_gguf=llm.folder.is_file())
         report = QuantisationReport(llm.name, machine).with_halves_of(figures / NAME)
-        files = gguf or []
-        if not files and llm.folder.is_file() and llama.is_importable():
-            files = llama.requantise(llm.folder, parent)
+        given_files = gguf or []
+        if not given_files and llm.folder.is_file() and llama.is_importable():
+            given_files = llama.requantise(llm.folder, parent)
+        files = dict(zip(llama.names_of(given_files), given_files, strict=True))
         if quality and load_format != "dummy":
             report.texts, held_out, calibrating = choose_texts(llm, cases, text, calibration, num_texts, seed)
             with progress(len(cases)) as advance:
                 report.quality, reference = measure_cases(llm.folder, cases, held_out, calibrating, advance)
                 if llama.is_importable():
-                    report.quality += [llama.llama_quality(file, held_out, reference, threads) for file in files]
+                    for name, file in files.items():
+                        report.quality.append(llama.llama_quality(file, name, held_out, reference, threads))
+                elif files:
+                    print(f"left out: quality of {', '.join(files)}: llama-cpp-python is not installed")
         if speed:
             config = llm.engine.model_config
             given = workloads(config.vocab_size, scale, seed)

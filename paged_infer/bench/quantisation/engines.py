@@ -75,13 +75,13 @@ def weigh(
 def measure_speed(
     options: PeerOptions,
     engines: Engines,
-    files: list[Path],
+    files: Mapping[str, Path],
     given: Mapping[str, Workload],
     repeats: int,
     on_run: Callable[[str], None],
     left_out: dict[str, str],
 ) -> dict[str, PeerResult]:
-    """Interleaved runs of all engines, and of llama.cpp with each of ``files``."""
+    """Interleaved runs of all engines, and of llama.cpp with each of ``files``, by the names of their types."""
     longest = options.max_model_len
     with ExitStack() as stack:
         systems = {}
@@ -89,9 +89,9 @@ def measure_speed(
             if name not in left_out:
                 peer = replace(options, engine={**options.engine, **its})
                 systems[name] = stack.enter_context(engine_peers(["paged"], peer))["paged"]
-        for file in files:
+        for kind, file in files.items():
             llama = LlamaOptions(file, options.threads, options.max_num_seqs, longest, longest)
-            name = f"{NAME} {file.stem.rpartition('.')[2]}"
+            name = f"{NAME} {kind}"
             try:
                 systems[name], _ = stack.enter_context(llama_server(llama))
             except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import re
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 
@@ -18,11 +19,28 @@ from paged_infer.bench.quantisation.quality import HeldOut, Quality, measure
 from paged_infer.model.loading.gguf_file import read_gguf
 
 MODULE = "llama_cpp"
+_TYPE = re.compile(r"(?:I?Q\d(?:_[A-Z0-9]+)*|MXFP4|BF16|F16|F32)$", re.IGNORECASE)
 TYPES = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_K_M": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
 
 
 def is_importable() -> bool:
     return importlib.util.find_spec(MODULE) is not None
+
+
+def names_of(files: ReadOnlyList[Path]) -> list[str]:
+    """Of GGUF files in tables: the type at the end of a file's name, such as Q4_K of smollm2-Q4_K.gguf, or all of it.
+
+    Raises:
+        ValueError: two have one name, so a table would have one row for both.
+    """
+    found = list[str]()
+    for file in files:
+        kind = _TYPE.search(file.stem)
+        name = file.stem if kind is None else kind[0].upper()
+        if name in found:
+            raise ValueError(f"gguf: {files[found.index(name)]} and {file} are both {name}; rename one")
+        found.append(name)
+    return found
 
 
 def requantise(source: Path, folder: Path) -> list[Path]:
@@ -45,8 +63,10 @@ def requantise(source: Path, folder: Path) -> list[Path]:
     return found
 
 
-def llama_quality(file: Path, texts: ReadOnlyList[HeldOut], reference: ReadOnlyList[Tensor], threads: int) -> Quality:
-    """Of a GGUF file, computed by llama.cpp.
+def llama_quality(
+    file: Path, name: str, texts: ReadOnlyList[HeldOut], reference: ReadOnlyList[Tensor], threads: int
+) -> Quality:
+    """Of a GGUF file, computed by llama.cpp; ``name``: its scheme in the table.
 
     Raises:
         ValueError: it does not load the file.
@@ -65,7 +85,6 @@ def llama_quality(file: Path, texts: ReadOnlyList[HeldOut], reference: ReadOnlyL
         return torch.from_numpy(llama.scores[: len(token_ids)].copy()).log_softmax(-1)
 
     with torch.inference_mode():
-        name = file.name.removesuffix(".gguf").rpartition(".")[2]
         found = measure(predict, texts, reference, scheme=name, method="llama.cpp", bits=file_bits(file))
     llama.close()
     return found

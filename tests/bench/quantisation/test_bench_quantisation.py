@@ -220,6 +220,22 @@ def test_the_picture_has_a_place_for_each_half_that_was_measured() -> None:
     assert len(quantisation_figure(replace(report(), speed={})).axes) == 1
 
 
+def test_the_names_of_engines_are_beside_their_lines_and_cover_none() -> None:
+    for one in (report(), replace(report(), quality=[])):
+        figure = quantisation_figure(one)
+        figure.draw_without_rendering()
+        axes = figure.axes[-1]
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent()) and legend.x1 <= figure.bbox.x1
+
+
+def test_a_gguf_is_named_by_its_type_and_two_of_one_name_are_refused() -> None:
+    names = ["smollm2-Q4_K.gguf", "m.Q8_0.gguf", "some-q4_k_m.gguf", "model.gguf", "x-BF16.gguf"]
+    assert llama.names_of([*map(Path, names)]) == ["Q4_K", "Q8_0", "Q4_K_M", "model", "BF16"]
+    with pytest.raises(ValueError, match=r"gguf: a/m\.Q4_0\.gguf and b/n-Q4_0\.gguf are both Q4_0; rename one"):
+        llama.names_of([Path("a/m.Q4_0.gguf"), Path("b/n-Q4_0.gguf")])
+
+
 def test_a_model_of_its_own_is_measured_on_what_it_writes(folder: Path, tmp_path: Path) -> None:
     words = ["--model", str(folder), "--figures", str(tmp_path), "--no-speed", "--num-texts", "2"]
     words += ["--schemes", "int4-g8", "--methods", "gptq", "--seed", "1"]
@@ -249,7 +265,7 @@ def test_llama_cpp_is_measured_as_ours_is(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(__import__("sys").modules, "llama_cpp", SimpleNamespace(Llama=Llama))
     monkeypatch.setattr(llama, "file_bits", lambda file: 8.5)
-    found = llama.llama_quality(Path("some.Q8_0.gguf"), [text], [logits.log_softmax(-1)], threads=2)
+    found = llama.llama_quality(Path("some.gguf"), "Q8_0", [text], [logits.log_softmax(-1)], threads=2)
     assert (found.scheme, found.method, found.bits, found.agreement) == ("Q8_0", "llama.cpp", 8.5, 1.0)
     assert found.kl == pytest.approx(0, abs=1e-6)
 

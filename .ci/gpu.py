@@ -28,6 +28,7 @@ from step_runner import ONE_THREAD, RESERVE_S, ROOT, SHORTEST_S, Step, environme
 
 LIMIT_S = 480
 FIND_DEVICE_S = 60.0  # a broken driver may never answer
+GPU_KERNEL_TESTS = [f"kernels/test_gpu_{name}.py" for name in ("kernels", "attention", "few_bits")]
 NAMES = ("sweep", "throughput", "trace", "kernels", "kernel-tests", "engine-tests", "ladder")  # the most useful first
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -132,7 +133,7 @@ def gpu_steps(names: Sequence[str], figures: Path, has_cuda: bool, has_xdist: bo
         ],
         "kernels": [Step("kernels", _module("paged_infer.bench.kernels.cli", *bounded), 80)],
         "kernel-tests": [
-            Step("kernel-tests", _tests("kernels/test_gpu_kernels.py", options=parallel), 45, skipped=compiles),
+            Step("kernel-tests", _tests(*GPU_KERNEL_TESTS, options=parallel), 45, skipped=compiles),
             # They break a capture on purpose, after which torch 2.11 frees no cached memory in that process.
             Step("timing-tests", _tests("bench/test_roofline.py", "bench/test_failed_capture.py"), 15),
         ],

@@ -76,7 +76,7 @@ def test_what_breaks_a_capture_or_measures_free_memory_has_a_process_of_its_own(
         if "pytest" in step.command
     }
     assert files == {
-        "kernel-tests": ["test_gpu_kernels.py"],
+        "kernel-tests": ["test_gpu_kernels.py", "test_gpu_attention.py", "test_gpu_few_bits.py"],
         "timing-tests": ["test_roofline.py", "test_failed_capture.py"],
         "engine-tests": ["test_gpu_engine.py"],
     }

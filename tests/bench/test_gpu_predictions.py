@@ -9,7 +9,15 @@ import predictions as gpu_predictions
 import pytest
 from predictions import comparison, measured, read_predictions
 
-from paged_infer.bench.kernels.comparisons import BATCHES, CONTEXTS, LENGTHS
+from paged_infer.bench.kernels.comparisons import (
+    BATCHES,
+    CODED_DECODES,
+    CODED_KINDS,
+    CONTEXTS,
+    LENGTHS,
+    LINEAR_GRIDS,
+    LINEAR_TOKENS,
+)
 from paged_infer.bench.kernels.peers import DECODE, PREFILL
 from paged_infer.bench.kernels.report import Entry, KernelReport, Measurement
 from paged_infer.bench.metrics import Metrics
@@ -79,6 +87,10 @@ def test_every_prediction_is_of_something_that_make_gpu_measures():
                 assert sizes["batch"] in BATCHES and sizes["context"] in CONTEXTS and kernel in DECODE
             case {"group": "prefill", "sizes": {"head_dim": 128, "length": length}, "kernel": kernel, "over": over}:
                 assert length in LENGTHS and kernel in PREFILL and (over is None or over in PREFILL)
+            case {"group": "decode_8_bits", "sizes": {"batch": batch, "context": context}, "over": "paged_attention"}:
+                assert (batch, context) in CODED_DECODES and CODED_KINDS[0] == "int8"  # the first of these sizes
+            case {"group": "linear", "sizes": {"tokens": tokens}, "over": "F.linear, bfloat16"}:
+                assert tokens in LINEAR_TOKENS and LINEAR_GRIDS[0] == "w4a16"
             case {"metric": metric, "model": model}:
                 assert metric in Metrics.__slots__ and model in SHAPES
             case {"rate": rate}:

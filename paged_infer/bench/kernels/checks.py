@@ -17,7 +17,10 @@ from paged_infer.bench.kernels.linear_cases import GRIDS, linear_problem
 from paged_infer.bench.kernels.peers import Ready, our_flash, our_paged, packed
 from paged_infer.bench.kernels.problems import Tensors, paged_attention_float64, paged_problem
 from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.mla import LATENT_SCALES
 from paged_infer.kernels.attention.mla_decode import latent_decode
+from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference
+from paged_infer.kernels.kv_quant import KV_DTYPES, dequantise_latents, quantise_latents
 
 # How far from float64 an output may be, as |out - exact| / (1 + |exact|). Where a kernel rounds between its steps, as
 # torch does, that is two or three units in the last place (2^-11 and 2^-8); the interpreter truncates to bfloat16.
@@ -80,6 +83,33 @@ def _paged(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
     return _attention("paged_attention", our_paged, sequences, cases, device, sizes)
 
 
+def _paged_codes(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
+    """The same batch over keys and values of 8 bits, against the numbers that the codes stand for."""
+    sequences = [(sizes.context, 1), (0, 1), (7, 1), (0, sizes.queries), (sizes.context // 2, sizes.queries // 2)]
+    for dtype, tolerance in sizes.tolerances.items():
+        for kind in KV_DTYPES:
+            heads, dim = sizes.shape.heads, sizes.shape.head_dim
+            problem = paged_problem(sequences, **heads, head_dim=dim, dtype=dtype, device=device).coded(kind)
+            error = largest_error({}, [packed(our_paged(problem).call())], [paged_attention_float64(problem)])
+            yield CheckResult("paged_attention_8_bits", f"{_name(dtype)}, {kind}", error, tolerance)
+
+
+def _store_codes(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
+    """Codes and scales have the reference's bits: an error is the share of bytes that differ."""
+    heads, dim, tokens = sizes.shape.heads["num_kv_heads"], sizes.shape.head_dim, 12
+    for dtype in sizes.tolerances:
+        k, v = Tensors(dtype, device).random(2 * tokens, heads, dim).split(tokens)
+        slots = torch.arange(tokens, device=device).flip(0)
+        for kind, stored in KV_DTYPES.items():
+            codes = torch.zeros(4, 3, 4, heads, dim, dtype=torch.int8, device=device).view(stored).unbind()
+            scales = torch.zeros(4, 3, 4, heads, dtype=torch.float16, device=device).unbind()
+            for store, at in ((store_kv, 0), (store_kv_reference, 2)):
+                store(k, v, codes[at], codes[at + 1], slots, scales[at], scales[at + 1])
+            pairs = [*zip(codes[:2], codes[2:], strict=True), *zip(scales[:2], scales[2:], strict=True)]
+            errors = [float((a.view(torch.int8) != b.view(torch.int8)).double().mean()) for a, b in pairs]
+            yield CheckResult("store_kv_8_bits", f"{_name(dtype)}, {kind}", max(errors), 0.0)
+
+
 def _capped(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"softcap": 3.0, "sinks": torch.linspace(-2, 4, sizes.shape.heads["num_heads"], device=device)}
 
@@ -115,11 +145,19 @@ def _latent(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
             none, none, problem.query_start_loc, problem.seq_lens, problem.block_tables,
             num_decodes=len(sequences), max_query_len=1, max_seq_len=sizes.context + 1,
         )  # fmt: skip
-        out = latent_decode(problem.q, problem.k_cache, step, v_dim=v_dim, scale=dim**-0.5)
-        keys = problem.packed[0][:, 0].double().split([sum(sequence) for sequence in problem.sequences])
-        weights = [(q.double() @ k.T * dim**-0.5).softmax(-1) for q, k in zip(problem.q, keys, strict=True)]
-        exact = torch.stack([w @ k[:, :v_dim] for w, k in zip(weights, keys, strict=True)])
-        yield CheckResult("latent_decode", _name(dtype), largest_error({}, [out], [exact]), tolerance)
+        for kind in (None, *KV_DTYPES):
+            cache, scales, read = problem.k_cache, {}, problem.k_cache
+            if kind is not None:
+                codes, first, rest = quantise_latents(cache, v_dim, KV_DTYPES[kind])
+                cache, scales = codes.view(KV_DTYPES[kind]), dict(zip(LATENT_SCALES, (first, rest), strict=True))
+                read = dequantise_latents(cache, v_dim, first, rest)
+            out = latent_decode(problem.q, cache, step, v_dim=v_dim, scale=dim**-0.5, **scales)
+            lengths = [sum(sequence) for sequence in problem.sequences]
+            keys = read.flatten(0, 2)[problem.slots].double().split(lengths)
+            weights = [(q.double() @ k.T * dim**-0.5).softmax(-1) for q, k in zip(problem.q, keys, strict=True)]
+            exact = torch.stack([w @ k[:, :v_dim] for w, k in zip(weights, keys, strict=True)])
+            case = _name(dtype) if kind is None else f"{_name(dtype)}, {kind}"
+            yield CheckResult("latent_decode", case, largest_error({}, [out], [exact]), tolerance)
 
 
 def _quantised(device: torch.device, sizes: Sizes) -> Iterator[CheckResult]:
@@ -151,6 +189,8 @@ def _name(dtype: torch.dtype) -> str:
 CHECKS: dict[str, Callable[[torch.device, Sizes], Iterator[CheckResult]]] = {
     "flash_attention": _flash,
     "paged_attention": _paged,
+    "paged_attention_8_bits": _paged_codes,
+    "store_kv_8_bits": _store_codes,
     "latent_decode": _latent,
     "quantised_linear": _quantised,
     **{kernel: partial(_fused, kernel) for kernel in FUSED},

@@ -192,6 +192,7 @@ def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: flo
     """Time what is right; save the report after each timing, so that no number is lost if the next ends the process."""
     from paged_infer.bench.kernels.comparisons import (
         attention_comparisons,
+        coded_comparisons,
         fused_comparisons,
         linear_comparisons,
         run_comparisons,
@@ -199,7 +200,12 @@ def _run_comparisons(report: KernelReport, device: torch.device, deadline_s: flo
     from paged_infer.bench.kernels.figure import decode_figure, prefill_figure
 
     wrong = {check.kernel for check in report.checks if not check.passed}
-    planned = (*attention_comparisons(device), *linear_comparisons(device), *fused_comparisons(device))
+    planned = (
+        *attention_comparisons(device),
+        *coded_comparisons(device),
+        *linear_comparisons(device),
+        *fused_comparisons(device),
+    )
     comparisons = [one.without(wrong) for one in planned]
     for measurement in run_comparisons(comparisons, deadline_s, limit):
         if report.record(measurement):
@@ -252,11 +258,19 @@ def _show_comparisons(report: KernelReport) -> None:
         if entry.seconds is not None
     ]
     print_table("fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows)
-    rows = [
-        (m.title, *(_number(e.seconds, 1e-6) for e in m.entries), _number(m.ratio(*(e.name for e in m.entries)), 1, 2))
-        for m in report.group("linear")
-    ]
-    print_table("linear layers: weights of few bits beside bfloat16", ("", "us", "bfloat16, us", "times"), rows)
+    for group, what in (
+        ("decode_8_bits", "decodes over keys and values of 8 bits beside bfloat16"),
+        ("linear", "linear layers: weights of few bits beside bfloat16"),
+    ):
+        rows = [
+            (
+                m.title,
+                *(_number(e.seconds, 1e-6) for e in m.entries),
+                _number(m.ratio(*(e.name for e in m.entries)), 1, 2),
+            )
+            for m in report.group(group)
+        ]
+        print_table(what, ("", "us", "bfloat16, us", "times"), rows)
     for name, why in report.absences():
         print(f"{name}: {why}")
     wanted = [(reach.what, f"{reach.wanted:.2f}", _number(reach.measured, 1, 2)) for reach in report.reaches()]

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from paged_infer.bench.kernels.fused import FUSED, Function, Shape
 from paged_infer.bench.kernels.linear_cases import GRIDS, MATRICES, LinearProblem, linear_problem
-from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable, packed
+from paged_infer.bench.kernels.peers import DECODE, PREFILL, Ready, Unavailable, our_paged, packed
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.bench.kernels.report import LEFT_OUT, LONG_PREFILL, TARGET_DECODES, Entry, Measurement
 from paged_infer.bench.timing import time_cuda_graph
+from paged_infer.kernels.kv_quant import SCALE_BYTES, dequantise_kv
 
 MODEL = Shape()
 PREFILL_TOKENS = 16_384  # in every prefill: many short prompts, or one long one
@@ -32,6 +33,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16_384)
 BATCHES = (32, 1, 8, 128)
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 FUSED_TOKENS = (32, 2048)  # a batch of decodes, and a budget full of prompts
+CODED_DECODES, CODED_KINDS = ((32, 4096), (1, 32_768), (8, 4096)), ("int8", "fp8")
 LINEAR_TOKENS, LINEAR_GRIDS = (1, 16, 256, 2048), ("w4a16", "w8a16", "w8a8", "float8")
 
 ROUNDS, REPEATS = 3, 7  # every kernel of a comparison has its turn in each round; 21 samples in all
@@ -111,6 +113,38 @@ def fused_comparisons(device: torch.device) -> list[Comparison]:
         for name, kernel in FUSED.items()
         if kernel.elements is not None and (name != "sample" or tokens == FUSED_TOKENS[0])
     ]
+
+
+def coded_comparisons(device: torch.device) -> list[Comparison]:
+    """Decodes over keys and values of 8 bits, each beside our own over the same numbers in bfloat16."""
+    found = []
+    for batch, context in CODED_DECODES:
+        of_bfloat16 = _decode_comparison(device, batch, context)
+        for kind in CODED_KINDS:
+            found.append(
+                replace(
+                    of_bfloat16,
+                    group="decode_8_bits",
+                    title=f"decode over {kind}, batch {batch}, context {context:,}",
+                    work=of_bfloat16.work * (MODEL.head_dim + SCALE_BYTES) / (2 * MODEL.head_dim),
+                    num_bytes=3 * of_bfloat16.num_bytes,
+                    problem=partial(_coded_problem, of_bfloat16.problem, kind),
+                    peers={"paged_attention_8_bits": our_paged, "paged_attention": _of_numbers},
+                )
+            )
+    return found
+
+
+def _coded_problem(problem: Callable[[], PagedProblem], kind: str) -> PagedProblem:
+    return problem().coded(kind)
+
+
+def _of_numbers(problem: PagedProblem) -> Ready:
+    """Over what the codes stand for, in q's dtype."""
+    (k_scale, v_scale), dtype = (problem.k_scale, problem.v_scale), problem.q.dtype
+    assert k_scale is not None and v_scale is not None
+    k, v = dequantise_kv(problem.k_cache, k_scale, dtype), dequantise_kv(problem.v_cache, v_scale, dtype)
+    return our_paged(replace(problem, k_cache=k, v_cache=v, k_scale=None, v_scale=None))
 
 
 def linear_comparisons(device: torch.device) -> list[Comparison]:

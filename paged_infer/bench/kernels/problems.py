@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from paged_infer.kernels.kv_quant import KV_DTYPES, dequantise_kv, quantise_kv
 
 
 class Tensors:
@@ -37,6 +39,8 @@ class PagedProblem:
     query_start_loc: Tensor  # [B + 1] int32
     sequences: tuple[tuple[int, int], ...]  # (tokens before, queries)
     slots: Tensor  # [sum of lengths] int64: where the tokens of each sequence are in the caches, one after another
+    k_scale: Tensor | None = None  # [num_blocks, block_size, H_kv], of caches of codes (``coded``)
+    v_scale: Tensor | None = None
 
     @property
     def hints(self) -> dict[str, int]:
@@ -52,12 +56,25 @@ class PagedProblem:
     def arguments(self) -> dict[str, Any]:
         """What ``paged_attention`` takes, by name."""
         names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
-        return {name: getattr(self, name) for name in names} | self.hints
+        scales = {} if self.k_scale is None else {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {name: getattr(self, name) for name in names} | scales | self.hints
 
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [sum of lengths, H_kv, D], one sequence after another."""
-        return self.k_cache.flatten(0, 1)[self.slots], self.v_cache.flatten(0, 1)[self.slots]
+        """Keys and values [sum of lengths, H_kv, D], one sequence after another; of codes, the numbers in q's dtype."""
+        k, v = (cache.flatten(0, 1).index_select(0, self.slots) for cache in (self.k_cache, self.v_cache))
+        if self.k_scale is None or self.v_scale is None:
+            return k, v
+        scales = (scale.flatten(0, 1)[self.slots] for scale in (self.k_scale, self.v_scale))
+        k, v = (dequantise_kv(codes, scale, self.q.dtype) for codes, scale in zip((k, v), scales, strict=True))
+        return k, v
+
+    def coded(self, kind: str) -> PagedProblem:
+        """The same with keys and values of 8 bits, of a type in ``KV_DTYPES``."""
+        (k_cache, k_scale), (v_cache, v_scale) = (
+            quantise_kv(cache, KV_DTYPES[kind]) for cache in (self.k_cache, self.v_cache)
+        )
+        return replace(self, k_cache=k_cache, v_cache=v_cache, k_scale=k_scale, v_scale=v_scale)
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from paged_infer.bench.kernels.fused import FUSED
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.roofline import Roofline
 
-OURS = ("flash_attention", "paged_attention", "quantised_linear", *FUSED)
+OURS = ("flash_attention", "paged_attention", "paged_attention_8_bits", "quantised_linear", *FUSED)
 LEFT_OUT = "left out: "  # begins the note of an entry for which there was no time
 TARGET_DECODES = ((32, 4096), (1, 32_768))  # (batch, context)
 LONG_PREFILL = 4096  # tokens: prefills have targets from here on
@@ -30,7 +30,7 @@ class Entry:
 class Measurement:
     """A comparison: the same work, by several kernels in turn. ``work``: floating-point operations, or bytes moved."""
 
-    group: str  # "prefill", "decode", "fused" or "linear"
+    group: str  # "prefill", "decode", "decode_8_bits", "fused" or "linear"
     title: str
     sizes: dict[str, int]
     work: float

@@ -17,9 +17,12 @@ from paged_infer.bench.kernels.linear_cases import GRIDS, linear_problem
 from paged_infer.bench.kernels.peers import our_flash, our_paged
 from paged_infer.bench.kernels.problems import PagedProblem, Tensors, paged_problem
 from paged_infer.kernels.attention.metadata import AttentionMetadata
+from paged_infer.kernels.attention.mla import LATENT_SCALES
 from paged_infer.kernels.attention.mla_decode import latent_decode
 from paged_infer.kernels.fused.grouped_gemm import grouped_experts
 from paged_infer.kernels.fused.moe import ExpertWeights
+from paged_infer.kernels.fused.store_kv import store_kv, store_latents
+from paged_infer.kernels.kv_quant import KV_DTYPES
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 200, 256)
 
@@ -69,6 +72,17 @@ def full_variants() -> list[Variant]:
     for family in ("flash", "prefill", "decode"):  # the heads of a Gemma 2 and of gpt-oss
         variants.append(Variant(family, "bfloat16", 128, {"group": 4, "softcap": 50.0}))
         variants.append(Variant(family, "bfloat16", 64, {"group": 8, "window": 128, "sinks": True}))
+    # Keys and values of 8 bits: each type at head_dim 128, and one of each width and dtype
+    for family in ("prefill", "decode"):
+        variants += [Variant(family, "bfloat16", 128, {"group": 4, "block": 16, "kv": kind}) for kind in KV_DTYPES]
+        variants += [Variant(family, "bfloat16", d, {"group": 4, "block": 16, "kv": "int8"}) for d in (64, 256)]
+        variants += [Variant(family, "float32", 128, {"group": 4, "block": 16, "kv": "int8"})]
+        variants += [Variant(family, "float16", 128, {"group": 4, "block": 16, "kv": "fp8_e5m2"})]
+        variants += [Variant(family, "bfloat16", 64, {"group": 8, "window": 128, "sinks": True, "kv": "fp8"})]
+    variants += [Variant("latent", "bfloat16", 576, {"heads": 128, "kv": kind}) for kind in KV_DTYPES]
+    variants += [Variant("latent", t, 576, {"heads": 16, "kv": "int8"}) for t in ("float32", "float16")]
+    variants += [Variant("store_codes", "bfloat16", 128, {"kv": kind}) for kind in KV_DTYPES]
+    variants += [Variant("store_latents", "bfloat16", 576, {"kv": kind}) for kind in KV_DTYPES]
     # DeepSeek's latents, of 512 + 64 elements, with the heads of V3 and of V2-Lite
     variants += [Variant("latent", t, 576, {"heads": 128}) for t in both]
     variants += [Variant("latent", "bfloat16", 576, {"heads": 16, "block": b, "rows": 256}) for b in (1, 16)]
@@ -96,7 +110,8 @@ QUICK = {
     *("prefill float32 128 group 4 block 16", "decode bfloat16 128 group 4 block 16", "store_kv bfloat16 1024"),
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
-    "latent bfloat16 576 heads 128",
+    *("latent bfloat16 576 heads 128", "latent bfloat16 576 heads 128 kv int8", "store_codes bfloat16 128 kv fp8"),
+    "decode bfloat16 128 group 4 block 16 kv int8",
     "quantised bfloat16 4096 grid w8a8 tokens 16",
     "quantised float32 4096 grid w4a16, zeros tokens 2048",
     *("experts bfloat16 768 tokens 32", "experts float32 768 tokens 4096"),
@@ -117,6 +132,8 @@ def _paged(variant: Variant) -> None:
     rows, queries = options.get("rows", 8), 1 if is_decode else options.get("queries", 512)
     length = 200 if "short" in options else 8192
     problem = _problem(variant, [(length - queries, queries)] * rows)
+    if "kv" in options:
+        problem = problem.coded(options["kv"])
     our_paged(problem, **_scores(variant)).call()
 
 
@@ -137,7 +154,27 @@ def _latent(variant: Variant) -> None:
     nothing = torch.empty(0, dtype=torch.int64, device="meta")
     step = AttentionMetadata(nothing, nothing, starts, lengths, tables, rows, 1, 8192)
     cache = tensors.random(512, block_size, 1, variant.width)
-    latent_decode(tensors.random(rows, options["heads"], variant.width), cache, step, v_dim=512, scale=1.0)
+    scales: dict[str, torch.Tensor] = {}
+    if "kv" in options:
+        cache = cache.to(KV_DTYPES[options["kv"]])
+        scales = {name: torch.empty(512, block_size, 1, dtype=torch.float16, device="meta") for name in LATENT_SCALES}
+    q = tensors.random(rows, options["heads"], variant.width)
+    latent_decode(q, cache, step, v_dim=512, scale=1.0, **scales)
+
+
+def _store_codes(variant: Variant) -> None:
+    """32 tokens: keys and values of 8 heads, or latents of 512 + 64."""
+    x = Tensors(getattr(torch, variant.dtype), "meta")
+    heads = 8 if variant.family == "store_codes" else 1
+    cache = torch.empty(512, 16, heads, variant.width, dtype=KV_DTYPES[variant.options["kv"]], device="meta")
+    scale = torch.empty(512, 16, heads, dtype=torch.float16, device="meta")
+    slots = torch.empty(32, dtype=torch.int64, device="meta")
+    if variant.family == "store_codes":
+        k, v = x.random(32, heads, variant.width), x.random(32, heads, variant.width)
+        store_kv(k, v, cache, torch.empty_like(cache), slots, scale, torch.empty_like(scale))
+    else:
+        scales = {"latent_scale": scale, "rest_scale": torch.empty_like(scale)}
+        store_latents(x.random(32, variant.width), cache, slots, v_dim=512, **scales)
 
 
 def _problem(variant: Variant, sequences: list[tuple[int, int]]) -> PagedProblem:
@@ -178,6 +215,8 @@ CALLS: dict[str, Callable[[Variant], object]] = {
     "prefill": _paged,
     "decode": _paged,
     "latent": _latent,
+    "store_codes": _store_codes,
+    "store_latents": _store_codes,
     "store_kv": lambda v: _fused(v, num_kv_heads=1, head_dim=v.width),
     "copy_blocks": lambda v: _fused(v, block_size=1, num_kv_heads=1, head_dim=v.width),
     "add_rms_norm": lambda v: _fused(v, hidden=v.width),

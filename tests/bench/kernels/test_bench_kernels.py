@@ -93,7 +93,7 @@ def test_on_a_cpu_the_command_checks_and_counts_and_times_nothing(on_cpu):
     report = KernelReport.read(folder / "bench-kernels-cpu.json")
     assert (report.device, report.roofline, report.measurements) == ("cpu", None, [])
     assert all(check.passed for check in report.checks)
-    assert {check.kernel for check in report.checks} == {*OURS, "latent_decode"}
+    assert {check.kernel for check in report.checks} == {*OURS, "latent_decode", "store_kv_8_bits"}
     # One launch a layer, where torch needs two operations, or five to leave out padding: counted, for 32 layers.
     assert report.launches == [
         LaunchCount("store_kv", None, 32),
@@ -331,7 +331,7 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     for module, sizes in (
         (kernels, {"PREFILL_TOKENS": 32, "LENGTHS": (16, 32), "BATCHES": (2,), "CONTEXTS": (32,), "ROUNDS": 1}),
         (kernels, {"MODEL": Shape(**SMALL, hidden=32, intermediate=48, vocab=500), "FUSED_TOKENS": (3, 5)}),
-        (kernels, {"MATRICES": {"gate and up": (70, 256)}, "LINEAR_TOKENS": (3,)}),
+        (kernels, {"MATRICES": {"gate and up": (70, 256)}, "LINEAR_TOKENS": (3,), "CODED_DECODES": ((2, 32),)}),
         (kernel_peers, {"FLEX_SIZES": ()}),
     ):
         for name, value in sizes.items():
@@ -346,8 +346,8 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
     path = tmp_path / "bench-kernels.json"
     kernels_cli._run_comparisons(report, CPU, math.inf, "no limit", path)
     assert KernelReport.read(path) == report
-    assert {m.group for m in report.measurements} == {"prefill", "decode", "linear", "fused"}
-    assert len(report.measurements) == 2 * 2 + 1 + len(kernels.LINEAR_GRIDS) + 2 * 4 + 1
+    assert {m.group for m in report.measurements} == {"prefill", "decode", "decode_8_bits", "linear", "fused"}
+    assert len(report.measurements) == 2 * 2 + 1 + 2 + len(kernels.LINEAR_GRIDS) + 2 * 4 + 1
     for measurement in report.measurements:
         for entry in measurement.entries:
             assert entry.seconds is not None or entry.note, measurement.title
@@ -358,7 +358,13 @@ def test_what_a_gpu_would_do_from_end_to_end_with_made_up_times(tmp_path, monkey
         "bench-kernels-decode.png", "bench-kernels-prefill.png", "bench-kernels.json",
     ]  # fmt: skip
     said = capsys.readouterr().out
-    for words in ("prefill, head_dim 64", "decode, batch 2", "sample, 3 tokens", "targets"):
+    for words in (
+        "prefill, head_dim 64",
+        "decode, batch 2",
+        "sample, 3 tokens",
+        "decode over int8, batch 2",
+        "targets",
+    ):
         assert words in said
 
     def silu_mul(gate_up: torch.Tensor) -> float:

@@ -111,7 +111,7 @@ QUICK = {
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
     *("latent bfloat16 576 heads 128", "latent bfloat16 576 heads 128 kv int8", "store_codes bfloat16 128 kv fp8"),
-    "decode bfloat16 128 group 4 block 16 kv int8",
+    *("decode bfloat16 128 group 4 block 16 kv int8", "store_latents bfloat16 576 kv fp8"),
     "quantised bfloat16 4096 grid w8a8 tokens 16",
     "quantised float32 4096 grid w4a16, zeros tokens 2048",
     *("experts bfloat16 768 tokens 32", "experts float32 768 tokens 4096"),

@@ -26,7 +26,7 @@ GOOD = CompiledRow("flash bfloat16 128", "flash", 90, 200, 0, 163_840, SHARED_LI
 KERNELS = {
     "flash", "prefill", "plan", "decode", "combine", "store_kv", "copy_blocks", "add_rms_norm", "qk_norm_rope",
     "silu_mul", "race", "final", "latent_decode", "count", "place", "grouped", "sum", "quantised", "add_splits",
-    "round",
+    "round", "store_codes", "store_latents",
 }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def latent_decode(
         warn_once(f"MLA uses the torch reference: its latents have {v_dim} + {rest} elements, the kernel's 512 + 64")
         scales = {"latent_scale": latent_scale, "rest_scale": rest_scale}
         return latent_decode_reference(q, cache, step, v_dim=v_dim, scale=scale, **scales)
-    (block_g, block_n, num_warps, num_stages, _), rule = latent_tiles(capability(q.device), q.dtype)
+    is_coded = latent_scale is not None
+    (block_g, block_n, num_warps, num_stages, _), rule = latent_tiles(capability(q.device), q.dtype, is_coded)
     head_tiles = triton.cdiv(num_heads, block_g)
     bounds = split_bounds(rule, num_rows, head_tiles, step.max_seq_len, num_processors(q.device))
     is_split = bounds.max_split_rows > 0 and num_rows > 0
@@ -76,7 +77,7 @@ def latent_decode(
         IS_SPLIT=is_split, NUM_HEADS=num_heads, BLOCK_G=block_g,
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), DV=v_dim, DR=rest, BLOCK_V=padded(v_dim), BLOCK_R=padded(rest),
         BLOCK_N=block_n, STRIDE_BLOCK=cache.stride(0), STRIDE_SLOT=cache.stride(1), BLOCK_SIZE=cache.shape[1],
-        WIDEN=must_widen(q), FORMAT=0 if latent_scale is None else FORMATS[cache.dtype],
+        WIDEN=must_widen(q), FORMAT=FORMATS[cache.dtype] if is_coded else 0,
         num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
     )  # fmt: skip
     if plan:

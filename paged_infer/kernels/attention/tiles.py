@@ -38,14 +38,17 @@ def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int)
     return tile or _decode_tiles(gpu, dim, dtype, group), splits or default
 
 
-def latent_tiles(gpu: tuple[int, int], dtype: torch.dtype) -> tuple[Tile, SplitRule]:
+def latent_tiles(gpu: tuple[int, int], dtype: torch.dtype, is_coded: bool) -> tuple[Tile, SplitRule]:
     """For ``latent_decode``: 16 query heads, as a row of the output is 512 wide. No measured table has entries for it.
 
     With 512 + 64 elements the compiler reports 55 KiB of shared memory in bfloat16 and 72 in float32, and no spill.
+    Four warps would spill while they turn codes of 8 bits into numbers.
     """
     if gpu == (0, 0):
         return Tile(16, 16, 4, 1), INTERPRETED_SPLITS
-    return Tile(16, 16, 8, 1) if dtype == torch.float32 else Tile(16, 32, 4, 2), SplitRule()
+    if dtype == torch.float32:
+        return Tile(16, 16, 8, 1), SplitRule()
+    return Tile(16, 32, 8 if is_coded else 4, 2), SplitRule()
 
 
 @cache

@@ -20,6 +20,7 @@ from my_engine.paged import BlockManager
 
 from paged_infer import LLM, storyteller
 from paged_infer import SamplingParams as PackageParams
+from paged_infer.control.blocks.manager import BlockManager as PackageManager
 from paged_infer.kernels.attention_backends import attention_backend
 from paged_infer.storyteller import tell
 
@@ -88,7 +89,7 @@ class TestStates:
         states.show("paged.py", 9, "BlockManager.take")
         assert capsys.readouterr().out.splitlines() == [
             "      def take(self):",
-            "          block = self.free_blocks.popleft()  # the one that was freed longest ago",
+            "          block = self.free_blocks.pop()  # the one that was freed last",
             "+         self.ref_count[block] = 1",
             "+         self.block_of.pop(self.hash_of.pop(block, None), None)  # evicted from the prefix cache",
             "          return block",
@@ -315,6 +316,23 @@ class TestBlocks:
         for sequence in running:
             manager.free(sequence)
         assert len(manager.free_blocks) == num_blocks
+
+    def test_free_blocks_are_taken_in_the_order_of_the_package(self):
+        """Blank ones first, the one freed last before others; then cached ones, least recently used first."""
+        mine, package = BlockManager(8, 2), PackageManager(8, 2)
+        sequences = [
+            Held(token_ids=[*ids], num_computed_tokens=0, block_table=[], block_hashes=[])
+            for ids in (range(5), range(10, 13))
+        ]
+        for number, sequence in enumerate(sequences):
+            num_tokens = len(sequence.token_ids)
+            assert mine.allocate(sequence, num_tokens) and package.reserve(number, 0, num_tokens)
+            package.publish(number, sequence.block_hashes, 0, num_tokens // 2)
+        for number, sequence in enumerate(sequences):
+            mine.free(sequence)
+            package.free(number)
+        taken = [mine.take() for _ in range(8)]
+        assert taken == [package.pool.take() for _ in range(8)] == [4, 2, 5, 6, 7, 1, 0, 3]
 
     def act(self, manager, dice, running, written) -> None:
         """One step's worth for one sequence; ``written`` is what each slot holds: (all tokens up to it)."""

@@ -45,8 +45,7 @@ def grow_in_order(answer):
             missing = max(0, -(-length // size) - len(tables[row]))
             if missing > len(free):
                 return row
-            tables[row] += free[:missing]
-            del free[:missing]
+            tables[row] += [free.pop() for _ in range(missing)]
         return len(lengths)
 
     cases = [

@@ -18,7 +18,7 @@ def write_next(answer):
         copies = []
         for table in tables:
             if counts[table[-1]] > 1:
-                new = free.pop(0)
+                new = free.pop()
                 copies.append((table[-1], new))
                 counts[table[-1]] -= 1
                 counts[new] = 1

@@ -19,7 +19,7 @@ class BlockManager:
 
     def __init__(self, num_blocks, block_size):
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free_blocks = deque(range(num_blocks))
+        self.free_blocks = deque(reversed(range(num_blocks)))  # taken from the right
         # NEW 09
         self.ref_count = [0] * num_blocks  # how many tables hold the block
         self.block_of, self.hash_of = {}, {}  # hash -> block, block -> hash; of free blocks, too
@@ -52,7 +52,7 @@ class BlockManager:
         return True
 
     def take(self):
-        block = self.free_blocks.popleft()  # the one that was freed longest ago
+        block = self.free_blocks.pop()  # the one that was freed last
         # NEW 09
         self.ref_count[block] = 1
         self.block_of.pop(self.hash_of.pop(block, None), None)  # evicted from the prefix cache
@@ -60,14 +60,15 @@ class BlockManager:
         return block
 
     def free(self, sequence):
-        """Free its blocks, the last first."""
+        """Free its blocks, the last first: in a prefix cache (09) the beginning stays longest."""
         for block in reversed(sequence.block_table):
-            # NEW 09: what is freed last stays longest in the prefix cache: the beginning
+            # NEW 09
             self.ref_count[block] -= 1
             if self.ref_count[block]:
                 continue
             # END 09
             self.free_blocks.append(block)
+            self.free_blocks.rotate(block in self.hash_of)  # NEW 09: if cached, to the left end
         sequence.block_table, sequence.num_computed_tokens = [], 0
 
     # NEW 09

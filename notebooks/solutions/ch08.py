@@ -16,8 +16,7 @@ def grow_in_order(tables, free, lengths, block_size):
         missing = max(0, -(-length // block_size) - len(tables[row]))
         if missing > len(free):
             return row
-        tables[row] += free[:missing]
-        del free[:missing]
+        tables[row] += [free.pop() for _ in range(missing)]
     return len(lengths)
 
 

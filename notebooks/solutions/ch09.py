@@ -11,7 +11,7 @@ def write_next(tables, counts, free):
     for table in tables:
         shared = table[-1]
         if counts[shared] > 1:
-            table[-1] = free.pop(0)
+            table[-1] = free.pop()
             counts[shared] -= 1
             counts[table[-1]] = 1
             copies.append((shared, table[-1]))

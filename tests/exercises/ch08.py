@@ -26,7 +26,7 @@ def takes_what_there_is(tables, free, lengths, block_size):
         while len(tables[row]) * block_size < length:
             if not free:
                 return row
-            tables[row].append(free.pop(0))
+            tables[row].append(free.pop())
     return len(lengths)
 
 
@@ -36,8 +36,7 @@ def lets_others_overtake(tables, free, lengths, block_size):
     for row, length in enumerate(lengths):
         missing = max(0, -(-length // block_size) - len(tables[row]))
         if missing <= len(free):
-            tables[row] += free[:missing]
-            del free[:missing]
+            tables[row] += [free.pop() for _ in range(missing)]
             grown += 1
     return grown
 

@@ -17,7 +17,7 @@ def forgets_to_let_go(tables, counts, free):
     copies = []
     for table in tables:
         if counts[table[-1]] > 1:
-            new = free.pop(0)
+            new = free.pop()
             copies.append((table[-1], new))
             counts[new], table[-1] = 1, new
     return copies
@@ -28,7 +28,7 @@ def leaves_the_tables(tables, counts, free):
     copies = []
     for table in tables:
         if counts[table[-1]] > 1:
-            new = free.pop(0)
+            new = free.pop()
             copies.append((table[-1], new))
             counts[table[-1]] -= 1
             counts[new] = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Collection
 
 
@@ -13,7 +13,7 @@ class OutOfBlocks(Exception):
 class BlockPool:
     """``num_blocks`` blocks, each in exactly one of three places.
 
-        blank    [ 4, 1 ]                   free, holding nothing worth finding: taken first, from the left
+        blank    [ 4, 1 ]                   free, holding nothing worth finding: taken first, from the right
         cached   [ 7, 2, 9 ]                free, but findable by hash: evicted from the left, least recently used
         held     { 0: 1,  3: 2, ... }       in so many block tables, findable or not
 
@@ -24,7 +24,9 @@ class BlockPool:
                      | v
                    cached ----> held, its hash forgotten: an eviction, when no block is blank
 
-    Every operation costs the same whatever the pool's size.
+    The blank block that was freed last is taken first: its memory may still be in a processor's caches, and on a CPU
+    a pool has no memory for blocks that were never taken (``cache.lazy_zeros``). Every operation costs the same
+    whatever the pool's size.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -34,7 +36,7 @@ class BlockPool:
         self.num_shared = 0  # blocks in more than one table
         self.num_references = 0  # lengths of all tables together: what they would hold if nothing were shared
         self.num_evictions = 0
-        self._blank = deque(range(num_blocks))
+        self._blank = [*reversed(range(num_blocks))]
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._counts = [0] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -68,13 +70,14 @@ class BlockPool:
     # -- held or free -----------------------------------------------------------------------------------------------
 
     def take(self) -> int:
-        """A free block to write to, now held once: a blank one, else the least recently used cached one, evicted.
+        """A free block to write to, now held once: the blank one that was freed last, else the least recently used of
+        the cached ones, evicted.
 
         Raises:
             OutOfBlocks: none is free.
         """
         if self._blank:
-            block = self._blank.popleft()
+            block = self._blank.pop()
         elif self._cached:
             block, _ = self._cached.popitem(last=False)
             del self._block_of[self._hash_of.pop(block)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -18,11 +18,24 @@ def test_every_block_is_given_out_once_and_then_none_is_left() -> None:
         pool.take()
 
 
-def test_the_block_that_is_free_the_longest_is_taken_first() -> None:
-    pool = BlockPool(3)
+def test_the_blank_block_that_was_freed_last_is_taken_first() -> None:
+    pool = BlockPool(4)
     for block in (pool.take(), pool.take()):
         pool.release(block)
-    assert [pool.take() for _ in range(3)] == [2, 0, 1]
+    assert [pool.take() for _ in range(4)] == [1, 0, 2, 3]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9))))
+def test_no_more_blocks_are_ever_touched_than_were_held_at_once(acts: list[tuple[bool, int]]) -> None:
+    pool, held, touched, most = BlockPool(100), list[int](), set[int](), 0
+    for takes, index in acts:
+        if takes or not held:
+            held.append(pool.take())
+            touched.add(held[-1])
+        else:
+            pool.release(held.pop(index % len(held)))
+        most = max(most, len(held))
+    assert len(touched) == most
 
 
 def test_a_block_is_counted_while_it_is_held() -> None:
@@ -62,7 +75,7 @@ def test_integrity_notices_a_leak_a_shared_block_and_a_dangling_table() -> None:
     [
         (lambda pool, held: pool._blank.append(pool._blank[0]), "twice"),
         (lambda pool, held: pool._blank.append(held), "both free and held"),
-        (lambda pool, held: pool._blank.popleft(), "or neither"),
+        (lambda pool, held: pool._blank.pop(), "or neither"),
     ],
 )
 def test_integrity_notices_a_wrong_free_list(tamper, message: str) -> None:
@@ -155,7 +168,7 @@ class PoolMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
         self.tables: list[int] = []  # a block stands here as often as it is held
-        self.free = list(range(num_blocks))
+        self.free = list(reversed(range(num_blocks)))  # in the order in which they were freed
         self.hashes: dict[int, bytes] = {}
         self.evictions = 0
 
@@ -165,7 +178,8 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.free)
     @rule()
     def take(self) -> None:
-        expected = next((block for block in self.free if block not in self.hashes), self.free[0])
+        blank = [block for block in self.free if block not in self.hashes]
+        expected = blank[-1] if blank else self.free[0]
         self.evictions += expected in self.hashes
         self.hashes.pop(expected, None)
         assert self.pool.take() == expected

@@ -14,7 +14,7 @@ from paged_infer.model.moe_config import expected_experts
 # Bits of a linear layer's weight, scales included: int4 has one of 16 bits for 32 weights, int8 one for a row.
 WEIGHT_BITS = {"w8a16": 8.0, "w4a16": 4.5, "w8a8": 8.0}
 KV_DTYPES = ("auto", "int8", "fp8", "fp8_e5m2")
-SCALE_BYTES = 2  # of a key or value of 8 bits, for each head
+SCALE_BYTES = 2  # of a key or value of 8 bits, for each head; of both parts of a latent of MLA
 
 # fmt: off
 _COMMON = {"hidden_act": "silu", "attention_bias": False, "num_key_value_heads": 8}
@@ -147,12 +147,10 @@ class ModelShape:
         """Bytes of a cached element, its share of the scales included.
 
         Raises:
-            ValueError: an unknown type, or one of 8 bits for MLA's latents, which the engine refuses too.
+            ValueError: an unknown type; the message lists the known ones.
         """
         if kv_cache_dtype not in KV_DTYPES:
             raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
         if kv_cache_dtype == "auto":
             return dtype_bytes
-        if self.config.mla is not None:
-            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: no cache of 8 bits holds MLA's latents; use 'auto'")
-        return 1 + SCALE_BYTES / self.config.head_dim
+        return 1 + 2 * SCALE_BYTES * self.num_kv_heads / self.kv_elements

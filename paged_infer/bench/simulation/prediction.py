@@ -23,6 +23,7 @@ from paged_infer.simulation.workloads import LIKE, NUM_REQUESTS, WorkloadRequest
 
 CPU_POOL_BYTES = 2**30  # as execution.memory_plan has it
 DEFAULT_RATE = 10.0
+Advance = Callable[[str], None]  # called with what is simulated next
 LOADS = (0.25, 0.5, 2.0)  # times the load that was asked for
 
 
@@ -109,7 +110,7 @@ class Setup:
     scheduler: SchedulerOptions
     concurrency: int | None
 
-    def run(self, workload: ReadOnlyList[WorkloadRequest]) -> Run:
+    def run(self, workload: list[WorkloadRequest]) -> Run:
         return simulate(workload, self.scheduler, self.cost, concurrency=self.concurrency)
 
 
@@ -122,9 +123,8 @@ def setup(options: ServerOptions, gpu: str, longest: int, measure_cpu: Callable[
     shape, on_cpu = ModelShape.named(options.model), gpu == "cpu"
     card = measure_cpu() if on_cpu else card_named(gpu)
     dtype, dtype_bytes = ("float32", 4) if on_cpu else ("bfloat16", 2)
-    if options.quantization is not None and options.quantization not in WEIGHT_BITS:
-        known = ", ".join(WEIGHT_BITS)
-        raise ValueError(f"quantization={options.quantization!r}: must be one of {known}")
+    if options.quantization not in (None, *WEIGHT_BITS):
+        raise ValueError(f"quantization={options.quantization!r}: must be one of {', '.join(WEIGHT_BITS)}")
     overhead_s = options.step_overhead_ms / 1e3
     usual = (1.0, 1.0) if on_cpu else (0.9, 0.8)
     sheet = Roofline(
@@ -142,11 +142,11 @@ def setup(options: ServerOptions, gpu: str, longest: int, measure_cpu: Callable[
     num_tokens = 2048 if on_cpu else default_num_batched_tokens(card.memory_bytes)
     num_blocks = options.num_blocks
     if num_blocks is None and on_cpu:
-        block_bytes = 16 * sheet.kv_bytes_per_token
-        num_blocks = min(options.max_num_seqs * -(-longest // 16), int(CPU_POOL_BYTES // block_bytes))
+        most = int(CPU_POOL_BYTES // (16 * sheet.kv_bytes_per_token))
+        num_blocks = min(options.max_num_seqs * -(-longest // 16), most)
     elif num_blocks is None:
-        limits = {"max_num_seqs": options.max_num_seqs, "max_num_batched_tokens": num_tokens}
-        num_blocks = estimate_pool(sheet, **limits).num_blocks
+        pool = estimate_pool(sheet, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=num_tokens)
+        num_blocks = pool.num_blocks
     tables = options.operator_tables
     return Setup(
         gpu,
@@ -220,12 +220,11 @@ def measured_summary(records: ReadOnlyList[TokenTimes]) -> dict[str, Any]:
     return {"makespan": makespan_s(records), **summary(records)}
 
 
-def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Callable[[str], None]) -> SimulateReport:
+def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Advance) -> SimulateReport:
     """Simulate the workload on each card, and around the first one: other loads, other assumptions.
 
     Args:
         measure_cpu: called for the card "cpu".
-        advance: called with what comes next.
 
     Raises:
         ValueError: bad input; the message names it.
@@ -262,9 +261,7 @@ def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Ca
     )
 
 
-def _at_loads(
-    one: Setup, workload: ReadOnlyList[WorkloadRequest], load: float, advance: Callable[[str], None]
-) -> Iterator[Prediction]:
+def _at_loads(one: Setup, workload: list[WorkloadRequest], load: float, advance: Advance) -> Iterator[Prediction]:
     for factor in LOADS:
         advance(f"{one.name} at {factor:g} times the load")
         if one.concurrency is None:
@@ -273,9 +270,7 @@ def _at_loads(
             yield Prediction.of(one.name, clients, replace(one, concurrency=clients).run(workload))
 
 
-def _assumptions(
-    first: Setup, workload: ReadOnlyList[WorkloadRequest], run: Run, advance: Callable[[str], None]
-) -> Iterator[Changed]:
+def _assumptions(first: Setup, workload: list[WorkloadRequest], run: Run, advance: Advance) -> Iterator[Changed]:
     """Each assumption changed by as much as one may well be wrong."""
     scheduler, cost = first.scheduler, first.cost
     others: dict[str, Setup] = {}

@@ -1,0 +1,140 @@
+"""Runs a network byte by byte: its states are made when a text first comes to them, and kept.
+
+A *configuration* is a place in the network with a stack of the places to return to. A state of the machine is all the
+configurations that the bytes so far may have led to (the subset construction, one state at a time). For a regular
+expression there are no stacks, and the machine is its DFA over bytes.
+
+Bytes that no edge of the network tells apart are of one class, and a state has one successor for each class.
+"""
+
+from __future__ import annotations
+
+from paged_infer.control.guided.network import MAX_DEPTH, Network
+
+MAX_KEPT_STATES = 20_000  # then those that no text is at are forgotten
+MAX_CONFIGURATIONS = 256  # readings of an ambiguous text that are followed; each of them alone can be completed
+
+_Stack = tuple["_Stack", int, int]  # what lies below, the place to return to, how many there are; or None
+Configuration = tuple[int, _Stack | None]
+
+
+class State:
+    """What may follow the bytes so far.
+
+    Attributes:
+        is_accepting: the text may end here.
+        successors: of each class of bytes, the state after one of them, or None.
+        loops: bytes that lead back here, as a set.
+        mask: the tokens that may follow, once it is computed; see ``Vocabulary.mask``.
+    """
+
+    __slots__ = ("configurations", "is_accepting", "loops", "mask", "successors")
+
+    def __init__(self, configurations: tuple[Configuration, ...], is_accepting: bool) -> None:
+        self.configurations = configurations
+        self.is_accepting = is_accepting
+        self.successors: list[State | None] | None = None
+        self.loops = 0
+        self.mask: bytes | None = None
+
+
+class Machine:
+    """Attributes: ``start``, and ``class_of``: of each byte its class."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._depths = network.depths
+        sets = list({byte_set for edges in network.edges for byte_set, _ in edges})
+        signatures = [tuple(byte_set >> byte & 1 for byte_set in sets) for byte in range(256)]
+        classes = {signature: place for place, signature in enumerate(dict.fromkeys(signatures))}
+        self.class_of = [classes[signature] for signature in signatures]
+        self._bytes_of = [0] * len(classes)
+        for byte, its_class in enumerate(self.class_of):
+            self._bytes_of[its_class] |= 1 << byte
+        in_set = {s: tuple(c for c, of_class in enumerate(self._bytes_of) if s & of_class) for s in sets}
+        self._edges = [[(in_set[byte_set], target) for byte_set, target in edges] for edges in network.edges]
+        self._states: dict[tuple[frozenset[Configuration], bool], State] = {}
+        start = self._state([(network.rules[0][0], None)])
+        assert start is not None  # ``Network.close`` refuses a grammar that nothing satisfies
+        self.start = start
+
+    def step(self, state: State, text: bytes) -> State | None:
+        """The state after ``text``; None if it cannot follow."""
+        class_of, at = self.class_of, state
+        for byte in text:
+            after = (at.successors or self.expand(at))[class_of[byte]]
+            if after is None:
+                return None
+            at = after
+        return at
+
+    def expand(self, state: State) -> list[State | None]:
+        """Compute ``state.successors`` and ``state.loops``."""
+        targets: list[list[Configuration]] = [[] for _ in self._bytes_of]
+        for place, stack in state.configurations:
+            for classes, target in self._edges[place]:
+                for its_class in classes:
+                    targets[its_class].append((target, stack))
+        found: dict[tuple[Configuration, ...], State | None] = {}
+        successors: list[State | None] = []
+        for its_class, reached in enumerate(targets):
+            key = tuple(reached)
+            if key not in found:
+                found[key] = self._state(reached)
+            successors.append(found[key])
+            if found[key] is state:
+                state.loops |= self._bytes_of[its_class]
+        state.successors = successors
+        return successors
+
+    def forced_byte(self, state: State) -> int | None:
+        """The only byte that may follow, if the text may not end here and there is only one."""
+        successors = state.successors or self.expand(state)
+        alive = [its_class for its_class, after in enumerate(successors) if after is not None]
+        if state.is_accepting or len(alive) != 1 or self._bytes_of[alive[0]].bit_count() != 1:
+            return None
+        return self._bytes_of[alive[0]].bit_length() - 1
+
+    def is_final(self, state: State) -> bool:
+        """Whether the text is complete and nothing can follow."""
+        return state.is_accepting and not any(state.successors or self.expand(state))
+
+    def _state(self, reached: list[Configuration]) -> State | None:
+        """The state of these configurations and all that they reach without a byte; None if they lead nowhere."""
+        network, depths = self._network, self._depths
+        last = network.rules[0][1]
+        seen = dict.fromkeys(reached)
+        waiting = list(seen)
+        kept: list[Configuration] = []
+        is_accepting = False
+        while waiting and len(kept) < MAX_CONFIGURATIONS:
+            configuration = waiting.pop()
+            place, stack = configuration
+            left = MAX_DEPTH - (0 if stack is None else stack[2])
+            if depths[place] > left:
+                continue
+            if self._edges[place]:
+                kept.append(configuration)
+            after = [(target, stack) for target in network.free[place]]
+            for call in network.calls[place]:
+                if network.depth_of_call(*call) <= left:
+                    rule, target = call
+                    after.append((network.rules[rule][0], (stack, target, MAX_DEPTH - left + 1)))  # type: ignore[arg-type]
+            if not (network.free[place] or network.calls[place] or self._edges[place]):  # the end of a rule
+                if stack is not None:
+                    after.append((stack[1], stack[0]))
+                elif place == last:
+                    is_accepting = True
+            for one in after:
+                if one not in seen:
+                    seen[one] = None
+                    waiting.append(one)
+        if not kept and not is_accepting:
+            return None
+        key = frozenset(kept), is_accepting
+        state = self._states.get(key)
+        if state is None:
+            if len(self._states) >= MAX_KEPT_STATES:
+                self._states.clear()
+            state = self._states[key] = State(tuple(kept), is_accepting)
+        return state

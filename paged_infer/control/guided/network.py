@@ -1,0 +1,170 @@
+"""A grammar as a network of states over bytes, with calls: what a JSON schema or a regular expression is compiled to.
+
+    rule value    0 -"["-> 1 -call value-> 2 -"]"-> 3        a call is an edge that another rule's path takes the
+                  0 -"0"-> 3                                 place of, so brackets of any depth close in pairs
+
+(Recursive transition networks, Woods 1970, CACM 13. ``machine`` runs one.) ``depths`` says of each state how many calls
+the shortest way to its rule's end needs, one inside the other. It is infinite where there is no such way. So a path
+that stays within a depth never comes to a dead end, and a grammar that no text satisfies is found here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+
+from paged_infer.control.guided.automaton import Automaton
+from paged_infer.control.guided.characters import Encoding
+
+MAX_STATES = 60_000
+MAX_DEPTH = 64  # calls inside calls: arrays and objects in each other, and references
+
+
+class Network:
+    """States are integers. Sets of bytes are integers too: bit b stands for byte b.
+
+    Attributes:
+        edges: of each state, (bytes, target).
+        free: of each state, targets that take no byte.
+        calls: of each state, (rule, target after it).
+        rules: (first state, last state); the last has no way out. Rule 0 is the whole grammar.
+    """
+
+    def __init__(self) -> None:
+        self.edges: list[list[tuple[int, int]]] = []
+        self.free: list[list[int]] = []
+        self.calls: list[list[tuple[int, int]]] = []
+        self.rules: list[tuple[int, int]] = []
+        self.depths: list[float] = []
+        self.new_rule()
+
+    def new_state(self) -> int:
+        if len(self.edges) >= MAX_STATES:
+            raise ValueError(f"it needs more than {MAX_STATES} states: counts, lengths or lists are too long")
+        self.edges.append([])
+        self.free.append([])
+        self.calls.append([])
+        return len(self.edges) - 1
+
+    def new_rule(self) -> int:
+        self.rules.append((self.new_state(), self.new_state()))
+        return len(self.rules) - 1
+
+    def call(self, start: int, rule: int) -> int:
+        end = self.new_state()
+        self.calls[start].append((rule, end))
+        return end
+
+    def literal(self, start: int, text: bytes) -> int:
+        for byte in text:
+            end = self.new_state()
+            self.edges[start].append((1 << byte, end))
+            start = end
+        return start
+
+    def literals(self, start: int, texts: Iterable[bytes]) -> int:
+        """One of the texts; those that begin alike share states."""
+        end, begin = self.new_state(), self.new_state()
+        self.free[start].append(begin)
+        children: dict[tuple[int, int], int] = {}
+        for text in dict.fromkeys(texts):
+            state = begin
+            for byte in text:
+                if (state, byte) not in children:
+                    children[state, byte] = self.literal(state, bytes([byte]))
+                state = children[state, byte]
+            self.free[state].append(end)
+        return end
+
+    def splice(self, start: int, automaton: Automaton, encoding: Encoding) -> int:
+        """The texts of an automaton over characters. Characters that end alike share the states of their last bytes."""
+        states = [self.new_state() for _ in automaton.edges]
+        end = self.new_state()
+        self.free[start].append(states[0])
+        rest: dict[tuple[tuple[tuple[int, int], ...], int], int] = {}  # by the last bytes and the target
+        for state, (edges, free) in enumerate(zip(automaton.edges, automaton.free, strict=True)):
+            self.free[states[state]] += [states[target] for target in free]
+            sets: dict[int, int] = {}
+            for ranges, target in edges:
+                for parts in encoding(ranges):
+                    at = states[target]
+                    for place in range(len(parts) - 1, 0, -1):
+                        key = tuple(parts[place:]), states[target]
+                        if key not in rest:
+                            rest[key] = self.new_state()
+                            self.edges[rest[key]].append((_byte_set(*parts[place]), at))
+                        at = rest[key]
+                    sets[at] = sets.get(at, 0) | _byte_set(*parts[0])
+            self.edges[states[state]] += [(byte_set, target) for target, byte_set in sets.items()]
+        for state in automaton.accepting:
+            self.free[states[state]].append(end)
+        return end
+
+    def close(self, end: int) -> None:
+        """The grammar is complete, and ends in ``end``: compute ``depths``.
+
+        Raises:
+            ValueError: no text satisfies it, or a rule can call itself before any byte.
+        """
+        self.free[end].append(self.rules[0][1])
+        self._refuse_circles()
+        self._measure()
+        if (depth := self.depths[self.rules[0][0]]) > MAX_DEPTH:
+            raise ValueError(
+                "nothing satisfies it" if depth == math.inf else f"it is nested more than {MAX_DEPTH} levels deep"
+            )
+
+    def _refuse_circles(self) -> None:
+        called = [
+            {rule for state in self._reached_free(start) for rule, _ in self.calls[state]} for start, _ in self.rules
+        ]
+        while True:  # remove rules that begin with no other rule, until none is left or none can go
+            done = {rule for rule, first in enumerate(called) if not first}
+            left = [first - done for first in called]
+            if left == called:
+                break
+            called = left
+        if any(called):
+            raise ValueError("a $ref leads back to itself with nothing in between")
+
+    def _reached_free(self, start: int) -> list[int]:
+        reached, seen = [start], {start}
+        for state in reached:
+            for target in self.free[state]:
+                if target not in seen:
+                    seen.add(target)
+                    reached.append(target)
+        return reached
+
+    def _measure(self) -> None:
+        """From the rules' ends backwards, until no state comes nearer."""
+        before: list[list[int]] = [[] for _ in self.edges]  # states whose depth depends on this one's
+        for state in range(len(self.edges)):
+            for target in [*self.free[state], *(target for _, target in self.edges[state])]:
+                before[target].append(state)
+            for rule, target in self.calls[state]:
+                before[target].append(state)
+                before[self.rules[rule][0]].append(state)
+        self.depths = [math.inf] * len(self.edges)
+        ends = [end for _, end in self.rules]
+        for end in ends:
+            self.depths[end] = 0
+        waiting = deque(state for end in ends for state in before[end])
+        while waiting:
+            state = waiting.popleft()
+            depth = min(
+                min((self.depths[target] for _, target in self.edges[state]), default=math.inf),
+                min((self.depths[target] for target in self.free[state]), default=math.inf),
+                min((self.depth_of_call(*call) for call in self.calls[state]), default=math.inf),
+            )
+            if depth < self.depths[state]:
+                self.depths[state] = depth
+                waiting.extend(before[state])
+
+    def depth_of_call(self, rule: int, target: int) -> float:
+        return max(self.depths[self.rules[rule][0]] + 1, self.depths[target])
+
+
+def _byte_set(first: int, last: int) -> int:
+    return (1 << last + 1) - (1 << first)

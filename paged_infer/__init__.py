@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paged_infer.outputs import RequestOutput as RequestOutput
     from paged_infer.params import BeamSearchParams as BeamSearchParams
     from paged_infer.params import SamplingParams as SamplingParams
+    from paged_infer.params import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -23,10 +24,11 @@ _MODULES = {
     "AsyncLLM": "paged_infer.async_llm",
     "SamplingParams": "paged_infer.params",
     "BeamSearchParams": "paged_infer.params",
+    "StructuredOutputsParams": "paged_infer.params",
     "RequestOutput": "paged_infer.outputs",
     "CompletionOutput": "paged_infer.outputs",
 }
-__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,13 +28,93 @@ class _Checks(Checked):
         self._keep(name, tuple(dict.fromkeys(_token_id(name, element) for element in self._check_tuple(name))))
 
 
+BACKENDS = ("auto", "native", "xgrammar", "llguidance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams(_Checks):
+    """What the output has to be: exactly one of four. Names and meanings are vLLM's.
+
+    Args:
+        json: a JSON schema, as a dict, True (any document) or JSON text; see ``control.guided.json_schema`` for what
+            is supported and which of all valid documents can come out.
+        regex: a regular expression that the whole output matches; see ``control.guided.regex``.
+        choice: texts, of which the output is one.
+        grammar: a context-free grammar in the EBNF of the library that reads it: GBNF for xgrammar, Lark for
+            llguidance.
+        backend: which program compiles it. "native" is this package's own, in ``control.guided``, without EBNF.
+            "xgrammar" and "llguidance" are libraries (extra ``[guided]``). "auto" is the native one, except for EBNF
+            and schemas that it does not support: those go to the first of the libraries that is installed.
+
+    Raises:
+        ValueError: none or several are given, or a value is broken; the message names it. Grammars are compiled, and
+            refused, when a request is made.
+    """
+
+    _prefix = "structured_outputs: "
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(
+                f"structured_outputs: exactly one of json, regex, choice and grammar is needed, not {found}"
+            )
+        self._check_choice("backend", BACKENDS)
+        if self.json is not None:
+            self._check_json()
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise self._refuse(name, "must be a str that is not empty")
+        if self.grammar is not None and self.backend == "native":
+            raise self._refuse("backend", "only xgrammar and llguidance read a grammar")
+        if self.choice is not None:
+            choices = () if isinstance(self.choice, str) else as_tuple(self.choice) or ()
+            if not choices or not all(isinstance(text, str) and text for text in choices):
+                raise self._refuse("choice", "must be a list of str, none of them empty")
+            self._keep("choice", choices)
+
+    def _check_json(self) -> None:
+        schema = self.json
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema, parse_constant=_refuse_constant)
+            except (ValueError, RecursionError) as error:
+                raise self._refuse("json", f"is no JSON: {error or 'it is nested too deep'}") from None
+        if not isinstance(schema, (Mapping, bool)):
+            raise self._refuse("json", "a schema must be an object, or true")
+        try:
+            text = json.dumps(dict(schema) if isinstance(schema, Mapping) else schema, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._refuse("json", f"is no JSON: {error}") from None
+        self._keep("json", text)
+
+    @property
+    def kind(self) -> str:
+        """Which of the four it is."""
+        return next(name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None)
+
+    @property
+    def text(self) -> str:
+        """The schema, pattern or grammar, or the choices as a JSON list."""
+        value = getattr(self, self.kind)
+        return json.dumps(value) if self.kind == "choice" else value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(_Checks):
     """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
 
     A row of logits is processed in this order: ``logit_bias``, ``min_tokens`` (end tokens are masked), the
-    three penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``, then one sample. Logprobs are of the raw
-    distribution, before any of these.
+    three penalties, ``structured_outputs`` (tokens that its grammar forbids are masked), ``temperature``, ``min_p``,
+    ``top_k``, ``top_p``, then one sample. Logprobs are of the raw distribution, before any of these.
 
     Args:
         n: samples for the prompt, each with its own noise. More than one needs ``temperature > 0``.
@@ -60,6 +141,9 @@ class SamplingParams(_Checks):
         prompt_logprobs: the same for each prompt token except the first.
         truncate_prompt_tokens: keep only the last k tokens of the prompt; -1 keeps as many as the
             context allows.
+        structured_outputs: a grammar that the output follows. A sample ends with finish_reason "stop" when it is
+            complete; if ``max_tokens`` comes first, with "length", in the middle of it. Not with ``min_tokens`` or
+            ``ignore_eos``: the grammar decides where a sample ends.
 
     ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
     may be numpy or torch scalars; they are kept as int and float.
@@ -86,6 +170,7 @@ class SamplingParams(_Checks):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -119,6 +204,15 @@ class SamplingParams(_Checks):
         self._check_token_ids("stop_token_ids")
         self._check_flag("ignore_eos")
         self._check_logit_bias()
+        if self.structured_outputs is not None:
+            self._check_structured_outputs()
+
+    def _check_structured_outputs(self) -> None:
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise self._refuse("structured_outputs", "must be StructuredOutputsParams or None")
+        for name in ("min_tokens", "ignore_eos"):
+            if getattr(self, name):
+                raise self._refuse(name, "not with structured_outputs, whose grammar decides where a sample ends")
 
     def _check_logit_bias(self) -> None:
         given: object = {} if self.logit_bias is None else self.logit_bias
@@ -192,6 +286,10 @@ class BeamSearchParams(_Checks):
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
         )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not in JSON")
 
 
 def _token_id(name: str, value: object) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence as ReadOnlyList
 from paged_infer.control.beam_search import num_candidates
 from paged_infer.control.blocks.hashing import root_hash
 from paged_infer.control.blocks.manager import Allocation, BlockManager
+from paged_infer.control.guided.grammar import Grammar
 from paged_infer.control.policies import Policy
 from paged_infer.control.request import Request
 from paged_infer.control.sequence import Sequence
@@ -136,9 +137,17 @@ def check_budget(policy: Policy, max_num_batched_tokens: int, max_model_len: int
 
 
 def add_sequences(
-    request: Request, first_sequence_id: int, seed: int, max_model_len: int, eos_token_ids: ReadOnlyList[int]
+    request: Request,
+    first_sequence_id: int,
+    seed: int,
+    max_model_len: int,
+    eos_token_ids: ReadOnlyList[int],
+    grammar: Grammar | None = None,
 ) -> None:
-    """Make the request's sequences, one for each sample or beam, each with its own copy of the prompt's tokens."""
+    """Make the request's sequences, one for each sample or beam, each with its own copy of the prompt's tokens.
+
+    Each is at the beginning of ``grammar``, if there is one.
+    """
     num_prompt = len(request.prompt_token_ids)
     root = root_hash(request.cache_salt)
     params = request.params
@@ -157,6 +166,7 @@ def add_sequences(
             arrival_time_s=request.arrival_time_s,
             cache_root=root,
             siblings=request.sequences,
+            matcher=None if grammar is None else grammar.matcher(),
             is_beam=request.beam_params is not None,
             num_common_tokens=num_prompt if params.n > 1 else 0,
         )

@@ -21,6 +21,7 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
 from paged_infer.control.blocks.hashing import extend_chain
+from paged_infer.control.guided.grammar import GrammarError, Matcher
 from paged_infer.control.sequence_state import TRANSITIONS, SequenceState
 from paged_infer.params import SamplingParams
 
@@ -43,6 +44,7 @@ class Sequence:
     arrival_time_s: float = 0.0  # of its request
     cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
     siblings: ReadOnlyList[Sequence] = field(default=(), repr=False)  # all sequences of its request, itself included
+    matcher: Matcher | None = None  # where its known output tokens are in its grammar
     is_beam: bool = False
     num_common_tokens: int = 0  # first tokens, still to be computed once for all siblings; then 0
     queue_number: int = 0  # its position in the arrival order; see Queues.requeue
@@ -156,14 +158,23 @@ class Sequence:
         self.num_placeholders += 1
 
     def resolve_placeholder(self, token_id: int) -> tuple[str, int | None] | None:
-        """The first placeholder is ``token_id``; returns what ``check_stop`` finds."""
+        """The first placeholder is ``token_id``; returns what ``check_stop`` finds, or that its grammar is complete.
+
+        Raises:
+            GrammarError: the grammar does not allow the token.
+        """
         ended = self.check_stop(token_id)
+        if self.matcher is not None:
+            if not self.matcher.accept(token_id):
+                raise GrammarError(f"token {token_id} was sampled, which its grammar does not allow")
+            if self.matcher.is_finished and (ended is None or ended[0] == "length"):
+                ended = "stop", None
         self.token_ids[-self.num_placeholders] = token_id
         self.num_placeholders -= 1
         return ended
 
     def append_output_token(self, token_id: int) -> tuple[str, int | None] | None:
-        """Append one more token; returns what ``check_stop`` finds.
+        """Append one more token; returns what ``resolve_placeholder`` does.
 
         It does not finish the sequence: that is up to the owner of its blocks.
         """
@@ -173,7 +184,7 @@ class Sequence:
     def append_output_tokens(self, token_ids: ReadOnlyList[int]) -> tuple[int, tuple[str, int | None] | None]:
         """Resolve the first placeholder and append the tokens after it, up to one that ends the sequence.
 
-        Returns the number of tokens added, and what ``check_stop`` finds for the last of them.
+        Returns the number of tokens added, and what ``resolve_placeholder`` finds for the last of them.
         """
         ended = self.resolve_placeholder(token_ids[0])
         num_added = 1
@@ -185,6 +196,8 @@ class Sequence:
     def drop_last(self, num_tokens: int) -> None:
         """Remove the last tokens: a stop string ended the text before them."""
         del self.token_ids[len(self.token_ids) - num_tokens :]
+        if self.matcher is not None:
+            self.matcher.rollback(num_tokens)
 
     def drop_placeholders(self) -> None:
         """Drop the tokens that have been sampled but not read."""

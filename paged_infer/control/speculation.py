@@ -151,6 +151,7 @@ def rows_after(row: SamplingRow, drafts: ReadOnlyList[int]) -> list[SamplingRow]
                 position=row.position + n,
                 num_output_tokens=row.num_output_tokens + n,
                 output_token_ids=[*row.output_token_ids, *drafts[:n]] if history else (),
+                mask=None if row.mask is None else row.mask.after(drafts[:n]),
             )
             for n in range(1, len(drafts) + 1)
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
 
+from paged_infer.control.guided.token_mask import TokenMask
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import SamplingParams
 
@@ -29,6 +30,7 @@ class SamplingRow:
         num_output_tokens: how many tokens this sample has generated so far.
         end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
         prompt_token_ids: filled only if ``params.has_penalties``; so is ``output_token_ids``.
+        mask: the tokens that its grammar allows; None without a grammar.
     """
 
     params: SamplingParams
@@ -39,6 +41,7 @@ class SamplingRow:
     end_token_ids: tuple[int, ...] = ()
     prompt_token_ids: ReadOnlyList[int] = ()
     output_token_ids: ReadOnlyList[int] = ()
+    mask: TokenMask | None = None
 
 
 @dataclass(slots=True)
@@ -125,14 +128,16 @@ class ScheduledStep:
     def allows_async_scheduling(self) -> bool:
         """Whether the next step can be planned, and launched, before this one's tokens have been read.
 
-        Not if the next sample depends on earlier tokens (penalties), if beams are ranked, if logprobs are reported, or
-        if drafts are yet to be accepted.
+        Not if the next sample depends on earlier tokens (penalties, a grammar), if beams are ranked, if logprobs are
+        reported, or if drafts are yet to be accepted.
         """
         for sequence in self.sequences:
             row = sequence.sample
             if isinstance(row, TopKRow) or sequence.num_prompt_logprobs is not None or sequence.num_drafts:
                 return False
-            if row is not None and (row.params.has_penalties or row.params.logprobs is not None):
+            if row is not None and (
+                row.params.has_penalties or row.params.logprobs is not None or row.mask is not None
+            ):
                 return False
         return True
 

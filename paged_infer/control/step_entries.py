@@ -6,6 +6,7 @@ from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.beam_search import num_candidates
 from paged_infer.control.blocks.manager import Table
+from paged_infer.control.guided.token_mask import TokenMask
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import SamplingRow, ScheduledSequence, TopKRow
 
@@ -55,4 +56,5 @@ def sampling_row(sequence: Sequence) -> SamplingRow:
         sequence.end_token_ids if params.min_tokens else (),
         sequence.token_ids[:num_prompt] if history else (),
         sequence.output_token_ids if history else (),
+        None if sequence.matcher is None else TokenMask(sequence.matcher),
     )

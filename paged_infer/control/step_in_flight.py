@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from paged_infer.control.guided.grammar import GrammarError
 from paged_infer.control.queues import Queues
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.sequence_state import SequenceState
@@ -60,7 +61,12 @@ class StepInFlight:
             if one.is_finished or one in self.restarted:
                 continue
             tokens = [*result.accepted.get(one.sequence_id, ()), result.token_ids[one.sequence_id]]
-            num_new, ended = one.append_output_tokens(tokens)
+            try:
+                num_new, ended = one.append_output_tokens(tokens)
+            except GrammarError as error:
+                result.failed[one.sequence_id] = str(error)
+                self._queues.fail(one, str(error))
+                continue
             grown += [one] * num_new
             if one.sequence_id in self.plan.drafts:
                 self._accept(one, num_new - 1)

@@ -24,8 +24,9 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
 
 from paged_infer.control.blocks.manager import Allocation, SwapIn, Table
+from paged_infer.control.guided.grammar import num_allowed
 from paged_infer.control.queues import Queues
-from paged_infer.control.sequence import Sequence
+from paged_infer.control.sequence import PLACEHOLDER, Sequence
 from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.speculation import Proposer
 
@@ -138,7 +139,8 @@ class StepPlan:
     def speculate(self, proposer: Proposer) -> None:
         """Add drafts, once all else has been scheduled, to sequences that compute their last known token.
 
-        No sequence is preempted, kept waiting or cut short for a draft, and none drafts beyond its last token.
+        No sequence is preempted, kept waiting or cut short for a draft, and none drafts beyond its last token. One with
+        a grammar drafts the tokens that must come (jump-forward), or else the proposed ones that it allows.
         """
         for place, (sequence, num_tokens) in enumerate(self.scheduled):
             end, sequence_id = sequence.num_tokens, sequence.sequence_id
@@ -147,6 +149,8 @@ class StepPlan:
             if most < 1 or not is_ready or sequence.is_beam or sequence_id in self.forks:
                 continue
             drafts = proposer.propose(sequence.token_ids, most)
+            if sequence.matcher is not None and PLACEHOLDER not in drafts:
+                drafts = sequence.matcher.forced()[:most] or drafts[: num_allowed(sequence.matcher, drafts)]
             while drafts and not self._manager.reserve(sequence_id, end, end + len(drafts)):
                 drafts.pop()
             if drafts:

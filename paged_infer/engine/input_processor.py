@@ -11,6 +11,7 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.request import Request
+from paged_infer.engine.grammars import GrammarCache
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.kernels.fused.noise import request_seed
 from paged_infer.model.config import ModelConfig
@@ -36,6 +37,7 @@ class InputProcessor:
     ) -> None:
         self._clock = clock  # when requests arrive
         self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
+        self._grammars = GrammarCache(tokenizer, model.vocab_size, model.eos_token_ids)
         self._num_requests = 0
         self._num_sequences = 0
 
@@ -67,9 +69,12 @@ class InputProcessor:
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
+        asked = params.structured_outputs
+        grammar = None if asked is None else self._grammars.get(asked)
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
         request = Request(request_id, text, token_ids, params, self._clock(), cache_salt, beam_params)
-        add_sequences(request, self._num_sequences, seed, self.memory.max_model_len, self.model.eos_token_ids)
+        max_model_len, eos_token_ids = self.memory.max_model_len, self.model.eos_token_ids
+        add_sequences(request, self._num_sequences, seed, max_model_len, eos_token_ids, grammar)
         self._num_requests += 1
         self._num_sequences += params.n
         return request

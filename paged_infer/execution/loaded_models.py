@@ -93,8 +93,12 @@ class LoadedModels:
             graphs = decode_graphs(self.decoder, cache, config.max_num_seqs, self.memory.max_model_len)
         drafter = None
         if self._draft is not None:
-            drafter = DraftModel(self._draft, self._cache_of(self._draft), Sampler(ops.sample, ops.argmax))
-        return InProcessExecutor(ModelRunner(self.decoder, cache, Sampler(ops.sample, ops.argmax), graphs), drafter)
+            drafter = DraftModel(
+                self._draft, self._cache_of(self._draft), Sampler(ops.sample, ops.argmax, ops.mask_logits)
+            )
+        return InProcessExecutor(
+            ModelRunner(self.decoder, cache, Sampler(ops.sample, ops.argmax, ops.mask_logits), graphs), drafter
+        )
 
     def _cache_of(self, decoder: Decoder) -> PagedCache:
         spec, memory = decoder.kv_spec(self.config.kv_cache_dtype), self.memory

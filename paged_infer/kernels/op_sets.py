@@ -15,6 +15,7 @@ from paged_infer.kernels.cpu.linear import Pack, PackHeads, heads_product, pack_
 from paged_infer.kernels.cpu.ops import (
     add_rms_norm_c,
     argmax_c,
+    mask_logits_c,
     qk_norm_rope_c,
     silu_mul_c,
     store_kv_c,
@@ -26,7 +27,7 @@ from paged_infer.kernels.fused.grouped_gemm import grouped_experts
 from paged_infer.kernels.fused.moe import PackExperts, loop_experts, sort_experts
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm, add_rms_norm_reference
-from paged_infer.kernels.fused.sample import argmax_reference, sample
+from paged_infer.kernels.fused.sample import argmax_reference, mask_logits_reference, sample
 from paged_infer.kernels.fused.silu_mul import silu_mul, silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv, store_kv_reference, store_latents, store_latents_reference
 from paged_infer.kernels.quant.gemm import pack_triton
@@ -43,6 +44,7 @@ class Ops(NamedTuple):
     copy_blocks: Callable[..., None]
     sample: Callable[..., tuple[Tensor, Tensor]] | None  # None: the Sampler samples in torch
     argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax_reference  # greedy sampling where ``sample`` is None
+    mask_logits: Callable[[Tensor, Tensor], Tensor] = mask_logits_reference  # for rows that ``sample`` does not serve
     pack: Pack = pack_onednn  # lays out a matrix once its weights are final
     fuses_store: bool = False  # qk_norm_rope also stores keys and values
     pack_experts: PackExperts = loop_experts  # as ``pack``, for the experts of a layer
@@ -75,6 +77,7 @@ C_OPS = Ops(
     copy_blocks_reference,
     None,
     argmax=argmax_c,
+    mask_logits=mask_logits_c,
     pack=pack_c,
     fuses_store=True,
     pack_experts=pack_experts_c,

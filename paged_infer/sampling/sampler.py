@@ -3,6 +3,7 @@
 ::
 
     logits [R, V] --process--> logit_bias, min_tokens, penalties       (only rows that need it; on a copy)
+                  --mask-----> -inf where a grammar forbids the token  (only rows with a grammar; on a copy)
                   --keep-----> temperature, min_p, top_k, top_p        (drops tokens, moves no noise)
                   --draw-----> argmax(p / E), E exponential noise      (greedy rows: argmax of the logits)
 
@@ -38,7 +39,7 @@ from torch import Tensor
 from paged_infer.control.step import SamplingRow
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.noise import noise, row_keys
-from paged_infer.kernels.fused.sample import argmax_reference
+from paged_infer.kernels.fused.sample import argmax_reference, mask_logits_reference
 from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import SamplingParams
 from paged_infer.sampling.logits_processors import apply_logits_processors
@@ -55,9 +56,10 @@ _Drawn = tuple[Tensor, Tensor]  # tokens int64 [r], scores [r]
 # drawn from: NaN wins every maximum, and softmax gives NaN for a row with +inf or only -inf. A greedy row may hold
 # +inf: the first +inf is the most probable token, as in transformers.
 _Draw = Callable[[Tensor, Sequence[SamplingRow], int], _Drawn]
-# (logits [r, V], temperatures, seeds, sample indices, positions, [r] each)
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], _Drawn]
+# (logits [r, V], temperatures, seeds, sample indices, positions, [r] each, masks [r, words] or None)
+Kernel = Callable[..., _Drawn]
 Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]  # ``kernels.fused.sample.argmax_reference``
+MaskLogits = Callable[[Tensor, Tensor], Tensor]  # ``kernels.fused.sample.mask_logits_reference``
 
 
 @dataclass(slots=True)
@@ -93,11 +95,18 @@ class Sampler:
     Args:
         kernel: ``kernels.sample``, to sample rows without top_k, top_p and min_p in two launches; None for torch.
         argmax: how greedy rows are sampled if ``kernel`` is None.
+        mask_logits: how the tokens that a grammar forbids are masked, for rows that the kernel does not sample.
     """
 
-    def __init__(self, kernel: Kernel | None = None, argmax: Argmax = argmax_reference) -> None:
+    def __init__(
+        self,
+        kernel: Kernel | None = None,
+        argmax: Argmax = argmax_reference,
+        mask_logits: MaskLogits = mask_logits_reference,
+    ) -> None:
         self._kernel = kernel
         self._argmax = argmax
+        self._mask_logits = mask_logits
 
     def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
         """Sample a token from each row of ``logits``.
@@ -123,20 +132,26 @@ class Sampler:
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
         edited = apply_logits_processors(logits, rows)
-        paths: dict[tuple[_Draw, int], list[int]] = {}
+        paths: dict[tuple[_Draw, int, bool], list[int]] = {}
         for i, row in enumerate(rows):
-            paths.setdefault(self._path(row.params, vocab_size), []).append(i)
+            draw, num_candidates = self._path(row.params, vocab_size)
+            is_masked = row.mask is not None and draw != self._draw_by_kernel  # which masks its rows itself
+            paths.setdefault((draw, num_candidates, is_masked), []).append(i)
 
         if len(paths) == 1:
-            ((draw, num_candidates),) = paths
+            ((draw, num_candidates, is_masked),) = paths
+            if is_masked:
+                edited = self._mask_logits(edited, masks_of(rows, edited))
             tokens, scores = _in_slices(draw, edited, rows, num_candidates)
             return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-        for (draw, num_candidates), members in paths.items():
+        for (draw, num_candidates, is_masked), members in paths.items():
             index = to_device(torch.tensor(members), logits.device)
-            asking = [rows[i] for i in members]
-            tokens[index], scores[index] = _in_slices(draw, edited[index], asking, num_candidates)
+            asking, own = [rows[i] for i in members], edited[index]
+            if is_masked:
+                own = self._mask_logits(own, masks_of(asking, own))
+            tokens[index], scores[index] = _in_slices(draw, own, asking, num_candidates)
         return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
 
     def is_kernel_enough(self, rows: Sequence[SamplingRow], vocab_size: int) -> bool:
@@ -146,7 +161,7 @@ class Sampler:
             is_simple = self._path(params, vocab_size)[0] == self._draw_by_kernel
             if not is_simple or params.logit_bias or params.has_penalties:
                 return False
-        return not any(row.params.min_tokens and row.num_output_tokens < row.params.min_tokens for row in rows)
+        return not any(row.mask is not None or row.num_output_tokens < row.params.min_tokens for row in rows)
 
     def _path(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
         """The cheapest exact path for a row, and the number of candidates to start with; the row alone decides."""
@@ -176,7 +191,16 @@ class Sampler:
         columns[2, :num] = [row.sample_index for row in rows]
         columns[3, :num] = [row.position for row in rows]
         on_device = to_device(torch.from_numpy(columns), logits.device)
-        return self._kernel(logits, on_device[0].view(torch.float32)[:num], *on_device[1:, :num])
+        masks = masks_of(rows, logits) if any(row.mask is not None for row in rows) else None
+        return self._kernel(logits, on_device[0].view(torch.float32)[:num], *on_device[1:, :num], masks)
+
+
+def masks_of(rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
+    """The rows' masks as int32 [R, ceil(V / 32)], on the device of ``logits`` [R, V]; all ones without a grammar."""
+    num_bytes = -(-logits.shape[1] // 32) * 4
+    masks = [b"\xff" * num_bytes if row.mask is None else row.mask.bits or bytes(num_bytes) for row in rows]
+    words = np.frombuffer(bytearray().join(masks), np.int32).reshape(len(rows), -1)
+    return to_device(torch.from_numpy(words), logits.device)
 
 
 def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:

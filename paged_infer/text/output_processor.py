@@ -87,9 +87,10 @@ class OutputProcessor:
         return self._sequence.token_ids[: self._sequence.num_prompt_tokens]
 
     def _visible_token_ids(self) -> list[int]:
-        """The output without the token that ended it."""
+        """The output without the token that ended it; a grammar ends it with a token of the text."""
         ids = self._sequence.output_token_ids
-        return ids[:-1] if self._sequence.finish_reason == "stop" else ids
+        has_ended = self._sequence.finish_reason == "stop" and ids[-1] in self._sequence.end_token_ids
+        return ids[:-1] if has_ended else ids
 
     def _find_stop(self, settled: int) -> None:
         """Cut the text at the first stop string that ends in its unsettled part."""

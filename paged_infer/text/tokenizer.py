@@ -95,6 +95,22 @@ class Tokenizer:
         # If the vocabulary is not byte-level, the piece does not spell bytes: ``own`` does not decode to its text.
         return own if own.decode(errors="replace") == text else text.encode()
 
+    def vocabulary_bytes(self) -> list[bytes | None]:
+        """``token_bytes`` of every token id; None for ids that ``decode`` leaves out."""
+        pieces = self._hf.convert_ids_to_tokens(range(self.vocab_size))
+        is_byte_level = set(BYTE_OF_CHARACTER) <= set(self._hf.get_vocab()) and self.decode([pieces.index("Ġ")]) == " "
+        added = self._hf.added_tokens_decoder
+        return [
+            None
+            if self.is_silent(token_id)
+            else bytes(
+                BYTE_OF_CHARACTER[character] for character in piece
+            )  # a decode would take 3 s for 150,000 tokens
+            if is_byte_level and token_id not in added
+            else self.token_bytes(token_id)
+            for token_id, piece in enumerate(pieces)
+        ]
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:

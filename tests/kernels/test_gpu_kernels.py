@@ -94,6 +94,12 @@ def test_drawn_tokens_are_those_of_the_reference(vocab_size: int) -> None:
     assert int((tokens != reference_tokens).sum()) <= 1
     assert tokens[0] == logits[0].argmax()
     torch.testing.assert_close(scores, reference_scores, atol=1e-4, rtol=1e-5)
+    masks = torch.randint(-(2**31), 2**31 - 1, (rows, -(-vocab_size // 32)), device=DEVICE, dtype=torch.int32)
+    masked, _ = sample(logits, temperatures, seeds, samples, positions, masks)
+    expected, _ = sample_reference(logits, temperatures, seeds, samples, positions, masks)
+    assert int((masked != expected).sum()) <= 1
+    words = masks.gather(1, (masked // 32)[:, None])[:, 0]
+    assert bool((words >> (masked % 32).int() & 1).all())
 
 
 # -- Experts ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from paged_infer.control.guided.token_mask import TokenMask
 from paged_infer.control.step import SamplingRow
 from paged_infer.kernels.op_sets import C_OPS, TORCH_OPS, TRITON_OPS, Ops
 from paged_infer.params import SamplingParams
@@ -42,7 +46,27 @@ def sampling_rows(draw: st.DrawFn) -> SamplingRow:
         max_tokens=None,
     )
     seed = draw(st.integers(-(2**63), 2**63 - 1))
-    return SamplingRow(params, seed, draw(st.integers(0, 3)), draw(st.integers(0, 5000)), len(output), (), (), output)
+    place = draw(st.integers(0, 3)), draw(st.integers(0, 5000))
+    return SamplingRow(params, seed, *place, len(output), (), (), output, draw(token_masks()))
+
+
+class Fixed:
+    """A matcher that always allows the same tokens."""
+
+    def __init__(self, bits: bytes) -> None:
+        self.mask = lambda: bits
+        self.rollback = lambda num_tokens: None
+
+
+@st.composite
+def token_masks(draw: st.DrawFn) -> TokenMask | None:
+    """Often none; of all tokens, some, one or no token at all."""
+    rng = random.Random(draw(st.integers(0, 10**6)))
+    share = draw(st.sampled_from([None, None, 1.0, 0.5, 0.03, 0.0]))
+    if share is None:
+        return None
+    allowed = sum(1 << i for i in range(VOCAB) if rng.random() < share)
+    return TokenMask(Fixed((allowed).to_bytes(40, "little")))  # type: ignore[arg-type]
 
 
 @st.composite
@@ -63,7 +87,7 @@ def hold_to_the_reference(ops: Ops, logits: Tensor, rows: list[SamplingRow], rul
     """``rule`` is one more processor, which the reference applies to the whole row."""
     processed = rule(apply_logits_processors(logits, rows))
     expected = [sample_token(of_row, row) for of_row, row in zip(processed, rows, strict=True)]
-    assert Sampler(ops.sample, ops.argmax)(logits, rows).token_ids == expected
+    assert Sampler(ops.sample, ops.argmax, ops.mask_logits)(logits, rows).token_ids == expected
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy remarks on log(0) and on NaN
@@ -75,6 +99,39 @@ def test_every_path_draws_what_the_reference_draws(ops: Ops) -> None:
         hold_to_the_reference(ops, data.draw(some_logits(len(rows))), rows)
 
     check()
+
+
+@pytest.mark.parametrize("ops", [TORCH_OPS, C_OPS, TRITON_OPS], ids=["torch", "c", "triton"])
+def test_a_mask_changes_neither_the_noise_of_its_row_nor_any_other_row(ops: Ops) -> None:
+    """The token with the best score among those allowed, and where all are, the token without a mask."""
+    sampler = Sampler(ops.sample, ops.argmax, ops.mask_logits)
+    params = [{}, {"temperature": 0}, {"top_k": 50}, {"top_p": 0.9}] * 3
+    rows = [SamplingRow(SamplingParams(**options), seed, 0, 5, 0) for seed, options in enumerate(params)]
+    logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(1))
+    free = sampler(logits, rows).token_ids
+    everything, without = (1 << VOCAB) - 1, [(1 << VOCAB) - 1 - (1 << token_id) for token_id in free]
+
+    def masked(allowed: int) -> TokenMask:
+        return TokenMask(Fixed(allowed.to_bytes(40, "little")))  # type: ignore[arg-type]
+
+    assert sampler(logits, [replace(row, mask=masked(everything)) for row in rows]).token_ids == free
+    some = [replace(row, mask=masked(without[i])) if i % 2 else row for i, row in enumerate(rows)]
+    mixed = sampler(logits, some).token_ids
+    assert mixed[::2] == free[::2] and all(a != b for a, b in zip(mixed[1::2], free[1::2], strict=True))
+
+
+def test_a_grammar_that_fails_fails_its_row_and_keeps_the_reason() -> None:
+    def fail() -> bytes:
+        raise RuntimeError("the grammar broke")
+
+    matcher = Fixed(b"")
+    matcher.mask = fail
+    mask = TokenMask(matcher)  # type: ignore[arg-type]
+    rows = [SamplingRow(SamplingParams(), 0, 0, 5, 0, mask=mask), SamplingRow(SamplingParams(), 0, 0, 5, 0)]
+    failed, other = Sampler()(torch.randn(2, VOCAB), rows).token_ids
+    assert failed == -1 and other >= 0 and mask.error == "the grammar broke"
+    copied = pickle.loads(pickle.dumps(mask))
+    assert (copied.bits, copied.error) == (b"", "the grammar broke")
 
 
 def test_the_distribution_by_hand() -> None:

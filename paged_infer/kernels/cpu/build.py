@@ -55,6 +55,7 @@ _SIGNATURES = {
     "silu_mul": [_POINTER] * 2 + [_INT] * 3 + [_THREADS],
     "qk_norm_rope": [_POINTER] * 8 + [_INT] * 5 + [_FLOAT, _FLOAT, _THREADS],
     "argmax": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
+    "mask_logits": [_POINTER] * 3 + [_INT] * 3 + [_THREADS],
     "store_kv": [_POINTER] * 5 + [_INT] * 4,
     "store_kv_codes": [_POINTER] * 7 + [_INT] * 6 + [_THREADS],
     "linear": [_POINTER] * 4 + [_INT] * 4 + [_THREADS],

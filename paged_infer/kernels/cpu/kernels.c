@@ -164,3 +164,20 @@ void argmax(int64_t *places, stored *values, const stored *logits, int64_t num_r
         values[r] = row[place];
     }
 }
+
+/* out [R, V]: the logits of tokens whose bit is 1 (bit i % 32 of word i / 32), -inf for the others. */
+void mask_logits(stored *out, const stored *logits, const uint32_t *masks, int64_t num_rows, int64_t width,
+                 int64_t stride, int threads) {
+    const stored never = store(-INFINITY);
+#pragma omp parallel for num_threads(threads) if (num_rows * width > 4 * WORTH_A_THREAD)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const stored *row = logits + r * stride;
+        const uint32_t *words = masks + r * ((width + 31) / 32);
+        stored *kept = out + r * width;
+        for (int64_t i = 0; i < width - 31; i += 32) {
+            uint32_t word = words[i / 32];
+            for (int bit = 0; bit < 32; bit++) kept[i + bit] = word >> bit & 1 ? row[i + bit] : never;
+        }
+        for (int64_t i = width / 32 * 32; i < width; i++) kept[i] = words[i / 32] >> i % 32 & 1 ? row[i] : never;
+    }
+}

@@ -14,7 +14,7 @@ from torch import Tensor
 from paged_infer.kernels.cpu.build import DTYPES, library, logger, unavailable_reason
 from paged_infer.kernels.fused.qk_norm_rope import qk_norm_rope_reference
 from paged_infer.kernels.fused.rms_norm import add_rms_norm_reference
-from paged_infer.kernels.fused.sample import argmax_reference
+from paged_infer.kernels.fused.sample import argmax_reference, check_masks, mask_logits_reference
 from paged_infer.kernels.fused.silu_mul import silu_mul_reference
 from paged_infer.kernels.fused.store_kv import store_kv_reference, store_latents_reference
 from paged_infer.kernels.kv_quant import FORMATS
@@ -169,3 +169,17 @@ def argmax_c(logits: Tensor) -> tuple[Tensor, Tensor]:
         num_rows, width, logits.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return values, token_ids
+
+
+def mask_logits_c(logits: Tensor, masks: Tensor) -> Tensor:
+    """``mask_logits_reference``: logits [R, V] and int32 masks [R, ceil(V / 32)] -> [R, V], in one pass."""
+    if not suits(logits):
+        return mask_logits_reference(logits, masks)
+    check_masks(logits, masks)
+    num_rows, width = logits.shape
+    out = torch.empty(num_rows, width, dtype=logits.dtype)
+    library(logits.dtype).mask_logits(
+        out.data_ptr(), logits.data_ptr(), masks.data_ptr(),
+        num_rows, width, logits.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -29,7 +29,12 @@ TILE = 2048  # tokens
 
 
 def sample(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    sample_indices: Tensor,
+    positions: Tensor,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample one token per row from softmax(logits / temperature); at temperature 0 take the most probable.
 
@@ -39,6 +44,8 @@ def sample(
         seeds: [R] int64, any.
         sample_indices: [R] int64 or int32, within [0, 2^31).
         positions: [R] int64 or int32, within [0, 2^32): the index that the new token will have in its sequence.
+        masks: [R, ceil(V / 32)] int32: bit i % 32 of word i // 32 is 1 if token i may be sampled; the others count as
+            logits of -inf. None: all may.
 
     Returns:
         token_ids [R] int64: -1 where a row cannot be sampled (NaN, only -inf or, at temperature > 0, +inf).
@@ -49,6 +56,8 @@ def sample(
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check(logits, temperatures, seeds, sample_indices, positions)
+    if masks is not None:
+        check_masks(logits, masks)
     num_rows, vocab_size = logits.shape
     tile = min(triton.next_power_of_2(vocab_size), TILE)
     num_tiles = triton.cdiv(vocab_size, tile)
@@ -59,8 +68,8 @@ def sample(
     launch(
         _race_kernel,
         (num_rows, num_tiles),
-        *(logits, temperatures, seeds, sample_indices, positions, largest, best, winners),
-        *(logits.stride(0), vocab_size, num_tiles),
+        *(logits, temperatures, seeds, sample_indices, positions, masks, largest, best, winners),
+        *(logits.stride(0), vocab_size, num_tiles, 0 if masks is None else masks.shape[1]),
         SMALLEST=SMALLEST,
         LARGEST=LARGEST,
         FLOAT32_MAX=FLOAT32_MAX,
@@ -80,11 +89,18 @@ def sample(
 
 
 def sample_reference(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    sample_indices: Tensor,
+    positions: Tensor,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sample`` in plain torch: the race over the whole row at once."""
     if logits.shape[0] == 0:
         return seeds.clone(), temperatures.clone()
+    if masks is not None:
+        logits = mask_logits_reference(logits, masks)
     keys = row_keys(seeds.tolist(), sample_indices.tolist(), positions.tolist()).to(logits.device)
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     highest, greedy = logits.float().max(1)
@@ -93,6 +109,12 @@ def sample_reference(
     scores = torch.where(temperatures == 0, highest.clamp_max(FLOAT32_MAX), best.log())
     tokens = torch.where(temperatures == 0, greedy, drawn)
     return tokens.where(scores.isfinite(), -1), scores
+
+
+def mask_logits_reference(logits: Tensor, masks: Tensor) -> Tensor:
+    """logits [R, V] with -inf at the tokens whose bits in ``masks`` are 0; see ``sample``. A copy."""
+    bits = masks.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1  # [R, words, 32]
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def argmax_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +128,8 @@ def argmax_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _race_kernel(
-    logits, temperatures, seeds, sample_indices, positions, largest, best, winners,
-    logits_stride, vocab_size, num_tiles,
+    logits, temperatures, seeds, sample_indices, positions, masks, largest, best, winners,
+    logits_stride, vocab_size, num_tiles, num_words,
     SMALLEST: tl.constexpr, LARGEST: tl.constexpr, FLOAT32_MAX: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # One program: one tile of one row. Scores are relative to the largest logit of the tile, so finite logits overflow
@@ -116,6 +138,9 @@ def _race_kernel(
     token = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
     x = x.to(tl.float32)
+    if masks is not None:
+        word = tl.load(masks + row * num_words + token // 32, mask=token < vocab_size, other=0)
+        x = tl.where(((word >> (token % 32)) & 1) == 1, x, float("-inf"))
     temperature = tl.load(temperatures + row)
     if temperature == 0.0:
         top = 0.0
@@ -197,6 +222,15 @@ def _exponential(x):  # int32 within [0, 2^31) -> -log1p(-u), u = (x + 1/2) / 2^
     # The subtraction rounds u. The lost part, exactly u - (1 - rest), is so small that log is linear over it: adding it
     # back is exact to the last place. This is log1p with one log and no division.
     return (u - (1.0 - rest)) - tl.log(rest)
+
+
+def check_masks(logits: Tensor, masks: Tensor) -> None:
+    """Raises ValueError unless ``masks`` fits ``logits`` [R, V]."""
+    expected = logits.shape[0], -(-logits.shape[1] // 32)
+    if masks.shape != expected or masks.dtype != torch.int32 or not masks.is_contiguous():
+        raise ValueError(f"masks must be dense int32 {list(expected)}; got " + layouts(logits=logits, masks=masks))
+    if not on_one_device(logits=logits, masks=masks):
+        raise ValueError("masks must be on the device of the logits; got " + layouts(logits=logits, masks=masks))
 
 
 def _check(logits: Tensor, temperatures: Tensor, seeds: Tensor, sample_indices: Tensor, positions: Tensor) -> None:

@@ -149,6 +149,28 @@ def test_a_row_with_nan_says_so_wherever_it_is(nan) -> None:
             assert ops.argmax(logits)[0].isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 300])
+def test_masked_logits_are_minus_infinity_and_the_others_keep_their_bits(dtype, width) -> None:
+    rng = torch.Generator().manual_seed(width)
+    logits = torch.randn(5, 2 * width, generator=rng).to(dtype)[:, width:]  # rows are apart
+    logits[1, 0] = math.nan
+    masks = torch.randint(-(2**31), 2**31 - 1, (5, -(-width // 32)), generator=rng, dtype=torch.int32)
+    masks[3], masks[4] = 0, -1
+    before, found = logits.clone(), C_OPS.mask_logits(logits, masks)
+    for row in range(5):
+        for i in range(width):
+            allowed = int(masks[row, i // 32]) >> i % 32 & 1
+            expected = logits[row, i] if allowed else torch.tensor(-math.inf)
+            assert torch.equal(found[row, i].float(), expected.float()) or bool(
+                found[row, i].isnan() & expected.isnan()
+            )
+    assert torch.equal(found.nan_to_num(7), TORCH_OPS.mask_logits(logits, masks).nan_to_num(7))
+    assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7)) and found.dtype is dtype
+    with pytest.raises(ValueError, match="masks must be dense int32"):
+        C_OPS.mask_logits(logits.float(), masks[:, :0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_what_c_does_not_read_goes_to_the_reference(dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.ones(8).to(dtype)

@@ -204,3 +204,27 @@ GOOD: dict[str, Any] = {
 def test_what_does_not_fit_is_refused_with_its_shape(wrong, message) -> None:
     with pytest.raises(ValueError, match=message):
         sample(**{**GOOD, **wrong})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy remarks on log(0) and on NaN
+@pytest.mark.parametrize("vocab_size", [1, 33, 700, TILE + 9])
+def test_tokens_without_their_bit_in_the_mask_are_never_sampled(vocab_size: int) -> None:
+    rng = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(6, vocab_size, generator=rng)
+    logits[4, 0] = math.nan  # which is not allowed below
+    place = draws(*((t, row, 0, 7) for row, t in enumerate([0.0, 1.0, 1.0, 0.5, 1.0, 1.0])))
+    masks = torch.randint(-(2**31), 2**31 - 1, (6, -(-vocab_size // 32)), generator=rng, dtype=torch.int32)
+    masks[0] = masks[1] = -1
+    masks[4, 0] &= ~1
+    masks[5] = 0
+    tokens, scores = sample(logits, *place, masks)
+    expected, expected_scores = sample_reference(logits, *place, masks)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(scores[tokens >= 0], expected_scores[tokens >= 0], rtol=1e-5, atol=1e-5)
+    free, free_scores = sample(logits, *place)
+    assert torch.equal(tokens[:2], free[:2]) and torch.equal(scores[:2], free_scores[:2])  # to the bit
+    assert tokens[5] == -1
+    for row, token_id in enumerate(tokens.tolist()):
+        assert token_id < 0 or int(masks[row, token_id // 32]) >> token_id % 32 & 1
+    with pytest.raises(ValueError, match="masks must be dense int32"):
+        sample(logits, *place, masks[:3])

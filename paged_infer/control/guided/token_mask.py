@@ -1,0 +1,47 @@
+"""The tokens that a grammar allows for one sample: plain data, once it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ReadOnlyList
+
+from paged_infer.control.guided.grammar import Matcher, mask_after
+
+
+class TokenMask:
+    """A mask that is computed when the sampler asks for it: on a GPU, after the model has been launched.
+
+    A step's masks are computed before its tokens are known, so the matcher is still where the step was planned.
+    Pickled, it is computed first.
+
+    Args:
+        matcher: of the sequence.
+        drafts: tokens that come before this sample, and may yet be rejected.
+    """
+
+    __slots__ = ("_bits", "_drafts", "_matcher", "error")
+
+    def __init__(self, matcher: Matcher | None, drafts: ReadOnlyList[int] = ()) -> None:
+        self._matcher, self._drafts = matcher, drafts
+        self._bits: bytes | None = None
+        self.error: str | None = None  # why the grammar allows nothing, if ``bits`` are b""
+
+    @property
+    def bits(self) -> bytes:
+        """A bit for each token, see ``control.guided.vocabulary``. b"", which allows nothing, if the grammar fails."""
+        if self._bits is None and self._matcher is not None:
+            try:
+                self._bits = mask_after(self._matcher, self._drafts)
+            except Exception as error:  # a library can raise anything, and only this request may fail
+                self._bits, self.error = b"", str(error) or type(error).__name__
+        return self._bits or b""
+
+    def after(self, drafts: ReadOnlyList[int]) -> TokenMask:
+        """The mask once these tokens have come, too."""
+        return TokenMask(self._matcher, [*self._drafts, *drafts])
+
+    def __getstate__(self) -> tuple[bytes, str | None]:
+        return self.bits, self.error
+
+    def __setstate__(self, state: tuple[bytes, str | None]) -> None:
+        self._matcher, self._drafts = None, ()
+        self._bits, self.error = state

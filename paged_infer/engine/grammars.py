@@ -1,0 +1,78 @@
+"""The grammars of an engine's requests, each compiled once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from functools import cached_property
+
+from paged_infer.control.guided.grammar import Grammar, NativeGrammar
+from paged_infer.control.guided.json_keywords import UnsupportedError
+from paged_infer.control.guided.vocabulary import Vocabulary
+from paged_infer.params import StructuredOutputsParams
+from paged_infer.sampling.grammar_libraries import LIBRARIES, Library, is_installed
+from paged_infer.text.tokenizer import Tokenizer
+
+MAX_GRAMMARS = 64  # kept for later requests, the last used ones
+
+
+class GrammarCache:
+    """Compiles grammars for one tokenizer, and keeps them.
+
+    Args:
+        tokenizer: None if the checkpoint has none; then every request is refused.
+        vocab_size: tokens that the model has logits for.
+        eos_token_ids: the tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, eos_token_ids
+        self._grammars: OrderedDict[tuple[str, str, str], Grammar] = OrderedDict()
+        self._libraries: dict[str, Library] = {}
+
+    def get(self, asked: StructuredOutputsParams) -> Grammar:
+        """The compiled grammar.
+
+        Raises:
+            ValueError: it is broken, unsupported or unsatisfiable, its library is not installed, or there is no
+                tokenizer; the message gives the reason.
+        """
+        key = asked.kind, asked.text, asked.backend
+        if key not in self._grammars:
+            try:
+                self._grammars[key] = self._compile(asked)
+            except ValueError as error:
+                raise ValueError(f"structured_outputs: {asked.kind}: {error}") from None
+            while len(self._grammars) > MAX_GRAMMARS:
+                self._grammars.popitem(last=False)
+        self._grammars.move_to_end(key)
+        return self._grammars[key]
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        if self._tokenizer is None:
+            raise ValueError("needs text, but this checkpoint has no tokenizer")
+        return Vocabulary(self._tokenizer.vocabulary_bytes()[: self._vocab_size], self._eos_token_ids, self._vocab_size)
+
+    def _compile(self, asked: StructuredOutputsParams) -> Grammar:
+        kind, text, vocabulary = asked.kind, asked.text, self._vocabulary
+        installed = [name for name in LIBRARIES if is_installed(name)]
+        if asked.backend in LIBRARIES:
+            return self._by_library(asked.backend, kind, text)
+        if kind == "grammar":
+            return self._by_library("xgrammar" if "::=" in text else "llguidance", kind, text)
+        try:
+            return NativeGrammar(kind, text, vocabulary)
+        except UnsupportedError as error:
+            if asked.backend == "native":
+                raise
+            if not installed:
+                raise ValueError(f"{error} (xgrammar or llguidance may: pip install 'paged-infer[guided]')") from None
+            return self._by_library(installed[0], kind, text)
+
+    def _by_library(self, name: str, kind: str, text: str) -> Grammar:
+        if not is_installed(name):
+            raise ValueError(f"needs {name}: pip install 'paged-infer[guided]'")
+        if name not in self._libraries:
+            self._libraries[name] = LIBRARIES[name](self._vocabulary, self._vocab_size)
+        return self._libraries[name].compile(kind, text)

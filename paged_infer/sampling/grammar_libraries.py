@@ -1,0 +1,249 @@
+"""Grammars compiled by xgrammar or llguidance, with the interface of ``control.guided.grammar`` (extra ``[guided]``).
+
+Both know all of EBNF and more of JSON schema than ``control.guided``, and make a mask of 150,000 tokens in some
+microseconds. They are imported when a request first needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+
+from paged_infer.control.guided.grammar import Grammar, GrammarError
+from paged_infer.control.guided.vocabulary import Vocabulary
+
+# Keywords that xgrammar leaves out without an error: what it generates might not be valid.
+_XGRAMMAR_IGNORES = (
+    "multipleOf uniqueItems contains minContains maxContains not if then else oneOf dependentRequired dependentSchemas "
+    "propertyNames patternProperties minProperties maxProperties unevaluatedItems"
+).split()
+
+
+class Library(Protocol):
+    """Compiles grammars for one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None: ...
+
+    def compile(self, kind: str, text: str) -> Grammar:
+        """``kind``: "json", "regex", "choice" or "grammar"; ValueError if the library refuses the text."""
+
+
+class Xgrammar:
+    """https://github.com/mlc-ai/xgrammar; its EBNF is GBNF, whose rules are written with ``::=``."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+        self.library, self.vocabulary, self.vocab_size = import_module("xgrammar"), vocabulary, vocab_size
+        info = self.library.TokenizerInfo(
+            [text or b"" for text in vocabulary.tokens],
+            vocab_type=self.library.VocabType.RAW,
+            vocab_size=vocab_size,
+            stop_token_ids=sorted(vocabulary.eos_token_ids),
+        )
+        self.compiler = self.library.GrammarCompiler(info, max_threads=1)
+
+    def compile(self, kind: str, text: str) -> Grammar:
+        try:
+            return _XgrammarGrammar(self, self._compiled(kind, text))
+        except RuntimeError as error:
+            raise ValueError(f"xgrammar: {_last_line(error)}") from None
+
+    def _compiled(self, kind: str, text: str) -> Any:
+        if kind == "json":
+            schema = json.loads(text)
+            if (keyword := _found(schema, _XGRAMMAR_IGNORES)) is not None:
+                raise ValueError(f"xgrammar: keyword {keyword!r} is not supported")
+            return self.compiler.compile_json_schema(text, any_whitespace=False)  # which has no end
+        if kind == "regex":
+            return self.compiler.compile_regex(text)
+        if kind == "choice":  # in EBNF, a literal is written as in JSON
+            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+            return self.compiler.compile_grammar(f"root ::= {choices}")
+        return self.compiler.compile_grammar(text)
+
+
+class Llguidance:
+    """https://github.com/guidance-ai/llguidance; its EBNF is Lark, whose rules are written with a colon."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+        self.library, self.vocabulary, self.vocab_size = import_module("llguidance"), vocabulary, vocab_size
+        self.fill = import_module("llguidance.numpy").fill_next_token_bitmask
+        self.tokenizer = self.library.LLTokenizer(self.library.TokenizerWrapper(_TokenizerView(vocabulary, vocab_size)))
+
+    def compile(self, kind: str, text: str) -> Grammar:
+        matcher = self.library.LLMatcher
+        try:
+            if kind == "json":
+                schema = json.loads(text)
+                options = {"whitespace_flexible": False}
+                if isinstance(schema, dict):
+                    grammar = matcher.grammar_from_json_schema(text, overrides=options)
+                else:
+                    grammar = matcher.grammar_from_json_schema({"allOf": [schema]}, overrides=options)
+            elif kind == "choice":
+                grammar = matcher.grammar_from_lark(
+                    "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+                )
+            else:
+                grammar = (matcher.grammar_from_regex if kind == "regex" else matcher.grammar_from_lark)(text)
+            found = matcher(self.tokenizer, grammar)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"llguidance: {error}") from None
+        if found.is_error():
+            raise ValueError(f"llguidance: {found.get_error().strip()}")
+        return _LlguidanceGrammar(self, found)
+
+
+LIBRARIES: dict[str, type[Library]] = {"llguidance": Llguidance, "xgrammar": Xgrammar}
+"""By name; the first that is installed is taken. llguidance refuses every keyword that it does not support."""
+
+
+def is_installed(name: str) -> bool:
+    return find_spec(name) is not None
+
+
+class _LibraryMatcher:
+    """What both matchers have in common: the end, and the bitmask that the library writes to."""
+
+    def __init__(self, matcher: Any, vocabulary: Vocabulary, vocab_size: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._bitmask = np.zeros((1, -(-vocab_size // 32)), np.int32)
+        self._has_ended = False  # by an end-of-sequence token
+        self._eos = np.frombuffer(vocabulary.eos.to_bytes(vocabulary.num_mask_bytes, "little"), np.int32)
+
+    def mask(self) -> bytes:
+        if self._has_ended:
+            return self._vocabulary.everything
+        self._fill()
+        if not self._bitmask.any():
+            raise GrammarError("its grammar allows none of the vocabulary's tokens")
+        return self._bitmask.tobytes()
+
+    def accept(self, token_id: int) -> bool:
+        if self._has_ended:
+            return False
+        if token_id in self._vocabulary.eos_token_ids:
+            self._has_ended = self._is_accepting()
+            return self._has_ended
+        is_text = token_id < len(self._vocabulary.tokens) and self._vocabulary.tokens[token_id] is not None
+        return is_text and self._take(token_id)
+
+    def rollback(self, num_tokens: int) -> None:
+        if num_tokens and self._has_ended:
+            self._has_ended, num_tokens = False, num_tokens - 1
+        if num_tokens:
+            self._matcher.rollback(num_tokens)
+
+    def forced(self) -> list[int]:
+        return [] if self._has_ended else self._vocabulary.split(self._forced_bytes())
+
+    # What the libraries differ in.
+    def _fill(self) -> None: ...
+    def _is_accepting(self) -> bool: ...  # type: ignore[empty-body]
+    def _take(self, token_id: int) -> bool: ...  # type: ignore[empty-body]
+    def _forced_bytes(self) -> bytes: ...  # type: ignore[empty-body]
+
+
+class _XgrammarGrammar:
+    def __init__(self, library: Xgrammar, compiled: Any) -> None:
+        self.library, self.compiled = library, compiled
+
+    def matcher(self) -> _XgrammarMatcher:
+        return _XgrammarMatcher(self.library, self.compiled)
+
+
+class _XgrammarMatcher(_LibraryMatcher):
+    def __init__(self, library: Xgrammar, compiled: Any) -> None:
+        super().__init__(library.library.GrammarMatcher(compiled), library.vocabulary, library.vocab_size)
+
+    @property
+    def is_finished(self) -> bool:
+        if self._has_ended or not self._matcher.is_completed():
+            return self._has_ended
+        self._fill()
+        return not (self._bitmask[0] & ~self._eos).any()
+
+    def _fill(self) -> None:
+        self._matcher.fill_next_token_bitmask(self._bitmask)
+
+    def _is_accepting(self) -> bool:
+        return bool(self._matcher.is_completed())
+
+    def _take(self, token_id: int) -> bool:
+        return bool(self._matcher.accept_token(token_id))
+
+    def _forced_bytes(self) -> bytes:
+        return self._matcher.find_jump_forward_string().encode()
+
+
+class _LlguidanceGrammar:
+    def __init__(self, library: Llguidance, first: Any) -> None:
+        self.library, self.first = library, first
+
+    def matcher(self) -> _LlguidanceMatcher:
+        return _LlguidanceMatcher(self.library, self.first.deep_copy())
+
+
+class _LlguidanceMatcher(_LibraryMatcher):
+    def __init__(self, library: Llguidance, matcher: Any) -> None:
+        super().__init__(matcher, library.vocabulary, library.vocab_size)
+        self._fill_next = library.fill
+
+    @property
+    def is_finished(self) -> bool:
+        return self._has_ended or (self._matcher.is_stopped() and self._matcher.is_accepting())
+
+    def _fill(self) -> None:
+        self._fill_next(self._matcher, self._bitmask, 0)
+        if self._matcher.is_error():
+            raise GrammarError(f"llguidance: {self._matcher.get_error().strip()}")
+        if self._matcher.is_accepting():  # it sets the bit of one end-of-sequence token
+            self._bitmask[0] |= self._eos
+
+    def _is_accepting(self) -> bool:
+        return bool(self._matcher.is_accepting())
+
+    def _take(self, token_id: int) -> bool:
+        return self._matcher.try_consume_tokens([token_id]) == 1  # consume_token would break the matcher
+
+    def _forced_bytes(self) -> bytes:
+        return self._matcher.compute_ff_bytes()
+
+
+class _TokenizerView:
+    """The vocabulary as llguidance reads one. Special tokens and rows without a token get names that are no text."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+        special = [i for i in range(vocab_size) if i >= len(vocabulary.tokens) or vocabulary.tokens[i] is None]
+        self.special_token_ids = special
+        self.tokens = [*vocabulary.tokens, *[None] * (vocab_size - len(vocabulary.tokens))]
+        self.tokens = [f"<|special {i}|>".encode() if text is None else text for i, text in enumerate(self.tokens)]
+        self.bos_token_id = None
+        # One that never comes stands in for it where there is none.
+        self.eos_token_id = min(vocabulary.eos_token_ids, default=special[0] if special else vocab_size - 1)
+        self._split = vocabulary.split
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._split(text.encode() if isinstance(text, str) else text)
+
+
+def _found(schema: Any, keywords: list[str]) -> str | None:
+    """The first of the keywords in a schema or in one of its parts."""
+    if isinstance(schema, list):
+        return next((keyword for part in schema if (keyword := _found(part, keywords)) is not None), None)
+    if not isinstance(schema, dict):
+        return None
+    by_name = ("properties", "$defs", "definitions")  # their keys are names
+    parts = [
+        list(part.values()) if name in by_name and isinstance(part, dict) else part
+        for name, part in schema.items()
+        if name not in ("const", "enum", "default", "examples")
+    ]
+    return next((keyword for keyword in keywords if keyword in schema), None) or _found(parts, keywords)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[-1].split(": ", 1)[-1]

@@ -43,8 +43,9 @@ class StructuredOutputsParams(_Checks):
         grammar: a context-free grammar in the EBNF of the library that reads it: GBNF for xgrammar, Lark for
             llguidance.
         backend: which program compiles it. "native" is this package's own, in ``control.guided``, without EBNF.
-            "xgrammar" and "llguidance" are libraries (extra ``[guided]``). "auto" is the native one, except for EBNF
-            and schemas that it does not support: those go to the first of the libraries that is installed.
+            "xgrammar" and "llguidance" are libraries (extra ``[guided]``). "auto" is the native one, except for EBNF,
+            schemas that it does not support, and vocabularies of more than 16,384 tokens, for which it is slow: those
+            go to a library that is installed.
 
     Raises:
         ValueError: none or several are given, or a value is broken; the message names it. Grammars are compiled, and

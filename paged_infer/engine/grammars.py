@@ -14,6 +14,10 @@ from paged_infer.sampling.grammar_libraries import LIBRARIES, Library, is_instal
 from paged_infer.text.tokenizer import Tokenizer
 
 MAX_GRAMMARS = 64  # kept for later requests, the last used ones
+# Beyond, "auto" takes a library, if one is installed. A mask of a state that no text has come to takes the native
+# grammar up to 1 us for each token of the vocabulary (strings of a limited length have a state for each length), and
+# a library some microseconds in all. States that were met before take 1 us.
+MAX_NATIVE_TOKENS = 16_384
 
 
 class GrammarCache:
@@ -61,6 +65,12 @@ class GrammarCache:
             return self._by_library(asked.backend, kind, text)
         if kind == "grammar":
             return self._by_library("xgrammar" if "::=" in text else "llguidance", kind, text)
+        is_large = len(vocabulary.tokens) > MAX_NATIVE_TOKENS and asked.backend == "auto"
+        if is_large and installed:
+            try:
+                return self._by_library(installed[0], kind, text)
+            except ValueError:
+                return NativeGrammar(kind, text, vocabulary)  # if this refuses it too, its error has the place
         try:
             return NativeGrammar(kind, text, vocabulary)
         except UnsupportedError as error:

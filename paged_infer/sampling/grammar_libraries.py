@@ -33,7 +33,11 @@ class Library(Protocol):
 
 
 class Xgrammar:
-    """https://github.com/mlc-ai/xgrammar; its EBNF is GBNF, whose rules are written with ``::=``."""
+    """https://github.com/mlc-ai/xgrammar; its EBNF is GBNF, whose rules are written with ``::=``.
+
+    Version 0.2.9 allows control characters in JSON strings of a limited length, which ``json.loads`` takes only with
+    ``strict=False``.
+    """
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
         self.library, self.vocabulary, self.vocab_size = import_module("xgrammar"), vocabulary, vocab_size
@@ -98,7 +102,7 @@ class Llguidance:
 
 
 LIBRARIES: dict[str, type[Library]] = {"llguidance": Llguidance, "xgrammar": Xgrammar}
-"""By name; the first that is installed is taken. llguidance refuses every keyword that it does not support."""
+"""By name; "auto" takes the first that is installed. llguidance refuses every keyword that it does not support."""
 
 
 def is_installed(name: str) -> bool:

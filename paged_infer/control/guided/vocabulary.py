@@ -12,7 +12,7 @@ A mask has a bit for each token: token i is bit i % 8 of byte i // 8. It is padd
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.guided.machine import Machine, State
@@ -42,12 +42,12 @@ class Vocabulary:
         self._ends: list[int] = []
         self._ids: list[list[int]] = []
         self._below: list[int] = []  # the bytes of all nodes below, as a set
-        self._build(ids)
         self._subtree_masks: dict[int, int] = {}
-        self.everything = self._packed(range(len(self._bytes)))
+        self.everything = self._packed(ids.values())
         self.eos = sum(1 << token_id for token_id in self.eos_token_ids)
 
-    def _build(self, ids: dict[bytes, list[int]]) -> None:
+    def _build(self) -> None:
+        """The trie; at the first mask, since a library needs none, and 150,000 tokens take a second."""
         path: list[int] = []  # nodes from the root to the last one
         text_before = b""
 
@@ -58,7 +58,7 @@ class Vocabulary:
                 if path:
                     self._below[path[-1]] |= self._below[node] | 1 << self._bytes[node]
 
-        for text in sorted(ids):
+        for text in sorted(self.ids):
             common = 0
             while common < min(len(text), len(text_before)) and text[common] == text_before[common]:
                 common += 1
@@ -70,7 +70,7 @@ class Vocabulary:
                 self._ends.append(0)
                 self._ids.append([])
                 self._below.append(0)
-            self._ids[path[-1]] = ids[text]
+            self._ids[path[-1]] = self.ids[text]
             text_before = text
         leave(0)
 
@@ -81,6 +81,8 @@ class Vocabulary:
         return state.mask
 
     def _walk(self, machine: Machine, state: State) -> bytes:
+        if not self._bytes:
+            self._build()
         class_of, expand = machine.class_of, machine.expand
         node_bytes, depths, ends, ids, below = self._bytes, self._depths, self._ends, self._ids, self._below
         successors = [state.successors or expand(state)] * (self.max_token_bytes + 1)  # at each depth of the path
@@ -107,13 +109,14 @@ class Vocabulary:
 
     def _subtree_mask(self, node: int) -> int:
         if node not in self._subtree_masks:
-            self._subtree_masks[node] = int.from_bytes(self._packed(range(node + 1, self._ends[node])), "little")
+            mask = self._packed(self._ids[node + 1 : self._ends[node]])
+            self._subtree_masks[node] = int.from_bytes(mask, "little")
         return self._subtree_masks[node]
 
-    def _packed(self, nodes: range) -> bytes:
+    def _packed(self, groups: Iterable[list[int]]) -> bytes:
         bits = bytearray(self.num_mask_bytes)
-        for node in nodes:
-            for token_id in self._ids[node]:
+        for token_ids in groups:
+            for token_id in token_ids:
                 bits[token_id >> 3] |= 1 << (token_id & 7)
         return bytes(bits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_a_grammar_that_breaks_ends_its_own_request_only(
 
     monkeypatch.setattr(Machine, "is_broken", False, raising=False)
     broken = asked(regex="aaaaaaaaaa+")
-    grammar = told.engine._input_processor._grammars.get(broken.structured_outputs)  # type: ignore[arg-type]
+    grammar = told.engine.input_processor._grammars.get(broken.structured_outputs)  # type: ignore[arg-type]
     monkeypatch.setattr(grammar.machine, "is_broken", True, raising=False)  # type: ignore[attr-defined]
     outputs = told.generate([PROMPTS[0], *PROMPTS], [broken, *MIXED], use_tqdm=False)
     (failed,) = outputs[0].outputs
@@ -229,11 +230,22 @@ def test_a_grammar_that_breaks_ends_its_own_request_only(
     told.check_integrity()
 
 
+def test_a_request_that_comes_from_another_process_gets_its_grammar_there(told: LLM, expected: list[Any]) -> None:
+    (request,) = told.prepare(PROMPTS[0], MIXED[0])
+    sent = pickle.loads(pickle.dumps(request))
+    assert sent.sequences[0].matcher is None and request.sequences[0].matcher is not None
+    told.engine.submit(sent)
+    outputs = []
+    while not outputs:
+        outputs = told.engine.step().outputs
+    assert said(outputs) == expected[:1]
+
+
 def test_grammars_are_kept_up_to_a_number(told: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from paged_infer.engine import grammars
 
     monkeypatch.setattr(grammars, "MAX_GRAMMARS", 2)
-    cache = told.engine._input_processor._grammars
+    cache = told.engine.input_processor._grammars
     first = cache.get(StructuredOutputsParams(regex="x1"))
     assert cache.get(StructuredOutputsParams(regex="x1")) is first
     for pattern in ("x2", "x3", "x4"):

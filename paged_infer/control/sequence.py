@@ -18,7 +18,7 @@ group* (Kwon et al. 2023, section 4.5). Otherwise one beam could hold the blocks
 from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from paged_infer.control.blocks.hashing import extend_chain
 from paged_infer.control.guided.grammar import GrammarError, Matcher
@@ -63,6 +63,11 @@ class Sequence:
     error: str | None = None  # why it failed, if ``finish_reason`` is "error"
     cumulative_logprob: float = 0.0  # of a beam
     score: float | None = None  # of a beam that has become an answer
+
+    def __getstate__(self) -> tuple[None, dict[str, object]]:
+        """Without its matcher: an engine in another process has compiled the grammar for itself."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return None, values | {"matcher": None}
 
     @property
     def num_tokens(self) -> int:

@@ -135,6 +135,7 @@ class LLMEngine:
             raise ValueError("a beam search cannot be streamed: its beams change until it ends")
         if request.request_id in self._request_states:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
+        self.input_processor.attach_grammar(request)
         try:
             completions = [OutputProcessor(s, self.tokenizer, streamed) for s in request.sequences]
         except Exception as error:  # a tokenizer can raise anything

@@ -70,6 +70,8 @@ class InputProcessor:
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
         asked = params.structured_outputs
+        if asked is not None:
+            self._check_drafts()
         grammar = None if asked is None else self._grammars.get(asked)
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
         request = Request(request_id, text, token_ids, params, self._clock(), cache_salt, beam_params)
@@ -78,6 +80,22 @@ class InputProcessor:
         self._num_requests += 1
         self._num_sequences += params.n
         return request
+
+    def attach_grammar(self, request: Request) -> None:
+        """Put the sequences of a request that comes from another process at the beginning of its grammar."""
+        asked = request.params.structured_outputs
+        if asked is not None and request.sequences[0].matcher is None:
+            grammar = self._grammars.get(asked)
+            for sequence in request.sequences:
+                sequence.matcher = grammar.matcher()
+
+    def _check_drafts(self) -> None:
+        speculation, size = self.config.speculation, self.config.tensor_parallel_size
+        if size > 1 and speculation is not None and speculation.method == "draft_model":
+            raise ValueError(
+                f"structured_outputs with a draft model and tensor_parallel_size={size}: not supported, because the "
+                "masks after each draft would have to be sent between its steps"
+            )
 
     def _encode(self, text: str, params: SamplingParams) -> list[int]:
         if self.tokenizer is None:

@@ -85,26 +85,31 @@ class StepEncoder(_Memory):
         table, row = sequence.block_table, sequence.sample
         table_change = None if table is known.table else _change(known.table, table)
         known.table = table
-        sample = self._row(known, row) if isinstance(row, SamplingRow) else row
+        sample = self._row(known, row, sequence.drafts) if isinstance(row, SamplingRow) else row
         entry = (sequence.sequence_id, sequence.token_ids, sequence.num_computed_tokens, table_change, sample)
         if sequence.forks or sequence.num_drafts or sequence.next_prompt_token_ids != ():
             rest = (sequence.num_prompt_logprobs, sequence.next_prompt_token_ids, sequence.num_drafts)
             return *entry, sequence.forks, *rest
         return entry
 
-    def _row(self, known: _Known, row: SamplingRow) -> int | tuple[Any, ...]:
-        """The row's position, if nothing else is new; or that, new constants, and the change of its output."""
+    def _row(self, known: _Known, row: SamplingRow, drafts: Ints) -> int | tuple[Any, ...]:
+        """The row's position, if nothing else is new; or that, new constants, the change of its output, and its mask.
+
+        Masks, of 1 bit for each token of the vocabulary, are sent whole.
+        """
         num_prompt = row.position - row.num_output_tokens
         constants = RowConstants(
             row.params, row.seed, row.sample_index, num_prompt, row.end_token_ids, row.prompt_token_ids
         )
         is_new = known.constants != constants
         known.constants = constants
-        if not is_new and not row.output_token_ids and not known.output_token_ids:
+        mask = None if row.mask is None else row.mask.fixed(drafts)
+        if not is_new and not row.output_token_ids and not known.output_token_ids and mask is None:
             return row.position
         change = _change(known.output_token_ids, row.output_token_ids)
         known.output_token_ids = row.output_token_ids
-        return row.position, constants if is_new else None, change
+        sent = row.position, constants if is_new else None, change
+        return sent if mask is None else (*sent, mask)
 
 
 class StepDecoder(_Memory):
@@ -133,10 +138,12 @@ class StepDecoder(_Memory):
         return ScheduledSequence(sequence_id, token_ids, num_computed_tokens, known.table, row, *rest)
 
     def _row(self, known: _Known, sample: int | tuple[Any, ...]) -> SamplingRow:
+        mask = None
         if isinstance(sample, int):
             position = sample
         else:
-            position, constants, change = sample
+            position, constants, change, *masks = sample
+            mask = masks[0] if masks else None
             known.constants = constants or known.constants
             known.output_token_ids = _changed(known.output_token_ids, change)
         of = known.constants
@@ -151,6 +158,7 @@ class StepDecoder(_Memory):
             of.end_token_ids,
             of.prompt_token_ids,
             known.output_token_ids,
+            mask,
         )
 
 

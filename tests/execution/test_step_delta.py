@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from paged_infer.control.admission import add_sequences
 from paged_infer.control.blocks.manager import BlockManager
+from paged_infer.control.guided.token_mask import TokenMask
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
-from paged_infer.control.speculation import SpeculativeConfig, make_proposer
-from paged_infer.control.step import ScheduledStep, StepResult
+from paged_infer.control.speculation import SpeculativeConfig, make_proposer, rows_after
+from paged_infer.control.step import SamplingRow, ScheduledSequence, ScheduledStep, StepResult
 from paged_infer.execution.step_delta import StepDecoder, StepEncoder
 from paged_infer.params import BeamSearchParams, SamplingParams
 
@@ -102,3 +104,34 @@ def test_a_table_that_has_not_changed_is_the_same_object() -> None:
     copies = [decoder.decode(encoder.encode(step)) for step in steps([(6, SamplingParams(max_tokens=9))])]
     tables = [copy.sequences[0].block_table for copy in copies]
     assert len({id(table) for table in tables}) == len({tuple(table) for table in tables}) < len(tables)
+
+
+class Cycle:
+    """A matcher whose masks tell how many tokens it has accepted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def mask(self) -> bytes:
+        return bytes([self.count + 1] * 4)
+
+    def accept(self, token_id: int) -> bool:
+        self.count += 1
+        return True
+
+    def rollback(self, num_tokens: int) -> None:
+        self.count -= num_tokens
+
+
+def test_masks_are_sent_with_those_after_each_draft() -> None:
+    encoder, decoder = StepEncoder(4), StepDecoder(4)
+    for position in (5, 6):  # the second time its constants are known
+        row = SamplingRow(SamplingParams(), 0, 0, position, position - 3, mask=TokenMask(Cycle()))  # type: ignore[arg-type]
+        fork = replace(row, sample_index=1)
+        step = ScheduledStep(0, [ScheduledSequence(1, [7, 8, 9], 4, [0], row, [(2, fork)], num_drafts=2)])
+        decoded = decoder.decode(pickle.loads(pickle.dumps(encoder.encode(step))))
+        (sequence,) = decoded.sequences
+        assert isinstance(sequence.sample, SamplingRow)
+        rows = rows_after(sequence.sample, sequence.drafts)
+        assert [one.mask.bits[0] for one in rows if one.mask is not None] == [1, 2, 3]
+        assert decoded == step

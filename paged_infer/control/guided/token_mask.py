@@ -11,18 +11,19 @@ class TokenMask:
     """A mask that is computed when the sampler asks for it: on a GPU, after the model has been launched.
 
     A step's masks are computed before its tokens are known, so the matcher is still where the step was planned.
-    Pickled, it is computed first.
+    Pickled, it is computed first, and so are those after the drafts that ``fixed`` was given.
 
     Args:
         matcher: of the sequence.
         drafts: tokens that come before this sample, and may yet be rejected.
     """
 
-    __slots__ = ("_bits", "_drafts", "_matcher", "error")
+    __slots__ = ("_bits", "_drafts", "_following", "_matcher", "error")
 
     def __init__(self, matcher: Matcher | None, drafts: ReadOnlyList[int] = ()) -> None:
         self._matcher, self._drafts = matcher, drafts
         self._bits: bytes | None = None
+        self._following: list[TokenMask] = []  # without a matcher: after one draft, after two, ...
         self.error: str | None = None  # why the grammar allows nothing, if ``bits`` are b""
 
     @property
@@ -37,11 +38,25 @@ class TokenMask:
 
     def after(self, drafts: ReadOnlyList[int]) -> TokenMask:
         """The mask once these tokens have come, too."""
+        if self._matcher is None:
+            return self._following[len(drafts) - 1]
         return TokenMask(self._matcher, [*self._drafts, *drafts])
 
-    def __getstate__(self) -> tuple[bytes, str | None]:
-        return self.bits, self.error
+    def fixed(self, drafts: ReadOnlyList[int]) -> TokenMask:
+        """The same without the matcher, to be sent to another process; ``drafts`` are those that follow."""
+        found = TokenMask(None)
+        found._bits, found.error = self.bits, self.error
+        found._following = [self.after(drafts[:n]).fixed(()) for n in range(1, len(drafts) + 1)]
+        return found
 
-    def __setstate__(self, state: tuple[bytes, str | None]) -> None:
+    def __getstate__(self) -> tuple[bytes, str | None, list[TokenMask]]:
+        return self.bits, self.error, self._following
+
+    def __setstate__(self, state: tuple[bytes, str | None, list[TokenMask]]) -> None:
         self._matcher, self._drafts = None, ()
-        self._bits, self.error = state
+        self._bits, self.error, self._following = state
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenMask) and (self.bits, self.error) == (other.bits, other.error)
+
+    __hash__ = None  # type: ignore[assignment]

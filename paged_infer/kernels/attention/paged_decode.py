@@ -48,7 +48,9 @@ def paged_decode(
     num_heads, dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
-    (block_g, block_n, num_warps, num_stages, _), rule = decode_tiles(capability(q.device), dim, q.dtype, group)
+    is_coded = k_scale is not None
+    tile, rule = decode_tiles(capability(q.device), dim, q.dtype, group, is_coded)
+    block_g, block_n, num_warps, num_stages = tile[:4]
     head_tiles = triton.cdiv(group, block_g)
     max_keys = min(max_seq_len, window or max_seq_len)
     bounds = split_bounds(rule, num_rows, num_kv_heads * head_tiles, max_keys, num_processors(q.device))
@@ -73,7 +75,7 @@ def paged_decode(
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
         D=dim, BLOCK_D=padded(dim), BLOCK_N=block_n,
         STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
-        FORMAT=0 if k_scale is None else FORMATS[k_cache.dtype],
+        FORMAT=FORMATS[k_cache.dtype] if is_coded else 0,
         num_warps=num_warps, num_stages=num_stages,
         maxnreg=max_registers(q.dtype) if dim <= 128 else None,  # wider heads spill with a limit, others without
     )  # fmt: skip

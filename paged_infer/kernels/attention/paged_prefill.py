@@ -33,7 +33,9 @@ def paged_prefill(
     """Fill ``out`` [T, H, D], and ``lse`` [T, H] unless it is empty, for the rows from ``first_row`` on."""
     num_heads, dim = q.shape[1:]
     group, gpu = num_heads // k_cache.shape[2], capability(q.device)
-    block_m, block_n, num_warps, num_stages = prefill_tiles(gpu, dim, q.dtype, group, window, max_query_len)[:4]
+    is_coded = k_scale is not None
+    tile = prefill_tiles(gpu, dim, q.dtype, group, window, max_query_len, is_coded)
+    block_m, block_n, num_warps, num_stages = tile[:4]
     launch(
         _prefill_kernel,
         (triton.cdiv(max_query_len, block_m), num_heads, seq_lens.shape[0] - first_row),
@@ -44,7 +46,7 @@ def paged_prefill(
         STRIDE_Q=q.stride(0), STRIDE_QH=q.stride(1), STRIDE_O=out.stride(0), STRIDE_OH=out.stride(1),
         D=dim, BLOCK_D=padded(dim), BLOCK_M=block_m, BLOCK_N=block_n,
         STRIDE_BLOCK=k_cache.stride(0), STRIDE_SLOT=k_cache.stride(1), BLOCK_SIZE=k_cache.shape[1], WIDEN=must_widen(q),
-        FORMAT=0 if k_scale is None else FORMATS[k_cache.dtype],
+        FORMAT=FORMATS[k_cache.dtype] if is_coded else 0,
         num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers(q.dtype),
     )  # fmt: skip
 

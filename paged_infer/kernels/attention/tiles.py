@@ -23,19 +23,22 @@ def flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, 
 
 
 def prefill_tiles(
-    gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, window: int | None, max_query_len: int
+    gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, window: int | None, max_query_len: int,
+    is_coded: bool = False,
 ) -> Tile:  # fmt: skip
-    """For ``paged_prefill``: no more rows than queries."""
+    """For ``paged_prefill``: no more rows than queries. ``is_coded``: a cache of 8 bits, for which no table differs."""
     chosen = measured(gpu, _key("prefill", dim, dtype, group, window is not None))
-    tile = _prefill_tiles(gpu, dim, dtype, window) if chosen is None else chosen[0]
+    tile = _prefill_tiles(gpu, dim, dtype, window, is_coded) if chosen is None else chosen[0]
     return tile._replace(block_m=min(tile.block_m, max(16, triton.next_power_of_2(max_query_len))))
 
 
-def decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> tuple[Tile, SplitRule]:
-    """For ``paged_decode``, with the rule by which its rows are split."""
+def decode_tiles(
+    gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, is_coded: bool = False
+) -> tuple[Tile, SplitRule]:
+    """For ``paged_decode``, with the rule by which its rows are split. ``is_coded``: as in ``prefill_tiles``."""
     tile, splits = measured(gpu, _key("decode", dim, dtype, group, False)) or (None, None)
     default = INTERPRETED_SPLITS if gpu == (0, 0) else SplitRule()
-    return tile or _decode_tiles(gpu, dim, dtype, group), splits or default
+    return tile or _decode_tiles(gpu, dim, dtype, group, is_coded), splits or default
 
 
 def latent_tiles(gpu: tuple[int, int], dtype: torch.dtype, is_coded: bool) -> tuple[Tile, SplitRule]:
@@ -78,10 +81,13 @@ def _flash_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int
     return tile
 
 
-def _prefill_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None) -> Tile:
+def _prefill_tiles(
+    gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None, is_coded: bool
+) -> Tile:  # fmt: skip
     """The dense kernel's tile with fewer keys, as each key needs an address, and with stages that load these addresses.
 
-    Three of five stages hold keys and values (two on 8.x and 12.x).
+    Three of five stages hold keys and values (two on 8.x and 12.x). Codes of 8 bits become numbers in registers, so
+    tiles that would then spill are halved.
     """
     tile = _flash_tiles(gpu, dim, dtype, window)
     block_n = min(tile.block_n, 32 if gpu[0] in (8, 12) and dim > 64 else 64)
@@ -89,18 +95,24 @@ def _prefill_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, window: i
     has_registers = gpu[0] != 8 or dim > 64 or window is None  # triton 3.9 spills there with more than three stages
     has_stages = gpu != (0, 0) and dtype != torch.float32 and has_room and has_registers
     num_stages = 5 if has_stages else tile.num_stages
-    return tile._replace(block_n=block_n, num_stages=num_stages)
+    tile = tile._replace(block_n=block_n, num_stages=num_stages)
+    if not is_coded or gpu == (0, 0):
+        return tile
+    if dtype == torch.float32:
+        return tile._replace(block_n=max(16, block_n // 2))
+    return tile._replace(block_m=tile.block_m // 2) if gpu[0] == 9 and dim >= 128 else tile
 
 
-def _decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> Tile:
+def _decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, is_coded: bool) -> Tile:
     """The query heads of a group, at least 16 in a product; small tiles of keys.
 
-    A group that is too large for the registers takes several programs, which read the same keys.
+    A group that is too large for the registers takes several programs, which read the same keys. Codes of 8 bits
+    become numbers in registers: four warps would spill in float32, and for wide heads with 32 keys.
     """
     block_m = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
     if gpu == (0, 0):
         return Tile(block_m, 16, 4, 1)
     if dtype == torch.float32:
-        return Tile(block_m, 16, 4, 4)
+        return Tile(block_m, 16, 8 if is_coded else 4, 4)
     # The address of a key is itself loaded, so only two of six stages hold tiles of keys.
-    return Tile(block_m, 64 if dim <= 64 else 32, 4, 6)
+    return Tile(block_m, 64 if dim <= 64 else 16 if is_coded and dim > 128 else 32, 4, 6)

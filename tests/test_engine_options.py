@@ -50,8 +50,8 @@ OMITTED = {
 }
 # No engine is opened, or one with the options that are compared: the experiment fixes the others.
 WITHOUT_OPTIONS = {
-    "bench kernels", "bench peers", "bench quantisation", "bench memory", "bench control", "bench policies",
-    "bench arrival", "quantize",
+    "bench kernels", "bench parallel", "bench peers", "bench quantisation", "bench memory", "bench control",
+    "bench policies", "bench arrival", "quantize",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import typer
 
 from paged_infer.bench.http import cli as serve_cli
 from paged_infer.bench.kernels.cli import kernels
+from paged_infer.bench.parallel.cli import parallel
 from paged_infer.bench.quantisation.cli import quantisation
 from paged_infer.bench.scheduling import cli as control_cli
 from paged_infer.bench.side_by_side.cli import peers
@@ -23,6 +24,7 @@ def bench() -> None:
 app.add_typer(speed_cli.app)  # without a name: its commands are commands of ours
 app.command()(serve_cli.serve)
 app.command()(kernels)
+app.command()(parallel)
 app.command()(peers)
 app.command()(quantisation)
 app.command()(simulate)

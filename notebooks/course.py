@@ -50,6 +50,7 @@ ELSEWHERE = {
     ),
     "course_counts": ("OperationCounter", "num_host_reads", "peak_bytes", "supposed_profile"),
     "course_load": ("lags_ms", "load_test", "prompt_arrives", "simulated_waits"),
+    "course_replicas": ("routed_waits",),
 }
 
 

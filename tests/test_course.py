@@ -19,6 +19,7 @@ from course import (
     product_calls,
     random_decoder,
     rounded,
+    routed_waits,
     seeded,
     story_cache,
     story_log_probs,
@@ -166,3 +167,15 @@ class TestFewBits:
         assert num_bytes["bfloat16"] > num_bytes["W8A16"] == num_bytes["W8A8"] > num_bytes["W4A16"]
         for form in num_bytes:
             assert (calls[form, 3]().float() - dense).norm() < 0.15 * dense.norm()
+
+
+class TestReplicas:
+    def test_prefix_routing_finds_more_in_caches_than_round_robin(self):
+        waits = {name: routed_waits(name, 24, [1] * 6, num_replicas=2) for name in ("round_robin", "prefix")}
+        assert waits["prefix"].hits > waits["round_robin"].hits
+        for found in waits.values():
+            assert sum(found.shares) == pytest.approx(1) and found.ttft_s == sorted(found.ttft_s)
+            assert 0 < found.at(0.5) <= found.at(0.9)
+
+    def test_one_popular_beginning_fills_one_replica(self):
+        assert max(routed_waits("prefix", 24, [60, 1, 1], num_replicas=2).shares) > 0.8

@@ -2,7 +2,7 @@
 
 Every function returns a ``Picture``, which a notebook shows when it is a cell's last value. ``Chart`` describes one
 panel of curves or bars; ``draw(chart, chart, ...)`` sets panels side by side. A subject has a file: ``charts``,
-``bits``, ``squares``, ``steps`` and ``machine``; chapters import from here.
+``bits``, ``machine``, ``ranks``, ``squares`` and ``steps``; chapters import from here.
 """
 
 from .bits import magnitudes, number_lines, packed_words
@@ -27,6 +27,7 @@ from .charts import (
     word_bars,
 )
 from .machine import floors_picture, memory_shares, roofline_picture
+from .ranks import link_curves
 from .squares import MovingTiles, cosines, masks, programs, tables, tiles_and_bars, two_colours
 from .steps import Span, compared_timelines, computed_by_step, event_marks, spans, times_by_token
 
@@ -53,6 +54,7 @@ __all__ = [
     "grouped_bars",
     "labelled_bars",
     "layered_bars",
+    "link_curves",
     "magnitudes",
     "masks",
     "memory_shares",

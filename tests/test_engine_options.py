@@ -51,7 +51,7 @@ OMITTED = {
 # No engine is opened, or one with the options that are compared: the experiment fixes the others.
 WITHOUT_OPTIONS = {
     "bench kernels", "bench parallel", "bench peers", "bench quantisation", "bench memory", "bench control",
-    "bench policies", "bench arrival", "quantize",
+    "bench policies", "bench arrival", "bench simulate", "quantize",
 }  # fmt: skip
 
 

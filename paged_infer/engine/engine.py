@@ -72,7 +72,13 @@ class LLMEngine:
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
         self.input_processor = InputProcessor(
-            self.tokenizer, config, self.model_config, self.memory, self.manager, self.executor.now
+            self.tokenizer,
+            config,
+            self.model_config,
+            self.memory,
+            self.manager,
+            self.executor.now,
+            is_sent=not isinstance(self.executor, InProcessExecutor),
         )
         by_default = self.device.type == "cuda" and config.speculation is None
         self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling

@@ -170,6 +170,14 @@ class _EngineCore:
     # -- engine's thread --------------------------------------------------------------------------------------------
 
     def _send_step(self, report: StepReport) -> None:
+        try:
+            self._try_to_send(report)
+        except Exception as error:  # an observer that fails is removed, and the client would wait for ever
+            assert self._thread is not None
+            logger.exception("the outputs of a step could not be sent")
+            self._thread.abandon(f"the outputs of a step could not be sent: {error}")
+
+    def _try_to_send(self, report: StepReport) -> None:
         assert self._thread is not None
         deltas = [self._encoder.encode(output) for output in report.outputs]
         grown = [(sequence.request_id, sequence.sample_index) for sequence in report.grown]

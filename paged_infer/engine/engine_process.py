@@ -251,6 +251,8 @@ class EngineProcess:
                 send(self._connection, batch)
             except OSError:  # it has ended; the receiver thread sees it too
                 return
+            except Exception as error:  # pickle raises anything; without this thread, requests would wait for ever
+                return self.abandon(f"a command could not be sent: {error}")
 
     def _receive_all(self) -> None:
         try:

@@ -24,7 +24,12 @@ Params = SamplingParams | BeamSearchParams
 
 
 class InputProcessor:
-    """Checks and tokenizes the requests of one engine, and numbers their sequences. Does not queue them."""
+    """Checks and tokenizes the requests of one engine, and numbers their sequences. Does not queue them.
+
+    Args:
+        clock: when requests arrive.
+        is_sent: whether parameters are sent to other processes, which may not know a class of the caller's own.
+    """
 
     def __init__(
         self,
@@ -34,8 +39,10 @@ class InputProcessor:
         memory: MemoryPlan,
         manager: BlockManager,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        is_sent: bool = False,
     ) -> None:
-        self._clock = clock  # when requests arrive
+        self._clock, self._is_sent = clock, is_sent
         self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
         self._grammars = GrammarCache(tokenizer, model.vocab_size, model.eos_token_ids)
         self._num_requests = 0
@@ -43,6 +50,13 @@ class InputProcessor:
 
     def process(self, request_id: str, prompt: Prompt, params: Params, cache_salt: str | None) -> Request:
         """See ``LLMEngine.prepare``, errors included."""
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id={request_id!r}: must be a str")
+        if self._is_sent and type(params) not in (SamplingParams, BeamSearchParams):
+            raise ValueError(
+                f"params={params!r}: must be SamplingParams or BeamSearchParams, and of no class derived from them, "
+                "because they are sent to another process"
+            )
         beam_params = None
         if isinstance(params, BeamSearchParams):
             beam_params, params = params, params.limits

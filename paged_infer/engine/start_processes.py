@@ -80,7 +80,7 @@ def start_processes(
         core = Replicas(start_replica, size, routing, max_num_waiting)
         info = core.info
     manager = BlockManager(info.memory.num_blocks, info.memory.block_size)  # to check sizes; it allocates nothing
-    return core, InputProcessor(tokenizer, config, info.model_config, info.memory, manager)
+    return core, InputProcessor(tokenizer, config, info.model_config, info.memory, manager, is_sent=True)
 
 
 def start_of(backend: str) -> Callable[[EngineSpec, str], StartedProcess]:

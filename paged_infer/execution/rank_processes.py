@@ -75,7 +75,8 @@ class RankProcesses:
             inherited = control[1].fileno(), pulse[1].fileno()
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", MODULE, *map(str, inherited), str(beat_s)],
+                    # -P: not first the working directory, where a file may have the name of a library's module
+                    [sys.executable, "-P", "-m", MODULE, *map(str, inherited), str(beat_s)],
                     pass_fds=inherited,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,17 @@ from holding import LIMIT_S, until
 
 from paged_infer import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from paged_infer.async_llm import EngineDeadError, StepReport
+from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Chunked
+from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.engine_process import EngineProcess, StartedProcess
+from paged_infer.engine.output_channel import OutputChannel
+from paged_infer.engine.process_messages import EngineSpec
 from paged_infer.outputs import RequestOutput
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "num_blocks": 96, "max_num_seqs": 8, "max_model_len": 512}
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
@@ -140,6 +148,20 @@ def test_a_function_runs_there_and_its_result_or_error_comes_back(engine: AsyncL
         asyncio.run(engine.run(lambda _: 1))
 
 
+class Mine(SamplingParams):
+    """A class that the engine's process could import, but not if it were of a notebook or a function."""
+
+
+def test_what_could_not_be_sent_or_found_again_is_refused_before_it_is_queued(engine: AsyncLLM) -> None:
+    with pytest.raises(
+        ValueError, match=r"params=Mine\(.*: must be SamplingParams or BeamSearchParams, and of no class"
+    ):
+        asyncio.run(engine.submit("Once", Mine(max_tokens=2)))
+    with pytest.raises(ValueError, match="request_id=7: must be a str"):
+        asyncio.run(engine.submit("Once", SamplingParams(max_tokens=2), 7))  # type: ignore[arg-type]
+    assert asyncio.run(collect(engine, "Once", SamplingParams(max_tokens=2)))[-1].finished
+
+
 def test_signals_to_the_group_do_not_end_it(engine: AsyncLLM) -> None:
     process = engine._core.process  # type: ignore[union-attr]
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -189,6 +211,49 @@ def test_a_step_that_hangs_ends_the_process_and_its_requests(checkpoint) -> None
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def break_stats(engine: LLMEngine) -> None:
+    engine.stats = lambda: {"lock": threading.Lock()}  # type: ignore[method-assign,dict-item]
+
+
+def test_outputs_that_cannot_be_sent_end_the_engine_and_not_its_observer(checkpoint) -> None:
+    engine = AsyncLLM(checkpoint("qwen3"), engine_process=True, **{**OPTIONS, "num_blocks": 16, "max_model_len": 32})
+    asyncio.run(engine.run(break_stats))
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="the outputs of a step could not be sent: cannot pickle"):
+            asyncio.run(collect(engine, [8, 9], GREEDY))
+
+
+class Unsendable(str):
+    def __reduce__(self) -> Any:
+        raise TypeError("not over a pipe")
+
+
+class OtherEnd:
+    """An engine's process that reads nothing, until it is killed."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = multiprocessing.Pipe()
+        self.exitcode: int | None = None
+
+    def kill(self) -> None:
+        self.exitcode = -9
+        self.theirs.close()
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
+
+
+def test_a_command_that_cannot_be_sent_ends_the_engine_and_not_its_sender() -> None:
+    other = OtherEnd()
+    spec = EngineSpec(Path(), EngineConfig(), None, 1)
+    process = EngineProcess(spec, start=lambda *_: StartedProcess(other, other.ours))
+    answer = process.call(fail)
+    request = Request("a", None, [8], GREEDY, 0.0, cache_salt=Unsendable("salt"))
+    process.add(request, OutputChannel(asyncio.new_event_loop()), streamed=False)
+    with pytest.raises(EngineDeadError, match="killed: a command could not be sent: not over a pipe"):
+        answer.result()
+
+
 def test_its_ranks_give_the_same_tokens_and_end_with_it(checkpoint, make_llm) -> None:
     options = {**OPTIONS, "num_blocks": 16, "max_model_len": 32}
     params = SamplingParams(temperature=0, max_tokens=5)

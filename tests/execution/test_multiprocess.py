@@ -14,12 +14,15 @@ from holding import LIMIT_S
 from rank_pids import children, is_running
 
 from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, storyteller
+from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Chunked
 from paged_infer.control.speculation import SpeculativeConfig, make_proposer
 from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.execution import rank_processes
 from paged_infer.execution.errors import EngineDeadError
 from paged_infer.execution.multiprocess import MultiprocessStep
+from paged_infer.execution.rank_processes import RankProcesses
+from paged_infer.execution.worker import Setup
 from paged_infer.model.loading.hub import BUNDLED
 
 PROMPTS = ["Once upon a time", "A story about Mia and a kite.", "A story about Mia and a red key.", "Tom was sad."]
@@ -153,6 +156,15 @@ def test_what_needs_the_model_in_this_process_is_refused(recomputing: Pair) -> N
         _ = recomputing.ranks.engine.decoder
 
 
+def test_params_of_a_class_that_the_ranks_may_not_know_are_refused(recomputing: Pair) -> None:
+    class Mine(SamplingParams):
+        pass
+
+    with pytest.raises(ValueError, match=r"params=.*: must be SamplingParams or BeamSearchParams, and of no class"):
+        recomputing.ranks.generate(PROMPTS[0], Mine(max_tokens=2), use_tqdm=False)
+    assert said(recomputing.alone, Mine(temperature=0, max_tokens=24)) == said(recomputing.ranks, GREEDY)
+
+
 # -- failures: the last tests of the engines above ---------------------------------------------------------------------
 
 
@@ -194,6 +206,19 @@ def test_shutdown_ends_the_ranks_and_later_calls(drafting: Pair) -> None:
     drafting.ranks.shutdown()
     with pytest.raises(EngineDeadError, match="shut down"):
         drafting.ranks.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+
+
+def test_ranks_import_no_file_of_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A script ``queue.py`` of the reader's own would be taken for the library's."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    ranks = RankProcesses(1, 300, {})
+    setup = Setup(storyteller.PATH, EngineConfig(), 0, 1, ("", 0), 300)
+    try:
+        ranks.send("prepare", lambda _: (setup,))
+        assert ranks.answers()[0]["block_size"] == "16"
+    finally:
+        ranks.close()
 
 
 def faulty(fault: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LLM:

@@ -110,7 +110,7 @@ class _EngineCore:
         thread.observers.append(self._send_step)
         self.send(Ready(EngineInfo(engine.model_config, engine.memory, engine.stats()), time.perf_counter()))
         self._has_thread.set()
-        is_orderly = thread.join() and not thread.has_failed
+        is_orderly = thread.join() and not (thread.has_failed or thread.is_abandoned)
         self.send(Ended(None if is_orderly else str(thread.error)))
         return is_orderly
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -37,7 +38,7 @@ from paged_infer.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1)
-SHARED_MEMORY = "/dev/shm"  # where there is none, the file is in the folder for temporary files
+SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +76,8 @@ class PrefillDecode(EngineProcess):
         memory = info.memory
         self._block_size, self._max_num_blocks = memory.block_size, memory.num_blocks
         num_blocks = -(-memory.max_model_len // memory.block_size)
-        folder = SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None
-        with tempfile.NamedTemporaryFile(prefix="paged_infer-", dir=folder) as file:
+        num_bytes = num_blocks * memory.block_size * memory.kv_bytes_per_token
+        with tempfile.NamedTemporaryFile(prefix="paged_infer-", dir=folder_for(num_bytes)) as file:
             self._path = file.name
             opened = partial(open_exchange, path=file.name, num_blocks=num_blocks)
             for one in (self.prefill, self):
@@ -201,6 +202,16 @@ class PrefillDecode(EngineProcess):
             self._prefills.clear()
             self._waiting.clear()
         deliver([(channel, self._dead()) for channel in left])
+
+
+def folder_for(num_bytes: int) -> str | None:
+    """Where the file is made: in shared memory if it has room, or else (None) in the folder for temporary files.
+
+    The file takes memory as it is written, and a process that finds none left then is ended by SIGBUS. Containers often
+    have 64 MB of shared memory.
+    """
+    has_room = os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free >= num_bytes
+    return SHARED_MEMORY if has_room else None
 
 
 def _prompt_of(request: Request) -> Request:

@@ -13,6 +13,7 @@ import pytest
 
 from paged_infer import LLM, AsyncLLM, SamplingParams
 from paged_infer.async_llm import EngineDeadError
+from paged_infer.engine import prefill_decode
 from paged_infer.engine.block_exchange import open_exchange, receive_blocks, send_blocks
 from paged_infer.outputs import RequestOutput
 
@@ -34,6 +35,14 @@ def pair(make_llm, tmp_path: Path) -> tuple[LLM, LLM, str]:
     layouts = [open_exchange(llm.engine, path, 24) for llm in (first, second)]
     assert layouts[0] == layouts[1] and len(layouts[0]) > 1
     return first, second, path
+
+
+def test_the_file_is_in_shared_memory_only_if_it_has_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(prefill_decode, "SHARED_MEMORY", str(tmp_path))
+    assert prefill_decode.folder_for(1) == str(tmp_path)
+    assert prefill_decode.folder_for(1 << 60) is None
+    monkeypatch.setattr(prefill_decode, "SHARED_MEMORY", str(tmp_path / "missing"))
+    assert prefill_decode.folder_for(1) is None
 
 
 def test_blocks_that_were_handed_over_are_found_and_give_the_same_tokens(pair) -> None:

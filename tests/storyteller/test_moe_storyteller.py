@@ -116,6 +116,12 @@ def test_its_name_is_a_model_s_name_wherever_one_is_asked_for(llm: LLM) -> None:
     assert shown.exit_code == 0 and "storyteller-moe (qwen3_moe)" in shown.output and "recall" in shown.output
 
 
-def test_quantising_it_is_refused_by_name(tmp_path) -> None:
-    with pytest.raises(ValueError, match="a mixture of experts cannot be quantised"):
-        quantize("storyteller-moe", tmp_path / "out")
+def test_in_8_bits_its_experts_tell_the_story_that_they_told(tmp_path) -> None:
+    quantize("storyteller-moe", tmp_path / "out", scheme="w8a16")
+    texts = [
+        LLM(model, **SMALL).generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].outputs[0].text
+        for model in (MOE_PATH, tmp_path / "out")
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="awq"):
+        quantize("storyteller-moe", tmp_path / "refused", method="awq")

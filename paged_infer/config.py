@@ -16,7 +16,7 @@ from paged_infer.values import Checked
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("w8a16", "w4a16", "w8a8", "gguf")
-EXECUTOR_BACKENDS = ("mp", "external_launcher")
+EXECUTOR_BACKENDS = ("mp", "ray", "external_launcher")
 DISTRIBUTED_TIMEOUT_S = 20.0
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e5m2")
 
@@ -95,9 +95,9 @@ class EngineConfig(Checked):
             ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.
         tensor_parallel_size: ranks, each with a part of every matrix and of every token's keys and values. They
             compute each step together; the text stays the same (in float32).
-        distributed_executor_backend: where the ranks run. "mp" starts a process for each on this machine;
-            "external_launcher": ``torchrun`` has started them, each with this script. None: "mp" if there are several,
-            otherwise the model runs in this process.
+        distributed_executor_backend: where the ranks run. "mp" starts a process for each on this machine; "ray"
+            an actor for each, on the machines of a Ray cluster; "external_launcher": ``torchrun`` has started them,
+            each with this script. None: "mp" if there are several, otherwise the model runs in this process.
         distributed_timeout: seconds that a rank may give no sign of life, or let another wait for it, before the engine
             ends with an error. None: 20.
         trace: keep a record of every step, in ``LLM.trace``; it grows.

@@ -23,6 +23,7 @@ from paged_infer.execution.external_launcher import LaunchedExecutor, load_launc
 from paged_infer.execution.loaded_models import LoadedModels
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.execution.multiprocess import MultiprocessExecutor
+from paged_infer.execution.ray_cluster import RayExecutor
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.loading.checkpoint import read_config
 from paged_infer.text.tokenizer import Tokenizer
@@ -69,8 +70,9 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
 
 def _load(folder: Path, config: EngineConfig, check: Callable[[MemoryPlan], None]) -> tuple[Executor, MemoryPlan]:
     """The models, where the options put them, and a pool for them. ``check`` is called before the pool is made."""
-    if config.executor_backend == "mp":
-        ranks = MultiprocessExecutor(folder, config)
+    if config.executor_backend in ("mp", "ray"):
+        executor_type = MultiprocessExecutor if config.executor_backend == "mp" else RayExecutor
+        ranks = executor_type(folder, config)
         try:
             check(ranks.memory)
             ranks.reserve()

@@ -34,6 +34,7 @@ class Failure:
         text = str(error) if is_input else f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         return cls(time.monotonic(), text, is_input, "".join(traceback.format_exception(error)))
 
-    def as_error(self, rank: int) -> Exception:
+    def as_error(self, rank: int | None = None) -> Exception:
         """What this is for a caller: of a model or an option, as if it were loaded in its own process."""
-        return ValueError(self.message) if self.is_input else EngineDeadError(f"rank {rank} has failed: {self.message}")
+        which = "a rank" if rank is None else f"rank {rank}"
+        return ValueError(self.message) if self.is_input else EngineDeadError(f"{which} has failed: {self.message}")

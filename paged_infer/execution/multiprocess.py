@@ -17,11 +17,9 @@ import socket
 import time
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed import TCPStore
 
 from paged_infer.config import EngineConfig
 from paged_infer.control.step import ScheduledStep, StepResult
@@ -29,7 +27,7 @@ from paged_infer.execution.agreement import check_agreement
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.execution.rank_processes import RankProcesses
 from paged_infer.execution.step_delta import StepEncoder
-from paged_infer.execution.worker import Setup, num_remembered
+from paged_infer.execution.worker import Setup, num_remembered, open_store
 from paged_infer.kernels.device import device_of
 from paged_infer.model.loading.hub import resolve_model
 
@@ -80,7 +78,7 @@ class MultiprocessExecutor:
         timeout_s = config.rank_timeout_s
         self._encoder = StepEncoder(num_remembered(config))
         num_threads = max(1, torch.get_num_threads() // size)
-        self._store = loopback_store(timeout_s)
+        self._store = open_store(LOOPBACK, timeout_s)  # gone with this process
         self._ranks = RankProcesses(size, timeout_s, rank_environment(num_threads))
         self._finalizer = weakref.finalize(self, self._ranks.close)
         configs = [rank_config(config, self.device, rank) for rank in range(size)]
@@ -144,19 +142,6 @@ def device_of_ranks(config: EngineConfig) -> torch.device:
     if config.device != "cuda":
         raise ValueError(f"device={config.device!r}: {config.tensor_parallel_size} ranks need a GPU each; use 'cuda'")
     return torch.device("cuda")
-
-
-def loopback_store(timeout_s: float) -> TCPStore:
-    """Where ranks meet: at a port that was free, closed to the network, gone with this process."""
-    listener = socket.create_server((LOOPBACK, 0))
-    return TCPStore(
-        LOOPBACK,
-        listener.getsockname()[1],
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def rank_environment(num_threads: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import sys
 import threading
 from dataclasses import dataclass
@@ -123,6 +124,19 @@ class Worker:
     def result(self, index: int) -> tuple[int, StepResult]:
         """The result of a step, with its index: of the last one launched, or of the one before."""
         return index, self._running.pop(index).result()
+
+
+def open_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """Where ranks meet: at a port that was free, and of this address alone."""
+    listener = socket.create_server((host, 0))
+    return dist.TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def num_remembered(config: EngineConfig) -> int:

@@ -47,7 +47,7 @@ def _default(gpu: tuple[int, int], kernel: str, dtype: torch.dtype, is_few: bool
     if gpu == (0, 0):
         return Tile(16, 64, 4, 1)
     if dtype == torch.float32 and kernel != "w8a8":  # no tensor cores: products take many registers
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 8 if gpu[0] == 10 and is_few else 4, 2)  # four warps spill 8 bytes there
     if is_few:
         return Tile(64, 64, 4, 4)
     # Codes that are decoded take registers, too, and those of 4 bits and of float8 the most.

@@ -149,13 +149,17 @@ class EngineProcess:
     def add(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
         """See ``EngineThread.add``, errors included."""
         with self._lock:
-            self.check_alive()
-            num_waiting = self._load().waiting
-            if self._max_num_waiting is not None and num_waiting >= self._max_num_waiting:
-                raise QueueFullError(
-                    f"{num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
-                )
+            self._check_accepts()
             self._send(request, channel, streamed)
+
+    def _check_accepts(self) -> None:
+        """Raises EngineDeadError if the process has ended, and QueueFullError if too many sequences wait."""
+        self.check_alive()
+        num_waiting = self._load().waiting
+        if self._max_num_waiting is not None and num_waiting >= self._max_num_waiting:
+            raise QueueFullError(
+                f"{num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
+            )
 
     def _send(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
         entry = _Entry(request, channel, OutputDecoder(request))

@@ -29,7 +29,6 @@ from paged_infer.control.admission import add_sequences
 from paged_infer.control.request import Request
 from paged_infer.engine.block_exchange import open_exchange, receive_blocks, send_blocks
 from paged_infer.engine.engine_process import EngineProcess
-from paged_infer.engine.engine_thread import QueueFullError
 from paged_infer.engine.output_channel import Delivery, OutputChannel, deliver
 from paged_infer.engine.process_messages import EngineInfo, EngineSpec
 from paged_infer.engine.routing import Load
@@ -91,12 +90,7 @@ class PrefillDecode(EngineProcess):
         num_blocks = len(request.prompt_token_ids) // self._block_size + 1
         one = _Prefill(cast(Any, self), request=request, num_blocks=num_blocks, channel=channel, streamed=streamed)
         with self._lock:
-            self.check_alive()
-            num_waiting = self._load().waiting
-            if self._max_num_waiting is not None and num_waiting >= self._max_num_waiting:
-                raise QueueFullError(
-                    f"{num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
-                )
+            self._check_accepts()
             self._prefills.append(one)
             self._waiting.append(one)
             self._start_prefills()

@@ -11,7 +11,7 @@ them is up to the cost model. Sources, all NVIDIA's:
     rtx-4090  Ada architecture white paper (2022), appendix A: 24 GB, 1,008 GB/s, 165.2 TFLOPS
     rtx-pro-6000  RTX Blackwell PRO architecture white paper (2025): 96 GB, 1,792 GB/s, 503.8 TFLOPS
 
-A CPU has no sheet that says what a program gets: ``Card("cpu", ...)`` is made from measured rates.
+A CPU has no sheet with the rates that a program gets: ``Card("cpu", ...)`` is made from measured rates.
 """
 
 from __future__ import annotations

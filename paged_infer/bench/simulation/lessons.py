@@ -136,7 +136,7 @@ def shared_prefixes(num_requests: int, per_s: float, num_prefixes: int = 40) -> 
 
 
 def routing(num_requests: int = 300) -> Lesson:
-    """Four replicas whose pools hold some of the prefixes each: who gets a request decides what is computed twice."""
+    """Four replicas whose pools hold some of the prefixes each: routing decides what is computed twice."""
     workload, options = shared_prefixes(num_requests, 25.0), SchedulerOptions(num_blocks=2588)
     rows = []
     for name, route in (("round robin", round_robin()), ("least loaded", least_loaded), ("prefix-aware", prefix_aware)):

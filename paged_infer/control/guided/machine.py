@@ -4,7 +4,7 @@ A *configuration* is a place in the network with a stack of the places to return
 configurations that the bytes so far may have led to (the subset construction, one state at a time). For a regular
 expression there are no stacks, and the machine is its DFA over bytes.
 
-Bytes that no edge of the network tells apart are of one class, and a state has one successor for each class.
+Bytes that no edge of the network distinguishes are of one class, and a state has one successor for each class.
 """
 
 from __future__ import annotations

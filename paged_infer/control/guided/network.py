@@ -3,7 +3,7 @@
     rule value    0 -"["-> 1 -call value-> 2 -"]"-> 3        a call is an edge that another rule's path takes the
                   0 -"0"-> 3                                 place of, so brackets of any depth close in pairs
 
-(Recursive transition networks, Woods 1970, CACM 13. ``machine`` runs one.) ``depths`` says of each state how many calls
+(Recursive transition networks, Woods 1970, CACM 13. ``machine`` runs one.) ``depths`` has for each state how many calls
 the shortest way to its rule's end needs, one inside the other. It is infinite where there is no such way. So a path
 that stays within a depth never comes to a dead end, and a grammar that no text satisfies is found here.
 """

@@ -41,7 +41,7 @@ def number_automaton(low: Bound | None, high: Bound | None, *, is_integer: bool)
 
 
 class _Magnitudes:
-    """Numbers without a sign, in states that say how many digits were read and whether they equal a bound's."""
+    """Numbers without a sign, in states that count how many digits were read and whether they equal a bound's."""
 
     def __init__(self, automaton: Automaton, low: Bound, high: Bound | None, is_integer: bool) -> None:
         self.automaton, self.low, self.high, self.is_integer = automaton, low, high, is_integer

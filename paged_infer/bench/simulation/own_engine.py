@@ -2,12 +2,13 @@
 
     python -m paged_infer.bench.simulation.own_engine [--model qwen3-30m]
 
-Step times are measured on other requests (another seed) than those that are predicted, and fitted by four features:
+Step times are measured on other requests (another seed) than those that are predicted, and fitted by five features:
 
-    step  =  a  +  b tokens of prompts  +  c sequences  +  d tokens in the cache
+    step  =  a  +  b tokens of prompts  +  c if there are any  +  d sequences that decode  +  e tokens in the cache
 
-Then the workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are simulated, and measured
-in turns: a machine that slows down does so for all loads. Run it where nothing else runs.
+The workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are measured and simulated.
+Steps are recorded beside each load, and each turn has a fit of its own: over minutes this machine's speed moves by more
+than the error that is looked for. Medians over the turns are reported. Run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import typer
 
 from paged_infer.bench.load import poisson_moments
@@ -38,7 +40,27 @@ from paged_infer.simulation.workloads import WorkloadRequest
 
 CLIENTS = (1, 4, 8, 16, 32)
 RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
+SHARE_CLIENTS = (1, 4, 8)  # whose steps are recorded beside them: arrivals have pauses, which are no step's time
+Floats = npt.NDArray[np.float64]
 METRICS = (("makespan", ""), ("ttft", "mean"), ("tpot", "mean"), ("latency", "mean"))
+
+
+def non_negative_least_squares(rows: Floats, values: Floats) -> Floats:
+    """``x >= 0`` that about minimises ``|rows x - values|``; the most negative factor is left out until none is.
+
+    Args:
+        rows: [measurements, features].
+        values: [measurements].
+    """
+    used = list(range(rows.shape[1]))
+    while True:
+        found = np.linalg.lstsq(rows[:, used], values, rcond=None)[0]
+        if found.min() >= 0 or len(used) == 1:
+            break
+        del used[int(found.argmin())]
+    factors = np.zeros(rows.shape[1])
+    factors[used] = found
+    return factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +70,27 @@ class FittedSteps:
     factors: list[float]
 
     @staticmethod
-    def features(step: ScheduledStep) -> tuple[float, float, float, float]:
-        prompts = sum(one.num_tokens for one in step.sequences if one.num_tokens > 1)
-        return 1.0, prompts, len(step.sequences), sum(one.num_computed_tokens for one in step.sequences)
+    def features(step: ScheduledStep) -> tuple[float, ...]:
+        prompts = [one.num_tokens for one in step.sequences if one.num_tokens > 1]
+        num_cached = sum(one.num_computed_tokens for one in step.sequences)
+        return 1.0, sum(prompts), float(bool(prompts)), len(step.sequences) - len(prompts), num_cached
 
     @classmethod
     def fit(cls, steps: ReadOnlyList[ScheduledStep], seconds: ReadOnlyList[float]) -> FittedSteps:
         """Relative errors count, so that steps of one sequence weigh as much as those of many; no factor is below 0.
+
+        The errors are relative to what a first fit predicts: relative to the measured time, slow steps would count
+        little, and the sum over a run would come out too small.
 
         Raises:
             ValueError: fewer than eight steps.
         """
         if len(steps) < 8:
             raise ValueError(f"{len(steps)} steps: at least 8 are needed for a fit")
-        rows = np.array([cls.features(step) for step in steps]) / np.array(seconds)[:, None]
-        used = list(range(rows.shape[1]))
-        while True:
-            found = np.linalg.lstsq(rows[:, used], np.ones(len(rows)), rcond=None)[0]
-            if found.min() >= 0 or len(used) == 1:
-                break
-            del used[int(found.argmin())]
-        factors = [0.0] * rows.shape[1]
-        for index, value in zip(used, found, strict=True):
-            factors[index] = float(value)
-        return cls(factors)
+        rows, times = np.array([cls.features(step) for step in steps]), np.array(seconds)
+        factors = non_negative_least_squares(rows / times[:, None], np.ones(len(times)))
+        predicted = rows @ factors
+        return cls(non_negative_least_squares(rows / predicted[:, None], times / predicted).tolist())
 
     def seconds(self, step: ScheduledStep) -> float:
         return sum(factor * x for factor, x in zip(self.factors, self.features(step), strict=True))
@@ -84,14 +103,14 @@ class Load:
     name: str
     predicted: dict[str, float]
     measured: dict[str, float]  # medians over the repeats
-    errors: dict[str, float]  # predicted / measured - 1
+    errors: dict[str, float]  # predicted / measured - 1, the median of the turns
 
 
 @dataclass(frozen=True, slots=True)
 class OwnEngineReport(JsonReport):
     model: str
     repeats: int
-    factors: list[float]  # seconds: a step, a token of a prompt, a sequence, a token in the cache
+    factors: list[float]  # seconds: a step, a token of a prompt, any prompt, a sequence that decodes, a cached token
     machine: dict[str, Any]
     loads: list[Load] = field(default_factory=list)
 
@@ -137,31 +156,42 @@ def compare(
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
     )
-    recorded = [record_steps(engine, other, clients) for clients in (None, *CLIENTS) for _ in range(repeats)]
-    cost = FittedSteps.fit([s for steps, _ in recorded for s in steps], [s for _, seconds in recorded for s in seconds])
     moments = [0.0] * len(workload.prompts)
     ways: dict[str, tuple[list[float], int | None]] = {"all at once": (moments, None)}
     ways |= {f"{n} client{'s' * (n > 1)}": (moments, n) for n in CLIENTS}
     most = run_engine(engine, workload, num_clients=CLIENTS[-1])
+    recorded_with = [None, *CLIENTS, *SHARE_CLIENTS]
     for share in RATE_SHARES:
         rate = share * num_requests / most.seconds
         ways[f"{share:g} of the most: {rate:.3g} a second"] = (poisson_moments(num_requests, rate, seed), None)
-    served: dict[str, list[Served]] = {name: [] for name in ways}
+    costs: list[FittedSteps] = []
+    pairs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {name: [] for name in ways}
     for _ in range(repeats):
+        steps: list[ScheduledStep] = []
+        seconds: list[float] = []
+        served: dict[str, Served] = {}
+        for (name, (arrive_s, clients)), recorded_clients in zip(ways.items(), recorded_with, strict=True):
+            more_steps, more_seconds = record_steps(engine, other, recorded_clients)
+            steps += more_steps
+            seconds += more_seconds
+            served[name] = run_engine(engine, workload, arrive_s, clients)
+        costs.append(FittedSteps.fit(steps, seconds))
         for name, (arrive_s, clients) in ways.items():
-            served[name].append(run_engine(engine, workload, arrive_s, clients))
+            requests = [
+                WorkloadRequest(at_s, len(prompt), params.max_tokens or 1)
+                for at_s, prompt, params in zip(arrive_s, workload.prompts, workload.params, strict=True)
+            ]
+            simulated = simulate(requests, options, costs[-1], concurrency=clients)
+            pairs[name].append((numbers(simulated.times), numbers(served[name].times)))
     loads = []
-    for name, (arrive_s, clients) in ways.items():
-        requests = [
-            WorkloadRequest(at_s, len(prompt), params.max_tokens or 1)
-            for at_s, prompt, params in zip(arrive_s, workload.prompts, workload.params, strict=True)
-        ]
-        ours = numbers(simulate(requests, options, cost, concurrency=clients).times)
-        theirs = [numbers(run.times) for run in served[name]]
-        measured = {metric: median(one[metric] for one in theirs) for metric in ours}
-        wrong = {metric: ours[metric] / measured[metric] - 1 for metric in ours}
-        loads.append(Load(name, ours, measured, wrong))
-    return cost, loads
+    for name, turns in pairs.items():
+        metrics = list(turns[0][0])
+        ours = {metric: median(predicted[metric] for predicted, _ in turns) for metric in metrics}
+        theirs = {metric: median(measured[metric] for _, measured in turns) for metric in metrics}
+        wrong = {metric: median(ours[metric] / theirs[metric] - 1 for ours, theirs in turns) for metric in metrics}
+        loads.append(Load(name, ours, theirs, wrong))
+    factors = np.median([cost.factors for cost in costs], axis=0)
+    return FittedSteps(factors.tolist()), loads
 
 
 def main(
@@ -180,8 +210,9 @@ def main(
     with errors(), folder_of(model, load_format) as folder:
         llm = open_llm(folder, load_format=load_format, max_model_len=2 * longest)
         cost, loads = compare(llm.engine, num_requests, shortest, longest, repeats)
-    a, b, c, d = (1e6 * factor for factor in cost.factors)
-    print(f"\na step takes {a:.0f} us + {b:.1f} a prompt's token + {c:.1f} a sequence + {d:.3f} a token in the cache")
+    a, b, c, d, e = (1e6 * factor for factor in cost.factors)
+    print(f"\na step takes {a:.0f} us + {b:.1f} a prompt's token + {c:.0f} if there are any")
+    print(f"+ {d:.1f} a sequence that decodes + {e:.3f} a token in the cache")
     rows = []
     for one in loads:
         cells = [f"{one.predicted[m]:.4g} / {one.measured[m]:.4g} ({one.errors[m]:+.1%})" for m in one.predicted]

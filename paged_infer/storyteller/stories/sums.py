@@ -1,0 +1,118 @@
+"""Sums told as stories: `tell_sum(seed)` writes one, with its answer and the partial sums that lead there.
+
+The stories of the grammar say each new count ("Now Mia had seven"). A sum keeps them to itself, so whoever answers has
+to add up everything that happened: in one go, or with the partial sums written first.
+
+    Mia had three plums. Tom gave her four more. But two rolled into the river.
+    Q: How many plums does Mia have?
+    A: She has five.                                                                     direct
+    A: Mia had three. Then three and four is seven. Then seven without two is five. She has five.    worked
+"""
+
+import itertools
+import zlib
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass
+from enum import Enum
+
+from paged_infer.storyteller.stories import lexicon
+from paged_infer.storyteller.stories.chooser import Chooser
+from paged_infer.storyteller.stories.world import Person, Question, World
+
+MOST = 10  # the vocabulary has the words for one to ten
+NUM_STEPS = (3, 4, 5)
+HELD_OUT_OF = 5  # one in five series of numbers is held out of training
+THINK, END_THINK = "<think>", "</think>"  # Qwen3's marks, for models whose tokenizer has them
+
+_GAINS = (
+    "{b} gave {a.him} {y} more.",
+    "{b} found {y} more for {a.him}.",
+    "Then {a.he} found {y} more.",
+    "Under a chair lay {y} more.",
+)
+_LOSSES = ("{a.He} gave {y} to {b}.", "But {y} rolled into the river.", "Then {a.he} lost {y}.", "{b} took {y} home.")
+
+
+class Form(Enum):
+    """How an answer is written."""
+
+    DIRECT = "direct"  # the answer alone
+    WORKED = "worked"  # the partial sums, then the answer, in one line
+    THINKING = "thinking"  # the partial sums between <think> and </think>, as Qwen3 writes them
+    NOT_THINKING = "not thinking"  # the answer after an empty thought, as Qwen3 writes it with thinking off
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of one person's things, its question, and the series of counts: at first, and after each step."""
+
+    story: str
+    question: Question
+    counts: tuple[int, ...]
+    owner: str
+
+    @property
+    def prompt(self) -> str:
+        """The lines up to where an answer begins, without a leading `<|endoftext|>`."""
+        return f"{self.story}\nQ: {self.question.question}\nA:"
+
+    @property
+    def steps(self) -> str:
+        """The partial sums, a sentence each."""
+        words = lexicon.NUMBERS
+        sentences = [f"{self.owner} had {words[self.counts[0]]}."]
+        for before, after in itertools.pairwise(self.counts):
+            sign, by = ("and", after - before) if after > before else ("without", before - after)
+            sentences.append(f"Then {words[before]} {sign} {words[by]} is {words[after]}.")
+        return " ".join(sentences)
+
+    def answer(self, form: Form) -> str:
+        """What follows `prompt`, without the end of its line."""
+        if form is Form.DIRECT:
+            return f" {self.question.answer}"
+        if form is Form.WORKED:
+            return f" {self.steps} {self.question.answer}"
+        thought = self.steps if form is Form.THINKING else ""
+        return f"{THINK}\n{thought}\n{END_THINK}\n\n{self.question.answer}"
+
+
+def tell_sum(seed: int, held_out: bool = False, num_steps: ReadOnlyList[int] = NUM_STEPS) -> Sum:
+    """The sum of this seed, with one of `num_steps` gains and losses.
+
+    Training and held-out sums have no series of counts in common: which are held out is decided by a checksum.
+
+    Raises:
+        ValueError: `num_steps` is empty or has a number below 1.
+    """
+    if not num_steps or min(num_steps) < 1:
+        raise ValueError(f"num_steps={num_steps}: must be one or more numbers, each at least 1")
+    chooser = Chooser.from_seed(seed)
+    counts = _counts(chooser, chooser.pick(num_steps))
+    while is_held_out(counts) is not held_out:
+        counts = _counts(chooser, len(counts) - 1)
+    world = World(chooser)
+    owner, other = world.new_person(), world.new_person()
+    noun = chooser.pick(lexicon.FRUITS + lexicon.GROUND + lexicon.BAKED + lexicon.KEPT)
+    words = lexicon.NUMBERS
+    sentences = [f"{owner} had {words[counts[0]]} {noun}."]
+    sentences += [_change(world, owner, other, before, after) for before, after in itertools.pairwise(counts)]
+    answer = f"{owner.He} has {words[counts[-1]]}."
+    return Sum(" ".join(sentences), Question(f"How many {noun} does {owner} have?", answer), counts, owner.name)
+
+
+def is_held_out(counts: tuple[int, ...]) -> bool:
+    """Whether sums with this series of counts are for evaluation only."""
+    return zlib.crc32(" ".join(map(str, counts)).encode()) % HELD_OUT_OF == 0
+
+
+def _counts(chooser: Chooser, num_steps: int) -> tuple[int, ...]:
+    """A first count from 2, since nouns are plural, and one from 1 after each step, unlike the one before."""
+    counts = [chooser.pick(range(2, MOST + 1))]
+    for _ in range(num_steps):
+        counts.append(chooser.pick([count for count in range(1, MOST + 1) if count != counts[-1]]))
+    return tuple(counts)
+
+
+def _change(world: World, owner: Person, other: Person, before: int, after: int) -> str:
+    templates = _GAINS if after > before else _LOSSES
+    return world.say(templates, a=owner, b=other, y=lexicon.NUMBERS[abs(after - before)])

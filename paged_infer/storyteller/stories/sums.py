@@ -38,8 +38,8 @@ class Form(Enum):
 
     DIRECT = "direct"  # the answer alone
     WORKED = "worked"  # the partial sums, then the answer, in one line
-    THINKING = "thinking"  # the partial sums between <think> and </think>, as Qwen3 writes them
-    NOT_THINKING = "not thinking"  # the answer after an empty thought, as Qwen3 writes it with thinking off
+    THINKING = "thinking"  # as in a chat with Qwen3: the partial sums between <think> and </think>, then the answer
+    NOT_THINKING = "not thinking"  # the same with thinking off: the thought is empty
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Sum:
         if form is Form.WORKED:
             return f" {self.steps} {self.question.answer}"
         thought = self.steps if form is Form.THINKING else ""
-        return f"{THINK}\n{thought}\n{END_THINK}\n\n{self.question.answer}"
+        return f"\n{THINK}\n{thought}\n{END_THINK}\n\n{self.question.answer}"
 
 
 def tell_sum(seed: int, held_out: bool = False, num_steps: ReadOnlyList[int] = NUM_STEPS) -> Sum:

@@ -54,8 +54,8 @@ def test_the_counts_between_are_in_the_steps_and_not_in_the_story():
 
 def test_a_thought_is_written_as_qwen3_writes_it():
     told = tell_sum(3)
-    assert told.answer(Form.THINKING) == f"<think>\n{told.steps}\n</think>\n\n{told.question.answer}"
-    assert told.answer(Form.NOT_THINKING) == f"<think>\n\n</think>\n\n{told.question.answer}"
+    assert told.answer(Form.THINKING) == f"\n<think>\n{told.steps}\n</think>\n\n{told.question.answer}"
+    assert told.answer(Form.NOT_THINKING) == f"\n<think>\n\n</think>\n\n{told.question.answer}"
     assert told.answer(Form.DIRECT) == f" {told.question.answer}"
 
 

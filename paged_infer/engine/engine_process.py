@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import pickle
 import queue
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
-from multiprocessing import resource_tracker, util
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from multiprocessing import util
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paged_infer.control.request import Request
 from paged_infer.engine.engine import StepReport
-from paged_infer.engine.engine_core import LAST_STEP_S, SIGNALS, run_engine
+from paged_infer.engine.engine_core import LAST_STEP_S
 from paged_infer.engine.engine_thread import QueueFullError
 from paged_infer.engine.output_channel import Delivery, OutputChannel, deliver
 from paged_infer.engine.output_delta import OutputDecoder
@@ -53,6 +50,7 @@ from paged_infer.engine.process_messages import (
     send,
 )
 from paged_infer.engine.routing import Load
+from paged_infer.engine.spawned_process import StartedProcess, describe_exit, spawn
 from paged_infer.engine.watchdog import Watchdog
 from paged_infer.execution.errors import EngineDeadError
 from paged_infer.outputs import RequestMetrics
@@ -63,25 +61,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SILENCE_S = 30.0  # after ``step_timeout_s``, in which the engine's own watchdog should have acted
 REAP_S = 30.0  # from the end of the pipe to the end of the process
-
-
-class Process(Protocol):
-    """What is used of a ``multiprocessing.Process``."""
-
-    @property
-    def exitcode(self) -> int | None: ...
-
-    def kill(self) -> None: ...
-
-    def join(self, timeout: float | None = None) -> None: ...
-
-
-class StartedProcess(NamedTuple):
-    """A process that runs ``engine_core``. ``has_own_clock``: its ``time.perf_counter`` may differ from ours."""
-
-    process: Process
-    connection: Connection
-    has_own_clock: bool = False
 
 
 class _Entry(NamedTuple):
@@ -348,7 +327,7 @@ class EngineProcess:
             self.process.join()
         with self._lock:
             if self.error is None:
-                self.error = EngineDeadError(f"{self.name} has ended: {_describe(self.process.exitcode)}")
+                self.error = EngineDeadError(f"{self.name} has ended: {describe_exit(self.process.exitcode)}")
             entries = [entry for of_id in self._entries.values() for entry in of_id]
             calls = list(self._calls.values())
             self._entries.clear()
@@ -387,23 +366,6 @@ def _set(answer: Future[Any], message: Answer) -> None:
         answer.set_exception(message.error)
 
 
-def spawn(spec: EngineSpec, name: str) -> StartedProcess:
-    """Start ``run_engine`` in a process on this machine.
-
-    The child inherits the mask of signals, so that no Ctrl-C interrupts its imports; ``run_engine`` unblocks them.
-    """
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(theirs, spec), name=name)
-    resource_tracker.ensure_running()  # starting it unblocks them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
-    return StartedProcess(process, ours)
-
-
 def _shifted(metrics: RequestMetrics, offset_s: float) -> RequestMetrics:
     """The times that the engine has taken, on this process's clock."""
 
@@ -416,13 +378,3 @@ def _shifted(metrics: RequestMetrics, offset_s: float) -> RequestMetrics:
         first_token_time_s=moved(metrics.first_token_time_s),
         finished_time_s=moved(metrics.finished_time_s),
     )
-
-
-def _describe(exitcode: int | None) -> str:
-    """
-    >>> _describe(-9), _describe(1)
-    ('killed by SIGKILL', 'exit status 1')
-    """
-    if exitcode is not None and exitcode < 0:
-        return f"killed by {signal.Signals(-exitcode).name}"
-    return f"exit status {exitcode}"

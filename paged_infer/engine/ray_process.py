@@ -20,8 +20,8 @@ from typing import Any
 
 import ray
 
-from paged_infer.engine.engine_process import StartedProcess
 from paged_infer.engine.process_messages import EngineSpec
+from paged_infer.engine.spawned_process import StartedProcess
 from paged_infer.kernels.device import device_of
 
 START_S = 300.0  # for Ray to place and start the actor

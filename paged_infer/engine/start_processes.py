@@ -10,12 +10,13 @@ import torch
 
 from paged_infer.config import EngineConfig
 from paged_infer.control.blocks.manager import BlockManager
-from paged_infer.engine.engine_process import EngineProcess, StartedProcess, spawn
+from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.input_processor import InputProcessor
 from paged_infer.engine.prefill_decode import PrefillDecode
 from paged_infer.engine.process_messages import EngineSpec
 from paged_infer.engine.replicas import Replicas
 from paged_infer.engine.routing import PREFIX
+from paged_infer.engine.spawned_process import StartedProcess, spawn
 from paged_infer.kernels.device import device_of
 from paged_infer.text.tokenizer import Tokenizer
 

@@ -23,9 +23,10 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Chunked
 from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine
-from paged_infer.engine.engine_process import EngineProcess, StartedProcess
+from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.output_channel import OutputChannel
 from paged_infer.engine.process_messages import EngineSpec
+from paged_infer.engine.spawned_process import StartedProcess
 from paged_infer.outputs import RequestOutput
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "num_blocks": 96, "max_num_seqs": 8, "max_model_len": 512}

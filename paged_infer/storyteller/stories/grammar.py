@@ -5,6 +5,7 @@ derivation and its log-probability is the sum of its draws. No model, however go
 exp(-logprob / num_tokens) in perplexity on text from this grammar: that is the bound for the trained model.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paged_infer.storyteller.stories import lexicon
@@ -48,31 +49,39 @@ def tell(seed: int) -> Story:
 def write(chooser: Chooser) -> Story:
     """A story made of the chooser's draws."""
     world = World(chooser)
-    kind = chooser.weigh({name: weight for name, (weight, *_) in KINDS.items()})
+    text = "".join(pieces(world))
+    return Story(text, tuple(world.asked), chooser.logprob)
+
+
+def pieces(world: World) -> Iterator[str]:
+    """The document, piece by piece: its title, its paragraphs, and each question with its answer.
+
+    All that a piece says has been drawn when it is yielded.
+    """
+    kind = world.chooser.weigh({name: weight for name, (weight, *_) in KINDS.items()})
     _, least, most, more = KINDS[kind]
     hero = world.new_person()
     discovery, thing = find(world, hero)
-    lines = [f"A {kind} about {hero} and a {thing.colour} {thing.noun}."]
-    lines.append(_opening(world, hero))
+    yield f"A {kind} about {hero} and a {thing.colour} {thing.noun}.\n"
+    opening = _opening(world, hero)
     if kind == "short story":
-        lines.append(f"One morning {discovery}")
-        lines.append(_short_ending(world, hero, thing))
+        yield f"{opening}\n"
+        yield f"One morning {discovery}\n"
+        yield f"{_short_ending(world, hero, thing)}\n"
     else:
         friend = world.new_person()
-        setups, endings = chooser.pick(THEMES)
-        lines[-1] += " " + _friend(world, hero, friend) + " " + world.say(setups, a=hero, b=friend)
-        lines.append(f"One morning, when {chooser.pick(lexicon.WEATHERS)}, {discovery}")
+        setups, endings = world.chooser.pick(THEMES)
+        yield f"{opening} {_friend(world, hero, friend)} {world.say(setups, a=hero, b=friend)}\n"
+        yield f"One morning, when {world.chooser.pick(lexicon.WEATHERS)}, {discovery}\n"
         scene = None
         for number in range(most):
-            if number >= least and not chooser.chance(more):
+            if number >= least and not world.chooser.chance(more):
                 break
             possible = [s for s in SCENES if s is not scene and s.possible(world)]
-            scene = chooser.weigh({s: s.weight for s in possible})
-            lines.append(f"{_connective(world)}, {scene.tell(world)}")
-        lines.append(world.say(endings, a=hero, b=friend) + " " + chooser.pick(LAST_WORDS))
-    questions = _questions(world)
-    text = "\n".join(lines) + "\n" + "".join(ask(question) for question in questions)
-    return Story(text, tuple(questions), chooser.logprob)
+            scene = world.chooser.weigh({s: s.weight for s in possible})
+            yield f"{_connective(world)}, {scene.tell(world)}\n"
+        yield f"{world.say(endings, a=hero, b=friend)} {world.chooser.pick(LAST_WORDS)}\n"
+    yield from map(ask, _questions(world))
 
 
 def _opening(world: World, hero: Person) -> str:
@@ -122,13 +131,13 @@ def _connective(world: World) -> str:
     return lexicon.DAYTIMES[world.daytime]
 
 
-def _questions(world: World) -> list[Question]:
+def _questions(world: World) -> Iterator[Question]:
     """Two or more of the world's questions in random order."""
     left = world.questions()
-    asked: list[Question] = []
-    while left and len(asked) < MOST_QUESTIONS:
-        if len(asked) >= 2 and not world.chooser.chance(0.6):
+    while left and len(world.asked) < MOST_QUESTIONS:
+        if len(world.asked) >= 2 and not world.chooser.chance(0.6):
             break
-        asked.append(world.chooser.pick(left))
-        left.remove(asked[-1])
-    return asked
+        question = world.chooser.pick(left)
+        world.asked.append(question)
+        left.remove(question)
+        yield question

@@ -26,6 +26,40 @@ INTERLUDES: tuple[str, ...] = (
 )
 
 
+# Countables, and how somebody gets more of them.
+SUMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        lexicon.FRUITS,
+        (
+            "{a} picked {x} {n}. {b} shook the tree, and {y} more fell down. Now {a} had {z}.",
+            "{a} had {x} {n} in {a.his} pockets. {b} gave {a.him} {y} more. Now {a} had {z}.",
+        ),
+    ),
+    (
+        lexicon.GROUND,
+        (
+            "{a} went looking for treasure and found {x} {n}. {b} found {y} more for {a.him}. Now {a} had {z}.",
+            "{a} had {x} {n} in a row. {b} added {y} more. Now {a} had {z}.",
+        ),
+    ),
+    (
+        lexicon.BAKED,
+        (
+            "the kitchen smelled wonderful. {a} was allowed {x} {n}, and {b} slipped {a.him} {y} more. "
+            "Now {a} had {z}.",
+            "{a} baked {x} {n}. They were so good that {a.he} baked {y} more. Now {a} had {z}.",
+        ),
+    ),
+    (
+        lexicon.KEPT,
+        (
+            "{a} showed {b} {x} {n}. {b} gave {a.him} {y} more. Now {a} had {z}.",
+            "{a} had {x} {n} in a tin. Under a chair lay {y} more. Now {a} had {z}.",
+        ),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Scene:
     """A scene: how often it is chosen among the possible ones, when it is possible, and its text."""
@@ -151,36 +185,12 @@ def _put_down(world: World) -> str:
 def _sum(world: World) -> str:
     owner = world.chooser.pick(world.cast)
     taken = {count.noun for count in world.counts}
-    kinds = {
-        "fruit": [n for n in lexicon.FRUITS if n not in taken],
-        "ground": [n for n in lexicon.GROUND if n not in taken],
-        "baked": [n for n in lexicon.BAKED if n not in taken],
-        "kept": [n for n in lexicon.KEPT if n not in taken],
-    }
-    kind = world.chooser.pick([kind for kind, nouns in kinds.items() if nouns])
-    noun = world.chooser.pick(kinds[kind])
+    kinds = [([noun for noun in nouns if noun not in taken], templates) for nouns, templates in SUMS]
+    nouns, templates = world.chooser.pick([(nouns, templates) for nouns, templates in kinds if nouns])
+    noun = world.chooser.pick(nouns)
     first, more = world.chooser.pick((2, 3, 4, 5, 6)), world.chooser.pick((1, 2, 3, 4))
     count = Count(owner, noun, first + more)
     world.counts.append(count)
-    templates = {
-        "fruit": (
-            "{a} picked {x} {n}. {b} shook the tree, and {y} more fell down. Now {a} had {z}.",
-            "{a} had {x} {n} in {a.his} pockets. {b} gave {a.him} {y} more. Now {a} had {z}.",
-        ),
-        "ground": (
-            "{a} went looking for treasure and found {x} {n}. {b} found {y} more for {a.him}. Now {a} had {z}.",
-            "{a} had {x} {n} in a row. {b} added {y} more. Now {a} had {z}.",
-        ),
-        "baked": (
-            "the kitchen smelled wonderful. {a} was allowed {x} {n}, and {b} slipped {a.him} {y} more. "
-            "Now {a} had {z}.",
-            "{a} baked {x} {n}. They were so good that {a.he} baked {y} more. Now {a} had {z}.",
-        ),
-        "kept": (
-            "{a} showed {b} {x} {n}. {b} gave {a.him} {y} more. Now {a} had {z}.",
-            "{a} had {x} {n} in a tin. Under a chair lay {y} more. Now {a} had {z}.",
-        ),
-    }[kind]
     words = lexicon.NUMBERS
     text = world.play(templates, a=owner, n=noun, x=words[first], y=words[more], z=words[count.number])
     if not world.chooser.chance(0.4):

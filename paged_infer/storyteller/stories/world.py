@@ -88,6 +88,7 @@ class World:
     counts: list[Count] = field(default_factory=list)
     pets: dict[str, str] = field(default_factory=dict)  # kind -> name
     told: list[str] = field(default_factory=list)  # interludes that have happened, each at most once
+    asked: list[Question] = field(default_factory=list)  # at the end of the document
     daytime: int = -1  # index into lexicon.DAYTIMES; -1 is the early morning
 
     def say(self, templates: ReadOnlyList[str], **roles: object) -> str:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -58,6 +59,12 @@ class Server(uvicorn.Server):
         self._shutdown_timeout_s = shutdown_timeout_s
         self._forced_since_s: float | None = None  # when the second signal came; time.monotonic()
         self._idle: dict[Any, tuple[Any, float]] = {}  # idle connection -> its last request, since when
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Log where the server listens, and with what: uvicorn logs no address for sockets that it is given."""
+        await super().startup(sockets)
+        for line in opening_lines(self._engine, self.service, sockets or []):
+            logger.info(line)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called between two instructions of the main thread, so it only sets flags."""
@@ -162,6 +169,22 @@ def listen(host: str, port: int) -> Listener:
     # one is not. Without it the first event of a stream waits 40 ms for the client to acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Listener(listener.family, listener.type, listener.proto, fileno=listener.detach())
+
+
+def opening_lines(engine: AsyncLLM, service: Service, sockets: Iterable[socket.socket]) -> list[str]:
+    """What to know before the first request: where the server listens, its page, its model and its pool."""
+    lines = []
+    for host, port in (one.getsockname()[:2] for one in sockets if one.family in (socket.AF_INET, socket.AF_INET6)):
+        is_every = host in ("0.0.0.0", "::")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        lines += [f"API:   {url}/v1" + (", and every other address of this machine" if is_every else "")]
+        lines += [f"Page:  {url}/"]
+    sizes, num_engines = engine.cache_config, len(engine.replica_stats())
+    pool = f"{int(sizes['num_gpu_blocks']):,} blocks of {sizes['block_size']} tokens"
+    lines += [f"Model: {' or '.join(service.model_names)}, up to {engine.max_model_len:,} tokens"]
+    lines += [f"Pool:  {pool}" + (f", in each of {num_engines} replicas" if num_engines > 1 else "")]
+    return lines
 
 
 def raise_file_limit() -> None:

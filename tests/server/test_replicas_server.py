@@ -20,6 +20,7 @@ from serving import LONG_BODY, NO_TLS, Served, error_of, serving
 
 from paged_infer import LLM, AsyncLLM, SamplingParams
 from paged_infer.async_llm import EngineDeadError
+from paged_infer.server.run import opening_lines
 
 NUM = 2
 
@@ -52,6 +53,15 @@ def test_the_openai_client_gets_the_answers_of_one_engine(replicas: Served, stor
     assert per_replica(replicas, "vllm:time_to_first_token_seconds_count") == [NUM * 3 / 2] * NUM, "they took turns"
     tokens = per_replica(replicas, "vllm:generation_tokens_total")
     assert tokens[0] == tokens[1] > 0  # each answer once as a whole, once streamed
+
+
+def test_the_opening_lines_name_the_replicas(replicas: Served) -> None:
+    assert opening_lines(replicas.engine, replicas.server.service, [replicas.socket]) == [
+        f"API:   {replicas.url}/v1",
+        f"Page:  {replicas.url}/",
+        "Model: storyteller, up to 192 tokens",
+        "Pool:  512 blocks of 16 tokens, in each of 2 replicas",
+    ]
 
 
 def test_health_and_events_are_those_of_each(replicas: Served) -> None:

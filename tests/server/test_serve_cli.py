@@ -10,12 +10,13 @@ import sys
 
 import pytest
 from holding import LIMIT_S
+from serving import Served
 from typer.testing import CliRunner
 
 from paged_infer.cli import app
 from paged_infer.config import EngineConfig
 from paged_infer.server.cli import serve
-from paged_infer.server.run import listen
+from paged_infer.server.run import listen, opening_lines
 
 NAMES = ["fastapi", "uvicorn", "prometheus_client"]
 # One process for both tests, since most of its seconds go into imports. One that has failed is tried again.
@@ -105,3 +106,18 @@ def test_connections_send_small_pieces_at_once() -> None:
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "more"),
+    [
+        ("127.0.0.1", "http://127.0.0.1", ""),
+        ("0.0.0.0", "http://127.0.0.1", ", and every other address of this machine"),
+        ("::1", "http://[::1]", ""),
+    ],
+)
+def test_the_opening_lines_have_an_address_that_a_browser_here_can_open(served: Served, host, url, more) -> None:
+    with listen(host, 0) as listener:
+        api, page, *_ = opening_lines(served.engine, served.server.service, [listener])
+        port = listener.getsockname()[1]
+    assert (api, page) == (f"API:   {url}:{port}/v1{more}", f"Page:  {url}:{port}/")

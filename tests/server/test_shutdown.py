@@ -142,7 +142,7 @@ def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_a_second_signal_ends_the_command_with_status_1() -> None:
-    with command("--shutdown-timeout", str(LONG_WAIT_S)) as (process, url):
+    with command("--shutdown-timeout", str(LONG_WAIT_S), "--log-level", "warning") as (process, url):
         client = httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}, timeout=LIMIT_S, **NO_TLS)
         with client, ThreadPoolExecutor() as pool:
             answer = pool.submit(client.post, "/v1/completions", json=LONG)
@@ -153,6 +153,7 @@ def test_a_second_signal_ends_the_command_with_status_1() -> None:
             _, errors = process.communicate(timeout=LIMIT_S)
             assert answer.result(LIMIT_S).status_code == 503
         assert process.returncode == 1 and "Traceback" not in errors, errors
+        assert "INFO" not in errors and "Page:" not in errors, "its log level is warning"
 
 
 def test_sigterm_under_load_ends_the_command_cleanly() -> None:
@@ -180,6 +181,14 @@ def test_sigterm_under_load_ends_the_command_cleanly() -> None:
         for thread in threads:
             thread.join(LIMIT_S)
         assert process.returncode == 0, errors
+        lines = [line.removeprefix("INFO:").strip() for line in errors.splitlines()]
+        first = lines.index(f"API:   {url}/v1")
+        assert lines[first + 1 : first + 4] == [
+            f"Page:  {url}/",
+            "Model: storyteller, up to 1,024 tokens",
+            "Pool:  256 blocks of 16 tokens",
+        ]
+        assert not [line for line in lines[:first] if "request" in line.lower()], "before the first request"
         assert "Traceback" not in errors and "leaked" not in errors, errors
         assert statuses == [503] * (NUM_CLIENTS // 2)
         assert ends == ["data: [DONE]"] * (NUM_CLIENTS // 2)

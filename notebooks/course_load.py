@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from course import device
 
 from paged_infer import LLM, AsyncLLM
-from paged_infer.bench.load import EngineSystem, StepCost, serve
+from paged_infer.bench.load import EngineSystem, serve
 from paged_infer.bench.metrics import quantile
 from paged_infer.bench.scheduling.arrival import watch_arrival
-from paged_infer.bench.scheduling.policies import Load, PolicyOptions, simulated
+from paged_infer.bench.scheduling.policies import COST, Load, PolicyOptions, simulated
 from paged_infer.bench.speed.measure import SpeedReport
 from paged_infer.bench.workloads import random_lengths
 from paged_infer.control.policies import Policy
@@ -72,10 +72,10 @@ def load_test(llm: LLM, clients: list[int], rate_shares: list[float]) -> SpeedRe
 def simulated_waits(rate: float, max_num_seqs: int, budget: int, num_output: int) -> tuple[float, float]:
     """Median seconds to the first token, and to the last, of 80 requests that arrive at ``rate``, on a simulated clock.
 
-    The scheduler is the package's, with chunked prefill and ``budget`` tokens a step; ``StepCost()`` moves the clock.
+    The scheduler is the package's, with chunked prefill and ``budget`` tokens a step; ``COST`` moves the clock.
     """
     requests = Load(80, rate, (64, 512), (num_output // 2, 3 * num_output // 2), 0).arrivals()
-    times = serve(simulated(PolicyOptions("", "chunked", budget), StepCost(), max_num_seqs, 2048), requests)
+    times = serve(simulated(PolicyOptions("", "chunked", budget), COST, max_num_seqs, 2048), requests)
     waits_s = [one.ttft_s for one in times], [one.latency_s for one in times]
     first_s, whole_s = (quantile(sorted(values), 0.5) for values in waits_s)
     return first_s, whole_s

@@ -13,7 +13,6 @@ import torch
 
 from checks import Wrong, checker, device, expect
 from paged_infer import LLM, SamplingParams
-from paged_infer.bench.load import StepCost
 from paged_infer.bench.workloads import story_beginnings
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.blocks.pool import BlockPool
@@ -21,11 +20,12 @@ from paged_infer.control.policies import Chunked, Policy
 from paged_infer.control.scheduler import Scheduler
 from paged_infer.kernels import paged_attention_reference
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, register_attention_backend
+from paged_infer.simulation.costs import LinearCost
 from paged_infer.simulation.lengths import RequestLengths
 from paged_infer.simulation.model_free import RequestFactory, carry_out
 
 MOST_STEPS = 100  # that a request may be overtaken by, or wait for its next token
-COST = StepCost(1.0, 0.02)  # seconds of a step and of each of its tokens
+COST = LinearCost(1.0, 0.02)  # seconds of a step and of each of its tokens
 
 
 class EvictionOrder(BlockPool):
@@ -68,7 +68,7 @@ def _run(scheduler: Scheduler, requests: list, name: str, limit: int = 4000) -> 
             steps[sequence.sequence_id], seconds[sequence.sequence_id] = [index], [now]
             scheduler.add([sequence])
         step = scheduler.schedule(now)
-        now += COST(step.num_tokens) if step.sequences else 1.0
+        now += COST.seconds(step) if step.sequences else 1.0
         index += 1
         for sequence in carry_out(scheduler, step, now):
             steps[sequence.sequence_id].append(index)

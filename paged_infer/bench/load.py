@@ -1,7 +1,7 @@
 """Requests that arrive one after the other, served by an engine or by a simulated one, and the times of their tokens.
 
-trace  ---->  serve  ---->  EngineSystem     a model, in real time
-               ^   \\---->  SimulatedSystem  the real Scheduler, and a clock that a formula advances
+trace  ---->  serve  ---->  EngineSystem        a model, in real time
+               ^   \\---->  simulation Server  the real Scheduler, and a clock that a cost model advances
                |
           TokenTimes of each request
 """
@@ -13,16 +13,15 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 from paged_infer.bench.metrics import TokenTimes
-from paged_infer.control.scheduler import Scheduler
 from paged_infer.control.sequence import Sequence
 from paged_infer.params import SamplingParams
-from paged_infer.simulation.lengths import RequestLengths
-from paged_infer.simulation.model_free import RequestFactory, carry_out
+from paged_infer.simulation.simulate import Server
+from paged_infer.simulation.workloads import WorkloadRequest
 
 if TYPE_CHECKING:
     from paged_infer.bench.workloads import Workload
@@ -31,21 +30,15 @@ if TYPE_CHECKING:
 _RUNS = count()
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    at_s: float
-    lengths: RequestLengths
-
-
 def poisson_arrivals(
     num_requests: int, per_s: float, prompts: tuple[int, int], outputs: tuple[int, int], seed: int
-) -> list[Arrival]:
+) -> list[WorkloadRequest]:
     """Poisson arrivals, ``per_s`` a second; lengths uniform in the ranges."""
     rng = random.Random(seed)
     arrivals, now = [], 0.0
     for _ in range(num_requests):
         now += rng.expovariate(per_s)
-        arrivals.append(Arrival(now, RequestLengths(rng.randint(*prompts), rng.randint(*outputs))))
+        arrivals.append(WorkloadRequest(now, rng.randint(*prompts), rng.randint(*outputs)))
     return arrivals
 
 
@@ -53,52 +46,6 @@ def poisson_moments(num_requests: int, per_s: float, seed: int) -> list[float]:
     """Arrival times of a Poisson process of ``per_s`` requests a second."""
     rng = random.Random(seed)
     return list(accumulate(rng.expovariate(per_s) for _ in range(num_requests)))
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Seconds of a step: reading the weights, and computing so many tokens.
-
-    The default is OPT-13B on an A100, from its size: 26 GB at 1.5 TB/s, and 26 GFLOP a token at 200 TFLOP/s.
-    """
-
-    per_step_s: float = 0.017
-    per_token_s: float = 0.000130
-
-    def __call__(self, num_tokens: int) -> float:
-        return self.per_step_s + self.per_token_s * num_tokens
-
-
-class SimulatedSystem:
-    """The real control plane, with steps that take as long as ``cost`` computes: the same on every machine."""
-
-    def __init__(self, scheduler: Scheduler, cost: StepCost, max_model_len: int) -> None:
-        self.now_s = 0.0
-        self._scheduler = scheduler
-        self._cost = cost
-        self._crowd = RequestFactory(max_model_len)
-
-    @property
-    def has_work(self) -> bool:
-        return self._scheduler.has_work
-
-    def submit(self, lengths: RequestLengths) -> Sequence:
-        (sequence,) = sequences = self._crowd.request(lengths, self.now_s)
-        self._scheduler.add(sequences)
-        return sequence
-
-    def step(self, next_arrival_s: float) -> Iterable[Sequence]:
-        step = self._scheduler.schedule(self.now_s)
-        if not step.sequences:
-            if step.resume_at_s is None:
-                raise ValueError("a request does not fit the pool or the step")
-            self.wait_until(min(step.resume_at_s, next_arrival_s))
-            return ()
-        self.now_s += self._cost(step.num_tokens)
-        return carry_out(self._scheduler, step, self.now_s)
-
-    def wait_until(self, moment_s: float) -> None:
-        self.now_s = max(self.now_s, moment_s)
 
 
 class EngineSystem:
@@ -121,34 +68,37 @@ class EngineSystem:
     def has_work(self) -> bool:
         return self.engine.has_unfinished_requests
 
-    def submit(self, lengths: RequestLengths) -> Sequence:
-        """Of a workload, its next request, which has these lengths."""
+    def submit(self, arrival: WorkloadRequest) -> Sequence:
+        """A request of these lengths; of a workload, its next one, which has them."""
         if self._requests is not None:
             prompt, params = next(self._requests)
         else:
             vocab_size = self.engine.model_config.vocab_size
-            prompt = [self._rng.randrange(vocab_size) for _ in range(lengths.num_prompt)]
-            params = SamplingParams(temperature=0, max_tokens=lengths.num_output, ignore_eos=True)
+            prompt = [self._rng.randrange(vocab_size) for _ in range(arrival.num_prompt)]
+            params = SamplingParams(temperature=0, max_tokens=arrival.num_output, ignore_eos=True)
         request = self.engine.prepare(f"bench {len(self.sequences)}", prompt, params, cache_salt=self._salt)
         self.engine.submit(request)
         (sequence,) = request.sequences
         self.sequences.append(sequence)
         return sequence
 
-    def step(self, next_arrival_s: float) -> Iterable[Sequence]:
+    def step(self, until_s: float = float("inf")) -> Iterable[Sequence]:
         """Returns a sequence once for each token that it got."""
         grown = self.engine.step().grown
         self.step_s.append(self.now_s)
         return grown
 
-    def wait_until(self, moment_s: float) -> None:
+    def advance_to(self, moment_s: float) -> None:
+        """Without work: wait until then."""
         time.sleep(max(0.0, moment_s - self.now_s))
 
 
-SteppedSystem = SimulatedSystem | EngineSystem  # on a clock of its own; a step returns the sequences with a new token
+SteppedSystem = Server | EngineSystem  # on a clock of its own; a step returns the sequences with a new token
 
 
-def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: int | None = None) -> list[TokenTimes]:
+def serve(
+    server: SteppedSystem, arrivals: ReadOnlyList[WorkloadRequest], num_clients: int | None = None
+) -> list[TokenTimes]:
     """Submit each request when it is due (after the step that runs at that time), and run until all have ended.
 
     Args:
@@ -156,7 +106,7 @@ def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: i
             each client sends its next request, which arrives then, when its last one has ended.
     """
     begin_s = server.now_s  # an engine's clock runs while it loads
-    times = [TokenTimes(arrival.at_s + begin_s, arrival.lengths.num_prompt) for arrival in arrivals]
+    times = [TokenTimes(arrival.at_s + begin_s, arrival.num_prompt) for arrival in arrivals]
     waiting = deque(zip(times, arrivals, strict=True))
     of_sequence: dict[int, TokenTimes] = {}
     running: set[int] = set()
@@ -165,12 +115,12 @@ def serve(server: SteppedSystem, arrivals: ReadOnlyList[Arrival], num_clients: i
             one, arrival = waiting.popleft()
             if num_clients is not None:
                 one.arrived_s = server.now_s
-            sequence_id = server.submit(arrival.lengths).sequence_id
+            sequence_id = server.submit(replace(arrival, at_s=server.now_s)).sequence_id
             of_sequence[sequence_id] = one
             running.add(sequence_id)
         next_s = waiting[0][0].arrived_s if waiting else float("inf")
         if not server.has_work:
-            server.wait_until(next_s)
+            server.advance_to(next_s)
             continue
         for sequence in server.step(next_s):
             of_sequence[sequence.sequence_id].token_s.append(server.now_s)

@@ -77,6 +77,7 @@ def _joined(runs: ReadOnlyList[Run], times: list[TokenTimes]) -> Run:
         sum(run.num_steps for run in runs),
         sum(run.preemptions for run in runs),
         sum(run.prefix_hit_tokens for run in runs),
+        sum(run.prefix_query_tokens for run in runs),
         sum(run.pool_use for run in runs) / len(runs),
         max(run.peak_pool_use for run in runs),
     )

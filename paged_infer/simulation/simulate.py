@@ -47,6 +47,7 @@ class SchedulerOptions:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     scheduling_policy: str = "chunked"
+    scheduler_delay_factor: float = 0.0
     watermark: float = 0.02
 
     def scheduler(self, longest: int) -> Scheduler:
@@ -58,7 +59,7 @@ class SchedulerOptions:
         if self.num_blocks < 1:
             raise ValueError(f"num_blocks={self.num_blocks}: must be at least 1")
         manager = BlockManager(self.num_blocks, self.block_size, watermark=self.watermark)
-        policy = make_policy(self.scheduling_policy)
+        policy = make_policy(self.scheduling_policy, self.scheduler_delay_factor)
         num_tokens = self.max_num_batched_tokens
         return Scheduler(
             manager,
@@ -73,6 +74,7 @@ class SchedulerOptions:
 class Run:
     """What became of a workload. ``times`` has its requests in their order.
 
+    ``prefix_query_tokens``: of prompts that were looked up in the prefix cache, again after a preemption.
     ``pool_use``: share of the blocks held, averaged over the steps' time; ``peak_pool_use``: the most at once.
     """
 
@@ -81,6 +83,7 @@ class Run:
     num_steps: int
     preemptions: int
     prefix_hit_tokens: int
+    prefix_query_tokens: int
     pool_use: float
     peak_pool_use: float
 
@@ -141,12 +144,13 @@ class Server:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def submit(self, request: WorkloadRequest, index: int) -> Sequence:
-        """Queue a request, the ``index``-th of its workload, whose time has come.
+    def submit(self, request: WorkloadRequest, index: int | None = None) -> Sequence:
+        """Queue a request, the ``index``-th of its workload (None: the next one), whose time has come.
 
         Raises:
             ValueError: it can never be served with these options.
         """
+        index = len(self.times) if index is None else index
         prompt, params = request.token_ids(index), SamplingParams(max_tokens=request.num_output, ignore_eos=True)
         manager, max_num_seqs = self.scheduler.manager, self.scheduler.max_num_seqs
         try:
@@ -208,6 +212,7 @@ class Server:
             stats.steps,
             stats.preemptions,
             stats.prefix_hit_tokens,
+            stats.prefix_query_tokens,
             self._block_seconds / (self._busy_s * num_blocks) if self._busy_s else 0.0,
             self._peak_blocks / num_blocks,
         )

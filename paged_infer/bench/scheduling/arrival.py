@@ -17,7 +17,7 @@ from paged_infer.bench.report import JsonReport
 from paged_infer.bench.scheduling.policies import SIMULATED, PolicyOptions, open_systems
 from paged_infer.bench.shapes import folder_of
 from paged_infer.execution.machine import describe_machine
-from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.workloads import WorkloadRequest
 
 TOKENS_BEFORE = 24  # of each running request, before the prompt arrives
 TOKENS_AFTER = 24  # of the long request: the picture shows some time after its first token
@@ -55,17 +55,18 @@ def watch_arrival(
 
     ``max_tokens``: of a running request; more than the steps that all this takes.
     """
-    running = {system.submit(RequestLengths(RUNNING_PROMPT, max_tokens)).sequence_id: [0.0] for _ in range(num_running)}
+    short = [WorkloadRequest(system.now_s, RUNNING_PROMPT, max_tokens)] * num_running
+    running = {system.submit(one).sequence_id: [0.0] for one in short}
     while min(len(token_s) for token_s in running.values()) <= TOKENS_BEFORE:
-        for sequence in system.step(float("inf")):
+        for sequence in system.step():
             running[sequence.sequence_id].append(system.now_s)
     arrived_s = system.now_s
     usual = [after - before for token_s in running.values() for before, after in pairwise(token_s[2:])]
-    long = system.submit(RequestLengths(num_prompt_tokens, 2 * TOKENS_AFTER))
+    long = system.submit(WorkloadRequest(arrived_s, num_prompt_tokens, 2 * TOKENS_AFTER))
     first_s: float | None = None
     moments: list[tuple[float, float]] = []
     while long.num_output_tokens < TOKENS_AFTER:
-        grown = {sequence.sequence_id for sequence in system.step(float("inf"))}
+        grown = {sequence.sequence_id for sequence in system.step()}
         if first_s is None and long.sequence_id in grown:
             first_s = system.now_s
         gaps = []

@@ -8,21 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paged_infer.bench import report
-from paged_infer.bench.load import (
-    Arrival,
-    EngineSystem,
-    SimulatedSystem,
-    StepCost,
-    SteppedSystem,
-    poisson_arrivals,
-    serve,
-)
+from paged_infer.bench.load import EngineSystem, SteppedSystem, poisson_arrivals, serve
 from paged_infer.bench.metrics import TokenTimes, quantile
 from paged_infer.control.admission import check_budget
-from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.policies import make_policy
-from paged_infer.control.scheduler import Scheduler
 from paged_infer.execution.machine import describe_machine
+from paged_infer.simulation.costs import LinearCost
+from paged_infer.simulation.simulate import SchedulerOptions, Server
+from paged_infer.simulation.workloads import WorkloadRequest
 
 GAP_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
 
@@ -47,7 +40,7 @@ class Load:
     outputs: tuple[int, int]
     seed: int
 
-    def arrivals(self) -> list[Arrival]:
+    def arrivals(self) -> list[WorkloadRequest]:
         return poisson_arrivals(self.num_requests, self.per_s, self.prompts, self.outputs, self.seed)
 
     def __str__(self) -> str:
@@ -57,7 +50,8 @@ class Load:
         )
 
 
-COST = StepCost()
+# OPT-13B on an A100, from its size: 26 GB at 1.5 TB/s, and 26 GFLOP a token at 200 TFLOP/s.
+COST = LinearCost(per_step_s=0.017, per_token_s=0.000130)
 SIMULATED = f"simulated steps of {1e3 * COST.per_step_s:g} ms + {1e3 * COST.per_token_s:g} ms a token"
 SIMULATED_LOAD = Load(200, 10.0, (128, 1024), (32, 256), 0)
 STORYTELLER_LOAD = Load(200, 12.0, (64, 512), (16, 128), 0)
@@ -107,13 +101,17 @@ def all_policies(whole_tokens: int, chunk_tokens: int, delays: Iterable[float]) 
     ]
 
 
-def simulated(policy: PolicyOptions, cost: StepCost, max_num_seqs: int, max_model_len: int) -> SimulatedSystem:
+def simulated(policy: PolicyOptions, cost: LinearCost, max_num_seqs: int, max_model_len: int) -> Server:
     """With a pool that holds ``max_num_seqs`` sequences of ``max_model_len`` tokens."""
-    scheduling = make_policy(policy.policy, policy.delay_factor)
-    check_budget(scheduling, policy.max_num_batched_tokens, max_model_len)
-    manager = BlockManager(max_num_seqs * -(-max_model_len // 16), 16)
-    scheduler = Scheduler(manager, max_num_seqs, policy.max_num_batched_tokens, policy=scheduling)
-    return SimulatedSystem(scheduler, cost, max_model_len)
+    check_budget(make_policy(policy.policy, policy.delay_factor), policy.max_num_batched_tokens, max_model_len)
+    options = SchedulerOptions(
+        num_blocks=max_num_seqs * -(-max_model_len // 16),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=policy.max_num_batched_tokens,
+        scheduling_policy=policy.policy,
+        scheduler_delay_factor=policy.delay_factor,
+    )
+    return Server(options, cost, max_model_len)
 
 
 def served_by_model(

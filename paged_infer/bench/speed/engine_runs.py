@@ -7,13 +7,13 @@ from collections.abc import Sequence as ReadOnlyList
 from dataclasses import replace
 from functools import partial
 
-from paged_infer.bench.load import Arrival, EngineSystem, poisson_moments, serve
+from paged_infer.bench.load import EngineSystem, poisson_moments, serve
 from paged_infer.bench.metrics import Run, System
 from paged_infer.bench.speed.step_spans import cpu_overhead_share, watch_steps
 from paged_infer.bench.workloads import Workload
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.llm import LLM
-from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.workloads import WorkloadRequest
 
 
 def run_engine(
@@ -28,7 +28,7 @@ def run_engine(
     server = EngineSystem(engine, workload=workload)
     moments = arrive_s or [0.0] * len(workload.prompts)
     arrivals = [
-        Arrival(at_s, RequestLengths(len(prompt), params.max_tokens or 0))
+        WorkloadRequest(at_s, len(prompt), params.max_tokens or 0)
         for at_s, prompt, params in zip(moments, workload.prompts, workload.params, strict=True)
     ]
     with watch_steps(engine) as span_s:

@@ -6,12 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from paged_infer import LLM
-from paged_infer.bench.load import Arrival, EngineSystem, StepCost, poisson_arrivals, serve
+from paged_infer.bench.load import EngineSystem, poisson_arrivals, serve
 from paged_infer.bench.metrics import quantile
 from paged_infer.bench.scheduling.arrival import ArrivalReport, run_arrival
 from paged_infer.bench.scheduling.policies import COST, PoliciesReport, PolicyOptions, run_policies, simulated
 from paged_infer.cli import app
-from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.simulation.costs import LinearCost
+from paged_infer.simulation.workloads import WorkloadRequest
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def arrival() -> ArrivalReport:
 
 
 def one_step_s(num_tokens: int) -> float:
-    return COST(num_tokens)
+    return COST.seconds(ScheduledStep(1, [ScheduledSequence(0, [0] * num_tokens, 0, [], None)]))
 
 
 def test_decodes_starve_under_prefill_first_without_a_delay_and_nowhere_else(report):
@@ -63,13 +65,13 @@ def test_every_policy_serves_every_token_of_every_request():
     arrivals = poisson_arrivals(30, 20.0, (1, 60), (1, 20), seed=4)
     for policy in ("static", "dynamic", "prefill_first", "chunked"):
         times = serve(simulated(PolicyOptions(policy, policy, 128), COST, 8, 128), arrivals)
-        assert [len(one.token_s) for one in times] == [one.lengths.num_output for one in arrivals]
+        assert [len(one.token_s) for one in times] == [one.num_output for one in arrivals]
         assert all(one.token_s == sorted(one.token_s) and one.ttft_s > 0 for one in times)
 
 
 def test_the_clock_moves_by_what_steps_cost_and_waits_for_who_comes():
-    arrivals = [Arrival(0.0, RequestLengths(10, 3)), Arrival(5.0, RequestLengths(4, 1))]
-    first, second = serve(simulated(PolicyOptions("chunked", "chunked", 64), StepCost(1.0, 0.01), 4, 64), arrivals)
+    arrivals = [WorkloadRequest(0.0, 10, 3), WorkloadRequest(5.0, 4, 1)]
+    first, second = serve(simulated(PolicyOptions("chunked", "chunked", 64), LinearCost(1.0, 0.01), 4, 64), arrivals)
     assert first.token_s == pytest.approx([1.10, 2.11, 3.12])
     assert second.token_s == pytest.approx([6.04])
 
@@ -78,7 +80,7 @@ def test_an_engine_is_served_the_same_trace(make_llm):
     llm: LLM = make_llm(max_num_batched_tokens=64, max_model_len=64)
     arrivals = poisson_arrivals(6, 500.0, (3, 20), (2, 6), seed=1)
     times = serve(EngineSystem(llm.engine), arrivals)
-    assert [len(one.token_s) for one in times] == [one.lengths.num_output for one in arrivals]
+    assert [len(one.token_s) for one in times] == [one.num_output for one in arrivals]
     llm.check_integrity()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 from paged_infer.control.policies import Policy, make_policy
+from paged_infer.control.reasoning import REASONING_PARSERS
 from paged_infer.control.scheduler import PREEMPTION_MODES
 from paged_infer.control.speculation import SpeculativeConfig
 from paged_infer.values import Checked
@@ -44,6 +45,7 @@ class EngineOptions(TypedDict, total=False):
     async_scheduling: bool | None
     enforce_eager: bool | None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None
+    reasoning_parser: str | None
     tensor_parallel_size: int
     distributed_executor_backend: str | None
     distributed_timeout: float | None
@@ -93,6 +95,9 @@ class EngineConfig(Checked):
         speculative_config: draft tokens and verify them in one step; the text stays the same (in float32).
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
             ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.
+        reasoning_parser: how the model marks its reasoning, before its answer: "qwen3" or "deepseek_r1", see
+            ``control.reasoning``. Structured outputs then begin behind the reasoning, and
+            ``SamplingParams.thinking_token_budget`` bounds it. None: outputs have no such part.
         tensor_parallel_size: ranks, each with a part of every matrix and of every token's keys and values. They
             compute each step together; the text stays the same (in float32).
         distributed_executor_backend: where the ranks run. "mp" starts a process for each on this machine; "ray"
@@ -127,6 +132,7 @@ class EngineConfig(Checked):
     async_scheduling: bool | None = None
     enforce_eager: bool | None = None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None
+    reasoning_parser: str | None = None
     tensor_parallel_size: int = 1
     distributed_executor_backend: str | None = None
     distributed_timeout: float | None = None
@@ -159,6 +165,8 @@ class EngineConfig(Checked):
             self._keep("speculative_config", SpeculativeConfig.from_options(self.speculative_config))
             if self.async_scheduling:
                 raise ValueError("async_scheduling=True with speculative_config: drafts need the tokens before them")
+        if self.reasoning_parser is not None:
+            self._check_choice("reasoning_parser", tuple(REASONING_PARSERS))
         self._check_ranks()
         self._check_integer("seed", -(2**63), 2**63 - 1)
 

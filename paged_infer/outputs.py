@@ -39,6 +39,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     score: float | None = None
     error: str | None = None
+    num_reasoning_tokens: int | None = None  # the first of ``token_ids``; None without ``reasoning_parser``
 
 
 @dataclass(slots=True)
@@ -48,6 +49,8 @@ class RequestMetrics:
     arrival_time_s: float
     first_scheduled_time_s: float | None = None  # of its first step
     first_token_time_s: float | None = None
+    reasoning_end_time_s: float | None = None  # of the token that ended the reasoning, of the first sample that did
+    first_content_time_s: float | None = None  # of the first token behind it, or that is no reasoning
     finished_time_s: float | None = None
     num_generation_tokens: int = 0  # of all samples
     num_longest_output_tokens: int = 0  # of the longest sample
@@ -58,6 +61,19 @@ class RequestMetrics:
     def ttft(self) -> float | None:
         """Time to first token, in seconds from arrival, waiting in the queue included."""
         return None if self.first_token_time_s is None else self.first_token_time_s - self.arrival_time_s
+
+    @property
+    def reasoning_time(self) -> float | None:
+        """Seconds from arrival to the end of the reasoning; None if there is no ``reasoning_parser``, or none ended."""
+        return None if self.reasoning_end_time_s is None else self.reasoning_end_time_s - self.arrival_time_s
+
+    @property
+    def ttfc(self) -> float | None:
+        """Time to first content token, in seconds from arrival: what a user who is not shown the reasoning waits for.
+
+        None without ``reasoning_parser``.
+        """
+        return None if self.first_content_time_s is None else self.first_content_time_s - self.arrival_time_s
 
     @property
     def latency(self) -> float | None:

@@ -144,7 +144,9 @@ class SamplingParams(_Checks):
             context allows.
         structured_outputs: a grammar that the output follows. A sample ends with finish_reason "stop" when it is
             complete; if ``max_tokens`` comes first, with "length", in the middle of it. Not with ``min_tokens`` or
-            ``ignore_eos``: the grammar decides where a sample ends.
+            ``ignore_eos``: the grammar decides where a sample ends. Reasoning comes before it, unconstrained.
+        thinking_token_budget: the most tokens of reasoning; then ``</think>`` is forced, in as many tokens as it takes.
+            Needs the engine's option ``reasoning_parser``. 0 ends the reasoning at once.
 
     ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
     may be numpy or torch scalars; they are kept as int and float.
@@ -172,6 +174,7 @@ class SamplingParams(_Checks):
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -187,16 +190,13 @@ class SamplingParams(_Checks):
         if self.seed is not None:
             self._check_integer("seed", -(2**63), 2**63 - 1)
             self._keep("seed", None if self.seed == -1 else self.seed)
-        if self.max_tokens is not None:
-            self._check_integer("max_tokens", 1)
+        self._check_integer("max_tokens", 1, optional=True)
         self._check_integer("min_tokens", 0, self.max_tokens)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                self._check_integer(name, 0)
-        if self.truncate_prompt_tokens is not None:
-            self._check_integer("truncate_prompt_tokens", -1)
-            if self.truncate_prompt_tokens == 0:
-                raise ValueError("truncate_prompt_tokens=0: must be an integer >= 1, or -1")
+        for name in ("logprobs", "prompt_logprobs", "thinking_token_budget"):
+            self._check_integer(name, 0, optional=True)
+        self._check_integer("truncate_prompt_tokens", -1, optional=True)
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens=0: must be an integer >= 1, or -1")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n={self.n} with temperature=0: greedy samples are all the same; n must be 1")
         for string in self._check_tuple("stop"):

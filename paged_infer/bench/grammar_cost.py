@@ -95,7 +95,7 @@ def _walk(
         if matcher.is_finished:
             return
         began = time.perf_counter()
-        bits = matcher.mask()
+        bits = matcher.mask() or b""  # a grammar always has one
         mask_s = time.perf_counter() - began
         began = time.perf_counter()
         C_OPS.mask_logits(logits, torch.frombuffer(bytearray(bits), dtype=torch.int32).view(1, -1))

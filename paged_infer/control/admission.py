@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from paged_infer.control.beam_search import num_candidates
 from paged_infer.control.blocks.hashing import root_hash
 from paged_infer.control.blocks.manager import Allocation, BlockManager
-from paged_infer.control.guided.grammar import Grammar
+from paged_infer.control.guided.grammar import Matcher
 from paged_infer.control.policies import Policy
 from paged_infer.control.request import Request
 from paged_infer.control.sequence import Sequence
@@ -142,11 +142,11 @@ def add_sequences(
     seed: int,
     max_model_len: int,
     eos_token_ids: ReadOnlyList[int],
-    grammar: Grammar | None = None,
+    new_matcher: Callable[[], Matcher | None] = lambda: None,
 ) -> None:
     """Make the request's sequences, one for each sample or beam, each with its own copy of the prompt's tokens.
 
-    Each is at the beginning of ``grammar``, if there is one.
+    ``new_matcher`` gives each its place in its grammar and reasoning, if there are any: at the beginning.
     """
     num_prompt = len(request.prompt_token_ids)
     root = root_hash(request.cache_salt)
@@ -166,7 +166,7 @@ def add_sequences(
             arrival_time_s=request.arrival_time_s,
             cache_root=root,
             siblings=request.sequences,
-            matcher=None if grammar is None else grammar.matcher(),
+            matcher=new_matcher(),
             is_beam=request.beam_params is not None,
             num_common_tokens=num_prompt if params.n > 1 else 0,
         )

@@ -24,11 +24,23 @@ class Request:
     beam_params: BeamSearchParams | None = None  # for a beam search; ``params`` are then its ``limits``
     sequences: list[Sequence] = field(default_factory=list)  # see control.admission.add_sequences
     first_token_time_s: float | None = None
+    reasoning_end_time_s: float | None = None
+    first_content_time_s: float | None = None
     finished_time_s: float | None = None
 
     @property
     def is_finished(self) -> bool:
         return all(sequence.is_finished for sequence in self.sequences)
+
+    def note_reasoning(self, sequence: Sequence, now: float) -> None:
+        """``sequence`` has got a token at ``now``: did its reasoning end, or its content begin?"""
+        reasoning = sequence.reasoning
+        if reasoning is None:
+            return
+        if self.reasoning_end_time_s is None and reasoning.has_ended:
+            self.reasoning_end_time_s = now
+        if self.first_content_time_s is None and reasoning.has_content:
+            self.first_content_time_s = now
 
     @property
     def error(self) -> str | None:

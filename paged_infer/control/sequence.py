@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 
 from paged_infer.control.blocks.hashing import extend_chain
 from paged_infer.control.guided.grammar import GrammarError, Matcher
+from paged_infer.control.reasoning import ReasoningMatcher
 from paged_infer.control.sequence_state import TRANSITIONS, SequenceState
 from paged_infer.params import SamplingParams
 
@@ -44,7 +45,7 @@ class Sequence:
     arrival_time_s: float = 0.0  # of its request
     cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
     siblings: ReadOnlyList[Sequence] = field(default=(), repr=False)  # all sequences of its request, itself included
-    matcher: Matcher | None = None  # where its known output tokens are in its grammar
+    matcher: Matcher | None = None  # where its known output tokens are in its grammar, or in its reasoning
     is_beam: bool = False
     num_common_tokens: int = 0  # first tokens, still to be computed once for all siblings; then 0
     queue_number: int = 0  # its position in the arrival order; see Queues.requeue
@@ -92,6 +93,11 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.state is SequenceState.FINISHED
+
+    @property
+    def reasoning(self) -> ReasoningMatcher | None:
+        """Where it is in its reasoning; None without ``reasoning_parser``, and for a beam."""
+        return self.matcher if isinstance(self.matcher, ReasoningMatcher) else None
 
     @property
     def is_length_capped(self) -> bool:

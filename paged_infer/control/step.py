@@ -30,7 +30,7 @@ class SamplingRow:
         num_output_tokens: how many tokens this sample has generated so far.
         end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
         prompt_token_ids: filled only if ``params.has_penalties``; so is ``output_token_ids``.
-        mask: the tokens that its grammar allows; None without a grammar.
+        mask: the tokens that its grammar or its budget of reasoning allows; None if nothing can be forbidden.
     """
 
     params: SamplingParams
@@ -42,6 +42,11 @@ class SamplingRow:
     prompt_token_ids: ReadOnlyList[int] = ()
     output_token_ids: ReadOnlyList[int] = ()
     mask: TokenMask | None = None
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a token is forbidden."""
+        return self.mask is not None and self.mask.bits is not None
 
 
 @dataclass(slots=True)

@@ -22,12 +22,15 @@ def step_entry(
     if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
         next_prompt_token_ids = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
         num_prompt_logprobs = sequence.params.prompt_logprobs if next_prompt_token_ids else None
+    sample: SamplingRow | TopKRow | None = None
+    if end == len(sequence.token_ids):
+        sample = top_k_row(sequence) if sequence.is_beam else sampling_row(sequence, len(drafts))
     return ScheduledSequence(
         sequence.sequence_id,
         [*sequence.token_ids[start:end], *drafts] if drafts else sequence.token_ids[start:end],
         start,
         table,
-        (top_k_row if sequence.is_beam else sampling_row)(sequence) if end == len(sequence.token_ids) else None,
+        sample,
         [(c.sequence_id, sampling_row(c)) for c in children] if children and not sequence.is_beam else (),
         num_prompt_logprobs,
         next_prompt_token_ids,
@@ -42,9 +45,14 @@ def top_k_row(sequence: Sequence) -> TopKRow:
     return TopKRow(num_candidates(len(sequence.siblings), ends), ends if is_too_short else ())
 
 
-def sampling_row(sequence: Sequence) -> SamplingRow:
-    """How to sample the sequence's next token. It holds the history only if a penalty needs it."""
-    params = sequence.params
+def sampling_row(sequence: Sequence, num_drafts: int = 0) -> SamplingRow:
+    """How to sample the sequence's next token. It holds the history only if a penalty needs it.
+
+    It has a mask if this token, one behind a draft, or the next step's can be constrained: a step that is planned
+    before its tokens are known cannot tell.
+    """
+    params, matcher = sequence.params, sequence.matcher
+    num_ahead = sequence.num_placeholders + max(1, num_drafts)
     num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
     history = params.has_penalties
     return SamplingRow(
@@ -56,5 +64,5 @@ def sampling_row(sequence: Sequence) -> SamplingRow:
         sequence.end_token_ids if params.min_tokens else (),
         sequence.token_ids[:num_prompt] if history else (),
         sequence.output_token_ids if history else (),
-        None if sequence.matcher is None else TokenMask(sequence.matcher),
+        TokenMask(matcher) if matcher is not None and matcher.constrains(num_ahead) else None,
     )

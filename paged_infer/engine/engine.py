@@ -141,7 +141,7 @@ class LLMEngine:
             raise ValueError("a beam search cannot be streamed: its beams change until it ends")
         if request.request_id in self._request_states:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
-        self.input_processor.attach_grammar(request)
+        self.input_processor.attach_matchers(request)
         try:
             completions = [OutputProcessor(s, self.tokenizer, streamed) for s in request.sequences]
         except Exception as error:  # a tokenizer can raise anything
@@ -252,6 +252,7 @@ class LLMEngine:
             with self._decoding(sequence):
                 self._advance(state, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
             report.grown += [sequence] * (sequence.num_output_tokens - num_before)
+            state.request.note_reasoning(sequence, now)
             if state.streamed or sequence.is_finished:
                 changed[sequence.request_id] = state
         report.outputs += [output for state in changed.values() if (output := self._reported(state, now)) is not None]

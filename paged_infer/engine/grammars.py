@@ -53,13 +53,14 @@ class GrammarCache:
         return self._grammars[key]
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer. Raises ValueError if there is none."""
         if self._tokenizer is None:
             raise ValueError("needs text, but this checkpoint has no tokenizer")
         return Vocabulary(self._tokenizer.vocabulary_bytes()[: self._vocab_size], self._eos_token_ids, self._vocab_size)
 
     def _compile(self, asked: StructuredOutputsParams) -> Grammar:
-        kind, text, vocabulary = asked.kind, asked.text, self._vocabulary
+        kind, text, vocabulary = asked.kind, asked.text, self.vocabulary
         installed = [name for name in LIBRARIES if is_installed(name)]
         if asked.backend in LIBRARIES:
             return self._by_library(asked.backend, kind, text)
@@ -84,5 +85,5 @@ class GrammarCache:
         if not is_installed(name):
             raise ValueError(f"needs {name}: pip install 'paged-infer[guided]'")
         if name not in self._libraries:
-            self._libraries[name] = LIBRARIES[name](self._vocabulary, self._vocab_size)
+            self._libraries[name] = LIBRARIES[name](self.vocabulary, self._vocab_size)
         return self._libraries[name].compile(kind, text)

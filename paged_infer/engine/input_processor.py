@@ -10,6 +10,8 @@ from typing import Any
 from paged_infer.config import EngineConfig
 from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.blocks.manager import BlockManager
+from paged_infer.control.guided.grammar import Matcher
+from paged_infer.control.reasoning import ReasoningMatcher, ReasoningParser
 from paged_infer.control.request import Request
 from paged_infer.engine.grammars import GrammarCache
 from paged_infer.execution.memory_plan import MemoryPlan
@@ -45,6 +47,7 @@ class InputProcessor:
         self._clock, self._is_sent = clock, is_sent
         self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
         self._grammars = GrammarCache(tokenizer, model.vocab_size, model.eos_token_ids)
+        self._reasoning = self._reasoning_parser(config.reasoning_parser)
         self._num_requests = 0
         self._num_sequences = 0
 
@@ -83,31 +86,59 @@ class InputProcessor:
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
-        asked = params.structured_outputs
-        if asked is not None:
-            self._check_drafts()
-        grammar = None if asked is None else self._grammars.get(asked)
+        self._check_budget(params)
+        self._check_drafts(params)
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
         request = Request(request_id, text, token_ids, params, self._clock(), cache_salt, beam_params)
         max_model_len, eos_token_ids = self.memory.max_model_len, self.model.eos_token_ids
-        add_sequences(request, self._num_sequences, seed, max_model_len, eos_token_ids, grammar)
+        add_sequences(request, self._num_sequences, seed, max_model_len, eos_token_ids, self._new_matcher(request))
         self._num_requests += 1
         self._num_sequences += params.n
         return request
 
-    def attach_grammar(self, request: Request) -> None:
+    def attach_matchers(self, request: Request) -> None:
         """Put the sequences of a request that comes from another process at the beginning of its grammar."""
-        asked = request.params.structured_outputs
-        if asked is not None and request.sequences[0].matcher is None:
-            grammar = self._grammars.get(asked)
+        if request.sequences[0].matcher is None:
+            new_matcher = self._new_matcher(request)
             for sequence in request.sequences:
-                sequence.matcher = grammar.matcher()
+                sequence.matcher = new_matcher()
 
-    def _check_drafts(self) -> None:
-        speculation, size = self.config.speculation, self.config.tensor_parallel_size
-        if size > 1 and speculation is not None and speculation.method == "draft_model":
+    def _new_matcher(self, request: Request) -> Callable[[], Matcher | None]:
+        """Makes the matcher of each sequence. Beams have none: they are not sampled."""
+        asked, parser = request.params.structured_outputs, self._reasoning
+        grammar = None if asked is None else self._grammars.get(asked)
+        if parser is None or request.beam_params is not None:
+            return (lambda: None) if grammar is None else grammar.matcher
+        first, budget = parser.first_part(request.prompt_token_ids), request.params.thinking_token_budget
+        inner = None if grammar is None else grammar.matcher
+        return lambda: ReasoningMatcher(parser, first, inner, budget)
+
+    def _reasoning_parser(self, name: str | None) -> ReasoningParser | None:
+        if name is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError(f"reasoning_parser={name!r} needs text, but this checkpoint has no tokenizer")
+        return ReasoningParser(name, self._grammars.vocabulary, self.tokenizer.special_tokens)
+
+    def _check_budget(self, params: SamplingParams) -> None:
+        budget = params.thinking_token_budget
+        if budget is None:
+            return
+        if self._reasoning is None:
+            raise ValueError(f"thinking_token_budget={budget}: needs the engine's option reasoning_parser")
+        ends = {*params.stop_token_ids, *self.model.eos_token_ids}
+        if params.min_tokens and not ends.isdisjoint(self._reasoning.rest_of_end(0)):
             raise ValueError(
-                f"structured_outputs with a draft model and tensor_parallel_size={size}: not supported, because the "
+                f"thinking_token_budget={budget} with min_tokens={params.min_tokens}: stop_token_ids has a token of "
+                f"{self._reasoning.end.decode()}, which then could not be forced"
+            )
+
+    def _check_drafts(self, params: SamplingParams) -> None:
+        given = [name for name in ("structured_outputs", "thinking_token_budget") if getattr(params, name) is not None]
+        speculation, size = self.config.speculation, self.config.tensor_parallel_size
+        if given and size > 1 and speculation is not None and speculation.method == "draft_model":
+            raise ValueError(
+                f"{given[0]} with a draft model and tensor_parallel_size={size}: not supported, because the "
                 "masks after each draft would have to be sent between its steps"
             )
 

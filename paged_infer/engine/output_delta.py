@@ -29,6 +29,7 @@ class CompletionDelta(NamedTuple):
     cumulative_logprob: float | None
     score: float | None
     error: str | None
+    num_reasoning_tokens: int | None
 
 
 class OutputDelta(NamedTuple):
@@ -80,6 +81,7 @@ def _delta(text: str, num_tokens: int, one: CompletionOutput) -> CompletionDelta
         one.cumulative_logprob,
         one.score,
         one.error,
+        one.num_reasoning_tokens,
     )
 
 
@@ -135,4 +137,5 @@ def _grown(one: CompletionOutput | None, more: CompletionDelta) -> CompletionOut
         logprobs,
         more.score,
         more.error,
+        more.num_reasoning_tokens,
     )

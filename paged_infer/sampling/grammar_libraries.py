@@ -118,6 +118,9 @@ class _LibraryMatcher:
         self._has_ended = False  # by an end-of-sequence token
         self._eos = np.frombuffer(vocabulary.eos.to_bytes(vocabulary.num_mask_bytes, "little"), np.int32)
 
+    def constrains(self, num_ahead: int) -> bool:
+        return True
+
     def mask(self) -> bytes:
         if self._has_ended:
             return self._vocabulary.everything

@@ -32,8 +32,9 @@ def token_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def sample_token(logits: Tensor, row: SamplingRow) -> int:
     """The token drawn from logits [V] after the processors; -1 where the row cannot be sampled."""
-    if row.mask is not None:
-        allowed = set(allowed_ids(row.mask.bits))
+    bits = None if row.mask is None else row.mask.bits
+    if bits is not None:
+        allowed = set(allowed_ids(bits))
         logits = torch.tensor([x if i in allowed else -math.inf for i, x in enumerate(logits.tolist())])
     largest = float(logits.float().max())  # NaN if there is one
     if math.isnan(largest) or largest == -math.inf or (largest == math.inf and not row.params.is_greedy):

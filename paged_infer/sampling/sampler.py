@@ -135,7 +135,7 @@ class Sampler:
         paths: dict[tuple[_Draw, int, bool], list[int]] = {}
         for i, row in enumerate(rows):
             draw, num_candidates = self._path(row.params, vocab_size)
-            is_masked = row.mask is not None and draw != self._draw_by_kernel  # which masks its rows itself
+            is_masked = row.is_masked and draw != self._draw_by_kernel  # which masks its rows itself
             paths.setdefault((draw, num_candidates, is_masked), []).append(i)
 
         if len(paths) == 1:
@@ -161,7 +161,7 @@ class Sampler:
             is_simple = self._path(params, vocab_size)[0] == self._draw_by_kernel
             if not is_simple or params.logit_bias or params.has_penalties:
                 return False
-        return not any(row.mask is not None or row.num_output_tokens < row.params.min_tokens for row in rows)
+        return not any(row.is_masked or row.num_output_tokens < row.params.min_tokens for row in rows)
 
     def _path(self, params: SamplingParams, vocab_size: int) -> tuple[_Draw, int]:
         """The cheapest exact path for a row, and the number of candidates to start with; the row alone decides."""
@@ -191,14 +191,15 @@ class Sampler:
         columns[2, :num] = [row.sample_index for row in rows]
         columns[3, :num] = [row.position for row in rows]
         on_device = to_device(torch.from_numpy(columns), logits.device)
-        masks = masks_of(rows, logits) if any(row.mask is not None for row in rows) else None
+        masks = masks_of(rows, logits) if any(row.is_masked for row in rows) else None
         return self._kernel(logits, on_device[0].view(torch.float32)[:num], *on_device[1:, :num], masks)
 
 
 def masks_of(rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
-    """The rows' masks as int32 [R, ceil(V / 32)], on the device of ``logits`` [R, V]; all ones without a grammar."""
+    """The rows' masks as int32 [R, ceil(V / 32)], on the device of ``logits`` [R, V]; all ones where none is."""
     num_bytes = -(-logits.shape[1] // 32) * 4
-    masks = [b"\xff" * num_bytes if row.mask is None else row.mask.bits or bytes(num_bytes) for row in rows]
+    bits = (None if row.mask is None else row.mask.bits for row in rows)
+    masks = [b"\xff" * num_bytes if of_row is None else of_row or bytes(num_bytes) for of_row in bits]
     words = np.frombuffer(bytearray().join(masks), np.int32).reshape(len(rows), -1)
     return to_device(torch.from_numpy(words), logits.device)
 

@@ -119,6 +119,7 @@ class OutputProcessor:
             logprobs=None if self._logprobs is None else list(self._logprobs),
             score=sequence.score,
             error=sequence.error,
+            num_reasoning_tokens=None if sequence.reasoning is None else sequence.reasoning.num_reasoning_tokens,
         )
 
     def _shown_text(self, finish_reason: str | None) -> str:
@@ -155,6 +156,8 @@ def request_output(
         arrival_time_s=request.arrival_time_s,
         first_scheduled_time_s=request.sequences[0].first_scheduled_s,
         first_token_time_s=request.first_token_time_s,
+        reasoning_end_time_s=request.reasoning_end_time_s,
+        first_content_time_s=request.first_content_time_s,
         finished_time_s=request.finished_time_s,
         num_generation_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
         num_longest_output_tokens=max(sequence.num_output_tokens for sequence in request.sequences),

@@ -6,53 +6,14 @@ processes. Every rank's whole result is compared in every step, logprobs include
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from decoding import IDS
-from ranks import RankThreads
+from ranks import ThreadsModels
 
 from paged_infer import LLM, BeamSearchParams, SamplingParams
-from paged_infer.config import EngineConfig
-from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.engine import build
-from paged_infer.execution.executor import InProcessExecutor
-from paged_infer.execution.loaded_models import LoadedModels
-
-
-class Computed:
-    def __init__(self, known: StepResult) -> None:
-        self._known = known
-
-    def result(self) -> StepResult:
-        return self._known
-
-
-class ThreadsExecutor(InProcessExecutor):
-    """As an executor in process, to the engine: rank 0's. ``launch`` runs the step on all."""
-
-    def __init__(self, threads: RankThreads, executors: list[InProcessExecutor]) -> None:
-        super().__init__(executors[0].runner, executors[0].drafter)
-        self._threads, self._executors = threads, executors
-
-    def launch(self, step: ScheduledStep) -> Computed:
-        results = self._threads.run(lambda parallel: self._executors[parallel.rank].launch(step).result())
-        assert all(result == results[0] for result in results)
-        return Computed(results[0])
-
-
-class ThreadsModels:
-    """``LoadedModels`` of two ranks."""
-
-    def __init__(self, folder: Path, config: EngineConfig) -> None:
-        self._threads = RankThreads(2)
-        self._models = self._threads.run(lambda parallel: LoadedModels(folder, config, parallel))
-        self.memory = self._models[0].memory
-
-    def executor(self) -> ThreadsExecutor:
-        return ThreadsExecutor(self._threads, [models.executor() for models in self._models])
-
 
 SHARED = IDS[:9]
 PROMPTS = [[*SHARED, 7, 8, 7, 8], [*SHARED, 300], IDS, [*SHARED, 7, 8, 1, 2, 3], [40, 41] * 6]

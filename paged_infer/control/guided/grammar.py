@@ -34,8 +34,11 @@ class Matcher(Protocol):
     def is_finished(self) -> bool:
         """Whether the text is complete and nothing but an end-of-sequence token can follow."""
 
-    def mask(self) -> bytes:
-        """The tokens that may come next, a bit each; see ``control.guided.vocabulary``.
+    def constrains(self, num_ahead: int) -> bool:
+        """Whether a mask up to this many tokens behind the next one may forbid anything."""
+
+    def mask(self) -> bytes | None:
+        """The tokens that may come next, a bit each; see ``control.guided.vocabulary``. None: all of them.
 
         Raises:
             GrammarError: none may.
@@ -103,6 +106,9 @@ class NativeMatcher:
         state = self._states[-1]
         return state is None or self._machine.is_final(state)
 
+    def constrains(self, num_ahead: int) -> bool:
+        return True
+
     def mask(self) -> bytes:
         state = self._states[-1]
         if state is None:
@@ -149,7 +155,7 @@ def num_allowed(matcher: Matcher, token_ids: ReadOnlyList[int]) -> int:
     return number
 
 
-def mask_after(matcher: Matcher, token_ids: ReadOnlyList[int]) -> bytes:
+def mask_after(matcher: Matcher, token_ids: ReadOnlyList[int]) -> bytes | None:
     """The mask after these tokens, as far as they are allowed; the matcher stays in place."""
     number = _advance(matcher, token_ids)
     try:

@@ -18,23 +18,28 @@ class TokenMask:
         drafts: tokens that come before this sample, and may yet be rejected.
     """
 
-    __slots__ = ("_bits", "_drafts", "_following", "_matcher", "error")
+    __slots__ = ("_bits", "_drafts", "_following", "_is_known", "_matcher", "error")
 
     def __init__(self, matcher: Matcher | None, drafts: ReadOnlyList[int] = ()) -> None:
         self._matcher, self._drafts = matcher, drafts
         self._bits: bytes | None = None
+        self._is_known = False
         self._following: list[TokenMask] = []  # without a matcher: after one draft, after two, ...
         self.error: str | None = None  # why the grammar allows nothing, if ``bits`` are b""
 
     @property
-    def bits(self) -> bytes:
-        """A bit for each token, see ``control.guided.vocabulary``. b"", which allows nothing, if the grammar fails."""
-        if self._bits is None and self._matcher is not None:
+    def bits(self) -> bytes | None:
+        """A bit for each token, see ``control.guided.vocabulary``; None if all are allowed.
+
+        b"", which allows nothing, if the grammar fails.
+        """
+        if not self._is_known and self._matcher is not None:
+            self._is_known = True
             try:
                 self._bits = mask_after(self._matcher, self._drafts)
             except Exception as error:  # a library can raise anything, and only this request may fail
                 self._bits, self.error = b"", str(error) or type(error).__name__
-        return self._bits or b""
+        return self._bits
 
     def after(self, drafts: ReadOnlyList[int]) -> TokenMask:
         """The mask once these tokens have come, too."""
@@ -49,11 +54,11 @@ class TokenMask:
         found._following = [self.after(drafts[:n]).fixed(()) for n in range(1, len(drafts) + 1)]
         return found
 
-    def __getstate__(self) -> tuple[bytes, str | None, list[TokenMask]]:
+    def __getstate__(self) -> tuple[bytes | None, str | None, list[TokenMask]]:
         return self.bits, self.error, self._following
 
-    def __setstate__(self, state: tuple[bytes, str | None, list[TokenMask]]) -> None:
-        self._matcher, self._drafts = None, ()
+    def __setstate__(self, state: tuple[bytes | None, str | None, list[TokenMask]]) -> None:
+        self._matcher, self._drafts, self._is_known = None, (), True
         self._bits, self.error, self._following = state
 
     def __eq__(self, other: object) -> bool:

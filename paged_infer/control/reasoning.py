@@ -1,0 +1,289 @@
+"""Where a model's reasoning ends, told from its tokens, and what may come until then and behind it.
+
+                   prompt                     output
+    qwen3          ... <think>                t t t t </think> content      the chat template opened it
+                   ...                        <think> t t </think> content  the model opens it; if its first tokens are
+                                              content                       others, there is none
+                   ... <think> </think>       content                       it was turned off
+    deepseek_r1    ...                        t t t t </think> content      also without <think>
+
+Only the turn that is answered counts in a prompt: the tokens behind the last end-of-sequence token.
+
+The markers are looked for in the tokens' bytes. So they are found however the model spells them: as one token, as
+several, or with the end of ``</think>`` in a token that goes on behind it (``>\\n``).
+
+A ``ReasoningMatcher`` is a ``Matcher`` (``control.guided.grammar``), kept for a sequence like that of a grammar. So
+drafts, rejected ones too, tokens behind a stop string, preemptions and samples of one request need nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ReadOnlyList
+from enum import Enum
+from typing import NamedTuple
+
+from paged_infer.control.guided.grammar import GrammarError, Matcher
+from paged_infer.control.guided.vocabulary import Vocabulary
+
+
+class Part(Enum):
+    OPENING = "opening"  # the output so far is empty, or the beginning of the start marker
+    REASONING = "reasoning"
+    CONTENT = "content"
+
+
+class ReasoningFormat(NamedTuple):
+    """The markers, and where an answer begins if there is none in its turn of the prompt."""
+
+    start: bytes
+    end: bytes
+    first: Part
+
+
+REASONING_PARSERS = {
+    "qwen3": ReasoningFormat(b"<think>", b"</think>", Part.OPENING),
+    "deepseek_r1": ReasoningFormat(b"<think>", b"</think>", Part.REASONING),
+}
+
+
+class _State(NamedTuple):
+    """Behind one token of the output.
+
+    Attributes:
+        num_matched: the last bytes that begin a marker: the start in an opening, the end in reasoning.
+        num_thoughts: tokens of the reasoning without those of the start marker.
+        num_before: tokens of the output before its content, once that has begun.
+        has_content: whether a token of text has come since.
+        taker: the grammar's matcher that accepted the token.
+    """
+
+    part: Part
+    num_matched: int = 0
+    num_thoughts: int = 0
+    num_before: int = 0
+    has_content: bool = False
+    taker: Matcher | None = None
+
+
+class ReasoningParser:
+    """The markers in one vocabulary.
+
+    Args:
+        name: one of ``REASONING_PARSERS``.
+        vocabulary: the tokens of the model.
+        special_tokens: text and id of tokens that are no text in ``vocabulary``: a marker may be one.
+
+    Raises:
+        ValueError: no tokens of the vocabulary say the end marker.
+    """
+
+    def __init__(self, name: str, vocabulary: Vocabulary, special_tokens: Mapping[str, int]) -> None:
+        self.start, self.end, self.first = REASONING_PARSERS[name]
+        self.vocabulary = vocabulary
+        self.texts = list(vocabulary.tokens)
+        self.ids = {text: ids[0] for text, ids in vocabulary.ids.items()}
+        for marker in (self.start, self.end):
+            token_id = special_tokens.get(marker.decode())
+            if token_id is not None and token_id < len(self.texts):
+                self.texts[token_id], self.ids[marker] = marker, token_id
+        if not self.rest_of_end(0):
+            raise ValueError(f"reasoning_parser={name!r}: no tokens of this tokenizer say {self.end.decode()}")
+        self._masks: dict[int, bytes | None] = {}  # see ``within``
+        self._openings: dict[int, int] = {}
+
+    def text(self, token_id: int) -> bytes:
+        return (self.texts[token_id] if token_id < len(self.texts) else None) or b""
+
+    def first_part(self, prompt_token_ids: ReadOnlyList[int]) -> Part:
+        """Where an answer to the prompt begins."""
+        ends = self.vocabulary.eos_token_ids
+        first = next((i + 1 for i in range(len(prompt_token_ids) - 1, -1, -1) if prompt_token_ids[i] in ends), 0)
+        turn = b"".join(map(self.text, prompt_token_ids[first:]))
+        opened, closed = turn.rfind(self.start), turn.rfind(self.end)
+        if opened == closed:  # neither is there
+            return self.first
+        return Part.REASONING if opened > closed else Part.CONTENT
+
+    def rest_of_end(self, num_matched: int) -> list[int]:
+        """Tokens that say the end marker behind its first bytes; all of the marker if none say the rest."""
+        for text in (self.end[num_matched:], self.end):
+            token_ids = [self.ids[text]] if text in self.ids else self.vocabulary.split(text)
+            if b"".join(map(self.text, token_ids)) == text:
+                return token_ids
+        return []
+
+    def only(self, token_id: int) -> bytes:
+        """The mask that allows one token."""
+        return (1 << token_id).to_bytes(self.vocabulary.num_mask_bytes, "little")
+
+    def within(self, num_matched: int) -> bytes | None:
+        """The mask in reasoning before a grammar: no token that goes on behind the end marker."""
+        if num_matched not in self._masks:
+            begun, over = self.end[:num_matched], 0
+            for token_id, text in enumerate(self.texts):
+                if text is not None and self.end in (begun + text)[:-1]:
+                    over |= 1 << token_id
+            num_bytes = self.vocabulary.num_mask_bytes
+            everything = (1 << 8 * num_bytes) - 1
+            self._masks[num_matched] = (everything & ~over).to_bytes(num_bytes, "little") if over else None
+        return self._masks[num_matched]
+
+    def openers(self, num_matched: int) -> int:
+        """The tokens that go on with the start marker behind its first bytes, as the bits of a mask."""
+        if num_matched not in self._openings:
+            rest = self.start[num_matched:]
+            found = (self.ids.get(rest[:n]) for n in range(1, len(rest) + 1))
+            self._openings[num_matched] = sum(1 << token_id for token_id in found if token_id is not None)
+        return self._openings[num_matched]
+
+
+class ReasoningMatcher:
+    """Where one sequence is: in its reasoning, or behind it, where its grammar applies, if it has one.
+
+    Args:
+        parser: of the engine.
+        first: where the sequence's output begins.
+        grammar: gives a matcher at the beginning of the grammar.
+        budget: the most tokens of reasoning; then the end marker is forced. None: no limit.
+    """
+
+    def __init__(
+        self, parser: ReasoningParser, first: Part, grammar: Callable[[], Matcher] | None, budget: int | None
+    ) -> None:
+        self._parser, self._budget = parser, budget
+        # Of content without reasoning before it, and of content behind reasoning: an opening may become either.
+        self._direct = None if grammar is None or first is Part.REASONING else grammar()
+        self._behind = None if grammar is None or first is Part.CONTENT else grammar()
+        self._has_grammar = grammar is not None
+        self._states = [_State(first)]
+
+    # -- for metrics ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of the output that are its reasoning, with the markers."""
+        state = self._states[-1]
+        return {Part.OPENING: 0, Part.REASONING: len(self._states) - 1, Part.CONTENT: state.num_before}[state.part]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there was reasoning in the output, and it has ended."""
+        return self._states[-1].num_before > 0
+
+    @property
+    def has_content(self) -> bool:
+        """Whether a token of text has come that is no reasoning."""
+        return self._states[-1].has_content
+
+    # -- Matcher ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_finished(self) -> bool:
+        inner = self._inner(self._states[-1])
+        return inner is not None and inner.is_finished
+
+    def constrains(self, num_ahead: int) -> bool:
+        state = self._states[-1]
+        if self._has_grammar or state.part is Part.CONTENT:
+            return self._has_grammar
+        return self._budget is not None and state.num_thoughts + num_ahead >= self._budget
+
+    def mask(self) -> bytes | None:
+        state = self._states[-1]
+        if state.part is Part.CONTENT:
+            inner = self._inner(state)
+            return None if inner is None else inner.mask()
+        if self._is_spent(state):
+            return self._parser.only(self._parser.rest_of_end(state.num_matched)[0])
+        if not self._has_grammar:
+            return None
+        if state.part is Part.REASONING:
+            return self._parser.within(state.num_matched)
+        openers, direct = self._parser.openers(state.num_matched), self._direct_mask(state)
+        if direct is None or not openers:
+            return direct
+        return (int.from_bytes(direct, "little") | openers).to_bytes(len(direct), "little")
+
+    def accept(self, token_id: int) -> bool:
+        after = self._after(self._states[-1], token_id)
+        if after is not None:
+            self._states.append(after)
+        return after is not None
+
+    def rollback(self, num_tokens: int) -> None:
+        if num_tokens >= len(self._states):
+            raise ValueError(f"num_tokens={num_tokens}: only {len(self._states) - 1} were accepted")
+        for state in reversed(self._states[len(self._states) - num_tokens :]):
+            if state.taker is not None:
+                state.taker.rollback(1)
+        del self._states[len(self._states) - num_tokens :]
+
+    def forced(self) -> list[int]:
+        state = self._states[-1]
+        if self._is_spent(state):
+            return self._parser.rest_of_end(state.num_matched)
+        inner = self._inner(state)
+        return [] if inner is None else inner.forced()
+
+    # -- one token --------------------------------------------------------------------------------------------------
+
+    def _inner(self, state: _State) -> Matcher | None:
+        """The grammar's matcher that applies in the state."""
+        if state.part is not Part.CONTENT:
+            return None
+        return self._behind if state.num_before else self._direct
+
+    def _is_spent(self, state: _State) -> bool:
+        return self._budget is not None and state.part is Part.REASONING and state.num_thoughts >= self._budget
+
+    def _is_direct(self, state: _State) -> bool:
+        """Whether the grammar has accepted all tokens of an opening."""
+        return self._direct is not None and (len(self._states) == 1 or state.taker is not None)
+
+    def _direct_mask(self, state: _State) -> bytes | None:
+        nothing = bytes(self._parser.vocabulary.num_mask_bytes)
+        if self._direct is None or not self._is_direct(state):
+            return nothing
+        try:
+            return self._direct.mask()
+        except GrammarError:
+            return nothing
+
+    def _after(self, state: _State, token_id: int) -> _State | None:
+        text = self._parser.text(token_id)
+        if state.part is Part.OPENING:
+            return self._after_opening(state, token_id, self._parser.start[: state.num_matched] + text)
+        if state.part is Part.REASONING:
+            return self._after_reasoning(state, token_id, self._parser.end[: state.num_matched] + text)
+        inner = self._inner(state)
+        if inner is not None and not inner.accept(token_id):
+            return None
+        return state._replace(has_content=state.has_content or bool(text), taker=inner)
+
+    def _after_opening(self, state: _State, token_id: int, text: bytes) -> _State | None:
+        start = self._parser.start
+        if text == start or (text.startswith(start) and not self._has_grammar):
+            return self._reasoning(text[len(start) :])
+        direct = self._direct if self._is_direct(state) else None
+        taker = direct if direct is not None and direct.accept(token_id) else None
+        if start.startswith(text) and len(text) > state.num_matched:
+            return _State(Part.OPENING, len(text), taker=taker)
+        if self._has_grammar and taker is None:
+            return None
+        return _State(Part.CONTENT, has_content=bool(text), taker=taker)
+
+    def _after_reasoning(self, state: _State, token_id: int, text: bytes) -> _State | None:
+        if self._is_spent(state) and token_id != self._parser.rest_of_end(state.num_matched)[0]:
+            return None
+        after = self._reasoning(text, state.num_thoughts + 1)
+        is_over = after.part is Part.CONTENT and not text.endswith(self._parser.end)
+        return None if is_over and self._has_grammar else after
+
+    def _reasoning(self, text: bytes, num_thoughts: int = 0) -> _State:
+        """The state once ``text`` has been reasoned, behind the tokens so far."""
+        end = self._parser.end
+        if end in text:
+            return _State(Part.CONTENT, num_before=len(self._states), has_content=end in text[:-1])
+        num_matched = next(n for n in range(len(end) - 1, -1, -1) if text.endswith(end[:n]))
+        return _State(Part.REASONING, num_matched, num_thoughts)

@@ -3,10 +3,12 @@
 The stories of the grammar say each new count ("Now Mia had seven"). A sum keeps them to itself, so whoever answers has
 to add up everything that happened: in one go, or with the partial sums written first.
 
-    Mia had three plums. Tom gave her four more. But two rolled into the river.
+    Mia had three plums. Tom gave her four more. Ben took two home.
     Q: How many plums does Mia have?
-    A: She has five.                                                                     direct
-    A: Mia had three. Then three and four is seven. Then seven without two is five. She has five.    worked
+    A: She has five.                                                                            direct
+    A: Mia had three. Tom: three and four is seven. Ben: seven without two is five. She has five.    worked
+
+Each gain and loss is by another person, so that a step can say which it is about.
 """
 
 import itertools
@@ -17,20 +19,16 @@ from enum import Enum
 
 from paged_infer.storyteller.stories import lexicon
 from paged_infer.storyteller.stories.chooser import Chooser
-from paged_infer.storyteller.stories.world import Person, Question, World
+from paged_infer.storyteller.stories.world import Question, World
 
 MOST = 10  # the vocabulary has the words for one to ten
 NUM_STEPS = (3, 4, 5)
+MOST_STEPS = 10  # each by another person
 HELD_OUT_OF = 5  # one in five series of numbers is held out of training
 THINK, END_THINK = "<think>", "</think>"  # Qwen3's marks, for models whose tokenizer has them
 
-_GAINS = (
-    "{b} gave {a.him} {y} more.",
-    "{b} found {y} more for {a.him}.",
-    "Then {a.he} found {y} more.",
-    "Under a chair lay {y} more.",
-)
-_LOSSES = ("{a.He} gave {y} to {b}.", "But {y} rolled into the river.", "Then {a.he} lost {y}.", "{b} took {y} home.")
+_GAINS = ("{b} gave {a.him} {y} more.", "{b} found {y} more for {a.him}.", "{b} added {y} more.")
+_LOSSES = ("{b} took {y} home.", "{b} lost {y} of them.", "{b} dropped {y} into the river.")
 
 
 class Form(Enum):
@@ -44,12 +42,15 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum of one person's things, its question, and the series of counts: at first, and after each step."""
+    """A sum of one person's things, its question, and the series of counts: at first, and after each step.
+
+    `people` are the owner, and then who is behind each step.
+    """
 
     story: str
     question: Question
     counts: tuple[int, ...]
-    owner: str
+    people: tuple[str, ...]
 
     @property
     def prompt(self) -> str:
@@ -60,10 +61,10 @@ class Sum:
     def steps(self) -> str:
         """The partial sums, a sentence each."""
         words = lexicon.NUMBERS
-        sentences = [f"{self.owner} had {words[self.counts[0]]}."]
-        for before, after in itertools.pairwise(self.counts):
+        sentences = [f"{self.people[0]} had {words[self.counts[0]]}."]
+        for who, (before, after) in zip(self.people[1:], itertools.pairwise(self.counts), strict=True):
             sign, by = ("and", after - before) if after > before else ("without", before - after)
-            sentences.append(f"Then {words[before]} {sign} {words[by]} is {words[after]}.")
+            sentences.append(f"{who}: {words[before]} {sign} {words[by]} is {words[after]}.")
         return " ".join(sentences)
 
     def answer(self, form: Form) -> str:
@@ -82,22 +83,24 @@ def tell_sum(seed: int, held_out: bool = False, num_steps: ReadOnlyList[int] = N
     Training and held-out sums have no series of counts in common: which are held out is decided by a checksum.
 
     Raises:
-        ValueError: `num_steps` is empty or has a number below 1.
+        ValueError: `num_steps` is empty, or has a number below 1 or above `MOST_STEPS`.
     """
-    if not num_steps or min(num_steps) < 1:
-        raise ValueError(f"num_steps={num_steps}: must be one or more numbers, each at least 1")
+    if not num_steps or min(num_steps) < 1 or max(num_steps) > MOST_STEPS:
+        raise ValueError(f"num_steps={num_steps}: must be one or more numbers, each from 1 to {MOST_STEPS}")
     chooser = Chooser.from_seed(seed)
     counts = _counts(chooser, chooser.pick(num_steps))
     while is_held_out(counts) is not held_out:
         counts = _counts(chooser, len(counts) - 1)
     world = World(chooser)
-    owner, other = world.new_person(), world.new_person()
+    owner, *others = (world.new_person() for _ in counts)
     noun = chooser.pick(lexicon.FRUITS + lexicon.GROUND + lexicon.BAKED + lexicon.KEPT)
     words = lexicon.NUMBERS
     sentences = [f"{owner} had {words[counts[0]]} {noun}."]
-    sentences += [_change(world, owner, other, before, after) for before, after in itertools.pairwise(counts)]
-    answer = f"{owner.He} has {words[counts[-1]]}."
-    return Sum(" ".join(sentences), Question(f"How many {noun} does {owner} have?", answer), counts, owner.name)
+    for other, (before, after) in zip(others, itertools.pairwise(counts), strict=True):
+        templates = _GAINS if after > before else _LOSSES
+        sentences.append(world.say(templates, a=owner, b=other, y=words[abs(after - before)]))
+    question = Question(f"How many {noun} does {owner} have?", f"{owner.He} has {words[counts[-1]]}.")
+    return Sum(" ".join(sentences), question, counts, tuple(person.name for person in world.cast))
 
 
 def is_held_out(counts: tuple[int, ...]) -> bool:
@@ -111,8 +114,3 @@ def _counts(chooser: Chooser, num_steps: int) -> tuple[int, ...]:
     for _ in range(num_steps):
         counts.append(chooser.pick([count for count in range(1, MOST + 1) if count != counts[-1]]))
     return tuple(counts)
-
-
-def _change(world: World, owner: Person, other: Person, before: int, after: int) -> str:
-    templates = _GAINS if after > before else _LOSSES
-    return world.say(templates, a=owner, b=other, y=lexicon.NUMBERS[abs(after - before)])

@@ -14,7 +14,7 @@ from paged_infer.bench.load import EngineSystem
 from paged_infer.bench.speed.step_spans import cuda_busy_s
 from paged_infer.bench.workloads import Workload
 from paged_infer.engine.engine import LLMEngine
-from paged_infer.simulation.lengths import RequestLengths
+from paged_infer.simulation.workloads import WorkloadRequest
 
 BUSY_STEPS = 30
 
@@ -24,7 +24,7 @@ def serving(engine: LLMEngine, workload: Workload) -> Iterator[None]:
     """Every request of ``workload`` is submitted at the start of the block; at its end, what is left is aborted."""
     server = EngineSystem(engine, workload=workload)
     for prompt, params in zip(workload.prompts, workload.params, strict=True):
-        server.submit(RequestLengths(len(prompt), params.max_tokens or 0))
+        server.submit(WorkloadRequest(0.0, len(prompt), params.max_tokens or 0))
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ class _DiffersError(Exception):
 
 
 class _Attempt(Chooser):
-    """Draws the options numbered by ``path`` and then first ones, of those whose words are in the lines to write next."""
+    """Draws the options numbered by ``path``, then first ones, of those whose words are in the lines to write next."""
 
     def __init__(self, text: str, path: list[int]) -> None:
         super().__init__(lambda: 0.0)

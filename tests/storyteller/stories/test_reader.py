@@ -1,4 +1,4 @@
-"""Claims about the grammar read backwards: it finds the draws of every story, and the line at which a text goes wrong."""
+"""The grammar read backwards: it finds the draws of every story, and the line at which a text goes wrong."""
 
 import re
 
@@ -49,7 +49,9 @@ def test_a_change_is_noticed_in_the_line_where_it_stands(pattern, wrong):
     assert said == number or (found[0][:2] in ("A:", "\nA") and said == number - 1)  # a question is two lines
 
 
-@pytest.mark.parametrize("text", ["", "Once", "A story about Mia and a red key.\n", "A tale about Mia and a red key.\n"])
+@pytest.mark.parametrize(
+    "text", ["", "Once", "A story about Mia and a red key.\n", "A tale about Mia and a red key.\n"]
+)
 def test_what_is_no_story_is_refused(text):
     with pytest.raises(ValueError, match="is not one of the grammar's"):
         read(text)

@@ -26,6 +26,7 @@ BASELINE_COLOURS = {
 }
 INK, FAINT = "#22303c", "#d9dee5"
 DPI = 100
+SHARPNESS = 2  # of files: dots for each dot of the picture's size, for screens that have as many
 
 
 class Picture(Figure):
@@ -34,7 +35,7 @@ class Picture(Figure):
     def save(self, path: Path) -> None:
         """Write a PNG, creating its folder if necessary."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._repr_png_())
+        path.write_bytes(self.png(SHARPNESS))
 
     def png(self, sharpness: int = 1) -> bytes:
         """The picture as a PNG; ``sharpness``: dots for each dot of its size."""

@@ -10,7 +10,7 @@ from watched import boxes, colours, crowd, family, texts, uneven, watch
 
 from paged_infer.control.trace import Trace
 from paged_infer.viz.sequence_lives import OWNER_COLOURS, owner_colour, sequence_lives, sequence_names
-from paged_infer.viz.style import DPI
+from paged_infer.viz.style import DPI, SHARPNESS
 from paged_infer.viz.timeline import LOOKS, draw_timeline, timeline_figure
 
 TIGHT = {"num_blocks": 9, "block_size": 4, "budget": 12}
@@ -186,7 +186,7 @@ def test_nothing_is_printed_and_no_window_is_needed(capfd, tmp_path):
     assert capfd.readouterr() == ("", "")
     assert (tmp_path / "timeline.png").stat().st_size < 60_000
     width = int.from_bytes((tmp_path / "timeline.png").read_bytes()[16:20], "big")
-    assert width == int(7.4 * DPI)
+    assert width == int(7.4 * DPI * SHARPNESS)
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
 

@@ -101,7 +101,8 @@ def parallel_figure(report: ParallelReport) -> Picture:
         link.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         link.axvline(1e6 * report.sum_s, color=ORANGE, linewidth=1.5)
         link.text(0.9e6 * report.sum_s, 1.6, "a sum\nhere", ha="right", fontsize=8, color=INK)
-    link.set(xscale="log", ylim=(0, 2.1), xlabel="microseconds of a sum")
+    link.set(xscale="log", ylim=(0, 2.1))
+    link.set_xlabel("microseconds of a sum", fontsize=8, color=INK)
     of_routings = report.routings.items()
     waits = {label: {name: 1e3 * getattr(of.ttft_s, p) for name, of in of_routings} for label, p in WAITS.items()}
     _bars(firsts, waits if report.routings else {})
@@ -121,5 +122,5 @@ def _bars(axes: Axes, groups: dict[str, dict[str, float]]) -> None:
         )
         axes.set_xticks(range(len(heights)), [name.replace("_", "\n") for name in heights])
     if groups:
-        axes.margins(y=0.3)
-        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        axes.set_ylim(top=1.35 * max(max(heights.values()) for heights in groups.values()))  # room for the legend
+        axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(groups), columnspacing=1.0)

@@ -16,7 +16,7 @@ from paged_infer.bench.tables import print_table
 from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture, tidy_axes
 
 GIB = 2**30
-LEFT_BITS, NEAR_BITS, AWAY_BITS, LINE = 6.0, 1.5, 0.55, 0.17  # names in the picture; LINE: decades between two
+LEFT_BITS, NEAR_BITS, AWAY_BITS, LINE = 6.0, 1.5, 0.55, 0.22  # names in the picture; LINE: decades between two
 _MARKS = {"rtn": "o", "awq": "s", "gptq": "^", "smoothquant": "D", "llama.cpp": "X"}
 _COLOURS = [BASELINE_COLOURS[name] for name in ("naive", "cached", "static", "paged", "nano-vllm", "transformers")]
 

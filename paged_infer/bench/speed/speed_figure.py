@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, n
 CLOSED, OPEN = BASELINE_COLOURS["paged"], BASELINE_COLOURS["cached"]
 METHOD_COLOURS = [BASELINE_COLOURS[name] for name in ("paged", "cached", "static", "naive")]
 MIB = 2**20
+NEAR = 0.12  # log of the ratio of two heights whose labels would overlap
 
 
 def speed_figure(report: SpeedReport) -> Picture:
@@ -95,14 +97,15 @@ def _rate_label(metrics: Metrics) -> str:
 
 
 def _first_runs(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
-    """The settled latency solid, what the first run took above it in outline."""
-    names = [entry.name for entry in entries]
+    """The settled latency solid, and below it, hatched, what the first run took."""
+    places = range(len(entries))
     first = [1e3 * entry.first.seconds if entry.first else 0.0 for entry in entries]
     settled = [1e3 * entry.metrics.seconds for entry in entries]
-    axes.barh(names, first, color="white", edgecolor=colours, hatch="////")
-    axes.barh(names, settled, color=colours)
-    for name, later, one in zip(names, settled, first, strict=True):
-        _annotate(axes, max(later, one), name, f"{later:,.0f}, first run {one:,.0f}")
+    axes.barh([place - 0.16 for place in places], settled, 0.46, color=colours)
+    axes.barh([place + 0.24 for place in places], first, 0.3, color="white", edgecolor=colours, hatch="////")
+    for place, later, one in zip(places, settled, first, strict=True):
+        _annotate(axes, later, place - 0.16, f"{later:,.0f}")
+        _annotate(axes, one, place + 0.24, f"{one:,.0f}")
 
 
 def _first_tokens(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
@@ -116,8 +119,8 @@ def _first_tokens(axes: Axes, entries: list[Entry], colours: list[str]) -> None:
         _annotate(axes, worst, entry.name, f"{middle:,.0f}, p99 {worst:,.0f}" if ttft else "not reported")
 
 
-def _annotate(axes: Axes, end: float, name: str, words: str) -> None:
-    axes.annotate(words, (end, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
+def _annotate(axes: Axes, end: float, place: str | float, words: str) -> None:
+    axes.annotate(words, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
 
 
 def _load_figure(report: SpeedReport) -> Picture:
@@ -145,12 +148,18 @@ def _load_figure(report: SpeedReport) -> Picture:
 
 
 def _lines(axes: Axes, places: list[int], times: list[Percentiles | None], colour: str) -> None:
-    """p50 as a line, p90 and p99 fainter above it."""
+    """p50 as a line, p90 and p99 fainter above it; lines that end at one place share a label."""
+    ends: dict[tuple[float, float], list[str]] = {}
     for name, alpha in (("p50", 1.0), ("p90", 0.6), ("p99", 0.35)):
         known = [(x, 1e3 * getattr(t, name)) for x, t in zip(places, times, strict=True) if t is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=colour, alpha=alpha, markersize=4, linewidth=1.4)
-            axes.annotate(name, known[-1], (4, 0), textcoords="offset points", fontsize=7.5, va="center", color=INK)
+            x, y = known[-1]
+            near = next((end for end in ends if abs(math.log(end[1] / y)) < NEAR), (x, y))
+            ends.setdefault(near, []).append(name)
+    for end, names in ends.items():
+        words = ", ".join(names)
+        axes.annotate(words, end, (4, 0), textcoords="offset points", fontsize=7.5, va="center", color=INK)
 
 
 def _speculation_figure(report: SpeedReport) -> Picture:

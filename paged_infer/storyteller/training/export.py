@@ -16,6 +16,9 @@ from paged_infer.storyteller.training.vocabulary import save_tokenizer
 TIED = "lm_head.weight"  # to the embedding, so it is not stored
 
 
+BLUE, ORANGE, INK = "#2f6f9f", "#e0a458", "#22303c"  # of viz.style, which is above this room
+
+
 def export(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, tensors: dict[str, torch.Tensor] | None = None
 ) -> None:
@@ -56,15 +59,21 @@ def plot(log: list[dict[str, float]], path: Path) -> None:
 
     millions = [entry["tokens"] / 1e6 for entry in log]
     with plt.style.context("default"):
-        figure, left = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained")
-        left.plot(millions, [entry["loss"] for entry in log], color="tab:blue")
-        left.set(xlabel="tokens trained on (millions)", yscale="log", xlim=(0, None))
-        left.set_ylabel("loss (nats per token)", color="tab:blue")
+        figure, left = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained", facecolor="white")
+        left.plot(millions, [entry["loss"] for entry in log], color=BLUE)
+        left.set(yscale="log", xlim=(0, None))
+        left.set_yticks([0.3, 1, 3], ["0.3", "1", "3"])
+        left.minorticks_off()
+        left.set_ylabel("loss (nats per token)", color=BLUE, fontsize=9)
+        left.set_xlabel("tokens trained on (millions)", fontsize=9)
         right = left.twinx()
-        right.plot(millions, [100 * entry["recall"] for entry in log], color="tab:orange")
+        right.plot(millions, [100 * entry["recall"] for entry in log], color=ORANGE)
         right.set_ylim(0, 102)
-        right.set_ylabel("answers right (%)", color="tab:orange")
-        left.set_title("Training the storyteller")
-        left.grid(alpha=0.3)
-        figure.savefig(path)
+        right.set_ylabel("answers right (%)", color=ORANGE, fontsize=9)
+        for axes in (left, right):
+            axes.spines[["top", "left", "right"]].set_visible(False)
+            axes.tick_params(length=0, labelsize=8.5)
+        left.set_title("the storyteller: loss, and questions of unseen stories", fontsize=9.5, color=INK)
+        left.grid(color="#d9dee5", linewidth=0.8)
+        figure.savefig(path, dpi=200)
         plt.close(figure)

@@ -128,8 +128,7 @@ class SamplingParams(_Checks):
         presence_penalty: subtracted once from the logit of every token that the output holds.
         frequency_penalty: subtracted once for each time the output holds the token.
         logit_bias: token id -> what is added to its logit, within [-100, 100].
-        seed: the request's own seed. With None or -1, the engine derives one from its own seed and the request's
-            number.
+        seed: of the request; with None or -1, the engine derives one from its own and the request's number.
         max_tokens: the most tokens to generate; None means as many as ``max_model_len`` leaves.
         min_tokens: no end-of-sequence token, stop token or stop string is honoured before this many tokens.
         stop: strings that end the output; the text ends before the first of them. A str is one stop string.
@@ -140,13 +139,12 @@ class SamplingParams(_Checks):
         logprobs: for each output token, return the log-probabilities of this many top tokens and of the
             token itself.
         prompt_logprobs: the same for each prompt token except the first.
-        truncate_prompt_tokens: keep only the last k tokens of the prompt; -1 keeps as many as the
-            context allows.
+        truncate_prompt_tokens: keep only the last k tokens of the prompt; -1: as many as the context allows.
         structured_outputs: a grammar that the output follows. A sample ends with finish_reason "stop" when it is
             complete; if ``max_tokens`` comes first, with "length", in the middle of it. Not with ``min_tokens`` or
             ``ignore_eos``: the grammar decides where a sample ends. Reasoning comes before it, unconstrained.
         thinking_token_budget: the most tokens of reasoning; then ``</think>`` is forced, in as many tokens as it takes.
-            Needs the engine's option ``reasoning_parser``. 0 ends the reasoning at once.
+            Needs the engine's option ``reasoning_parser``. 0 ends it at once; None and -1 set no limit.
 
     ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
     may be numpy or torch scalars; they are kept as int and float.
@@ -187,12 +185,14 @@ class SamplingParams(_Checks):
         self._check_number("repetition_penalty", 0.0, None, open_low=True)
         self._check_number("presence_penalty", -2.0, 2.0)
         self._check_number("frequency_penalty", -2.0, 2.0)
-        if self.seed is not None:
-            self._check_integer("seed", -(2**63), 2**63 - 1)
-            self._keep("seed", None if self.seed == -1 else self.seed)
+        self._check_integer("seed", -(2**63), 2**63 - 1, optional=True)
+        self._check_integer("thinking_token_budget", -1, optional=True)
+        for name in ("seed", "thinking_token_budget"):
+            if getattr(self, name) == -1:
+                self._keep(name, None)
         self._check_integer("max_tokens", 1, optional=True)
         self._check_integer("min_tokens", 0, self.max_tokens)
-        for name in ("logprobs", "prompt_logprobs", "thinking_token_budget"):
+        for name in ("logprobs", "prompt_logprobs"):
             self._check_integer(name, 0, optional=True)
         self._check_integer("truncate_prompt_tokens", -1, optional=True)
         if self.truncate_prompt_tokens == 0:

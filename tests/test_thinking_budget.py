@@ -233,8 +233,9 @@ def test_what_cannot_be_served_is_refused_by_name(told: LLM, checkpoint: Any) ->
         LLM(reasoning_parser="r1")
     with pytest.raises(ValueError, match="reasoning_parser='qwen3' needs text, but this checkpoint has no tokenizer"):
         LLM(checkpoint("qwen3"), reasoning_parser="qwen3", num_blocks=20)
-    for wrong in (-1, 1.5, "5"):
-        with pytest.raises(ValueError, match=f"thinking_token_budget={wrong!r}: must be an integer >= 0"):
+    assert SamplingParams(thinking_token_budget=-1).thinking_token_budget is None
+    for wrong in (-2, 1.5, "5"):
+        with pytest.raises(ValueError, match=f"thinking_token_budget={wrong!r}: must be an integer >= -1"):
             SamplingParams(thinking_token_budget=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="thinking_token_budget=3: needs the engine's option reasoning_parser"):
         make(reasoning_parser=None).generate(PROMPTS[0], asked(budget=3), use_tqdm=False)
@@ -259,7 +260,7 @@ def test_the_markers_of_qwen3_are_found_as_one_token(text_checkpoint: Path, tmp_
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.save_pretrained(folder)
     llm = LLM(folder, num_blocks=100, reasoning_parser="qwen3")
-    (end,) = llm.engine.input_processor._reasoning.rest_of_end(0)  # type: ignore[union-attr]
+    (end,) = llm.engine.input_processor.reasoning_parser.rest_of_end(0)  # type: ignore[union-attr]
     assert end == len(tokenizer) - 1
     params = asked(20, 1.0, 5, seed=1, choice=["yes", "no"])
     for prompt, begins in (("ab<think>", True), ("ab<think></think>", False), ("ab<think></think>cd<think>\n", True)):

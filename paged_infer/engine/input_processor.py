@@ -47,7 +47,7 @@ class InputProcessor:
         self._clock, self._is_sent = clock, is_sent
         self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
         self._grammars = GrammarCache(tokenizer, model.vocab_size, model.eos_token_ids)
-        self._reasoning = self._reasoning_parser(config.reasoning_parser)
+        self.reasoning_parser = self._make_reasoning_parser(config.reasoning_parser)
         self._num_requests = 0
         self._num_sequences = 0
 
@@ -105,7 +105,7 @@ class InputProcessor:
 
     def _new_matcher(self, request: Request) -> Callable[[], Matcher | None]:
         """Makes the matcher of each sequence. Beams have none: they are not sampled."""
-        asked, parser = request.params.structured_outputs, self._reasoning
+        asked, parser = request.params.structured_outputs, self.reasoning_parser
         grammar = None if asked is None else self._grammars.get(asked)
         if parser is None or request.beam_params is not None:
             return (lambda: None) if grammar is None else grammar.matcher
@@ -113,7 +113,7 @@ class InputProcessor:
         inner = None if grammar is None else grammar.matcher
         return lambda: ReasoningMatcher(parser, first, inner, budget)
 
-    def _reasoning_parser(self, name: str | None) -> ReasoningParser | None:
+    def _make_reasoning_parser(self, name: str | None) -> ReasoningParser | None:
         if name is None:
             return None
         if self.tokenizer is None:
@@ -124,13 +124,13 @@ class InputProcessor:
         budget = params.thinking_token_budget
         if budget is None:
             return
-        if self._reasoning is None:
+        if self.reasoning_parser is None:
             raise ValueError(f"thinking_token_budget={budget}: needs the engine's option reasoning_parser")
         ends = {*params.stop_token_ids, *self.model.eos_token_ids}
-        if params.min_tokens and not ends.isdisjoint(self._reasoning.rest_of_end(0)):
+        if params.min_tokens and not ends.isdisjoint(self.reasoning_parser.rest_of_end(0)):
             raise ValueError(
                 f"thinking_token_budget={budget} with min_tokens={params.min_tokens}: stop_token_ids has a token of "
-                f"{self._reasoning.end.decode()}, which then could not be forced"
+                f"{self.reasoning_parser.end.decode()}, which then could not be forced"
             )
 
     def _check_drafts(self, params: SamplingParams) -> None:

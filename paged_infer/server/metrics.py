@@ -19,6 +19,7 @@ from paged_infer.outputs import RequestOutput
 
 M = TypeVar("M", Counter, Histogram)
 LABELS = ("model_name", "engine")
+OURS = "paged_infer"
 GAPS = "inter_token_latency_seconds"
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -73,6 +74,15 @@ class Metrics:
         self._gap = self._each(self._gap_family)
         self._tpot = histogram("request_time_per_output_token_seconds", "Mean gap between its tokens.", TPOT_S)
         self._latency = histogram("e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_S)
+        self._reasoning_time = self._each(
+            self._family("time_to_reasoning_end_seconds", "From arrival to the end of reasoning.", LATENCY_S, OURS)
+        )
+        self._ttfc = self._each(
+            self._family("time_to_first_content_token_seconds", "Arrival to first content token.", LATENCY_S, OURS)
+        )
+        self._reasoning_length = self._each(
+            self._family("request_reasoning_tokens", "Reasoning tokens of an answer.", TOKENS, OURS)
+        )
         self._queue_time = histogram("request_queue_time_seconds", "From arrival to its first step.", LATENCY_S)
         self._prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", LATENCY_S)
         self._decode_time = histogram("request_decode_time_seconds", "First token to last token.", LATENCY_S)
@@ -101,8 +111,8 @@ class Metrics:
         """The metric of each replica."""
         return [family.labels(*labels) for labels in self._labels]
 
-    def _family(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry)
+    def _family(self, name: str, text: str, buckets: tuple[float, ...], whose: str = "vllm") -> Histogram:
+        return Histogram(f"{whose}:{name}", text, LABELS, buckets=buckets, registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape: metrics that are read from the engine."""
@@ -171,6 +181,8 @@ class Metrics:
         for one in output.outputs:
             self._success.labels(*self._labels[i], one.finish_reason).inc()
             self._output_length[i].observe(len(one.token_ids))
+            if one.num_reasoning_tokens is not None:
+                self._reasoning_length[i].observe(one.num_reasoning_tokens)
         self._prompt_length[i].observe(len(output.prompt_token_ids))
         self._longest_output[i].observe(max(len(one.token_ids) for one in output.outputs))
         metrics = output.metrics
@@ -184,7 +196,11 @@ class Metrics:
             self._prefill_time[i].observe(first_s - scheduled_s)
             self._decode_time[i].observe(end_s - first_s)
             self._inference_time[i].observe(end_s - scheduled_s)
-        if metrics.latency is not None:
-            self._latency[i].observe(metrics.latency)
-        if metrics.tpot is not None:
-            self._tpot[i].observe(metrics.tpot)
+        for family, seconds in (
+            (self._latency, metrics.latency),
+            (self._tpot, metrics.tpot),
+            (self._reasoning_time, metrics.reasoning_time),
+            (self._ttfc, metrics.ttfc),
+        ):
+            if seconds is not None:
+                family[i].observe(seconds)

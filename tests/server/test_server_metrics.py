@@ -106,6 +106,28 @@ def test_each_time_is_counted_to_the_part_in_which_it_passed(storyteller) -> Non
     assert sums == {"queue": 2.0, "prefill": 0.5, "decode": 4.5, "inference": 5.0}
 
 
+def test_a_budget_of_reasoning_is_served_and_its_clocks_are_metrics() -> None:
+    clocks = ("time_to_reasoning_end_seconds", "time_to_first_content_token_seconds")
+    with serving(max_num_seqs=8, num_blocks=64, reasoning_parser="deepseek_r1") as served:
+        for budget in (0, 5):
+            body = {"prompt": "Once", "max_tokens": 20, "temperature": 0, "thinking_token_budget": budget}
+            text = served.complete(**body)["choices"][0]["text"]
+            assert "</think>" in text and text.startswith("</think>") == (budget == 0)
+        served.complete(prompt="Once", max_tokens=9, temperature=0, thinking_token_budget=-1)  # ends in its reasoning
+        served.check_idle()
+        now = {name.removeprefix("paged_infer:"): value for name, value in samples(served).items()}
+        assert now["request_reasoning_tokens_sum"] == 5 + (5 + 5) + 9  # the marker takes five tokens
+        assert [now[f"{clock}_count"] for clock in clocks] == [2, 2]
+        assert now["time_to_first_token_seconds_count"] == 3
+        assert 0 < now[f"{clocks[0]}_sum"] < now[f"{clocks[1]}_sum"] < now["e2e_request_latency_seconds_sum"]
+    with serving(max_num_seqs=1, num_blocks=64) as served:
+        refused = served.post("/v1/completions", prompt="Once", thinking_token_budget=3)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "thinking_token_budget"
+        served.complete(prompt="Once", max_tokens=2)
+        served.check_idle()
+        assert samples(served)[f"paged_infer:{clocks[1]}_count"] == 0
+
+
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_preemptions_are_counted(mode: str) -> None:
     options = {"preemption_mode": mode, "max_num_seqs": 8, "num_blocks": 10, "block_size": 4, "max_model_len": 40}

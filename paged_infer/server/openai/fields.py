@@ -80,7 +80,6 @@ REFUSED = {
     "stream_interval": Refused("a stream sends a chunk whenever an answer has grown", (1,)),
     "structured_outputs": Refused(_GRAMMAR),
     "suffix": Refused("a prompt is continued; infilling is not supported", ("",)),
-    "thinking_token_budget": Refused("reasoning is not separated from the answer", (-1,)),
     "tool_choice": Refused(TOOLS, ("none",)),
     "tools": Refused(TOOLS, ([],)),
     "truncation_side": Refused("truncate_prompt_tokens keeps the end of the prompt", ("left",)),

@@ -22,7 +22,7 @@ MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_ID_LENGTH = 16, 256, 20, 256
 
 _SAMPLING = (
     "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens stop "
-    "stop_token_ids ignore_eos truncate_prompt_tokens"
+    "stop_token_ids ignore_eos truncate_prompt_tokens thinking_token_budget"
 ).split()
 _BEAM_SEARCH = {"n", "min_tokens", "stop_token_ids", "ignore_eos"}  # those that a beam search supports
 
@@ -76,6 +76,9 @@ class SamplingFields(StrictModel):
     stop_token_ids: ListOf[int] | None = None
     ignore_eos: bool | None = None
     truncate_prompt_tokens: int | None = within(-1)
+    thinking_token_budget: int | None = within(
+        -1, description="The most tokens of reasoning; needs `--reasoning-parser`. -1 means no limit."
+    )
     cache_salt: str | None = Field(None, description="Cached blocks are shared with the same salt only.")
     use_beam_search: bool | None = Field(None, description="Search with `n` beams instead of sampling.")
     length_penalty: float | None = within(-10, 10)

@@ -8,6 +8,7 @@ async with AsyncLLM() as engine:
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import threading
 import weakref
@@ -18,14 +19,16 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from paged_infer import storyteller
-from paged_infer.config import EngineConfig, EngineOptions, lists_options
+from paged_infer.config import EngineConfig, EngineOptions, check_names, lists_options
 from paged_infer.control.trace import Trace
-from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.engine_thread import EngineThread, QueueFullError
-from paged_infer.engine.input_processor import Params, Prompt
+from paged_infer.engine.input_processor import Params
 from paged_infer.engine.output_channel import OutputChannel
+from paged_infer.engine.prompts import Prompt, plain_prompt
 from paged_infer.engine.replicas import Replicas
+from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.routing import LEAST_LOADED, ROUTINGS
 from paged_infer.engine.start_processes import start_processes
 from paged_infer.engine.text_queue import TextQueue
@@ -89,6 +92,7 @@ class AsyncLLM:
         data_parallel_routing: str | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
+        check_names(options, inspect.signature(AsyncLLM).parameters)
         limit = as_integer(max_num_waiting)
         if limit is None or limit < 1:
             raise ValueError(f"max_num_waiting={max_num_waiting!r}: must be an integer >= 1")
@@ -196,7 +200,8 @@ class AsyncLLM:
         Closing the generator, or cancelling the task that iterates over it, aborts the request and frees its blocks.
 
         Args:
-            prompt: a text or token ids: a list, or a 1-D array or tensor of integers.
+            prompt: a text, token ids (a list, or a 1-D array or tensor of integers), or a dict with either; see
+                ``engine.prompts``.
             params: ``SamplingParams``, or ``BeamSearchParams``: a beam search yields its final output only.
             request_id: must differ from that of every other unfinished request. None: the engine chooses one.
             stream: yield after every token (a slow reader skips some); False: only the final output, at less cost.
@@ -228,6 +233,7 @@ class AsyncLLM:
         The caller must ``close`` the returned stream.
         """
         params = SamplingParams() if params is None else params
+        prompt = plain_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str) and self.tokenizer is not None:
             if isinstance(params, BeamSearchParams) or params.truncate_prompt_tokens is None:

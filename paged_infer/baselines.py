@@ -21,8 +21,8 @@ from paged_infer.cache.none import NoCache
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.step_entries import sampling_row
-from paged_infer.engine.input_processor import Prompt
 from paged_infer.engine.kv_usage import KVUsage
+from paged_infer.engine.prompts import Prompt
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.llm import LLM
 from paged_infer.outputs import RequestOutput, TokenLogprobs

@@ -307,6 +307,17 @@ def weight_rows(llm: LLM) -> dict[str, str]:
     }
 
 
+def attention_row(llm: LLM) -> str:
+    """The attention backend; why it is a slow one, or that "auto" would take another."""
+    from paged_infer.kernels.attention_backends import fastest_backend
+
+    name, reason = llm.engine.attention_backend
+    fastest = fastest_backend(llm.engine.device)
+    if reason is not None:
+        return f"{name}, which is slower: {reason}"
+    return name if name == fastest else f'{name}, as asked for; "auto" takes {fastest}'
+
+
 def info_table(llm: LLM) -> Table:
     """The model and its memory, each number with its formula."""
     from rich.table import Table
@@ -321,6 +332,7 @@ def info_table(llm: LLM) -> Table:
         "machine": machine_line(describe_machine()),
         "model": f"{llm.name} ({config.family}), {str(engine.decoder.dtype).removeprefix('torch.')} on {engine.device}",
         **weight_rows(llm),
+        "attention": attention_row(llm),
         "KV bytes per token": f"{_kv_product(config, memory, item_bytes)} = {memory.kv_bytes_per_token:,}",
         "block": f"{memory.block_size} tokens x {memory.kv_bytes_per_token:,} bytes = {block_bytes:,} bytes",
         "pool": f"{memory.num_blocks:,} blocks = {pool_tokens:,} tokens = {memory.pool_bytes / MIB:,.1f} MiB",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar, Unpack, cast
 
@@ -12,6 +12,8 @@ from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.reasoning import REASONING_PARSERS
 from paged_infer.control.scheduler import PREEMPTION_MODES
 from paged_infer.control.speculation import SpeculativeConfig
+from paged_infer.params import SamplingParams
+from paged_infer.suggestions import unknown_names
 from paged_infer.values import Checked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -140,11 +142,14 @@ class EngineConfig(Checked):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._keep("dtype", str(self.dtype).removeprefix("torch."))
+        for name in ("dtype", "device"):  # of torch, too
+            if type(value := getattr(self, name)).__module__ == "torch":
+                self._keep(name, str(value).removeprefix("torch."))
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
         self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
+        self._check_device_and_backend()
         if self.quantization is not None:
             self._check_choice("quantization", QUANTIZATIONS)
         for name in ("block_size", "max_num_seqs"):
@@ -169,6 +174,14 @@ class EngineConfig(Checked):
             self._check_choice("reasoning_parser", tuple(REASONING_PARSERS))
         self._check_ranks()
         self._check_integer("seed", -(2**63), 2**63 - 1)
+
+    def _check_device_and_backend(self) -> None:
+        if not isinstance(self.device, str):
+            raise self._refuse("device", "must be a str: auto, cpu, cuda, or cuda:N for one of several GPUs")
+        if callable(self.attention_backend):
+            raise self._refuse("attention_backend", "must be a name; @register_attention_backend(NAME) gives it one")
+        if not isinstance(self.attention_backend, str):
+            raise self._refuse("attention_backend", "must be the name of a backend, or module:function")
 
     def _check_ranks(self) -> None:
         self._check_integer("tensor_parallel_size", 1)
@@ -206,11 +219,21 @@ class EngineConfig(Checked):
     @classmethod
     def from_options(cls, **options: Unpack[EngineOptions]) -> EngineConfig:
         """Raises TypeError for an unknown option; the message lists the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        check_names(options)
         return cls(**options)
+
+
+def check_names(options: Iterable[str], known: Collection[str] = ()) -> None:
+    """Raises TypeError unless each is one of ``known``, or, if that is empty, a field of ``EngineConfig``."""
+    known = known or [field.name for field in dataclasses.fields(EngineConfig)]
+    if unknown := [name for name in options if name not in known]:
+        message = unknown_names("unknown option", unknown, known)
+        params = {field.name for field in dataclasses.fields(SamplingParams)} - {*known}
+        if strays := [name for name in unknown if name in params]:
+            message = (
+                f"{', '.join(strays)}: a parameter of SamplingParams, for generate(), and not an option; {message}"
+            )
+        raise TypeError(message)
 
 
 F = TypeVar("F", bound=Callable[..., Any])

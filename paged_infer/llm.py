@@ -7,20 +7,21 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
-from paged_infer import storyteller
-from paged_infer.config import EngineConfig, EngineOptions, lists_options
+from paged_infer.config import EngineOptions, lists_options
 from paged_infer.control.request import Request
 from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine import LLMEngine
-from paged_infer.engine.input_processor import Params, Prompt
-from paged_infer.model.loading.hub import BUNDLED, name_of, resolve_model
+from paged_infer.engine.input_processor import Params
+from paged_infer.engine.progress import Progress
+from paged_infer.engine.prompts import Prompt, pair_prompts
+from paged_infer.engine.request_states import StepReport
+from paged_infer.model.loading.hub import BUNDLED
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer
-from paged_infer.values import as_integer, as_token_ids
 
 
 class LLM:
@@ -45,11 +46,8 @@ class LLM:
 
     @lists_options
     def __init__(self, model: str | Path | None = None, **options: Unpack[EngineOptions]) -> None:
-        config = EngineConfig.from_options(**options)
-        model = storyteller.PATH if model is None else model
-        self.folder = resolve_model(model)
-        self._name = name_of(model, self.folder)
-        self.engine = LLMEngine(self.folder, config)
+        self.engine = LLMEngine(model, **options)
+        self.folder = self.engine.folder
         self._num_requests = 0
         self._latest_outputs: dict[str, RequestOutput] = {}  # the latest output of each unfinished call's requests
         # Generators, perhaps already collected, and their requests.
@@ -57,15 +55,24 @@ class LLM:
         self._lock = threading.RLock()  # held by the thread that steps the engine
         self._is_stepping = False
 
+    def __repr__(self) -> str:
+        return f"<LLM {self.engine.summary}>"
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None if the checkpoint has none; then prompts must be token ids."""
         return self.engine.tokenizer
 
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer: ``encode``, ``decode``, ``apply_chat_template``. Raises ValueError if there is none."""
+        if self.tokenizer is None:
+            raise ValueError(f"model {self.name!r} has no tokenizer: prompts must be token ids")
+        return self.tokenizer
+
     @property
     def name(self) -> str:
         """The model's name: a bundled model's, the hub id that was given, or the name of its folder or file."""
-        return self._name
+        return self.engine.name
 
     @property
     def is_storyteller(self) -> bool:
@@ -83,9 +90,10 @@ class LLM:
         """Complete each prompt; outputs in the order of the prompts.
 
         Args:
-            prompts: a text, token ids (a list, or a 1-D array or tensor of integers), or a list of either.
+            prompts: a text, token ids (a list, or a 1-D array or tensor of integers), ``{"prompt": text}``,
+                ``{"prompt_token_ids": ids}``, or a list of these.
             sampling_params: one for all prompts, or a list with one for each; None is ``SamplingParams()``.
-            use_tqdm: show a progress bar.
+            use_tqdm: show a progress bar, in a terminal or a notebook.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
 
         Raises:
@@ -127,12 +135,13 @@ class LLM:
         try:
             for request in requests:
                 self.engine.submit(request)
-            with _progress(len(requests), use_tqdm) as bar:
+            with Progress(len(requests), use_tqdm) as bar:
                 pending = {request.request_id for request in requests}
                 while pending:
-                    done = pending & {output.request_id for output in self._step()}
+                    report = self._step()
+                    done = pending & {output.request_id for output in report.outputs}
                     pending -= done
-                    bar.update(len(done))
+                    bar.update(len(done), len(report.grown))
             return [self._latest_outputs[request.request_id] for request in requests]
         finally:  # after an interrupt or a failed step, too
             self._drop(requests)
@@ -172,15 +181,15 @@ class LLM:
                 if interrupt.came:  # it is handled at the end of this block, and a second one may follow
                     self._drop([request])
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self) -> StepReport:
         """One engine step. A stream and a ``generate`` may overlap, so its outputs are kept for their own callers."""
         self._is_stepping = True
         try:
-            outputs = self.engine.step().outputs
+            report = self.engine.step()
         finally:
             self._is_stepping = False
-        self._latest_outputs.update((output.request_id, output) for output in outputs)
-        return outputs
+        self._latest_outputs.update((output.request_id, output) for output in report.outputs)
+        return report
 
     def _drop(self, requests: list[Request]) -> None:
         with self._lock, defer_sigint():
@@ -263,39 +272,3 @@ class LLM:
                 raise ValueError(f"prompt {index}: {error}") from None
         self._num_requests += len(requests)
         return requests
-
-
-P = TypeVar("P", SamplingParams, BeamSearchParams)
-
-
-def pair_prompts(
-    prompts: Prompt | ReadOnlyList[Prompt], params: P | ReadOnlyList[P], kind: type[P]
-) -> list[tuple[Prompt, P]]:
-    """Each prompt with its parameters.
-
-    Raises:
-        ValueError: ``prompts`` is neither text nor a list, or the number of parameters is not that of the prompts.
-    """
-    if hasattr(prompts, "tolist"):  # an array or tensor
-        prompts = as_token_ids(prompts)  # type: ignore[arg-type]
-    if not isinstance(prompts, ReadOnlyList) or isinstance(prompts, (bytes, bytearray)):
-        found = type(prompts).__name__
-        raise ValueError(f"prompts must be a str, a list of token ids, or a list of either, not {found}")
-    is_single = isinstance(prompts, str) or (
-        len(prompts) > 0 and all(type(p) is int or as_integer(p) is not None for p in prompts)
-    )
-    each: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]
-    if isinstance(params, kind):
-        return [(prompt, params) for prompt in each]
-    name = "sampling_params" if kind is SamplingParams else "beam_search_params"
-    if not isinstance(params, ReadOnlyList) or not all(isinstance(one, kind) for one in params):
-        raise ValueError(f"{name}={params!r}: must be {kind.__name__}, or a list of them")
-    if len(params) != len(each):
-        raise ValueError(f"{len(params)} {name} for {len(each)} prompts: pass one for all, or one for each")
-    return list(zip(each, params, strict=True))
-
-
-def _progress(total: int, shown: bool):  # type: ignore[no-untyped-def]
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="requests", unit="req", disable=not shown)

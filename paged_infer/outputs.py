@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 from typing import NamedTuple
 
 
@@ -99,3 +100,20 @@ class RequestOutput:
     metrics: RequestMetrics
     finished: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None)
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks: the prompt, and each sample's or beam's text, number of tokens and end."""
+        prompt = f"{len(self.prompt_token_ids)} token ids" if self.prompt is None else _shortened(self.prompt)
+        seconds = [("first token", self.metrics.ttft), ("all", self.metrics.latency)]
+        times = [f"{what} after {time * 1000:,.0f} ms" for what, time in seconds if time is not None]
+        rows = [("", "prompt", prompt, f"{len(self.prompt_token_ids)} tokens", ", ".join(times))]
+        for one in self.outputs:
+            end = one.error or one.finish_reason or "unfinished"
+            rows.append((str(one.index), "output", _shortened(one.text), f"{len(one.token_ids)} tokens", end))
+        cells = ("".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in row) for row in rows)
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    """Its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from paged_infer.suggestions import suggests_names
 from paged_infer.values import Checked, as_integer, as_number, as_tuple, plain
 
 
@@ -31,6 +32,7 @@ class _Checks(Checked):
 BACKENDS = ("auto", "native", "xgrammar", "llguidance")
 
 
+@suggests_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams(_Checks):
     """What the output has to be: exactly one of four. Names and meanings are vLLM's.
@@ -109,6 +111,7 @@ class StructuredOutputsParams(_Checks):
         return json.dumps(value) if self.kind == "choice" else value
 
 
+@suggests_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(_Checks):
     """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
@@ -237,6 +240,7 @@ class SamplingParams(_Checks):
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+@suggests_names
 @dataclass(frozen=True, slots=True)
 class BeamSearchParams(_Checks):
     """How to search for the most probable continuations. Names and meanings are transformers'.

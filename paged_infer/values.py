@@ -121,6 +121,6 @@ class Checked:
 
     def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
         value = plain(getattr(self, name))
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"{self._prefix}{name}={value!r}: must be one of {', '.join(known)}")
         self._keep(name, value)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from paged_infer import AsyncLLM
-from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.request_states import StepReport
 
 LIMIT_S = 300.0  # ends a test that hangs; a passing one finishes long before, even on a slow and busy machine
 

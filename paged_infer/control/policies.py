@@ -135,7 +135,7 @@ def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
     Raises:
         ValueError: an unknown name, another object, or a delay factor that the policy would ignore.
     """
-    if policy == "prefill_first":
+    if isinstance(policy, str) and policy == "prefill_first":
         return PrefillFirst(delay_factor)
     if delay_factor != 0:
         raise ValueError(

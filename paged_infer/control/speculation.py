@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Protocol
 
 from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow
+from paged_infer.suggestions import unknown_names
 from paged_infer.values import Checked
 
 METHODS = ("ngram", "draft_model")
@@ -64,9 +65,10 @@ class SpeculativeConfig(Checked):
         if not isinstance(options, Mapping):
             raise ValueError(f"speculative_config={options!r}: must be a dict")
         known = [field.name for field in fields(cls)]
-        unknown = [str(name) for name in options if name not in known]
-        if unknown:
-            raise ValueError(f"speculative_config: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(unknown_names("speculative_config: unknown", unknown, known))
+        if (method := options.get("method")) is not None and method not in METHODS:
+            raise ValueError(f"speculative_config: method={method!r}: must be one of {', '.join(METHODS)}")
         missing = [name for name in ("method", "num_speculative_tokens") if options.get(name) is None]
         if missing:
             raise ValueError(f"speculative_config={dict(options)!r}: {' and '.join(missing)} missing")

@@ -7,68 +7,65 @@ InputProcessor.process
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ReadOnlyList
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Unpack, cast
 
 import torch
 
-from paged_infer.config import EngineConfig
+from paged_infer.config import EngineConfig, EngineOptions, lists_options
 from paged_infer.control.request import Request
-from paged_infer.control.sequence import Sequence
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.engine.build import build_parts
 from paged_infer.engine.defer_sigint import defer_sigint, interruptible
-from paged_infer.engine.input_processor import InputProcessor, Params, Prompt
+from paged_infer.engine.input_processor import InputProcessor, Params
 from paged_infer.engine.kv_usage import KVUsage
+from paged_infer.engine.prompts import Prompt
+from paged_infer.engine.request_states import RequestStates, StepReport
 from paged_infer.execution.executor import InProcessExecutor, RemoteStep, RunningStep
+from paged_infer.execution.loaded_models import dtype_of
+from paged_infer.kernels.attention_backends import BackendChoice, backend_choice
 from paged_infer.model.decoder import Decoder
-from paged_infer.outputs import RequestOutput, TokenLogprobs
-from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _RequestState:
-    """An unfinished request and what its caller will get."""
-
-    request: Request
-    completions: list[OutputProcessor]
-    streamed: bool
-    prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None)
-
-
-@dataclass(slots=True)
-class StepReport:
-    """What one step changed.
-
-    Attributes:
-        outputs: of requests that finished (or were aborted, for an observer), and of streamed ones with a new token.
-        grown: the sequences that got a token, once for each token.
-        now: when the step ended, in ``time.perf_counter`` seconds.
-        replica: which engine it was, where there are several (``engine.replicas``).
-    """
-
-    outputs: list[RequestOutput] = field(default_factory=list)
-    grown: list[Sequence] = field(default_factory=list)
-    now: float = 0.0
-    replica: int = 0
+from paged_infer.model.loading.hub import name_of, resolve_model
+from paged_infer.outputs import RequestOutput
+from paged_infer.params import SamplingParams
 
 
 class LLMEngine:
-    """One model, one paged cache, any number of requests. Not thread-safe: one caller steps it."""
+    """One model, one paged cache, any number of requests. Not thread-safe: one caller steps it.
 
-    def __init__(self, folder: Path, config: EngineConfig) -> None:
-        """See ``build_parts``, errors included."""
-        self.config = config
-        self.tokenizer, self.model_config, self.memory, self.executor, self.scheduler = build_parts(folder, config)
+    >>> engine = LLMEngine()
+    >>> engine.add_request("a", "Once upon a time", SamplingParams(max_tokens=20))
+    >>> while engine.has_unfinished_requests:                                       # doctest: +SKIP
+    ...     for output in engine.step().outputs:
+    ...         print(output.outputs[0].text)
+
+    Args:
+        model: as ``LLM`` takes it.
+        config: the options, checked; or
+        options: the options by name; see ``help(paged_infer.config.EngineConfig)``.
+
+    Raises:
+        TypeError: an unknown option, or both a config and options.
+        ValueError: a model or an option that cannot be used; the message names the value and the limit.
+    """
+
+    @lists_options
+    def __init__(
+        self, model: str | Path | None = None, config: EngineConfig | None = None, **options: Unpack[EngineOptions]
+    ) -> None:
+        if config is not None and options:
+            raise TypeError(f"{', '.join(options)} and a config: pass one of the two")
+        self.config = config = EngineConfig.from_options(**options) if config is None else config
+        model = "storyteller" if model is None else model
+        self.folder = resolve_model(model)
+        self.name = name_of(
+            model, self.folder
+        )  # a bundled model's, the hub id that was given, or its folder's or file's
+        self.tokenizer, self.model_config, self.memory, self.executor, self.scheduler = build_parts(self.folder, config)
         self.manager = self.scheduler.manager
         self.usage = KVUsage()
         self.input_processor = InputProcessor(
@@ -83,7 +80,25 @@ class LLMEngine:
         by_default = self.device.type == "cuda" and config.speculation is None
         self._async_scheduling = by_default if config.async_scheduling is None else config.async_scheduling
         self._running: tuple[ScheduledStep, RunningStep] | None = None  # launched, its result not yet read
-        self._request_states: dict[str, _RequestState] = {}
+        self.requests = RequestStates(self.scheduler, self.tokenizer)
+
+    def __repr__(self) -> str:
+        return f"<LLMEngine {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """In one line: the model, its dtype and device, the attention backend, the pool."""
+        dtype = dtype_of(self.config.dtype, self.folder, self.device)
+        pool = f"{self.memory.num_blocks:,} blocks of {self.memory.block_size} tokens"
+        return (
+            f"{self.name!r} ({self.model_config.family}), {str(dtype).removeprefix('torch.')} on {self.device}, "
+            f"attention_backend={self.attention_backend.name!r}, {pool}"
+        )
+
+    @property
+    def attention_backend(self) -> BackendChoice:
+        """The backend that computes attention, and, if "auto" took a slow one, the reason."""
+        return backend_choice(self.config.attention_backend, self.device, self.model_config.head_dim)
 
     @property
     def decoder(self) -> Decoder:
@@ -110,7 +125,7 @@ class LLMEngine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self._request_states)
+        return bool(self.requests.by_id)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -139,40 +154,34 @@ class LLMEngine:
         """
         if streamed and request.beam_params is not None:
             raise ValueError("a beam search cannot be streamed: its beams change until it ends")
-        if request.request_id in self._request_states:
+        if request.request_id in self.requests.by_id:
             raise ValueError(f"request_id={request.request_id!r} is already being served")
         self.input_processor.attach_matchers(request)
-        try:
-            completions = [OutputProcessor(s, self.tokenizer, streamed) for s in request.sequences]
-        except Exception as error:  # a tokenizer can raise anything
-            raise ValueError(f"the prompt {_decoding_error(error)}") from error
-        state = _RequestState(request, completions, streamed)
-        if request.params.prompt_logprobs is not None:
-            state.prompt_logprobs = [None] * len(request.prompt_token_ids)
-        self._request_states[request.request_id] = state
+        self.requests.add(request, streamed)
         self.scheduler.add(request.sequences, request.beam_params)
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None, streamed: bool = False
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: Params | None = None,
+        *,
+        cache_salt: str | None = None,
+        streamed: bool = False,
     ) -> None:
-        """Check, tokenize and queue; see ``prepare`` and ``submit``."""
+        """Check, tokenize and queue; see ``prepare`` and ``submit``. None: ``SamplingParams()``."""
+        params = SamplingParams() if params is None else params
         self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
 
     def serves(self, request: Request) -> bool:
         """Whether this request, and not another with the same id, is unfinished."""
-        state = self._request_states.get(request.request_id)
+        state = self.requests.by_id.get(request.request_id)
         return state is not None and state.request is request
 
     @defer_sigint()
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request immediately, whatever its state, and free its blocks. None if it is unknown or has finished."""
-        state = self._request_states.pop(request_id, None)
-        if state is None:
-            return None
-        for sequence in state.request.sequences:
-            self.scheduler.finish(sequence, "abort")
-        state.request.finished_time_s = time.perf_counter()
-        return self._output(state)
+        return self.requests.abort(request_id)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -239,80 +248,13 @@ class LLMEngine:
         """Append a step's tokens to their sequences, decode them, and add what changed to ``report``."""
         now = time.perf_counter()
         grown = self.scheduler.settle(step, result, now)
-        changed: dict[str, _RequestState] = {}
-        if result.prompt_logprobs:
-            self._keep_prompt_logprobs(result)
-        if result.failed or result.prompt_logprobs:
-            changed = {i: state for i, state in self._request_states.items() if state.request.error is not None}
-        for sequence, num_new in Counter(grown).items():
-            state = self._request_states[sequence.request_id]
-            if state.request.first_token_time_s is None:
-                state.request.first_token_time_s = now
-            num_before = sequence.num_output_tokens - num_new
-            with self._decoding(sequence):
-                self._advance(state, sequence, result.logprobs.get(sequence.sequence_id, ()), num_new)
-            report.grown += [sequence] * (sequence.num_output_tokens - num_before)
-            state.request.note_reasoning(sequence, now)
-            if state.streamed or sequence.is_finished:
-                changed[sequence.request_id] = state
-        report.outputs += [output for state in changed.values() if (output := self._reported(state, now)) is not None]
-
-    @contextmanager
-    def _decoding(self, sequence: Sequence) -> Iterator[None]:
-        """An error in decoding ends only the request of ``sequence``."""
-        try:
-            yield
-        except Exception as error:  # a tokenizer can raise anything
-            logger.exception("the tokens of request %s could not be decoded", sequence.request_id)
-            self.scheduler.fail(sequence, f"its tokens {_decoding_error(error)}")
-
-    def _advance(
-        self, state: _RequestState, sequence: Sequence, logprobs: ReadOnlyList[TokenLogprobs], num_new: int
-    ) -> None:
-        """Decode the sequence's newest tokens to text."""
-        stop = state.completions[sequence.sample_index].advance(logprobs, num_new)
-        if stop is not None:
-            self.scheduler.finish(sequence, "stop", stop)
-
-    def _reported(self, state: _RequestState, now: float) -> RequestOutput | None:
-        if state.request.is_finished:
-            state.request.finished_time_s = now
-            del self._request_states[state.request.request_id]
-        elif not state.streamed:
-            return None
-        return self._output(state)
-
-    def _keep_prompt_logprobs(self, result: StepResult) -> None:
-        for state in self._request_states.values():
-            sequence = state.request.sequences[0]
-            report = result.prompt_logprobs.get(sequence.sequence_id)
-            if report is not None and state.prompt_logprobs is not None:
-                first, entries = report
-                with self._decoding(sequence):
-                    state.prompt_logprobs[first : first + len(entries)] = [
-                        named_logprobs(entry, self.tokenizer) for entry in entries
-                    ]
+        self.requests.record(grown, result, now, report)
 
     def _record_usage(self, step: ScheduledStep) -> None:
         """Record what is held during the step, before the sequences that end with it free their blocks."""
         pool, block_size = self.manager.pool, self.memory.block_size
         stored = self.scheduler.num_stored_tokens(step)
         self.usage.record(pool.num_used * block_size, stored, pool.num_references * block_size)
-
-    def _output(self, state: _RequestState) -> RequestOutput:
-        """The request's output so far. If its tokens cannot be decoded, it fails with the text decoded until then."""
-        try:
-            return request_output(state.request, state.completions, state.prompt_logprobs)
-        except Exception as error:  # a tokenizer can raise anything
-            logger.exception("the tokens of request %s could not be decoded", state.request.request_id)
-            self.scheduler.fail(
-                state.request.sequences[0], f"its tokens {_decoding_error(error)}", include_finished=True
-            )
-            self._request_states.pop(state.request.request_id, None)
-            state.request.finished_time_s = state.request.finished_time_s or time.perf_counter()
-            for completion in state.completions:
-                completion.is_broken = True
-            return request_output(state.request, state.completions, state.prompt_logprobs)
 
     # -- other processes --------------------------------------------------------------------------------------------
 
@@ -349,9 +291,5 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Raises RuntimeError if law 2 (nothing leaks, nothing is shared by accident) does not hold right now."""
         self.scheduler.check_integrity()
-        if not self._request_states and self.manager.pool.num_used:
+        if not self.requests.by_id and self.manager.pool.num_used:
             raise RuntimeError(f"no request is unfinished, but {self.manager.pool.num_used} blocks are held")
-
-
-def _decoding_error(error: Exception) -> str:
-    return f"could not be decoded: {type(error).__name__}: {error}"

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import torch
 
-from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.engine.output_channel import Delivery, OutputChannel
 from paged_infer.engine.output_delta import OutputEncoder
@@ -49,6 +49,7 @@ from paged_infer.engine.process_messages import (
     receive,
     send,
 )
+from paged_infer.engine.request_states import StepReport
 
 logger = logging.getLogger(__name__)
 LAST_STEP_S = 5.0  # for the running step to return, after the client's process has ended

@@ -26,7 +26,6 @@ from multiprocessing import util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paged_infer.control.request import Request
-from paged_infer.engine.engine import StepReport
 from paged_infer.engine.engine_core import LAST_STEP_S
 from paged_infer.engine.engine_thread import QueueFullError
 from paged_infer.engine.output_channel import Delivery, OutputChannel, deliver
@@ -49,6 +48,7 @@ from paged_infer.engine.process_messages import (
     receive,
     send,
 )
+from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.routing import Load
 from paged_infer.engine.spawned_process import StartedProcess, describe_exit, spawn
 from paged_infer.engine.watchdog import Watchdog

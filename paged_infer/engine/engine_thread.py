@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paged_infer.control.request import Request
-from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.output_channel import Delivery, OutputChannel, deliver
+from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.watchdog import Watchdog
 from paged_infer.execution.errors import EngineDeadError
 

@@ -14,14 +14,14 @@ from paged_infer.control.guided.grammar import Matcher
 from paged_infer.control.reasoning import ReasoningMatcher, ReasoningParser
 from paged_infer.control.request import Request
 from paged_infer.engine.grammars import GrammarCache
+from paged_infer.engine.prompts import Prompt, plain_prompt
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.kernels.fused.noise import request_seed
 from paged_infer.model.config import ModelConfig
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.text.tokenizer import Tokenizer
-from paged_infer.values import TokenArray, as_token_ids
+from paged_infer.values import as_token_ids
 
-Prompt = str | ReadOnlyList[int] | TokenArray
 Params = SamplingParams | BeamSearchParams
 
 
@@ -63,6 +63,7 @@ class InputProcessor:
         beam_params = None
         if isinstance(params, BeamSearchParams):
             beam_params, params = params, params.limits
+        prompt = plain_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._encode(prompt, params) if isinstance(prompt, str) else as_token_ids(prompt)
         if params.stop and self.tokenizer is None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paged_infer.control.request import Request
-from paged_infer.engine.engine import StepReport
 from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.engine_thread import QueueFullError
 from paged_infer.engine.output_channel import OutputChannel
 from paged_infer.engine.process_messages import EngineInfo, Stats
+from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.routing import PREFIX, Router
 from paged_infer.execution.errors import EngineDeadError
 

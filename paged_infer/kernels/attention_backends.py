@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Protocol, Unpack
+from typing import NamedTuple, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -164,19 +164,40 @@ def check_options(backend: Callable[..., Tensor], options: Iterable[str], needed
         )
 
 
+class BackendChoice(NamedTuple):
+    """The name of a backend; and why it is a slow one, if "auto" had to take it."""
+
+    name: str
+    slow_because: str | None = None
+
+
+def backend_choice(name: str, device: torch.device, head_dim: int) -> BackendChoice:
+    """What ``attention_backend`` and ``suited_backend`` choose for ``name``."""
+    choice = _fastest(device) if name == "auto" else BackendChoice(name)
+    if choice.name == "triton" and head_dim > MAX_HEAD_DIM:
+        return BackendChoice("sdpa", f"head_dim={head_dim}: the Triton kernels take up to {MAX_HEAD_DIM}")
+    return choice
+
+
 def fastest_backend(device: torch.device) -> str:
     """The name of the backend that "auto" selects."""
-    if device.type == "cuda" and can_run_on(device):
-        return "triton"
-    return "c" if device.type == "cpu" and unavailable_reason() is None else "sdpa"
+    return _fastest(device).name
+
+
+def _fastest(device: torch.device) -> BackendChoice:
+    if device.type == "cuda":
+        return BackendChoice("triton") if can_run_on(device) else BackendChoice("sdpa", _NO_TRITON)
+    if device.type == "cpu":
+        reason = unavailable_reason()
+        return BackendChoice("c") if reason is None else BackendChoice("sdpa", reason)
+    return BackendChoice("sdpa")
 
 
 def _fastest_or_warn(device: torch.device) -> str:
-    fastest = fastest_backend(device)
-    if fastest == "sdpa" and device.type in ("cpu", "cuda"):
-        reason = unavailable_reason() if device.type == "cpu" else _NO_TRITON
+    name, reason = _fastest(device)
+    if reason is not None:
         logger.warning("%s uses plain torch (attention_backend='sdpa'), which is slower: %s", device, reason)
-    return fastest
+    return name
 
 
 _NO_TRITON = "triton is not installed for it"

@@ -16,9 +16,16 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        meant = ": did you mean cuda?" if name == "gpu" else ""
+        raise ValueError(
+            f"device={name!r}{meant or ':'} must be auto, cpu, cuda, or cuda:N for one of several GPUs"
+        ) from None
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device={name!r} cannot be used: {reason}") from None
     return device
 
 

@@ -17,7 +17,8 @@ from fastapi import Request
 
 from paged_infer.async_llm import AsyncLLM, EngineDeadError, QueueFullError, RequestStream
 from paged_infer.control.admission import ContextLengthError
-from paged_infer.engine.input_processor import Params, Prompt
+from paged_infer.engine.input_processor import Params
+from paged_infer.engine.prompts import Prompt
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams
 from paged_infer.server.hosts import ALL

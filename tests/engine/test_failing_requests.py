@@ -98,7 +98,7 @@ def requests(draw: st.DrawFn) -> tuple[tuple[int, ...], str, int | None]:
 @given(batch=st.lists(requests(), min_size=1, max_size=6))
 def test_failing_and_aborted_requests_change_no_token_of_the_others(engines, name, batch) -> None:
     engine = engines[name].engine
-    for request_id in list(engine._request_states):  # of an example that failed
+    for request_id in list(engine.requests.by_id):  # of an example that failed
         engine.abort(request_id)
     for number, (prompt, kind, _) in enumerate(batch):
         engine.add_request(str(number), list(prompt), KINDS[kind])
@@ -233,7 +233,7 @@ def test_text_that_cannot_be_made_ends_its_own_request(text_llm, monkeypatch, ma
     def submit_and_break_the_first(request: Any, **options: Any) -> None:
         submit(request, **options)
         if next(request_ids) == "0":
-            (completion,) = text_llm.engine._request_states[request.request_id].completions
+            (completion,) = text_llm.engine.requests.by_id[request.request_id].completions
             completion.advance = lambda *_: 1 / 0
 
     monkeypatch.setattr(text_llm.engine, "submit", submit_and_break_the_first)

@@ -11,9 +11,9 @@ import pytest
 
 from paged_infer.control.admission import add_sequences
 from paged_infer.control.request import Request
-from paged_infer.engine.engine import StepReport
 from paged_infer.engine.engine_thread import QueueFullError
 from paged_infer.engine.replicas import MAX_RESTARTS, Replicas
+from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.routing import Load
 from paged_infer.execution.errors import EngineDeadError
 from paged_infer.params import SamplingParams

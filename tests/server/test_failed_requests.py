@@ -24,7 +24,7 @@ def fail_at_step(served: Served, num_tokens: int) -> None:
 
     def failing(*arguments: Any) -> Any:
         report = step(*arguments)
-        for live in list(engine._request_states.values()):
+        for live in list(engine.requests.by_id.values()):
             first = live.request.sequences[0]
             if first.params.seed == BAD["seed"] and first.num_output_tokens >= num_tokens:
                 failed = engine.abort(live.request.request_id)

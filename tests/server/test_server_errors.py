@@ -106,6 +106,9 @@ def test_an_unknown_field_is_refused_by_name(served, path: str) -> None:
     body = CHAT if "chat" in path else PROMPT
     error = error_of(served.post(path, **body, temprature=0.5), 400)
     assert (error["param"], error["code"]) == ("temprature", "unknown_field")
+    assert error["message"] == "unknown field: temprature (did you mean temperature?)"
+    error = error_of(served.post(path, **body, max_new_tokens=5, zzz=1), 400)
+    assert error["message"] == "unknown field: max_new_tokens (did you mean max_tokens?), zzz"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ NUM_CLIENTS = 24
 # The engine takes one step when all clients have come, and no other.
 HELD = f"""
 from paged_infer.cli import app
-from paged_infer.engine.engine import LLMEngine, StepReport
+from paged_infer.engine.engine import LLMEngine
+from paged_infer.engine.request_states import StepReport
 
 run_step = LLMEngine.step
 

@@ -26,6 +26,8 @@ def resolve_model(model: str | Path) -> Path:
     Raises:
         ValueError: none of these; one line with the reason.
     """
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise ValueError(f"model={model!r}: must be a folder, a GGUF file, a hub id (owner/name), or one of {KNOWN}")
     if model in BUNDLED:
         return BUNDLED[str(model)]
     folder = Path(model).expanduser()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Collection
+from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+
+from paged_infer.suggestions import unknown_names
 
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),
@@ -75,9 +78,9 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, _respond)
 
 
-async def _respond(_: Request, error: Exception) -> Response:
+async def _respond(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
-        error = refusal(list(error.errors()))
+        error = refusal(list(error.errors()), _fields_of(request))
     elif isinstance(error, HTTPException):
         error = APIError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     elif not isinstance(error, APIError):
@@ -85,13 +88,20 @@ async def _respond(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-def refusal(problems: list[dict[str, Any]]) -> APIError:
-    """422 for a malformed body; 400 if its only problem is unknown fields."""
+def _fields_of(request: Request) -> list[str]:
+    """The fields of the body that the request's route takes."""
+    endpoint = request.scope.get("endpoint")
+    return [*getattr(get_type_hints(endpoint).get("body"), "model_fields", ())]
+
+
+def refusal(problems: list[dict[str, Any]], known_fields: Collection[str] = ()) -> APIError:
+    """422 for a malformed body; 400 if its only problem is unknown fields, with those of ``known_fields`` meant."""
     unknown = [".".join(place_of(p)) for p in problems if p["type"] == "extra_forbidden"]
     first = problems[0]
     place = place_of(first)
     if unknown and len(unknown) == len(problems):
-        return APIError(400, f"unknown field: {', '.join(unknown)}", param=place[0], code="unknown_field")
+        message = unknown_names("unknown field:", unknown, known_fields, lists_known=False)
+        return APIError(400, message, param=place[0], code="unknown_field")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return APIError(422, f"the body is not JSON: {reason}", code="json_invalid")

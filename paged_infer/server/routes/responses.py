@@ -15,7 +15,8 @@ from fastapi import Request
 from starlette.responses import Response
 
 from paged_infer.async_llm import EngineDeadError, RequestStream
-from paged_infer.engine.input_processor import Params, Prompt
+from paged_infer.engine.input_processor import Params
+from paged_infer.engine.prompts import Prompt
 from paged_infer.outputs import CompletionOutput, RequestOutput
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import EventStream, cancel_on_disconnect, merged

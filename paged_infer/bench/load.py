@@ -18,6 +18,7 @@ from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 from paged_infer.bench.metrics import TokenTimes
+from paged_infer.control.reasoning import ReasoningMatcher
 from paged_infer.control.sequence import Sequence
 from paged_infer.params import SamplingParams
 from paged_infer.simulation.simulate import Server
@@ -123,10 +124,21 @@ def serve(
             server.advance_to(next_s)
             continue
         for sequence in server.step(next_s):
-            of_sequence[sequence.sequence_id].token_s.append(server.now_s)
+            one = of_sequence[sequence.sequence_id]
+            one.token_s.append(server.now_s)
+            if sequence.reasoning is not None:
+                _note_reasoning(one, sequence.reasoning, server.now_s)
             if sequence.is_finished:
                 running.discard(sequence.sequence_id)
     for one in times:
         one.arrived_s -= begin_s
         one.token_s = [moment - begin_s for moment in one.token_s]
+        one.reasoned_s, one.content_s = (None if at is None else at - begin_s for at in (one.reasoned_s, one.content_s))
     return times
+
+
+def _note_reasoning(times: TokenTimes, reasoning: ReasoningMatcher, now_s: float) -> None:
+    if times.reasoned_s is None and reasoning.has_ended:
+        times.reasoned_s = now_s
+    if times.content_s is None and reasoning.has_content:
+        times.content_s = now_s

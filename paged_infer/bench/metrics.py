@@ -79,6 +79,8 @@ class Percentiles:
 class Metrics:
     """The metrics of a run. Seconds; percentiles over requests, those of ``itl_s`` over all tokens but the first ones.
 
+    ``reasoning_s`` and ``ttfc_s`` (first content token, ``simulation.times``) are of the requests that came so far.
+
     MBU and MFU (model bandwidth and FLOPs utilisation) are the least that the workload needs, over the measured
     roofline; ``floor_share`` is the floor's seconds over these. None: not known, or not reported by a peer.
     """
@@ -87,6 +89,8 @@ class Metrics:
     output_tokens_per_s: float
     total_tokens_per_s: float | None = None  # prompts and outputs
     ttft_s: Percentiles | None = None
+    reasoning_s: Percentiles | None = None
+    ttfc_s: Percentiles | None = None
     tpot_s: Percentiles | None = None
     itl_s: Percentiles | None = None
     latency_s: Percentiles | None = None
@@ -127,11 +131,16 @@ def _measured(run: Run) -> dict[str, Any]:
     names = ("overhead_share", "peak_kv_bytes", "kv_fill", "loop_delay_s", "acceptance_rate", "num_steps")
     return {
         "ttft_s": ranked(from_first, "ttft_s"),
+        **{name: _reached(from_first, name) for name in ("reasoning_s", "ttfc_s")},
         "tpot_s": ranked(from_first, "tpot_s"),
         "itl_s": Percentiles.of(gap for one in run.times for gap in one.gaps_s),
         "latency_s": ranked(run.times, "latency_s"),
         **{name: getattr(run, name) for name in names},
     }
+
+
+def _reached(times: list[TokenTimes], name: str) -> Percentiles | None:
+    return Percentiles.of(value for one in times if (value := getattr(one, name)) is not None)
 
 
 def _median(values: list[Any]) -> Any:

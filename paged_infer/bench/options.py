@@ -52,6 +52,14 @@ Rates = Annotated[
         min=0.001,
     ),
 ]
+ThinkingBudget = Annotated[
+    int | None,
+    typer.Option(
+        help="Each answer's reasoning is closed after so many tokens, and its end and the first content token are "
+        "clocked; needs --reasoning-parser.",
+        min=0,
+    ),
+]
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
 TimeLimit = Annotated[
     float | None,

@@ -40,6 +40,13 @@ class Workload:
         ]
         return Workload(f"the first {len(params)}, greedy", self.prompts[:num_requests], params, self.seed)
 
+    def bounded(self, thinking_token_budget: int | None) -> Workload:
+        """The same with at most so many tokens of reasoning; None: no limit."""
+        if thinking_token_budget is None:
+            return self
+        params = [replace(one, thinking_token_budget=thinking_token_budget) for one in self.params]
+        return replace(self, name=f"{self.name}, {thinking_token_budget} of reasoning", params=params)
+
     def warm_ups(self) -> list[Workload]:
         """Short workloads with every kind of step of this one. Run before it is timed, they compile the kernels that it
         selects, and load those of libraries.

@@ -121,6 +121,11 @@ class InputProcessor:
             raise ValueError(f"reasoning_parser={name!r} needs text, but this checkpoint has no tokenizer")
         return ReasoningParser(name, self._grammars.vocabulary, self.tokenizer.special_tokens)
 
+    @property
+    def end_of_reasoning(self) -> str | None:
+        """The marker; None without ``reasoning_parser``."""
+        return None if self.reasoning_parser is None else self.reasoning_parser.end.decode()
+
     def _check_budget(self, params: SamplingParams) -> None:
         budget = params.thinking_token_budget
         if budget is None:

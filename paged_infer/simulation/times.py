@@ -4,6 +4,14 @@
 ----|------------|-----|-----|-----|----|---------->  time
     |<-- TTFT -->|<--->|  inter-token latency (ITL), one for each further token
     |<------------- latency ----------->|             TPOT = (last - first) / (tokens - 1)
+
+Of an answer with reasoning, the first tokens are not what its user waits for:
+
+    arrived      first token       reasoning ends     first content token   last token
+----|------------|-----|-----|-----|------------------|-----|-----|---------|---------->  time
+    |<-- TTFT -->|                 |                  |
+    |<------ reasoning_s --------->|                  |
+    |<---------------- TTFC ------------------------->|
 """
 
 from __future__ import annotations
@@ -18,12 +26,16 @@ class TokenTimes:
     """One request: when it arrived and when its tokens came, in seconds on one clock.
 
     ``num_output`` is set where not every token's time is known: ``token_s`` then holds those of the first and the last.
+    ``reasoned_s`` and ``content_s``: when its reasoning ended, and its first content token came; None: not, or not
+    known.
     """
 
     arrived_s: float
     num_prompt: int
     token_s: list[float] = field(default_factory=list)
     num_output: int | None = None
+    reasoned_s: float | None = None
+    content_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -34,6 +46,16 @@ class TokenTimes:
     def ttft_s(self) -> float:
         """Time to first token, waiting in the queue included."""
         return self.token_s[0] - self.arrived_s
+
+    @property
+    def reasoning_s(self) -> float | None:
+        """From arrival to the end of the reasoning."""
+        return None if self.reasoned_s is None else self.reasoned_s - self.arrived_s
+
+    @property
+    def ttfc_s(self) -> float | None:
+        """Time to first content token."""
+        return None if self.content_s is None else self.content_s - self.arrived_s
 
     @property
     def latency_s(self) -> float:
@@ -56,6 +78,21 @@ class TokenTimes:
         if len(self.token_s) < self.num_tokens:
             return []
         return [later - earlier for earlier, later in pairwise(self.token_s)]
+
+
+def without_reasoning(times: TokenTimes) -> TokenTimes:
+    """The same answer as a client measures it that is sent no reasoning, but the number of all tokens.
+
+    OpenAI's API is such a server: ``usage.completion_tokens`` counts reasoning. The client's first token is the first
+    content token, so its TTFT is worse than the engine's; it divides the time of the content by the number of all
+    tokens, so its TPOT is better; and the latency is the same. Nothing ran faster or slower: compare TTFC with TTFC.
+
+    Raises:
+        ValueError: no content has come.
+    """
+    if times.content_s is None:
+        raise ValueError("no content has come: a client that is sent no reasoning has no first token")
+    return TokenTimes(times.arrived_s, times.num_prompt, [times.content_s, times.token_s[-1]], times.num_tokens)
 
 
 def quantile(ordered: ReadOnlyList[float], share: float) -> float:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paged_infer.bench.options import Clients, Lengths, Rates, Repeats
+from paged_infer.bench.options import Clients, Lengths, Rates, Repeats, ThinkingBudget
 from paged_infer.bench.speed import cli as speed_cli
 from paged_infer.cli_options import Figures, ModelOption, Seed, Without, as_arguments, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
+from paged_infer.control.reasoning import REASONING_PARSERS
 
 if TYPE_CHECKING:
     from paged_infer.bench.http.http_bench import HttpBench
@@ -30,6 +31,7 @@ class Load:
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 128
     clients: Clients = None
     rate: Rates = None
+    thinking_token_budget: ThinkingBudget = None
     repeats: Repeats = 3
     seed: Seed = 0
 
@@ -123,7 +125,8 @@ def _ours(
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, usual_threads)
         llm = open_llm(model, **replace(engine, max_num_seqs=max(load.closed)).options)
-        workload = lengths.draw(llm, load.num_requests, load.seed)
+        workload = lengths.draw(llm, load.num_requests, load.seed).bounded(load.thinking_token_budget)
+        end = llm.engine.input_processor.end_of_reasoning
         num_others = load.repeats + len(load.closed) * naive
         bench = stack.enter_context(
             speed_cli.bench_of(llm, load.repeats, load.num_runs(num_others, 1 + engine_process))
@@ -134,7 +137,7 @@ def _ours(
         def serving(max_num_seqs: int, *more: str) -> HttpSystem:
             arguments = ("serve", *options, *more, "--log-level", "warning", "--max-num-seqs", str(max_num_seqs))
             url = stack.enter_context(running("paged_infer.cli", *arguments, torch_threads=torch_threads))
-            return HttpSystem(client, url, llm.name)
+            return HttpSystem(client, url, llm.name, end_of_reasoning=end)
 
         server = serving(max(load.closed))
         apart = serving(max(load.closed), "--engine-process") if engine_process else None
@@ -150,6 +153,7 @@ def _theirs(load: Load, lengths: Lengths, url: str, api_key: str | None) -> Iter
     from paged_infer.bench.workloads import random_ids
 
     workload = random_ids(ANY_VOCABULARY, load.num_requests, lengths.shortest, lengths.longest, load.seed)
+    workload, end = workload.bounded(load.thinking_token_budget), REASONING_PARSERS["qwen3"].end.decode()
     name = served_model(url, api_key)
     with client_process() as client, speed_cli.progress(load.num_runs(0)) as advance:
-        yield HttpBench(HttpSystem(client, url, name, api_key), workload, load.repeats, advance)
+        yield HttpBench(HttpSystem(client, url, name, api_key, end), workload, load.repeats, advance)

@@ -28,17 +28,23 @@ class Job:
     bodies: list[dict[str, Any]]
     num_clients: int | None = None
     arrive_s: list[float] | None = None
+    end_of_reasoning: str | None = None  # looked for in streamed text
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Seconds of ``time.perf_counter``. For a response that came whole, ``first_s`` is ``end_s``."""
+    """Seconds of ``time.perf_counter``. For a response that came whole, ``first_s`` is ``end_s``.
+
+    ``reasoned_s`` and ``content_s``: the end of its reasoning, and the first text behind it; None if it had none.
+    """
 
     arrived_s: float  # in an open loop: when it was due, however late the client was
     first_s: float
     end_s: float
     num_output: int
     text: str
+    reasoned_s: float | None = None
+    content_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,7 @@ async def _closed_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
 
     async def client() -> None:
         for index, body in requests:  # one iterator for all clients
-            replies[index] = await _complete(http, body, time.perf_counter())
+            replies[index] = await _complete(http, body, time.perf_counter(), job.end_of_reasoning)
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(job.num_clients or 1):
@@ -91,11 +97,11 @@ async def _open_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
     async with asyncio.TaskGroup() as requests:
         for body, at_s in zip(job.bodies, job.arrive_s or [], strict=True):
             await asyncio.sleep(begin_s + at_s - time.perf_counter())
-            tasks.append(requests.create_task(_complete(http, body, begin_s + at_s)))
+            tasks.append(requests.create_task(_complete(http, body, begin_s + at_s, job.end_of_reasoning)))
     return [task.result() for task in tasks]
 
 
-async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: float) -> Reply:
+async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: float, end: str | None = None) -> Reply:
     if not body.get("stream"):
         response = await http.post("/v1/completions", json=body)
         end_s = time.perf_counter()
@@ -103,7 +109,8 @@ async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: fl
         answer = response.json()
         text = answer["choices"][0]["text"]
         return Reply(arrived_s, end_s, end_s, answer["usage"]["completion_tokens"], text)
-    first_s, end_s, num_output, texts = 0.0, 0.0, 0, []
+    first_s, end_s, num_output, texts = 0.0, 0.0, 0, list[str]()
+    clocks = _ReasoningClocks(end)
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
@@ -116,9 +123,31 @@ async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: fl
                 for choice in piece["choices"]:
                     first_s, end_s = first_s or now, now
                     texts.append(choice["text"])
+                    clocks.note(choice["text"], now)
                 if piece.get("usage"):
                     num_output = piece["usage"]["completion_tokens"]
-    return Reply(arrived_s, first_s, end_s, num_output, "".join(texts))
+    return Reply(arrived_s, first_s, end_s, num_output, "".join(texts), clocks.reasoned_s, clocks.content_s)
+
+
+class _ReasoningClocks:
+    """When the end of the reasoning came in a stream, and text behind it."""
+
+    def __init__(self, end: str | None) -> None:
+        self.reasoned_s: float | None = None
+        self.content_s: float | None = None
+        self._end, self._text = end, ""  # the last text, in which the end may have begun
+
+    def note(self, text: str, now: float) -> None:
+        if self._end is None:
+            return
+        if self.reasoned_s is None:
+            before, found, text = (self._text + text).partition(self._end)
+            if not found:
+                self._text = before[-len(self._end) + 1 :]
+                return
+            self.reasoned_s = now
+        if self.content_s is None and text:
+            self.content_s = now
 
 
 def _pieces(events: list[bytes]) -> Iterator[dict[str, Any]]:

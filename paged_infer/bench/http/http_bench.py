@@ -49,12 +49,13 @@ class HttpSystem:
     url: str
     model: str
     api_key: str | None = None
+    end_of_reasoning: str | None = None  # how its texts mark it, if they do
 
     def run(
         self, workload: Workload, *, stream: bool, num_clients: int | None = None, arrive_s: list[float] | None = None
     ) -> Run:
         """Raises ValueError if the server refuses a request, or stops answering."""
-        job = Job(self.url, self.api_key, self._bodies(workload, stream), num_clients, arrive_s)
+        job = Job(self.url, self.api_key, self._bodies(workload, stream), num_clients, arrive_s, self.end_of_reasoning)
         return _run(self.client.submit(ask, job).result(), workload, is_whole=not stream)
 
     def _bodies(self, workload: Workload, stream: bool) -> list[dict[str, Any]]:
@@ -68,9 +69,11 @@ class HttpSystem:
                 "temperature": params.temperature,
                 "ignore_eos": params.ignore_eos,
                 "cache_salt": salt,
+                **({} if budget is None else {"thinking_token_budget": budget}),
                 **streamed,
             }
             for prompt, params in zip(workload.prompts, workload.params, strict=True)
+            for budget in (params.thinking_token_budget,)
         ]
 
 
@@ -79,7 +82,11 @@ def _run(answered: Replies, workload: Workload, is_whole: bool) -> Run:
     begin_s = min(reply.arrived_s for reply in replies)
     times = [
         TokenTimes(
-            reply.arrived_s - begin_s, len(prompt), [reply.first_s - begin_s, reply.end_s - begin_s], reply.num_output
+            reply.arrived_s - begin_s,
+            len(prompt),
+            [reply.first_s - begin_s, reply.end_s - begin_s],
+            reply.num_output,
+            *(None if at is None else at - begin_s for at in (reply.reasoned_s, reply.content_s)),
         )
         for reply, prompt in zip(replies, workload.prompts, strict=True)
     ]

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paged_infer.bench.options import CPU_REQUESTS, Clients, Common, Lengths, NanoRequests, NumRequests, Peers, Rates
+from paged_infer.bench.options import (
+    CPU_REQUESTS,
+    Clients,
+    Common,
+    Lengths,
+    NanoRequests,
+    NumRequests,
+    Peers,
+    Rates,
+    ThinkingBudget,
+)
 from paged_infer.bench.report import save_report
 from paged_infer.cli_options import Without, fail, with_option_groups
 from paged_infer.config import EngineConfig, EngineOptions
@@ -110,11 +120,12 @@ def load(
     num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 64,
     clients: Clients = None,
     rate: Rates = None,
+    thinking_token_budget: ThinkingBudget = None,
 ) -> None:
     """The engine under load, stepped directly: closed loops of 1, 4, 8, 16 and 32 clients, then open loops."""
     counts = clients or [1, 4, 8, 16, 32]
     with errors(), common.open(2 * lengths.longest) as llm:
-        workload = lengths.draw(llm, num_requests, common.seed)
+        workload = lengths.draw(llm, num_requests, common.seed).bounded(thinking_token_budget)
         with _bench(llm, common, common.repeats * (len(counts) + len(rate or RATE_SHARES))) as bench:
             report = bench.load(workload, counts, rate, RATE_SHARES)
     show(report, common.figures)

@@ -25,7 +25,15 @@ COLUMNS: dict[str, Callable[[Metrics], str]] = {
     "KV MiB": lambda m: UNKNOWN if m.peak_kv_bytes is None else f"{m.peak_kv_bytes / 2**20:,.1f}",
     "holds tokens": lambda m: _share(m.kv_fill),
 }
-TIMES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "latency": "latency_s", "event loop late": "loop_delay_s"}
+TIMES = {
+    "TTFT": "ttft_s",
+    "end of reasoning": "reasoning_s",
+    "first content": "ttfc_s",
+    "TPOT": "tpot_s",
+    "ITL": "itl_s",
+    "latency": "latency_s",
+    "event loop late": "loop_delay_s",
+}
 
 
 def print_speed(report: SpeedReport) -> None:

@@ -23,6 +23,7 @@ from paged_infer.bench.http.client import Job, ask
 from paged_infer.bench.http.http_bench import OFFLINE, HttpBench, HttpSystem, bounds
 from paged_infer.bench.metrics import Metrics, Percentiles
 from paged_infer.bench.roofline import Roofline
+from paged_infer.bench.speed.engine_runs import run_engine
 from paged_infer.bench.speed.measure import Bench, SpeedReport
 from paged_infer.bench.workloads import Workload, random_ids, random_lengths
 from paged_infer.cli import app
@@ -105,6 +106,40 @@ def test_everybody_gives_the_texts_of_llm_generate(
     assert report.is_right and all(entry.same_tokens for entry in report.entries[1:])
     served_per_s = len(workload.prompts) / report["2 clients, streaming"].metrics.seconds
     assert report.entries[-1].load == pytest.approx(0.5 * served_per_s)
+
+
+def test_the_end_of_the_reasoning_is_clocked_on_both_sides_of_http(workload: Workload) -> None:
+    options = {"device": "cpu", "num_blocks": 64, "max_num_seqs": 4, "reasoning_parser": "deepseek_r1"}
+    llm = LLM(**options)  # type: ignore[arg-type]
+    long = random_lengths(llm, num_requests=4, shortest=12, longest=14, seed=1).bounded(3)
+    engine = AsyncLLM(**options)  # type: ignore[arg-type]
+    with Listening(create_app(engine)) as url, ThreadPoolExecutor(1) as client:
+        system = HttpSystem(client, url, "storyteller", end_of_reasoning="</think>")
+        streamed, whole = (system.run(long, stream=stream, num_clients=2) for stream in (True, False))
+    asyncio.run(engine.shutdown())
+    for run in (streamed, run_engine(llm.engine, long, num_clients=2)):
+        for one in run.times:
+            assert one.reasoning_s is not None and one.ttfc_s is not None
+            assert one.ttft_s <= one.reasoning_s <= one.ttfc_s <= one.latency_s
+        metrics = Metrics.of([run], None)
+        assert metrics.ttft_s is not None and metrics.reasoning_s is not None and metrics.ttfc_s is not None
+        assert metrics.ttft_s.p50 <= metrics.reasoning_s.p50 <= metrics.ttfc_s.p50
+    assert Metrics.of([whole], None).ttfc_s is None, "when a whole answer's content began is not known"
+    assert run_engine(llm.engine, workload).times[0].ttfc_s is None, "its budget is longer than the answers"
+
+
+@pytest.mark.parametrize(
+    "pieces", [["a</think>b"], ["a</", "think>", "b"], ["a</th", "</thi", "nk>b"], ["</think>", "b"]]
+)
+def test_the_marker_is_found_however_the_stream_is_cut(pieces: list[str]) -> None:
+    clocks = http_load._ReasoningClocks("</think>")
+    for now, piece in enumerate(pieces):
+        clocks.note(piece, now)
+    ends = [n for n in range(len(pieces)) if "</think>" in "".join(pieces[: n + 1])]
+    assert clocks.reasoned_s == ends[0] and clocks.content_s == len(pieces) - 1
+    off = http_load._ReasoningClocks(None)
+    off.note("a</think>b", 1.0)
+    assert off.reasoned_s is None and off.content_s is None
 
 
 def test_another_text_and_a_missing_token_are_found_out(

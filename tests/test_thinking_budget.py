@@ -17,6 +17,8 @@ from paged_infer import LLM, BeamSearchParams, SamplingParams, StructuredOutputs
 from paged_infer.baselines import generate_cached
 from paged_infer.control.reasoning import REASONING_PARSERS, Part, ReasoningFormat
 from paged_infer.control.sequence import Sequence
+from paged_infer.control.step import ScheduledSequence, ScheduledStep
+from paged_infer.control.step_entries import sampling_row
 from paged_infer.engine import build
 from paged_infer.outputs import RequestOutput
 
@@ -184,6 +186,14 @@ def test_two_ranks_give_the_tokens_of_one(expected: list[Any], monkeypatch: pyte
     few = [0, 3, 4]
     params = [MIXED[0], MIXED[3], MIXED[4]]
     assert generate(llm, params, [PROMPTS[i] for i in few]) == [expected[0], *expected[5:]]
+
+
+def test_a_step_is_planned_ahead_unless_its_tokens_decide_what_is_forbidden(told: LLM) -> None:
+    for params, ahead in ((asked(9), True), (asked(9, budget=9), True), (asked(9, budget=1), False), (MIXED[0], False)):
+        (request,) = told.prepare(PROMPTS[0], params)
+        row = sampling_row(request.sequences[0])
+        step = ScheduledStep(0, [ScheduledSequence(0, [5], 0, [0], row)])
+        assert step.allows_async_scheduling == ahead and not row.is_masked
 
 
 def test_three_clocks_are_in_order(told: LLM) -> None:

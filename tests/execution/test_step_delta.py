@@ -135,3 +135,17 @@ def test_masks_are_sent_with_those_after_each_draft() -> None:
         rows = rows_after(sequence.sample, sequence.drafts)
         assert [one.mask.bits[0] for one in rows if one.mask is not None] == [1, 2, 3]
         assert decoded == step
+
+
+def test_where_reasoning_forbids_nothing_no_mask_is_sent() -> None:
+    class Reasoning(Cycle):
+        def mask(self) -> bytes | None:  # type: ignore[override]
+            return None if self.count < 2 else super().mask()
+
+    row = SamplingRow(SamplingParams(), 0, 0, 5, 2, mask=TokenMask(Reasoning()))  # type: ignore[arg-type]
+    step = ScheduledStep(0, [ScheduledSequence(1, [7, 8, 9], 4, [0], row, num_drafts=2)])
+    decoded = StepDecoder(4).decode(pickle.loads(pickle.dumps(StepEncoder(4).encode(step))))
+    (sequence,) = decoded.sequences
+    assert isinstance(sequence.sample, SamplingRow) and decoded == step
+    rows = rows_after(sequence.sample, sequence.drafts)
+    assert [one.is_masked for one in rows] == [False, False, True]

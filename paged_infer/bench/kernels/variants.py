@@ -101,7 +101,10 @@ def full_variants() -> list[Variant]:
         Variant("quantised", t, 4096, {"grid": grid, "tokens": n})
         for t, grid, n in product(("float32", "float16"), ("w4a16, zeros", "w8a16", "float8, blocks"), (16, 2048))
     ]
-    return variants + [Variant("sample", t, v) for t, v in product(wide, (1003, 151_936))]
+    return variants + [
+        Variant("sample", t, v, options)
+        for options, t, v in product(({}, {"masked": True}), wide, (1003, 151_936))  # a grammar's tokens
+    ]
 
 
 # Each kernel once or twice: attention in bfloat16, and with full float32 products.
@@ -110,6 +113,7 @@ QUICK = {
     *("prefill float32 128 group 4 block 16", "decode bfloat16 128 group 4 block 16", "store_kv bfloat16 1024"),
     *("decode float32 64 group 4 block 16", "copy_blocks bfloat16 1024", "add_rms_norm bfloat16 4096"),
     *("qk_norm_rope bfloat16 128 store", "silu_mul bfloat16 14336", "sample float32 151936"),
+    "sample bfloat16 151936 masked",
     *("latent bfloat16 576 heads 128", "latent bfloat16 576 heads 128 kv int8", "store_codes bfloat16 128 kv fp8"),
     *("decode bfloat16 128 group 4 block 16 kv int8", "store_latents bfloat16 576 kv fp8"),
     "quantised bfloat16 4096 grid w8a8 tokens 16",
@@ -207,6 +211,9 @@ def _fused(variant: Variant, **sizes: Any) -> None:
     arguments = kernel.arguments(Shape(**sizes), Tensors(getattr(torch, variant.dtype), "meta"))
     if "plain" in variant.options:  # a rotation alone
         arguments |= dict.fromkeys(("norm_weight", "k_cache", "v_cache", "slot_mapping"))
+    if "masked" in variant.options:
+        num_rows, vocab_size = arguments["logits"].shape
+        arguments["masks"] = torch.empty(num_rows, -(-vocab_size // 32), dtype=torch.int32, device="meta")
     kernel.function(**arguments)
 
 

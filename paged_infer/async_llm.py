@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as ReadOnlyList
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -251,10 +252,18 @@ class AsyncLLM:
             answers = self._streams[request_id] = RequestStream(self, request_id, channel)
         return answers
 
-    async def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]], *, truncates: bool = False) -> list[int]:
+    async def chat_prompt(
+        self,
+        messages: ReadOnlyList[Mapping[str, Any]],
+        *,
+        tools: ReadOnlyList[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        truncates: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation formatted by the tokenizer's chat template, ready for the answer.
 
         Args:
+            tools, chat_template_kwargs: as ``LLM.chat`` takes them.
             truncates: the request keeps only the end of its prompt, so no conversation is too long.
 
         Raises:
@@ -263,8 +272,9 @@ class AsyncLLM:
         """
         if not truncates:
             self._input_processor.check_length(_num_user_characters(messages))
-        num_characters = sum(len(str(message)) for message in messages)
-        return await self._run_in_tokenizer_thread(self._input_processor.chat_prompt, messages, num_characters)
+        render = partial(self._input_processor.chat_prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        num_characters = sum(len(str(one)) for one in [*messages, *(tools or ())])
+        return await self._run_in_tokenizer_thread(render, messages, num_characters)
 
     async def _run_in_tokenizer_thread(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
         """``function(text)``; for a long text it runs in the tokenizer thread, see ``TextQueue``."""

@@ -215,21 +215,38 @@ class LLM:
         messages: ReadOnlyList[dict[str, Any]] | ReadOnlyList[ReadOnlyList[dict[str, Any]]],
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        tools: ReadOnlyList[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, formatted by the tokenizer's chat template.
 
-        ``messages`` are dicts with "role" ("system", "developer", "user", "assistant", "tool") and "content", a str or
-        a list of ``{"type": "text", "text": str}``.
+        Args:
+            messages: dicts with "role" ("system", "developer", "user", "assistant", "tool") and "content", a str or a
+                list of ``{"type": "text", "text": str}``; an assistant's may have "tool_calls", as OpenAI has them.
+            tools: functions that the template describes to the model, each ``{"type": "function", "function": {"name",
+                "description", "parameters"}}``. Calls are part of the text; ``text.tool_parsers`` find them.
+            chat_template_kwargs: variables of the template, such as ``{"enable_thinking": False}``.
 
         Raises:
-            ValueError: as ``generate``; or a message is malformed, or the template rejects it or leaves it out.
+            ValueError: as ``generate``; or a message is malformed, or the template rejects it or leaves it out, or has
+                no place for tools, or no such variable.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm)  # type: ignore[arg-type]
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        prompts = [
+            self.chat_prompt(one, tools=tools, chat_template_kwargs=chat_template_kwargs) for one in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
 
-    def chat_prompt(self, messages: ReadOnlyList[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the answer."""
-        return self.engine.input_processor.chat_prompt(messages)
+    def chat_prompt(
+        self,
+        messages: ReadOnlyList[dict[str, Any]],
+        *,
+        tools: ReadOnlyList[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the answer; see ``chat``."""
+        return self.engine.input_processor.chat_prompt(messages, tools, chat_template_kwargs)
 
     @property
     def trace(self) -> Trace | None:

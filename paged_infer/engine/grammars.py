@@ -79,7 +79,10 @@ class GrammarCache:
                 raise
             if not installed:
                 raise ValueError(f"{error} (xgrammar or llguidance may: pip install 'paged-infer[guided]')") from None
-            return self._by_library(installed[0], kind, text)
+            try:
+                return self._by_library(installed[0], kind, text)
+            except ValueError as refused:
+                raise ValueError(f"{error} ({refused})") from None  # the first has the keyword and its place
 
     def _by_library(self, name: str, kind: str, text: str) -> Grammar:
         if not is_installed(name):

@@ -161,8 +161,15 @@ class InputProcessor:
             most = self.tokenizer.max_token_characters
             check_num_characters(num_characters, most, self.memory.max_model_len)
 
-    def chat_prompt(self, messages: ReadOnlyList[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: ReadOnlyList[Mapping[str, Any]],
+        tools: ReadOnlyList[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, ready for the answer."""
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer, so it cannot chat: pass token ids to generate()")
-        return self.tokenizer.apply_chat_template(messages)
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template_kwargs=chat_template_kwargs or {}
+        )

@@ -70,6 +70,13 @@ def serve(
         str | None,
         typer.Option(help="How requests are divided among them: round_robin, prefix, or least_loaded, the default."),
     ] = None,
+    enable_auto_tool_choice: Annotated[
+        bool,
+        typer.Option("--enable-auto-tool-choice", help="Look for tool calls in answers; needs --tool-call-parser."),
+    ] = False,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="How the model writes tool calls: hermes (also Qwen's way) or llama3_json.")
+    ] = None,
     result_ttl: Annotated[float, typer.Option(help="Seconds that /result/{id} keeps an answer.")] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests may continue after SIGTERM or Ctrl-C.", min=0)
@@ -93,6 +100,10 @@ def serve(
             raise ValueError(f"log_level={log_level!r}: must be critical, error, warning, info or debug")
         if not 0 <= step_timeout < math.inf:
             raise ValueError(f"step_timeout={step_timeout}: must be a finite number of seconds, or 0 for no limit")
+        if enable_auto_tool_choice and tool_call_parser is None:
+            raise ValueError("enable_auto_tool_choice=True: needs tool_call_parser")
+        if tool_call_parser is not None and not enable_auto_tool_choice:
+            raise ValueError(f"tool_call_parser={tool_call_parser!r}: needs enable_auto_tool_choice")
         settings = service.Settings(
             api_key=api_key,
             allowed_hosts=tuple(allowed_hosts or ("*",)),
@@ -103,6 +114,7 @@ def serve(
             max_n=max_n,
             max_num_logprobs=max_num_logprobs,
             result_ttl_s=result_ttl,
+            tool_call_parser=tool_call_parser,
         )
         listener = run.listen(host, port)
         if not allowed_hosts:

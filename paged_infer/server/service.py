@@ -25,6 +25,7 @@ from paged_infer.server.hosts import ALL
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import close_all
 from paged_infer.server.openai.protocol import bad_value
+from paged_infer.text.tool_parsers import TOOL_PARSERS
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -55,6 +56,8 @@ class Settings:
             each and are kept until the request has finished.
         result_ttl_s: seconds that ``/result/{id}`` keeps an answer.
         max_num_results: most such answers kept at once; beyond it, the oldest is dropped.
+        tool_call_parser: how the model writes calls, one of ``text.tool_parsers.TOOL_PARSERS``; None: an answer has
+            calls only where the request requires them.
     """
 
     api_key: str | None = None
@@ -67,6 +70,7 @@ class Settings:
     max_num_logprobs: int = 1 << 22
     result_ttl_s: float = 300.0
     max_num_results: int = 10_000
+    tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:
         for name in "max_body_bytes receive_timeout_s max_n max_num_logprobs result_ttl_s max_num_results".split():
@@ -77,6 +81,8 @@ class Settings:
         for host in self.allowed_hosts:
             if host != ALL and not _HOST.fullmatch(host):
                 raise ValueError(f"allowed_hosts={host!r}: must be a host name, *.domain or *")
+        if self.tool_call_parser not in (None, *TOOL_PARSERS):
+            raise ValueError(f"tool_call_parser={self.tool_call_parser!r}: must be one of {', '.join(TOOL_PARSERS)}")
         if "" in self.served_model_names:
             raise ValueError("served_model_names='': a name must not be empty")
         for origin in self.allowed_origins:
@@ -106,6 +112,15 @@ class Service:
             message = f"model={name!r} is not served; served: {known}"
             raise APIError(404, message, param="model", code="model_not_found")
         return name or self.model_names[0]
+
+    @property
+    def reasoning_parser(self) -> str | None:
+        """How the model marks its reasoning; None if it has none."""
+        return None
+
+    def reasoning_start(self, prompt_token_ids: ReadOnlyList[int]) -> str | None:
+        """Where the answer to a prompt begins, see ``text.reasoning_parsers``; None without a reasoning parser."""
+        return None
 
     def stop_receiving(self) -> None:
         """Stop waiting for bodies that have not arrived completely. Call in the event loop."""

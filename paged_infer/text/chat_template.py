@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,16 +32,69 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ValueError(f"messages[{index}] must be a dict, not {type(message).__name__}")
-        missing = [key for key in ("role", "content") if key not in message]
+        calls = _checked_calls(message.get("tool_calls"), f"messages[{index}]['tool_calls']")
+        missing = [key for key in ("role", "content") if key not in message and not (calls and key == "content")]
         if missing:
             raise ValueError(f"messages[{index}] has no {missing[0]!r}; it has {sorted(map(str, message))}")
         if message["role"] not in ROLES:
             raise ValueError(f"messages[{index}]['role']={message['role']!r}: must be one of {', '.join(ROLES)}")
-        where = f"messages[{index}]['content']"
-        text = content_text(message["content"], where)
+        where, content = f"messages[{index}]['content']", message.get("content")
+        text = "" if content is None and calls else content_text(content, where)
         check_text(text, f"{where}: ")
-        checked.append({**message, "content": text})
+        kept = {key: value for key, value in message.items() if key != "tool_calls"}
+        checked.append({**kept, "content": text, **({"tool_calls": calls} if calls else {})})
     return checked
+
+
+def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of an assistant with their arguments as dicts, which is what chat templates expect."""
+    if not isinstance(calls, (list, tuple, type(None))):
+        raise ValueError(f"{where} must be a list, not {type(calls).__name__}")
+    checked = []
+    for index, call in enumerate(calls or ()):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}[{index}] must be {{'function': {{'name': str, 'arguments': JSON}}}}")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            check_text(arguments, f"{where}[{index}]: arguments: ")
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}[{index}]: arguments={arguments!r:.80}: is no JSON: {error}") from None
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{where}[{index}]: arguments={arguments!r:.80}: must be a JSON object")
+        checked.append({**call, "function": {**function, "arguments": arguments}})
+    return checked
+
+
+def checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools. A ValueError names the first malformed one."""
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            form = "{'type': 'function', 'function': {'name': str, 'description': str, 'parameters': dict}}"
+            raise ValueError(f"tools[{index}] must be {form}")
+    return [dict(tool) for tool in tools]
+
+
+def check_shows_tools(tools: list[dict[str, Any]], render: Callable[..., str]) -> None:
+    """Raises ValueError if the template leaves out a tool. ``render`` applies it to a conversation, with ``tools``."""
+    marked = [{**tool, "function": {**tool["function"], "name": f"{MARK}{i}m"}} for i, tool in enumerate(tools)]
+    text = render(tools=marked)
+    for index, tool in enumerate(tools):
+        if f"{MARK}{index}m" not in text:
+            name = tool["function"]["name"]
+            raise ValueError(f"tools[{index}]: the chat template has no place for tools: it leaves out {name!r}")
+
+
+def check_variables(variables: Mapping[str, Any], template: str, reserved: Container[str]) -> None:
+    """Raises ValueError for a variable that the template does not read, or that is not its own."""
+    for name in variables:
+        if not isinstance(name, str) or name in reserved or name in ("messages", "self"):
+            raise ValueError(f"chat_template_kwargs: {name!r} is no variable of the chat template's own")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(f"chat_template_kwargs: the chat template has no variable {name!r}")
 
 
 def content_text(content: Any, where: str) -> str:
@@ -94,11 +149,23 @@ def fitted_messages(
 def _first_lost(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> int | None:
     """Index of the first message with content that is missing from the rendered conversation."""
     # A template may change a content (trim it, cut its reasoning), and a short content may occur in the template's
-    # own text. So render unique marks in place of the contents and look for those.
+    # own text. So render unique marks in place of the contents and of the names of called functions, and look for
+    # those.
     marks = [f"{MARK}{index}m" if message["content"] else "" for index, message in enumerate(messages)]
+    calls = [[f"{MARK}{i}c{j}m" for j, _ in enumerate(m.get("tool_calls", ()))] for i, m in enumerate(messages)]
     try:
-        text = render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+        text = render([_marked(*one) for one in zip(messages, marks, calls, strict=True)])
     except ValueError:  # the template depends on the contents, or rejects the messages in any case
         text, marks = render(messages), [message["content"].strip() for message in messages]
+        calls = [[call["function"]["name"] for call in message.get("tool_calls", ())] for message in messages]
     text = text.lower()
-    return next((index for index, mark in enumerate(marks) if mark.lower() not in text), None)
+    wanted = ([mark, *names] for mark, names in zip(marks, calls, strict=True))
+    return next((index for index, each in enumerate(wanted) if any(one.lower() not in text for one in each)), None)
+
+
+def _marked(message: dict[str, Any], mark: str, names: list[str]) -> dict[str, Any]:
+    marked = {**message, "content": mark}
+    if names:
+        pairs = zip(message["tool_calls"], names, strict=True)
+        marked["tool_calls"] = [{**call, "function": {**call["function"], "name": name}} for call, name in pairs]
+    return marked

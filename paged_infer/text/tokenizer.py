@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from paged_infer.text.chat_template import check_text, checked_messages, fitted_messages
+from paged_infer.text.chat_template import (
+    check_shows_tools,
+    check_text,
+    check_variables,
+    checked_messages,
+    checked_tools,
+    fitted_messages,
+)
 from paged_infer.text.gguf_tokenizer import gguf_tokenizer
 from paged_infer.text.token_lengths import max_token_characters
 
@@ -112,26 +120,46 @@ class Tokenizer:
         ]
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation as the model was trained to read it, ready for the assistant's turn.
 
         A content is a str or a list of text parts. The role "developer" becomes "system" if the template leaves such a
         message out or rejects it.
 
+        Args:
+            tools: the functions that the assistant may call, as OpenAI describes them.
+            chat_template_kwargs: variables of the template.
+
         Raises:
             ValueError: no template, an empty conversation, a message that is malformed or that the template leaves
-                out (the error names its index), or an error raised by the template.
+                out (the error names its index), tools or a variable that it has no place for, or an error raised by
+                the template.
         """
-        conversation = checked_messages(messages)
+        conversation, described = checked_messages(messages), checked_tools(tools or ())
         if not self._hf.chat_template:
             raise ValueError("this tokenizer has no chat template: pass a prompt to generate() instead of messages")
-        fitted = fitted_messages(
-            conversation, partial(self._render, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-        return list(self._render(fitted, tokenize=True, add_generation_prompt=add_generation_prompt))
+        own = dict(chat_template_kwargs or {})
+        template = self._hf.chat_template  # a text, or a dict of named ones
+        text = template if isinstance(template, str) else "\n".join(template.values())
+        check_variables(own, text, inspect.signature(self._hf.apply_chat_template).parameters)
 
-    def _render(self, messages: list[dict[str, Any]], **options: bool) -> Any:
+        def render(
+            conversation: list[dict[str, Any]], *, tokenize: bool = False, tools: Any = described or None
+        ) -> Any:
+            options = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize, "tools": tools, **own}
+            return self._render(conversation, **options)
+
+        fitted = fitted_messages(conversation, render)
+        if described:
+            check_shows_tools(described, partial(render, fitted))
+        return list(render(fitted, tokenize=True))
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         from jinja2 import TemplateError
 
         try:

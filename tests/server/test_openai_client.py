@@ -241,7 +241,7 @@ def test_errors_arrive_as_the_clients_own_exceptions(served) -> None:
     with pytest.raises(openai.BadRequestError, match="max_model_len=192") as long:
         client.completions.create(model="storyteller", prompt=[1] * 192)
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+    with pytest.raises(openai.BadRequestError, match="needs --enable-auto-tool-choice and --tool-call-parser"):
         client.chat.completions.create(
             model="storyteller", messages=STORY, tools=[{"type": "function", "function": {"name": "f"}}]
         )

@@ -127,7 +127,10 @@ def test_an_unknown_field_is_named_with_what_it_is_in(served, field: str, value:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"tool_call_id": "a"}, "messages: tool_call_id is not supported: tool calls are not supported"),
+        (
+            {"function_call": {"name": "f"}},
+            "messages: function_call is not supported: tools and tool_choice have taken its place",
+        ),
         (
             {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages: content of type image_url is not supported: input and output are text only",
@@ -323,9 +326,8 @@ def test_a_body_that_is_not_announced_as_json_is_told_how(served, content_type: 
 @pytest.mark.parametrize(
     ("message", "named"),
     [
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "tool_calls"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "tool_call_id"),
+        ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, "function_call"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "refusal"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}, "image_url"),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "input_audio"),
     ],

@@ -29,8 +29,9 @@ class Refused(NamedTuple):
     harmless: tuple[Any, ...] = ()
 
 
-TOOLS = "tool calls are not supported"
-_GRAMMAR = "structured outputs are not supported"
+FUNCTIONS = "tools and tool_choice have taken its place"
+_GUIDED = "structured_outputs has taken its place"
+_CHAT = "only chats have it"
 TEXT = "input and output are text only"
 _TEMPLATE = "the tokenizer's own chat template is used, with its defaults"
 _RENDER = "there is no route that only renders a prompt"
@@ -43,19 +44,19 @@ REFUSED = {
     "audio": Refused(TEXT),
     "bad_words": Refused("use logit_bias to forbid tokens", ([],)),
     "chat_template": Refused(_TEMPLATE),
-    "chat_template_kwargs": Refused(_TEMPLATE, ({},)),
+    "chat_template_kwargs": Refused(_CHAT, ({},)),
     "continue_final_message": Refused(_TEMPLATE, (False,)),
     "detokenize": Refused("answers are always text; return_token_ids adds the token ids", (True,)),
     "documents": Refused(_TEMPLATE, ([],)),
     "ec_transfer_params": Refused(_TRANSFER),
     "echo": Refused("the prompt is not repeated in the answer", (False,)),
-    "function_call": Refused(TOOLS, ("none",)),
-    "functions": Refused(TOOLS, ([],)),
-    "guided_choice": Refused(_GRAMMAR),
-    "guided_grammar": Refused(_GRAMMAR),
-    "guided_json": Refused(_GRAMMAR),
-    "guided_regex": Refused(_GRAMMAR),
-    "include_reasoning": Refused("reasoning is not separated from the answer", (True,)),
+    "function_call": Refused(FUNCTIONS, ("none",)),
+    "functions": Refused(FUNCTIONS, ([],)),
+    "guided_choice": Refused(_GUIDED),
+    "guided_grammar": Refused(_GUIDED),
+    "guided_json": Refused(_GUIDED),
+    "guided_regex": Refused(_GUIDED),
+    "include_reasoning": Refused(_CHAT, (True,)),
     "include_stop_str_in_output": Refused("a stop string is never part of the answer", (False,)),
     "kv_transfer_params": Refused(_TRANSFER),
     "logits_processors": Refused("requests cannot contain code", ([],)),
@@ -64,13 +65,12 @@ REFUSED = {
     "mm_processor_kwargs": Refused(TEXT, ({},)),
     "modalities": Refused(TEXT, (["text"],)),
     "moderation": Refused("there is no moderation model"),
-    "parallel_tool_calls": Refused(TOOLS, (True, False)),
+    "parallel_tool_calls": Refused(_CHAT, (True, False)),
     "prediction": Refused("speculation is an option of the engine (speculative_config)"),
     "priority": Refused("requests are served in order of arrival", (0,)),
     "prompt_embeds": Refused("a prompt is text or token ids"),
     "reasoning_effort": Refused("the chat template is rendered without it", ("medium",)),
     "repetition_detection": Refused("repetition does not end an answer"),
-    "response_format": Refused(_GRAMMAR, ({"type": "text"},)),
     "return_mm_kwargs": Refused(_RENDER, (True, False)),
     "return_prompt_text": Refused("return_token_ids returns the prompt's tokens", (False,)),
     "return_token_offsets": Refused(_RENDER, (False,)),
@@ -78,15 +78,14 @@ REFUSED = {
     "skip_special_tokens": Refused("special tokens are never part of the answer", (True,)),
     "spaces_between_special_tokens": Refused("special tokens are never part of the answer", (True,)),
     "stream_interval": Refused("a stream sends a chunk whenever an answer has grown", (1,)),
-    "structured_outputs": Refused(_GRAMMAR),
     "suffix": Refused("a prompt is continued; infilling is not supported", ("",)),
-    "tool_choice": Refused(TOOLS, ("none",)),
-    "tools": Refused(TOOLS, ([],)),
+    "tool_choice": Refused(_CHAT, ("none",)),
+    "tools": Refused(_CHAT, ([],)),
     "truncation_side": Refused("truncate_prompt_tokens keeps the end of the prompt", ("left",)),
     "verbosity": Refused("the chat template is rendered without it; ask for it in a message", ("medium",)),
     "vllm_xargs": Refused("there are no extensions to read it", ({},)),
     "watermarking": Refused("text is not watermarked", (False,)),
-    "web_search_options": Refused(TOOLS),
+    "web_search_options": Refused("the server has no tools of its own"),
 }
 """Name -> reason and harmless values. Where a route serves one of these (``echo``), its model has that field."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from paged_infer.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from paged_infer.text.tokenizer import Tokenizer
+from paged_infer.text.tool_parsers import ToolCallDelta
 
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0  # JSON has no infinity
@@ -154,6 +155,14 @@ def chat_logprobs(
             {**_described(token_id, row, tokenizer), "top_logprobs": [_described(i, row, tokenizer) for i in top]}
         )
     return {"content": content, "refusal": None}
+
+
+def described_call(call: ToolCallDelta) -> dict[str, Any]:
+    """A call, or the new part of one."""
+    function = {"arguments": call.arguments}
+    if call.id is None:
+        return {"function": function}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
 def token_names(token_ids: ReadOnlyList[int], tokenizer: Tokenizer | None) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""One message of a conversation in ``/v1/chat/completions``: a role and text."""
+"""One message of a conversation in ``/v1/chat/completions``: a role and text, and the calls of tools."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from collections.abc import Container
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
+from pydantic_core import PydanticCustomError
 
 from paged_infer.server.openai.base_model import ListOf, StrictModel
 from paged_infer.server.openai.errors import APIError
-from paged_infer.server.openai.fields import TEXT, TOOLS, Refused, is_harmless
+from paged_infer.server.openai.fields import FUNCTIONS, TEXT, Refused, is_harmless
 from paged_infer.text.chat_template import NO_TEXT
 
 UNSUPPORTED = {
     "annotations": Refused(TEXT, ([],)),
     "audio": Refused(TEXT),
-    "function_call": Refused(TOOLS),
+    "function_call": Refused(FUNCTIONS),
     "refusal": Refused("a refusal is not passed to the chat template"),
-    "tool_call_id": Refused(TOOLS),
-    "tool_calls": Refused(TOOLS, ([],)),
 }
 """Fields of OpenAI's messages that are refused by name. ``null`` is harmless in all of them: clients send answers back
 unchanged, and ours contain ``"refusal": null``."""
@@ -29,12 +28,29 @@ class TextPart(StrictModel):
     text: str
 
 
+class CalledFunction(StrictModel):
+    name: str
+    arguments: str | None = None  # JSON
+
+
+class ToolCall(StrictModel):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(StrictModel):
+    """What a message has besides its content is passed to the chat template."""
+
     refused_by_name: ClassVar[Container[str]] = UNSUPPORTED
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | ListOf[TextPart]
-    name: str | None = None  # passed to the chat template
+    content: str | ListOf[TextPart] | None = None
+    name: str | None = None
+    tool_calls: ListOf[ToolCall] | None = None  # of an assistant
+    tool_call_id: str | None = None  # of a tool's answer
+    reasoning: str | None = None  # of an assistant
+    reasoning_content: str | None = None  # its old name
 
     @model_validator(mode="before")
     @classmethod
@@ -49,13 +65,23 @@ class ChatMessage(StrictModel):
                 raise _unsupported(f"content of type {part['type']}", TEXT)
         return {name: value for name, value in message.items() if name not in UNSUPPORTED}
 
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("missing", "content is needed")
+        for name in ("tool_calls", "reasoning", "reasoning_content"):
+            if getattr(self, name) and self.role != "assistant":
+                raise PydanticCustomError("wrong_role", f"{name} is of an assistant's message")
+        return self
+
     def as_dict(self) -> dict[str, Any]:
         """The form that ``LLM.chat`` takes."""
-        content: Any = self.content
-        if not isinstance(self.content, str):
-            content = [part.model_dump() for part in self.content]
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **named}
+        message = self.model_dump(exclude_none=True)
+        if not self.tool_calls:
+            message.pop("tool_calls", None)
+        if (reasoning := self.reasoning or self.reasoning_content) is not None:
+            message |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates read either
+        return message
 
 
 def _unsupported(what: str, why: str) -> APIError:

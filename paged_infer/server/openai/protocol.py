@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from paged_infer.server.openai.base_model import ListOf, StrictModel
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.fields import REFUSED, REFUSED_IN_CHAT, Refused, is_harmless
 from paged_infer.server.openai.messages import ChatMessage
+from paged_infer.server.openai.structured import GRAMMAR_FIELD, ResponseFormat, StructuredOutputs, renamed
+from paged_infer.server.openai.tools import Tool, ToolChoice, checked_choice, in_terms_of_tools, tool_grammar
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_ID_LENGTH = 16, 256, 20, 256
 
@@ -83,6 +86,10 @@ class SamplingFields(StrictModel):
     use_beam_search: bool | None = Field(None, description="Search with `n` beams instead of sampling.")
     length_penalty: float | None = within(-10, 10)
     early_stopping: bool | Literal["never"] | None = None
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="One of `json` (a schema), `regex`, `choice` and `grammar` (EBNF)."
+    )
+    response_format: ResponseFormat | None = Field(None, description="`text`, `json_object` or `json_schema`.")
 
     model: str | None = Field(None, description="One of `/v1/models`; may be left out.")
     user: str | None = None
@@ -121,6 +128,8 @@ class SamplingFields(StrictModel):
             message = f"best_of={self.best_of}: must equal n={self.n or 1}: answers are not ranked"
             raise APIError(400, message, param="best_of")
         try:
+            if (grammar := self._grammar()) is not None:
+                others["structured_outputs"] = grammar
             if self.use_beam_search:
                 return self._beam_search_params(given, max_tokens, others)
             for name in ("length_penalty", "early_stopping"):
@@ -128,12 +137,34 @@ class SamplingFields(StrictModel):
                     raise ValueError(f"{name}={getattr(self, name)!r}: needs use_beam_search=true")
             return SamplingParams(**given, **others, max_tokens=max_tokens, logit_bias=self._logit_bias())
         except ValueError as error:
-            raise bad_value(error) from None
+            raise self.in_own_terms(bad_value(error)) from None
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that the answer's grammar is made of, if it has one."""
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        return "response_format" if has_format else GRAMMAR_FIELD
+
+    def _grammar(self) -> StructuredOutputsParams | None:
+        given = None if self.structured_outputs is None else self.structured_outputs.params()
+        found = None if self.response_format is None else self.response_format.params()
+        if given is not None and found is not None:
+            message = "response_format: not together with structured_outputs"
+            raise APIError(400, message, param="response_format")
+        return given or found
+
+    def in_own_terms(self, error: APIError) -> APIError:
+        """An error about a grammar with the name of the field that it was made of; others as they are."""
+        if error.param != GRAMMAR_FIELD or self.grammar_field == GRAMMAR_FIELD:
+            return error
+        return bad_value(ValueError(in_terms_of_tools(renamed(error.message, self.grammar_field))))
 
     def _beam_search_params(
         self, given: dict[str, Any], max_tokens: int | None, others: dict[str, Any]
     ) -> BeamSearchParams:
         for name in [*given, *others, *(["logit_bias"] if self.logit_bias else [])]:
+            if name == GRAMMAR_FIELD:
+                raise ValueError(f"{self.grammar_field}: not supported with use_beam_search=true")
             if name not in _BEAM_SEARCH:
                 raise ValueError(f"{name}={getattr(self, name, None)!r}: not supported with use_beam_search=true")
         if max_tokens is None:
@@ -228,6 +259,34 @@ class ChatCompletionRequest(StreamedFields):
     max_completion_tokens: int | None = within(1)
     logprobs: bool | None = None
     top_logprobs: int | None = within(0, MAX_LOGPROBS)
+    tools: ListOf[Tool] | None = Field(None, description="Functions that the answer may call.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="`auto` needs `--enable-auto-tool-choice`; `required` and a name do not."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="`false`: at most one call.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
+    include_reasoning: bool | None = Field(None, description="`false` leaves `reasoning` out of the answer.")
+
+    @cached_property
+    def choice(self) -> ToolChoice:
+        """``tool_choice`` with its default."""
+        return checked_choice(self.tools or [], self.tool_choice)
+
+    @property
+    def is_parallel(self) -> bool:
+        """``parallel_tool_calls`` with its default."""
+        return self.parallel_tool_calls is not False
+
+    @property
+    def grammar_field(self) -> str:
+        return super().grammar_field if self.choice in ("none", "auto") else "tools"
+
+    def _grammar(self) -> StructuredOutputsParams | None:
+        given, choice = super()._grammar(), self.choice
+        if given is not None and choice != "none":
+            field = super().grammar_field
+            raise APIError(400, f'{field}: not together with tools, unless tool_choice is "none"', param=field)
+        return given or tool_grammar(self.tools or [], choice, self.is_parallel)
 
     def params(self) -> SamplingParams | BeamSearchParams:
         self.check_form()

@@ -57,9 +57,9 @@ class _CompletionBuilder(ResponseBuilder):
     def usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         return usage(outputs, 0 if self.body.only_echoes else None)
 
-    def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
+    def ending(self, tracker: DeltaTracker, one: CompletionOutput) -> tuple[str | None, int | str | None]:
         """With ``only_echoes``, the sampled token is discarded: it must not set the finish reason."""
-        return ("length", None) if self.body.only_echoes else ResponseBuilder.ending(self, one)
+        return ("length", None) if self.body.only_echoes else ResponseBuilder.ending(self, tracker, one)
 
     def chunk(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> dict[str, Any] | None:
         choice = self.choice(tracker, output, one)

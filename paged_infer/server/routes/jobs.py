@@ -73,7 +73,12 @@ class Jobs:
     async def begin(self, body: GenerateRequest) -> _Job:
         self._forget()
         service, (job_id, label) = self._service, new_id("gen")
-        (stream,) = await service.open([body.prompt], body.params(), label, stream=False, cache_salt=body.cache_salt)
+        try:
+            (stream,) = await service.open(
+                [body.prompt], body.params(), label, stream=False, cache_salt=body.cache_salt
+            )
+        except APIError as error:
+            raise body.in_own_terms(error) from None
         job = self._jobs[job_id] = _Job(job_id, stream)
         job.task = asyncio.create_task(self._finish(job))
         return job

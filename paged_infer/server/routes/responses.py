@@ -54,9 +54,13 @@ class ResponseBuilder(ABC):
         self._unsent: dict[str, Any] = {}  # additional top-level fields of the next object
         self.created = int(time.time())  # Unix time
 
-    def ending(self, one: CompletionOutput) -> tuple[str | None, int | str | None]:
+    def ending(self, tracker: DeltaTracker, one: CompletionOutput) -> tuple[str | None, int | str | None]:
         """(finish_reason, stop_reason) of an answer; None while it is not finished."""
         return one.finish_reason, one.stop_reason
+
+    def is_heavy(self, outputs: list[RequestOutput]) -> bool:
+        """Whether a whole response is built in another thread, see ``Service.run_in_thread``."""
+        return sum(map(weight, outputs)) > HEAVY
 
     def opening(self) -> dict[str, Any] | None:
         """The choice of a chunk before an answer's first token, or None for no such chunk."""
@@ -95,9 +99,12 @@ class ResponseBuilder(ABC):
     ) -> Response:
         """Queue the prompts and respond. If the client disconnects, the request is aborted."""
         stream, salt = bool(self.body.stream), self.body.cache_salt
-        streams = await self.service.open(
-            prompts, params, self.label, stream=stream, cache_salt=salt, prompt_field=prompt_field
-        )
+        try:
+            streams = await self.service.open(
+                prompts, params, self.label, stream=stream, cache_salt=salt, prompt_field=prompt_field
+            )
+        except APIError as error:
+            raise self.body.in_own_terms(error) from None
         if stream:
             return EventStream(self.events(streams), streams)
         answer = await cancel_on_disconnect(request.receive, self.answer(streams))
@@ -106,22 +113,22 @@ class ResponseBuilder(ABC):
     async def answer(self, streams: ReadOnlyList[RequestStream]) -> Response:
         """The whole response, once all outputs are final."""
         outputs = await self.service.final_outputs(streams)
-        is_heavy = sum(map(weight, outputs)) > HEAVY
-        content = await self.service.run_in_thread(is_heavy, partial(self._whole, outputs))
+        content = await self.service.run_in_thread(self.is_heavy(outputs), partial(self._whole, outputs))
         return Response(content, media_type="application/json")
 
     def _whole(self, outputs: list[RequestOutput]) -> str:
         self._unsent = self.about_request(outputs[0])
         choices = (
-            self._ended(self._whole_choice(output, one), one, place * len(output.outputs) + one.index)
+            self._whole_choice(output, one, place * len(output.outputs) + one.index)
             for place, output in enumerate(outputs)
             for one in output.outputs
         )
         return "".join(encoded({**self._object(self.kind, choices), "usage": self.usage(outputs)}))
 
-    def _whole_choice(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+    def _whole_choice(self, output: RequestOutput, one: CompletionOutput, index: int) -> dict[str, Any]:
         tracker = DeltaTracker()
-        return self.choice(tracker, output, one) | self.about_choice(tracker, output, one)
+        choice = self.choice(tracker, output, one) | self.about_choice(tracker, output, one)
+        return self._ended(choice, tracker, one, index)
 
     async def events(self, streams: ReadOnlyList[RequestStream]) -> AsyncIterator[bytes]:
         """A chunk whenever an answer has grown. An error becomes an event: the status has already been sent."""
@@ -165,7 +172,7 @@ class ResponseBuilder(ABC):
             if choice is not None:
                 choice |= self.about_choice(tracker, output, one)
                 tracker.was_sent = True
-                choices: Any = [self._ended(choice, one, index)]
+                choices: Any = [self._ended(choice, tracker, one, index)]
                 chunk = self._object(self.chunk_kind, iter(choices) if in_pieces else choices)
                 events.append(event({**chunk, **no_usage}, in_pieces=in_pieces, obfuscate=obfuscate))
             tracker.has_ended = one.finish_reason is not None
@@ -175,8 +182,10 @@ class ResponseBuilder(ABC):
         rest, self._unsent = self._unsent, {}
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **rest}
 
-    def _ended(self, choice: dict[str, Any], one: CompletionOutput, index: int) -> dict[str, Any]:
-        finish_reason, stop_reason = self.ending(one)
+    def _ended(
+        self, choice: dict[str, Any], tracker: DeltaTracker, one: CompletionOutput, index: int
+    ) -> dict[str, Any]:
+        finish_reason, stop_reason = self.ending(tracker, one)
         choice = {"index": index, **choice, "finish_reason": finish_reason}
         if finish_reason is not None:
             choice["stop_reason"] = stop_reason

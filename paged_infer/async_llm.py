@@ -151,6 +151,16 @@ class AsyncLLM:
         return self._name
 
     @property
+    def reasoning_parser(self) -> str | None:
+        """The engine's option: how the model marks its reasoning."""
+        return self._input_processor.config.reasoning_parser
+
+    def reasoning_start(self, prompt_token_ids: ReadOnlyList[int]) -> str | None:
+        """Where the answer to a prompt begins, see ``text.reasoning_parsers``; None without ``reasoning_parser``."""
+        parser = self._input_processor.reasoning_parser
+        return None if parser is None else parser.first_part(prompt_token_ids).value
+
+    @property
     def max_model_len(self) -> int:
         """Longest sequence in tokens, prompt and output together."""
         return self._input_processor.memory.max_model_len

@@ -25,7 +25,8 @@ from paged_infer.server.hosts import ALL
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import close_all
 from paged_infer.server.openai.protocol import bad_value
-from paged_infer.text.tool_parsers import TOOL_PARSERS
+from paged_infer.text.reasoning_parsers import END
+from paged_infer.text.tool_parsers import TOOL_PARSERS, HermesParser
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -101,6 +102,14 @@ class Service:
     answering: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="answers"))
     receiving: set[asyncio.Timeout] = field(default_factory=set)  # of bodies that have not arrived completely
 
+    def __post_init__(self) -> None:
+        markers = [END] if self.engine.reasoning_parser is not None else []
+        if self.settings.tool_call_parser == "hermes":
+            markers += [HermesParser.START, HermesParser.END]
+        for marker in markers:
+            if self.engine.tokenizer is not None and marker in self.engine.tokenizer.special_tokens:
+                raise ValueError(f"{marker} is a special token of this tokenizer, so no text of an answer contains it")
+
     @property
     def model_names(self) -> tuple[str, ...]:
         return self.settings.served_model_names or (self.engine.name,)
@@ -112,15 +121,6 @@ class Service:
             message = f"model={name!r} is not served; served: {known}"
             raise APIError(404, message, param="model", code="model_not_found")
         return name or self.model_names[0]
-
-    @property
-    def reasoning_parser(self) -> str | None:
-        """How the model marks its reasoning; None if it has none."""
-        return None
-
-    def reasoning_start(self, prompt_token_ids: ReadOnlyList[int]) -> str | None:
-        """Where the answer to a prompt begins, see ``text.reasoning_parsers``; None without a reasoning parser."""
-        return None
 
     def stop_receiving(self) -> None:
         """Stop waiting for bodies that have not arrived completely. Call in the event loop."""

@@ -9,10 +9,11 @@ where an output begins is told from its prompt; see ``control.reasoning``, where
 
 from __future__ import annotations
 
+from paged_infer.control.reasoning import Part
 from paged_infer.text.tool_parsers import Delta, ToolParser, num_held
 
 START, END = "<think>", "</think>"
-OPENING, REASONING, CONTENT = "opening", "reasoning", "content"  # where an output begins
+OPENING, REASONING, CONTENT = (part.value for part in Part)  # where an output begins
 
 
 class ReasoningParser:

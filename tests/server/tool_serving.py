@@ -51,7 +51,7 @@ def tool_serving(folder: Path, **options: Any) -> Iterator[Served]:
     shutil.copytree(storyteller.PATH, folder, dirs_exist_ok=True)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     settings = Settings(tool_call_parser="hermes", served_model_names=("storyteller",))
-    with serving(settings, model=folder, **OPTIONS, **options) as served:
+    with serving(settings, model=folder, **{**OPTIONS, **options}) as served:
         yield served
 
 

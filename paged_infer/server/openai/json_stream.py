@@ -70,12 +70,16 @@ def usage(outputs: ReadOnlyList[RequestOutput], num_output_tokens: int | None = 
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     if num_output_tokens is None:
         num_output_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
-    return {
+    counts = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt + num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(o.metrics.num_cached_tokens for o in outputs)},
     }
+    reasoning = [one.num_reasoning_tokens for output in outputs for one in output.outputs]
+    if any(number is not None for number in reasoning):
+        counts["completion_tokens_details"] = {"reasoning_tokens": sum(number or 0 for number in reasoning)}
+    return counts
 
 
 class DeltaTracker:

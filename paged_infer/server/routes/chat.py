@@ -31,7 +31,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     builder = _ChatBuilder(service, service.check_model(body.model), "chatcmpl", body)
     params = body.params()
     builder.new_tool_parser()  # raises an APIError if the server has none
-    if body.include_reasoning is False and service.reasoning_parser is None:
+    if body.include_reasoning is False and service.engine.reasoning_parser is None:
         raise APIError(400, "include_reasoning=false: needs --reasoning-parser", param="include_reasoning")
     try:
         prompt = await service.engine.chat_prompt(
@@ -62,7 +62,7 @@ class _ChatBuilder(ResponseBuilder):
     def _delta(self, tracker: DeltaTracker, output: RequestOutput, one: CompletionOutput) -> Delta:
         """The new part of an answer: its content, reasoning and calls."""
         if tracker not in self._parsers:
-            first, tools = self.service.reasoning_start(output.prompt_token_ids), self.new_tool_parser()
+            first, tools = self.service.engine.reasoning_start(output.prompt_token_ids), self.new_tool_parser()
             reasoning = None if first is None else ReasoningParser(first)
             self._parsers[tracker] = AnswerParser(reasoning, tools, None if self.body.is_parallel else 1)
         parser, text = self._parsers[tracker], tracker.text(one)
@@ -74,7 +74,7 @@ class _ChatBuilder(ResponseBuilder):
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": [described_call(call) for call in calls]}
-        if self.service.reasoning_parser is not None and self.body.include_reasoning is not False:
+        if self.service.engine.reasoning_parser is not None and self.body.include_reasoning is not False:
             message["reasoning"] = reasoning or None
         return {"message": message, "logprobs": self._logprobs(tracker, one)}
 

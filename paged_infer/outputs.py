@@ -117,3 +117,10 @@ class RequestOutput:
 def _shortened(text: str, most: int = 300) -> str:
     """Its beginning and its end."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def prompt_token_logprobs(output: RequestOutput) -> list[Logprob]:
+    """Of each token of the prompt but the first, given those before it; needs ``SamplingParams(prompt_logprobs=0)``."""
+    rows = output.prompt_logprobs
+    assert rows is not None
+    return [row[token] for token, row in zip(output.prompt_token_ids[1:], rows[1:], strict=True) if row is not None]

@@ -22,6 +22,11 @@ def quizzes(story: Story) -> list[tuple[str, str]]:
     return found
 
 
+def kind_of(question: str) -> str:
+    """Its first two words, such as "How many"."""
+    return " ".join(question.split()[:2])
+
+
 def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
     """Recall, perplexity and the grammar's perplexity on `num_stories` stories that training never saw.
 
@@ -35,6 +40,7 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
     Both perplexities are over the same tokens: all of a document after its leading `<|endoftext|>`, so the first
     word is predicted too, and the closing `<|endoftext|>`, the decision to end, is counted.
     """
+    from paged_infer.outputs import prompt_token_logprobs
     from paged_infer.params import SamplingParams
 
     if num_stories < 1:
@@ -44,7 +50,7 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
     asked = [quiz for story in stories for quiz in quizzes(story)]
     greedy = SamplingParams(temperature=0, max_tokens=24, stop=["\n"])
     answers = llm.generate([prompt for prompt, _ in asked], greedy, use_tqdm=False)
-    kinds = [" ".join(prompt.rsplit("Q: ", 1)[1].split()[:2]) for prompt, _ in asked]
+    kinds = [kind_of(prompt.rsplit("Q: ", 1)[1]) for prompt, _ in asked]
     right = Counter(
         kind
         for kind, got, (_, answer) in zip(kinds, answers, asked, strict=True)
@@ -56,14 +62,10 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
         SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
         use_tqdm=False,
     )
-    nats, num_tokens = 0.0, 0
-    for output in scored:
-        for token, logprobs in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
-            nats -= logprobs[token].logprob
-            num_tokens += 1
+    logprobs = [one.logprob for output in scored for one in prompt_token_logprobs(output)]
     return {
         "recall": right.total() / len(asked),
         "recall_by_kind": {kind: (right[kind], count) for kind, count in Counter(kinds).most_common()},
-        "perplexity": math.exp(nats / num_tokens),
-        "grammar_perplexity": math.exp(-sum(story.logprob for story in stories) / num_tokens),
+        "perplexity": math.exp(-sum(logprobs) / len(logprobs)),
+        "grammar_perplexity": math.exp(-sum(story.logprob for story in stories) / len(logprobs)),
     }

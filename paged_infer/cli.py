@@ -1,4 +1,4 @@
-"""The command line: ``paged-infer compare | generate | chat | serve | info | quantize | bench``."""
+"""The command line: ``paged-infer compare | generate | chat | serve | info | eval | quantize | bench``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from paged_infer.cli_options import (
     with_option_groups,
 )
 from paged_infer.config import KV_CACHE_DTYPES, EngineConfig
+from paged_infer.evaluation.cli import evaluate
 from paged_infer.params import SamplingParams
 from paged_infer.server.cli import serve
 
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_cli.app, name="bench")
 app.command()(serve)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -34,6 +34,7 @@ OMITTED = {
     "chat": OWN_SEED | NO_RECORD,
     "compare": OWN_SEED,
     "info": NO_RECORD,
+    "eval": OWN_SEED | NO_RECORD,
     "serve": set(),
     "bench latency": OWN_SEED,
     "bench throughput": OWN_SEED,

@@ -30,6 +30,7 @@ NOT_RUN = {
     "OpenAI(": "asks a server",
     "litellm": "asks a server",
     "uvicorn.run(": "serves",
+    "lm_eval.simple_evaluate(": "tests/server/test_evaluation_clients.py does the same",
     "from checks import": "has the reader's own function",
 }
 

@@ -1,0 +1,147 @@
+"""``paged-infer eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paged_infer.cli_options import EngineOfText, Model, console, fail, open_llm, quiet_libraries, with_option_groups
+
+if TYPE_CHECKING:
+    from paged_infer.evaluation.models import EvaluatedModel, InProcess
+    from paged_infer.evaluation.report import Report
+
+MOST_ITEMS = 100_000
+FILE_WIDTH = 160  # of what is no terminal
+
+
+@with_option_groups
+def evaluate(
+    engine: EngineOfText,
+    model: Model = None,
+    tasks: Annotated[
+        str, typer.Option(help="recall, choice, ending, sums, sums_worked, perplexity; separated by commas.")
+    ] = "recall,choice,perplexity",
+    limit: Annotated[int, typer.Option(help="Items of each task.", min=1, max=MOST_ITEMS)] = 100,
+    num_fewshot: Annotated[
+        int, typer.Option(help="Examples with their answers before each question.", min=0, max=100)
+    ] = 0,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in a chat, instead of by a text to be completed.")
+    ] = False,
+    schemes: Annotated[
+        str, typer.Option(help="A column for each: float32, bfloat16, w8a16, w4a16 ...; separated by commas.")
+    ] = "",
+    ranks: Annotated[str, typer.Option(help="A column for each tensor_parallel_size, such as 1,2.")] = "",
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A model that the others are compared with, in float32. Default: the first column."),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Ask this server's /v1/completions; MODEL is only its tokenizer.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the items.", min=0, max=499)] = 0,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all numbers, item by item.")] = None,
+    write_tasks: Annotated[
+        Path | None, typer.Option(help="Write the tasks for lm-eval into this folder, and evaluate nothing.")
+    ] = None,
+) -> None:
+    """How good is it? Tasks made from the storyteller's grammar, with error bars, and differences between models.
+
+    Perplexity also gives KL and top-1 agreement with the first column.
+    """
+    quiet_libraries()
+    from paged_infer.evaluation.report import Settings
+    from paged_infer.evaluation.report import evaluate as evaluate_models
+    from paged_infer.evaluation.tasks import read_tasks
+
+    try:
+        chosen = read_tasks(tasks)
+        settings = Settings(limit, seed, num_fewshot, apply_chat_template)
+        if write_tasks is not None:
+            from paged_infer.evaluation.harness_tasks import write_harness_tasks
+
+            for path in write_harness_tasks(write_tasks, chosen, settings):
+                typer.echo(path)
+            return
+        models = _models(model, dict(engine.options), schemes, ranks, reference, base_url)
+        with console.status("") as status:
+            report = evaluate_models(
+                models, chosen, settings, on_task=lambda name, task: status.update(f"{name}: {task}")
+            )
+        if output is not None:
+            report.save(output)
+    except ValueError as error:
+        fail(error)
+    show(report)
+    if output is not None:
+        typer.echo(f"numbers: {output}")
+
+
+def _models(
+    model: str | None, options: dict[str, Any], schemes: str, ranks: str, reference: str | None, base_url: str | None
+) -> dict[str, Callable[[], EvaluatedModel]]:
+    """Name -> what opens it, the one that the others are compared with first."""
+    from paged_infer.evaluation.report import variants
+
+    chosen = variants(_split(schemes), [_count(one) for one in _split(ranks)])
+    if base_url is not None:
+        if chosen or reference or options:
+            raise ValueError(f"base_url={base_url!r}: a server has its own engine; leave out the engine's options")
+        return {base_url: partial(_open_server, model, base_url)}
+    found: dict[str, Callable[[], EvaluatedModel]] = {}
+    if reference is not None:
+        found[f"{reference} (reference)"] = partial(_open, reference, {"dtype": "float32"})
+    for name, own in (chosen or {model or "storyteller": {}}).items():
+        found[name] = partial(_open, model, {**options, **own})
+    return found
+
+
+def _open(model: str | None, options: dict[str, Any]) -> InProcess:
+    from paged_infer.evaluation.models import InProcess
+
+    return InProcess(open_llm(model, **options))
+
+
+def _open_server(model: str | None, base_url: str) -> EvaluatedModel:
+    from paged_infer.evaluation.models import OverHttp
+    from paged_infer.model.loading.hub import resolve_model
+    from paged_infer.text.tokenizer import Tokenizer
+
+    return OverHttp(base_url, Tokenizer.from_pretrained(resolve_model(model or "storyteller")))
+
+
+def _split(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"ranks={text!r}: must be numbers of at least 1, separated by commas")
+    return int(text)
+
+
+def show(report: Report) -> None:
+    """A table of values, one of differences to the first column, and how often each kind of question was right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = console if console.is_terminal else Console(width=FILE_WIDTH)
+    first, *others = report.scores
+    tables = [("value, 95 % interval", [first, *others], report.rows())]
+    if others:
+        tables.append((f"compared with {first}, on the same items", others, report.difference_rows()))
+    for title, names, rows in tables:
+        out.print(f"[bold]{title}[/bold]", highlight=False)
+        table = Table("", *names, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        out.print(table, "", highlight=False)
+    for task, found in report.scores[first].items():
+        if kinds := found.by_kind():
+            counts = ", ".join(f"{kind} {right}/{asked}" for kind, (right, asked) in kinds.items())
+            out.print(f"{task} of {first}: {counts}", highlight=False)

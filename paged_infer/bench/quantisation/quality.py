@@ -19,6 +19,7 @@ from torch import Tensor
 
 from paged_infer.bench.quantisation.cases import Case
 from paged_infer.bench.workloads import OPENINGS
+from paged_infer.evaluation.distance import token_distances
 from paged_infer.kernels.quant.product import int8_tokens
 from paged_infer.kernels.quant.weight import QuantisedWeight
 from paged_infer.llm import LLM
@@ -26,7 +27,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import DENSE
 from paged_infer.model.loading.load import load_decoder
 from paged_infer.model.loading.targets import targets_of
-from paged_infer.model.quant.calibration import Texts, divergence, log_probs
+from paged_infer.model.quant.calibration import Texts, log_probs
 from paged_infer.model.quant.nf4 import BLOCK, dequantise_nf4, quantise_nf4
 from paged_infer.model.quant.post_training import quantise_decoder
 from paged_infer.model.quant.scheme import rounded
@@ -150,9 +151,9 @@ def measure(predict: Predict, texts: ReadOnlyList[HeldOut], reference: ReadOnlyL
     num_tokens = num_asked = 0
     for text, before in zip(texts, reference, strict=True):
         found, ids = predict(text.token_ids), torch.tensor(text.token_ids)
-        best = found.argmax(-1)
-        kl += divergence(before, found).sum().item()
-        agreed += (best == before.argmax(-1)).sum().item()
+        best, (divergences, agrees) = found.argmax(-1), token_distances(before, found)
+        kl += divergences.sum().item()
+        agreed += agrees.sum().item()
         nats -= found[:-1].gather(1, ids[1:, None]).sum().item()
         right += sum(torch.equal(best[at.start - 1 : at.stop - 1], ids[at]) for at in text.answers)
         num_tokens, num_asked = num_tokens + len(ids), num_asked + len(text.answers)

@@ -55,7 +55,7 @@ def write_harness_tasks(folder: Path, tasks: ReadOnlyList[Task], settings: Setti
 def _line(task: Task, item: Item, shots: ReadOnlyList[Item]) -> dict[str, Any]:
     if task.output == "read":
         return {"text": item.passage}
-    line: dict[str, Any] = {"prompt": completion(item, shots), "answer": item.answer}
+    line: dict[str, Any] = {"prompt": completion(task, item, shots), "answer": item.answer}
     if task.output == "choose":
         return {**line, "choices": item.choices, "label": item.label}
     if task.match == "last number":

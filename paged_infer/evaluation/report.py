@@ -15,7 +15,7 @@ from paged_infer.evaluation.items import Item
 from paged_infer.evaluation.models import EvaluatedModel, InProcess
 from paged_infer.evaluation.score import Score, compare, score
 from paged_infer.evaluation.statistics import Estimate, PairedAnswers
-from paged_infer.evaluation.tasks import Task, examples, opening_of
+from paged_infer.evaluation.tasks import CHAT_STOP, Task, examples, opening_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 Cell = tuple[str, ...]
@@ -170,14 +170,24 @@ def _how(task: Task, model: EvaluatedModel, settings: Settings, items: ReadOnlyL
         return {**common, "prefix": prefix, "long_texts": "windows of max_model_len - 1 tokens, each with most context"}
     common |= {
         "num_fewshot": settings.num_fewshot,
-        "template": "chat" if settings.chat else f"completion, each example after {opening_of(model)!r}",
+        "template": "the model's chat template" if settings.chat else _completion_template(task, opening_of(model)),
     }
     if task.output == "choose":
         return {**common, "acc": "sum of log-probabilities", "acc_norm": "that sum over the choice's characters"}
     exact = "white space around both is removed, then they are equal"
-    return {**common, "stop": list(task.stop), "max_tokens": task.max_tokens, "temperature": 0, "match": task.match} | (
-        {"normalisation": exact if task.match == "exact" else "the last number in each, in letters or digits"}
-    )
+    return {
+        **common,
+        "stop": list(CHAT_STOP if settings.chat else task.stop),
+        "max_tokens": task.max_tokens,
+        "temperature": 0,
+        "match": task.match,
+    } | ({"normalisation": exact if task.match == "exact" else "the last number in each, in letters or digits"})
+
+
+def _completion_template(task: Task, opening: str) -> str:
+    if task.one_document:
+        return f"one document, which begins with {opening!r}: examples, then the question"
+    return f"documents: each example, and the question, after {opening!r}"
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from paged_infer.evaluation.items import Item
 from paged_infer.evaluation.models import EvaluatedModel
 from paged_infer.evaluation.statistics import Estimate, PairedAnswers, paired_answers, proportion, ratio
-from paged_infer.evaluation.tasks import Task, choice_ids, prompt_ids
+from paged_infer.evaluation.tasks import CHAT_STOP, Task, choice_ids, prompt_ids
 
 _UNIT = {"token_perplexity": "tokens", "word_perplexity": "words", "bits_per_byte": "bytes"}  # of what a mean is taken
 
@@ -73,10 +73,10 @@ def score(
     """
     if task.output == "read":
         return _read(model, task, items)
-    prompts = [prompt_ids(model, item, shots, chat) for item in items]
+    prompts = [prompt_ids(model, task, item, shots, chat) for item in items]
     kinds = [item.kind for item in items]
     if task.output == "generate":
-        texts = model.generate(prompts, task.max_tokens, task.stop)
+        texts = model.generate(prompts, task.max_tokens, CHAT_STOP if chat else task.stop)
         right = [task.is_right(text, item.answer) for text, item in zip(texts, items, strict=True)]
         return Score(task.name, {task.metrics[0]: right}, kinds=kinds, answers=texts)
     return _choose(model, task, items, shots, chat)
@@ -87,7 +87,7 @@ def _choose(
 ) -> Score:
     """``acc``: by the sum of the log-probabilities of a choice's tokens; ``acc_norm``: by that sum over the choice's
     characters, so that long choices are not at a disadvantage (both as lm-eval defines them)."""
-    pairs = [choice_ids(model, item, shots, chat, choice) for item in items for choice in item.choices]
+    pairs = [choice_ids(model, task, item, shots, chat, choice) for item in items for choice in item.choices]
     scores = iter(model.continuations(pairs))
     found = Score(task.name, {"acc": [], "acc_norm": []}, kinds=[item.kind for item in items])
     for item in items:

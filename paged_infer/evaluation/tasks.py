@@ -13,8 +13,9 @@ from paged_infer.evaluation.items import Item, choice_items, documents, ending_i
 from paged_infer.evaluation.models import EvaluatedModel
 from paged_infer.storyteller.stories import lexicon
 from paged_infer.storyteller.stories.grammar import END
-from paged_infer.storyteller.stories.sums import Form
+from paged_infer.storyteller.stories.sums import END_THINK, Form
 
+CHAT_STOP = ("\nQ:",)  # for models that go on with the next question; others end their turn
 SHOT_SEEDS = 500  # examples for a task's seed are made with this much added to it, so they are never its items
 _NUMBER = re.compile(rf"\b(?:{'|'.join(lexicon.NUMBERS)}|\d+)\b", re.IGNORECASE)
 
@@ -28,16 +29,20 @@ class Task:
             answer; "read": each token's log-likelihood.
         make: (number of items, seed) -> items.
         about: in one line.
-        stop: texts that end an answer, and are left out of it.
+        one_document: examples and question follow each other in one document, as the storyteller of sums learned it;
+            otherwise each is a document of its own.
+        stop: texts that end an answer, and are left out of it; in a chat, where it may have more lines, ``CHAT_STOP``.
         max_tokens: of an answer.
         match: "exact": equal to the true answer after white space around both is removed, and nothing else;
-            "last number": the last number in it, in letters or digits, as GSM8K is scored.
+            "last number": the last number in it, in letters or digits, as GSM8K is scored. A thought before
+            ``</think>`` is no part of the answer.
     """
 
     name: str
     output: Literal["generate", "choose", "read"]
     make: Callable[[int, int], list[Item]]
     about: str
+    one_document: bool = False
     stop: tuple[str, ...] = ("\n",)
     max_tokens: int = 24
     match: Literal["exact", "last number"] = "exact"
@@ -51,6 +56,7 @@ class Task:
         )
 
     def is_right(self, text: str, answer: str) -> bool:
+        text = text.rpartition(END_THINK)[2]
         if self.match == "exact":
             return text.strip() == answer.strip()
         return last_number(text) == last_number(answer) is not None
@@ -62,12 +68,21 @@ TASKS = {
         Task("recall", "generate", recall_items, "questions about a story, answered freely"),
         Task("choice", "choose", choice_items, "the same questions with four answers, of which one is true"),
         Task("ending", "choose", ending_items, "four last lines, of which one fits what the story began with"),
-        Task("sums", "generate", sum_items, "three to five gains and losses, answered at once", match="last number"),
+        Task(
+            "sums",
+            "generate",
+            sum_items,
+            "three to five gains and losses, answered at once",
+            one_document=True,
+            max_tokens=96,
+            match="last number",
+        ),
         Task(
             "sums_worked",
             "generate",
             partial(sum_items, form=Form.WORKED),
             "the same sums; examples have the partial sums before the answer",
+            one_document=True,
             max_tokens=96,
             match="last number",
         ),
@@ -105,14 +120,14 @@ def examples(task: Task, count: int, seed: int) -> list[Item]:
     return task.make(count, seed + SHOT_SEEDS)
 
 
-def completion(item: Item, shots: ReadOnlyList[Item], opening: str = END) -> str:
+def completion(task: Task, item: Item, shots: ReadOnlyList[Item], opening: str = END) -> str:
     """The prompt as a document of the storyteller: each example with its answer, and then the item.
 
     Args:
-        opening: before each of them; without it, an empty line is between two.
+        opening: what a document begins with. Without one, an empty line is between two.
     """
     shown = [f"{shot.prompt}{shot.lead}{shot.answer}\n" for shot in shots]
-    return opening + (opening or "\n").join([*shown, item.prompt])
+    return opening + ("" if task.one_document else opening or "\n").join([*shown, item.prompt])
 
 
 def chat_messages(item: Item, shots: ReadOnlyList[Item]) -> list[dict[str, str]]:
@@ -130,15 +145,15 @@ def chat_messages(item: Item, shots: ReadOnlyList[Item]) -> list[dict[str, str]]
     return messages[:-1]
 
 
-def prompt_ids(model: EvaluatedModel, item: Item, shots: ReadOnlyList[Item], chat: bool) -> list[int]:
+def prompt_ids(model: EvaluatedModel, task: Task, item: Item, shots: ReadOnlyList[Item], chat: bool) -> list[int]:
     """Token ids of either prompt. ``<|endoftext|>`` opens it if that is a special token of the model."""
     if chat:
         return model.tokenizer.apply_chat_template(chat_messages(item, shots))
-    return model.tokenizer.encode(completion(item, shots, opening_of(model)))
+    return model.tokenizer.encode(completion(task, item, shots, opening_of(model)))
 
 
 def choice_ids(
-    model: EvaluatedModel, item: Item, shots: ReadOnlyList[Item], chat: bool, choice: str
+    model: EvaluatedModel, task: Task, item: Item, shots: ReadOnlyList[Item], chat: bool, choice: str
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of a choice after it; in a chat, with what the template writes around an answer.
 
@@ -146,7 +161,7 @@ def choice_ids(
         ValueError: the template writes the prompt otherwise where an answer follows.
     """
     if not chat:
-        return model.cut(completion(item, shots, opening_of(model)), item.lead + choice)
+        return model.cut(completion(task, item, shots, opening_of(model)), item.lead + choice)
     messages = chat_messages(item, shots)
     prompt = model.tokenizer.apply_chat_template(messages)
     whole = model.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": choice}], False)

@@ -85,7 +85,7 @@ def test_tasks_for_lm_eval_have_whole_prompts(tmp_path: Path) -> None:
     for line, item in zip((tmp_path / "story_choice.jsonl").open(), task.make(3, 0), strict=True):
         known = json.loads(line)
         assert (
-            known["prompt"] == completion(item, examples(task, 2, 0))
+            known["prompt"] == completion(task, item, examples(task, 2, 0))
             and known["choices"][known["label"]] == item.answer
         )
     config = dict(line.split(": ", 1) for line in (tmp_path / "story_sums.yaml").read_text().splitlines())

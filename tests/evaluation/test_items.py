@@ -26,7 +26,7 @@ def test_a_seed_makes_the_same_items_in_every_process() -> None:
 
 def test_each_question_is_one_of_its_own_story_with_the_true_answer() -> None:
     for number, item in enumerate(recall_items(30, 0)):
-        assert (completion(item, []), item.answer) in quizzes(tell(FIRST_EVALUATION_SEED + number))
+        assert (completion(TASKS["recall"], item, []), item.answer) in quizzes(tell(FIRST_EVALUATION_SEED + number))
     kinds = Counter(item.kind for item in recall_items(200, 0))
     natural = Counter(" ".join(q.question.split()[:2]) for i in range(200) for q in tell(10**9 + i).questions)
     assert kinds["Who has"] / 200 > natural["Who has"] / natural.total()  # the rare ones are asked more often
@@ -76,12 +76,18 @@ def test_examples_are_never_among_the_items_and_come_before_each_question() -> N
     task = TASKS["recall"]
     shots, items = examples(task, 2, 0), task.make(50, 0)
     assert shots == task.make(2, SHOT_SEEDS) and not {s.passage for s in shots} & {i.passage for i in items}
-    text = completion(items[0], shots)
+    text = completion(task, items[0], shots)
     assert text.count("<|endoftext|>") == 3 and text.endswith("\nA:")
     assert f"A: {shots[0].answer}\n<|endoftext|>{shots[1].passage}" in text
-    assert completion(items[0], shots, "").startswith(shots[0].passage)
-    assert f"A: {shots[0].answer}\n\n{shots[1].passage}" in completion(items[0], shots, "")
+    assert completion(task, items[0], shots, "").startswith(shots[0].passage)
+    assert f"A: {shots[0].answer}\n\n{shots[1].passage}" in completion(task, items[0], shots, "")
     assert examples(TASKS["perplexity"], 2, 0) == []
+
+
+def test_examples_of_sums_are_in_one_document_as_the_storyteller_of_sums_learned_them() -> None:
+    task = TASKS["sums_worked"]
+    (shot,), (item,) = examples(task, 1, 0), task.make(1, 0)
+    assert completion(task, item, [shot]) == f"<|endoftext|>{shot.prompt} {shot.answer}\n{item.prompt}"
 
 
 def test_a_chat_has_passages_and_questions_from_the_user_and_answers_from_the_assistant() -> None:
@@ -104,6 +110,8 @@ def test_the_last_number_is_read_in_letters_or_digits(text: str, number: int | N
 def test_an_answer_without_a_number_is_never_right() -> None:
     task = TASKS["sums"]
     assert task.is_right(" Mia had two. She has five.", "She has five.")
+    assert task.is_right("\n<think>\nMia had two.\n</think>\n\nShe has five.", "She has five.")
+    assert not task.is_right("<think> She has five. </think> That is hard.", "She has five.")
     assert not task.is_right(" none", "She has five.") and not task.is_right(" none", "none")
 
 

@@ -42,8 +42,8 @@ def test_a_choice_is_scored_by_the_log_probabilities_of_its_tokens(model: InProc
     for number, item in enumerate(items):
         sums = []
         for choice in item.choices:
-            prompt = model.tokenizer.encode(completion(item, shots))
-            whole = model.tokenizer.encode(completion(item, shots) + choice)
+            prompt = model.tokenizer.encode(completion(task, item, shots))
+            whole = model.tokenizer.encode(completion(task, item, shots) + choice)
             assert whole[: len(prompt)] == prompt
             rows = log_probs(model.llm.engine.decoder, whole)
             sums.append(sum(rows[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))))

@@ -10,7 +10,6 @@ admitted, the rest move to the end of the waiting queue, so a request with many 
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from paged_infer.control.speculation import Proposer
 from paged_infer.control.step import BlockTransfers, ScheduledStep, StepResult
 from paged_infer.control.step_entries import step_entry
 from paged_infer.control.step_in_flight import StepInFlight
+from paged_infer.control.step_log import StepLog, trace_step
 from paged_infer.control.step_plan import StepLimits, StepPlan
 from paged_infer.control.trace import Trace
 from paged_infer.control.trace_step import TraceStep
@@ -115,7 +115,9 @@ class Scheduler:
         self.waiting, self.running, self.swapped = self.queues.waiting, self.queues.running, self.queues.swapped
         self.searches: dict[str, BeamSearch] = {}  # by request id
         self.stats = SchedulerStats()
+        self.step_log: StepLog | None = None  # set by a client that wants every step
         self._planned: StepPlan | None = None  # scheduled, and not launched yet
+        self._recorded: TraceStep | None = None  # of the last step scheduled
         self._in_flight: deque[StepInFlight] = deque()  # launched, and not settled yet
 
     @property
@@ -178,8 +180,7 @@ class Scheduler:
             plan.speculate(self.proposer)
         self.stats.preemptions += len(plan.preempted)
         self.manager.transfers = BlockTransfers()
-        if self.trace is not None:
-            self.trace.steps.append(self._trace_step(plan))
+        self._recorded = self._record(plan)
         self.manager.events = []
         forks, drafts = plan.forks, plan.drafts
         table_of, entries = self.manager.table, []
@@ -188,33 +189,16 @@ class Scheduler:
             entries.append(step_entry(s, n, table_of(i), forks.get(i, ()), drafts.get(i, ())))
         return ScheduledStep(plan.index, entries, plan.transfers, plan.resume_at_s)
 
-    def _trace_step(self, plan: StepPlan) -> TraceStep:
-        pool, transfers = self.manager.pool, plan.transfers
-        return TraceStep(
-            index=plan.index,
-            began_s=plan.now,
-            sequence_ids=array("q", [sequence.sequence_id for sequence, _ in plan.scheduled]),
-            token_counts=array("q", [num_tokens for _, num_tokens in plan.scheduled]),
-            prefills=tuple(
-                s.sequence_id
-                for s, _ in plan.scheduled
-                if len(s.token_ids) - s.num_computed_tokens > 1 or len(s.token_ids) == s.num_prompt_tokens
-            ),
-            preempted=tuple(sequence.sequence_id for sequence in plan.preempted),
-            num_running=len(self.running),
-            num_waiting=len(self.waiting),
-            num_swapped=len(self.swapped),
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_hashed,
-            num_shared_blocks=pool.num_shared,
-            num_looked_up_tokens=plan.num_looked_up_tokens,
-            num_hit_tokens=plan.num_hit_tokens,
-            num_copies=len(transfers.copies),
-            num_swapped_out=len(transfers.swap_outs),
-            num_swapped_in=len(transfers.swap_ins),
-            num_evictions=pool.num_evictions,
-            events=tuple(self.manager.events),
-        )
+    def _record(self, plan: StepPlan) -> TraceStep | None:
+        """Add the step to the trace and to the log of steps, where there is one."""
+        if self.trace is None and self.step_log is None:
+            return None
+        step = trace_step(plan, self.queues)
+        if self.trace is not None:
+            self.trace.steps.append(step)
+        if self.step_log is not None and not self.step_log.append(step):
+            self.step_log = None
+        return step
 
     def advance(self, step: ScheduledStep) -> None:
         """The step has been launched: its tokens count as computed, and those that it samples are placeholders."""
@@ -222,8 +206,7 @@ class Scheduler:
         if plan is None or plan.index != step.index:
             raise RuntimeError(f"step {step.index} is not the last one scheduled")
         num_published = self.manager.num_uncommitted - sum(flight.num_published for flight in self._in_flight)
-        trace_step = self.trace.steps[-1] if self.trace is not None else None
-        self._in_flight.append(StepInFlight(plan, self.queues, num_published, trace_step))
+        self._in_flight.append(StepInFlight(plan, self.queues, num_published, self._recorded))
 
     def settle(self, step: ScheduledStep, result: StepResult, now: float = 0.0) -> list[Sequence]:
         """Apply the results of the oldest step in flight, at ``now``. Sequences that end give back their blocks.

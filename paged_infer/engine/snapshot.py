@@ -1,57 +1,80 @@
-"""The state of an engine's pool and queues between two steps, as plain data: for pictures of it."""
+"""An engine's pool and queues between two steps, and the steps since: plain data, for pictures of each of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from paged_infer.control.blocks.snapshot import Cell, pool_cells
 from paged_infer.control.sequence import Sequence
+from paged_infer.control.step_log import StepLog, Taken
 from paged_infer.engine.engine import LLMEngine
 
-MOST_LISTED = 64  # sequences of each queue; the counts are of all
-MOST_MARKED = 65_536  # blocks of the largest pool whose free but cached blocks are included
+MOST_MARKED = 65_536  # blocks of the largest pool whose cached blocks are included
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The engine between two steps."""
+    """The engine between two steps. With the events of later steps, every later moment can be rebuilt from it.
+
+    ``sequences``: all unfinished ones, and finished ones that still hold blocks, in order of arrival. ``hashed``: the
+    blocks in the prefix cache, held or free.
+    """
 
     stats: dict[str, int | float]
     block_size: int
-    queues: dict[str, list[dict[str, Any]]]
-    cells: dict[int, Cell]  # blocks that hold something
+    sequences: list[dict[str, Any]]
+    hashed: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """``taken``: steps and events since the last one. ``snapshot``: after all of them; None if it was not needed.
+
+    ``follows``: False if steps are missing between the last observation and this one.
+    """
+
+    taken: Taken
+    snapshot: Snapshot | None
+    follows: bool
+    took_s: float  # on the engine's thread
 
 
 def snapshot(engine: LLMEngine) -> Snapshot:
     """Call on the engine's thread, or while no step runs."""
-    scheduler, manager = engine.scheduler, engine.manager
-    holders = [*scheduler.running, *scheduler.queues.draining]
-    tables = ((s.sequence_id, manager.table(s.sequence_id), s.num_computed_tokens) for s in holders)
+    queues, manager = engine.scheduler.queues, engine.manager
+
+    def entry(one: Sequence) -> dict[str, Any]:
+        return {
+            "id": one.sequence_id,
+            "request": one.request_id,
+            "state": one.state.value,
+            "num_prompt_tokens": one.num_prompt_tokens,
+            "num_computed_tokens": one.num_computed_tokens,
+            "table": list(manager.table(one.sequence_id)),
+        }
+
+    everyone = [*queues.running, *queues.draining, *queues.waiting, *queues.swapped]
     is_marked = manager.pool.num_blocks <= MOST_MARKED
     return Snapshot(
         stats=engine.stats(),
         block_size=manager.block_size,
-        queues={
-            "running": _listed(scheduler.running),
-            "waiting": _listed(scheduler.waiting),
-            "swapped": _listed(scheduler.swapped),
-        },
-        cells=pool_cells(tables, manager.pool, manager.block_size, cached=is_marked),
+        sequences=[entry(one) for one in sorted(everyone, key=lambda one: one.sequence_id)],
+        hashed=sorted(manager.pool.hashed_blocks) if is_marked else [],
     )
 
 
-def _listed(queue: Iterable[Sequence]) -> list[dict[str, Any]]:
-    return [
-        {"id": one.sequence_id, "request": one.request_id, "num_tokens": one.num_tokens}
-        for one, _ in zip(queue, range(MOST_LISTED), strict=False)
-    ]
+def observe(engine: LLMEngine, whole: bool) -> Observation:
+    """The steps since the last call; with ``whole``, or if that was too long ago, a snapshot too.
 
-
-def timed_snapshot(engine: LLMEngine) -> tuple[float, Snapshot]:
-    """A snapshot, after the seconds that it took. Of a module, so that it can be called in an engine's process."""
+    Of a module, so that it can be called in an engine's process. From the first call on the engine keeps a log of its
+    steps, until nobody has called for ``MOST_STEPS`` of them.
+    """
     began_s = time.perf_counter()
-    taken = snapshot(engine)
-    return time.perf_counter() - began_s, taken
+    log = engine.scheduler.step_log
+    follows = log is not None
+    if log is None:
+        log = engine.scheduler.step_log = StepLog(engine.manager)
+    taken = log.take()
+    state = snapshot(engine) if whole or not follows else None
+    return Observation(taken, state, follows, time.perf_counter() - began_s)

@@ -12,7 +12,7 @@ from serving import CHAT, Served, serving
 
 from paged_infer.engine.snapshot import Snapshot
 from paged_infer.engine.snapshot import snapshot as take_snapshot
-from paged_infer.server.routes import live_events
+from paged_infer.server.page.records import snapshot_json
 from paged_infer.server.service import new_id
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
@@ -31,14 +31,14 @@ def while_held(served: Served, work: Callable[[], Any]) -> tuple[Any, Snapshot]:
 
 
 def labels(snapshot: Snapshot) -> list[str]:
-    return [one["request"] for queue in snapshot.queues.values() for one in queue]
+    return [one["request"] for one in snapshot.sequences]
 
 
 def test_an_event_names_no_job_by_anything_that_opens_it() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         job, snapshot = while_held(served, lambda: served.post("/generate", **LONG).json())
         (label,) = labels(snapshot)
-        assert job["id"] not in json.dumps(live_events.diff(None, snapshot))
+        assert job["id"] not in json.dumps(snapshot_json(snapshot))
         for guess in (label, label.rsplit("-", 1)[0], f"{label}-0"):
             assert served.http.get(f"/result/{guess}").status_code == 404
             assert served.http.delete(f"/result/{guess}").status_code == 404

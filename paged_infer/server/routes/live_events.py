@@ -1,86 +1,115 @@
-"""/events: the state of the pool and the queues as server-sent events: first all of it, then the differences.
+"""/events: every step of an engine, for a client that rebuilds its pool and its queues, as server-sent events.
 
-    engine's thread    snapshot() between two steps, at most ten times a second, and only while a client is connected
+    engine's thread    keeps a log of its steps while a client is connected (control.step_log)
+          |            observe() between two steps, at most ten times a second
+     LiveEvents        the newest records and the newest snapshot, shared by all clients
           |
-       Snapshot        the newest one, shared by all clients
-          |
-    event loop         for each client, diff() of the newest snapshot and the last one that it was sent
+    event loop         to each client a snapshot first, and then the records after it
 
-Only those snapshots are kept, however long a client stays connected.
+A client that is too slow, or whose engine was too fast for the log, gets a snapshot again. Only the newest
+``MOST_RECORDS`` are kept, however long a client stays connected.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
+from collections import deque
 from collections.abc import AsyncIterator
+from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from paged_infer.async_llm import EngineDeadError
-from paged_infer.engine.snapshot import Snapshot, timed_snapshot
+from paged_infer.engine.snapshot import Snapshot, observe
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import EventStream
 from paged_infer.server.openai.json_stream import event
+from paged_infer.server.page.records import records_json, snapshot_json
 from paged_infer.server.service import Service, closing_error, service_of
 
 EVERY_S = 0.1
-MOST_OF_ENGINE = 0.05  # largest share of the engine's time for snapshots: those of a large pool are rarer
+MOST_OF_ENGINE = 0.05  # largest share of the engine's time for observing it: a large pool is observed less often
+MOST_RECORDS = 4096
 QUIET_S = 15.0  # then a comment keeps proxies from closing the connection
 
 CLOSING = b"event: closing\ndata: {}\n\n"
 router = APIRouter()
 
 
-def diff(old: Snapshot | None, new: Snapshot) -> dict[str, Any]:
-    """What changed from ``old`` to ``new``. A cell is [block, owners, tokens, is_hashed], or [block] if it is blank."""
-    known = {} if old is None else old.cells
-    held = [list(cell) for block, cell in new.cells.items() if known.get(block) != cell]
-    blank = [[block] for block in known if block not in new.cells]
-    return {
-        "is_whole": old is None,
-        "block_size": new.block_size,
-        "stats": new.stats,
-        **new.queues,
-        "cells": held + blank,
-    }
-
-
 class LiveEvents:
-    """Takes snapshots of one engine, at most every ``EVERY_S``, and streams their differences.
+    """Observes one engine, at most every ``EVERY_S``, and streams what it did.
 
-    One for each replica, in ``app.state.live_events``.
+    One for each replica, in ``app.state.live_events``. Records are numbered from 0; ``_end`` is the next one's number.
     """
 
     def __init__(self, service: Service, replica: int = 0) -> None:
         self._service = service
         self._replica = replica
         self._lock = asyncio.Lock()
-        self._newest: Snapshot | None = None
-        self._next_s = 0.0  # time.monotonic()
+        self._records: deque[dict[str, Any]] = deque(maxlen=MOST_RECORDS)
+        self._end = 0
+        self._oldest = 0  # records before it are lost
+        self._snapshot: tuple[Snapshot, int] | None = None  # the newest, and the number of the first record after it
+        self._next_s = self._next_snapshot_s = 0.0  # time.monotonic()
 
-    async def newest(self) -> Snapshot:
+    async def join(self) -> tuple[Snapshot, int]:
+        """A snapshot, and the number of the first record after it."""
         async with self._lock:
-            if self._newest is not None and time.monotonic() < self._next_s:
-                return self._newest
-            took_s, taken = await self._service.engine.run(timed_snapshot, self._replica)
-            self._newest, self._next_s = taken, time.monotonic() + max(EVERY_S, took_s / MOST_OF_ENGINE)
-            return taken
+            known = self._snapshot
+            if known is None or known[1] < self._oldest or time.monotonic() >= self._next_snapshot_s:
+                await self._observe_shielded(whole=True)
+            assert self._snapshot is not None
+            return self._snapshot
+
+    async def after(self, number: int) -> list[dict[str, Any]] | None:
+        """The records from ``number`` on, or None if some of them are lost."""
+        async with self._lock:
+            if time.monotonic() >= self._next_s:
+                await self._observe_shielded(whole=False)
+            if number < self._oldest:
+                return None
+            return list(islice(self._records, len(self._records) - (self._end - number), None))
+
+    async def _observe_shielded(self, whole: bool) -> None:
+        """Of a client that leaves meanwhile, too: the log gives each step once, and other clients need it."""
+        await asyncio.shield(asyncio.ensure_future(self._observe(whole)))
+
+    async def _observe(self, whole: bool) -> None:
+        seen = await self._service.engine.run(functools.partial(observe, whole=whole), self._replica)
+        records = records_json(seen.taken)
+        self._records.extend(records)
+        self._end += len(records)
+        self._oldest = max(self._oldest, self._end - MOST_RECORDS)
+        if not seen.follows:
+            self._oldest = self._end
+        self._next_s = time.monotonic() + max(EVERY_S, seen.took_s / MOST_OF_ENGINE)
+        if seen.snapshot is not None:
+            self._snapshot, self._next_snapshot_s = (seen.snapshot, self._end), self._next_s
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events, until the server shuts down or the engine fails."""
-        sent: Snapshot | None = None
+        number: int | None = None
         sent_s = time.monotonic()
         while not self._service.is_closing and self._service.engine.error is None:
             try:
-                now = await self.newest()
+                if number is None:
+                    snapshot, number = await self.join()
+                    yield event({"snapshot": snapshot_json(snapshot)}, in_pieces=True)
+                    sent_s = time.monotonic()
+                records = await self.after(number)
             except EngineDeadError:
                 break  # a client may connect again, to the one that replaces it
-            if now != sent:
-                yield event(diff(sent, now))
-                sent, sent_s = now, time.monotonic()
+            if records is None:
+                number = None
+                continue
+            if records:
+                number += len(records)
+                yield event({"records": records})
+                sent_s = time.monotonic()
             elif time.monotonic() - sent_s > QUIET_S:
                 yield b": no change\n\n"
                 sent_s = time.monotonic()

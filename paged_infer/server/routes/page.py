@@ -1,4 +1,4 @@
-"""The page at /: one self-contained file, which may fetch from this server only."""
+"""The page at /: one self-contained response, which may fetch from this server only; and the recordings it plays."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from importlib import resources
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from paged_infer.server.openai.errors import APIError
+
+FILES = resources.files("paged_infer.server.page")
+SCRIPTS = ("replay.js", "pool_map.js", "player.js", "stories.js", "page.js")  # in this order
+RECORDINGS = ("eight", "long", "shared", "recompute", "swap")
 router = APIRouter()
 
 
@@ -21,14 +26,26 @@ async def page() -> Response:
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
+@router.get("/recordings/{name}.json", include_in_schema=False)
+async def recording(name: str) -> Response:
+    """A recording that the page plays; see ``page.recordings``."""
+    if name not in RECORDINGS:
+        raise APIError(404, f"recording {name!r}: must be one of {', '.join(RECORDINGS)}")
+    return Response(FILES.joinpath("recorded", f"{name}.json").read_bytes(), media_type="application/json")
+
+
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    """The file, and headers that allow the browser to run its script and no other."""
-    content = resources.files("paged_infer.server.routes").joinpath("page.html").read_bytes()
+    """Markup, style and scripts in one, and headers that allow the browser to run these scripts and no other."""
+    style = FILES.joinpath("page.css").read_bytes()
+    scripts = [FILES.joinpath(name).read_bytes() for name in SCRIPTS]
+    content = FILES.joinpath("page.html").read_bytes()
+    content = content.replace(b"<style></style>", b"<style>%b</style>" % style)
+    content = content.replace(b"<script></script>", b"".join(b"<script>%b</script>\n" % one for one in scripts))
     policy = {
         "default-src": "'none'",
-        "script-src": _digest(content, b"script"),
-        "style-src": _digest(content, b"style"),
+        "script-src": _digests(content, b"script"),
+        "style-src": _digests(content, b"style"),
         "connect-src": "'self'",
         "img-src": "data:",
         "base-uri": "'none'",
@@ -43,7 +60,8 @@ def _page() -> tuple[bytes, dict[str, str]]:
     }
 
 
-def _digest(content: bytes, tag: bytes) -> str:
-    inside = re.search(rb"<%b>(.*?)</%b>" % (tag, tag), content, flags=re.DOTALL)
-    assert inside is not None
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside[1]).digest()).decode()}'"
+def _digests(content: bytes, tag: bytes) -> str:
+    insides = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, flags=re.DOTALL)
+    assert insides
+    digests = (base64.b64encode(hashlib.sha256(inside).digest()).decode() for inside in insides)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)

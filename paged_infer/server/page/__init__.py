@@ -1,0 +1,1 @@
+"""The page at /: its markup, style and scripts, and the recordings that it plays."""

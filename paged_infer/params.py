@@ -2,123 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from paged_infer.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 from paged_infer.suggestions import suggests_names
-from paged_infer.values import Checked, as_integer, as_number, as_tuple, plain
-
-
-class _Checks(Checked):
-    """Checks of sequences of values."""
-
-    __slots__ = ()
-
-    def _check_tuple(self, name: str) -> tuple[Any, ...]:
-        value = getattr(self, name)
-        elements = () if value is None else as_tuple(value)
-        if elements is None:
-            raise ValueError(f"{name}={value!r}: must be a sequence")
-        self._keep(name, elements)
-        return elements
-
-    def _check_token_ids(self, name: str) -> None:
-        """Check and deduplicate them."""
-        self._keep(name, tuple(dict.fromkeys(_token_id(name, element) for element in self._check_tuple(name))))
-
-
-BACKENDS = ("auto", "native", "xgrammar", "llguidance")
+from paged_infer.values import Checked, as_number, as_token_id, plain
 
 
 @suggests_names
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StructuredOutputsParams(_Checks):
-    """What the output has to be: exactly one of four. Names and meanings are vLLM's.
-
-    Args:
-        json: a JSON schema, as a dict, True (any document) or JSON text; see ``control.guided.json_schema`` for what
-            is supported and which of all valid documents can come out.
-        regex: a regular expression that the whole output matches; see ``control.guided.regex``.
-        choice: texts, of which the output is one.
-        grammar: a context-free grammar in the EBNF of the library that reads it: GBNF for xgrammar, Lark for
-            llguidance.
-        backend: which program compiles it. "native" is this package's own, in ``control.guided``, without EBNF.
-            "xgrammar" and "llguidance" are libraries (extra ``[guided]``). "auto" is the native one, except for EBNF,
-            schemas that it does not support, and vocabularies of more than 16,384 tokens, for which it is slow: those
-            go to a library that is installed.
-
-    Raises:
-        ValueError: none or several are given, or a value is broken; the message names it. Grammars are compiled, and
-            refused, when a request is made.
-    """
-
-    _prefix = "structured_outputs: "
-
-    json: str | Mapping[str, Any] | bool | None = None
-    regex: str | None = None
-    choice: Sequence[str] | None = None
-    grammar: str | None = None
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = ", ".join(given) or "none"
-            raise ValueError(
-                f"structured_outputs: exactly one of json, regex, choice and grammar is needed, not {found}"
-            )
-        self._check_choice("backend", BACKENDS)
-        if self.json is not None:
-            self._check_json()
-        for name in ("regex", "grammar"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise self._refuse(name, "must be a str that is not empty")
-        if self.grammar is not None and self.backend == "native":
-            raise self._refuse("backend", "only xgrammar and llguidance read a grammar")
-        if self.choice is not None:
-            choices = () if isinstance(self.choice, str) else as_tuple(self.choice) or ()
-            if not choices or not all(isinstance(text, str) and text for text in choices):
-                raise self._refuse("choice", "must be a list of str, none of them empty")
-            self._keep("choice", choices)
-
-    def _check_json(self) -> None:
-        schema = self.json
-        if isinstance(schema, str):
-            try:
-                schema = json.loads(schema, parse_constant=_refuse_constant)
-            except (ValueError, RecursionError) as error:
-                raise self._refuse("json", f"is no JSON: {error or 'it is nested too deep'}") from None
-        if not isinstance(schema, (Mapping, bool)):
-            raise self._refuse("json", "a schema must be an object, or true")
-        try:
-            text = json.dumps(dict(schema) if isinstance(schema, Mapping) else schema, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise self._refuse("json", f"is no JSON: {error}") from None
-        self._keep("json", text)
-
-    @property
-    def kind(self) -> str:
-        """Which of the four it is."""
-        return next(name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None)
-
-    @property
-    def text(self) -> str:
-        """The schema, pattern or grammar, or the choices as a JSON list."""
-        value = getattr(self, self.kind)
-        return json.dumps(value) if self.kind == "choice" else value
-
-
-@suggests_names
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams(_Checks):
+class SamplingParams(Checked):
     """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
 
-    A row of logits is processed in this order: ``logit_bias``, ``min_tokens`` (end tokens are masked), the
-    three penalties, ``structured_outputs`` (tokens that its grammar forbids are masked), ``temperature``, ``min_p``,
-    ``top_k``, ``top_p``, then one sample. Logprobs are of the raw distribution, before any of these.
+    A row of logits is processed in this order: ``logits_processors``, ``logit_bias``, ``min_tokens`` (end tokens are
+    masked), the three penalties, ``structured_outputs`` (tokens that its grammar forbids are masked), ``temperature``,
+    ``min_p``, ``top_k``, ``top_p``, then one sample. Logprobs are of the raw distribution, before any of these.
 
     Args:
         n: samples for the prompt, each with its own noise. More than one needs ``temperature > 0``.
@@ -148,6 +48,11 @@ class SamplingParams(_Checks):
             ``ignore_eos``: the grammar decides where a sample ends. Reasoning comes before it, unconstrained.
         thinking_token_budget: the most tokens of reasoning; then ``</think>`` is forced, in as many tokens as it takes.
             Needs the engine's option ``reasoning_parser``. 0 ends it at once; None and -1 set no limit.
+        logits_processors: functions of your own, called in order before each token: ``(token_ids, logits)`` ->
+            logits. ``token_ids`` is the list of the output so far, ``logits`` a float tensor [V] of this row alone,
+            which may be changed in place. With drafts they are called for each draft, too, which may be rejected. One
+            that raises, or returns another shape, ends its request with an error. Only where the model is in the
+            process of the caller.
 
     ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
     may be numpy or torch scalars; they are kept as int and float.
@@ -176,6 +81,7 @@ class SamplingParams(_Checks):
     truncate_prompt_tokens: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
     thinking_token_budget: int | None = None
+    logits_processors: Sequence[Callable[[list[int], Any], Any]] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -208,6 +114,11 @@ class SamplingParams(_Checks):
         self._check_token_ids("stop_token_ids")
         self._check_flag("ignore_eos")
         self._check_logit_bias()
+        if callable(self.logits_processors):
+            self._keep("logits_processors", (self.logits_processors,))
+        for processor in self._check_tuple("logits_processors"):
+            if not callable(processor):
+                raise ValueError(f"logits_processors={processor!r}: must be a function of token_ids and logits")
         if self.structured_outputs is not None:
             self._check_structured_outputs()
 
@@ -224,7 +135,7 @@ class SamplingParams(_Checks):
             raise ValueError(f"logit_bias={given!r}: must map token ids to numbers")
         kept = {}
         for key, value in given.items():
-            token_id, bias = _token_id("logit_bias", key), as_number(value)
+            token_id, bias = as_token_id("logit_bias", key), as_number(value)
             if bias is None or not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias[{token_id}]={value!r}: must be within [-100, 100]")
             kept[token_id] = bias
@@ -236,13 +147,18 @@ class SamplingParams(_Checks):
 
     @property
     def has_penalties(self) -> bool:
-        """Whether choosing a token needs the tokens before it."""
+        """Whether tokens that have occurred are made less likely, or more."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether choosing a token needs the tokens before it."""
+        return self.has_penalties or bool(self.logits_processors)
 
 
 @suggests_names
 @dataclass(frozen=True, slots=True)
-class BeamSearchParams(_Checks):
+class BeamSearchParams(Checked):
     """How to search for the most probable continuations. Names and meanings are transformers'.
 
     Args:
@@ -291,14 +207,3 @@ class BeamSearchParams(_Checks):
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
         )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not in JSON")
-
-
-def _token_id(name: str, value: object) -> int:
-    token_id = as_integer(value)
-    if token_id is None or token_id < 0:
-        raise ValueError(f"{name}: token id {value!r} must be an integer >= 0")
-    return token_id

@@ -76,6 +76,14 @@ def as_token_ids(prompt: ReadOnlyList[int] | TokenArray) -> list[int]:
     return [t if type(t) is int or (integer := as_integer(t)) is None else integer for t in ids]
 
 
+def as_token_id(name: str, value: object) -> int:
+    """Raises ValueError unless ``value``, an element of ``name``, is an integer from 0 on."""
+    token_id = as_integer(value)
+    if token_id is None or token_id < 0:
+        raise ValueError(f"{name}: token id {value!r} must be an integer >= 0")
+    return token_id
+
+
 class Checked:
     """Checks of the fields of a frozen dataclass. An error names the field, its value and the limit.
 
@@ -112,6 +120,18 @@ class Checked:
             limit = above if high is None else f"{above} and <= {high:g}"
             raise self._refuse(name, f"must be a finite number {limit}")
         self._keep(name, value)
+
+    def _check_tuple(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        elements = () if value is None else as_tuple(value)
+        if elements is None:
+            raise ValueError(f"{name}={value!r}: must be a sequence")
+        self._keep(name, elements)
+        return elements
+
+    def _check_token_ids(self, name: str) -> None:
+        """Check and deduplicate them."""
+        self._keep(name, tuple(dict.fromkeys(as_token_id(name, element) for element in self._check_tuple(name))))
 
     def _check_flag(self, name: str, *, optional: bool = False) -> None:
         value = plain(getattr(self, name))

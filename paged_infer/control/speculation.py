@@ -144,7 +144,7 @@ def make_proposer(config: SpeculativeConfig | None) -> Proposer | None:
 
 def rows_after(row: SamplingRow, drafts: ReadOnlyList[int]) -> list[SamplingRow]:
     """How to sample after a sequence's last known token (``row``), and after each draft if it is accepted."""
-    history = row.params.has_penalties
+    history = row.params.needs_history
     return [
         row,
         *(

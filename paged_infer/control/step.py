@@ -29,7 +29,7 @@ class SamplingRow:
         position: index that the new token will have in the sequence, prompt included.
         num_output_tokens: how many tokens this sample has generated so far.
         end_token_ids: EOS and stop tokens, masked while ``num_output_tokens < params.min_tokens``.
-        prompt_token_ids: filled only if ``params.has_penalties``; so is ``output_token_ids``.
+        prompt_token_ids: filled only if ``params.needs_history``; so is ``output_token_ids``.
         mask: the tokens that its grammar or its budget of reasoning allows; None if nothing can be forbidden.
     """
 
@@ -133,15 +133,15 @@ class ScheduledStep:
     def allows_async_scheduling(self) -> bool:
         """Whether the next step can be planned, and launched, before this one's tokens have been read.
 
-        Not if the next sample depends on earlier tokens (penalties, a grammar), if beams are ranked, if logprobs are
-        reported, or if drafts are yet to be accepted.
+        Not if the next sample depends on earlier tokens (penalties, a grammar, the caller's logits processors), if
+        beams are ranked, if logprobs are reported, or if drafts are yet to be accepted.
         """
         for sequence in self.sequences:
             row = sequence.sample
             if isinstance(row, TopKRow) or sequence.num_prompt_logprobs is not None or sequence.num_drafts:
                 return False
             if row is not None and (
-                row.params.has_penalties or row.params.logprobs is not None or row.mask is not None
+                row.params.needs_history or row.params.logprobs is not None or row.mask is not None
             ):
                 return False
         return True

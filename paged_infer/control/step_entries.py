@@ -46,7 +46,7 @@ def top_k_row(sequence: Sequence) -> TopKRow:
 
 
 def sampling_row(sequence: Sequence, num_drafts: int = 0) -> SamplingRow:
-    """How to sample the sequence's next token. It holds the history only if a penalty needs it.
+    """How to sample the sequence's next token. It holds the history only if that is needed.
 
     It has a mask if this token, one behind a draft, or the next step's can be constrained: a step that is planned
     before its tokens are known cannot tell.
@@ -54,7 +54,7 @@ def sampling_row(sequence: Sequence, num_drafts: int = 0) -> SamplingRow:
     params, matcher = sequence.params, sequence.matcher
     num_ahead = sequence.num_placeholders + max(1, num_drafts)
     num_tokens, num_prompt = len(sequence.token_ids), sequence.num_prompt_tokens
-    history = params.has_penalties
+    history = params.needs_history
     return SamplingRow(
         params,
         sequence.seed,

@@ -60,6 +60,11 @@ class InputProcessor:
                 f"params={params!r}: must be SamplingParams or BeamSearchParams, and of no class derived from them, "
                 "because they are sent to another process"
             )
+        if self._is_sent and isinstance(params, SamplingParams) and params.logits_processors:
+            raise ValueError(
+                f"logits_processors={params.logits_processors!r:.80}: functions are not sent to another process; the "
+                "model must be in this one (tensor_parallel_size=1, and no engine_process)"
+            )
         beam_params = None
         if isinstance(params, BeamSearchParams):
             beam_params, params = params, params.limits

@@ -71,7 +71,8 @@ class RunningStep:
                     self._known.accepted[sequence_id] = token_ids[first:last]
                 if token_ids[last] < 0:
                     mask = self._sampling_rows[last][1].mask
-                    self._known.failed[sequence_id] = mask.error if mask is not None and mask.error else CANNOT_SAMPLE
+                    reason = self._sampled.errors.get(last) or (mask.error if mask is not None else None)
+                    self._known.failed[sequence_id] = reason or CANNOT_SAMPLE
                 self._known.token_ids[sequence_id] = token_ids[last]
                 reports = [of_row for of_row in logprobs[first : last + 1] if of_row is not None]
                 if reports:

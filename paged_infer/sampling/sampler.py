@@ -2,7 +2,8 @@
 
 ::
 
-    logits [R, V] --process--> logit_bias, min_tokens, penalties       (only rows that need it; on a copy)
+    logits [R, V] --process--> logits_processors of the caller's own, then
+                               logit_bias, min_tokens, penalties       (only rows that need it; on a copy)
                   --mask-----> -inf where a grammar forbids the token  (only rows with a grammar; on a copy)
                   --keep-----> temperature, min_p, top_k, top_p        (drops tokens, moves no noise)
                   --draw-----> argmax(p / E), E exponential noise      (greedy rows: argmax of the logits)
@@ -29,8 +30,8 @@ top_k, so there the rule would compute its statistics from them and keep the wro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from paged_infer.outputs import TokenLogprobs
 from paged_infer.params import SamplingParams
 from paged_infer.sampling.logits_processors import apply_logits_processors
 from paged_infer.sampling.logprobs import largest, logprobs_of
+from paged_infer.sampling.own_processors import apply_own_processors
 
 # A temperature is clamped to these, so that float32 neither rounds it to 0 nor divides -inf by inf. For
 # logits of any use, one beyond gives the same distribution as the limit.
@@ -80,6 +82,7 @@ class AsyncTokens:
     tokens: Tensor  # [R] int64, on the device, input of the next step
     host: Tensor  # [R] int64, once ``ready``; -1 where a row cannot be sampled
     ready: torch.cuda.Event | None  # None: ``host`` is complete
+    errors: Mapping[int, str] = field(default_factory=dict)  # row -> why its request's logits processors failed
 
     def token_ids(self) -> list[int]:
         """Wait for the tokens and return them; -1 for a row that cannot be sampled (``CANNOT_SAMPLE``)."""
@@ -131,7 +134,8 @@ class Sampler:
         num_rows, vocab_size = logits.shape
         if num_rows != len(rows):
             raise ValueError(f"{len(rows)} rows to sample from logits of shape {tuple(logits.shape)}")
-        edited = apply_logits_processors(logits, rows)
+        own, errors = apply_own_processors(logits, rows)
+        edited = apply_logits_processors(own, rows)
         paths: dict[tuple[_Draw, int, bool], list[int]] = {}
         for i, row in enumerate(rows):
             draw, num_candidates = self._path(row.params, vocab_size)
@@ -143,7 +147,7 @@ class Sampler:
             if is_masked:
                 edited = self._mask_logits(edited, masks_of(rows, edited))
             tokens, scores = _in_slices(draw, edited, rows, num_candidates)
-            return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
+            return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1), errors)
         tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
         for (draw, num_candidates, is_masked), members in paths.items():
@@ -152,14 +156,14 @@ class Sampler:
             if is_masked:
                 own = self._mask_logits(own, masks_of(asking, own))
             tokens[index], scores[index] = _in_slices(draw, own, asking, num_candidates)
-        return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1))
+        return copy_to_host(tokens, torch.where(scores.isfinite(), tokens, -1), errors)
 
     def is_kernel_enough(self, rows: Sequence[SamplingRow], vocab_size: int) -> bool:
         """Whether the kernel alone, on the unchanged logits, draws what ``sample`` would draw for all of these rows."""
         kinds = {id(row.params): row.params for row in rows}  # samples of a request share theirs
         for params in kinds.values():
             is_simple = self._path(params, vocab_size)[0] == self._draw_by_kernel
-            if not is_simple or params.logit_bias or params.has_penalties:
+            if not is_simple or params.logit_bias or params.needs_history:
                 return False
         return not any(row.is_masked or row.num_output_tokens < row.params.min_tokens for row in rows)
 
@@ -204,15 +208,15 @@ def masks_of(rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
     return to_device(torch.from_numpy(words), logits.device)
 
 
-def copy_to_host(tokens: Tensor, valid: Tensor) -> AsyncTokens:
+def copy_to_host(tokens: Tensor, valid: Tensor, errors: Mapping[int, str] | None = None) -> AsyncTokens:
     """Start the copy to the host of ``valid``: ``tokens`` [R] with -1 where a row cannot be sampled."""
     host = torch.empty(len(valid), dtype=valid.dtype, pin_memory=valid.is_cuda)
     host.copy_(valid, non_blocking=True)
     if not valid.is_cuda:
-        return AsyncTokens(tokens, host, None)
+        return AsyncTokens(tokens, host, None, errors or {})
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(valid.device))
-    return AsyncTokens(tokens, host, ready)
+    return AsyncTokens(tokens, host, ready, errors or {})
 
 
 # ---------------------------------------------------------------------------------------- keep and race

@@ -205,6 +205,7 @@ class AsyncLLM:
         *,
         stream: bool = True,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the whole output so far as it grows; the last one is ``finished``.
 
@@ -217,13 +218,14 @@ class AsyncLLM:
             request_id: must differ from that of every other unfinished request. None: the engine chooses one.
             stream: yield after every token (a slow reader skips some); False: only the final output, at less cost.
             cache_salt: share cached blocks only with requests of the same salt.
+            priority: lower is more urgent; only with a policy that reads it.
 
         Raises:
             ValueError: the request cannot be served; the message names the value and the limit.
             QueueFullError: too many sequences are waiting, or too much text is waiting to be tokenized.
             EngineDeadError: the engine has failed, now or earlier, or has been shut down.
         """
-        answers = await self.submit(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
+        answers = await self.submit(prompt, params, request_id, stream=stream, cache_salt=cache_salt, priority=priority)
         try:
             async for output in answers:
                 yield output
@@ -238,6 +240,7 @@ class AsyncLLM:
         *,
         stream: bool = True,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Queue a request: what ``generate`` does before its first output, errors included.
 
@@ -256,7 +259,7 @@ class AsyncLLM:
                 request_id = f"request-{next(self._numbers)}"
             if request_id in self._streams:
                 raise ValueError(f"request_id={request_id!r} is already being served")
-            request = self._input_processor.process(request_id, prompt, params, cache_salt)
+            request = self._input_processor.process(request_id, prompt, params, cache_salt, priority)
             request.prompt = text
             self._core.add(request, channel, stream and not isinstance(params, BeamSearchParams))
             answers = self._streams[request_id] = RequestStream(self, request_id, channel)

@@ -86,8 +86,8 @@ class EngineConfig(Checked):
         preemption_mode: how a preempted request continues: "recompute" computes its blocks again, "swap" moves them to
             CPU memory and back.
         swap_space: GiB of CPU memory for swapping, at most the pool's size. None: 1, with ``preemption_mode="swap"``.
-        scheduling_policy: which requests a step computes: "chunked", "prefill_first", "dynamic", "static", or, in
-            Python, a ``Policy``; see ``control.policies``.
+        scheduling_policy: which requests a step computes: "chunked", "prefill_first", "dynamic", "static", "priority"
+            (the lowest ``priority`` of a request first), or, in Python, a ``Policy``; see ``control.policies``.
         scheduler_delay_factor: with "prefill_first", prompts wait for this many times the duration of the last step of
             prompts, so that decodes continue.
         async_scheduling: schedule and launch a step while the previous one is still being computed, and read that one's

@@ -16,8 +16,9 @@ from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.input_processor import Params
 from paged_infer.engine.progress import Progress
-from paged_infer.engine.prompts import Prompt, pair_prompts
+from paged_infer.engine.prompts import Prompt, list_priorities, pair_prompts
 from paged_infer.engine.request_states import StepReport
+from paged_infer.engine.sequence_view import SequenceView
 from paged_infer.model.loading.hub import BUNDLED
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
@@ -86,6 +87,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         cache_salt: str | None = None,
+        priority: int | ReadOnlyList[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs in the order of the prompts.
 
@@ -95,12 +97,16 @@ class LLM:
             sampling_params: one for all prompts, or a list with one for each; None is ``SamplingParams()``.
             use_tqdm: show a progress bar, in a terminal or a notebook.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
+            priority: lower is more urgent (None: 0); one for all prompts, or a list with one for each. Only with a
+                policy that reads it, such as ``scheduling_policy="priority"``.
 
         Raises:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
         with self._lock:
-            return self._serve(self.prepare(prompts, sampling_params, cache_salt=cache_salt), use_tqdm)
+            return self._serve(
+                self.prepare(prompts, sampling_params, cache_salt=cache_salt, priority=priority), use_tqdm
+            )
 
     def beam_search(
         self,
@@ -109,6 +115,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         cache_salt: str | None = None,
+        priority: int | ReadOnlyList[int] | None = None,
     ) -> list[RequestOutput]:
         """Search for the best continuations of each prompt, as transformers' ``generate(num_beams=...)`` does.
 
@@ -120,13 +127,15 @@ class LLM:
             beam_search_params: one for all prompts, or a list with one for each.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
+            priority: lower is more urgent (None: 0); one for all prompts, or a list with one for each. Only with a
+                policy that reads it, such as ``scheduling_policy="priority"``.
 
         Raises:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
         pairs = pair_prompts(prompts, beam_search_params, BeamSearchParams)
         with self._lock:
-            return self._serve(self._prepare(pairs, cache_salt), use_tqdm)
+            return self._serve(self._prepare(pairs, cache_salt, priority), use_tqdm)
 
     @defer_sigint()
     def _serve(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
@@ -146,11 +155,12 @@ class LLM:
         finally:  # after an interrupt or a failed step, too
             self._drop(requests)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the whole output so far after every token; closing the iterator aborts it."""
-        (request,) = self.prepare(
-            [prompt], sampling_params
-        )  # here, not in the generator, so that bad input raises in this call
+        # Here, not in the generator, so that bad input raises in this call.
+        (request,) = self.prepare([prompt], sampling_params, priority=priority)
         outputs = self._stream(request)
         self._streams.append((weakref.ref(outputs), request))
         return outputs
@@ -257,6 +267,14 @@ class LLM:
         """Steps, preemptions, blocks and KV use; see ``LLMEngine.stats``."""
         return self.engine.stats()
 
+    def inspect(self, request_id: str, sample_index: int = 0) -> SequenceView:
+        """Look into a running request, such as that of a ``stream`` between two of its outputs.
+
+        See ``LLMEngine.inspect``, errors included.
+        """
+        with self._lock:
+            return self.engine.inspect(request_id, sample_index)
+
     def shutdown(self) -> None:
         """End the processes of other ranks, if there are any; so does garbage collection, and the end of this one."""
         self.engine.shutdown()
@@ -272,19 +290,25 @@ class LLM:
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None,
         *,
         cache_salt: str | None = None,
+        priority: int | ReadOnlyList[int] | None = None,
     ) -> list[Request]:
         """Check and tokenize prompts without queueing them; errors as ``generate``, naming the prompt's index."""
         if sampling_params is None:
             sampling_params = SamplingParams()
         with self._lock:
-            return self._prepare(pair_prompts(prompts, sampling_params, SamplingParams), cache_salt)
+            return self._prepare(pair_prompts(prompts, sampling_params, SamplingParams), cache_salt, priority)
 
-    def _prepare(self, pairs: ReadOnlyList[tuple[Prompt, Params]], cache_salt: str | None) -> list[Request]:
-        requests = []
+    def _prepare(
+        self,
+        pairs: ReadOnlyList[tuple[Prompt, Params]],
+        cache_salt: str | None,
+        priority: int | ReadOnlyList[int] | None,
+    ) -> list[Request]:
+        requests, priorities = [], list_priorities(priority, len(pairs))
         for index, (prompt, params) in enumerate(pairs):
             try:
-                request_id = str(self._num_requests + index)
-                requests.append(self.engine.prepare(request_id, prompt, params, cache_salt=cache_salt))
+                request_id, own = str(self._num_requests + index), priorities[index]
+                requests.append(self.engine.prepare(request_id, prompt, params, cache_salt=cache_salt, priority=own))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         self._num_requests += len(requests)

@@ -18,8 +18,10 @@ from paged_infer.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PACKAGE = ROOT / "paged_infer"
+EXPERIMENTS = PACKAGE / "EXPERIMENTS.md"
 READMES = [
     README,
+    EXPERIMENTS,
     *(path for top in ("figures", "notebooks", "paged_infer") for path in (ROOT / top).rglob("README.md")),
 ]
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").is_file())
@@ -117,6 +119,16 @@ def test_its_python_runs(path):
             lines = [line for line, module in imports if module != "checks" and importlib.util.find_spec(module)]
             code = compile("\n".join(lines), f"{path.name}-{number}", "exec")
         exec(code, {"__name__": "snippet"})
+
+
+def test_each_experiment_is_short_and_checks_what_it_claims():
+    """``test_its_python_runs`` runs them."""
+    sections = re.split(r"^## ", EXPERIMENTS.read_text("utf-8"), flags=re.MULTILINE)[1:]
+    assert len(sections) >= 9
+    for section in sections:
+        (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+        assert len([line for line in code.splitlines() if line.strip()]) <= 18, section[:40]
+        assert "\nassert " in code, section[:40]
 
 
 def test_the_attention_backend_of_the_front_page_gives_the_same_tokens(monkeypatch):

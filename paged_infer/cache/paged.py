@@ -10,6 +10,7 @@ Blocks are assigned elsewhere (``control.blocks.manager``); this class only stor
 from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
+from functools import partial
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -21,7 +22,8 @@ from paged_infer.cache.spec import LatentForms, LayerSpec, kv_bytes_per_token
 from paged_infer.control.step import BlockTransfers
 from paged_infer.kernels.attention.metadata import AttentionMetadata, AttentionOptions, ScoreOptions
 from paged_infer.kernels.attention.mla import LATENT_SCALES, LatentPlan, latents_at, plan_latent
-from paged_infer.kernels.attention_backends import AttentionBackend, latent_backend
+from paged_infer.kernels.attention.paged_attention import read_slots
+from paged_infer.kernels.attention_backends import AttentionBackend, latent_backend, names_layer
 from paged_infer.kernels.device import to_device
 from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference
 from paged_infer.kernels.kv_quant import as_bytes
@@ -59,6 +61,7 @@ class PagedCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.backend = backend
+        self._names_layer = names_layer(backend)
         self.ops = ops
         shape = (num_blocks + 1, block_size)
         self.keys = [untouched_zeros(*shape, s.num_kv_heads, s.k_dim, dtype=s.dtype, device=device) for s in spec]
@@ -134,6 +137,21 @@ class PagedCache:
             for part, size, pool in zip(parts, sizes, self._pools, strict=True)
         ]
 
+    def read(self, layer: int, block_table: ReadOnlyList[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys [num_tokens, H_kv, D] and values of a sequence's first tokens; codes as float32.
+
+        With ``v_in_k``: the latents [num_tokens, 1, r + p], and their first r elements.
+        """
+        table, device = torch.tensor(block_table), self.keys[layer].device
+        token = torch.arange(num_tokens)
+        slots = to_device(table[token // self.block_size] * self.block_size + token % self.block_size, device)
+        spec, scales = self.spec[layer], self.scales[layer]
+        if spec.v_in_k:
+            latents = self._latents(layer, slots, torch.float32)[:, None]
+            return latents, latents[..., : spec.v_dim]
+        keys = read_slots(self.keys[layer], scales.get("k_scale"), slots)
+        return keys, read_slots(self.values[layer], scales.get("v_scale"), slots)
+
     @property
     def bytes_per_block(self) -> int:
         return self.block_size * kv_bytes_per_token(self.spec)
@@ -154,7 +172,8 @@ class PagedCache:
     def attend_stored(self, layer: int, q: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]) -> Tensor:
         """Attend through the block tables to what is stored already: [T, H, D]."""
         options: AttentionOptions = {**scores, **cast(AttentionOptions, self.scales[layer])}
-        return self.backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window, **options)
+        backend = partial(self.backend, layer=layer) if self._names_layer else self.backend  # type: ignore[call-arg]
+        return backend(q, self.keys[layer], self.values[layer], step, window=self.spec[layer].window, **options)
 
     def attend_latent(
         self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms

@@ -164,6 +164,7 @@ def add_sequences(
             max_total_tokens=min(wanted, max_model_len),
             eos_token_ids=frozenset(eos_token_ids),
             arrival_time_s=request.arrival_time_s,
+            priority=request.priority,
             cache_root=root,
             siblings=request.sequences,
             matcher=new_matcher(),

@@ -1,4 +1,4 @@
-"""What each step computes: four policies with one interface, so that they can be compared on the same requests.
+"""What each step computes: policies with one interface, so that they can be compared on the same requests.
 
     a step is      A and B decode, C D E wait, C has a long prompt
     static         [ a b ] ... until both have ended, then [ C D E ]          the batch drains together
@@ -7,15 +7,20 @@
     chunked        [ a b C.. ] [ a b ..C D.. ] [ a b c ..D E ]                 nothing stalls
 
 A policy is one method, ``plan(step)``, that calls the methods of a ``StepPlan`` in any order: ``schedule_running``,
-``resume_swapped``, ``admit_waiting``. They keep the laws whatever the order; fairness is up to the policy. If it leaves
-a step empty without setting ``resume_at_s``, ``Chunked`` plans the step, so that no sequence is left waiting for ever.
+``resume_swapped``, ``admit_waiting``, or those for one sequence: ``schedule``, ``admit``, ``preempt``. They keep the
+laws whatever the order; fairness is up to the policy. If it leaves a step empty without setting ``resume_at_s``,
+``Chunked`` plans the step, so that no sequence is left waiting for ever.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as ReadOnlyList
 
+from paged_infer.control.sequence import Sequence
 from paged_infer.control.step_plan import StepPlan
+from paged_infer.values import as_integer
 
 
 class Policy(ABC):
@@ -24,14 +29,21 @@ class Policy(ABC):
     Attributes:
         chunks_prompts: whether a prompt may be spread over several steps (chunked prefill).
         drains_together: whether a finished sequence keeps its place and its blocks until no sequence runs.
+        reads_priority: whether ``plan`` or ``victim`` reads ``sequence.priority``; otherwise requests with one are
+            refused.
     """
 
     chunks_prompts = True
     drains_together = False
+    reads_priority = False
 
     @abstractmethod
     def plan(self, step: StepPlan) -> None:
         """Fill the step."""
+
+    def victim(self, running: ReadOnlyList[Sequence]) -> Sequence:
+        """Which of the running sequences, in order of arrival, gives back its blocks when another needs them."""
+        return running[-1]
 
 
 class Chunked(Policy):
@@ -126,7 +138,40 @@ class Dynamic(Static):
         super()._fill(step)
 
 
-POLICIES = {"chunked": Chunked, "prefill_first": PrefillFirst, "dynamic": Dynamic, "static": Static}
+class Priority(Policy):
+    """As ``Chunked``, but the lowest ``priority`` first, and of equal ones the first to arrive (vLLM's "priority").
+
+    If blocks are short, the highest ``priority`` gives back its own; no running sequence is preempted for a waiting
+    one. Law 3 does not hold: a request may wait for as long as more urgent ones arrive.
+    """
+
+    reads_priority = True
+
+    def plan(self, step: StepPlan) -> None:
+        step.schedule_running(urgency)
+        for queue in (step.swapped, step.waiting):
+            ordered = sorted(queue, key=urgency)
+            queue.clear()
+            queue.extend(ordered)
+        step.resume_swapped()
+        step.admit_waiting()
+
+    def victim(self, running: ReadOnlyList[Sequence]) -> Sequence:
+        return max(running, key=urgency)
+
+
+def urgency(sequence: Sequence) -> tuple[int, int]:
+    """The most urgent is the least."""
+    return sequence.priority, sequence.queue_number
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "chunked": Chunked,
+    "prefill_first": PrefillFirst,
+    "dynamic": Dynamic,
+    "static": Static,
+    "priority": Priority,
+}
 
 
 def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
@@ -147,3 +192,17 @@ def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
         known = ", ".join(POLICIES)
         raise ValueError(f"scheduling_policy={policy!r}: must be a Policy or one of {known}")
     return policy
+
+
+def check_priority(priority: object, policy: str | Policy) -> int:
+    """Raises ValueError if it is not an integer, or not 0 where the policy reads none."""
+    value = as_integer(priority)
+    if value is None:
+        raise ValueError(f"priority={priority!r}: must be an integer")
+    if value and not make_policy(policy).reads_priority:
+        name = policy if isinstance(policy, str) else type(policy).__name__
+        raise ValueError(
+            f"priority={value}: scheduling_policy={name!r} reads no priorities; 'priority' does, and a Policy that "
+            "sets reads_priority = True"
+        )
+    return value

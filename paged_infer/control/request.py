@@ -22,6 +22,7 @@ class Request:
     arrival_time_s: float
     cache_salt: str | None = None  # only requests of the same salt share blocks through the prefix cache
     beam_params: BeamSearchParams | None = None  # for a beam search; ``params`` are then its ``limits``
+    priority: int = 0  # lower is more urgent, for policies that read it
     sequences: list[Sequence] = field(default_factory=list)  # see control.admission.add_sequences
     first_token_time_s: float | None = None
     reasoning_end_time_s: float | None = None

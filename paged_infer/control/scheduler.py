@@ -23,10 +23,11 @@ from paged_infer.control.queues import Queues
 from paged_infer.control.sequence import Sequence
 from paged_infer.control.speculation import Proposer
 from paged_infer.control.step import BlockTransfers, ScheduledStep, StepResult
+from paged_infer.control.step_blocks import StepLimits
 from paged_infer.control.step_entries import step_entry
 from paged_infer.control.step_in_flight import StepInFlight
 from paged_infer.control.step_log import StepLog, trace_step
-from paged_infer.control.step_plan import StepLimits, StepPlan
+from paged_infer.control.step_plan import StepPlan
 from paged_infer.control.trace import Trace
 from paged_infer.control.trace_step import TraceStep
 from paged_infer.params import BeamSearchParams
@@ -172,7 +173,7 @@ class Scheduler:
             self.policy.chunks_prompts,
         )
         self.queues.drains_together = self.policy.drains_together
-        plan = self._planned = StepPlan(self.queues, limits, self.stats.steps, now)
+        plan = self._planned = StepPlan(self.queues, limits, self.stats.steps, now, self.policy.victim)
         self.policy.plan(plan)
         if not plan.scheduled and plan.resume_at_s is None and not self._in_flight:
             Chunked().plan(plan)  # otherwise sequences that a policy forgets, such as swapped ones, would wait forever

@@ -43,6 +43,7 @@ class Sequence:
     max_total_tokens: int  # prompt and output together: the lower of max_tokens and max_model_len
     eos_token_ids: frozenset[int]
     arrival_time_s: float = 0.0  # of its request
+    priority: int = 0  # of its request: lower is more urgent, for policies that read it
     cache_root: bytes = b""  # where its chain of block hashes begins: the request's cache salt
     siblings: ReadOnlyList[Sequence] = field(default=(), repr=False)  # all sequences of its request, itself included
     matcher: Matcher | None = None  # where its known output tokens are in its grammar, or in its reasoning

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -22,9 +21,10 @@ from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.engine.build import build_parts
 from paged_infer.engine.defer_sigint import defer_sigint, interruptible
 from paged_infer.engine.input_processor import InputProcessor, Params
-from paged_infer.engine.kv_usage import KVUsage
+from paged_infer.engine.kv_usage import KVUsage, stats_of
 from paged_infer.engine.prompts import Prompt
 from paged_infer.engine.request_states import RequestStates, StepReport
+from paged_infer.engine.sequence_view import SequenceView
 from paged_infer.execution.executor import InProcessExecutor, RemoteStep, RunningStep
 from paged_infer.execution.loaded_models import dtype_of
 from paged_infer.kernels.attention_backends import BackendChoice, backend_choice
@@ -129,16 +129,18 @@ class LLMEngine:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None) -> Request:
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: Params, *, cache_salt: str | None = None, priority: int = 0
+    ) -> Request:
         """Check and tokenize a request without queueing it.
 
         Requests share cached blocks only with those of the same ``cache_salt``, so that the latency of one tenant's
-        requests reveals nothing about another's prompts.
+        requests reveals nothing about another's prompts. A lower ``priority`` is more urgent, if the policy reads it.
 
         Raises:
             ValueError: the request could not be served; the message names the value and the limit.
         """
-        return self.input_processor.process(request_id, prompt, params, cache_salt)
+        return self.input_processor.process(request_id, prompt, params, cache_salt, priority)
 
     def check_length(self, num_characters: int) -> None:
         """See ``InputProcessor.check_length``."""
@@ -167,11 +169,13 @@ class LLMEngine:
         params: Params | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
         streamed: bool = False,
     ) -> None:
         """Check, tokenize and queue; see ``prepare`` and ``submit``. None: ``SamplingParams()``."""
         params = SamplingParams() if params is None else params
-        self.submit(self.prepare(request_id, prompt, params, cache_salt=cache_salt), streamed=streamed)
+        request = self.prepare(request_id, prompt, params, cache_salt=cache_salt, priority=priority)
+        self.submit(request, streamed=streamed)
 
     def serves(self, request: Request) -> bool:
         """Whether this request, and not another with the same id, is unfinished."""
@@ -270,19 +274,16 @@ class LLMEngine:
 
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was created, and the current state of its queues and blocks."""
-        return {
-            **asdict(self.scheduler.stats),
-            "acceptance_rate": self.scheduler.stats.acceptance_rate,
-            "evictions": self.manager.pool.num_evictions,
-            "num_waiting": len(self.scheduler.waiting),
-            "num_swapped": len(self.scheduler.swapped),
-            "num_running": len(self.scheduler.running),
-            "num_blocks": self.memory.num_blocks,
-            "free_blocks": self.manager.pool.num_free,
-            "peak_kv_bytes": self.usage.peak_slots * self.memory.kv_bytes_per_token,
-            "kv_fill": self.usage.fill,
-            "sharing_saved": self.usage.sharing_saved,
-        }
+        return stats_of(self.scheduler, self.memory, self.usage)
+
+    def inspect(self, request_id: str, sample_index: int = 0) -> SequenceView:
+        """Look into an unfinished request between two steps: its blocks, keys, values, logits, attention weights.
+
+        Raises:
+            ValueError: no such request is being served, it has no such sample, or the model is in other processes.
+        """
+        runner = self.in_process.runner
+        return SequenceView(self.requests.sequence(request_id, sample_index), self.manager, runner)
 
     def reset_stats(self) -> None:
         """Restart the measurement of ``peak_kv_bytes``, ``kv_fill`` and ``sharing_saved``."""

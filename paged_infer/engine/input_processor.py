@@ -11,6 +11,7 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.admission import add_sequences, check_beams, check_num_characters, check_request, truncated
 from paged_infer.control.blocks.manager import BlockManager
 from paged_infer.control.guided.grammar import Matcher
+from paged_infer.control.policies import check_priority
 from paged_infer.control.reasoning import ReasoningMatcher, ReasoningParser
 from paged_infer.control.request import Request
 from paged_infer.engine.grammars import GrammarCache
@@ -51,7 +52,9 @@ class InputProcessor:
         self._num_requests = 0
         self._num_sequences = 0
 
-    def process(self, request_id: str, prompt: Prompt, params: Params, cache_salt: str | None) -> Request:
+    def process(
+        self, request_id: str, prompt: Prompt, params: Params, cache_salt: str | None, priority: int = 0
+    ) -> Request:
         """See ``LLMEngine.prepare``, errors included."""
         if not isinstance(request_id, str):
             raise ValueError(f"request_id={request_id!r}: must be a str")
@@ -92,10 +95,11 @@ class InputProcessor:
         )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r}: must be a str or None")
+        priority = check_priority(priority, self.config.scheduling_policy)
         self._check_budget(params)
         self._check_drafts(params)
         seed = request_seed(self.config.seed, self._num_requests) if params.seed is None else params.seed
-        request = Request(request_id, text, token_ids, params, self._clock(), cache_salt, beam_params)
+        request = Request(request_id, text, token_ids, params, self._clock(), cache_salt, beam_params, priority)
         max_model_len, eos_token_ids = self.memory.max_model_len, self.model.eos_token_ids
         add_sequences(request, self._num_sequences, seed, max_model_len, eos_token_ids, self._new_matcher(request))
         self._num_requests += 1

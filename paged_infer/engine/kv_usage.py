@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from paged_infer.control.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from paged_infer.execution.memory_plan import MemoryPlan
 
 
 @dataclass(slots=True)
@@ -30,3 +36,21 @@ class KVUsage:
     def sharing_saved(self) -> float:
         """Blocks saved by sharing over blocks without it, over all steps (PagedAttention, Kwon 2023, section 6.3)."""
         return 1 - self.slot_steps / self.unshared_slot_steps if self.unshared_slot_steps else 0.0
+
+
+def stats_of(scheduler: Scheduler, memory: MemoryPlan, usage: KVUsage) -> dict[str, int | float]:
+    """See ``LLMEngine.stats``."""
+    pool = scheduler.manager.pool
+    return {
+        **asdict(scheduler.stats),
+        "acceptance_rate": scheduler.stats.acceptance_rate,
+        "evictions": pool.num_evictions,
+        "num_waiting": len(scheduler.waiting),
+        "num_swapped": len(scheduler.swapped),
+        "num_running": len(scheduler.running),
+        "num_blocks": memory.num_blocks,
+        "free_blocks": pool.num_free,
+        "peak_kv_bytes": usage.peak_slots * memory.kv_bytes_per_token,
+        "kv_fill": usage.fill,
+        "sharing_saved": usage.sharing_saved,
+    }

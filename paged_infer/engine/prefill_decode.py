@@ -212,7 +212,13 @@ def _prompt_of(request: Request) -> Request:
     """A request for the prompt alone, and one token."""
     first, num_tokens = request.sequences[0], len(request.prompt_token_ids)
     prompt = Request(
-        request.request_id, None, request.prompt_token_ids, ONE_TOKEN, request.arrival_time_s, request.cache_salt
+        request.request_id,
+        None,
+        request.prompt_token_ids,
+        ONE_TOKEN,
+        request.arrival_time_s,
+        request.cache_salt,
+        priority=request.priority,
     )
     add_sequences(prompt, first.sequence_id, first.seed, num_tokens + 1, [])
     return prompt

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlyList
-from typing import TypedDict, TypeVar
+from typing import TypedDict, TypeVar, cast
 
 from paged_infer.params import BeamSearchParams, SamplingParams
 from paged_infer.suggestions import unknown_names
-from paged_infer.values import TokenArray, as_integer, as_token_ids
+from paged_infer.values import TokenArray, as_integer, as_token_ids, as_tuple
 
 
 class TextPrompt(TypedDict):
@@ -80,3 +80,13 @@ def pair_prompts(
     if len(params) != len(each):
         raise ValueError(f"{len(params)} {name} for {len(each)} prompts: pass one for all, or one for each")
     return list(zip(each, params, strict=True))
+
+
+def list_priorities(priority: int | ReadOnlyList[int] | None, num_prompts: int) -> list[int]:
+    """One priority for each prompt; None is 0. Raises ValueError if there are more or fewer."""
+    each = as_tuple(priority)  # None: it is one
+    if each is None:
+        return [0 if priority is None else cast(int, priority)] * num_prompts
+    if len(each) != num_prompts:
+        raise ValueError(f"{len(each)} priorities for {num_prompts} prompts: pass one for all, or one for each")
+    return list(each)

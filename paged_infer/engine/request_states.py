@@ -70,6 +70,17 @@ class RequestStates:
             state.prompt_logprobs = [None] * len(request.prompt_token_ids)
         self.by_id[request.request_id] = state
 
+    def sequence(self, request_id: str, sample_index: int) -> Sequence:
+        """Raises ValueError if the request is not being served, or has no such sample."""
+        state = self.by_id.get(request_id)
+        if state is None:
+            known = ", ".join(map(repr, [*self.by_id][:8])) or "none"
+            raise ValueError(f"request_id={request_id!r} is not being served; unfinished requests: {known}")
+        sequences = state.request.sequences
+        if not 0 <= sample_index < len(sequences):
+            raise ValueError(f"sample_index={sample_index!r}: must be within [0, {len(sequences) - 1}]")
+        return sequences[sample_index]
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """See ``LLMEngine.abort``."""
         state = self.by_id.pop(request_id, None)

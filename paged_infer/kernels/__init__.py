@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paged_infer.kernels.attention.flash_attention import attention_weights as attention_weights
     from paged_infer.kernels.attention.flash_attention import flash_attention as flash_attention
     from paged_infer.kernels.attention.flash_attention import flash_attention_reference as flash_attention_reference
     from paged_infer.kernels.attention.metadata import AttentionMetadata as AttentionMetadata
@@ -43,6 +44,7 @@ _KERNELS = {
 _MODULES = {
     **_KERNELS,
     **{f"{name}_reference": module for name, module in _KERNELS.items()},
+    "attention_weights": "attention.flash_attention",
     "AttentionMetadata": "attention.metadata",
     "register_attention_backend": "attention_backends",
 }

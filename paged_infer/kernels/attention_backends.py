@@ -8,7 +8,8 @@ A backend takes the queries and the cache of one layer, and the metadata of the 
     LLM(attention_backend="mine")
 
 Only models that change their scores pass the last three (``ScoreOptions``), so a backend for others may leave them out.
-Only a cache of 8 bits (``kv_cache_dtype``) passes ``k_scale`` and ``v_scale`` (``AttentionOptions``).
+Only a cache of 8 bits (``kv_cache_dtype``) passes ``k_scale`` and ``v_scale`` (``AttentionOptions``). A backend with a
+parameter ``layer`` is given the number of the layer that calls it.
 
 ``module:function`` names a backend that is not registered, for instance on the command line.
 """
@@ -146,6 +147,14 @@ def suited_backend(backend: AttentionBackend, head_dim: int) -> AttentionBackend
         return backend
     warn_once(f"head_dim={head_dim}: the Triton kernels take up to {MAX_HEAD_DIM}, so 'sdpa' computes the attention")
     return paged_attention_batched
+
+
+def names_layer(backend: AttentionBackend) -> bool:
+    """Whether the backend has a parameter ``layer``."""
+    try:
+        return "layer" in inspect.signature(backend).parameters
+    except (TypeError, ValueError):  # a function of an extension module may have none
+        return False
 
 
 def check_options(backend: Callable[..., Tensor], options: Iterable[str], needed_by: str = "this model") -> None:

@@ -135,6 +135,7 @@ class Service:
         *,
         stream: bool,
         cache_salt: str | None,
+        priority: int | None,
         prompt_field: str = "prompt",
     ) -> list[RequestStream]:
         """Queue all of the prompts, or none. The caller must close the streams."""
@@ -153,7 +154,11 @@ class Service:
                 if index % PROMPTS_PER_TURN == PROMPTS_PER_TURN - 1:
                     await asyncio.sleep(0)  # let other tasks run
                 one = f"{label}-{index}"
-                opened.append(await self.engine.submit(prompt, params, one, stream=stream, cache_salt=cache_salt))
+                opened.append(
+                    await self.engine.submit(
+                        prompt, params, one, stream=stream, cache_salt=cache_salt, priority=priority or 0
+                    )
+                )
         except BaseException as error:
             close_all(opened)
             raise self.to_api_error(error, prompt_field) from error

@@ -111,9 +111,19 @@ def attend_seen(
     q [B, H, N, D], k and v [B, H_kv, M, D]. ``seen`` is True where a query sees a key, and broadcast to [B, H, N, M];
     None: everywhere. ``sinks`` is broadcast to [B, H, N, 1].
     """
-    group = q.shape[1] // k.shape[1]
+    weights, lse = _weights(q, k, seen, scale, softcap, sinks)
+    v_ = v.to(weights.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, H, M, D]
+    if sinks is not None:
+        v_ = F.pad(v_, (0, 0, 0, 1))
+    return (weights @ v_).to(q.dtype), lse
+
+
+def _weights(
+    q: Tensor, k: Tensor, seen: Tensor | None, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of ``attend_seen``: weights [B, H, N, M], with a last column for sinks if there are any; lse [B, H, N]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_, k_, v_ = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))  # [B, H, N or M, D]
+    q_, k_ = q.to(wide), k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, H, N or M, D]
     scores = q_ @ k_.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, N, M]
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
@@ -121,10 +131,23 @@ def attend_seen(
         scores = scores.masked_fill(~seen, -math.inf)
     if sinks is not None:  # one more key, of that score and of value zero
         scores = torch.cat((scores, sinks.to(wide).expand(*scores.shape[:3], 1)), -1)
-        v_ = F.pad(v_, (0, 0, 0, 1))
     lse = scores.logsumexp(-1)  # [B, H, N]
-    weights = scores.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0.0)
-    return (weights @ v_).to(q.dtype), lse
+    return scores.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0.0), lse
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, window: int | None = None,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What attention multiplies the values by: q [N, H, D], the last N of M tokens, k [M, H_kv, D] -> [H, N, M].
+
+    In plain torch, in float32 at least; for readers and experiments. Arguments as in ``flash_attention``. A row's sum
+    is 1, or less with ``sinks``, whose own weight is left out.
+    """
+    seen = causal_mask(len(q), len(k), window, q.device)
+    rows = None if sinks is None else sinks[:, None, None]
+    weights, _ = _weights(q.transpose(0, 1)[None], k.transpose(0, 1)[None], seen, scale, softcap, rows)
+    return weights[0, ..., : len(k)]
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

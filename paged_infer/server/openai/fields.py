@@ -67,7 +67,6 @@ REFUSED = {
     "moderation": Refused("there is no moderation model"),
     "parallel_tool_calls": Refused(_CHAT, (True, False)),
     "prediction": Refused("speculation is an option of the engine (speculative_config)"),
-    "priority": Refused("requests are served in order of arrival", (0,)),
     "prompt_embeds": Refused("a prompt is text or token ids"),
     "reasoning_effort": Refused("the chat template is rendered without it", ("medium",)),
     "repetition_detection": Refused("repetition does not end an answer"),

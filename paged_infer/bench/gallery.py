@@ -1,4 +1,4 @@
-"""``python -m paged_infer.bench.gallery [FOLDER]``: pictures of small runs of the storyteller, for figures/."""
+"""``python -m paged_infer.bench.gallery [FOLDER]``: pictures of small runs of the storyteller."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paged_infer import LLM, SamplingParams
 from paged_infer.bench.workloads import story_beginnings
+from paged_infer.cli_options import RESULTS
 from paged_infer.control.trace import Trace
 from paged_infer.viz.pool_map import pool_map_figure
 from paged_infer.viz.timeline import timeline_figure
@@ -41,7 +42,7 @@ def shared_trace() -> Trace:
     return llm.trace
 
 
-def save_gallery(folder: Path = Path("figures")) -> list[Path]:
+def save_gallery(folder: Path = RESULTS) -> list[Path]:
     """Write timeline.png and pool_map.png, which are alike on all machines; returns their paths."""
     pictures = {"timeline": timeline_figure(crowded_trace()), "pool_map": pool_map_figure(shared_trace(), 12)}
     for name, picture in pictures.items():

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
 from paged_infer.bench.shapes import SHAPES, folder_of
-from paged_infer.cli_options import Engine, Figures, Seed, open_llm
+from paged_infer.cli_options import RESULTS, Engine, Figures, ModelName, open_llm
 from paged_infer.config import EngineConfig, EngineOptions
 
 if TYPE_CHECKING:
@@ -25,10 +24,9 @@ CPU_REQUESTS, CPU_SCALE = 32, 0.125  # of the throughput workload, where there i
 
 BenchModel = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        help=f"Local folder, hub id, or with --load-format dummy a shape: {', '.join(SHAPES)}. "
-        "Default: the storyteller. With dummy weights, --max-model-len is by default what the workload needs.",
+    ModelName(
+        f"Local folder, hub id, or with --load-format dummy a shape: {', '.join(SHAPES)}. "
+        "Default: the storyteller. With dummy weights, --max-model-len is by default what the workload needs."
     ),
 ]
 Peers = Annotated[
@@ -60,6 +58,7 @@ ThinkingBudget = Annotated[
         min=0,
     ),
 ]
+RequestsSeed = Annotated[int, typer.Option(help="Seed of the requests: their prompts, lengths and arrivals.")]
 Repeats = Annotated[int, typer.Option(help="Interleaved runs; medians are reported.", min=1)]
 TimeLimit = Annotated[
     float | None,
@@ -79,8 +78,8 @@ class Common:
     engine: Engine = field(default_factory=EngineConfig)
     repeats: Repeats = 3
     time_limit: TimeLimit = None
-    seed: Seed = 0
-    figures: Figures = Path("figures")
+    seed: RequestsSeed = 0
+    figures: Figures = RESULTS
     began_s: float = field(default_factory=time.perf_counter, init=False)  # no option
 
     @property

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paged_infer.cli_options import EngineOfText, Model, console, fail, open_llm, quiet_libraries, with_option_groups
+from paged_infer.cli_options import EngineOfText, Model, open_llm, quiet_libraries, with_option_groups
+from paged_infer.terminal import console, fail
 
 if TYPE_CHECKING:
     from paged_infer.evaluation.models import EvaluatedModel, InProcess

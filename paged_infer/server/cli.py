@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from paged_infer.cli_options import Model, fail, quiet_libraries, read_list, with_option_groups
+from paged_infer.cli_options import Model, quiet_libraries, read_list, with_option_groups
 from paged_infer.config import EngineConfig
+from paged_infer.terminal import fail
 
 
 @with_option_groups

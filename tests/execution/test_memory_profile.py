@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from paged_infer.cli import profile_rows
+from paged_infer.cli.info import profile_rows
 from paged_infer.config import EngineConfig
 from paged_infer.execution import memory_profile
 from paged_infer.execution.memory_plan import plan_memory

@@ -1,6 +1,9 @@
 """Claims about the bundled weights: small, loadable by transformers, and as good as the project says."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -8,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from paged_infer.storyteller import PATH, evaluate, tell
 from paged_infer.storyteller.evaluation import document, quizzes
 from paged_infer.storyteller.stories.grammar import END, ask
+from paged_infer.storyteller.stories.reader import read
 
 
 def test_the_weights_fit_in_eight_megabytes():
@@ -92,6 +96,32 @@ def test_a_chat_about_a_story_of_ones_own_is_answered(llm):
     output = llm.chat(messages, SamplingParams(temperature=0, max_tokens=12, stop=["\n"]))
     output = output[0] if isinstance(output, list) else output
     assert output.outputs[0].text.strip() == "In the blue box."
+
+
+README, MAKEFILE = (Path(__file__).parents[2] / name for name in ("README.md", "Makefile"))
+
+
+def first_stories() -> dict[str, tuple[str, dict]]:
+    """Where a newcomer meets a story: the prompt there, and how it is sampled."""
+    readme = README.read_text("utf-8")
+    prompts = ast.literal_eval(re.search(r"^prompts = (.*)$", readme, flags=re.MULTILINE)[1])
+    given = eval(re.search(r"^params = SamplingParams\((.*)\)$", readme, flags=re.MULTILINE)[1].join(("dict(", ")")))
+    found = {f"README, {prompt}": (prompt, given) for prompt in prompts}
+    commands = re.findall(r"paged-infer generate \"(.*?)\"", readme + MAKEFILE.read_text("utf-8"))
+    assert len(commands) >= 2 and len(prompts) == 2
+    return found | {
+        f"generate {prompt}": (prompt, {"temperature": 0.8, "seed": 0, "max_tokens": 512}) for prompt in commands
+    }
+
+
+@pytest.mark.parametrize("where", first_stories())
+def test_the_stories_that_a_newcomer_sees_first_end_by_themselves_and_are_right(where, llm):
+    from paged_infer import SamplingParams
+
+    prompt, given = first_stories()[where]
+    (output,) = llm.generate(prompt, SamplingParams(**given), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop"
+    assert read(prompt + output.outputs[0].text).questions
 
 
 def test_a_story_ends_by_itself(llm):

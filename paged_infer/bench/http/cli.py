@@ -6,14 +6,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paged_infer.bench.options import Clients, Lengths, Rates, Repeats, ThinkingBudget
+from paged_infer.bench.options import Clients, Lengths, Rates, Repeats, RequestsSeed, ThinkingBudget
 from paged_infer.bench.speed import cli as speed_cli
-from paged_infer.cli_options import Figures, ModelOption, Seed, Without, as_arguments, open_llm, with_option_groups
+from paged_infer.cli_options import RESULTS, Figures, Model, Without, as_arguments, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
 from paged_infer.control.reasoning import REASONING_PARSERS
 
@@ -33,7 +32,7 @@ class Load:
     rate: Rates = None
     thinking_token_budget: ThinkingBudget = None
     repeats: Repeats = 3
-    seed: Seed = 0
+    seed: RequestsSeed = 0
 
     @property
     def closed(self) -> list[int]:
@@ -53,7 +52,7 @@ def serve(
         EngineConfig,
         Without(max_num_seqs="as many as the most clients", seed="the command's own --seed is the workload's"),
     ],
-    model: ModelOption = None,
+    model: Model = None,
     base_url: Annotated[
         str | None, typer.Option(help="A server that runs already, as http://HOST:PORT, instead of one of our own.")
     ] = None,
@@ -67,7 +66,7 @@ def serve(
         bool, typer.Option("--engine-process", help="Compare it to the same server with this option, in turn.")
     ] = False,
     torch_threads: Annotated[int, typer.Option(help="Of each of our own processes.", min=1)] = 1,
-    figures: Figures = Path("figures"),
+    figures: Figures = RESULTS,
 ) -> None:
     """Load over HTTP: clients that wait for their answers, then Poisson arrivals; random prompts, greedy.
 

@@ -77,7 +77,7 @@ def count_traffic(
     )
 
 
-def save_attention_traffic(folder: Path = Path("figures")) -> Path:
+def save_attention_traffic(folder: Path) -> Path:
     """Count, then write attention_traffic.png and its numbers in attention_traffic.json; returns the picture's path."""
     report = count_traffic()
     picture = folder / "attention_traffic.png"

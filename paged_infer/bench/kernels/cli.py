@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from paged_infer.bench.tables import print_table
+from paged_infer.cli_options import RESULTS
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ def kernels(
     time_limit: Annotated[
         float, typer.Option(help="Seconds; timings that have not begun by then are left out.", min=0)
     ] = 900,
-    figures: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = Path("figures"),
+    figures: Annotated[Path, typer.Option(help="Folder for numbers and pictures.")] = RESULTS,
 ) -> None:
     """The Triton kernels: checked against float64, then timed with torch, flex_attention, varlen_attn and flashinfer.
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from paged_infer.bench.options import BenchModel, Repeats
+from paged_infer.bench.options import Repeats
 from paged_infer.bench.report import save_report
 from paged_infer.bench.shapes import folder_of
 from paged_infer.bench.speed.cli import errors, progress
-from paged_infer.cli_options import Figures, Seed, open_llm
+from paged_infer.cli_options import RESULTS, Figures, ModelName, open_llm, with_option_groups
 from paged_infer.config import EngineOptions
 
 NAME = "bench-parallel.json"
 SHAPE = "qwen3-30m"
+ParallelModel = Annotated[str | None, ModelName(f"A shape, or another model with its --load-format. Default: {SHAPE}.")]
 
 
+@with_option_groups
 def parallel(
-    model: BenchModel = SHAPE,
+    model: ParallelModel = SHAPE,
     load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "dummy",
     requests: Annotated[
         list[int] | None, typer.Option(help="At once; may be repeated. Default: 1, 8 and 32.", min=1)
@@ -30,8 +31,8 @@ def parallel(
     replicas: Annotated[bool, typer.Option(help="Measure two replicas by three routings.")] = True,
     num_requests: Annotated[int, typer.Option(help="To the replicas.", min=1)] = 64,
     repeats: Repeats = 3,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Seed of the random weights and requests.")] = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """One model on one rank and on two, and two replicas by three routings, in float32 on a CPU.
 

@@ -14,11 +14,12 @@ from paged_infer.bench.report import save_report
 from paged_infer.bench.shapes import folder_of
 from paged_infer.bench.side_by_side.cli import DTYPES
 from paged_infer.bench.speed.cli import errors, progress
-from paged_infer.cli_options import Figures, Seed, open_llm
+from paged_infer.cli_options import RESULTS, Figures, open_llm, with_option_groups
 
 NAME = "bench-quantisation.json"
 
 
+@with_option_groups
 def quantisation(
     model: BenchModel = None,
     load_format: Annotated[str, typer.Option(help="dummy: random weights; their quality is not measured.")] = "auto",
@@ -59,8 +60,8 @@ def quantisation(
     scale: Annotated[float, typer.Option(help="Factor of the requests' lengths.", min=0.01)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Of each engine. Default: torch's.", min=1)] = None,
     repeats: Repeats = 3,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Seed of the texts that the model writes, and of the requests.")] = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """Weights of few bits on a CPU: what schemes and methods cost (KL to float32, agreement, perplexity, recall), and
     what those with kernels gain: memory, and tokens per second of 1, 4, 16 and 32 requests.

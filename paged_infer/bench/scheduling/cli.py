@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +10,10 @@ import typer
 from paged_infer.bench.report import save_report
 from paged_infer.bench.speed.cli import errors
 from paged_infer.bench.tables import print_table
-from paged_infer.cli_options import Figures, ModelOption, Seed, Without, console, open_llm, with_option_groups
+from paged_infer.cli_help import PLAIN, Command
+from paged_infer.cli_options import RESULTS, BeginningsSeed, Figures, Model, Without, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
+from paged_infer.terminal import console
 
 if TYPE_CHECKING:
     from paged_infer.bench.scheduling.arrival import ArrivalReport
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 
 Simulate = Annotated[bool, typer.Option(help="No model: the clock moves by a formula.")]
 
-app = typer.Typer()
+app = typer.Typer(**PLAIN)
 
 
-@app.command()
+@app.command(cls=Command)
 def memory(
     output_tokens: Annotated[int, typer.Option(help="Drawn by the requests of each data set.", min=1)] = 300_000,
     slots: Annotated[int, typer.Option(help="Tokens that the KV memory holds.", min=1)] = 15_728,
     block_size: Annotated[int, typer.Option(help="Tokens in a block.", min=1)] = 16,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Seed of the lengths that requests draw.")] = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """What KV memory holds: contiguous reservations and paging (the PagedAttention paper's Figure 2). No model."""
     from paged_infer.bench.scheduling.memory_figure import fragmentation_figure
@@ -79,7 +80,7 @@ def _show_memory(report: MemoryReport) -> None:
     print_table("blocks saved by sharing", ("requests", "width", "saved", "the paper's"), saved)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def sharing(
     engine: Annotated[
@@ -89,14 +90,14 @@ def sharing(
             seed="the command's own --seed is the workload's",
         ),
     ],
-    model: ModelOption = None,
+    model: Model = None,
     width: Annotated[
         list[int] | None, typer.Option(help="Samples or beams of a request; may be repeated. Default: 2, 4, 6.", min=2)
     ] = None,
     num_requests: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each sample or beam.", min=1)] = 64,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: BeginningsSeed = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """KV blocks that parallel samples and beams of one request save by sharing them, with a model."""
     with errors(), console.status("sampling and searching"):
@@ -118,7 +119,7 @@ def sharing(
     save_report(report, figures / "bench-sharing.json")
 
 
-@app.command()
+@app.command(cls=Command)
 def control(
     num_seqs: Annotated[int, typer.Option(help="Sequences that run in every step.", min=1)] = 256,
     num_steps: Annotated[int, typer.Option(help="Steps timed in each pool.", min=2)] = 400,
@@ -129,8 +130,8 @@ def control(
         float | None,
         typer.Option(help="A model's step, for the trace's share. Default: the storyteller's here.", min=0.001),
     ] = None,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Seed of the tokens in the pool and of the prompts.")] = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """What deciding a step costs, in pools of a thousand to a million blocks that are 95 % full and evicting."""
     from paged_infer.bench.scheduling import scheduler_cost as cost
@@ -168,7 +169,7 @@ def _show_control(report: ControlReport) -> None:
     print_table("prefix lookup", ("prompt tokens", "microseconds", "ns a token", "one block\nlater, us"), rows)
 
 
-@app.command()
+@app.command(cls=Command)
 def policies(
     simulate: Simulate = False,
     num_requests: Annotated[int, typer.Option(help="Requests in all.", min=2)] = 200,
@@ -182,8 +183,8 @@ def policies(
     delay: Annotated[
         list[float] | None, typer.Option(help="Delay factor of prefill_first; may be repeated. Default: 0, 0.5.", min=0)
     ] = None,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Seed of the requests' arrivals and lengths.")] = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """The same requests through every policy: throughput, first tokens, and the longest stalls."""
     from paged_infer.bench.scheduling.policies import run_policies
@@ -206,7 +207,7 @@ def _show_policies(report: PoliciesReport) -> None:
     print_table(title, ("policy", *columns), rows)
 
 
-@app.command()
+@app.command(cls=Command)
 def arrival(
     simulate: Simulate = False,
     num_running: Annotated[int, typer.Option(help="Requests that decode when it arrives.", min=1)] = 8,
@@ -214,7 +215,7 @@ def arrival(
     chunk_tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens a step for chunked; may be repeated. Default: 128, 512.", min=2)
     ] = None,
-    figures: Figures = Path("figures"),
+    figures: Figures = RESULTS,
 ) -> None:
     """A long prompt arrives while others decode: whole (prefill_first) and in chunks."""
     from paged_infer.bench.scheduling.arrival import run_arrival

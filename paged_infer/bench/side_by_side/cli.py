@@ -13,13 +13,14 @@ import typer
 from paged_infer.bench.options import Repeats
 from paged_infer.bench.report import save_report
 from paged_infer.bench.speed.cli import errors, progress
-from paged_infer.cli_options import Figures, ModelOption, Seed, open_llm
+from paged_infer.cli_options import RESULTS, Figures, Model, open_llm, with_option_groups
 
 DTYPES = ("float32", "bfloat16")
 
 
+@with_option_groups
 def peers(
-    model: ModelOption = None,
+    model: Model = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(help="transformers, generate_batch, vllm or llama.cpp; may be repeated. Default: those here."),
@@ -29,8 +30,8 @@ def peers(
     scale: Annotated[float, typer.Option(help="Factor of all lengths.", min=0.01)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Of each engine. Default: torch's.", min=1)] = None,
     repeats: Repeats = 3,
-    seed: Seed = 0,
-    figures: Figures = Path("figures"),
+    seed: Annotated[int, typer.Option(help="Seed of the random token ids and lengths.")] = 0,
+    figures: Figures = RESULTS,
 ) -> None:
     """The engine beside others on a CPU, with the same weights and token ids: a: one request, 128 tokens in and 128
     out; b: 32 requests of 16..128 in and out; c: the first token after a prompt of 1,500. And each one's peak memory.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paged_infer.bench.report import save_report
 from paged_infer.bench.simulation.prediction import ServerOptions
 from paged_infer.bench.speed.cli import errors
 from paged_infer.bench.tables import print_table
-from paged_infer.cli_options import Figures, console, with_option_groups
+from paged_infer.cli_options import RESULTS, Figures, with_option_groups
+from paged_infer.terminal import console
 
 if TYPE_CHECKING:
     from paged_infer.bench.simulation.prediction import SimulateReport
@@ -19,7 +19,7 @@ PARTS = ("mean", "p50", "p90", "p99")
 
 
 @with_option_groups
-def simulate(server: ServerOptions, figures: Figures = Path("figures")) -> None:
+def simulate(server: ServerOptions, figures: Figures = RESULTS) -> None:
     """Predict a server: the real scheduler, with steps that take as long as a card's data sheet says. No model runs.
 
     With --records, beside what a real server did with the same workload, as signed relative errors.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -31,7 +30,7 @@ from paged_infer.bench.speed.cli import errors
 from paged_infer.bench.speed.engine_runs import run_engine
 from paged_infer.bench.tables import print_table
 from paged_infer.bench.workloads import Workload, random_ids
-from paged_infer.cli_options import Figures, open_llm
+from paged_infer.cli_options import RESULTS, Figures, open_llm
 from paged_infer.control.step import ScheduledStep
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.execution.machine import describe_machine
@@ -202,7 +201,7 @@ def main(
     shortest: Annotated[int, typer.Option(help="Shortest prompt and output, tokens.", min=2)] = 16,
     longest: Annotated[int, typer.Option(help="Longest.", min=2)] = 128,
     repeats: Annotated[int, typer.Option(help="Medians are compared.", min=1)] = 3,
-    figures: Figures = Path("figures"),
+    figures: Figures = RESULTS,
 ) -> None:
     """Predict this engine on this machine from measured step times; writes bench-simulate-own.json."""
     machine = describe_machine()

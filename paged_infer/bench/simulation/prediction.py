@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from paged_infer.bench.report import JsonReport
+from paged_infer.cli_options import ModelName
 from paged_infer.simulation.cards import CARDS, Card, card_named
 from paged_infer.simulation.costs import Roofline
 from paged_infer.simulation.memory import default_num_batched_tokens, estimate_pool
@@ -31,7 +32,9 @@ LOADS = (0.25, 0.5, 2.0)  # times the load that was asked for
 class ServerOptions:
     """What is served, on what, and how."""
 
-    model: Annotated[str, typer.Option(help=f"A folder, or a shape: {', '.join(SHAPES)}.")] = "llama-3.1-8b"
+    model: Annotated[str, ModelName(f"A folder, or a shape: {', '.join(SHAPES)}. Default: llama-3.1-8b.")] = (
+        "llama-3.1-8b"
+    )
     gpu: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(CARDS)}, or cpu, which is measured; may be repeated to compare. Default: h200."),

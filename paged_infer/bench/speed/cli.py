@@ -24,8 +24,10 @@ from paged_infer.bench.options import (
     ThinkingBudget,
 )
 from paged_infer.bench.report import save_report
-from paged_infer.cli_options import Without, fail, with_option_groups
+from paged_infer.cli_help import PLAIN, Command
+from paged_infer.cli_options import Without, with_option_groups
 from paged_infer.config import EngineConfig, EngineOptions
+from paged_infer.terminal import fail
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
@@ -37,10 +39,10 @@ LONGEST_PROMPT = 96  # of ``story_beginnings``
 CPU_STEP_TOKENS = 256  # of ``trace``
 RATE_SHARES = [0.3, 0.6, 0.9, 1.2]  # of the rate at which the most clients were served
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, **PLAIN)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def latency(
     common: Common,
@@ -59,7 +61,7 @@ def latency(
     show(report, common.figures)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def throughput(common: Common, requests: NanoRequests, peer: Peers = None) -> None:
     """nano-vLLM's workload: random requests at once, end tokens ignored; tokens per second, and share of the limit.
@@ -75,7 +77,7 @@ def throughput(common: Common, requests: NanoRequests, peer: Peers = None) -> No
     show(report, common.figures)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def optimisations(
     common: Annotated[
@@ -112,7 +114,7 @@ def optimisations(
     show(report, common.figures)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def load(
     common: Common,
@@ -131,7 +133,7 @@ def load(
     show(report, common.figures)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def ladder(
     common: Common,
@@ -162,7 +164,7 @@ def ladder(
     show(report, common.figures)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def step(
     common: Common,
@@ -199,7 +201,7 @@ def step(
     save_report(report, path)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def speculation(
     common: Annotated[
@@ -248,7 +250,7 @@ def speculation(
     show(report, common.figures)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_option_groups
 def trace(
     common: Annotated[Common, Without(repeats="nothing is timed", time_limit="it takes a few seconds")],

@@ -57,6 +57,13 @@ def resolve_model(model: str | Path) -> Path:
         raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}{names}") from None
 
 
+def names_a_model(word: str) -> bool:
+    """Whether a word among prompts is rather a model: a known name, owner/name, a GGUF file, or a model's folder."""
+    path = Path(word).expanduser()
+    is_here = path.is_file() if path.suffix == ".gguf" else (path / "config.json").is_file()
+    return word in (*BUNDLED, *PACKAGED) or is_here or ("/" in word and _HUB_ID.fullmatch(word) is not None)
+
+
 def name_of(model: str | Path, folder: Path) -> str:
     """The name of what ``resolve_model`` found: a bundled model's, the hub id that was given, or the folder's own."""
     own = folder.resolve().name if Path(model).expanduser() == folder else str(model)

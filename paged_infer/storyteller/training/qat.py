@@ -151,7 +151,7 @@ def main(
     threads: Threads = 2,
     precision: Products = Precision.bfloat16,
     stories: Annotated[int, typer.Option(help="Unseen stories to measure on.", min=1)] = 30,
-    figures: Annotated[Path, typer.Option(help="Folder for the numbers.")] = Path("figures"),
+    figures: Annotated[Path, typer.Option(help="Folder for the numbers.")] = Path("results"),
 ) -> None:
     """Train the bundled storyteller for weights of few bits, write it, and compare it with other methods."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

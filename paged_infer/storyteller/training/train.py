@@ -209,7 +209,7 @@ def fit(
 
 def main(
     out: Out = PATH,
-    figures: Annotated[Path, typer.Option(help="Folder for the loss curve.")] = Path("figures"),
+    figures: Annotated[Path, typer.Option(help="Folder for the loss curve.")] = Path("results"),
     seed: Seed = 0,
     steps: Steps = 2400,
     decay_steps: Annotated[int, typer.Option(help="Final steps, over which the learning rates fall to 0.")] = 900,

@@ -50,7 +50,7 @@ def test_a_corrupted_rung_is_found_out(llm, rungs, workload):
 def test_compare_says_no_and_fails_when_a_decoder_weight_is_wrong(llm, tmp_path, monkeypatch):
     broken = LLM(llm.folder, num_blocks=64)
     broken.engine.decoder.layers[1].mlp_norm.weight.neg_()
-    monkeypatch.setattr("paged_infer.cli.open_llm", lambda model, **options: broken)
+    monkeypatch.setattr("paged_infer.cli.compare.open_llm", lambda model, **options: broken)
     result = CliRunner().invoke(app, ["compare", "--num-prompts", "2", "--max-tokens", "6", "--figures", str(tmp_path)])
     assert result.exit_code == 1
     report = Ladder.read(tmp_path / "ladder.json")

@@ -1,0 +1,81 @@
+"""Help in plain text, with every option's name whole at 80 columns, where panels of rich would cut it off."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+INDENT = "  "
+NAME_COLUMNS = 26  # of the first column; a longer name has a line of its own
+
+
+class Command(TyperCommand):
+    """A command whose options stand below the titles of their ``rich_help_panel``."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        write_text(formatter, self.help)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                title = getattr(parameter, "rich_help_panel", None) or usual
+                panels.setdefault(title, []).append(record)
+        for title, records in panels.items():
+            if records:
+                write_list(formatter, title, records)
+
+
+class Group(TyperGroup):
+    """Commands in the order of ``order``, and then those that it does not name; each with its whole first paragraph."""
+
+    order: tuple[str, ...] = ()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = list(self.commands)
+        return sorted(names, key=lambda name: self.order.index(name) if name in self.order else len(self.order))
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        write_text(formatter, self.help)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        helps = {name: self.commands[name].help or "" for name in self.list_commands(ctx)}
+        write_list(
+            formatter, "Commands", [(name, inspect.cleandoc(text).split("\n\n")[0]) for name, text in helps.items()]
+        )
+
+
+def in_order(*names: str) -> type[Group]:
+    """A ``Group`` with this order."""
+    return type("Group", (Group,), {"order": names})
+
+
+def write_text(formatter: Any, text: str | None) -> None:
+    """Paragraphs, indented. Unlike click's own, lines here and below are never broken within a --long-option."""
+    for paragraph in inspect.cleandoc(text or "").split("\n\n"):
+        formatter.write("\n" + _filled(paragraph, formatter.width, INDENT) + "\n")
+
+
+def write_list(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> None:
+    """A title, and below it each name beside its text."""
+    formatter.write(f"\n{title}:\n")
+    column = min(max((len(name) for name, _ in records), default=0), NAME_COLUMNS) + 2 * len(INDENT)
+    for name, text in records:
+        text = _filled(text, formatter.width, " " * column)
+        name = f"{INDENT}{name}"
+        formatter.write(f"{name.ljust(column)}{text[column:]}\n" if len(name) < column - 1 else f"{name}\n{text}\n")
+
+
+def _filled(text: str, width: int, indent: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+"""What every ``typer.Typer`` of the command line is made with."""

@@ -45,7 +45,9 @@ def evaluate(
     base_url: Annotated[
         str | None, typer.Option(help="Ask this server's /v1/completions; MODEL is only its tokenizer.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the items.", min=0, max=499)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the items, whose texts are made from the grammar.", min=0, max=499)
+    ] = 0,
     output: Annotated[Path | None, typer.Option(help="A JSON file for all numbers, item by item.")] = None,
     write_tasks: Annotated[
         Path | None, typer.Option(help="Write the tasks for lm-eval into this folder, and evaluate nothing.")

@@ -238,11 +238,13 @@ def test_a_request_that_comes_from_another_process_gets_its_place_there(told: LL
     assert said(outputs) == [expected[5]]
 
 
-def test_what_cannot_be_served_is_refused_by_name(told: LLM, checkpoint: Any) -> None:
+def test_what_cannot_be_served_is_refused_by_name(told: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"reasoning_parser='r1': must be one of qwen3, deepseek_r1"):
         LLM(reasoning_parser="r1")
-    with pytest.raises(ValueError, match="reasoning_parser='qwen3' needs text, but this checkpoint has no tokenizer"):
-        LLM(checkpoint("qwen3"), reasoning_parser="qwen3", num_blocks=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.Tokenizer, "from_pretrained", lambda folder: None)
+        with pytest.raises(ValueError, match="reasoning_parser='lived' needs text, but this checkpoint has no token"):
+            make()
     assert SamplingParams(thinking_token_budget=-1).thinking_token_budget is None
     for wrong in (-2, 1.5, "5"):
         with pytest.raises(ValueError, match=f"thinking_token_budget={wrong!r}: must be an integer >= -1"):

@@ -33,7 +33,7 @@ PROMPTS = ["A story about Mia and a kite", "Once upon a time", "Once upon a time
 
 
 def asked(max_tokens: int = 60, temperature: float = 0.0, budget: int | None = None, **options: Any) -> SamplingParams:
-    what = {name: options.pop(name) for name in ("json", "regex", "choice") if name in options}
+    what = {name: options.pop(name) for name in ("json", "regex", "choice", "backend") if name in options}
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -149,10 +149,15 @@ def test_the_tokens_are_the_same_however_the_steps_are_cut(name: str, expected: 
         assert llm.stats()["preemptions"] > 0
 
 
-@pytest.mark.parametrize("name", ["ngram", "draft-model"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("ngram", "native"), ("draft-model", "native"), ("ngram", "xgrammar"), ("draft-model", "llguidance")],
+)
 def test_every_document_is_valid_when_the_end_is_among_accepted_drafts(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if backend != "native":
+        pytest.importorskip(backend)
     crossed = []
     append = Sequence.append_output_tokens
 
@@ -171,7 +176,7 @@ def test_every_document_is_valid_when_the_end_is_among_accepted_drafts(
     told = make(reasoning_parser=None).generate(openings, asked(40), use_tqdm=False)
     prompts = [[*encode(o), *one.outputs[0].token_ids, 0, *encode(o)] for o, one in zip(openings, told, strict=True)]
     monkeypatch.setattr(Sequence, "append_output_tokens", watched)
-    outputs = llm.generate(prompts, asked(110, json=PERSON, budget=70), use_tqdm=False)
+    outputs = llm.generate(prompts, asked(110, json=PERSON, budget=70, backend=backend), use_tqdm=False)
     texts = [output.outputs[0].text for output in outputs if output.outputs[0].finish_reason == "stop"]
     assert len(texts) == len(prompts) and len(crossed) >= 3, (texts, crossed)
     for text in texts:

@@ -81,25 +81,23 @@ class ReasoningParser:
     def __init__(self, name: str, vocabulary: Vocabulary, special_tokens: Mapping[str, int]) -> None:
         self.start, self.end, self.first = REASONING_PARSERS[name]
         self.vocabulary = vocabulary
-        self.texts = list(vocabulary.tokens)
+        rest = 8 * vocabulary.num_mask_bytes - len(vocabulary.tokens)  # the model may have more than the tokenizer
+        self.texts = [text or b"" for text in vocabulary.tokens] + [b""] * rest
         self.ids = {text: ids[0] for text, ids in vocabulary.ids.items()}
         for marker in (self.start, self.end):
             token_id = special_tokens.get(marker.decode())
-            if token_id is not None and token_id < len(self.texts):
+            if token_id is not None:
                 self.texts[token_id], self.ids[marker] = marker, token_id
         if not self.rest_of_end(0):
             raise ValueError(f"reasoning_parser={name!r}: no tokens of this tokenizer say {self.end.decode()}")
         self._masks: dict[int, bytes | None] = {}  # see ``within``
         self._openings: dict[int, int] = {}
 
-    def text(self, token_id: int) -> bytes:
-        return (self.texts[token_id] if token_id < len(self.texts) else None) or b""
-
     def first_part(self, prompt_token_ids: ReadOnlyList[int]) -> Part:
         """Where an answer to the prompt begins."""
-        ends = self.vocabulary.eos_token_ids
-        first = next((i + 1 for i in range(len(prompt_token_ids) - 1, -1, -1) if prompt_token_ids[i] in ends), 0)
-        turn = b"".join(map(self.text, prompt_token_ids[first:]))
+        ends = (end for end in self.vocabulary.eos_token_ids if end in prompt_token_ids)
+        num_since = min((prompt_token_ids[::-1].index(end) for end in ends), default=len(prompt_token_ids))
+        turn = b"".join(map(self.texts.__getitem__, prompt_token_ids[len(prompt_token_ids) - num_since :]))
         opened, closed = turn.rfind(self.start), turn.rfind(self.end)
         if opened == closed:  # neither is there
             return self.first
@@ -109,7 +107,7 @@ class ReasoningParser:
         """Tokens that say the end marker behind its first bytes; all of the marker if none say the rest."""
         for text in (self.end[num_matched:], self.end):
             token_ids = [self.ids[text]] if text in self.ids else self.vocabulary.split(text)
-            if b"".join(map(self.text, token_ids)) == text:
+            if b"".join(self.texts[i] for i in token_ids) == text:
                 return token_ids
         return []
 
@@ -122,7 +120,7 @@ class ReasoningParser:
         if num_matched not in self._masks:
             begun, over = self.end[:num_matched], 0
             for token_id, text in enumerate(self.texts):
-                if text is not None and self.end in (begun + text)[:-1]:
+                if self.end in (begun + text)[:-1]:
                     over |= 1 << token_id
             num_bytes = self.vocabulary.num_mask_bytes
             everything = (1 << 8 * num_bytes) - 1
@@ -251,7 +249,7 @@ class ReasoningMatcher:
             return nothing
 
     def _after(self, state: _State, token_id: int) -> _State | None:
-        text = self._parser.text(token_id)
+        text = self._parser.texts[token_id]
         if state.part is Part.OPENING:
             return self._after_opening(state, token_id, self._parser.start[: state.num_matched] + text)
         if state.part is Part.REASONING:
@@ -283,6 +281,8 @@ class ReasoningMatcher:
     def _reasoning(self, text: bytes, num_thoughts: int = 0) -> _State:
         """The state once ``text`` has been reasoned, behind the tokens so far."""
         end = self._parser.end
+        if end[:1] not in text:  # nearly always
+            return _State(Part.REASONING, 0, num_thoughts)
         if end in text:
             return _State(Part.CONTENT, num_before=len(self._states), has_content=end in text[:-1])
         num_matched = next(n for n in range(len(end) - 1, -1, -1) if text.endswith(end[:n]))

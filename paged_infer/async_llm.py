@@ -253,6 +253,9 @@ class AsyncLLM:
             if isinstance(params, BeamSearchParams) or params.truncate_prompt_tokens is None:
                 self._input_processor.check_length(len(prompt))
             prompt = await self._run_in_tokenizer_thread(self.tokenizer.encode, prompt, len(prompt))
+        grammar, grammars = getattr(params, "structured_outputs", None), self._input_processor.grammars
+        if grammar is not None and not grammars.holds(grammar):
+            await self._run_in_tokenizer_thread(grammars.get, grammar, LONG_TEXT + len(grammar.text))
         channel = OutputChannel(asyncio.get_running_loop())
         with self._submit_lock:
             if request_id is None:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from holding import LIMIT_S, held
 
-from paged_infer import AsyncLLM, BeamSearchParams, SamplingParams
+from paged_infer import AsyncLLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from paged_infer.async_llm import EngineDeadError, QueueFullError
+from paged_infer.engine.grammars import GrammarCache
 from paged_infer.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -503,3 +504,25 @@ def test_the_engine_thread_is_gone_when_the_interpreter_ends(tmp_path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stdout) == (0, "one output\n"), done.stderr
+
+
+def test_a_grammar_is_compiled_once_and_outside_the_event_loop(serve, text_checkpoint, monkeypatch) -> None:
+    """A large one, or the first with a large vocabulary, takes longer than others may wait for the loop."""
+    threads: list[str] = []
+
+    def compiling(self: GrammarCache, asked: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return compile_one(self, asked)
+
+    async def scenario(engine: AsyncLLM) -> None:
+        params = SamplingParams(max_tokens=9, structured_outputs=StructuredOutputsParams(choice=["ab", "ba"]))
+        for output in await asyncio.gather(*(last(engine, "ab", params) for _ in range(2))):
+            assert output.outputs[0].text in ("ab", "ba")
+        broken = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+        with pytest.raises(ValueError, match="structured_outputs: regex: "):
+            await last(engine, "ab", broken)
+
+    compile_one = GrammarCache._compile
+    monkeypatch.setattr(GrammarCache, "_compile", compiling)
+    serve(scenario, text_checkpoint)
+    assert len(threads) == 2 and all(name.startswith("tokenizer") for name in threads), threads

@@ -221,7 +221,7 @@ def test_a_grammar_that_breaks_ends_its_own_request_only(
 
     monkeypatch.setattr(Machine, "is_broken", False, raising=False)
     broken = asked(regex="aaaaaaaaaa+")
-    grammar = told.engine.input_processor._grammars.get(broken.structured_outputs)  # type: ignore[arg-type]
+    grammar = told.engine.input_processor.grammars.get(broken.structured_outputs)  # type: ignore[arg-type]
     monkeypatch.setattr(grammar.machine, "is_broken", True, raising=False)  # type: ignore[attr-defined]
     outputs = told.generate([PROMPTS[0], *PROMPTS], [broken, *MIXED], use_tqdm=False)
     (failed,) = outputs[0].outputs
@@ -245,7 +245,7 @@ def test_grammars_are_kept_up_to_a_number(told: LLM, monkeypatch: pytest.MonkeyP
     from paged_infer.engine import grammars
 
     monkeypatch.setattr(grammars, "MAX_GRAMMARS", 2)
-    cache = told.engine.input_processor._grammars
+    cache = told.engine.input_processor.grammars
     first = cache.get(StructuredOutputsParams(regex="x1"))
     assert cache.get(StructuredOutputsParams(regex="x1")) is first
     for pattern in ("x2", "x3", "x4"):

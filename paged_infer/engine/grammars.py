@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from functools import cached_property
@@ -21,7 +22,7 @@ MAX_NATIVE_TOKENS = 16_384
 
 
 class GrammarCache:
-    """Compiles grammars for one tokenizer, and keeps them.
+    """Compiles grammars for one tokenizer, and keeps them. May be used by several threads.
 
     Args:
         tokenizer: None if the checkpoint has none; then every request is refused.
@@ -32,6 +33,7 @@ class GrammarCache:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, eos_token_ids
         self._grammars: OrderedDict[tuple[str, str, str], Grammar] = OrderedDict()
+        self._lock = threading.Lock()  # of ``_grammars``; not held while one is compiled
         self._libraries: dict[str, Library] = {}
 
     def get(self, asked: StructuredOutputsParams) -> Grammar:
@@ -42,15 +44,24 @@ class GrammarCache:
                 tokenizer; the message gives the reason.
         """
         key = asked.kind, asked.text, asked.backend
-        if key not in self._grammars:
+        with self._lock:
+            grammar = self._grammars.get(key)
+        if grammar is None:
             try:
-                self._grammars[key] = self._compile(asked)
+                grammar = self._compile(asked)
             except ValueError as error:
                 raise ValueError(f"structured_outputs: {asked.kind}: {error}") from None
+        with self._lock:
+            self._grammars[key] = grammar
+            self._grammars.move_to_end(key)
             while len(self._grammars) > MAX_GRAMMARS:
                 self._grammars.popitem(last=False)
-        self._grammars.move_to_end(key)
-        return self._grammars[key]
+        return grammar
+
+    def holds(self, asked: StructuredOutputsParams) -> bool:
+        """Whether it has been compiled already."""
+        with self._lock:
+            return (asked.kind, asked.text, asked.backend) in self._grammars
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -47,7 +47,7 @@ class InputProcessor:
     ) -> None:
         self._clock, self._is_sent = clock, is_sent
         self.tokenizer, self.config, self.model, self.memory, self.manager = tokenizer, config, model, memory, manager
-        self._grammars = GrammarCache(tokenizer, model.vocab_size, model.eos_token_ids)
+        self.grammars = GrammarCache(tokenizer, model.vocab_size, model.eos_token_ids)
         self.reasoning_parser = self._make_reasoning_parser(config.reasoning_parser)
         self._num_requests = 0
         self._num_sequences = 0
@@ -116,7 +116,7 @@ class InputProcessor:
     def _new_matcher(self, request: Request) -> Callable[[], Matcher | None]:
         """Makes the matcher of each sequence. Beams have none: they are not sampled."""
         asked, parser = request.params.structured_outputs, self.reasoning_parser
-        grammar = None if asked is None else self._grammars.get(asked)
+        grammar = None if asked is None else self.grammars.get(asked)
         if parser is None or request.beam_params is not None:
             return (lambda: None) if grammar is None else grammar.matcher
         first, budget = parser.first_part(request.prompt_token_ids), request.params.thinking_token_budget
@@ -128,7 +128,7 @@ class InputProcessor:
             return None
         if self.tokenizer is None:
             raise ValueError(f"reasoning_parser={name!r} needs text, but this checkpoint has no tokenizer")
-        return ReasoningParser(name, self._grammars.vocabulary, self.tokenizer.special_tokens)
+        return ReasoningParser(name, self.grammars.vocabulary, self.tokenizer.special_tokens)
 
     @property
     def end_of_reasoning(self) -> str | None:

@@ -128,7 +128,7 @@ def test_each_experiment_is_short_and_checks_what_it_claims():
     for section in sections:
         (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
         assert len([line for line in code.splitlines() if line.strip()]) <= 18, section[:40]
-        assert re.search(r"^\s*assert ", code, flags=re.MULTILINE), section[:40]
+        assert re.search(r"^ *assert ", code, flags=re.MULTILINE), section[:40]
 
 
 def test_the_attention_backend_of_the_front_page_gives_the_same_tokens(monkeypatch):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paged_infer.kernels.attention.metadata import AttentionMetadata as AttentionMetadata
     from paged_infer.kernels.attention.paged_attention import paged_attention as paged_attention
     from paged_infer.kernels.attention.paged_attention import paged_attention_reference as paged_attention_reference
+    from paged_infer.kernels.attention.recorder import AttentionRecorder as AttentionRecorder
     from paged_infer.kernels.attention_backends import register_attention_backend as register_attention_backend
     from paged_infer.kernels.fused.copy_blocks import copy_blocks as copy_blocks
     from paged_infer.kernels.fused.copy_blocks import copy_blocks_reference as copy_blocks_reference
@@ -46,6 +47,7 @@ _MODULES = {
     **{f"{name}_reference": module for name, module in _KERNELS.items()},
     "attention_weights": "attention.flash_attention",
     "AttentionMetadata": "attention.metadata",
+    "AttentionRecorder": "attention.recorder",
     "register_attention_backend": "attention_backends",
 }
 __all__ = sorted(_MODULES)

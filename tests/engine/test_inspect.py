@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from paged_infer import LLM, LLMEngine, SamplingParams
 from paged_infer.engine.sequence_view import SequenceView
-from paged_infer.kernels import attention_weights
+from paged_infer.kernels import AttentionRecorder, attention_weights
 from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS, register_attention_backend, torch_backend
 
 PROMPT = [7, 91, 400, 12, 5, 8, 650, 33, 21, 90, 3, 14, 15, 92, 65, 35, 89, 79, 32]
@@ -149,6 +149,33 @@ def test_a_backend_with_a_parameter_for_it_is_given_its_layer(make_llm, monkeypa
     (a,), (b,) = (one.generate(PROMPT, GREEDY, use_tqdm=False) for one in (mine_llm, plain))
     assert a.outputs[0].token_ids == b.outputs[0].token_ids
     assert seen == [0, 1, 2] * 8
+
+
+def test_a_recorder_keeps_the_weights_of_every_query_of_a_step(make_llm, monkeypatch) -> None:
+    monkeypatch.setattr("paged_infer.kernels.attention_backends.ATTENTION_BACKENDS", ATTENTION_BACKENDS.copy())
+    recorder = AttentionRecorder()
+    register_attention_backend("recorder")(recorder)
+    for family in ("qwen3", "gemma2", "gpt-oss"):
+        llm = make_llm(family, attention_backend="recorder", block_size=4)
+        stream, view = running(llm, 1)
+        recorded = dict(recorder.weights)  # the view computes another step by the same backend
+        for layer in range(3):
+            (weights,) = recorded[layer]
+            assert weights.shape == (6, len(PROMPT), len(PROMPT)) and weights.equal(weights.tril())
+            torch.testing.assert_close(view.attention_weights(layer), weights[:, -1])
+        stream.close()
+
+
+def test_with_a_step_in_flight_what_is_known_of_it_is_seen(make_llm) -> None:
+    engine, found = make_llm(async_scheduling=True).engine, dict[int, int]()
+    engine.add_request("mine", PROMPT, GREEDY)
+    while engine.has_unfinished_requests:
+        outputs = engine.step().outputs
+        if engine.has_unfinished_requests:
+            view = engine.inspect("mine")
+            found[view.num_computed_tokens] = int(view.logits.argmax())
+    tokens = [*PROMPT, *outputs[0].outputs[0].token_ids]
+    assert len(found) >= 7 and all(tokens[place] == token for place, token in found.items())
 
 
 def test_weights_times_values_are_the_attention() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import paged_infer
 from paged_infer.cli import app
-from paged_infer.cli_options import Model, ModelName, with_option_groups
+from paged_infer.cli_options import RESULTS, Model, ModelName, with_option_groups
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -138,3 +138,10 @@ def test_a_shell_completes_options() -> None:
 def test_python_m_runs_the_command_line() -> None:
     found = subprocess.run([sys.executable, "-m", "paged_infer", "--help"], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.startswith("Usage: paged-infer [OPTIONS] COMMAND")
+
+
+def test_what_a_command_writes_goes_to_a_folder_that_git_ignores() -> None:
+    """README's pictures stand in figures/, and change only with --figures figures."""
+    folders = {words: one.default for words, found in ALL.items() for one in found.params if one.name == "figures"}
+    assert len(folders) > 15 and set(folders.values()) == {RESULTS}
+    assert f"{RESULTS}/" in (README.parent / ".gitignore").read_text("utf-8").splitlines()

@@ -69,6 +69,8 @@ def test_compare_writes_a_picture_and_its_numbers(llm, tmp_path):
     arguments = ["compare", str(llm.folder), "--num-prompts", "3", "--max-tokens", "5", "--figures", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    said = "6 systems on 3 prompts, one system after another: may take "
+    assert result.stderr.startswith(said), "how long, before it begins"
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     assert all(rung.same_tokens for rung in Ladder.read(tmp_path / "ladder.json").entries)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from holding import LIMIT_S
 from rank_pids import children, is_running
 
-from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, storyteller
+from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams, storyteller
 from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Chunked
 from paged_infer.control.speculation import SpeculativeConfig, make_proposer
@@ -54,7 +56,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def recomputing() -> Iterator[Pair]:
-    pair = Pair(**TINY)
+    pair = Pair(**TINY, reasoning_parser="deepseek_r1")
     yield pair
     pair.ranks.shutdown()
 
@@ -83,6 +85,15 @@ KINDS = {
     "a stop string": SamplingParams(temperature=0, max_tokens=24, stop=["."]),
     "beams": BeamSearchParams(beam_width=3, max_tokens=16),
 }
+
+
+def test_the_masks_of_grammars_and_of_budgets_reach_every_rank(recomputing: Pair) -> None:
+    kites = r"(Mia|Leo) has \d{1,3} kites?\."
+    for params in (replace(GREEDY, thinking_token_budget=0), replace(SEEDED, thinking_token_budget=5)):
+        params = replace(params, structured_outputs=StructuredOutputsParams(regex=kites))
+        recomputing.agree(params)
+        for ((_, text, reason),) in said(recomputing.ranks, params):
+            assert reason == "stop" and re.fullmatch(kites, text.partition("</think>")[2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

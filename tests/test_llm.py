@@ -685,6 +685,18 @@ def test_chat_answers_one_conversation_or_several(text_llm) -> None:
         text_llm.chat([{"role": "wizard", "content": "x"}])
 
 
+def test_chat_passes_tools_and_variables_to_the_template(text_llm, monkeypatch) -> None:
+    ask, tools = [{"role": "user", "content": "ab"}], [{"type": "function", "function": {"name": "cd"}}]
+    with pytest.raises(ValueError, match=r"tools\[0\]: the chat template has no place for tools"):
+        text_llm.chat(ask, GREEDY, tools=tools)
+    with pytest.raises(ValueError, match="the chat template has no variable 'ending'"):
+        text_llm.chat(ask, GREEDY, chat_template_kwargs={"ending": "ef"})
+    template = "{% for t in tools %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}{{ ending }}"
+    monkeypatch.setattr(text_llm.tokenizer._hf, "chat_template", template)
+    (output,) = text_llm.chat(ask, GREEDY, use_tqdm=False, tools=tools, chat_template_kwargs={"ending": "ef"})
+    assert text_llm.tokenizer.decode(output.prompt_token_ids) == "cdabef"
+
+
 def test_chat_takes_contents_in_parts(text_llm) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     in_parts, at_once = (

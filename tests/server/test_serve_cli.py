@@ -75,6 +75,13 @@ def test_without_the_extra_one_line_says_what_to_install(without_the_extra) -> N
         (("--step-timeout", "-1"), "step_timeout=-1.0: must be a finite number of seconds, or 0 for no limit"),
         (("--step-timeout", "inf"), "step_timeout=inf"),
         (("--swap-space", "1"), "swap_space=1"),
+        (("--enable-auto-tool-choice",), "enable_auto_tool_choice=True: needs tool_call_parser"),
+        (("--tool-call-parser", "hermes"), "tool_call_parser='hermes': needs enable_auto_tool_choice"),
+        (
+            ("--enable-auto-tool-choice", "--tool-call-parser", "x"),
+            "tool_call_parser='x': must be one of hermes, llama3",
+        ),
+        (("--reasoning-parser", "x"), "reasoning_parser='x'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(arguments: tuple[str, ...], message: str) -> None:

@@ -24,7 +24,7 @@ from paged_infer.params import BeamSearchParams
 from paged_infer.server.hosts import ALL
 from paged_infer.server.openai.errors import APIError
 from paged_infer.server.openai.event_stream import close_all
-from paged_infer.server.openai.protocol import bad_value
+from paged_infer.server.openai.field_checks import bad_value
 from paged_infer.text.reasoning_parsers import END
 from paged_infer.text.tool_parsers import TOOL_PARSERS, HermesParser
 

@@ -6,7 +6,6 @@ field, and the defaults are those of ``SamplingParams``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,35 +15,19 @@ from pydantic import BeforeValidator, Field, model_validator
 from paged_infer.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from paged_infer.server.openai.base_model import ListOf, StrictModel
 from paged_infer.server.openai.errors import APIError
+from paged_infer.server.openai.field_checks import MAX_LOGPROBS, bad_value, check_logprobs, first_wrong, within
 from paged_infer.server.openai.fields import REFUSED, REFUSED_IN_CHAT, Refused, is_harmless
 from paged_infer.server.openai.messages import ChatMessage
 from paged_infer.server.openai.structured import GRAMMAR_FIELD, ResponseFormat, StructuredOutputs, renamed
 from paged_infer.server.openai.tools import Tool, ToolChoice, checked_choice, in_terms_of_tools, tool_grammar
 
-MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_ID_LENGTH = 16, 256, 20, 256
+MAX_STOPS, MAX_STOP_LENGTH, MAX_ID_LENGTH = 16, 256, 256
 
 _SAMPLING = (
     "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens stop "
     "stop_token_ids ignore_eos truncate_prompt_tokens thinking_token_budget"
 ).split()
 _BEAM_SEARCH = {"n", "min_tokens", "stop_token_ids", "ignore_eos"}  # those that a beam search supports
-
-
-def _first_wrong(bias: Any) -> Any:
-    """Reduce a dict to its first value that is not a number, if any: pydantic's dicts cannot fail fast."""
-    if not isinstance(bias, dict):
-        return bias
-    wrong = ((key, value) for key, value in bias.items() if type(value) not in (int, float))
-    return dict([first]) if (first := next(wrong, None)) else bias
-
-
-def within(minimum: float | None = None, maximum: float | None = None, **more: Any) -> Any:
-    """An optional field, with its limits for the OpenAPI document.
-
-    They are not checked here but in ``SamplingParams``, whose messages name the value and the limit.
-    """
-    limits = {"minimum": minimum, "maximum": maximum, **more}
-    return Field(None, json_schema_extra={name: limit for name, limit in limits.items() if limit is not None})
 
 
 class StreamOptions(StrictModel):
@@ -71,7 +54,7 @@ class SamplingFields(StrictModel):
     repetition_penalty: float | None = within(exclusiveMinimum=0)
     presence_penalty: float | None = within(-2, 2)
     frequency_penalty: float | None = within(-2, 2)
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_first_wrong)] = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(first_wrong)] = None
     seed: int | None = within(-(2**63), 2**63 - 1, description="-1 means no seed.")
     max_tokens: int | None = within(0)
     min_tokens: int | None = within(0)
@@ -313,18 +296,3 @@ class GenerateRequest(SamplingFields):
 
     def params(self) -> SamplingParams | BeamSearchParams:
         return self.sampling_params(16 if self.max_tokens is None else self.max_tokens)
-
-
-def check_logprobs(name: str, value: int | None) -> None:
-    if value is not None and not 0 <= value <= MAX_LOGPROBS:
-        raise APIError(400, f"{name}={value}: must be an integer within [0, {MAX_LOGPROBS}]", param=name)
-
-
-def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None = None) -> APIError:
-    """The engine's message, and as ``param`` the field with which it begins."""
-    message = str(error)
-    name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
-    others = ("the prompt", "prompt token", "the chat template", "character ", "this checkpoint has no")
-    if message.startswith(others) or re.match(rf"{prompt_field}\b", message):
-        name = prompt_field
-    return APIError(400, message, param=name if name.isidentifier() else None, code=code)

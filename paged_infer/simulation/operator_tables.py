@@ -12,10 +12,10 @@ prompts, that of one chunk without decodes. Rows with both are not used: their t
 from __future__ import annotations
 
 import bisect
-import copy
 import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from paged_infer.control.step import ScheduledStep
@@ -25,22 +25,30 @@ ONCE = ("embedding", "final_layernorm")  # all other rows of the first file are 
 Curve = list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
 class OperatorTable:
-    """
-    Args:
-        prefix: of the three files: a path and the beginning of their names.
-        num_layers: of the model that was measured.
-        step_overhead_s: host time of a step; the tables have none of it.
+    """Seconds of a step, from the times of its operators in microseconds: ``read`` makes one.
 
-    Raises:
-        ValueError: a file is missing, lacks a column or has no rows; the message names it.
+    ``num_layers``: of the model that was measured. ``step_overhead_s``: host time of a step, which no table has.
+    ``extrapolated``: what lay beyond the tables, and how often.
     """
 
-    def __init__(self, prefix: str, num_layers: int = 32, step_overhead_s: float = 0.0) -> None:
-        self.num_layers, self.step_overhead_s = num_layers, step_overhead_s
-        self.extrapolated: Counter[str] = Counter()  # what lay beyond the tables, and how often
-        self._dense = _curves(prefix, "dense", "tokens")
-        self._per_sequence = _curves(prefix, "per_sequence", "sequences")
+    num_layers: int
+    dense: dict[str, Curve]
+    per_sequence: dict[str, Curve]
+    decode_us: float  # of one layer's attention, for a token of context
+    chunks: dict[int, Curve]  # by their size: time over the tokens before
+    step_overhead_s: float = 0.0
+    extrapolated: Counter[str] = field(default_factory=Counter, init=False)
+
+    @classmethod
+    def read(cls, prefix: str, num_layers: int = 32, step_overhead_s: float = 0.0) -> OperatorTable:
+        """The tables of these files: a path and the beginning of their names.
+
+        Raises:
+            ValueError: a file is missing, lacks a column or has no rows; the message names it.
+        """
+        dense, per_sequence = _curves(prefix, "dense", "tokens"), _curves(prefix, "per_sequence", "sequences")
         decode: list[tuple[int, float]] = []
         chunks: dict[int, Curve] = defaultdict(list)
         columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
@@ -51,26 +59,21 @@ class OperatorTable:
                 chunks[chunk].append((kv_prefill, time_us))
         if not decode or not chunks:
             raise ValueError(f"{prefix}-attention.csv: has no rows of decodes alone, or none of a prompt alone")
-        self._decode_us = sum(time_us for _, time_us in decode) / sum(tokens for tokens, _ in decode)
-        self._chunks = {chunk: sorted(curve) for chunk, curve in sorted(chunks.items())}
-
-    def with_overhead(self, step_overhead_s: float) -> OperatorTable:
-        """The same tables with another host time, and a count of its own."""
-        other = copy.copy(self)
-        other.step_overhead_s, other.extrapolated = step_overhead_s, Counter()
-        return other
+        decode_us = sum(time_us for _, time_us in decode) / sum(tokens for tokens, _ in decode)
+        ordered = {chunk: sorted(curve) for chunk, curve in sorted(chunks.items())}
+        return cls(num_layers, dense, per_sequence, decode_us, ordered, step_overhead_s)
 
     def seconds(self, step: ScheduledStep) -> float:
         num_tokens, num_sequences = step.num_tokens, len(step.sequences)
         microseconds = 0.0
-        for layer, curve in self._dense.items():
+        for layer, curve in self.dense.items():
             times = 1 if layer in ONCE else self.num_layers * (NORMS_PER_LAYER if layer == "layernorm" else 1)
             microseconds += times * self._at(curve, num_tokens, "tokens of a step")
-        for curve in self._per_sequence.values():
+        for curve in self.per_sequence.values():
             microseconds += self._at(curve, num_sequences, "sequences of a step")
         for one in step.sequences:
             if one.num_tokens == 1:
-                attention_us = (one.num_computed_tokens + 1) * self._decode_us
+                attention_us = (one.num_computed_tokens + 1) * self.decode_us
             else:
                 attention_us = self._chunk_us(one.num_tokens, one.num_computed_tokens)
             microseconds += self.num_layers * attention_us
@@ -78,16 +81,16 @@ class OperatorTable:
 
     def _chunk_us(self, num_tokens: int, num_before: int) -> float:
         """Of ``num_tokens`` of a prompt after so many earlier ones: between the two measured chunks around it."""
-        sizes = list(self._chunks)
+        sizes = list(self.chunks)
         index = min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)
         upper = sizes[index]
-        time_us = self._at(self._chunks[upper], num_before, "tokens before a chunk")
+        time_us = self._at(self.chunks[upper], num_before, "tokens before a chunk")
         if num_tokens > upper:
             self.extrapolated["tokens of a chunk"] += 1
         if num_tokens >= upper or index == 0:
             return time_us * num_tokens / upper
         lower = sizes[index - 1]
-        lower_us = self._at(self._chunks[lower], num_before, "tokens before a chunk")
+        lower_us = self._at(self.chunks[lower], num_before, "tokens before a chunk")
         return lower_us + (time_us - lower_us) * (num_tokens - lower) / (upper - lower)
 
     def _at(self, curve: Curve, x: int, what: str) -> float:
@@ -108,7 +111,10 @@ def _rows(prefix: str, kind: str, sizes: tuple[str, ...]) -> Iterator[tuple[tupl
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                yield tuple(int(row[name]) for name in sizes), row.get("layer", ""), float(row["time_us"])
+                time_us = float(row["time_us"])
+                if not 0 <= time_us < float("inf"):
+                    raise ValueError(f"time_us={time_us}")
+                yield tuple(int(row[name]) for name in sizes), row.get("layer", ""), time_us
     except OSError as error:
         raise ValueError(f"operator tables {prefix}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def read_records(path: Path) -> list[TokenTimes]:
             num_prompt, num_output, queued_s, first_s, last_s = (float(record[name]) for name in FIELDS)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"records {path}, line {number}: must have {', '.join(FIELDS)}: {error!r}") from None
+        has_tokens = 1 <= num_prompt < math.inf and 1 <= num_output < math.inf
+        rise = -math.inf < queued_s < first_s <= last_s < math.inf and (num_output == 1 or first_s < last_s)
+        if not (has_tokens and rise):
+            found = ", ".join(f"{name}={record[name]}" for name in FIELDS)
+            raise ValueError(
+                f"records {path}, line {number}: {found}: tokens must be numbers >= 1, and times numbers that rise"
+            )
         times.append(TokenTimes(queued_s, int(num_prompt), [first_s, last_s], int(num_output)))
     if not times:
         raise ValueError(f"records {path}: has no requests")

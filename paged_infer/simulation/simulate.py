@@ -31,6 +31,7 @@ from paged_infer.simulation.times import TokenTimes, quantile
 from paged_infer.simulation.workloads import Workload, WorkloadRequest
 
 ANY_TOKEN = 2**62  # a vocabulary that holds every id of a workload
+MAX_NUM_BLOCKS = 2**24  # of a simulated pool: more than any card holds, and still a list that fits memory
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -56,8 +57,8 @@ class SchedulerOptions:
         Raises:
             ValueError: an option is out of range; the message names it.
         """
-        if self.num_blocks < 1:
-            raise ValueError(f"num_blocks={self.num_blocks}: must be at least 1")
+        if not 1 <= self.num_blocks <= MAX_NUM_BLOCKS:
+            raise ValueError(f"num_blocks={self.num_blocks}: must be at least 1 and at most {MAX_NUM_BLOCKS:,}")
         manager = BlockManager(self.num_blocks, self.block_size, watermark=self.watermark)
         policy = make_policy(self.scheduling_policy, self.scheduler_delay_factor)
         num_tokens = self.max_num_batched_tokens
@@ -151,8 +152,14 @@ class Server:
             ValueError: it can never be served with these options.
         """
         index = len(self.times) if index is None else index
-        prompt, params = request.token_ids(index), SamplingParams(max_tokens=request.num_output, ignore_eos=True)
         manager, max_num_seqs = self.scheduler.manager, self.scheduler.max_num_seqs
+        num_slots = manager.pool.num_blocks * manager.block_size
+        if request.num_prompt > num_slots:  # before its ids are made, which may take all memory
+            raise ValueError(
+                f"request {index}: a prompt of {request.num_prompt} tokens can never fit the pool's {num_slots} slots: "
+                f"num_blocks={manager.pool.num_blocks} of {manager.block_size}"
+            )
+        prompt, params = request.token_ids(index), SamplingParams(max_tokens=request.num_output, ignore_eos=True)
         try:
             check_request(
                 prompt,

@@ -17,6 +17,7 @@ from paged_infer.values import as_integer, as_number
 
 LIKE = {"sharegpt-like": SHAREGPT, "alpaca-like": ALPACA}
 NUM_REQUESTS = 300
+LATEST_S = 1e9  # 32 years: beyond, a double has no room for the time of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ def dataset_like(dataset: Dataset, num_requests: int, per_s: float, seed: int = 
     """Lengths like those of a data set, at Poisson arrivals of ``per_s`` a second.
 
     Raises:
-        ValueError: a rate that is not above 0.
+        ValueError: a rate that is not above 0, or too low (``check_rate``).
     """
-    _check_rate(per_s)
+    check_rate(per_s, num_requests)
     rng = random.Random(f"{dataset.name} {seed}")
     moments = accumulate(rng.expovariate(per_s) for _ in range(num_requests))
     return [WorkloadRequest(at_s, dataset.prompt.draw(rng), dataset.output.draw(rng)) for at_s in moments]
@@ -57,18 +58,21 @@ def at_rate(workload: Workload, per_s: float) -> list[WorkloadRequest]:
     """The same requests with the gaps between them stretched, so that ``per_s`` arrive a second on average.
 
     Raises:
-        ValueError: a rate that is not above 0, or requests that all arrive at once.
+        ValueError: as of ``dataset_like``, or requests that all arrive at once.
     """
-    _check_rate(per_s)
+    check_rate(per_s, len(workload))
     if not workload or workload[-1].at_s == 0:
         raise ValueError(f"rate={per_s:g}: the requests all arrive at 0 s, so no rate stretches the gaps between them")
     factor = len(workload) / per_s / workload[-1].at_s
     return [replace(one, at_s=one.at_s * factor) for one in workload]
 
 
-def _check_rate(per_s: float) -> None:
-    if not 0 < per_s < float("inf"):
-        raise ValueError(f"rate={per_s:g}: must be a number > 0 of requests a second")
+def check_rate(per_s: float, num_requests: int) -> None:
+    """Raises ValueError: a rate that is not above 0 or too high, or so low that requests arrive after ``LATEST_S``."""
+    if not 0 < per_s <= 1e9:
+        raise ValueError(f"rate={per_s:g}: must be a number > 0 of requests a second, and at most 1e+09")
+    if num_requests / per_s > LATEST_S:
+        raise ValueError(f"rate={per_s:g}: the last of {num_requests} requests would arrive after {LATEST_S:g} s")
 
 
 def read_workload(path: Path) -> list[WorkloadRequest]:
@@ -95,8 +99,8 @@ def _request(entry: Any, where: str) -> WorkloadRequest:
     if missing := [name for name in ("at", "in", "out") if name not in entry]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
     at_s = as_number(entry["at"])
-    if at_s is None or at_s < 0:
-        raise ValueError(f"{where}: at={entry['at']!r}: must be a number of seconds >= 0")
+    if at_s is None or not 0 <= at_s <= LATEST_S:
+        raise ValueError(f"{where}: at={entry['at']!r}: must be a number of seconds >= 0, and at most {LATEST_S:g}")
     num_prompt, num_output = (_count(entry, name, where) for name in ("in", "out"))
     if entry.get("ids") is None:
         return WorkloadRequest(at_s, num_prompt, num_output)

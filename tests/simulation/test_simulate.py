@@ -113,13 +113,17 @@ def engine_steps(engine, workload: list[WorkloadRequest], seconds: list[float], 
     return steps
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_simulators_steps_are_the_engines(seed, monkeypatch):
+@pytest.mark.parametrize(
+    ("seed", "policy", "budget"),
+    [*((seed, "chunked", 24) for seed in range(4)), (4, "prefill_first", 48), (5, "static", 48)],
+)
+def test_the_simulators_steps_are_the_engines(seed, policy, budget, monkeypatch):
     """Token for token and block for block, where preemption, chunks and sharing decide the steps."""
     workload, rng = drawn(seed, 12), random.Random(seed)
     seconds = [rng.uniform(0.001, 0.05) for _ in range(1000)]
-    sizes = {"num_blocks": 11, "block_size": 4, "max_num_seqs": 5, "max_num_batched_tokens": 24}
-    engine = LLM(**sizes).engine
+    sizes = {"num_blocks": 11, "block_size": 4, "max_num_seqs": 5, "max_num_batched_tokens": budget}
+    sizes["scheduling_policy"] = policy
+    engine = LLM(**sizes, max_model_len=44).engine
     theirs = engine_steps(engine, workload, seconds, monkeypatch)
     ours: list[list[tuple]] = []
     run = simulate(workload, SchedulerOptions(**sizes), RecordedSteps(seconds), watch=lambda s: ours.append(shown(s)))
@@ -156,8 +160,11 @@ def test_what_can_never_be_served_is_refused_with_its_place():
         simulate([], ROOMY, COST)
     with pytest.raises(ValueError, match="concurrency=0"):
         simulate(plain((0, 1, 1)), ROOMY, COST, concurrency=0)
-    with pytest.raises(ValueError, match="num_blocks=0"):
-        simulate(plain((0, 1, 1)), SchedulerOptions(num_blocks=0), COST)
+    with pytest.raises(ValueError, match=r"request 0: a prompt of 10{15} tokens .* 192 slots"):
+        simulate(plain((0, 10**15, 1)), SchedulerOptions(num_blocks=12), COST)  # and no list of them is made
+    for wrong in (0, 2**24 + 1):
+        with pytest.raises(ValueError, match=f"num_blocks={wrong}"):
+            simulate(plain((0, 1, 1)), SchedulerOptions(num_blocks=wrong), COST)
     with pytest.raises(ValueError, match="scheduling_policy='fifo'"):
         simulate(plain((0, 1, 1)), SchedulerOptions(num_blocks=9, scheduling_policy="fifo"), COST)
 

@@ -31,6 +31,7 @@ def test_a_workload_is_read_in_the_order_of_arrival(tmp_path):
         ({"at": 0, "in": 3}, "entry 1: lacks out"),
         ([1, 2, 3], "entry 1: must be an object"),
         ({"at": -1, "in": 3, "out": 4}, "entry 1: at=-1: must be a number of seconds >= 0"),
+        ({"at": 1e10, "in": 3, "out": 4}, r"entry 1: at=1e\+10|entry 1: at=10000000000\.0"),
         ({"at": "now", "in": 3, "out": 4}, "entry 1: at='now'"),
         ({"at": 0, "in": 0, "out": 4}, "entry 1: in=0: must be a number of tokens >= 1"),
         ({"at": 0, "in": 2, "out": 2.5}, r"entry 1: out=2\.5"),
@@ -87,7 +88,7 @@ def prefix(tmp_path) -> str:
 
 
 def test_operator_times_add_up(prefix):
-    table = OperatorTable(prefix, num_layers=2, step_overhead_s=1.0)
+    table = OperatorTable.read(prefix, num_layers=2, step_overhead_s=1.0)
     layers = 2 * (3 + 2 * 1)  # three tokens, two norms
     decodes = 2 * 3 * 500 / 1000
     assert table.seconds(step(*[(499, 1)] * 3)) == pytest.approx(1 + 1e-6 * (layers + 5 + 10 + decodes))
@@ -97,7 +98,7 @@ def test_operator_times_add_up(prefix):
 
 
 def test_what_the_tables_do_not_cover_grows_in_proportion_and_is_counted(prefix):
-    table = OperatorTable(prefix, num_layers=1)
+    table = OperatorTable.read(prefix, num_layers=1)
     inside = 1e-6 * (9 + 2 + 5 + 10 + 8 + 1)
     assert table.seconds(step((0, 8), (999, 1))) == pytest.approx(inside) and not table.extrapolated
     table.seconds(step((0, 16)))
@@ -108,13 +109,16 @@ def test_what_the_tables_do_not_cover_grows_in_proportion_and_is_counted(prefix)
 
 def test_tables_that_are_not_there_or_not_whole_are_named(prefix, tmp_path):
     with pytest.raises(ValueError, match=r"operator tables .*none.*none-dense\.csv"):
-        OperatorTable(str(tmp_path / "none"))
+        OperatorTable.read(str(tmp_path / "none"))
     (tmp_path / "card-per_sequence.csv").write_text("layer,time_us\nlm_head,1\n")
     with pytest.raises(ValueError, match=r"card-per_sequence\.csv: must have the columns sequences, time_us"):
-        OperatorTable(prefix)
+        OperatorTable.read(prefix)
+    (tmp_path / "card-per_sequence.csv").write_text("layer,sequences,time_us\nlm_head,1,nan\n")
+    with pytest.raises(ValueError, match=r"card-per_sequence\.csv: .*time_us=nan"):
+        OperatorTable.read(prefix)
     (tmp_path / "card-per_sequence.csv").write_text("layer,sequences,time_us\n")
     with pytest.raises(ValueError, match=r"card-per_sequence\.csv: has no rows"):
-        OperatorTable(prefix)
+        OperatorTable.read(prefix)
 
 
 def record(queued: float, first: float, last: float, num_output: int = 5) -> str:
@@ -141,6 +145,11 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     for line in ("{}", "[", record(1, 2, 3).replace("1", "null")):
         path.write_text(record(1, 2, 3) + "\n" + line)
         with pytest.raises(ValueError, match=r"requests\.jsonl, line 2"):
+            read_records(path)
+    for wrong in (record(3, 2, 4), record(1, 1, 4), record(1, 3, 2), record(1, 2, 2), record(1, 2, float("nan")),
+                  record(1, 2, 3, num_output=0)):  # fmt: skip
+        path.write_text(record(1, 2, 3) + "\n" + wrong)
+        with pytest.raises(ValueError, match=r"requests\.jsonl, line 2: .*: tokens must be numbers >= 1"):
             read_records(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no requests"):

@@ -100,8 +100,11 @@ class ServerOptions:
                 raise ValueError(f"operator_tables with {', '.join(names)}: tables are as they were measured")
             if len(self.cards) > 1:
                 raise ValueError(f"operator_tables with {len(self.cards)} cards: the tables are of one")
-        if self.records is not None and self.concurrency is not None:
-            raise ValueError("records with concurrency: the records are of arrivals")
+        if twice := [gpu for gpu in self.cards if self.cards.count(gpu) > 1]:
+            raise ValueError(f"gpu {twice[0]!r}: is given twice")
+        for name, value in (("rate", self.rate), ("concurrency", self.concurrency)):
+            if self.records is not None and value is not None:
+                raise ValueError(f"records with {name}={value:g}: the records are of the workload's own arrivals")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ def setup(options: ServerOptions, gpu: str, longest: int, measure_cpu: Callable[
     tables = options.operator_tables
     return Setup(
         gpu,
-        sheet if tables is None else OperatorTable(tables, shape.config.num_layers, overhead_s),
+        sheet if tables is None else OperatorTable.read(tables, shape.config.num_layers, overhead_s),
         SchedulerOptions(
             num_blocks=num_blocks,
             max_num_seqs=options.max_num_seqs,
@@ -237,7 +240,7 @@ def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Ad
     longest = longest_of(workload)
     setups = [setup(options, gpu, longest, measure_cpu) for gpu in options.cards]
     first, last_s = setups[0], workload[-1].at_s
-    load = options.concurrency or (len(workload) / last_s if last_s else 0.0)
+    load = options.concurrency or (len(workload) / last_s if last_s > 1e-9 else 0.0)
     records = None if options.records is None else read_records(options.records)
     runs = []
     for one in setups:
@@ -247,7 +250,7 @@ def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Ad
     if isinstance(cost, OperatorTable):
         notes = [f"{what} beyond the tables, extrapolated: {count} times" for what, count in cost.extrapolated.items()]
     loads = [Prediction.of(one.name, load, run) for one, run in zip(setups, runs, strict=True)]
-    if load:
+    if 1e-6 < load < 1e6:  # beyond, nothing meets, or all come at once
         for one in setups:
             loads += [*_at_loads(one, workload, load, advance)]
     return SimulateReport(
@@ -276,22 +279,20 @@ def _at_loads(one: Setup, workload: list[WorkloadRequest], load: float, advance:
 def _assumptions(first: Setup, workload: list[WorkloadRequest], run: Run, advance: Advance) -> Iterator[Changed]:
     """Each assumption changed by as much as one may well be wrong."""
     scheduler, cost = first.scheduler, first.cost
-    others: dict[str, Setup] = {}
+    costs: dict[str, Roofline | OperatorTable] = {}
     if isinstance(cost, Roofline):
-        slower = replace(cost, share_of_bandwidth=0.9 * cost.share_of_bandwidth)
-        others["a tenth less bandwidth"] = replace(first, cost=slower)
-        slower = replace(cost, share_of_peak=0.75 * cost.share_of_peak)
-        others["a quarter less of the peak"] = replace(first, cost=slower)
-        later: Roofline | OperatorTable = replace(cost, step_overhead_s=cost.step_overhead_s + 1.5e-3)
-    else:
-        later = cost.with_overhead(cost.step_overhead_s + 1.5e-3)
-    others["1.5 ms more a step"] = replace(first, cost=later)
+        costs["a tenth less bandwidth"] = replace(cost, share_of_bandwidth=0.9 * cost.share_of_bandwidth)
+        costs["a quarter less of the peak"] = replace(cost, share_of_peak=0.75 * cost.share_of_peak)
+    costs["1.5 ms more a step"] = replace(cost, step_overhead_s=cost.step_overhead_s + 1.5e-3)
     needed = -(-longest_of(workload) // scheduler.block_size)
-    larger, smaller = round(1.25 * scheduler.num_blocks), max(needed, round(0.75 * scheduler.num_blocks))
-    others["a quarter more blocks"] = replace(first, scheduler=replace(scheduler, num_blocks=larger))
-    others["a quarter fewer blocks"] = replace(first, scheduler=replace(scheduler, num_blocks=smaller))
     watermark = 0.0 if scheduler.watermark else 0.02
-    others[f"watermark {watermark:g}"] = replace(first, scheduler=replace(scheduler, watermark=watermark))
+    schedulers = {
+        "a quarter more blocks": replace(scheduler, num_blocks=round(1.25 * scheduler.num_blocks)),
+        "a quarter fewer blocks": replace(scheduler, num_blocks=max(needed, round(0.75 * scheduler.num_blocks))),
+        f"watermark {watermark:g}": replace(scheduler, watermark=watermark),
+    }
+    others = {what: replace(first, cost=one) for what, one in costs.items()}
+    others |= {what: replace(first, scheduler=one) for what, one in schedulers.items()}
     base = Prediction.of("", 0, run)
     for what, other in others.items():
         advance(what)

@@ -28,13 +28,7 @@ def workload(tmp_path) -> Path:
 
 
 def test_a_prediction_beside_records_has_signed_errors(workload, tmp_path):
-    lines = [
-        {"input_toks": 100 + i, "output_toks": 5 + i, "queued_ts": 50 + 0.1 * i, "first_token_ts": 51 + 0.1 * i,
-         "last_token_ts": 52 + 0.1 * i}
-        for i in range(12)
-    ]  # fmt: skip
-    records = tmp_path / "requests.jsonl"
-    records.write_text("\n".join(map(json.dumps, lines)))
+    records = write_records(tmp_path)
     code, output = run(
         "--gpu", "rtx-4090", "--gpu", "h100", "--workload", str(workload), "--records", str(records),
         "--step-overhead-ms", "2", "--watermark", "0", "--figures", str(tmp_path),
@@ -62,6 +56,54 @@ def test_clients_instead_of_arrivals(workload, tmp_path):
     loads = json.loads((tmp_path / "bench-simulate.json").read_text())["loads"]
     assert [one["load"] for one in loads] == [1, 2, 4, 8]
     assert loads[0]["tokens_per_s"] < loads[3]["tokens_per_s"]
+
+
+def write_tables(folder: Path) -> str:
+    """Their prefix; they end at 64 sequences and 50 tokens."""
+    for kind, text in {
+        "dense": "layer,tokens,time_us\nproduct,1,10\nproduct,50,20\n",
+        "per_sequence": "layer,sequences,time_us\nlm_head,1,5\nlm_head,64,6\n",
+        "attention": "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,8,256,9\n64,0,0,0,8\n64,512,0,0,9\n",
+    }.items():
+        (folder / f"card-{kind}.csv").write_text(text)
+    return str(folder / "card")
+
+
+def write_records(folder: Path) -> Path:
+    """Of the requests of ``workload``: a second to the first token, and another to the last."""
+    lines = [
+        {"input_toks": 100 + i, "output_toks": 5 + i, "queued_ts": 50 + 0.1 * i, "first_token_ts": 51 + 0.1 * i,
+         "last_token_ts": 52 + 0.1 * i}
+        for i in range(12)
+    ]  # fmt: skip
+    path = folder / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_every_option_changes_what_is_predicted(workload, tmp_path, monkeypatch):
+    """Each alone, on a pool that preempts. A new option fails here until it is among them."""
+    monkeypatch.setattr(prediction, "LOADS", ())
+    monkeypatch.setattr(prediction, "_assumptions", lambda *_: ())
+    one_less = tmp_path / "one_less.json"
+    one_less.write_text(json.dumps(json.loads(workload.read_text())[1:]))
+    others = {
+        "model": "qwen3-8b", "gpu": ["a10"], "workload": str(one_less), "rate": 500.0, "concurrency": 2,
+        "num_blocks": 25, "max_num_seqs": 1, "policy": "static", "kv_cache_dtype": "int8", "quantization": "w4a16",
+        "tensor_parallel_size": 2, "watermark": 0.5, "operator_tables": write_tables(tmp_path),
+        "step_overhead_ms": 5.0, "share_of_bandwidth": 0.5, "share_of_peak": 0.2, "records": write_records(tmp_path),
+    }  # fmt: skip
+    assert [*others] == [*prediction.ServerOptions.__slots__]
+
+    def predicted(**options) -> SimulateReport:
+        options = {"workload": str(workload), "gpu": ["l4"], "num_blocks": 15, "watermark": 0.0, **options}
+        return prediction.predict(prediction.ServerOptions(**options), cli.measure_cpu, lambda what: None)
+
+    plain = predicted()
+    assert plain.prediction.preemptions > 0 and plain.errors is None
+    for name, value in others.items():
+        other = predicted(**{name: value})
+        assert other.errors if name == "records" else other.prediction.latency != plain.prediction.latency, name
 
 
 def test_options_reach_the_cost_and_the_pool(workload):
@@ -99,11 +141,15 @@ def test_a_cpu_is_measured(workload, tmp_path, monkeypatch):
     [
         (["--gpu", "rtx-9090"], "error: gpu 'rtx-9090': not known; known: a10, a100, h100"),
         (["--model", "llama-9"], "error: model 'llama-9': no folder with a config.json, and no shape; known: qw"),
+        (["--gpu", "l4", "--gpu", "l4"], "error: gpu 'l4': is given twice"),
         (["--rate", "0"], "error: rate=0: must be a number > 0"),
+        (["--rate", "1e300"], "error: rate=1e+300: must be a number > 0"),
+        (["--rate", "1e-300"], "error: rate=1e-300: the last of 12 requests would arrive after"),
         (["--rate", "1", "--concurrency", "2"], "error: rate=1 with concurrency=2"),
         (["--concurrency", "0"], "error: concurrency=0: must be at least 1"),
         (["--workload", "nothing.json"], "error: workload nothing.json"),
-        (["--num-blocks", "4"], "error: request 0: 1 sample(s)"),
+        (["--num-blocks", "4"], "error: request 0: a prompt of 100 tokens can never fit"),
+        (["--num-blocks", "7"], "error: request 5: 1 sample(s)"),
         (["--policy", "fifo"], "error: scheduling_policy='fifo'"),
         (["--watermark", "1"], "error: watermark=1.0"),
         (["--quantization", "w3"], "error: quantization='w3': must be one of w8a16"),
@@ -113,6 +159,12 @@ def test_a_cpu_is_measured(workload, tmp_path, monkeypatch):
         (["--operator-tables", "x", "--quantization", "w8a8"], "error: operator_tables with quantization"),
         (["--operator-tables", "x", "--gpu", "l4", "--gpu", "a10"], "error: operator_tables with 2 cards"),
         (["--records", "none.jsonl"], "error: records none.jsonl"),
+        (["--records", "none.jsonl", "--rate", "2"], "error: records with rate=2"),
+        (["--records", "none.jsonl", "--concurrency", "2"], "error: records with concurrency=2"),
+        (["--num-blocks", "99999999999"], "error: num_blocks=99999999999: must be at least 1 and at most"),
+        (["--max-num-seqs", "0"], "error: max_num_seqs=0"),
+        (["--share-of-bandwidth", "nan"], "error: share_of_bandwidth=nan: must be > 0 and <= 1"),
+        (["--share-of-peak", "1.1"], "error: share_of_peak=1.1: must be > 0 and <= 1"),
         (["--model", "llama-3.1-70b", "--gpu", "l4"], "error: llama-3.1-70b on 1 l4: 141.1 GB of weights"),
         (["--step-overhead-ms", "-1"], "error: step_overhead_s=-0.001"),
     ],
@@ -125,15 +177,8 @@ def test_bad_input_is_one_line(workload, options, message, tmp_path):
 
 
 def test_extrapolation_is_said(workload, tmp_path):
-    for kind, text in {
-        "dense": "layer,tokens,time_us\nproduct,1,10\nproduct,50,20\n",
-        "per_sequence": "layer,sequences,time_us\nlm_head,1,5\nlm_head,64,6\n",
-        "attention": "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,8,256,9\n64,0,0,0,8\n64,512,0,0,9\n",
-    }.items():
-        (tmp_path / f"card-{kind}.csv").write_text(text)
-    code, output = run(
-        "--workload", str(workload), "--operator-tables", str(tmp_path / "card"), "--figures", str(tmp_path)
-    )
+    tables = write_tables(tmp_path)
+    code, output = run("--workload", str(workload), "--operator-tables", tables, "--figures", str(tmp_path))
     assert code == 0, output
     assert "note: tokens of a step beyond the tables, extrapolated" in output
     assert "note: tokens of a chunk beyond the tables, extrapolated" in output

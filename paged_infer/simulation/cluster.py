@@ -57,8 +57,10 @@ def simulate_replicas(
     """Serve the workload on as many servers as there are cost models, each with ``options``.
 
     Raises:
-        ValueError: as ``simulate`` does.
+        ValueError: as ``simulate`` does, or no cost model.
     """
+    if not cost_models:
+        raise ValueError("cost_models is empty: at least one replica is needed")
     servers = [Server(options, cost, longest_of(workload)) for cost in cost_models]
     for index, request in enumerate(workload):
         for server in servers:
@@ -113,8 +115,10 @@ def disaggregate(
     The link carries one request at a time, after its prompt has been computed.
 
     Raises:
-        ValueError: as ``simulate`` does.
+        ValueError: as ``simulate`` does, or a link without a rate.
     """
+    if not 0 < link_bytes_per_s < float("inf"):
+        raise ValueError(f"link_bytes_per_s={link_bytes_per_s}: must be a number > 0")
     first = simulate([replace(one, num_output=1) for one in workload], options, prefill)
     order = sorted(range(len(workload)), key=lambda index: first.times[index].token_s[0])
     arriving: list[tuple[int, WorkloadRequest]] = []

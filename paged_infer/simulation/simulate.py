@@ -226,7 +226,13 @@ class Server:
 
 
 def longest_of(workload: Workload) -> int:
-    """Tokens of the longest request, prompt and output together."""
+    """Tokens of the longest request, prompt and output together.
+
+    Raises:
+        ValueError: an empty workload.
+    """
+    if not workload:
+        raise ValueError("the workload is empty: at least one request is needed")
     return max(one.num_prompt + one.num_output for one in workload)
 
 
@@ -247,8 +253,6 @@ def simulate(
     Raises:
         ValueError: an empty workload, a request that could never be served, or an option out of range.
     """
-    if not workload:
-        raise ValueError("the workload is empty: at least one request is needed")
     if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency={concurrency}: must be at least 1")
     server = Server(options, cost_model, longest_of(workload), watch)

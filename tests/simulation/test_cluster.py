@@ -15,7 +15,7 @@ from paged_infer.simulation.cluster import (
     simulate_replicas,
 )
 from paged_infer.simulation.costs import LinearCost
-from paged_infer.simulation.simulate import SchedulerOptions, simulate
+from paged_infer.simulation.simulate import SchedulerOptions, longest_of, simulate
 from paged_infer.simulation.workloads import WorkloadRequest
 
 COST = LinearCost(0.01, 0.0002)
@@ -44,6 +44,32 @@ def test_every_request_ends_once_on_some_replica(route):
     for request, times in zip(workload, run.times, strict=True):
         assert len(times.token_s) == request.num_output and times.arrived_s == request.at_s
         assert times.token_s == sorted(times.token_s)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_time_runs_backwards_and_every_request_ends_on_two_servers(seed):
+    """In pools as small as the largest request allows, whole prompts or chunks, as replicas and apart."""
+    rng, at_s, workload = random.Random(seed), 0.0, []
+    for _ in range(12):
+        at_s += rng.choice([0.0, 0.02, 0.3])
+        workload.append(WorkloadRequest(at_s, rng.randint(1, 60), rng.randint(1, 20)))
+    policy = rng.choice(["chunked", "prefill_first", "static"])
+    pool = {"num_blocks": -(-longest_of(workload) // 4) + rng.randint(0, 9), "block_size": 4, "max_num_seqs": 4}
+    options = SchedulerOptions(**pool, max_num_batched_tokens=rng.choice([7, 64]), scheduling_policy=policy)
+    replicas = simulate_replicas(workload, options, [COST] * 2, rng.choice([round_robin(), least_loaded, prefix_aware]))
+    for run in (replicas, disaggregate(workload, options, COST, COST, 1e5, 1e9)):
+        for request, times in zip(workload, run.times, strict=True):
+            moments = [times.arrived_s, *times.token_s]
+            assert moments == sorted(moments) and moments[0] < moments[1] and len(moments) == 1 + request.num_output
+
+
+def test_what_is_no_cluster_is_refused():
+    with pytest.raises(ValueError, match="the workload is empty"):
+        simulate_replicas([], OPTIONS, [COST], least_loaded)
+    with pytest.raises(ValueError, match="cost_models is empty"):
+        simulate_replicas(drawn(), OPTIONS, [], least_loaded)
+    with pytest.raises(ValueError, match="link_bytes_per_s=0"):
+        disaggregate(drawn(), OPTIONS, COST, COST, 1e5, 0)
 
 
 def test_the_least_loaded_replica_waits_less_and_the_prefix_aware_computes_less():

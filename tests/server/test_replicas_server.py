@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -72,7 +73,12 @@ def test_health_and_events_are_those_of_each(replicas: Served) -> None:
     assert {f'engine="{i}"' in replicas.http.get("/metrics").text for i in range(NUM)} == {True}
     for replica in range(NUM):
         with replicas.http.stream("GET", f"/events?replica={replica}") as response:
-            assert '"num_blocks":512' in next(response.iter_lines())
+            lines = filter(None, response.iter_lines())
+            assert '"num_blocks":512' in next(lines)
+            for _ in range(NUM):  # they take turns
+                replicas.complete(prompt="Once", max_tokens=2)
+            seen = json.loads(next(lines).removeprefix("data: "))
+            assert [event for record in seen["records"] for event in record["events"] if event[0] == "arrive"]
     assert "from 0 to 1" in error_of(replicas.http.get("/events?replica=2"), 400)["message"]
 
 

@@ -2,7 +2,7 @@
 // The page: what is watched, the form, and the connection to the server.
 
 const MOST_CHIPS = 64;
-const LIVE = "The engine of this server, at every step while this page is open.";
+const LIVE = "The engine of this server, step by step.";
 const pause = ms => new Promise(done => setTimeout(done, ms));
 const isWide = matchMedia("(min-width: 56.01rem)").matches;
 const isStill = matchMedia("(prefers-reduced-motion: reduce)");
@@ -18,7 +18,8 @@ function showFrame(pool, position) {
   let cached = pool.hashed.size;
   for (const block of map.cells.keys()) cached -= pool.hashed.has(block);
   $("summary").textContent = `${number(held)} of ${number(pool.numBlocks)} blocks of ${pool.blockSize} tokens held, ` +
-    `${number(shared)} shared; ${number(cached)} free but cached${map.isPart ? ". Drawn: the rows in use" : ""}`;
+    `${number(shared)} shared; ${number(cached)} free but cached`;
+  $("rows").hidden = !map.isPart;
   $("map").setAttribute("aria-label", `Map of the pool: ${$("summary").textContent}`);
   $("whole-pool").hidden = pool.numBlocks <= WHOLE_UP_TO;
   for (const state of ["running", "waiting", "swapped"]) showQueue(state, pool.inState(state));
@@ -27,7 +28,7 @@ function showFrame(pool, position) {
     `cache, ${number(counts.preemptions)} preemptions, ${number(counts.swapped_out)} blocks swapped out and ` +
     `${number(counts.swapped_in)} in, ${number(counts.copies)} copied on write, ${number(counts.evictions)} evictions.`;
   const isNewest = player.isLive && player.speed === Infinity && player.isPlaying;
-  for (const story of sources[source].stories) story.show(pool, isNewest);
+  for (const story of sources[source].stories) story.show(pool, isNewest, player.isLive && player.isAtEnd);
   if (map.chosen !== null && $("block").textContent !== map.describe(map.chosen)) $("block").textContent = map.describe(map.chosen);
 }
 
@@ -106,6 +107,13 @@ matchMedia("(prefers-color-scheme: dark)").onchange = () => { if (player.history
 // ---- the form ----
 
 const liveBox = boxOf("live");
+let isDue = false;
+
+function refresh() {  // a story has grown
+  if (isDue || !player.history) return;
+  isDue = true;
+  requestAnimationFrame(() => { isDue = false; player.frame(); });
+}
 
 async function start(times) {
   if (!$("form").reportValidity()) return;
@@ -114,7 +122,7 @@ async function start(times) {
   if (source !== "live") await choose("live");
   else if (player.history) player.play(true);
   const {stories} = sources.live;
-  const started = generate(settings);
+  const started = generate(settings, refresh);
   stories.unshift(...started);
   liveBox.prepend(...started.map(story => story.card));
   $("none").hidden = true;

@@ -38,7 +38,7 @@ function happened(pool) {
   }
   if (record.copies) parts.push(`${record.copies} shared ${record.copies > 1 ? "blocks are" : "block is"} copied before being written`);
   for (const [, id, reason] of ended) parts.push(`S${id} has ended (${reason})`);
-  const total = record.scheduled.reduce((sum, [, count]) => sum + count, 0);
+  const total = record.numTokens[0] + record.numTokens[1];
   const head = record.step === null ? "Between steps" : `Step ${number(record.step)}, ${number(total)} token${total === 1 ? "" : "s"}`;
   return `${head}: ${parts.join("; ") || "nothing new"}.`;
 }
@@ -77,7 +77,6 @@ class Player {
     if (isPlaying && this.history && !this.isLive && this.isAtEnd) this.history.seek(this.history.first);
     this.isPlaying = isPlaying;
     $("play").textContent = isPlaying ? "Pause" : "Play";
-    $("play").setAttribute("aria-pressed", isPlaying);
     this.goOn();
   }
 
@@ -140,10 +139,8 @@ class Player {
     const [prefill, decode] = [new Array(bars).fill(0), new Array(bars).fill(0)], preempted = new Set();
     records.forEach((record, index) => {
       const bar = Math.floor(index * bars / records.length);
-      let [ofPrompts, decoded] = [0, 0];
-      for (const [, count, isPrefill] of record.scheduled) isPrefill ? ofPrompts += count : decoded += count;
-      prefill[bar] = Math.max(prefill[bar], ofPrompts);
-      decode[bar] = Math.max(decode[bar], decoded);
+      prefill[bar] = Math.max(prefill[bar], record.numTokens[1]);
+      decode[bar] = Math.max(decode[bar], record.numTokens[0]);
       if (record.preempted) preempted.add(bar);
     });
     const most = Math.sqrt(Math.max(16, ...prefill.map((count, i) => count + decode[i])));

@@ -62,32 +62,32 @@ def scenarios() -> dict[str, Scenario]:
     small: dict[str, Any] = {"num_blocks": 20, "block_size": 8, "max_num_seqs": 6, "max_num_batched_tokens": 64}
     return {
         "eight": Scenario(
-            "eight stories arrive at once. The first steps compute their prompts (prefill), at most 48 tokens a step; "
-            "then each step gives every story one token (decode), until it ends and its blocks are free.",
+            "eight stories arrive at once. The first steps compute their prompts (prefill), at most 48 tokens each; "
+            "then every step gives each story one token (decode).",
             tuple(eight),
             usual,
         ),
         "long": Scenario(
-            "while four stories decode, a long prompt arrives. Its prefill is cut into chunks of what the budget of 48 "
-            "tokens a step leaves, so the four get a token in every step.",
+            "while four stories decode, a long prompt arrives. Its prefill is cut into chunks, at most what the step's "
+            "48 tokens leave, so the four get a token in every step.",
             (*four, Request(long_prompt(), 12, arrives_at=14)),
             usual,
         ),
         "shared": Scenario(
-            "four samples of one prompt share its blocks. The last is not full, so the samples that write to it first "
-            "get a copy each (copy-on-write). Later the prompt comes again, and finds its full blocks in the cache.",
+            "four samples share their prompt's blocks. Those that write first to the last one get a copy of it "
+            "(copy-on-write). Later the prompt comes again, and finds its full blocks in the cache.",
             (Request(shared, 40, n=4), Request(shared, 40, arrives_at=24)),
             {**usual, "num_blocks": 48, "max_num_batched_tokens": 128},
         ),
         "recompute": Scenario(
-            "six stories in a pool of 20 blocks of 8 tokens. When no block is free, the youngest story is preempted: "
-            "it gives up its blocks and waits. Later it computes again what the prefix cache has lost.",
+            "six stories in 20 blocks of 8 tokens. When no block is free, the youngest is preempted: it gives up its "
+            "blocks, and later computes again what the prefix cache has lost.",
             tuple(six),
             small,
         ),
         "swap": Scenario(
-            "the same six stories, with preemption_mode='swap': the blocks of a preempted story move to swap space, "
-            "and come back when there is room; nothing is computed again.",
+            "the same, with preemption_mode='swap': the blocks of a preempted story move to swap space, and back when "
+            "there is room. Nothing is computed again.",
             tuple(six),
             {**small, "preemption_mode": "swap"},
         ),

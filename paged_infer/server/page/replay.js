@@ -150,7 +150,11 @@ class History {
   record(position) { return this.records[position - this.first]; }
 
   append(records) {
-    for (const record of records) this.records.push(record);
+    for (const record of records) {
+      record.numTokens = [0, 0];  // decoded, and of prompts
+      for (const [, count, isPrefill] of record.scheduled) record.numTokens[isPrefill] += count;
+      this.records.push(record);
+    }
     while (this.records.length > History.MOST + History.EVERY) {
       const first = this.first + History.EVERY;
       if (this.position < first) this.seek(first);

@@ -3,6 +3,7 @@
 // the moment that is shown had computed.
 
 const MOST_STORIES = 24;
+const ELSEWHERE_MS = 1000;
 let numStories = 0;
 
 class Story {
@@ -12,7 +13,8 @@ class Story {
     this.pieces = [];       // [tokens until then, text]
     this.numTokens = 0;
     this.result = null;     // how it ended, once the server has said so
-    this.isSeen = false;
+    this.isSeen = false;    // whether a sequence of its own was among those shown
+    this.firstMs = null;    // when its first piece came
     this.card = document.createElement("article");
     this.card.innerHTML = '<div class="about"><span class="name"></span><span class="state quiet">sent</span></div>' +
                           '<p><b></b><span class="text"></span></p>';
@@ -23,14 +25,17 @@ class Story {
   part(selector) { return this.card.querySelector(selector); }
 
   add(text, numTokens) {
+    this.firstMs ??= performance.now();
     this.numTokens += numTokens;
     this.pieces.push([this.numTokens, text]);
   }
 
-  // `isAll`: what the server has sent, however far the shown moment is.
-  show(pool, isAll) {
+  // `isAll`: what the server has sent, however far the shown moment is. `isAtEnd`: nothing is left to play. A story that
+  // has not been seen then is one of another engine (replica), and is shown as it comes.
+  show(pool, isAll, isAtEnd) {
     const one = pool.of(this.request)[this.sample];
     this.isSeen ||= one !== undefined;
+    isAll ||= isAtEnd && !this.isSeen && this.firstMs !== null && performance.now() - this.firstMs > ELSEWHERE_MS;
     const isOver = this.isSeen && (!one || pool.ended.has(one.id)), shown = one ? one.furthest - one.prompt + 1 : 0;
     const pieces = isOver || isAll ? this.pieces : this.pieces.filter(([count]) => count <= shown);
     const text = pieces.map(piece => piece[1]).join("");
@@ -87,7 +92,7 @@ const errorMessage = response =>
   response.json().then(body => body.error.message).catch(() => `status ${response.status}`);
 
 // Several stories are one request with several prompts: a browser opens at most six connections to a server.
-function generate({prompt, times, n, maxTokens, temperature}) {
+function generate({prompt, times, n, maxTokens, temperature}, onGrown) {
   const abort = new AbortController(), began = performance.now(), count = times * n;
   const stop = count > 1 ? `Stop these ${count}` : "Stop";
   const started = Array.from({length: count}, (_, i) => {
@@ -111,6 +116,7 @@ function generate({prompt, times, n, maxTokens, temperature}) {
       for (const {index, text, token_ids, finish_reason} of piece.choices) {
         const story = started[index];
         story.add(text, token_ids?.length ?? 0);
+        onGrown();
         if (finish_reason) story.end(`ended after ${((performance.now() - began) / 1000).toFixed(1)} s on the server (${finish_reason})`, false);
       }
     }
@@ -118,6 +124,6 @@ function generate({prompt, times, n, maxTokens, temperature}) {
   };
   work().catch(error => {
     for (const story of started) story.end(abort.signal.aborted ? "stopped" : error.message, true);
-  });
+  }).finally(() => { onGrown(); setTimeout(onGrown, 1.1 * ELSEWHERE_MS); });
   return started;
 }

@@ -206,6 +206,18 @@ def test_a_recording_can_be_stepped_scrubbed_and_played_to_its_end(page: Any, se
     assert page.locator("article:visible").count() == 0
 
 
+def test_a_story_of_another_replica_is_shown_once_nothing_is_left_to_play(page: Any, served: Served) -> None:
+    """Its steps are not among those of the replica that the page watches."""
+    page.goto(served.url)
+    texts = page.evaluate("""() => {
+        const pool = new Pool({stats: {}, block_size: 1, sequences: [], hashed: []}), story = new Story("", "", 0);
+        [story.request, story.pieces, story.firstMs] = ["elsewhere", [[1, "text"]], -1e9];
+        const shown = isAtEnd => { story.show(pool, false, isAtEnd); return story.part(".text").textContent; };
+        return [shown(false), shown(true)];
+    }""")
+    assert texts == ["", "text"]
+
+
 def test_a_recording_that_cannot_be_loaded_says_so(page: Any, served: Served) -> None:
     opened(page, served)
     page.route("**/recordings/*", lambda route: route.fulfill(status=503, body="no"))

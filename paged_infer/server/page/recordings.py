@@ -86,8 +86,8 @@ def scenarios() -> dict[str, Scenario]:
             small,
         ),
         "swap": Scenario(
-            "the same, with preemption_mode='swap': the blocks of a preempted story move to swap space, and back when "
-            "there is room. Nothing is computed again.",
+            "the six stories again, with preemption_mode='swap': the blocks of a preempted one move to swap space, "
+            "and back when there is room. Nothing is computed again.",
             tuple(six),
             {**small, "preemption_mode": "swap"},
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_infer.text.json_scanner import JsonScanner, Phase
@@ -30,6 +30,7 @@ def is_json(text: str) -> bool:
     return True
 
 
+@settings(max_examples=50)
 @given(VALUES, st.sampled_from([None, 1]), st.booleans())
 def test_what_json_writes_is_read_to_its_end(value, indent, ascii_only: bool) -> None:
     text = json.dumps({"a": value}, indent=indent, ensure_ascii=ascii_only)
@@ -37,6 +38,7 @@ def test_what_json_writes_is_read_to_its_end(value, indent, ascii_only: bool) ->
     assert number == len(text) and scanner.phase is Phase.END and scanner.depth == 0
 
 
+@settings(max_examples=50)
 @given(VALUES, st.data())
 def test_a_text_of_a_few_changes_is_json_or_not_as_for_json_loads(value, data) -> None:
     text = list(json.dumps([value]))
@@ -48,6 +50,7 @@ def test_a_text_of_a_few_changes_is_json_or_not_as_for_json_loads(value, data) -
     assert (number == len(changed) and scanner.phase is Phase.END) == is_json(changed)
 
 
+@settings(max_examples=50)
 @given(VALUES, st.sampled_from([*"{}[],:x", "\\"]), st.data())
 def test_what_it_refuses_has_no_continuation(value, wrong: str, data) -> None:
     """No character before the one that it stops at can be the first wrong one: its prefixes begin JSON."""

@@ -247,6 +247,16 @@ def test_errors_arrive_as_the_clients_own_exceptions(served) -> None:
         )
 
 
+def test_tools_without_a_place_in_the_chat_template_are_refused(served) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    for choice in ("none", "required", tool):
+        with pytest.raises(openai.BadRequestError, match="the chat template has no place for tools") as bad:
+            served.openai().chat.completions.create(
+                model="storyteller", messages=STORY, tools=[tool], tool_choice=choice
+            )
+        assert bad.value.param == "tools"
+
+
 def test_to_cancel_a_stream_frees_its_blocks(served) -> None:
     with served.held() as steps:
         steps.allow(20)

@@ -40,6 +40,7 @@ REVISED = [
     "14_many_models",
     "15_fewer_bits",
     "16_one_model_two_processes",
+    "18_is_it_any_good",
     "19_predict_the_server",
     "20_from_here_to_vllm",
 ]

@@ -144,10 +144,16 @@ def stacked_bars(
 
 
 def labelled_bars(
-    values: Mapping[str, float], title: str, xlabel: str, *, form: str = "%g", compared: bool = True
+    values: Mapping[str, float],
+    title: str,
+    xlabel: str,
+    *,
+    form: str = "%g",
+    compared: bool = True,
+    height: float = 2.4,
 ) -> Picture:
     """A horizontal bar for each name, with its value; the first is grey if others are ``compared`` with it."""
-    picture = new_picture(7, 2.4)
+    picture = new_picture(7, height)
     axes = picture.subplots()
     colours = [GREY if compared else BLUE] + [BLUE] * (len(values) - 1)
     bars = axes.barh(list(values), list(values.values()), color=colours)

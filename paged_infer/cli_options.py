@@ -38,7 +38,7 @@ class ModelName:
         self.help = help
 
 
-_MODEL = "Local folder, GGUF file, hub id, smollm2 or storyteller-moe; the bundled storyteller if left out."
+_MODEL = "Local folder, GGUF file, hub id, smollm2, storyteller-moe or -steps; the bundled storyteller if left out."
 Model = Annotated[str | None, ModelName(_MODEL)]
 ModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL)]
 Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]

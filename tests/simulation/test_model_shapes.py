@@ -32,7 +32,7 @@ def test_a_shape_has_the_parameters_of_its_model(name):
 
 
 @pytest.mark.parametrize("kind", ["auto", "int8"])
-@pytest.mark.parametrize("name", ["storyteller", "storyteller-moe", "deepseek2"])
+@pytest.mark.parametrize("name", ["storyteller", "storyteller-moe", "storyteller-steps", "deepseek2"])
 def test_a_shape_counts_what_the_engine_counts(name, kind, tmp_path):
     model = save_random_checkpoint(name, tmp_path) if name == "deepseek2" else name  # latents, and experts in one layer
     llm = LLM(model, num_blocks=8, kv_cache_dtype=kind)

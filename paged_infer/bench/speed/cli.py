@@ -229,11 +229,11 @@ def speculation(
     from paged_infer import storyteller
     from paged_infer.bench.speed.speculation import PLAIN, measure_speculation, open_texts
     from paged_infer.bench.workloads import story_beginnings
-    from paged_infer.model.loading.hub import BUNDLED
 
     drafting = {"num_speculative_tokens": num_speculative_tokens}
     methods: dict[str, dict[str, Any] | None] = {PLAIN: None, "ngram": {"method": "ngram", **LOOKUP, **drafting}}
-    folder = draft_model or (storyteller.DRAFT_PATH if common.model in (None, *BUNDLED) else None)
+    has_draft = common.model in (None, "storyteller", "storyteller-moe")  # those with the draft model's vocabulary
+    folder = draft_model or (storyteller.DRAFT_PATH if has_draft else None)
     if folder is not None:
         methods["draft model"] = {"method": "draft_model", "model": str(folder), **drafting}
     batches = at_once or [1, 4, 16]

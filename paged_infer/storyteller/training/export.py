@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from paged_infer.storyteller.stories.grammar import END
-from paged_infer.storyteller.training.vocabulary import save_tokenizer
+from paged_infer.storyteller.training.vocabulary import CHAT_TEMPLATE, save_tokenizer
 
 TIED = "lm_head.weight"  # to the embedding, so it is not stored
 
@@ -20,7 +20,11 @@ BLUE, ORANGE, INK = "#2f6f9f", "#e0a458", "#22303c"  # of viz.style, which is ab
 
 
 def export(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, tensors: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    tensors: dict[str, torch.Tensor] | None = None,
+    chat_template: Path = CHAT_TEMPLATE,
 ) -> None:
     """Write config, weights and tokenizer to `folder`; each file is replaced atomically.
 
@@ -44,7 +48,7 @@ def export(
             config["num_experts"] = config["num_local_experts"]  # which older versions of transformers, and vLLM, read
         (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         GenerationConfig(eos_token_id=end, pad_token_id=end).save_pretrained(draft)
-        save_tokenizer(tokenizer, draft)
+        save_tokenizer(tokenizer, draft, chat_template)
         for file in sorted(draft.iterdir()):
             file.chmod(0o644)
             os.replace(file, folder / file.name)

@@ -164,6 +164,7 @@ def fit(
     rate: float = 1.0,
     optimizers_of: Optimizers = optimizers,
     save: Save = export,
+    rows_of: type[Rows] = Rows,
 ) -> list[dict[str, float]]:
     """Train `model` for the steps of all `phases` and `save` it to `out`, at the end and every `SAVE_EVERY` steps.
 
@@ -174,7 +175,7 @@ def fit(
         FloatingPointError: the gradients are infinite or NaN; in float16, even without a loss scale.
     """
     steps = sum(count for count, _ in phases)
-    rows = Rows(tokenizer, seed)
+    rows = rows_of(tokenizer, seed)
     probe = Probe(rows)
     all_optimizers = optimizers_of(model)
     rates = [rate * optimizer.param_groups[0]["lr"] for optimizer in all_optimizers]

@@ -37,12 +37,12 @@ def train_tokenizer(num_stories: int = 20_000) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer` and the chat template as transformers' `AutoTokenizer.from_pretrained(folder)` loads them."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: Path = CHAT_TEMPLATE) -> None:
+    """Write `tokenizer` and its chat template as transformers' `AutoTokenizer.from_pretrained(folder)` loads them."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, model_max_length=1024, clean_up_tokenization_spaces=False
     )
-    wrapped.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    wrapped.chat_template = chat_template.read_text(encoding="utf-8")
     wrapped.save_pretrained(folder)

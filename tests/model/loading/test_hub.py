@@ -68,7 +68,7 @@ def test_a_cache_that_holds_a_part_is_not_taken_for_the_model(index, cached: Pat
     assert asked == ["owner/name"]
 
 
-@pytest.mark.parametrize("name", ["storyteller", "storyteller-moe"])
+@pytest.mark.parametrize("name", ["storyteller", "storyteller-moe", "storyteller-steps"])
 def test_a_bundled_model_has_its_name_in_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_a_bundled_model_has_its_name_in_any_folder(name: str, tmp_path: Path, m
 
 @pytest.mark.parametrize("name", ["storyteler-moe", "no/such.gguf", "a name"])
 def test_a_name_that_is_no_model_s_is_answered_with_those_that_are(name: str, asked: list[str]) -> None:
-    with pytest.raises(ValueError, match="storyteller, storyteller-moe, smollm2"):
+    with pytest.raises(ValueError, match="storyteller, storyteller-moe, storyteller-steps, smollm2"):
         resolve_model(name)
 
 

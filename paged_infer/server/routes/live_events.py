@@ -34,6 +34,7 @@ from paged_infer.server.service import Service, closing_error, service_of
 EVERY_S = 0.1
 MOST_OF_ENGINE = 0.05  # largest share of the engine's time for observing it: a large pool is observed less often
 MOST_RECORDS = 4096
+MOST_SENT = 512  # records in one event: JSON of more would hold up the event loop
 QUIET_S = 15.0  # then a comment keeps proxies from closing the connection
 
 CLOSING = b"event: closing\ndata: {}\n\n"
@@ -66,13 +67,14 @@ class LiveEvents:
             return self._snapshot
 
     async def after(self, number: int) -> list[dict[str, Any]] | None:
-        """The records from ``number`` on, or None if some of them are lost."""
+        """The records from ``number`` on, ``MOST_SENT`` at most, or None if some of them are lost."""
         async with self._lock:
             if time.monotonic() >= self._next_s:
                 await self._observe_shielded(whole=False)
             if number < self._oldest:
                 return None
-            return list(islice(self._records, len(self._records) - (self._end - number), None))
+            first = len(self._records) - (self._end - number)
+            return list(islice(self._records, first, first + MOST_SENT))
 
     async def _observe_shielded(self, whole: bool) -> None:
         """Of a client that leaves meanwhile, too: the log gives each step once, and other clients need it."""

@@ -156,6 +156,7 @@ def test_a_slow_speed_holds_up_no_request_and_every_step_can_be_seen(page: Any) 
     with serving(max_num_seqs=4, num_blocks=64) as served:
         opened(page, served, speed="10")
         set_option(page, "Max tokens", "50")
+        set_option(page, "Temperature", "0")
         page.locator("#start").click()
         page.wait_for_function("() => sources.live.stories[0].result !== null")
         page.wait_for_function("() => sources.live.history.records.filter(isStep).length === 50")
@@ -246,10 +247,11 @@ def test_the_page_rebuilds_what_the_trace_rebuilds(page: Any, served: Served, mo
     start = snapshot_json(Snapshot({"num_blocks": trace.num_blocks}, trace.block_size, [], []))
     records = records_json(Taken(trace.steps, ()))
     page.goto(served.url)
-    forwards, backwards = page.evaluate(
+    forwards, backwards, num_forgotten, rest = page.evaluate(
         """([start, records]) => {
             History.EVERY = 8;
-            const history = new History(start), up = (a, b) => a - b, byFirst = (a, b) => a[0] - b[0];
+            let history = new History(start);
+            const up = (a, b) => a - b, byFirst = (a, b) => a[0] - b[0];
             history.append(records);
             const state = position => {
                 history.seek(position);
@@ -260,11 +262,16 @@ def test_the_page_rebuilds_what_the_trace_rebuilds(page: Any, served: Served, mo
                 return [held.sort(byFirst), [...pool.hashed].sort(up), states.sort(byFirst)];
             };
             const places = records.map((_, i) => i + 1);
-            return [places.map(state), places.toReversed().map(state).toReversed()];
+            const all = [places.map(state), places.toReversed().map(state).toReversed()];
+            History.MOST = 16;  // and with the oldest records forgotten
+            history = new History(start);
+            for (const record of records) history.append([record]);
+            return [...all, history.first, places.slice(history.first).map(state)];
         }""",
         [json.loads(json.dumps(start)), json.loads(json.dumps(records))],
     )
     assert forwards == expected == backwards
+    assert num_forgotten >= 8 and rest == expected[num_forgotten:]
 
 
 def test_of_a_large_pool_the_rows_in_use_are_drawn(page: Any) -> None:

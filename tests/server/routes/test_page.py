@@ -226,6 +226,21 @@ def test_a_client_that_is_too_slow_begins_again(clock, monkeypatch: pytest.Monke
     assert asyncio.run(both()) == [3, None]
 
 
+def test_a_client_that_has_fallen_behind_gets_a_bounded_number_at_once(clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_events, "MOST_SENT", 2)
+    watched, _ = watch_of(clock, 0.001, [None, 1, 2, 3])
+
+    async def behind() -> list[list[Any]]:
+        _, number = await watched.join()
+        for _ in range(3):
+            await clock.sleep(1)
+            await watched.after(number)
+        pieces = [await watched.after(number) or [], await watched.after(number + 2) or []]
+        return [[record["events"][0][1] for record in piece] for piece in pieces]
+
+    assert asyncio.run(behind()) == [[1, 2], [3]]
+
+
 def test_a_client_that_leaves_during_an_observation_takes_no_step_from_others() -> None:
     async def leave() -> list[Any]:
         go_on, calls = asyncio.Event(), []

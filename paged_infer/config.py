@@ -13,7 +13,7 @@ from paged_infer.control.reasoning import REASONING_PARSERS
 from paged_infer.control.scheduler import PREEMPTION_MODES
 from paged_infer.control.speculation import SpeculativeConfig
 from paged_infer.params import SamplingParams
-from paged_infer.suggestions import unknown_names
+from paged_infer.suggestions import suggests_names, unknown_names
 from paged_infer.values import Checked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -55,6 +55,7 @@ class EngineOptions(TypedDict, total=False):
     seed: int
 
 
+@suggests_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(Checked):
     """How an engine runs. The command line takes its options and their help from here.

@@ -13,6 +13,7 @@ import torch
 
 from paged_infer import LLM, AsyncLLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from paged_infer.config import EngineConfig
+from paged_infer.control.speculation import SpeculativeConfig
 from paged_infer.kernels import paged_attention_reference
 from paged_infer.kernels.device import device_of
 from paged_infer.suggestions import OTHER_NAMES, suggestion
@@ -47,6 +48,7 @@ def test_a_sampling_parameter_among_the_options_is_named_as_one() -> None:
     ("kind", "name", "meant"),
     [(SamplingParams, "temp", "temperature"), (SamplingParams, "max_new_tokens", "max_tokens"),
      (SamplingParams, "best_of", "n"), (SamplingParams, "stop_token_id", "stop_token_ids"),
+     (EngineConfig, "max_num_seq", "max_num_seqs"), (SpeculativeConfig, "num_spec_tokens", "num_speculative_tokens"),
      (BeamSearchParams, "num_beams", "beam_width"), (StructuredOutputsParams, "regexp", "regex")],
 )  # fmt: skip
 def test_an_unknown_parameter_is_refused_with_the_one_that_may_be_meant(kind: type, name: str, meant: str) -> None:

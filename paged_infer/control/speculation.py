@@ -28,12 +28,13 @@ from typing import Any, ClassVar, Protocol
 
 from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow
-from paged_infer.suggestions import unknown_names
+from paged_infer.suggestions import suggests_names, unknown_names
 from paged_infer.values import Checked
 
 METHODS = ("ngram", "draft_model")
 
 
+@suggests_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig(Checked):
     """How to speculate. Names and meanings are vLLM's, and so are the defaults of the lookup.

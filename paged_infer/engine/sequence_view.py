@@ -16,6 +16,7 @@ class SequenceView:
 
     N tokens are computed, so their keys and values are stored. The model has H query heads and H_kv key heads of D
     elements, and V tokens in its vocabulary. With MLA a key is a latent: H_kv = 1, and its values are part of it.
+    ``logits`` and ``attention_weights`` compute the last of the N tokens again: on a CPU in float32 to the same bits.
 
     Attributes:
         state: "waiting", "running" or "swapped".
@@ -34,7 +35,7 @@ class SequenceView:
         self._sequence, self._manager, self._runner = sequence, manager, runner
         self.state = sequence.state.value
         self.token_ids = sequence.token_ids[: sequence.num_known_tokens]
-        self.num_prompt_tokens = sequence.num_prompt_tokens
+        self.num_prompt_tokens, self.priority = sequence.num_prompt_tokens, sequence.priority
         self.num_computed_tokens = min(sequence.num_computed_tokens, sequence.num_known_tokens)
         self.block_table = manager.table(sequence.sequence_id)
         self._when = self._state()

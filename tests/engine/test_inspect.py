@@ -114,7 +114,9 @@ def test_what_cannot_be_looked_into_is_refused_with_the_reason(make_llm) -> None
     engine.add_request("first", PROMPT, GREEDY)
     engine.add_request("second", PROMPT, GREEDY)
     engine.step()
-    assert engine.inspect("second").state == "waiting" and engine.inspect("second").block_table == ()
+    second = engine.inspect("second")
+    assert (second.state, second.block_table, second.priority, second.num_prompt_tokens) == ("waiting", (), 0, 19)
+    assert "waiting, 0 of 19 tokens computed" in repr(second)
     with pytest.raises(ValueError, match="nothing of the sequence is in the pool: it is waiting"):
         _ = engine.inspect("second").logits
     with pytest.raises(ValueError, match="request_id='third' is not being served; unfinished requests: 'first', 'sec"):

@@ -5,7 +5,7 @@
 const OWNERS = ["#77aadd", "#ee8866", "#bbcc33", "#ffaabb", "#99ddff", "#eedd88", "#44bb99", "#b07aa1"];
 const ON_OWNER = "#22303c";  // text and lines on these colours, in both themes
 const COLUMNS = [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640];
-const LARGEST = [56, 28], FLATNESS = 0.62, MOST_BANDS = 4, MARGIN = 38, GAP = 10;
+const LARGEST = [56, 28], FLATNESS = 0.62, MOST_BANDS = 4, GAP = 10;
 const WHOLE_UP_TO = 256;  // blocks: smaller pools are drawn whole
 const REMEMBERED = 64;    // records for which a block that is free again stays in view
 
@@ -56,7 +56,8 @@ class PoolMap {
   }
 
   layOut() {
-    const width = this.canvas.clientWidth - MARGIN, tallest = parseInt(themed("map-height"));
+    this.margin = 14 + 6.5 * number(this.pool.numBlocks).length;  // for the numbers of blocks
+    const width = this.canvas.clientWidth - this.margin, tallest = parseInt(themed("map-height"));
     for (const columns of COLUMNS) {
       if (columns < this.columns || columns * LARGEST[0] < width) continue;  // zooming in waits until nothing is held
       const cell = Math.min(LARGEST[0], width / columns), height = Math.min(LARGEST[1], FLATNESS * cell);
@@ -92,10 +93,10 @@ class PoolMap {
       if (index % every === 0 || isAfterGap) {
         pen.font = "11px system-ui, sans-serif";
         [pen.textAlign, pen.textBaseline, pen.fillStyle] = ["right", "middle", themed("quiet")];
-        pen.fillText(number(first), MARGIN - 5, y + height / 2);
+        pen.fillText(number(first), this.margin - 5, Math.max(6, y + height / 2));
       }
       const last = Math.min(this.pool.numBlocks, first + this.columns);
-      for (let block = first; block < last; block++) this.drawCell(block, MARGIN + (block - first) * cell, y);
+      for (let block = first; block < last; block++) this.drawCell(block, this.margin + (block - first) * cell, y);
     });
     this.drawStrip(scale);
   }
@@ -105,8 +106,8 @@ class PoolMap {
     pen.strokeStyle = this.faint;
     pen.setLineDash([2, 4]);
     pen.beginPath();
-    pen.moveTo(MARGIN, y - gap / 2);
-    pen.lineTo(MARGIN + this.columns * this.cell, y - gap / 2);
+    pen.moveTo(this.margin, y - gap / 2);
+    pen.lineTo(this.margin + this.columns * this.cell, y - gap / 2);
     pen.stroke();
     pen.setLineDash([]);
   }
@@ -178,7 +179,7 @@ class PoolMap {
   // ---- one block ----
 
   blockAt(x, y) {
-    const row = this.rows.find(one => y >= one.y && y < one.y + this.height), column = Math.floor((x - MARGIN) / this.cell);
+    const row = this.rows.find(one => y >= one.y && y < one.y + this.height), column = Math.floor((x - this.margin) / this.cell);
     return row && column >= 0 && column < this.columns ? row.first + column : null;
   }
 

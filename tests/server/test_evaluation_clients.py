@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from serving import Served, serving
+from typer.testing import CliRunner
 
 from paged_infer import LLM, storyteller
+from paged_infer.cli import app
 from paged_infer.evaluation.harness_tasks import write_harness_tasks
 from paged_infer.evaluation.models import InProcess, OverHttp
 from paged_infer.evaluation.report import Settings
@@ -52,6 +54,13 @@ def test_a_server_is_evaluated_as_the_model_in_this_process(whole_stories: Serve
         task = TASKS[name]
         one = score(model, task, task.make(NUM_ITEMS, 0), examples(task, NUM_SHOTS, 0))
         assert {k: e.value for k, e in one.estimates().items()} == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_command_evaluates_a_server_by_its_address(whole_stories: Served, known: Any) -> None:
+    words = ["--tasks", "sums", "--limit", str(NUM_ITEMS), "--num-fewshot", str(NUM_SHOTS)]
+    result = CliRunner().invoke(app, ["eval", "--base-url", whole_stories.url, *words])
+    assert result.exit_code == 0, result.output
+    assert f"sums last_number  {known['sums']['last_number']:.3f} [" in result.output
 
 
 def test_the_scores_of_tokens_are_the_same_over_http(whole_stories: Served, in_process: InProcess) -> None:

@@ -13,7 +13,7 @@ from paged_infer.evaluation.items import Item, choice_items, documents, ending_i
 from paged_infer.evaluation.models import EvaluatedModel
 from paged_infer.storyteller.stories import lexicon
 from paged_infer.storyteller.stories.grammar import END
-from paged_infer.storyteller.stories.sums import END_THINK, Form
+from paged_infer.storyteller.stories.sums import END_THINK, THINK, Form
 
 CHAT_STOP = ("\nQ:",)  # for models that go on with the next question; others end their turn
 SHOT_SEEDS = 500  # examples for a task's seed are made with this much added to it, so they are never its items
@@ -35,7 +35,7 @@ class Task:
         max_tokens: of an answer.
         match: "exact": equal to the true answer after white space around both is removed, and nothing else;
             "last number": the last number in it, in letters or digits, as GSM8K is scored. A thought before
-            ``</think>`` is no part of the answer.
+            ``</think>`` is no part of the answer; one without an end is wrong.
     """
 
     name: str
@@ -56,6 +56,8 @@ class Task:
         )
 
     def is_right(self, text: str, answer: str) -> bool:
+        if THINK in text and END_THINK not in text:
+            return False
         text = text.rpartition(END_THINK)[2]
         if self.match == "exact":
             return text.strip() == answer.strip()

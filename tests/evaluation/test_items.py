@@ -111,6 +111,7 @@ def test_an_answer_without_a_number_is_never_right() -> None:
     task = TASKS["sums"]
     assert task.is_right(" Mia had two. She has five.", "She has five.")
     assert task.is_right("\n<think>\nMia had two.\n</think>\n\nShe has five.", "She has five.")
+    assert not task.is_right("\n<think>\nMia had five.", "She has five.")
     assert not task.is_right("<think> She has five. </think> That is hard.", "She has five.")
     assert not task.is_right(" none", "She has five.") and not task.is_right(" none", "none")
 

@@ -11,6 +11,7 @@ import pytest
 from holding import LIMIT_S
 
 import paged_infer
+import paged_infer.viz
 from paged_infer import LLM, LLMEngine, SamplingParams
 from paged_infer.cli.info import attention_row
 from paged_infer.config import EngineConfig
@@ -23,17 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_completion_shows_public_names_alone_whatever_has_been_imported() -> None:
     code = """
 import json, sys
-import paged_infer, paged_infer.viz, paged_infer.kernels
-print(json.dumps([name in sys.modules for name in ("torch", "matplotlib")]))
-from paged_infer import LLM, LLMEngine
-from paged_infer.viz import timeline_figure, pool_map_figure, explore
-print(json.dumps([dir(paged_infer), dir(paged_infer.viz)]))
+import paged_infer, paged_infer.viz, paged_infer.kernels, paged_infer.values
+from paged_infer import SamplingParams
+print(json.dumps([[name in sys.modules for name in ("torch", "matplotlib")], dir(paged_infer), dir(paged_infer.viz)]))
 """
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_S)
-    imported, (names, of_viz) = map(json.loads, lines.stdout.splitlines())
+    imported, names, of_viz = json.loads(lines.stdout)
     assert imported == [False, False], lines.stderr
     assert names == sorted(paged_infer.__all__) and {"LLM", "LLMEngine", "SamplingParams"} <= {*names}
-    assert of_viz == ["explore", "pool_map_figure", "timeline_figure"]
+    assert of_viz == ["explore", "pool_map_figure", "timeline_figure"] == sorted(paged_infer.viz.__all__)
+    assert all(callable(getattr(paged_infer.viz, name)) for name in of_viz)
 
 
 def test_an_llm_describes_itself_in_one_line(llm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from paged_infer.config import EngineConfig
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.execution.executor import InProcessExecutor
 from paged_infer.execution.loaded_models import LoadedModels
+from paged_infer.execution.step_delta import StepDecoder, StepEncoder
+from paged_infer.execution.worker import num_remembered
 from paged_infer.model.parallel import Collective, Traffic, add_in_order
 
 T = TypeVar("T")
@@ -85,14 +88,23 @@ class Computed:
 
 
 class ThreadsExecutor(InProcessExecutor):
-    """As an executor in process, to the engine: rank 0's. ``launch`` runs the step on all."""
+    """As an executor in process, to the engine: rank 0's. ``launch`` runs the step on all, each with a copy of its own:
+    two threads must not compute one mask at a time."""
 
-    def __init__(self, threads: RankThreads, executors: list[InProcessExecutor]) -> None:
+    def __init__(self, threads: RankThreads, executors: list[InProcessExecutor], num_remembered: int) -> None:
         super().__init__(executors[0].runner, executors[0].drafter)
         self._threads, self._executors = threads, executors
+        self._encoder = StepEncoder(num_remembered)
+        self._decoders = [StepDecoder(num_remembered) for _ in executors]
 
     def launch(self, step: ScheduledStep) -> Computed:
-        results = self._threads.run(lambda parallel: self._executors[parallel.rank].launch(step).result())
+        delta = pickle.dumps(self._encoder.encode(step))
+
+        def run(parallel: ThreadRanks) -> StepResult:
+            copy = self._decoders[parallel.rank].decode(pickle.loads(delta))
+            return self._executors[parallel.rank].launch(copy).result()
+
+        results = self._threads.run(run)
         assert all(result == results[0] for result in results)
         return Computed(results[0])
 
@@ -104,6 +116,7 @@ class ThreadsModels:
         self._threads = RankThreads(2)
         self._models = self._threads.run(lambda parallel: LoadedModels(folder, config, parallel))
         self.memory = self._models[0].memory
+        self._num_remembered = num_remembered(config)
 
     def executor(self) -> ThreadsExecutor:
-        return ThreadsExecutor(self._threads, [models.executor() for models in self._models])
+        return ThreadsExecutor(self._threads, [models.executor() for models in self._models], self._num_remembered)

@@ -62,7 +62,11 @@ class PrefillDecode(EngineProcess):
         self._is_finishing = False  # the decode engine stops when it has been given all prompts
         self._path = ""
         super().__init__(spec, "the decode engine", max_num_waiting)
-        self.prefill = EngineProcess(spec, "the prefill engine", on_end=self._prefill_has_ended)
+        try:
+            self.prefill = EngineProcess(spec, "the prefill engine", on_end=self._prefill_has_ended)
+        except BaseException:  # Ctrl-C, too
+            super().stop()
+            raise
         self._on_end = self._has_ended
 
     def wait_until_ready(self) -> EngineInfo:

@@ -8,6 +8,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol
 
+from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine_core import SIGNALS, run_engine
 from paged_infer.engine.process_messages import EngineSpec
 
@@ -34,16 +35,24 @@ class StartedProcess(NamedTuple):
 def spawn(spec: EngineSpec, name: str) -> StartedProcess:
     """Start ``run_engine`` in a process on this machine.
 
-    The child inherits the mask of signals, so that no Ctrl-C interrupts its imports; ``run_engine`` unblocks them.
+    The child inherits the mask of signals, so that no Ctrl-C interrupts its imports; ``run_engine`` unblocks them. Here
+    Ctrl-C is deferred until the child has been started, and then ends it.
     """
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(theirs, spec), name=name)
     resource_tracker.ensure_running()  # starting it unblocks them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with defer_sigint():
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    except BaseException:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        raise
     theirs.close()
     return StartedProcess(process, ours)
 

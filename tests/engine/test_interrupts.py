@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -207,3 +208,21 @@ def test_there_is_nothing_to_put_off_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+PRESSED_WHILE_NUMPY_IS_IMPORTED = """
+import sys
+
+class Press:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Press())
+import paged_infer.llm
+"""
+
+
+def test_ctrl_c_during_the_imports_is_not_lost() -> None:
+    command = [sys.executable, "-c", PRESSED_WHILE_NUMPY_IS_IMPORTED]
+    assert subprocess.run(command, stderr=subprocess.PIPE).returncode == -signal.SIGINT

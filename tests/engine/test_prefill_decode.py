@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -13,8 +14,12 @@ import pytest
 
 from paged_infer import LLM, AsyncLLM, SamplingParams
 from paged_infer.async_llm import EngineDeadError
-from paged_infer.engine import prefill_decode
+from paged_infer.config import EngineConfig
+from paged_infer.engine import engine_process, prefill_decode
 from paged_infer.engine.block_exchange import open_exchange, receive_blocks, send_blocks
+from paged_infer.engine.prefill_decode import PrefillDecode
+from paged_infer.engine.process_messages import EngineSpec
+from paged_infer.engine.spawned_process import StartedProcess
 from paged_infer.outputs import RequestOutput
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "num_blocks": 64, "block_size": 4, "max_num_seqs": 8, "max_model_len": 96}
@@ -111,6 +116,35 @@ def test_a_full_pool_takes_what_fits_and_leaves_what_is_held(pair) -> None:
     for block in held:
         pool.release(block)
     second.check_integrity()
+
+
+def test_ctrl_c_while_the_second_engine_is_started_ends_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[FakeProcess] = []
+
+    def spawn(*_: object) -> StartedProcess:
+        if started:
+            raise KeyboardInterrupt
+        started.append(FakeProcess())
+        return StartedProcess(started[0], started[0].ours)
+
+    monkeypatch.setattr(engine_process, "spawn", spawn)
+    with pytest.raises(KeyboardInterrupt):
+        PrefillDecode(EngineSpec(Path(), EngineConfig(), None, 1))
+    assert started[0].is_killed
+
+
+class FakeProcess:
+    def __init__(self) -> None:
+        self.ours, self.theirs = multiprocessing.Pipe()
+        self.exitcode: int | None = None
+        self.is_killed = False
+
+    def kill(self) -> None:
+        self.exitcode, self.is_killed = -9, True
+        self.theirs.close()
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tempfile
@@ -75,6 +76,7 @@ def quantize(
 
     Raises:
         ValueError: an option that does not fit, a model that cannot be quantised, or a calibration without text.
+        OSError: the folder of ``out`` cannot be written to.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r}: must be one of {', '.join(SCHEMES)}")
@@ -87,11 +89,14 @@ def quantize(
         raise ValueError(f"group_size={group_size}: 'w8a8' has a scale for each row, so that products stay integers")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already")
+    out = Path(os.path.abspath(out))  # "." has neither a name nor a parent of its own
     grid = _scheme(scheme, group_size)
     path = resolve_model(model)
     check_can_save(read_config(path))
     check_method(read_config(path), method)
     texts = calibration_texts(path, calibration, seed) if reads else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryDirectory(dir=out.parent).cleanup()  # fails before the work, not after it
     decoder = load_decoder(path, torch.float32, method_of=lambda name: DENSE)
     wide = list[str]()
     on_start(len(decoder.layers) + (len(narrowable(decoder)) if keep_wide else 0))
@@ -99,7 +104,6 @@ def quantize(
         measured = sensitivities(decoder, grid, texts[:NUM_SENSITIVITY_TEXTS], on_layer)
         wide = stay_wide(decoder, measured, keep_wide)
     found = quantise_decoder(decoder, grid, method, texts, wide=wide, on_layer=on_layer)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         draft = Path(name) / out.name
         draft.mkdir()

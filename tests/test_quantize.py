@@ -231,6 +231,19 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(options, problem, chec
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_the_folder_may_be_the_current_one(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quantize(str(checkpoint("qwen3")), Path("."), scheme="w8a16")
+    assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("paged_infer.quantize.load_decoder", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(OSError, match="file"):
+        quantize(str(checkpoint("qwen3")), tmp_path / "file" / "out", scheme="w8a16")
+
+
 def test_a_quantised_model_is_not_quantised_again_and_the_command_says_so_in_a_line(tmp_path: Path) -> None:
     quantize("storyteller", tmp_path / "out")
     result = CliRunner().invoke(app, ["quantize", str(tmp_path / "out"), str(tmp_path / "again")])

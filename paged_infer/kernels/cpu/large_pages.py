@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,23 @@ _ALONE = 16 << 20  # bytes; a tensor of this size has a mapping of its own, whic
 _LINE = 64  # bytes, of a cache
 
 
-def to_empty_in_large_pages(module: nn.Module) -> None:
-    """``module.to_empty(device="cpu")``. The tensors take memory as they are written."""
+def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = ()) -> None:
+    """``module.to_empty(device="cpu")``. The tensors take memory as they are written.
+
+    Args:
+        short_lived: tensors of the module that are dropped before the others. They are in no shared mapping, which
+            would keep their memory as long as any other tensor is there.
+    """
     own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    shared, used = _mapping(sum(_in_lines(x) for _, x in own if x.nbytes < _ALONE)), 0
+    apart = {*map(id, short_lived)}
+    shared, used = _mapping(sum(_in_lines(x) for _, x in own if x.nbytes < _ALONE and id(x) not in apart)), 0
 
     def empty_like(tensor: Tensor) -> Tensor:
         nonlocal used
         if tensor.nbytes >= _ALONE:
             memory = _mapping(tensor.nbytes)
+        elif id(tensor) in apart:
+            return torch.empty_like(tensor, device="cpu")
         else:
             memory, used = shared[used : used + tensor.nbytes], used + _in_lines(tensor)
         return memory.view(tensor.dtype).view(tensor.shape)

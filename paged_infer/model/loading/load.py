@@ -138,7 +138,9 @@ def empty_decoder(
     if needed > available:
         raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
     if torch.device(device).type == "cpu":
-        to_empty_in_large_pages(decoder)
+        quantised = [one for _, one in decoder.linears() if isinstance(one.method, QuantisedMethod)]
+        codes = [tensor for one in quantised for tensor in (*one.parameters(), *one.buffers())]
+        to_empty_in_large_pages(decoder, short_lived=codes)  # once packed, the product has its own
     else:
         decoder.to_empty(device=device)
     if config.tie_word_embeddings:

@@ -119,6 +119,14 @@ def test_an_option_that_does_not_fit_is_refused(options, message, checkpoint) ->
         LLM(checkpoint("qwen3"), **options)
 
 
+def test_codes_are_held_once(checkpoint) -> None:
+    """Once they are packed, no memory stays that was theirs; the tied table's does, twice, and is not touched."""
+    decoder = load_decoder(checkpoint("qwen3"), torch.float32, ops=C_OPS, quantization="w8a16")
+    left = [*decoder.parameters(), *decoder.buffers()]
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in left}
+    assert sum(memory.values()) <= sum(x.nbytes + 64 for x in left) + 2 * (decoder.embedding.weight.nbytes + 64)
+
+
 def test_random_weights_are_rounded_too(checkpoint) -> None:
     llm = LLM(checkpoint("qwen3-moe"), quantization="w4a16", load_format="dummy", num_blocks=16)
     greedy = SamplingParams(max_tokens=4, ignore_eos=True)

@@ -2,7 +2,8 @@
 
 The modules stay what is read, tested and changed: the call is made only while they are as they were loaded. Once one
 has a hook, another part, product, method, ``ops`` or ``forward``, or a parameter that is in no product, or torch has a
-hook for all modules, all are computed module by module. Numbers that a module keeps, such as ``eps``, are read once.
+hook for all modules, or the cache has another ``attend`` or store, all are computed module by module. Numbers that a
+module keeps, such as ``eps``, are read once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from paged_infer.cache.spec import Cache
 from paged_infer.kernels.attention.metadata import AttentionMetadata
 from paged_infer.kernels.cpu.layers import LayersInC, LayerSizes, LayerWeights
 from paged_infer.kernels.cpu.linear import InC, PanelProduct
+from paged_infer.kernels.cpu.ops import store_kv_c
 from paged_infer.kernels.cpu.paged_attention import paged_attention_c, takes_heads
 from paged_infer.kernels.cpu.quant import QuantisedProduct
 from paged_infer.model.attention import Rope
@@ -56,7 +58,7 @@ class WholeLayers:
         self, x: Tensor, ropes: Sequence[Rope], cache: Cache, step: AttentionMetadata
     ) -> tuple[Tensor, Tensor] | None:
         """What the layers give one by one for x [T, hidden], which may be overwritten; None: it is left to them."""
-        if type(cache) is not PagedCache or cache.backend is not paged_attention_c or self._has_changed():
+        if type(cache) is not PagedCache or not _is_usual(cache) or self._has_changed():
             return None
         return self._in_c(x, ropes, cache, step)
 
@@ -69,6 +71,19 @@ class WholeLayers:
             or any(kind.forward is not known for kind, known in self._forwards)
             or [*map(Tensor.data_ptr, self._tensors)] != self._addresses
         )
+
+
+_CACHE_METHODS = {name: getattr(PagedCache, name) for name in ("attend", "attend_stored", "slots")}
+
+
+def _is_usual(cache: PagedCache) -> bool:
+    """Whether C does what the cache would: it has C's backend and store, and its own methods."""
+    return (
+        cache.backend is paged_attention_c
+        and cache.ops.store_kv is store_kv_c
+        and vars(cache).keys().isdisjoint(_CACHE_METHODS)
+        and all(getattr(PagedCache, name) is method for name, method in _CACHE_METHODS.items())
+    )
 
 
 def whole_layers(layers: nn.ModuleList, config: ModelConfig, dtype: torch.dtype) -> WholeLayers | None:

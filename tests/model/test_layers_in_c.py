@@ -146,6 +146,25 @@ def test_what_was_replaced_after_loading_is_seen(change, make_llm, calls, monkey
     assert results(llm) != want and not calls
 
 
+@pytest.mark.parametrize("change", ["method", "class", "ops"])
+def test_a_cache_that_was_changed_is_seen(change, make_llm, calls, monkeypatch) -> None:
+    kind = "int8" if change == "ops" else "auto"  # other keys are stored as they are rotated
+    llm, heard = make_llm("qwen3", kv_cache_dtype=kind, enable_prefix_caching=False), list[int]()
+    want, cache = results(llm), llm.engine.executor.runner.cache
+    calls.clear()
+
+    def spied(function: Any) -> Any:
+        return lambda *args, **options: heard.append(1) or function(*args, **options)
+
+    if change == "method":
+        cache.attend_stored = spied(cache.attend_stored)
+    elif change == "class":
+        monkeypatch.setattr(type(cache), "attend_stored", spied(type(cache).attend_stored))
+    else:
+        cache.ops = cache.ops._replace(store_kv=spied(cache.ops.store_kv))
+    assert results(llm) == want and heard and not calls
+
+
 def test_a_tied_table_is_held_once(make_llm) -> None:
     decoder, ids = make_llm("qwen3").engine.decoder, torch.tensor([0, 5, 1002])
     assert decoder.head.product.panels.data_ptr() == decoder.embedding.panels.data_ptr()

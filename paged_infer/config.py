@@ -106,7 +106,7 @@ class EngineConfig(Checked):
         distributed_executor_backend: where the ranks run. "mp" starts a process for each on this machine; "ray"
             an actor for each, on the machines of a Ray cluster; "external_launcher": ``torchrun`` has started them,
             each with this script. None: "mp" if there are several, otherwise the model runs in this process.
-        distributed_timeout: seconds that a rank may give no sign of life, or let another wait for it, before the engine
+        distributed_timeout: seconds that a rank may send no heartbeat, or make another wait for it, before the engine
             ends with an error. None: 20.
         trace: keep a record of every step, in ``LLM.trace``; it grows.
         seed: requests without a seed derive theirs from this one.

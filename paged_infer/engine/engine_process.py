@@ -6,7 +6,7 @@
     OutputChannels     <- receiver thread  <-- one message a step --
 
 Tokens are decoded to text there; prompts are checked and tokenized here. The process that steps the engine thus shares
-its interpreter with nothing else. If either process ends, however it ends, the other sees the end of the pipe: the
+its interpreter with nothing else. If either process ends, for whatever reason, the other reads the end of the pipe: the
 engine's then exits, and the client gives every unfinished request one EngineDeadError.
 """
 
@@ -92,7 +92,7 @@ class EngineProcess:
         self.observers: list[Callable[[StepReport], None]] = []
         self.error: EngineDeadError | None = None
         self.is_abandoned = False
-        self.gone = threading.Event()  # the process has ended, and everything it owed has been given an error
+        self.gone = threading.Event()  # the process has ended, and its requests and calls with it
         self._max_num_waiting = max_num_waiting
         self._on_end = on_end
         self._lock = threading.Lock()  # guards the next five

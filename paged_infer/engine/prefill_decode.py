@@ -70,9 +70,9 @@ class PrefillDecode(EngineProcess):
         self._on_end = self._has_ended
 
     def wait_until_ready(self) -> EngineInfo:
-        """See ``EngineProcess.wait_until_ready``, of both; then they map the file, which is deleted.
+        """See ``EngineProcess.wait_until_ready``, of both. Then both map a file.
 
-        So its memory is free when both have ended, however they end.
+        It is deleted at once, so its memory is freed when both have ended, for whatever reason.
         """
         self.prefill.wait_until_ready()
         info = super().wait_until_ready()

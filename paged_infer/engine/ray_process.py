@@ -86,5 +86,7 @@ def start_on_ray(spec: EngineSpec, name: str) -> StartedProcess:
             waited_s += POLL_S
         if not connected.done():
             ray.kill(actor)
-            raise ValueError(f"{name} was not started within {START_S:.0f} s: has any node of the cluster a free CPU?")
+            raise ValueError(
+                f"{name} was not started within {START_S:.0f} s: does any node of the cluster have a free CPU?"
+            )
     return StartedProcess(RayProcess(actor, running), connected.result(), has_own_clock=True)

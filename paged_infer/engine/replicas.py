@@ -1,8 +1,8 @@
 """Several engines, each in a process of its own, as one. It has the interface of ``EngineThread``.
 
 A replica whose process ends is replaced, while the others go on; its own unfinished requests get one EngineDeadError.
-One that has been replaced ``MAX_RESTARTS`` times in a row without a token in between is given up, and when all are, so
-is the whole.
+One that has been replaced ``MAX_RESTARTS`` times in a row without a token in between is given up. When all have been
+given up, every request ends with an EngineDeadError.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Replicas:
                 replica.is_given_up = True
                 logger.error("%s; it has been restarted %d times in a row: given up", ended.error, MAX_RESTARTS)
                 if all(one.is_given_up for one in self._replicas):
-                    self.error = EngineDeadError(f"all replicas have been given up; of the last, {ended.error}")
+                    self.error = EngineDeadError(f"all replicas have been given up; the last one: {ended.error}")
                 return
             self._router.forget(index)
             replica.num_restarts += 1

@@ -115,5 +115,5 @@ class Router:
         return chosen
 
     def forget(self, replica: int) -> None:
-        """The replica starts anew, with an empty cache."""
+        """The replica is restarted, with an empty cache."""
         self._sent[replica].clear()

@@ -109,7 +109,7 @@ def _check_disaggregated(config: EngineConfig, size: int) -> None:
     if config.tensor_parallel_size > 1:
         raise ValueError(
             f"disaggregated_prefill=True with tensor_parallel_size={config.tensor_parallel_size}: must be 1, because "
-            "blocks are handed over as wholes"
+            "whole blocks are handed over"
         )
     if config.speculation is not None and config.speculation.method == "draft_model":
         raise ValueError("disaggregated_prefill=True with a draft model: the blocks of its cache are not handed over")

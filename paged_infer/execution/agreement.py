@@ -34,5 +34,5 @@ def check_agreement(fingerprints: ReadOnlyList[dict[str, str]]) -> None:
     for rank, other in enumerate(fingerprints):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
-            shown = ", ".join(f"{name}={other.get(name)} and not {first.get(name)}" for name in names)
-            raise ValueError(f"rank {rank} was started with {shown} as rank 0: all ranks need the same")
+            shown = ", ".join(f"{name}={other.get(name)} (rank 0: {first.get(name)})" for name in names)
+            raise ValueError(f"rank {rank} was started with {shown}: all ranks need the same")

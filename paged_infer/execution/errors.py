@@ -35,6 +35,6 @@ class Failure:
         return cls(time.monotonic(), text, is_input, "".join(traceback.format_exception(error)))
 
     def as_error(self, rank: int | None = None) -> Exception:
-        """What this is for a caller: of a model or an option, as if it were loaded in its own process."""
+        """The exception for a caller: of a model or an option, the same as if it were loaded in this process."""
         which = "a rank" if rank is None else f"rank {rank}"
         return ValueError(self.message) if self.is_input else EngineDeadError(f"{which} has failed: {self.message}")

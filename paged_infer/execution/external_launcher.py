@@ -11,7 +11,7 @@ depends on the request alone; the time, of a step and of a request's arrival, is
 rank plans the same step. What a script does on one rank alone (a request, an abort) makes the ranks wait for each other
 in different places, which ends with an error after ``distributed_timeout``.
 
-Times in outputs are of the rank's own clock, besides the two that rank 0 sends: on another machine, read rank 0's.
+All other times in outputs are of the rank's own clock: on several machines, use the outputs of rank 0.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class LaunchedRank:
         if device.type == "cuda":
             local, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= num_gpus:
-                raise ValueError(f"tensor_parallel_size={wanted}: rank {self.rank} has no GPU of its own: {num_gpus}")
+                raise ValueError(
+                    f"tensor_parallel_size={wanted}: rank {self.rank} has no GPU of its own; there are {num_gpus} here"
+                )
             config = dataclasses.replace(config, device=f"cuda:{local}")
             torch.cuda.set_device(local)
         self.config = config
@@ -72,7 +74,7 @@ class LaunchedRank:
         with self.one_error():
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)  # for the time, of which the host decides
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # for the time, which is on the host
             self._loading = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOAD_S))
             group = dist.new_group(timeout=timeout)
             fingerprints = self.gather(fingerprint(folder, config))
@@ -95,7 +97,7 @@ class LaunchedRank:
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:
-        """Whatever fails on one rank leaves it out of step with the others."""
+        """EngineDeadError for any failure: it leaves this rank out of step with the others."""
         try:
             yield
         except (ValueError, EngineDeadError):

@@ -5,7 +5,7 @@
                                     <-- StepResult of rank 0 -----------  rank 0  /
 
 The engine's process plans and has no model: it can plan the next step while this one is computed (on a CPU, too), and
-a rank that dies cannot take it along. The ranks meet at a store whose port, on the loopback interface, is a free one.
+a rank that dies does not end it. The ranks meet at a store on a free port of the loopback interface.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class MultiprocessStep:
     def result(self) -> StepResult:
         while True:
             index, result = self._ranks.answer(0)
-            if index == self._index:  # an earlier one was asked for, and its wait interrupted
+            if index == self._index:  # else of an earlier request, whose wait was interrupted
                 return result
 
 
 class MultiprocessExecutor:
-    """Runs ``tensor_parallel_size`` ranks. The models are loaded when this is made, and the pool with ``reserve``.
+    """Runs ``tensor_parallel_size`` ranks. The constructor loads the models, and ``reserve`` makes the pool.
 
     Attributes:
         memory: how large the pool can be on every rank.
@@ -78,7 +78,7 @@ class MultiprocessExecutor:
         timeout_s = config.rank_timeout_s
         self._encoder = StepEncoder(num_remembered(config))
         num_threads = max(1, torch.get_num_threads() // size)
-        self._store = open_store(LOOPBACK, timeout_s)  # gone with this process
+        self._store = open_store(LOOPBACK, timeout_s)  # ends with this process
         self._ranks = RankProcesses(size, timeout_s, rank_environment(num_threads))
         self._finalizer = weakref.finalize(self, self._ranks.close)
         configs = [rank_config(config, self.device, rank) for rank in range(size)]
@@ -145,14 +145,14 @@ def device_of_ranks(config: EngineConfig) -> torch.device:
 
 
 def rank_environment(num_threads: int) -> dict[str, str]:
-    """Of ranks on one machine: as many threads as there are cores for each, and no port open to the network."""
+    """Variables of ranks on one machine: their number of threads, and no port that is open to the network."""
     interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     network = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", interfaces[0])} if interfaces else {}
     return {"OMP_NUM_THREADS": str(num_threads), **network}
 
 
 def rank_config(config: EngineConfig, device: torch.device, rank: int) -> EngineConfig:
-    """The options of one rank. Ranks plan nothing, so a policy, perhaps of the caller's own script, is not sent."""
+    """The options of one rank. Ranks do not plan, so the policy, perhaps of the caller's own script, is not sent."""
     speculation = config.speculation
     if speculation is not None and speculation.model is not None:
         speculation = dataclasses.replace(speculation, model=resolve_model(speculation.model).absolute())

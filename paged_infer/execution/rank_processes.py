@@ -1,15 +1,15 @@
 """The processes of all ranks on this machine, and a thread that watches them.
 
     engine   control   commands and answers                                      rank
-             pulse     <-- a sign of life every second, or why the rank ends
+             pulse     <-- a heartbeat every second, or why the rank ends
 
 Each is a pair of sockets that only these two processes hold, so that each sees when the other ends. The watcher ends
-all ranks once one of them has ended, or has been silent for too long. Whatever waits for a rank then reads the end of
-its socket: nothing else here needs a time limit. Ranks end by themselves once the engine has ended.
+all ranks once one of them has ended, or has been silent for too long. A thread that waits for a rank then reads the end
+of its socket, so nothing else here needs a timeout. Ranks end by themselves once the engine has ended.
 
 Ranks are new interpreters that inherit two sockets and nothing else: a fork would copy locks that threads hold, and
 CUDA's state, which cannot be copied. ``multiprocessing`` with "spawn" would import the caller's script again, and so
-need a guard in it. They are in sessions of their own, as a terminal's Ctrl-C is for the engine alone.
+need a guard in it. Each is in a session of its own, so that a terminal's Ctrl-C reaches the engine alone.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from typing import Any
 from paged_infer.execution.errors import EngineDeadError, Failure, RankTraceback
 from paged_infer.execution.worker import BEAT_S
 
-START_S = 300.0  # for a rank to import torch, before its first sign of life
-GRACE_S = 1.0  # for ranks to report, once one has ended: the first cause is sought
+START_S = 300.0  # for a rank to import torch, before its first heartbeat
+GRACE_S = 1.0  # once one rank has ended, for the others to report: the earliest failure is the cause
 END_S = 2.0  # for a rank to end by itself
 MODULE = "paged_infer.execution.worker"
 
 
 class RankProcesses:
-    """Starts ``size`` ranks. ``close`` ends them, also those that have been stopped.
+    """Starts ``size`` ranks. ``close`` ends them, stopped ones (SIGSTOP) included.
 
     Args:
-        timeout_s: how long a rank may give no sign of life.
-        environment: variables of the ranks besides those of this process.
+        timeout_s: the longest time between two heartbeats of a rank.
+        environment: variables of the ranks, in addition to those of this process.
     """
 
     def __init__(self, size: int, timeout_s: float, environment: dict[str, str]) -> None:
@@ -132,7 +132,7 @@ class RankProcesses:
         return RankTraceback(self._traceback) if self._traceback else None
 
     def close(self) -> None:
-        """From any thread: end all ranks, and what waits for them."""
+        """From any thread: end all ranks, and the calls that wait for them."""
         self._is_closing = True
         try:
             self._end(END_S)
@@ -158,12 +158,12 @@ class RankProcesses:
         pulses = {pulse: rank for rank, pulse in enumerate(self._pulses)}
         now = time.monotonic()
         silent_from = [now + START_S] * self.size  # when a rank's silence begins to count
-        failures: dict[int, Failure | None] = {}  # None: it ended without a word
+        failures: dict[int, Failure | None] = {}  # None: it ended without a report
         while not failures:
             before = time.monotonic()
             ready = wait(list(pulses), beat_s)
             now = time.monotonic()
-            if now - before > 2 * beat_s + 1:  # this process was stopped, and perhaps the ranks, too
+            if now - before > 2 * beat_s + 1:  # this process was stopped; the ranks may have been, too
                 silent_from = [max(one, now) for one in silent_from]
             for pulse in ready:
                 assert isinstance(pulse, Connection)
@@ -187,10 +187,10 @@ class RankProcesses:
 
     def _silence(self, ranks: ReadOnlyList[int]) -> Exception:
         shown = ", ".join(f"{rank} (process {self._processes[rank].pid})" for rank in ranks)
-        return EngineDeadError(f"rank {shown} has given no sign of life for distributed_timeout={self.timeout_s:g} s")
+        return EngineDeadError(f"rank {shown} has sent no heartbeat for distributed_timeout={self.timeout_s:g} s")
 
     def _first_failure(self, pulses: dict[Connection, int], failures: dict[int, Failure | None]) -> Exception:
-        """One rank's end makes the others fail, too. A signal, or else the earliest error, came first."""
+        """The end of one rank makes the others fail. The cause is a signal, or else the earliest error."""
         deadline = time.monotonic() + GRACE_S
         while len(failures) < self.size and (left_s := deadline - time.monotonic()) > 0:
             for pulse in wait([pulse for pulse, rank in pulses.items() if rank not in failures], left_s):

@@ -6,7 +6,7 @@
 
 The actors are the same ``Worker`` that "mp" runs, and meet at a store on rank 0's machine. Every machine needs the
 model under the same path. A rank that dies ends the calls that wait for it; one that hangs makes another wait in a
-collective, which ends after ``distributed_timeout``. While the engine is idle nothing is watched.
+collective, which ends after ``distributed_timeout``. An idle engine does not watch its ranks.
 
 Without ``RAY_ADDRESS``, or a cluster that ``ray.init`` of the caller has joined, Ray starts one on this machine.
 """
@@ -32,7 +32,7 @@ from paged_infer.execution.step_delta import StepEncoder
 from paged_infer.execution.worker import Setup, Worker, num_remembered, open_store
 
 PLACED_S = 60.0  # for the cluster to find room
-GRACE_S = 1.0  # for ranks to fail, once one has: the first cause is sought
+GRACE_S = 1.0  # once one rank has failed, for the others to fail: one that has died is the cause
 
 
 class RayWorker(Worker):
@@ -125,7 +125,7 @@ class RayExecutor:
         return RayStep(step.index, self, [actor.launch.remote(delta) for actor in self.actors])
 
     def get(self, references: list[Any], others: ReadOnlyList[Any] = ()) -> list[Any]:
-        """The answers. The first error of a rank ends all; ``others``: where its cause may be, besides."""
+        """The answers. The first error of a rank ends all ranks. ``others``: calls that may have its cause, too."""
         import ray
 
         waiting = list(references)
@@ -140,7 +140,7 @@ class RayExecutor:
         raise type(self._error)(*self._error.args)
 
     def _first_cause(self, error: Exception, references: list[Any]) -> Exception:
-        """One rank's end makes the others fail, too. A rank that has died came first."""
+        """The end of one rank makes the others fail. A rank that has died is the cause."""
         import ray
 
         ended, _ = ray.wait(references, num_returns=len(references), timeout=GRACE_S)

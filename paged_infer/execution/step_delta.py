@@ -1,4 +1,4 @@
-"""A step as the difference from earlier ones: what a process that has seen those needs to be sent.
+"""A step as its difference from earlier ones, for a process that has received those.
 
 A step lists, for each sequence, its whole block table and how to sample; with penalties, all of its tokens. A sequence
 that decodes needs only its new token, its position, and, every ``block_size`` steps, a block:
@@ -40,7 +40,7 @@ class RowConstants(NamedTuple):
 
 @dataclass(slots=True)
 class _Known:
-    """What both sides know of a sequence."""
+    """What both sides remember of a sequence."""
 
     table: Ints = ()
     constants: RowConstants | None = None

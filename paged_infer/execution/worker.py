@@ -40,8 +40,8 @@ from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.execution.step_delta import Delta, StepDecoder
 from paged_infer.model.parallel import TorchCollective
 
-NUM_IN_FLIGHT = 2  # steps of which the engine may still ask for the result
-BEAT_S = 1.0  # between two signs of life, at most
+NUM_IN_FLIGHT = 2  # steps whose results the engine may still ask for
+BEAT_S = 1.0  # between two heartbeats, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Worker:
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """Where ranks meet: at a port that was free, and of this address alone."""
+    """The store at which ranks meet, on a free port of this address alone."""
     listener = socket.create_server((host, 0))
     return dist.TCPStore(
         host,
@@ -140,12 +140,12 @@ def open_store(host: str, timeout_s: float) -> dist.TCPStore:
 
 
 def num_remembered(config: EngineConfig) -> int:
-    """Sequences whose tables an encoder and its decoders keep: more than run, as a step need not have all of them."""
+    """Sequences whose tables an encoder and its decoders keep: more than run, as a step may leave some out."""
     return 2 * config.max_num_seqs
 
 
 class Pulse:
-    """Signs of life to the engine, from a thread. It also ends the process with the engine, at any moment."""
+    """Sends heartbeats to the engine, from a thread that ends this process as soon as the engine has ended."""
 
     def __init__(self, connection: Connection, beat_s: float = BEAT_S) -> None:
         self._connection, self._beat_s = connection, beat_s
@@ -188,15 +188,14 @@ def run(worker: Worker, control: Connection, pulse: Pulse) -> None:
 
 
 def main(worker: Worker) -> NoReturn:
-    """The program of a rank. Arguments: descriptors of its two sockets, and the seconds between signs of life."""
+    """The program of a rank. Arguments: descriptors of its two sockets, and the seconds between heartbeats."""
     control, pulse = (Connection(int(number)) for number in sys.argv[1:3])
     run(worker, control, Pulse(pulse, float(sys.argv[3])))
     os._exit(0)  # not waiting for libraries that wait for other ranks
 
 
 if __name__ == "__main__":
-    from paged_infer.execution import (
-        worker,
-    )  # not __main__, where no other process would find the classes that it sends
+    # Pickles name the classes of this module, not those of __main__, which no other process would find.
+    from paged_infer.execution import worker
 
     worker.main(worker.Worker())

@@ -9,7 +9,7 @@ from paged_infer.model.config import ModelConfig
 
 
 def config_of_rank(config: ModelConfig, size: int) -> ModelConfig:
-    """What each of ``size`` ranks computes of the model's layers, whatever its number; the vocabulary stays whole.
+    """The part of the model's layers that each of ``size`` ranks computes: equal for all. The vocabulary stays whole.
 
     Keys and values of fewer heads than ranks are computed, and cached, by several ranks.
 

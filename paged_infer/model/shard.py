@@ -25,7 +25,7 @@ class Shard:
 
     Attributes:
         along: what of the matrix is divided; "rank 0": nothing, and the other ranks hold zeros.
-        units: of rows: how many units each matrix has that is stacked in the tensor. All units have as many rows.
+        units: for rows: how many units each of the stacked matrices has. All units have the same number of rows.
     """
 
     along: Literal["rows", "columns", "rank 0"]
@@ -50,7 +50,12 @@ RANK_0 = Shard("rank 0")
 
 
 def units_of_rank(count: int, rank: int, size: int) -> range:
-    """Of ``count`` units; the last ranks have fewer if they cannot be equal, and one each if there are few."""
+    """Those of one rank. If ``size`` does not divide ``count``, the last ranks have fewer, or none; if it is larger,
+    each rank has one, and several have the same.
+
+    >>> [list(units_of_rank(2, rank, 4)) for rank in range(4)], [len(units_of_rank(5, rank, 3)) for rank in range(3)]
+    ([[0], [0], [1], [1]], [2, 2, 1])
+    """
     if count < size:
         first = rank * count // size
         return range(first, first + 1)
@@ -74,7 +79,7 @@ class Cut:
 
     @classmethod
     def along(cls, shape: tuple[int, ...], dim: int, ranges: Sequence[range], size: int) -> Cut:
-        """Of one dimension."""
+        """Ranges of one dimension; the others are whole."""
         return cls(shape, tuple(tuple(ranges) if i == dim else (range(n),) for i, n in enumerate(shape)), size)
 
     @property

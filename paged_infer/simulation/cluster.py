@@ -89,7 +89,7 @@ def _joined(runs: ReadOnlyList[Run], times: list[TokenTimes]) -> Run:
 class ReceivedPrompts:
     """The cost of a server that gets its prompts' keys and values over a link: it computes last tokens only.
 
-    A preempted request gets them again, for nothing; give such a server a pool that does not preempt.
+    A preempted request gets them again at no cost, so give such a server a pool that does not preempt.
     """
 
     cost_model: CostModel

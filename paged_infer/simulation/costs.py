@@ -65,7 +65,7 @@ class Roofline:
         tensor_parallel: cards that share each layer; ``link`` connects them (None: the card's own).
 
     Raises:
-        ValueError: a value is out of range, or the heads cannot be shared out to so many cards.
+        ValueError: a value is out of range, or the number of cards does not divide the heads.
     """
 
     card: Card

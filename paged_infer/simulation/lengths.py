@@ -71,7 +71,7 @@ class Dataset:
     output: ShortLogNormal
 
     def draw(self, num_output_tokens: int, seed: int, num_samples: int = 1) -> list[RequestLengths]:
-        """So many requests that one sample of each comes to about so many tokens; the same ones for the same seed."""
+        """As many requests as have about ``num_output_tokens``, of one sample each; the same ones for the same seed."""
         rng = random.Random(f"{self.name} {seed}")
         num_requests = max(1, round(num_output_tokens / self.output.mean))
         return [RequestLengths(self.prompt.draw(rng), self.output.draw(rng), num_samples) for _ in range(num_requests)]

@@ -58,7 +58,7 @@ def estimate_pool(
     config = shape.config
     idle = 0 if config.moe is None else config.moe.idle_parameters(config.hidden_size)
     weights = (shape.layer_weights + idle) * cost.weight_bytes + (shape.head_weights + shape.embedding_weights) * width
-    # An MLP's two inputs and their product, and beside them the residual, its sum and the norm of it.
+    # An MLP's two inputs and their product; the residual, its sum and the norm of that.
     activations = max_num_batched_tokens * (3 * config.intermediate_size / cards + 3 * config.hidden_size) * width
     pool = PoolEstimate(
         budget=gpu_memory_utilization * cost.card.memory_bytes,

@@ -80,7 +80,7 @@ class OperatorTable:
         return 1e-6 * microseconds + self.step_overhead_s
 
     def _chunk_us(self, num_tokens: int, num_before: int) -> float:
-        """Of ``num_tokens`` of a prompt after so many earlier ones: between the two measured chunks around it."""
+        """Of ``num_tokens`` of a prompt after ``num_before`` earlier ones, interpolated between two measured chunks."""
         sizes = list(self.chunks)
         index = min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)
         upper = sizes[index]

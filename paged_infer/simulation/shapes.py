@@ -115,7 +115,7 @@ class ModelShape:
         return self.config.num_parameters - self.embedding_weights - self.head_weights - idle
 
     def layer_weights_read(self, num_tokens: int) -> float:
-        """By a step of so many tokens: with experts, all that one of the tokens chooses (routing taken as uniform)."""
+        """Read by a step of ``num_tokens``: of experts, all that any token chooses (routing taken as uniform)."""
         moe = self.config.moe
         if moe is None:
             return self.layer_weights
@@ -133,7 +133,7 @@ class ModelShape:
 
     @cached_property
     def kv_elements(self) -> int:
-        """That a token leaves in the cache of one layer."""
+        """Elements that a token leaves in the cache of one layer."""
         mla = self.config.mla
         return mla.cached_dim if mla is not None else 2 * self.num_kv_heads * self.config.head_dim
 

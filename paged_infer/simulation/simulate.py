@@ -5,7 +5,7 @@
                                         └───────────── settle: one token for each row ◀────────┘
 
 Scheduler, BlockManager and policies are the engine's own; only the model is missing. So admission, chunks, sharing,
-preemption and queues are not modelled but run, and a cost model has one thing to know: how long a step takes.
+preemption and queues are not modelled but run, and a cost model gives one number: how long a step takes.
 Steps follow each other without a gap; a request that arrives during one is seen after it.
 """
 
@@ -73,7 +73,7 @@ class SchedulerOptions:
 
 @dataclass(slots=True)
 class Run:
-    """What became of a workload. ``times`` has its requests in their order.
+    """The result of a workload. ``times`` has its requests in their order.
 
     ``prefix_query_tokens``: of prompts that were looked up in the prefix cache, again after a preemption.
     ``pool_use``: share of the blocks held, averaged over the steps' time; ``peak_pool_use``: the most at once.
@@ -211,7 +211,7 @@ class Server:
             self.step()
 
     def run(self) -> Run:
-        """What became of the requests so far."""
+        """The result of the requests so far."""
         num_blocks, stats = self.scheduler.manager.pool.num_blocks, self.scheduler.stats
         return Run(
             [self.times[index] for index in sorted(self.times)],
@@ -247,8 +247,8 @@ def simulate(
     """Serve the workload; the same numbers on every machine.
 
     Args:
-        concurrency: None: an open loop, requests arrive at their times. Else a closed loop: so many clients, each of
-            which sends the next request when its last one has ended; the workload's times are not used.
+        concurrency: None: an open loop, requests arrive at their times. Else a closed loop of this many clients, each
+            of which sends the next request when its last one has ended; the workload's times are not used.
 
     Raises:
         ValueError: an empty workload, a request that could never be served, or an option out of range.

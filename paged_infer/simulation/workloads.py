@@ -121,5 +121,5 @@ def _ids(ids: Any, num_prompt: int, where: str) -> Iterator[int]:
     for one in ids:
         token_id = as_integer(one)
         if token_id is None or not 0 <= token_id < FIRST_PROMPT:
-            raise ValueError(f"{where}: ids: {one!r} is no token id")
+            raise ValueError(f"{where}: ids: {one!r} is not a token id")
         yield token_id

@@ -214,7 +214,7 @@ def test_when_the_prefill_engine_is_killed_every_request_ends(apart: AsyncLLM) -
     ("options", "message"),
     [
         ({"data_parallel_size": 2}, "data_parallel_size=2: must be 1"),
-        ({"tensor_parallel_size": 2}, "blocks are handed over as wholes"),
+        ({"tensor_parallel_size": 2}, "whole blocks are handed over"),
         ({"enable_prefix_caching": False}, "blocks are handed over to the prefix cache"),
     ],
 )

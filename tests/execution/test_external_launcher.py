@@ -106,7 +106,7 @@ def test_other_options_are_named_on_every_rank_and_a_rank_that_is_killed_is_an_e
     try:
         for rank in ranks:
             assert rank.stdout is not None
-            assert "rank 1 was started with num_blocks=27 and not 26 as rank 0" in rank.stdout.readline()
+            assert "rank 1 was started with num_blocks=27 (rank 0: 26)" in rank.stdout.readline()
         assert ranks[1].stdout is not None and ranks[1].stdout.readline() == "done\n"
         ranks[1].send_signal(signal.SIGKILL)
         _, errors = ranks[0].communicate()

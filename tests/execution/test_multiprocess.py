@@ -206,7 +206,7 @@ def test_a_rank_that_is_stopped_ends_the_engine_within_the_time_limit(swapping: 
     llm.engine.executor._ranks.timeout_s = 3.0
     os.kill(pids[0], signal.SIGSTOP)
     assert thread.join(LIMIT_S)
-    message = rf"rank 0 \(process {pids[0]}\) has given no sign of life for distributed_timeout=3 s"
+    message = rf"rank 0 \(process {pids[0]}\) has sent no heartbeat for distributed_timeout=3 s"
     with pytest.raises(EngineDeadError, match=f"the engine has failed: {message}"):
         thread.check_alive()
     with pytest.raises(EngineDeadError, match=message):
@@ -247,7 +247,7 @@ def faulty(fault: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LLM:
 @pytest.mark.parametrize(
     ("fault", "kind", "message"),
     [
-        ("other options", ValueError, r"rank 1 was started with block_size=8 and not 4 as rank 0"),
+        ("other options", ValueError, r"rank 1 was started with block_size=8 \(rank 0: 4\)"),
         ("out of memory", EngineDeadError, r"rank 1 has failed: OutOfMemoryError: CUDA out of memory"),
         ("killed", EngineDeadError, r"rank 1 \(process \d+\) was ended by SIGKILL while it loaded"),
         ("unreachable", EngineDeadError, r"rank \d has failed: .*(timed out|timeout)"),

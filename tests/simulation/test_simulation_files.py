@@ -36,7 +36,7 @@ def test_a_workload_is_read_in_the_order_of_arrival(tmp_path):
         ({"at": 0, "in": 0, "out": 4}, "entry 1: in=0: must be a number of tokens >= 1"),
         ({"at": 0, "in": 2, "out": 2.5}, r"entry 1: out=2\.5"),
         ({"at": 0, "in": 2, "out": 4, "ids": [1]}, "entry 1: ids: must be a list of in=2 token ids, not 1 of them"),
-        ({"at": 0, "in": 2, "out": 4, "ids": [1, -1]}, "entry 1: ids: -1 is no token id"),
+        ({"at": 0, "in": 2, "out": 4, "ids": [1, -1]}, "entry 1: ids: -1 is not a token id"),
     ],
 )
 def test_a_wrong_entry_is_named_with_its_file(tmp_path, entry, message):

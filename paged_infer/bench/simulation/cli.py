@@ -20,9 +20,9 @@ PARTS = ("mean", "p50", "p90", "p99")
 
 @with_option_groups
 def simulate(server: ServerOptions, figures: Figures = RESULTS) -> None:
-    """Predict a server: the real scheduler, with steps that take as long as a card's data sheet says. No model runs.
+    """Predict a server: the real scheduler, with step times computed from a card's data sheet. No model runs.
 
-    With --records, beside what a real server did with the same workload, as signed relative errors.
+    With --records, also signed relative errors against what a real server did with the same workload.
     """
     from paged_infer.bench.simulation.figure import simulate_figure
     from paged_infer.bench.simulation.prediction import predict

@@ -1,4 +1,4 @@
-"""The picture of a prediction: beside what was measured, over the load, and under other assumptions."""
+"""The picture of a prediction: compared with measurements, over the load, and under other assumptions."""
 
 from __future__ import annotations
 

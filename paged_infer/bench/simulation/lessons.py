@@ -86,7 +86,7 @@ def pool_and_watermark(num_requests: int = 150) -> Lesson:
 
 
 def saturation(num_requests: int = 200) -> Lesson:
-    """Steps a tenth slower than thought: near saturation the first token is late by far more than a tenth."""
+    """Steps a tenth slower than assumed: near saturation the first token is late by far more than a tenth."""
     slow, rows = replace(RTX, share_of_bandwidth=0.81, share_of_peak=0.72), []
     for per_s in (0.5, 1.0, 1.5, 2.0, 3.0, 10.0):
         runs = [simulate(chats(num_requests, per_s), SMALL_POOL, cost) for cost in (RTX, slow)]
@@ -96,7 +96,7 @@ def saturation(num_requests: int = 200) -> Lesson:
 
 
 def chunk_budget(num_requests: int = 150) -> Lesson:
-    """Smaller chunks of prompts: shorter stalls of those that decode, later first tokens."""
+    """Smaller chunks of prompts: shorter stalls of decodes, later first tokens."""
     rows, options = [], SchedulerOptions(num_blocks=20_000)
     for budget in (256, 512, 1024, 2048, 8192):
         run = simulate(chats(num_requests, 8.0), replace(options, max_num_batched_tokens=budget), H100)

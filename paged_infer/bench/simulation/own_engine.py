@@ -1,4 +1,4 @@
-"""This project's engine on this machine, predicted from measured step times, beside what it does.
+"""This project's engine on this machine: predicted from measured step times, and measured.
 
     python -m paged_infer.bench.simulation.own_engine [--model qwen3-30m]
 
@@ -7,8 +7,8 @@ Step times are measured on other requests (another seed) than those that are pre
     step  =  a  +  b tokens of prompts  +  c if there are any  +  d sequences that decode  +  e tokens in the cache
 
 The workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are measured and simulated.
-Steps are recorded beside each load, and each turn has a fit of its own: over minutes this machine's speed moves by more
-than the error that is looked for. Medians over the turns are reported. Run it where nothing else runs.
+Steps are recorded next to each load, and each turn has a fit of its own: over minutes a machine's speed changes by more
+than the errors of interest. Medians over the turns are reported. Run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from paged_infer.simulation.workloads import WorkloadRequest
 
 CLIENTS = (1, 4, 8, 16, 32)
 RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
-SHARE_CLIENTS = (1, 4, 8)  # whose steps are recorded beside them: arrivals have pauses, which are no step's time
+SHARE_CLIENTS = (1, 4, 8)  # whose steps are recorded next to them: arrivals have pauses, which no step takes
 Floats = npt.NDArray[np.float64]
 METRICS = (("makespan", ""), ("ttft", "mean"), ("tpot", "mean"), ("latency", "mean"))
 

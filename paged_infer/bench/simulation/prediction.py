@@ -277,7 +277,7 @@ def _at_loads(one: Setup, workload: list[WorkloadRequest], load: float, advance:
 
 
 def _assumptions(first: Setup, workload: list[WorkloadRequest], run: Run, advance: Advance) -> Iterator[Changed]:
-    """Each assumption changed by as much as one may well be wrong."""
+    """Each assumption, changed by a plausible error."""
     scheduler, cost = first.scheduler, first.cost
     costs: dict[str, Roofline | OperatorTable] = {}
     if isinstance(cost, Roofline):

@@ -85,7 +85,7 @@ def peers(
             llama = LlamaOptions(file, threads, slots, longest, max(lengths["b"]))
             try:
                 if not file.is_file():
-                    raise ValueError(f"llama.cpp needs a GGUF file, and {file.name} is a folder: name one with --gguf")
+                    raise ValueError(f"llama.cpp needs a GGUF file, and {file.name} is none: name one with --gguf")
                 systems[f"{NAME} {file.name}"], versions[NAME] = stack.enter_context(llama_server(llama))
             except ValueError as error:
                 left_out[NAME] = str(error)

@@ -2,7 +2,7 @@
 
 A decode step on a CPU is many small passes over a few rows. Torch needs several operations for each, and has to gather
 scattered keys before it can multiply them. ``kernels.c`` makes one pass for each, and ``paged_decode.c`` reads keys in
-place. They are compiled for the machine at their first use, in a few seconds, and cached in the user's cache folder
+place. They are compiled for the machine at their first use, in about ten seconds, and cached in the user's cache folder
 (``cache.py``). Without a usable cache folder, each process compiles them again. Threads are OpenMP's, from the runtime
 that torch has loaded.
 

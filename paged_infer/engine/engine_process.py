@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paged_infer.control.request import Request
 from paged_infer.engine.engine_core import LAST_STEP_S
-from paged_infer.engine.engine_thread import QueueFullError
+from paged_infer.engine.engine_thread import check_queue
 from paged_infer.engine.output_channel import Delivery, OutputChannel, deliver
 from paged_infer.engine.output_delta import OutputDecoder
 from paged_infer.engine.process_messages import (
@@ -134,11 +134,8 @@ class EngineProcess:
     def _check_accepts(self) -> None:
         """Raises EngineDeadError if the process has ended, and QueueFullError if too many sequences wait."""
         self.check_alive()
-        num_waiting = self._load().waiting
-        if self._max_num_waiting is not None and num_waiting >= self._max_num_waiting:
-            raise QueueFullError(
-                f"{num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
-            )
+        if self._max_num_waiting is not None:
+            check_queue(self._load().waiting, self._max_num_waiting)
 
     def _send(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
         entry = _Entry(request, channel, OutputDecoder(request))
@@ -290,19 +287,11 @@ class EngineProcess:
                 report.outputs.append(entry.decoder.decode(delta))
                 deliveries.append((entry.channel, report.outputs[-1]))
             self.watchdog.begin() if self._entries else self.watchdog.pause()
-        self._observe(report)
+        report.notify(self.observers)
         for loop in deliver(deliveries):  # closed: its readers are gone
             for request_id, entries in list(self._entries.items()):
                 if entries[0].channel.loop is loop:
                     self.abort(request_id)
-
-    def _observe(self, report: StepReport) -> None:
-        for observer in list(self.observers):
-            try:
-                observer(report)
-            except Exception:  # a failed observer must not cost a request its output
-                logger.exception("an observer has failed and is removed")
-                self.observers.remove(observer)
 
     def _oldest(self, request_id: str, is_over: bool) -> _Entry | None:
         entries = self._entries.get(request_id)
@@ -340,7 +329,7 @@ class EngineProcess:
         self._at_exit.cancel()
         if entries:
             failed = [entry.decoder.fail(str(self.error)) for entry in entries]
-            self._observe(StepReport(failed, now=time.perf_counter()))
+            StepReport(failed, now=time.perf_counter()).notify(self.observers)
         deliver([(entry.channel, self._dead()) for entry in entries])
         for call in calls:
             with contextlib.suppress(InvalidStateError):

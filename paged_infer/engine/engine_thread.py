@@ -36,6 +36,12 @@ class QueueFullError(RuntimeError):
     """The queue is full. The same request may be accepted later."""
 
 
+def check_queue(num_waiting: int, max_num_waiting: int) -> None:
+    """Raises QueueFullError if so many sequences wait that no request may be added."""
+    if num_waiting >= max_num_waiting:
+        raise QueueFullError(f"{num_waiting} sequences are already waiting: max_num_waiting={max_num_waiting}")
+
+
 @dataclass(slots=True)
 class _Add:
     request: Request
@@ -103,10 +109,7 @@ class EngineThread:
         """
         with self._wake:
             self.check_alive()
-            if self._num_waiting >= self._max_num_waiting:
-                raise QueueFullError(
-                    f"{self._num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
-                )
+            check_queue(self._num_waiting, self._max_num_waiting)
             self._num_waiting += len(request.sequences)
             self._post(_Add(request, channel, streamed))
 
@@ -271,12 +274,7 @@ class EngineThread:
         for output in report.outputs:
             get = self._channels.pop if output.finished else self._channels.__getitem__
             deliveries.append((get(output.request_id), output))
-        for observer in list(self.observers):
-            try:
-                observer(report)
-            except Exception:  # a failed observer must not cost a request its output
-                logger.exception("an observer has failed and is removed")
-                self.observers.remove(observer)
+        report.notify(self.observers)
         self._deliver(deliveries)  # last: a request's metrics are counted before its reader gets the output
 
     def _deliver(self, deliveries: list[Delivery]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from paged_infer.control.request import Request
 from paged_infer.engine.engine_process import EngineProcess
-from paged_infer.engine.engine_thread import QueueFullError
+from paged_infer.engine.engine_thread import QueueFullError, check_queue
 from paged_infer.engine.output_channel import OutputChannel
 from paged_infer.engine.process_messages import EngineInfo, Stats
 from paged_infer.engine.request_states import StepReport
@@ -104,11 +104,7 @@ class Replicas:
                 if not ready:
                     raise QueueFullError("every replica is being restarted")
                 loads = {i: process.load for i, process in ready.items()}
-                num_waiting = sum(load.waiting for load in loads.values())
-                if num_waiting >= self._max_num_waiting:
-                    raise QueueFullError(
-                        f"{num_waiting} sequences are already waiting: max_num_waiting={self._max_num_waiting}"
-                    )
+                check_queue(sum(load.waiting for load in loads.values()), self._max_num_waiting)
                 try:
                     return ready[self._router.choose(chain, loads)].add(request, channel, streamed)
                 except EngineDeadError:  # it has just ended, and is no longer ready
@@ -175,12 +171,7 @@ class Replicas:
         report.replica = index
         if report.grown:
             self._replicas[index].num_failures = 0
-        for observer in list(self.observers):
-            try:
-                observer(report)
-            except Exception:  # as in EngineThread
-                logger.exception("an observer has failed and is removed")
-                self.observers.remove(observer)
+        report.notify(self.observers)
 
     def _on_end(self, index: int, ended: EngineProcess) -> None:
         """Replace it. Outside of the lock, because a cluster may take minutes to start another."""

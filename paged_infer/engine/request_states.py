@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlyList
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +36,15 @@ class StepReport:
     grown: list[Sequence] = field(default_factory=list)
     now: float = 0.0
     replica: int = 0
+
+    def notify(self, observers: list[Callable[[StepReport], None]]) -> None:
+        """Call each observer. One that raises is removed: it must not cost a request its output."""
+        for observer in list(observers):
+            try:
+                observer(self)
+            except Exception:
+                logger.exception("an observer has failed and is removed")
+                observers.remove(observer)
 
 
 @dataclass(slots=True, eq=False)

@@ -228,13 +228,13 @@ def check_names(options: Iterable[str], known: Collection[str] = ()) -> None:
     """Raises TypeError unless each is one of ``known``, or, if that is empty, a field of ``EngineConfig``."""
     known = known or [field.name for field in dataclasses.fields(EngineConfig)]
     if unknown := [name for name in options if name not in known]:
-        message = unknown_names("unknown option", unknown, known)
         params = {field.name for field in dataclasses.fields(SamplingParams)} - {*known}
-        if strays := [name for name in unknown if name in params]:
-            message = (
-                f"{', '.join(strays)}: a parameter of SamplingParams, for generate(), and not an option; {message}"
-            )
-        raise TypeError(message)
+        strays = [name for name in unknown if name in params]
+        others = [name for name in unknown if name not in params]
+        stray = f"{', '.join(strays)}: a parameter of SamplingParams, for generate(), and not an option"
+        parts = [stray] if strays else []
+        parts += [unknown_names("unknown option", others, known) if others else f"known: {', '.join(known)}"]
+        raise TypeError("; ".join(parts))
 
 
 F = TypeVar("F", bound=Callable[..., Any])

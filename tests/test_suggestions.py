@@ -13,6 +13,7 @@ import torch
 
 from paged_infer import LLM, AsyncLLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from paged_infer.config import EngineConfig
+from paged_infer.control.policies import Chunked
 from paged_infer.control.speculation import SpeculativeConfig
 from paged_infer.kernels import paged_attention_reference
 from paged_infer.kernels.device import device_of
@@ -42,6 +43,11 @@ def test_an_async_llm_also_suggests_options_of_its_own() -> None:
 def test_a_sampling_parameter_among_the_options_is_named_as_one() -> None:
     with pytest.raises(TypeError, match=r"^temperature: a parameter of SamplingParams, for generate\(\)"):
         LLM(temperature=0)
+    with pytest.raises(TypeError) as error:
+        LLM(max_tokens=5)
+    assert "did you mean" not in str(error.value)
+    with pytest.raises(TypeError, match=r"not an option; unknown option max_num_seq \(did you mean max_num_seqs\?\)"):
+        LLM(max_tokens=5, max_num_seq=4)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,7 @@ def test_a_model_that_is_no_name_is_refused(model: object) -> None:
         ("device", 3, "must be a str: auto, cpu, cuda"),
         ("dtype", 16, "must be one of auto, float32, bfloat16, float16"),
         ("preemption_mode", np.array(["swap", "x"]), "must be one of recompute, swap"),
+        ("scheduling_policy", Chunked, "and this is its class: pass Chunked()"),
         ("scheduling_policy", np.array(["static", "x"]), "must be a Policy or one of chunked"),
         ("attention_backend", 3, "must be the name of a backend, or module:function"),
         ("attention_backend", paged_attention_reference, "@register_attention_backend(NAME) gives it one"),
@@ -102,6 +109,8 @@ def test_an_unknown_device_is_refused_with_those_that_there_are() -> None:
         device_of("gpu")
     with pytest.raises(ValueError, match="device='cpuu': must be auto, cpu, cuda, or cuda:N"):
         device_of("cpuu")
+    with pytest.raises(ValueError, match="device='mps': must be auto, cpu, cuda, or cuda:N"):
+        device_of("mps")  # which torch knows, and nothing here runs on
     assert EngineConfig(device=torch.device("cpu"), dtype=torch.float16) == EngineConfig(device="cpu", dtype="float16")
 
 

@@ -76,7 +76,8 @@ def pair_prompts(
         return [(prompt, params) for prompt in each]
     name = "sampling_params" if kind is SamplingParams else "beam_search_params"
     if not isinstance(params, ReadOnlyList) or not all(isinstance(one, kind) for one in params):
-        raise ValueError(f"{name}={params!r}: must be {kind.__name__}, or a list of them")
+        other = "" if kind is BeamSearchParams else "; beam_search() takes BeamSearchParams"
+        raise ValueError(f"{name}={params!r}: must be {kind.__name__}, or a list of them{other}")
     if len(params) != len(each):
         raise ValueError(f"{len(params)} {name} for {len(each)} prompts: pass one for all, or one for each")
     return list(zip(each, params, strict=True))

@@ -15,12 +15,12 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device: torch.device | None = torch.device(name)
     except RuntimeError:
-        meant = ": did you mean cuda?" if name == "gpu" else ""
-        raise ValueError(
-            f"device={name!r}{meant or ':'} must be auto, cpu, cuda, or cuda:N for one of several GPUs"
-        ) from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # "mps", for example: nothing here runs on it
+        meant = ": did you mean cuda?" if name == "gpu" else ":"
+        raise ValueError(f"device={name!r}{meant} must be auto, cpu, cuda, or cuda:N for one of several GPUs")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from paged_infer.control.trace import Trace
 from paged_infer.viz.playground import Playground
 from paged_infer.viz.pool_map import WIDTH_IN, draw_pool_map, pool_map_figure, pool_map_height_in
-from paged_infer.viz.sequence_lives import sequence_lives
+from paged_infer.viz.sequence_lives import check_trace, sequence_lives
 from paged_infer.viz.style import Picture, new_picture
 from paged_infer.viz.timeline import draw_timeline, timeline_figure, timeline_height_in
 
@@ -71,12 +71,14 @@ def explore(trace: Trace, step: int | None = None) -> StepExplorer:
 
 def explore_timeline(trace: Trace, step: int | None = None, *, by: str = "step") -> StepExplorer:
     """The timeline alone, with a cursor; arguments as ``explore`` and ``timeline_figure``."""
+    check_trace(trace)
     start = _fullest(trace) if step is None else step
     return StepExplorer(len(trace.steps), lambda place: timeline_figure(trace, by=by, cursor=place), start)
 
 
 def explore_pool(trace: Trace, step: int | None = None) -> StepExplorer:
     """The pool map alone; arguments as ``explore``."""
+    check_trace(trace)
     start = _fullest(trace) if step is None else step
     return StepExplorer(len(trace.steps), lambda place: pool_map_figure(trace, place), start)
 

@@ -19,7 +19,7 @@ from paged_infer.control.blocks.snapshot import pool_cells as held_or_hashed
 from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.trace import Replay, Trace
 from paged_infer.control.trace_step import Hold
-from paged_infer.viz.sequence_lives import OWNER_COLOURS, owner_colour, sequence_names
+from paged_infer.viz.sequence_lives import OWNER_COLOURS, check_trace, owner_colour, sequence_names
 from paged_infer.viz.style import DPI, FAINT, INK, Picture, add_key, new_picture
 
 WIDTH_IN = 7.4
@@ -68,6 +68,7 @@ def pool_map_figure(trace: Trace, step: int = -1) -> Picture:
 
     The tokens that this step stores count as stored. Cells are in the order of physical blocks.
     """
+    check_trace(trace)
     if not trace.steps:
         raise ValueError("the trace has no steps yet: nothing to draw")
     picture = new_picture(WIDTH_IN, pool_map_height_in(trace))

@@ -70,8 +70,15 @@ class Life:
             self.spans.append(Span(state, place, place, num_tokens if alone else 0, num_found))
 
 
+def check_trace(trace: Trace | None) -> None:
+    """Raises ValueError if nothing was recorded."""
+    if trace is None:
+        raise ValueError("trace=None: this engine records nothing; LLM(trace=True) records every step")
+
+
 def sequence_lives(trace: Trace) -> list[Life]:
     """Every sequence of the trace, by arrival."""
+    check_trace(trace)
     lives = {i: Life(i, name) for i, name in sequence_names(trace).items()}
     for place, (step, replay) in enumerate(zip(trace.steps, trace.replays(), strict=True)):
         failed = step.ended_s is None and step is not trace.steps[-1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from paged_infer import AsyncLLM, LLMEngine, SamplingParams
+from paged_infer import AsyncLLM, BeamSearchParams, LLMEngine, SamplingParams
 from paged_infer.engine.prompts import list_prompts, pair_prompts, plain_prompt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -83,3 +83,5 @@ def test_what_is_no_prompt_is_refused(llm) -> None:
         llm.generate([[5], {"prompt": 5}], use_tqdm=False)
     with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
         pair_prompts({"prompt": "a"}, [GREEDY, GREEDY], SamplingParams)
+    with pytest.raises(ValueError, match=r"must be SamplingParams, .*; beam_search\(\) takes BeamSearchParams"):
+        llm.generate("a", BeamSearchParams(2, 5))  # type: ignore[arg-type]

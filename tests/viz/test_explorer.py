@@ -97,6 +97,12 @@ def test_nothing_is_printed(trace, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("draw", [timeline_figure, pool_map_figure, explore, explore_timeline, explore_pool])
+def test_without_a_trace_the_error_says_how_to_record_one(draw):
+    with pytest.raises(ValueError, match=r"^trace=None: .*LLM\(trace=True\)"):
+        draw(None)
+
+
 def test_any_picture_of_steps_can_be_explored():
     pytest.importorskip("ipywidgets")
     trace, _ = watch(family(), num_blocks=16)

@@ -88,3 +88,10 @@ def test_weights_are_fetched_once_and_not_in_other_formats() -> None:
     others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "pytorch_model.bin"]
     kept = filter_repo_objects(wanted + others, allow_patterns=_FILES, ignore_patterns=_NOT_FILES)
     assert list(kept) == wanted
+
+
+def test_a_misspelt_name_of_a_bundled_model_is_refused_with_the_one_that_may_be_meant(asked: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"known here are storyteller, .*, smollm2 \(did you mean storyteller\?\)$"):
+        resolve_model("stroyteller")
+    with pytest.raises(ValueError, match=r"smollm2$"):
+        resolve_model("gpt2")

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from paged_infer.cli import app
+from paged_infer.kernels.attention_backends import ATTENTION_BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -110,7 +111,17 @@ def test_every_module_that_is_run_exists(path):
         assert importlib.util.find_spec(module) is not None, module
 
 
+@pytest.fixture
+def known_backends():
+    """Those that a text registers are forgotten after it."""
+    before = {**ATTENTION_BACKENDS}
+    yield
+    for name in ATTENTION_BACKENDS.keys() - before.keys():
+        del ATTENTION_BACKENDS[name]
+
+
 @EACH_README
+@pytest.mark.usefixtures("known_backends")
 def test_its_python_runs(path):
     for number, snippet in enumerate(fences(path, "python")):
         code = compile(snippet, f"{path.name}-{number}", "exec")

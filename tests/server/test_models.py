@@ -23,7 +23,7 @@ def test_a_hub_model_is_served_under_the_id_that_was_typed(
     text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = snapshot_of(text_checkpoint, tmp_path)
-    monkeypatch.setattr("paged_infer.llm.resolve_model", lambda model: snapshot)
+    monkeypatch.setattr("paged_infer.engine.engine.resolve_model", lambda model: snapshot)
     with serving(model="owner/name", num_blocks=32) as served:
         assert [one.id for one in served.openai().models.list()] == ["owner/name"]
         answer = served.complete(model="owner/name", prompt="a", max_tokens=1)

@@ -88,4 +88,4 @@ def test_pictures_are_small_pngs(report, tmp_path):
     for name, draw in (("prefill", prefill_figure), ("decode", decode_figure)):
         draw(report).save(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / f"{name}.png").stat().st_size < 100_000
+        assert (tmp_path / f"{name}.png").stat().st_size < 250_000

@@ -17,7 +17,11 @@ def metrics(seconds: float, known: bool = True) -> Metrics:
     times = Percentiles(0.01 * seconds, 0.02 * seconds, 0.03 * seconds) if known else None
     share = 0.1 / seconds if known else None
     return Metrics(
-        seconds, 100 / seconds, 200 / seconds, times, times, times, times, share, share, share, None, None, None
+        seconds,
+        100 / seconds,
+        200 / seconds,
+        **dict.fromkeys(("ttft_s", "tpot_s", "itl_s", "latency_s"), times),
+        **dict.fromkeys(("mbu", "mfu", "floor_share"), share),
     )
 
 

@@ -2,10 +2,11 @@
 
     python -m paged_infer.bench.simulation.own_engine [--model qwen3-30m]
 
-Step times are measured on other requests (another seed) than those that are predicted, and fitted by five features:
+Step times are measured on other requests (another seed) than those that are predicted, and fitted by features:
 
-    step  =  a  +  b tokens of prompts  +  c if there are any  +  d sequences that decode  +  e tokens in the cache
+    a step + any prompt + prompt tokens up to 256 + those beyond + decodes up to 16 + those beyond + cached tokens
 
+Two slopes, because a larger product reaches more of the machine: the hundredth token costs less than the tenth.
 The workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are measured and simulated.
 Steps are recorded next to each load, and each turn has a fit of its own: over minutes a machine's speed changes by more
 than the errors of interest. Medians over the turns are reported. Run it where nothing else runs.
@@ -40,6 +41,7 @@ from paged_infer.simulation.workloads import WorkloadRequest
 CLIENTS = (1, 4, 8, 16, 32)
 RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
 SHARE_CLIENTS = (1, 4, 8)  # whose steps are recorded next to them: arrivals have pauses, which no step takes
+FEW_TOKENS, FEW_SEQUENCES = 256, 16  # from where on one more costs less
 Floats = npt.NDArray[np.float64]
 METRICS = (("makespan", ""), ("ttft", "mean"), ("tpot", "mean"), ("latency", "mean"))
 
@@ -72,7 +74,9 @@ class FittedSteps:
     def features(step: ScheduledStep) -> tuple[float, ...]:
         prompts = [one.num_tokens for one in step.sequences if one.num_tokens > 1]
         num_cached = sum(one.num_computed_tokens for one in step.sequences)
-        return 1.0, sum(prompts), float(bool(prompts)), len(step.sequences) - len(prompts), num_cached
+        num_prompt, num_decodes = sum(prompts), len(step.sequences) - len(prompts)
+        few, several = min(num_prompt, FEW_TOKENS), min(num_decodes, FEW_SEQUENCES)
+        return 1.0, bool(prompts), few, num_prompt - few, several, num_decodes - several, num_cached
 
     @classmethod
     def fit(cls, steps: ReadOnlyList[ScheduledStep], seconds: ReadOnlyList[float]) -> FittedSteps:
@@ -109,7 +113,7 @@ class Load:
 class OwnEngineReport(JsonReport):
     model: str
     repeats: int
-    factors: list[float]  # seconds: a step, a token of a prompt, any prompt, a sequence that decodes, a cached token
+    factors: list[float]  # seconds, of ``FittedSteps.features``
     machine: dict[str, Any]
     loads: list[Load] = field(default_factory=list)
 
@@ -209,9 +213,9 @@ def main(
     with errors(), folder_of(model, load_format) as folder:
         llm = open_llm(folder, load_format=load_format, max_model_len=2 * longest)
         cost, loads = compare(llm.engine, num_requests, shortest, longest, repeats)
-    a, b, c, d, e = (1e6 * factor for factor in cost.factors)
-    print(f"\na step takes {a:.0f} us + {b:.1f} a prompt's token + {c:.0f} if there are any")
-    print(f"+ {d:.1f} a sequence that decodes + {e:.3f} a token in the cache")
+    a, b, c, d, e, f, g = (1e6 * factor for factor in cost.factors)
+    print(f"\na step takes {a:.0f} us + {b:.0f} with a prompt + {c:.1f} a token of it ({d:.1f} beyond {FEW_TOKENS})")
+    print(f"+ {e:.0f} a sequence that decodes ({f:.0f} beyond {FEW_SEQUENCES}) + {g:.3f} a token in the cache")
     rows = []
     for one in loads:
         cells = [f"{one.predicted[m]:.4g} / {one.measured[m]:.4g} ({one.errors[m]:+.1%})" for m in one.predicted]

@@ -190,8 +190,10 @@ def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
         return POLICIES[policy]()
     if not isinstance(policy, Policy):
         known = ", ".join(POLICIES)
-        is_class = isinstance(policy, type) and issubclass(policy, Policy)
-        made = f", and this is its class: pass {policy.__name__}()" if is_class else ""
+        given: object = policy
+        made = ""
+        if isinstance(given, type) and issubclass(given, Policy):
+            made = f", and this is its class: pass {given.__name__}()"
         raise ValueError(f"scheduling_policy={policy!r}: must be a Policy or one of {known}{made}")
     return policy
 

@@ -16,9 +16,11 @@ All other times in outputs are of the rank's own clock: on several machines, use
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -39,6 +41,18 @@ from paged_infer.model.parallel import TorchCollective
 
 LOAD_S = 1800.0  # that one rank may load longer than another
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+
+
+_out_of_step = threading.Event()  # a collective of this process has failed, or was interrupted
+
+
+def _leave() -> None:
+    """End the threads of the process groups before the interpreter ends, which may abort otherwise.
+
+    Not where a collective may still be waiting for another rank: its thread would be waited for, too.
+    """
+    if dist.is_initialized() and not _out_of_step.is_set():
+        dist.destroy_process_group()
 
 
 class LaunchedRank:
@@ -74,6 +88,7 @@ class LaunchedRank:
         with self.one_error():
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+                atexit.register(_leave)
             self._group = dist.new_group(backend="gloo", timeout=timeout)  # for the time, which is on the host
             self._loading = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOAD_S))
             group = dist.new_group(timeout=timeout)
@@ -102,7 +117,10 @@ class LaunchedRank:
             yield
         except (ValueError, EngineDeadError):
             raise
-        except Exception as error:
+        except BaseException as error:
+            _out_of_step.set()
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
             first = (str(error).splitlines() or ["no message"])[0]
             raise EngineDeadError(f"rank {self.rank}: {type(error).__name__}: {first}") from error
 

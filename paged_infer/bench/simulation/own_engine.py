@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Annotated, Any
 
@@ -93,7 +94,11 @@ class FittedSteps:
         rows, times = np.array([cls.features(step) for step in steps]), np.array(seconds)
         factors = non_negative_least_squares(rows / times[:, None], np.ones(len(times)))
         predicted = rows @ factors
-        return cls(non_negative_least_squares(rows / predicted[:, None], times / predicted).tolist())
+        factors = non_negative_least_squares(rows / predicted[:, None], times / predicted)
+        for beyond in (3, 5):  # a second slope of which no step says anything
+            if not rows[:, beyond].any():
+                factors[beyond] = factors[beyond - 1]
+        return cls(factors.tolist())
 
     def seconds(self, step: ScheduledStep) -> float:
         return sum(factor * x for factor, x in zip(self.factors, self.features(step), strict=True))
@@ -132,7 +137,8 @@ def record_steps(engine: LLMEngine, workload: Workload, clients: int | None) -> 
         run = run_engine(engine, workload, num_clients=clients)
     finally:
         del engine.scheduler.schedule
-    return steps[1:], [after - before for before, after in zip(run.step_s, run.step_s[1:], strict=False)]
+    moments = [min(one.arrived_s for one in run.times), *run.step_s]
+    return steps, [after - before for before, after in pairwise(moments)]
 
 
 def numbers(times: Any) -> dict[str, float]:

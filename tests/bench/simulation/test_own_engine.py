@@ -33,6 +33,14 @@ def test_no_factor_is_below_zero():
         FittedSteps.fit(STEPS[:3], seconds[:3])
 
 
+def test_a_slope_that_no_step_shows_is_the_one_before_it():
+    """A step of 900 tokens does not cost what one of 256 does, whatever the measured steps had."""
+    seconds = [1e-3 + 2e-5 * (FittedSteps.features(one)[2]) for one in STEPS[-5:-2] * 3]
+    fit = FittedSteps.fit(STEPS[-5:-2] * 3, seconds)
+    assert fit.seconds(step((0, 900))) - fit.seconds(step((0, 256))) == pytest.approx(644 * fit.factors[2])
+    assert fit.factors[2] > 0
+
+
 def test_every_load_is_predicted_and_measured():
     engine = LLM(max_model_len=32).engine
     cost, loads = compare(engine, num_requests=4, shortest=2, longest=5, repeats=1)

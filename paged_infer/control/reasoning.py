@@ -1,4 +1,4 @@
-"""Where a model's reasoning ends, told from its tokens, and what may come until then and behind it.
+"""Where a model's reasoning ends, found in its tokens, and what may come until then and behind it.
 
                    prompt                     output
     qwen3          ... <think>                t t t t </think> content      the chat template opened it

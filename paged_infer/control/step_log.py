@@ -54,7 +54,7 @@ class Taken(NamedTuple):
 class StepLog:
     """Steps since they were last taken. Unlike a ``Trace`` it starts at any time, and is bounded.
 
-    A log that nobody takes from is full after ``MOST_STEPS``, and the scheduler drops it: it costs nothing more.
+    A log that is not read is full after ``MOST_STEPS``, and the scheduler drops it: it costs nothing more.
     """
 
     def __init__(self, manager: BlockManager) -> None:

@@ -1,10 +1,10 @@
-"""The reasoning of a model, told from its answer while the text grows, and both from the calls of tools.
+"""The reasoning of a model, separated from its answer while the text grows, and both from the calls of tools.
 
     qwen3         <think> reasoning </think> content        or content alone
     deepseek_r1           reasoning </think> content        also with <think> before it
 
 The chat template may have put ``<think>`` into the prompt, or ``<think></think>`` where reasoning is turned off. So
-where an output begins is told from its prompt; see ``control.reasoning``, where the engine does the same with tokens.
+where an output begins depends on its prompt; see ``control.reasoning``, where the engine does the same with tokens.
 """
 
 from __future__ import annotations

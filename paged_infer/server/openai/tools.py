@@ -1,4 +1,4 @@
-"""``tools`` and ``tool_choice``: the functions that an answer may call, and how its calls are told from its text."""
+"""``tools`` and ``tool_choice``: the functions that an answer may call, and how its calls are found in its text."""
 
 from __future__ import annotations
 

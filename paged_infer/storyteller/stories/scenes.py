@@ -26,7 +26,7 @@ INTERLUDES: tuple[str, ...] = (
 )
 
 
-# Countables, and how somebody gets more of them.
+# Countables, and how a person gets more of them.
 SUMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         lexicon.FRUITS,

@@ -8,15 +8,17 @@ Step times are measured on other requests (another seed) than those that are pre
 
 Two slopes, because a larger product reaches more of the machine: the hundredth token costs less than the tenth.
 The workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are measured and simulated.
-Steps are recorded next to each load, and each turn has a fit of its own: over minutes a machine's speed changes by more
-than the errors of interest. Medians over the turns are reported. Run it where nothing else runs.
+A machine's speed changes within seconds by more than the errors of interest. So steps are recorded before and after
+each load, sent in the same way. A turn over all loads has one fit, scaled for each load to the time of the steps beside
+it. Medians over the turns are reported. Run it where nothing else runs.
 """
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import median
 from typing import Annotated, Any
 
@@ -41,7 +43,6 @@ from paged_infer.simulation.workloads import WorkloadRequest
 
 CLIENTS = (1, 4, 8, 16, 32)
 RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
-SHARE_CLIENTS = (1, 4, 8)  # whose steps are recorded next to them: arrivals have pauses, which no step takes
 FEW_TOKENS, FEW_SEQUENCES = 256, 16  # from where on one more costs less
 Floats = npt.NDArray[np.float64]
 METRICS = (("makespan", ""), ("ttft", "mean"), ("tpot", "mean"), ("latency", "mean"))
@@ -66,6 +67,19 @@ def non_negative_least_squares(rows: Floats, values: Floats) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """Measured steps: ``rows`` [steps, features], their ``FittedSteps.features``; ``seconds`` [steps]."""
+
+    rows: Floats
+    seconds: Floats
+
+    @classmethod
+    def joined(cls, parts: Iterable[Recorded]) -> Recorded:
+        all_parts = list(parts)
+        return cls(*(np.concatenate([getattr(one, name) for one in all_parts]) for name in ("rows", "seconds")))
+
+
+@dataclass(frozen=True, slots=True)
 class FittedSteps:
     """Seconds of a step from its features, by least squares over measured steps."""
 
@@ -80,7 +94,7 @@ class FittedSteps:
         return 1.0, bool(prompts), few, num_prompt - few, several, num_decodes - several, num_cached
 
     @classmethod
-    def fit(cls, steps: ReadOnlyList[ScheduledStep], seconds: ReadOnlyList[float]) -> FittedSteps:
+    def fit(cls, recorded: Recorded) -> FittedSteps:
         """Relative errors count, so that steps of one sequence weigh as much as those of many; no factor is below 0.
 
         The errors are relative to what a first fit predicts: relative to the measured time, slow steps would count
@@ -89,9 +103,9 @@ class FittedSteps:
         Raises:
             ValueError: fewer than eight steps.
         """
-        if len(steps) < 8:
-            raise ValueError(f"{len(steps)} steps: at least 8 are needed for a fit")
-        rows, times = np.array([cls.features(step) for step in steps]), np.array(seconds)
+        rows, times = recorded.rows, recorded.seconds
+        if len(rows) < 8:
+            raise ValueError(f"{len(rows)} steps: at least 8 are needed for a fit")
         factors = non_negative_least_squares(rows / times[:, None], np.ones(len(times)))
         predicted = rows @ factors
         factors = non_negative_least_squares(rows / predicted[:, None], times / predicted)
@@ -99,6 +113,11 @@ class FittedSteps:
             if not rows[:, beyond].any():
                 factors[beyond] = factors[beyond - 1]
         return cls(factors.tolist())
+
+    def at_the_speed_of(self, recorded: Recorded) -> FittedSteps:
+        """These factors times one: on a machine whose speed drifts, that of the moment when ``recorded`` was."""
+        speed = recorded.seconds.sum() / (recorded.rows @ self.factors).sum()
+        return FittedSteps([float(speed * factor) for factor in self.factors])
 
     def seconds(self, step: ScheduledStep) -> float:
         return sum(factor * x for factor, x in zip(self.factors, self.features(step), strict=True))
@@ -123,8 +142,11 @@ class OwnEngineReport(JsonReport):
     loads: list[Load] = field(default_factory=list)
 
 
-def record_steps(engine: LLMEngine, workload: Workload, clients: int | None) -> tuple[list[ScheduledStep], list[float]]:
-    """Serve the workload; its steps, and how long each took from the return of the one before."""
+def record_steps(engine: LLMEngine, workload: Workload, arrive_s: ReadOnlyList[float], clients: int | None) -> Recorded:
+    """Serve the workload, and measure its steps.
+
+    A step begins where the one before it returned, or after a pause where the first of its requests arrived.
+    """
     steps: list[ScheduledStep] = []
     schedule = engine.scheduler.schedule
 
@@ -133,12 +155,21 @@ def record_steps(engine: LLMEngine, workload: Workload, clients: int | None) -> 
         return steps[-1]
 
     engine.scheduler.schedule = scheduled  # type: ignore[method-assign]
+    gc.disable()  # the kept steps would cause full collections, which a run that keeps none does not have
     try:
-        run = run_engine(engine, workload, num_clients=clients)
+        run = run_engine(engine, workload, arrive_s, clients)
     finally:
+        gc.enable()
         del engine.scheduler.schedule
-    moments = [min(one.arrived_s for one in run.times), *run.step_s]
-    return steps, [after - before for before, after in pairwise(moments)]
+    first_id = steps[0].sequences[0].sequence_id
+    seconds, begin_s = [], 0.0
+    for step, end_s in zip(steps, run.step_s, strict=True):
+        if clients is None or not begin_s:
+            arrived_s = min(run.times[one.sequence_id - first_id].arrived_s for one in step.sequences)
+            begin_s = max(begin_s, arrived_s)
+        seconds.append(end_s - begin_s)
+        begin_s = end_s
+    return Recorded(np.array(list(map(FittedSteps.features, steps)), float), np.array(seconds))
 
 
 def numbers(times: Any) -> dict[str, float]:
@@ -169,28 +200,26 @@ def compare(
     ways: dict[str, tuple[list[float], int | None]] = {"all at once": (moments, None)}
     ways |= {f"{n} client{'s' * (n > 1)}": (moments, n) for n in CLIENTS}
     most = run_engine(engine, workload, num_clients=CLIENTS[-1])
-    recorded_with = [None, *CLIENTS, *SHARE_CLIENTS]
     for share in RATE_SHARES:
         rate = share * num_requests / most.seconds
         ways[f"{share:g} of the most: {rate:.3g} a second"] = (poisson_moments(num_requests, rate, seed), None)
     costs: list[FittedSteps] = []
     pairs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {name: [] for name in ways}
     for _ in range(repeats):
-        steps: list[ScheduledStep] = []
-        seconds: list[float] = []
+        recorded: dict[str, Recorded] = {}
         served: dict[str, Served] = {}
-        for (name, (arrive_s, clients)), recorded_clients in zip(ways.items(), recorded_with, strict=True):
-            more_steps, more_seconds = record_steps(engine, other, recorded_clients)
-            steps += more_steps
-            seconds += more_seconds
-            served[name] = run_engine(engine, workload, arrive_s, clients)
-        costs.append(FittedSteps.fit(steps, seconds))
         for name, (arrive_s, clients) in ways.items():
+            before = record_steps(engine, other, arrive_s, clients)
+            served[name] = run_engine(engine, workload, arrive_s, clients)
+            recorded[name] = Recorded.joined([before, record_steps(engine, other, arrive_s, clients)])
+        costs.append(FittedSteps.fit(Recorded.joined(recorded.values())))
+        for name, (arrive_s, clients) in ways.items():
+            cost = costs[-1].at_the_speed_of(recorded[name])
             requests = [
                 WorkloadRequest(at_s, len(prompt), params.max_tokens or 1)
                 for at_s, prompt, params in zip(arrive_s, workload.prompts, workload.params, strict=True)
             ]
-            simulated = simulate(requests, options, costs[-1], concurrency=clients)
+            simulated = simulate(requests, options, cost, concurrency=clients)
             pairs[name].append((numbers(simulated.times), numbers(served[name].times)))
     loads = []
     for name, turns in pairs.items():

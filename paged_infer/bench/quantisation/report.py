@@ -109,7 +109,7 @@ def quantisation_figure(report: QuantisationReport) -> Picture:
         tidy_axes(axes, title="output tokens per second", labelsize=8)
         axes.set_xlabel("requests at once", fontsize=8.5, color=INK)
         # Beside the axes, as lines of many engines leave no room between them.
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7.5)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7.5, handlelength=3)
     figure.suptitle(f"{report.model}: {report.texts}" if report.quality else report.model, fontsize=9.5, color=INK)
     return figure
 
@@ -153,5 +153,6 @@ def _name_points(axes: Any, rows: list[Quality]) -> None:
             va="center",
             fontsize=6.5,
             color=INK,
+            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.4},  # over the lines to other names
             arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8},
         )

@@ -1,4 +1,4 @@
-"""What the output of a request has to be: a schema, a pattern, a choice or a grammar. Nothing here imports torch."""
+"""What the output of a request must follow: a schema, a pattern, a choice or a grammar. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ BACKENDS = ("auto", "native", "xgrammar", "llguidance")
 @suggests_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams(Checked):
-    """What the output has to be: exactly one of four. Names and meanings are vLLM's.
+    """What the output must follow: exactly one of json, regex, choice and grammar. Names and meanings are vLLM's.
 
     Args:
         json: a JSON schema, as a dict, True (any document) or JSON text; see ``control.guided.json_schema`` for what
-            is supported and which of all valid documents can come out.
+            is supported and which valid documents can be generated.
         regex: a regular expression that the whole output matches; see ``control.guided.regex``.
-        choice: texts, of which the output is one.
+        choice: a list of strings; the output is one of them.
         grammar: a context-free grammar in the EBNF of the library that reads it: GBNF for xgrammar, Lark for
             llguidance.
-        backend: which program compiles it. "native" is this package's own, in ``control.guided``, without EBNF.
-            "xgrammar" and "llguidance" are libraries (extra ``[guided]``). "auto" is the native one, except for EBNF,
-            schemas that it does not support, and vocabularies of more than 16,384 tokens, for which it is slow: those
-            go to a library that is installed.
+        backend: what compiles it. "native" is this package's own, in ``control.guided``, without EBNF. "xgrammar" and
+            "llguidance" are libraries (extra ``[guided]``). "auto" is "native", except for EBNF, schemas that it does
+            not support, and vocabularies of more than 16,384 tokens, for which it is slow: those go to a library that
+            is installed.
 
     Raises:
-        ValueError: none or several are given, or a value is broken; the message names it. Grammars are compiled, and
-            refused, when a request is made.
+        ValueError: none or several are given, or a value is malformed; the message names it. Grammars are compiled,
+            and refused, when a request is added.
     """
 
     _prefix = "structured_outputs: "
@@ -71,18 +71,18 @@ class StructuredOutputsParams(Checked):
             try:
                 schema = json.loads(schema, parse_constant=_refuse_constant)
             except (ValueError, RecursionError) as error:
-                raise self._refuse("json", f"is no JSON: {error or 'it is nested too deep'}") from None
+                raise self._refuse("json", f"is not valid JSON: {error or 'it is nested too deep'}") from None
         if not isinstance(schema, (Mapping, bool)):
             raise self._refuse("json", "a schema must be an object, or true")
         try:
             text = json.dumps(dict(schema) if isinstance(schema, Mapping) else schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise self._refuse("json", f"is no JSON: {error}") from None
+            raise self._refuse("json", f"is not valid JSON: {error}") from None
         self._keep("json", text)
 
     @property
     def kind(self) -> str:
-        """Which of the four it is."""
+        """Which of json, regex, choice and grammar is given."""
         return next(name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None)
 
     @property
@@ -93,4 +93,4 @@ class StructuredOutputsParams(Checked):
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not in JSON")
+    raise ValueError(f"{name} is not a JSON value")

@@ -70,7 +70,7 @@ def expected(told: LLM) -> list[Any]:
     return generate(told)
 
 
-def test_outputs_follow_their_grammars_and_say_how_they_ended(expected: list[Any]) -> None:
+def test_outputs_follow_their_grammars_and_have_their_finish_reason(expected: list[Any]) -> None:
     for _, text, reason in expected[:4]:
         assert reason == "stop"
         jsonschema.validate(json.loads(text), PERSON)
@@ -127,7 +127,7 @@ def test_the_tokens_are_the_same_however_the_steps_are_cut(name: str, expected: 
         assert llm.stats()["num_accepted_tokens"] > 0
 
 
-def test_baselines_say_the_same(told: LLM, expected: list[Any]) -> None:
+def test_baselines_give_the_same_tokens(told: LLM, expected: list[Any]) -> None:
     assert said(generate_cached(told, PROMPTS, MIXED)) == expected
     assert said(generate_naive(told, PROMPTS[:1], MIXED[0])) == expected[:1]
 
@@ -155,9 +155,9 @@ def test_a_random_model_writes_valid_documents_too(text_checkpoint: Path, make_l
     [
         ({}, "exactly one of json, regex, choice and grammar is needed, not none"),
         ({"json": {}, "regex": "a"}, "is needed, not json, regex"),
-        ({"json": "{"}, "json='{': is no JSON"),
-        ({"json": '{"const": NaN}'}, "NaN is not in JSON"),
-        ({"json": {"const": {1, 2}}}, "is no JSON"),
+        ({"json": "{"}, "json='{': is not valid JSON"),
+        ({"json": '{"const": NaN}'}, "NaN is not a JSON value"),
+        ({"json": {"const": {1, 2}}}, "is not valid JSON"),
         ({"json": [1]}, "a schema must be an object, or true"),
         ({"regex": ""}, "regex='': must be a str that is not empty"),
         ({"regex": 3}, "regex=3: must be a str"),
@@ -174,7 +174,7 @@ def test_parameters_are_checked_by_name(what: dict[str, Any], reason: str) -> No
 
 
 @pytest.mark.parametrize("options", [{"min_tokens": 1}, {"ignore_eos": True}, {"structured_outputs": {"regex": "a"}}])
-def test_what_does_not_go_with_a_grammar_is_refused(options: dict[str, Any]) -> None:
+def test_what_cannot_be_combined_with_a_grammar_is_refused(options: dict[str, Any]) -> None:
     name = next(iter(options))
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{"structured_outputs": StructuredOutputsParams(regex="a"), **options})
@@ -194,7 +194,7 @@ def test_beams_refuse_a_grammar_by_name() -> None:
         ({"regex": "(a|b)*a(a|b){20}"}, "it needs more than 4096 states"),
     ],
 )
-def test_a_grammar_that_cannot_be_compiled_is_refused_at_the_door(told: LLM, what: dict[str, Any], reason: str) -> None:
+def test_a_grammar_that_cannot_be_compiled_is_refused(told: LLM, what: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match="prompt 0: structured_outputs: .*" + re.escape(reason)):
         told.generate(PROMPTS, asked(**what), use_tqdm=False)
     told.check_integrity()
@@ -230,7 +230,7 @@ def test_a_grammar_that_breaks_ends_its_own_request_only(
     told.check_integrity()
 
 
-def test_a_request_that_comes_from_another_process_gets_its_grammar_there(told: LLM, expected: list[Any]) -> None:
+def test_a_request_from_another_process_gets_its_grammar_there(told: LLM, expected: list[Any]) -> None:
     (request,) = told.prepare(PROMPTS[0], MIXED[0])
     sent = pickle.loads(pickle.dumps(request))
     assert sent.sequences[0].matcher is None and request.sequences[0].matcher is not None

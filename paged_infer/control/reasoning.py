@@ -1,19 +1,19 @@
-"""Where a model's reasoning ends, found in its tokens, and what may come until then and behind it.
+"""Where a model's reasoning ends, found in its tokens, and which tokens may come before and after that.
 
                    prompt                     output
     qwen3          ... <think>                t t t t </think> content      the chat template opened it
-                   ...                        <think> t t </think> content  the model opens it; if its first tokens are
-                                              content                       others, there is none
+                   ...                        <think> t t </think> content  the model opens it,
+                                              content                       or does not reason
                    ... <think> </think>       content                       it was turned off
-    deepseek_r1    ...                        t t t t </think> content      also without <think>
+    deepseek_r1    ...                        t t t t </think> content      with or without <think>
 
-Only the turn that is answered counts in a prompt: the tokens behind the last end-of-sequence token.
+Only the last turn of a prompt counts: the tokens after the last end-of-sequence token.
 
 The markers are looked for in the tokens' bytes. So they are found however the model spells them: as one token, as
-several, or with the end of ``</think>`` in a token that goes on behind it (``>\\n``).
+several, or with the end of ``</think>`` in a token that continues after it (``>\\n``).
 
-A ``ReasoningMatcher`` is a ``Matcher`` (``control.guided.grammar``), kept for a sequence like that of a grammar. So
-drafts, rejected ones too, tokens behind a stop string, preemptions and samples of one request need nothing else.
+A ``ReasoningMatcher`` is a ``Matcher`` (``control.guided.grammar``), and a sequence keeps it like one of a grammar. So
+drafts, rollbacks, tokens after a stop string, preemption and several samples of a request need no further code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Part(Enum):
 
 
 class ReasoningFormat(NamedTuple):
-    """The markers, and where an answer begins if there is none in its turn of the prompt."""
+    """The markers, and where an answer begins if the last turn of the prompt has none."""
 
     start: bytes
     end: bytes
@@ -48,13 +48,13 @@ REASONING_PARSERS = {
 
 
 class _State(NamedTuple):
-    """Behind one token of the output.
+    """The state after one token of the output.
 
     Attributes:
-        num_matched: the last bytes that begin a marker: the start in an opening, the end in reasoning.
-        num_thoughts: tokens of the reasoning without those of the start marker.
-        num_before: tokens of the output before its content, once that has begun.
-        has_content: whether a token of text has come since.
+        num_matched: how many of the last bytes begin a marker: the start marker in an opening, the end in reasoning.
+        num_thoughts: reasoning tokens, without those of the start marker.
+        num_before: output tokens before the content, once that has begun.
+        has_content: whether the content has a token of text.
         taker: the grammar's matcher that accepted the token.
     """
 
@@ -72,10 +72,10 @@ class ReasoningParser:
     Args:
         name: one of ``REASONING_PARSERS``.
         vocabulary: the tokens of the model.
-        special_tokens: text and id of tokens that are no text in ``vocabulary``: a marker may be one.
+        special_tokens: text and id of the tokens that have no bytes in ``vocabulary``. A marker may be one of them.
 
     Raises:
-        ValueError: no tokens of the vocabulary say the end marker.
+        ValueError: no tokens of the vocabulary spell the end marker.
     """
 
     def __init__(self, name: str, vocabulary: Vocabulary, special_tokens: Mapping[str, int]) -> None:
@@ -89,7 +89,7 @@ class ReasoningParser:
             if token_id is not None:
                 self.texts[token_id], self.ids[marker] = marker, token_id
         if not self.rest_of_end(0):
-            raise ValueError(f"reasoning_parser={name!r}: no tokens of this tokenizer say {self.end.decode()}")
+            raise ValueError(f"reasoning_parser={name!r}: no tokens of this tokenizer spell {self.end.decode()}")
         self._masks: dict[int, bytes | None] = {}  # see ``within``
         self._openings: dict[int, int] = {}
 
@@ -104,7 +104,7 @@ class ReasoningParser:
         return Part.REASONING if opened > closed else Part.CONTENT
 
     def rest_of_end(self, num_matched: int) -> list[int]:
-        """Tokens that say the end marker behind its first bytes; all of the marker if none say the rest."""
+        """Tokens that spell the end marker after its first bytes; the whole marker if none spell the rest."""
         for text in (self.end[num_matched:], self.end):
             token_ids = [self.ids[text]] if text in self.ids else self.vocabulary.split(text)
             if b"".join(self.texts[i] for i in token_ids) == text:
@@ -116,7 +116,7 @@ class ReasoningParser:
         return (1 << token_id).to_bytes(self.vocabulary.num_mask_bytes, "little")
 
     def within(self, num_matched: int) -> bytes | None:
-        """The mask in reasoning before a grammar: no token that goes on behind the end marker."""
+        """The mask during reasoning if a grammar follows: no token that continues after the end marker."""
         if num_matched not in self._masks:
             begun, over = self.end[:num_matched], 0
             for token_id, text in enumerate(self.texts):
@@ -128,7 +128,7 @@ class ReasoningParser:
         return self._masks[num_matched]
 
     def openers(self, num_matched: int) -> int:
-        """The tokens that go on with the start marker behind its first bytes, as the bits of a mask."""
+        """The tokens that continue the start marker after its first bytes, as the bits of a mask."""
         if num_matched not in self._openings:
             rest = self.start[num_matched:]
             found = (self.ids.get(rest[:n]) for n in range(1, len(rest) + 1))
@@ -137,12 +137,12 @@ class ReasoningParser:
 
 
 class ReasoningMatcher:
-    """Where one sequence is: in its reasoning, or behind it, where its grammar applies, if it has one.
+    """Whether one sequence is in its reasoning or after it, where its grammar applies, if it has one.
 
     Args:
-        parser: of the engine.
+        parser: the engine's.
         first: where the sequence's output begins.
-        grammar: gives a matcher at the beginning of the grammar.
+        grammar: returns a matcher at the beginning of the grammar.
         budget: the most tokens of reasoning; then the end marker is forced. None: no limit.
     """
 
@@ -150,7 +150,7 @@ class ReasoningMatcher:
         self, parser: ReasoningParser, first: Part, grammar: Callable[[], Matcher] | None, budget: int | None
     ) -> None:
         self._parser, self._budget = parser, budget
-        # Of content without reasoning before it, and of content behind reasoning: an opening may become either.
+        # One for content without reasoning, one for content after reasoning: an opening may become either.
         self._direct = None if grammar is None or first is Part.REASONING else grammar()
         self._behind = None if grammar is None or first is Part.CONTENT else grammar()
         self._has_grammar = grammar is not None
@@ -160,18 +160,18 @@ class ReasoningMatcher:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Tokens of the output that are its reasoning, with the markers."""
+        """Output tokens that belong to the reasoning, markers included."""
         state = self._states[-1]
         return {Part.OPENING: 0, Part.REASONING: len(self._states) - 1, Part.CONTENT: state.num_before}[state.part]
 
     @property
     def has_ended(self) -> bool:
-        """Whether there was reasoning in the output, and it has ended."""
+        """Whether the output has had reasoning, and it has ended."""
         return self._states[-1].num_before > 0
 
     @property
     def has_content(self) -> bool:
-        """Whether a token of text has come that is no reasoning."""
+        """Whether the output has a token of text outside the reasoning."""
         return self._states[-1].has_content
 
     # -- Matcher ----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class ReasoningMatcher:
         return self._budget is not None and state.part is Part.REASONING and state.num_thoughts >= self._budget
 
     def _is_direct(self, state: _State) -> bool:
-        """Whether the grammar has accepted all tokens of an opening."""
+        """Whether the output is an opening whose tokens the grammar has accepted, too."""
         return self._direct is not None and (len(self._states) == 1 or state.taker is not None)
 
     def _direct_mask(self, state: _State) -> bytes | None:
@@ -279,7 +279,7 @@ class ReasoningMatcher:
         return None if is_over and self._has_grammar else after
 
     def _reasoning(self, text: bytes, num_thoughts: int = 0) -> _State:
-        """The state once ``text`` has been reasoned, behind the tokens so far."""
+        """The state after ``text`` in the reasoning."""
         end = self._parser.end
         if end[:1] not in text:  # nearly always
             return _State(Part.REASONING, 0, num_thoughts)

@@ -1,6 +1,6 @@
 """Grammars compiled by xgrammar or llguidance, with the interface of ``control.guided.grammar`` (extra ``[guided]``).
 
-Both know all of EBNF and more of JSON schema than ``control.guided``, and make a mask of 150,000 tokens in some
+Both support all of EBNF and more of JSON schema than ``control.guided``, and make a mask of 150,000 tokens in some
 microseconds. They are imported when a request first needs them.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from paged_infer.control.guided.grammar import Grammar, GrammarError
 from paged_infer.control.guided.vocabulary import Vocabulary
 
-# Keywords that xgrammar leaves out without an error: what it generates might not be valid.
+# Keywords that xgrammar ignores without an error, so that its output might not be valid.
 _XGRAMMAR_IGNORES = (
     "multipleOf uniqueItems contains minContains maxContains not if then else oneOf dependentRequired dependentSchemas "
     "propertyNames patternProperties minProperties maxProperties unevaluatedItems"
@@ -29,7 +29,7 @@ class Library(Protocol):
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None: ...
 
     def compile(self, kind: str, text: str) -> Grammar:
-        """``kind``: "json", "regex", "choice" or "grammar"; ValueError if the library refuses the text."""
+        """``kind``: "json", "regex", "choice" or "grammar". Raises ValueError if the library refuses the text."""
 
 
 class Xgrammar:
@@ -60,7 +60,7 @@ class Xgrammar:
             schema = json.loads(text)
             if (keyword := _found(schema, _XGRAMMAR_IGNORES)) is not None:
                 raise ValueError(f"xgrammar: keyword {keyword!r} is not supported")
-            return self.compiler.compile_json_schema(text, any_whitespace=False)  # which has no end
+            return self.compiler.compile_json_schema(text, any_whitespace=False)  # which could go on forever
         if kind == "regex":
             return self.compiler.compile_regex(text)
         if kind == "choice":  # in EBNF, a literal is written as in JSON
@@ -110,7 +110,7 @@ def is_installed(name: str) -> bool:
 
 
 class _LibraryMatcher:
-    """What both matchers have in common: the end, and the bitmask that the library writes to."""
+    """The common part of both matchers: the end, and the bitmask that the library writes to."""
 
     def __init__(self, matcher: Any, vocabulary: Vocabulary, vocab_size: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
@@ -221,7 +221,7 @@ class _LlguidanceMatcher(_LibraryMatcher):
 
 
 class _TokenizerView:
-    """The vocabulary as llguidance reads one. Special tokens and rows without a token get names that are no text."""
+    """The vocabulary in llguidance's form. Special tokens and rows without a token get names that no text contains."""
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
         special = [i for i in range(vocab_size) if i >= len(vocabulary.tokens) or vocabulary.tokens[i] is None]
@@ -229,7 +229,7 @@ class _TokenizerView:
         self.tokens = [*vocabulary.tokens, *[None] * (vocab_size - len(vocabulary.tokens))]
         self.tokens = [f"<|special {i}|>".encode() if text is None else text for i, text in enumerate(self.tokens)]
         self.bos_token_id = None
-        # One that never comes stands in for it where there is none.
+        # If there is none, a token that is never sampled stands in for it.
         self.eos_token_id = min(vocabulary.eos_token_ids, default=special[0] if special else vocab_size - 1)
         self._split = vocabulary.split
 

@@ -62,7 +62,7 @@ def found(first: Part, token_ids: list[int]) -> tuple[Part, int]:
 
 
 @pytest.mark.parametrize("first", Part)
-def test_the_end_is_where_the_text_has_it_and_every_token_can_be_taken_back(first: Part) -> None:
+def test_the_end_is_where_the_text_has_it_and_every_token_can_be_rolled_back(first: Part) -> None:
     rng, seen = random.Random(3), set()
     for _ in range(400):
         matcher = ReasoningMatcher(parser(), first, None, None)
@@ -92,14 +92,14 @@ def test_the_end_is_where_the_text_has_it_and_every_token_can_be_taken_back(firs
         ("<think>a|a</think>yes", Part.CONTENT, Part.CONTENT),
     ],
 )
-def test_the_turn_that_is_answered_decides_how_an_answer_begins(prompt: str, qwen3: Part, deepseek_r1: Part) -> None:
+def test_the_last_turn_of_the_prompt_decides_how_an_answer_begins(prompt: str, qwen3: Part, deepseek_r1: Part) -> None:
     for vocabulary in (WORDS, SPELLED):
         token_ids = [i for turn in prompt.split("|") for i in [EOS, *ids(turn, vocabulary)]][1:]
         assert parser("qwen3", vocabulary).first_part(token_ids) is qwen3
         assert parser("deepseek_r1", vocabulary).first_part(token_ids) is deepseek_r1
 
 
-def test_a_grammar_begins_behind_the_reasoning_on_a_token_of_its_own() -> None:
+def test_a_grammar_begins_after_the_reasoning_on_a_token_of_its_own() -> None:
     matcher = ReasoningMatcher(parser(), Part.REASONING, YES_NO.matcher, None)
     everything = set(range(len(TEXTS)))
     assert everything == everything & set(allowed_ids(matcher.mask() or b"\xff" * 8))
@@ -117,7 +117,7 @@ def test_a_grammar_begins_behind_the_reasoning_on_a_token_of_its_own() -> None:
     assert not matcher.has_ended and matcher.accept(ID[b">"]) and matcher.accept(ID[b"no"]) and matcher.is_finished
 
 
-def test_drafts_with_the_end_in_them_are_cut_where_the_grammar_forbids() -> None:
+def test_drafts_that_end_the_reasoning_are_cut_where_the_grammar_forbids_them() -> None:
     matcher = ReasoningMatcher(parser(), Part.REASONING, YES_NO.matcher, None)
     drafts = [*ids("aa</think>"), ID[b"n"], ID[b"a"]]
     assert num_allowed(matcher, drafts) == 4
@@ -177,6 +177,6 @@ def test_a_marker_may_be_a_special_token() -> None:
     assert matcher.accept(1) and allowed_ids(matcher.mask() or b"") == [2]
 
 
-def test_a_vocabulary_that_cannot_say_the_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="reasoning_parser='qwen3': no tokens of this tokenizer say </think>"):
+def test_a_vocabulary_that_cannot_spell_the_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="reasoning_parser='qwen3': no tokens of this tokenizer spell </think>"):
         ReasoningParser("qwen3", Vocabulary([b"a", b"<", b"/", b">"], [0], 4), {})

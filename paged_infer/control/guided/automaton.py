@@ -1,4 +1,4 @@
-"""Automata over characters: an NFA, the DFA of the same texts, and the DFA of those of a limited length."""
+"""Automata over characters: an NFA, the equivalent DFA, and the DFA of its strings of a limited length."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ MAX_STATES = 4096
 
 @dataclass(slots=True)
 class Automaton:
-    """Over characters. Of each state: its edges (characters, target), and targets that are free. It begins in state 0.
+    """An NFA or DFA over characters, with start state 0.
 
-    A DFA has no free edges, and the characters on the edges of a state have none in common.
+    For each state, ``edges`` lists (characters, target), and ``free`` the targets of its epsilon transitions, which
+    read no character. A DFA has none of these, and the edges of a state have no character in common.
     """
 
     edges: list[list[tuple[Ranges, int]]] = field(default_factory=list)
@@ -58,7 +59,7 @@ def determinised(nfa: Automaton) -> Automaton:
 
 
 def limited(dfa: Automaton, low: int, high: int | None) -> Automaton:
-    """The texts of ``dfa`` that have ``low`` to ``high`` characters: the states count, up to what matters."""
+    """The strings of ``dfa`` that have ``low`` to ``high`` characters. The new states also count characters."""
     counted, place = Automaton(), dict[tuple[int, int], int]()
     waiting = deque[tuple[int, int]]()
 

@@ -1,13 +1,13 @@
 """Sets of characters, and their bytes: in UTF-8, or inside a JSON string.
 
 A set is a sorted tuple of ranges (first, last) of code points, both ends included. Surrogates (U+D800 to U+DFFF) are
-never in a set: they have no UTF-8.
+never in a set, since UTF-8 cannot encode them.
 
-A sequence of byte ranges stands for all strings that have one byte of each:
+A sequence of byte ranges stands for all byte strings with one byte from each range:
 
     U+0080 to U+07FF    [c2-df] [80-bf]
     U+0041 to U+005A    [41-5a]
-    "                   [5c] [22]           in JSON, as a backslash and the quote
+    "                   [5c] [22]           in JSON: a backslash and the quote
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ByteRanges = list[tuple[int, int]]
 Encoding = Callable[[Ranges], Iterator[ByteRanges]]
 
 LAST = 0x10FFFF
-_LENGTH_LIMITS = (0x7F, 0x7FF, 0xD7FF, 0xFFFF, LAST)  # UTF-8 has one length up to each; the third: before surrogates
+_LENGTH_LIMITS = (0x7F, 0x7FF, 0xD7FF, 0xFFFF, LAST)  # the last of 1, 2, 3, 3 and 4 bytes; surrogates follow U+D7FF
 
 
 def ranges_of(pairs: Iterable[tuple[int, int]]) -> Ranges:
@@ -59,10 +59,10 @@ def utf8(ranges: Ranges) -> Iterator[ByteRanges]:
 
 
 def _of_one_length(first: int, last: int) -> Iterator[ByteRanges]:
-    """Characters whose UTF-8 has the same length, as few sequences in which every byte has its own range."""
+    """Characters whose UTF-8 encodings have the same length, as few sequences of one range for each byte."""
     low, high = chr(first).encode(), chr(last).encode()
     for num_following in range(len(low) - 1, 0, -1):
-        size = 1 << 6 * num_following  # characters that have all but the last bytes in common
+        size = 1 << 6 * num_following  # number of characters that differ in the last ``num_following`` bytes only
         if first // size != last // size:
             if first % size:
                 yield from _of_one_length(first, first | size - 1)
@@ -80,7 +80,7 @@ _PLAIN = complement(ranges_of([(0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord(
 
 
 def in_json(ranges: Ranges) -> Iterator[ByteRanges]:
-    """The characters in a JSON string, in one spelling, that of ``json.dumps(..., ensure_ascii=False)``.
+    """The characters in a JSON string, spelled as ``json.dumps(..., ensure_ascii=False)`` does.
 
     A quote, a backslash and control characters are escaped; all others stand for themselves.
     """

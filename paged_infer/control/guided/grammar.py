@@ -1,8 +1,8 @@
-"""What a constrained sequence needs of a grammar, and the grammars that are compiled here.
+"""What a constrained sequence needs from a grammar, and the grammars that are compiled here.
 
     matcher.mask()       the tokens that may come next           before each sample
     matcher.accept(t)    the token that was sampled              after it
-    matcher.rollback(n)  the last n tokens were not              drafts that were tried, tokens behind a stop string
+    matcher.rollback(n)  undo the last n tokens                  rejected drafts, tokens after a stop string
 
 Libraries have the same interface (``sampling.grammar_libraries``).
 """
@@ -24,54 +24,54 @@ MAX_FORCED_BYTES = 256
 
 
 class GrammarError(Exception):
-    """A grammar cannot go on; only its own request fails."""
+    """A grammar cannot continue. Only the request that uses it fails."""
 
 
 class Matcher(Protocol):
-    """Where one sequence is in its grammar."""
+    """The position of one sequence in its grammar."""
 
     @property
     def is_finished(self) -> bool:
         """Whether the text is complete and nothing but an end-of-sequence token can follow."""
 
     def constrains(self, num_ahead: int) -> bool:
-        """Whether a mask up to this many tokens behind the next one may forbid anything."""
+        """Whether the mask of the next token, or of one of the ``num_ahead`` after it, may forbid anything."""
 
     def mask(self) -> bytes | None:
-        """The tokens that may come next, a bit each; see ``control.guided.vocabulary``. None: all of them.
+        """The tokens that may come next, one bit each; see ``control.guided.vocabulary``. None: all of them.
 
         Raises:
-            GrammarError: none may.
+            GrammarError: no token may come next.
         """
 
     def accept(self, token_id: int) -> bool:
-        """Go on behind the token; False, and stay, if it is not allowed."""
+        """Advance by the token. Returns False, and does not advance, if it is not allowed."""
 
     def rollback(self, num_tokens: int) -> None:
-        """Go back to before the last accepted tokens."""
+        """Undo the last ``num_tokens`` accepted tokens."""
 
     def forced(self) -> list[int]:
-        """Tokens of the text that must come next, as far as only one can (jump-forward); accepts nothing."""
+        """The tokens of the text that must come next (jump-forward), up to the first choice. Does not advance."""
 
 
 class Grammar(Protocol):
     """Compiled once, shared by all sequences that follow it."""
 
     def matcher(self) -> Matcher:
-        """A new sequence's place: at the beginning."""
+        """The matcher of a new sequence, at the beginning of the grammar."""
 
 
 class NativeGrammar:
     """A grammar that is compiled here.
 
     Args:
-        kind: "json" (a schema as JSON text), "regex", or "choice" (a JSON list of texts).
+        kind: "json" (a schema as JSON text), "regex", or "choice" (a JSON list of strings).
         text: the grammar.
         vocabulary: the tokens of the model.
 
     Raises:
-        UnsupportedError: it is a JSON schema that a library may know.
-        ValueError: it is broken, no text satisfies it, or it is too large; the message gives the reason.
+        UnsupportedError: a JSON schema that is not supported here, though a library might support it.
+        ValueError: it is malformed, no text satisfies it, or it is too large; the message gives the reason.
     """
 
     def __init__(self, kind: str, text: str, vocabulary: Vocabulary) -> None:
@@ -95,7 +95,7 @@ def _network(kind: str, text: str) -> Network:
 
 
 class NativeMatcher:
-    """See ``Matcher``. It keeps the machine's state after each token, so that going back is free."""
+    """See ``Matcher``. It keeps the machine's state after each token, so that a rollback costs nothing."""
 
     def __init__(self, grammar: NativeGrammar) -> None:
         self._machine, self._vocabulary = grammar.machine, grammar.vocabulary
@@ -149,14 +149,14 @@ class NativeMatcher:
 
 
 def num_allowed(matcher: Matcher, token_ids: ReadOnlyList[int]) -> int:
-    """How many of the tokens, from the first on, the grammar allows after each other; the matcher stays in place."""
+    """How many of the tokens, from the first on, the grammar allows in this order. Does not advance the matcher."""
     number = _advance(matcher, token_ids)
     matcher.rollback(number)
     return number
 
 
 def mask_after(matcher: Matcher, token_ids: ReadOnlyList[int]) -> bytes | None:
-    """The mask after these tokens, as far as they are allowed; the matcher stays in place."""
+    """The mask after these tokens, up to the first that is not allowed. Does not advance the matcher."""
     number = _advance(matcher, token_ids)
     try:
         return matcher.mask()
@@ -165,7 +165,7 @@ def mask_after(matcher: Matcher, token_ids: ReadOnlyList[int]) -> bytes | None:
 
 
 def _advance(matcher: Matcher, token_ids: ReadOnlyList[int]) -> int:
-    """Accept the tokens up to the first that is not allowed; returns their number."""
+    """Accept the tokens before the first that is not allowed. Returns how many."""
     for number, token_id in enumerate(token_ids):
         if not matcher.accept(token_id):
             return number

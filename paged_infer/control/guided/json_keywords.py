@@ -33,7 +33,7 @@ SUPPORTED = (
 
 
 class UnsupportedError(ValueError):
-    """A keyword that this compiler does not support, though a library might."""
+    """A part of a schema that this compiler does not support, though a library might."""
 
 
 def types_of(schema: Mapping[str, Any], where: str) -> list[str]:
@@ -64,10 +64,10 @@ def limits(schema: Mapping[str, Any], fewest: str, most: str, where: str) -> tup
 
 
 def refuse_others(schema: Mapping[str, Any], keyword: str, others: tuple[str, ...], where: str) -> None:
-    """Refuse keywords beside ``keyword`` that would have to hold together with it."""
+    """Refuse other keywords of the schema that would have to hold together with ``keyword``."""
     for other in schema:
         if other != keyword and other not in ANNOTATIONS and other not in others:
-            raise UnsupportedError(f"{where}: keyword {other!r} beside {keyword!r} is not supported")
+            raise UnsupportedError(f"{where}: keyword {other!r} together with {keyword!r} is not supported")
 
 
 def bound(schema: Mapping[str, Any], closed: str, opened: str, tighter: Any, where: str) -> Bound | None:

@@ -1,15 +1,15 @@
-"""A JSON schema to a network: the documents that it describes, in one spelling.
+"""Compile a JSON schema to a network of the documents that it describes, each in one spelling.
 
-What is generated, of all that a schema allows:
+Not every document that a schema allows can be generated:
 
-- properties in the schema's order; optional ones may be left out. Further properties only if ``additionalProperties``
-  is true or a schema, or if ``properties`` is absent; never with the name of a property;
-- between the parts of a document nothing, or one space after a comma or a colon: no text of endless whitespace;
-- characters as themselves, without ``\\u`` escapes where none is needed;
-- numbers without an exponent, of a bounded number of digits (see ``numbers``);
-- a schema without ``type`` allows the types that its keywords are for.
+- properties come in the schema's order; optional ones may be left out. Further properties come only if
+  ``additionalProperties`` is true or a schema, or if ``properties`` is absent, and never under the name of a property;
+- whitespace is at most one space after a comma or a colon, so it cannot go on forever;
+- characters stand for themselves, without ``\\u`` escapes where none is needed;
+- numbers have no exponent and a bounded number of digits (see ``numbers``);
+- a schema without ``type`` allows the types that its keywords apply to.
 
-Each of these is a subset, so every document that comes out is valid. What is not supported is refused by name.
+Each of these gives a subset, so every document that is generated is valid. What is not supported is refused by name.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def json_network(schema: Any) -> Network:
     """The network of the documents that ``schema`` (a dict, or True for any document) describes.
 
     Raises:
-        UnsupportedError: a keyword, format or value that is not supported; the message names it and where it is.
-        ValueError: a schema that is broken, or that nothing satisfies.
+        UnsupportedError: a keyword, format or value that is not supported; the message names it and its location.
+        ValueError: a schema that is malformed, or that nothing satisfies.
     """
     network = Network()
     try:
@@ -53,22 +53,22 @@ def json_network(schema: Any) -> Network:
 
 
 class _Compiler:
-    """Each method adds its part to the network from a given state, and returns the state after it.
+    """Each method adds a part of the schema to the network from a given state, and returns the state after it.
 
-    ``where`` is the part's place in the schema, for errors.
+    ``where`` is the location of that part in the schema, for errors.
     """
 
     def __init__(self, root: Any, network: Network) -> None:
         self.root, self.network = root, network
-        self._rules: dict[str, int] = {}  # by the place of their schema
+        self._rules: dict[str, int] = {}  # by the location of their schema
 
     def value(self, schema: Any, start: int, where: str) -> int:
         if schema is True or schema == {}:
             return self.call("any", {"type": [*KEYWORDS], "additionalProperties": True}, start)
         if schema is False:
-            return self.network.new_state()  # to which nothing leads
+            return self.network.new_state()  # which cannot be reached
         if not isinstance(schema, Mapping):
-            raise ValueError(f"{where}: {shown(schema)} is no schema: must be an object, true or false")
+            raise ValueError(f"{where}: {shown(schema)} is not a schema: must be an object, true or false")
         for keyword in schema:
             if keyword not in SUPPORTED and keyword not in ANNOTATIONS:
                 raise UnsupportedError(f"{where}: keyword {keyword!r} is not supported; known: {', '.join(SUPPORTED)}")
@@ -80,7 +80,7 @@ class _Compiler:
         return self._typed(schema, start, where)
 
     def call(self, name: str, schema: Any, start: int) -> int:
-        """Call the rule of the schema at the place ``name``."""
+        """Call the rule of the schema at the location ``name``; it is compiled at its first call."""
         if name not in self._rules:
             rule = self._rules[name] = self.network.new_rule()
             first, last = self.network.rules[rule]
@@ -92,7 +92,7 @@ class _Compiler:
     def _ref(self, schema: Mapping[str, Any], start: int, where: str) -> int:
         reference = schema["$ref"]
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-            raise UnsupportedError(f"{where}: $ref {shown(reference)} is not supported: only #/... in this schema is")
+            raise UnsupportedError(f"{where}: $ref {shown(reference)} is not supported: only #/... in this schema")
         target = self.root
         for part in reference.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
@@ -101,7 +101,7 @@ class _Compiler:
             elif isinstance(target, Mapping) and part in target:
                 target = target[part]
             else:
-                raise ValueError(f"{where}: $ref {reference!r} leads nowhere: there is no {part!r}")
+                raise ValueError(f"{where}: $ref {reference!r} cannot be resolved: there is no {part!r}")
         return self.call(reference, target, start)
 
     def _anyof(self, schema: Mapping[str, Any], start: int, where: str) -> int:
@@ -113,7 +113,7 @@ class _Compiler:
     def _allof(self, schema: Mapping[str, Any], start: int, where: str) -> int:
         parts = list_of(schema, "allOf", where)
         if len(parts) != 1:
-            raise UnsupportedError(f"{where}: allOf of {len(parts)} schemas is not supported: only of one")
+            raise UnsupportedError(f"{where}: allOf of {len(parts)} schemas is not supported: must be one")
         return self.value(parts[0], start, f"{where}/allOf/0")
 
     def _branch(self, start: int, end: int, schema: Any, where: str) -> None:
@@ -171,7 +171,7 @@ class _Compiler:
             if name not in FORMATS:
                 raise UnsupportedError(f"{where}: format {shown(name)} is not supported; known: {', '.join(FORMATS)}")
             if pattern is not None:
-                raise UnsupportedError(f"{where}: format beside pattern is not supported")
+                raise UnsupportedError(f"{where}: format together with pattern is not supported")
             pattern = FORMATS[name]
         if pattern is None:
             text = any_text()
@@ -223,12 +223,12 @@ class _Compiler:
         others = schema.get("additionalProperties", "properties" not in schema)
         unnamed = [name for name in dict.fromkeys(required) if name not in properties]
         if unnamed and schema.get("additionalProperties") is False:
-            raise ValueError(f"{where}: required {unnamed[0]!r} is no property, and additionalProperties is false")
+            raise ValueError(f"{where}: required {unnamed[0]!r} is not a property, and additionalProperties is false")
         network = self.network
-        none, some = network.literal(start, b"{"), network.new_state()  # before a first property; after one
+        none, some = network.literal(start, b"{"), network.new_state()  # before the first property; after one
         for name, of_name in {**properties, **dict.fromkeys(unnamed, others or True)}.items():
             begin, after = self._either(none, some), network.new_state()
-            escaped = name.replace("~", "~0").replace("/", "~1")  # as in a $ref, so that two places are never one
+            escaped = name.replace("~", "~0").replace("/", "~1")  # as in a $ref, so that locations differ
             colon = self._separator(network.literal(begin, literal(name, where)), b":")
             network.free[self.value(of_name, colon, f"{where}/properties/{escaped}")].append(after)
             if name in required:
@@ -249,7 +249,7 @@ class _Compiler:
         return end
 
     def _either(self, none: int, some: int) -> int:
-        """The state where a property begins."""
+        """The state where a property begins: the first one, or one after a comma."""
         begin = self.network.new_state()
         self.network.free[none].append(begin)
         self.network.free[self._separator(some, b",")].append(begin)

@@ -36,8 +36,8 @@ def any_text() -> Automaton:
 
 
 def other_texts(names: list[str]) -> Automaton:
-    """All texts but these: a trie of the names, with a way out of it at every character."""
-    found = any_text()  # whose state 0 becomes the trie's root
+    """All strings but these: a trie of the names that any other character leaves."""
+    found = any_text()  # its state 0 becomes the trie's root
     found.edges[0] = []
     other, root = found.new_state(), 0
     found.edges[other].append((ANY, other))
@@ -60,11 +60,11 @@ def other_texts(names: list[str]) -> Automaton:
 
 
 def literal(value: Any, where: str) -> bytes:
-    """A value in the spelling of ``in_json``, without spaces."""
+    """A value as ``in_json`` spells it, without spaces."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except ValueError as error:
-        raise ValueError(f"{where}: {shown(value)} is no JSON value: {error}") from None
+        raise ValueError(f"{where}: {shown(value)} is not a JSON value: {error}") from None
 
 
 def value_types(value: Any) -> set[str]:

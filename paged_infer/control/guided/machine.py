@@ -1,20 +1,20 @@
-"""Runs a network byte by byte: its states are made when a text first comes to them, and kept.
+"""Run a network byte by byte. A state of the machine is computed when a text first reaches it, and kept.
 
-A *configuration* is a place in the network with a stack of the places to return to. A state of the machine is all the
-configurations that the bytes so far may have led to (the subset construction, one state at a time). For a regular
-expression there are no stacks, and the machine is its DFA over bytes.
+A *configuration* is a state of the network with a stack of the states to return to. A state of the machine is the set
+of configurations that the bytes so far may have led to (the subset construction, one state at a time). For a regular
+expression the stacks are empty, and the machine is its DFA over bytes.
 
-Bytes that no edge of the network distinguishes are of one class, and a state has one successor for each class.
+Bytes that no edge of the network distinguishes form one class, and a state has one successor for each class.
 """
 
 from __future__ import annotations
 
 from paged_infer.control.guided.network import MAX_DEPTH, Network
 
-MAX_KEPT_STATES = 20_000  # then those that no text is at are forgotten
-MAX_CONFIGURATIONS = 256  # readings of an ambiguous text that are followed; each of them alone can be completed
+MAX_KEPT_STATES = 20_000  # beyond this, states that no sequence is in are dropped
+MAX_CONFIGURATIONS = 256  # parses of an ambiguous text that are followed; each of them alone can be completed
 
-_Stack = tuple["_Stack", int, int]  # what lies below, the place to return to, how many there are; or None
+_Stack = tuple["_Stack", int, int]  # the stack below, the state to return to, the height; or None
 Configuration = tuple[int, _Stack | None]
 
 
@@ -23,9 +23,9 @@ class State:
 
     Attributes:
         is_accepting: the text may end here.
-        successors: of each class of bytes, the state after one of them, or None.
-        loops: bytes that lead back here, as a set.
-        mask: the tokens that may follow, once it is computed; see ``Vocabulary.mask``.
+        successors: for each class of bytes, the state after one of them, or None.
+        loops: the set of bytes that lead back to this state.
+        mask: the tokens that may follow, once computed; see ``Vocabulary.mask``.
     """
 
     __slots__ = ("configurations", "is_accepting", "loops", "mask", "successors")
@@ -39,7 +39,12 @@ class State:
 
 
 class Machine:
-    """Attributes: ``start``, and ``class_of``: of each byte its class."""
+    """Runs one network.
+
+    Attributes:
+        start: the state before the first byte.
+        class_of: the class of each byte.
+    """
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -88,7 +93,7 @@ class Machine:
         return successors
 
     def forced_byte(self, state: State) -> int | None:
-        """The only byte that may follow, if the text may not end here and there is only one."""
+        """The only byte that may follow; None if there are several, or if the text may end here."""
         successors = state.successors or self.expand(state)
         alive = [its_class for its_class, after in enumerate(successors) if after is not None]
         if state.is_accepting or len(alive) != 1 or self._bytes_of[alive[0]].bit_count() != 1:
@@ -100,7 +105,7 @@ class Machine:
         return state.is_accepting and not any(state.successors or self.expand(state))
 
     def _state(self, reached: list[Configuration]) -> State | None:
-        """The state of these configurations and all that they reach without a byte; None if they lead nowhere."""
+        """The state of these configurations and all that they reach without a byte; None for a dead end."""
         network, depths = self._network, self._depths
         last = network.rules[0][1]
         seen = dict.fromkeys(reached)

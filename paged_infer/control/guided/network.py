@@ -1,11 +1,11 @@
 """A grammar as a network of states over bytes, with calls: what a JSON schema or a regular expression is compiled to.
 
-    rule value    0 -"["-> 1 -call value-> 2 -"]"-> 3        a call is an edge that another rule's path takes the
-                  0 -"0"-> 3                                 place of, so brackets of any depth close in pairs
+    rule value    0 -"["-> 1 -call value-> 2 -"]"-> 3        a call stands for a whole path of another rule,
+                  0 -"0"-> 3                                 so brackets match at any depth
 
-(Recursive transition networks, Woods 1970, CACM 13. ``machine`` runs one.) ``depths`` has for each state how many calls
-the shortest way to its rule's end needs, one inside the other. It is infinite where there is no such way. So a path
-that stays within a depth never comes to a dead end, and a grammar that no text satisfies is found here.
+(Recursive transition networks, Woods 1970, CACM 13. ``machine`` runs one.) ``depths`` is, for each state, the least
+number of nested calls with which the end of its rule can be reached, or infinity if it cannot. So a path within a limit
+on depth never runs into a dead end, and a grammar that no text satisfies is found here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from paged_infer.control.guided.automaton import Automaton
 from paged_infer.control.guided.characters import Encoding
 
 MAX_STATES = 60_000
-MAX_DEPTH = 64  # calls inside calls: arrays and objects in each other, and references
+MAX_DEPTH = 64  # nested calls: arrays and objects inside each other, and references
 
 
 class Network:
     """States are integers. Sets of bytes are integers too: bit b stands for byte b.
 
     Attributes:
-        edges: of each state, (bytes, target).
-        free: of each state, targets that take no byte.
-        calls: of each state, (rule, target after it).
-        rules: (first state, last state); the last has no way out. Rule 0 is the whole grammar.
+        edges: for each state, (bytes, target).
+        free: for each state, the targets of its epsilon transitions, which read no byte.
+        calls: for each state, (rule, target after it).
+        rules: (first state, last state); nothing leaves the last. Rule 0 is the whole grammar.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Network:
         return start
 
     def literals(self, start: int, texts: Iterable[bytes]) -> int:
-        """One of the texts; those that begin alike share states."""
+        """One of the texts. Texts with a common prefix share its states."""
         end, begin = self.new_state(), self.new_state()
         self.free[start].append(begin)
         children: dict[tuple[int, int], int] = {}
@@ -78,7 +78,7 @@ class Network:
         return end
 
     def splice(self, start: int, automaton: Automaton, encoding: Encoding) -> int:
-        """The texts of an automaton over characters. Characters that end alike share the states of their last bytes."""
+        """The strings of an automaton over characters. Characters with the same last bytes share states."""
         states = [self.new_state() for _ in automaton.edges]
         end = self.new_state()
         self.free[start].append(states[0])
@@ -102,10 +102,11 @@ class Network:
         return end
 
     def close(self, end: int) -> None:
-        """The grammar is complete, and ends in ``end``: compute ``depths``.
+        """Make ``end`` the end of the grammar, which is complete now, and compute ``depths``.
 
         Raises:
-            ValueError: no text satisfies it, or a rule can call itself before any byte.
+            ValueError: no text satisfies it, it nests too deep, or a rule is left-recursive (can call itself before
+                any byte).
         """
         self.free[end].append(self.rules[0][1])
         self._refuse_circles()
@@ -119,7 +120,7 @@ class Network:
         called = [
             {rule for state in self._reached_free(start) for rule, _ in self.calls[state]} for start, _ in self.rules
         ]
-        while True:  # remove rules that begin with no other rule, until none is left or none can go
+        while True:  # remove rules that can begin with no other rule, until nothing changes
             done = {rule for rule, first in enumerate(called) if not first}
             left = [first - done for first in called]
             if left == called:
@@ -138,7 +139,7 @@ class Network:
         return reached
 
     def _measure(self) -> None:
-        """From the rules' ends backwards, until no state comes nearer."""
+        """Compute ``depths`` from the ends of the rules backwards, until none becomes smaller."""
         before: list[list[int]] = [[] for _ in self.edges]  # states whose depth depends on this one's
         for state in range(len(self.edges)):
             for target in [*self.free[state], *(target for _, target in self.edges[state])]:

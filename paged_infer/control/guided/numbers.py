@@ -1,9 +1,10 @@
-"""JSON numbers within bounds, as automata: digit by digit, compared with the bounds' digits.
+"""JSON numbers within bounds, as automata that compare each digit with the bounds' digits.
 
-    5 <= x <= 123, two digits     first digit 1 to 9; the lower bound has fewer digits, the upper one more: any follow
-                   three          1, tied with the upper bound: then 0 or 1, free of it, or 2, still tied: then 0 to 3
+    5 <= x <= 123, two digits      1 to 9: more digits than the lower bound, fewer than the upper one, so any follow
+                   three digits    1, equal to the upper bound so far: then 0 or 1, and any follow;
+                                   or 2, still equal: then 0 to 3
 
-Numbers have no exponent, and at most 15 significant digits (integers 18): as many as a float64 keeps apart.
+Numbers have no exponent and at most 15 significant digits, as many as a float64 can tell apart (integers: 18).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def number_automaton(low: Bound | None, high: Bound | None, *, is_integer: bool)
 
 
 class _Magnitudes:
-    """Numbers without a sign, in states that count how many digits were read and whether they equal a bound's."""
+    """Numbers without a sign. A state is how many digits were read, and whether they equal those of a bound."""
 
     def __init__(self, automaton: Automaton, low: Bound, high: Bound | None, is_integer: bool) -> None:
         self.automaton, self.low, self.high, self.is_integer = automaton, low, high, is_integer
@@ -56,7 +57,7 @@ class _Magnitudes:
             self.automaton.free[start].append(first)
 
     def _state(self, size: int, place: int, at_low: bool, at_high: bool, is_dotted: bool, end: int) -> int:
-        """Before digit ``place``, with ``size`` of them before the point. ``at_low``: equal to the bound so far."""
+        """The state before digit ``place``, of ``size`` before the point. ``at_low``: equal to that bound so far."""
         key = size, place, at_low, at_high, is_dotted
         if key in self.states:
             return self.states[key]
@@ -84,7 +85,7 @@ class _Magnitudes:
                 yield digit
 
     def _is_within(self, size: int, place: int, at_low: bool, at_high: bool) -> bool:
-        """Whether the digits so far are a number within the bounds."""
+        """Whether the digits so far, as a complete number, are within the bounds."""
         if at_low and (self._rest(self.low, size, place) or self.low.is_open):
             return False
         return not (at_high and self.high is not None and self.high.is_open and not self._rest(self.high, size, place))
@@ -95,7 +96,7 @@ class _Magnitudes:
         return (whole + fraction)[place] if place < size + len(fraction) else "0"
 
     def _rest(self, bound: Bound, size: int, place: int) -> bool:
-        """Whether the bound is more than its first digits."""
+        """Whether the bound has digits other than 0 from ``place`` on."""
         whole, fraction = _digits(bound.value)
         return any(digit != "0" for digit in (whole + fraction)[place:])
 

@@ -1,15 +1,15 @@
-"""Regular expressions to automata over characters: parse, Thompson's NFA, subset construction (Thompson 1968, CACM 11).
+"""Compile regular expressions to DFAs: parse, Thompson's NFA (1968, CACM 11), subset construction.
 
-    a(b|c)*     NFA   0 -a-> 1 -> 2 ;  2 -> 3 -b-> 5 ;  2 -> 4 -c-> 6 ;  5, 6 -> 2        arrows without a letter: free
+    a(b|c)*     NFA   0 -a-> 1 -> 2 ;  2 -> 3 -b-> 5 ;  2 -> 4 -c-> 6 ;  5, 6 -> 2        no letter: epsilon transition
                 DFA   {0} -a-> {1 2 3 4} ;  {1 2 3 4} -b-> {5 2 3 4} ;  ...               a state is a set of NFA states
 
-The subset: literals, ``.``, classes ``[a-z]`` ``[^a-z]``, ``\\d \\w \\s \\D \\W \\S``, ``\\t \\n \\r \\f \\v \\0 \\xHH
+Supported: literals, ``.``, classes ``[a-z]`` ``[^a-z]``, ``\\d \\w \\s \\D \\W \\S``, ``\\t \\n \\r \\f \\v \\0 \\xHH
 \\uHHHH`` and escaped punctuation, groups ``( )`` ``(?: )`` ``(?<name> )`` ``(?P<name> )``, ``|``, ``* + ? {m} {m,}
 {m,n}`` also followed by ``?`` (which changes what is matched, not what matches), ``^`` at the start of the pattern and
 ``$`` at its end. Anything else is refused by name.
 
-Python and ECMAScript read some of these differently beyond ASCII. Here a pattern stands for the texts that match by
-both: ``\\d`` and ``\\w`` are ASCII, ``\\D`` and ``\\W`` are too, ``.`` is no line terminator, ``\\S`` no Unicode space.
+Python and ECMAScript differ in some of these beyond ASCII. Here a pattern stands for the texts that match in both:
+``\\d \\w \\D \\W`` are ASCII only, ``.`` is not a line terminator, and ``\\S`` is not a Unicode space.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UNICODE_SPACES = (
     (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF),
 )  # fmt: skip
 _ASCII = ranges_of([(0, 0x7F)])
-_NEGATED = {  # what a negated class holds of the characters outside a class escape
+_NEGATED = {  # characters that both languages put outside a class escape
     "d": intersection(complement(_DIGITS), _ASCII),
     "w": intersection(complement(_WORD), _ASCII),
     "s": complement(ranges_of(_UNICODE_SPACES)),
@@ -36,10 +36,10 @@ _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 
 
 def regex_dfa(pattern: str, *, is_searched: bool = False) -> Automaton:
-    """The DFA of the texts that match ``pattern`` as a whole, or with ``is_searched`` anywhere in the text.
+    """The DFA of the texts that match ``pattern`` as a whole, or, with ``is_searched``, contain a match.
 
     Raises:
-        ValueError: the pattern is broken, uses what is not supported, or needs more than ``MAX_STATES`` states; the
+        ValueError: the pattern is malformed, uses what is not supported, or needs more than ``MAX_STATES`` states; the
             message gives the pattern and the reason.
     """
     try:
@@ -50,7 +50,7 @@ def regex_dfa(pattern: str, *, is_searched: bool = False) -> Automaton:
 
 
 class _Parser:
-    """Recursive descent; each method adds its part to the NFA, from a given state, and returns the state after it."""
+    """Recursive descent. Each method adds a part of the pattern to the NFA from a state; returns the state after it."""
 
     def __init__(self, pattern: str, is_searched: bool) -> None:
         self.pattern, self.at, self.is_searched = pattern, 0, is_searched
@@ -83,7 +83,7 @@ class _Parser:
 
     def _union(self, start: int, depth: int = 0) -> int:
         if depth > 100:
-            raise ValueError("more than 100 groups in each other")
+            raise ValueError("more than 100 nested groups")
         end = self.nfa.new_state()
         is_anchored = self.pattern.startswith("^") or self._ends_with_anchor
         while True:
@@ -93,7 +93,7 @@ class _Parser:
             if not self._take("|"):
                 return end
             if is_anchored and not depth:
-                raise ValueError("^ or $ beside | is not supported: put the alternatives in a group, ^(?:a|b)$")
+                raise ValueError("^ or $ next to | is not supported: put the alternatives in a group, ^(?:a|b)$")
 
     def _sequence(self, state: int, depth: int) -> int:
         while self.at < len(self.pattern) and self.pattern[self.at] not in "|)":
@@ -105,7 +105,7 @@ class _Parser:
 
     def _repeated(self, start: int, depth: int) -> int:
         begin = self.at
-        first = self.nfa.new_state()  # so that a loop enters no state of what comes before
+        first = self.nfa.new_state()  # a state of its own, so that a loop does not return to what comes before
         self.nfa.free[start].append(first)
         end = self._atom(first, depth)
         counts = self._counts()
@@ -131,7 +131,7 @@ class _Parser:
         return end
 
     def _counts(self) -> tuple[int, int | None] | None:
-        """The quantifier here, if there is one: (fewest, most)."""
+        """The quantifier here, if there is one: (minimum, maximum)."""
         counts: tuple[int, int | None] | None = None
         for sign, found in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if counts is None and self._take(sign):
@@ -146,7 +146,7 @@ class _Parser:
             if max(counts[0], counts[1] or 0) > MAX_STATES:
                 raise ValueError(f"it needs more than {MAX_STATES} states")
             if counts[1] is not None and counts[1] < counts[0]:
-                raise ValueError(f"quantifier {{{low},{high}}}: its most is below its fewest")
+                raise ValueError(f"quantifier {{{low},{high}}}: its maximum is below its minimum")
         if counts is not None:
             self._take("?")
         return counts
@@ -205,7 +205,7 @@ class _Parser:
         if not is_negated:
             return ranges_of(pairs)
         kept = complement(ranges_of(pairs))
-        for name in names:  # the doubtful ones are outside both [\w] and [^\w]
+        for name in names:  # characters on which the languages differ are in neither [\w] nor [^\w]
             kept = intersection(kept, _CLASSES[name.swapcase()])
         return kept
 

@@ -1,4 +1,4 @@
-"""The tokens that a grammar allows for one sample: plain data, once it is computed."""
+"""The tokens that a grammar allows for one sample: plain data once computed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from paged_infer.control.guided.grammar import Matcher, mask_after
 class TokenMask:
     """A mask that is computed when the sampler asks for it: on a GPU, after the model has been launched.
 
-    A step's masks are computed before its tokens are known, so the matcher is still where the step was planned.
-    Pickled, it is computed first, and so are those after the drafts that ``fixed`` was given.
+    A step's masks are computed before its tokens are known, so the matcher has not moved since the step was planned.
+    Pickling computes it first. Use ``fixed`` before that if masks after drafts are needed in the other process.
 
     Args:
-        matcher: of the sequence.
+        matcher: the sequence's.
         drafts: tokens that come before this sample, and may yet be rejected.
     """
 
@@ -29,10 +29,7 @@ class TokenMask:
 
     @property
     def bits(self) -> bytes | None:
-        """A bit for each token, see ``control.guided.vocabulary``; None if all are allowed.
-
-        b"", which allows nothing, if the grammar fails.
-        """
+        """One bit for each token, see ``control.guided.vocabulary``. None: all are allowed; b"": the grammar failed."""
         if not self._is_known and self._matcher is not None:
             self._is_known = True
             try:
@@ -42,13 +39,13 @@ class TokenMask:
         return self._bits
 
     def after(self, drafts: ReadOnlyList[int]) -> TokenMask:
-        """The mask once these tokens have come, too."""
+        """The mask after these further drafts."""
         if self._matcher is None:
             return self._following[len(drafts) - 1]
         return TokenMask(self._matcher, [*self._drafts, *drafts])
 
     def fixed(self, drafts: ReadOnlyList[int]) -> TokenMask:
-        """The same without the matcher, to be sent to another process; ``drafts`` are those that follow."""
+        """The same without the matcher, to be sent to another process, with the masks after each of ``drafts``."""
         found = TokenMask(None)
         found._bits, found.error = self.bits, self.error
         found._following = [self.after(drafts[:n]).fixed(()) for n in range(1, len(drafts) + 1)]

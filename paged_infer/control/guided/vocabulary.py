@@ -1,11 +1,11 @@
-"""Which tokens may follow: a walk through the trie of all tokens' bytes, along the paths that the machine allows.
+"""Which tokens may follow, by a walk through the trie of all tokens' bytes along the paths that the machine allows.
 
     tokens   a  ab  abc  b        nodes in order     a    ab   abc   b
     trie     a - b - c            depth              0    1    2     0
-             b                    end of subtree     3    3    3     4     from a node that is not allowed, go on there
+             b                    end of subtree     3    3    3     4     where to go on after a forbidden node
 
-A token is any bytes: half a character, or the end of one string and the beginning of the next. Special tokens have
-none, so no grammar allows them. The end-of-sequence tokens are added where the text may end.
+A token can be any bytes: half a character, or the end of one string and the beginning of the next. Special tokens have
+no bytes, so no grammar allows them. The end-of-sequence tokens are allowed where the text may end.
 
 A mask has a bit for each token: token i is bit i % 8 of byte i // 8. It is padded to a multiple of 4 bytes.
 """
@@ -24,7 +24,7 @@ class Vocabulary:
     Args:
         tokens: the bytes of each token id; None or b"" for a special one.
         eos_token_ids: tokens that end a text.
-        size: tokens that the model has logits for, at least ``len(tokens)``.
+        size: number of tokens that the model has logits for, at least ``len(tokens)``.
     """
 
     def __init__(self, tokens: ReadOnlyList[bytes | None], eos_token_ids: Collection[int], size: int) -> None:
@@ -41,13 +41,13 @@ class Vocabulary:
         self._depths: list[int] = []
         self._ends: list[int] = []
         self._ids: list[list[int]] = []
-        self._below: list[int] = []  # the bytes of all nodes below, as a set
+        self._below: list[int] = []  # the set of the bytes of all nodes below
         self._subtree_masks: dict[int, int] = {}
         self.everything = self._packed(ids.values())
         self.eos = sum(1 << token_id for token_id in self.eos_token_ids)
 
     def _build(self) -> None:
-        """The trie; at the first mask, since a library needs none, and 150,000 tokens take a second."""
+        """Build the trie, at the first mask: libraries do without it, and 150,000 tokens take a second."""
         path: list[int] = []  # nodes from the root to the last one
         text_before = b""
 
@@ -75,7 +75,7 @@ class Vocabulary:
         leave(0)
 
     def mask(self, machine: Machine, state: State) -> bytes:
-        """The tokens that may follow. Computed once for each state."""
+        """The tokens that may follow in ``state``; computed once and kept there."""
         if state.mask is None:
             state.mask = self._walk(machine, state)
         return state.mask
@@ -85,7 +85,7 @@ class Vocabulary:
             self._build()
         class_of, expand = machine.class_of, machine.expand
         node_bytes, depths, ends, ids, below = self._bytes, self._depths, self._ends, self._ids, self._below
-        successors = [state.successors or expand(state)] * (self.max_token_bytes + 1)  # at each depth of the path
+        successors = [state.successors or expand(state)] * (self.max_token_bytes + 1)  # for each depth of the path
         bits, wide = bytearray(self.num_mask_bytes), 0
         node, num_nodes = 0, len(node_bytes)
         while node < num_nodes:
@@ -98,7 +98,7 @@ class Vocabulary:
                 bits[token_id >> 3] |= 1 << (token_id & 7)
             if below[node]:
                 successors[depth + 1] = after.successors or expand(after)
-                if not below[node] & ~after.loops:  # whatever is below, the machine stays in this state
+                if not below[node] & ~after.loops:  # the machine stays in this state for all nodes below
                     wide |= self._subtree_mask(node)
                     node = ends[node]
                     continue
@@ -121,7 +121,7 @@ class Vocabulary:
         return bytes(bits)
 
     def split(self, text: bytes) -> list[int]:
-        """``text`` as tokens, the longest first; it ends early where no token fits."""
+        """``text`` as tokens, greedily the longest at each position. Stops where no token fits."""
         found, at = [], 0
         while at < len(text):
             size = next(

@@ -89,7 +89,7 @@ def test_a_schema_admits(schema: Any, valid: str, invalid: str) -> None:
 TREE = {"$ref": "#/$defs/t", "$defs": {"t": {"properties": {"v": {"type": "integer"}, "k": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "required": ["v"], "additionalProperties": False}}}  # fmt: skip  # noqa: E501
 
 
-def test_brackets_of_recursive_schemas_close_in_pairs_and_nest_to_a_bound() -> None:
+def test_brackets_of_recursive_schemas_match_and_nest_to_a_bound() -> None:
     def nested(depth: int) -> str:
         return '{"v":1,"k":[' * depth + '{"v":1}' + "]}" * depth
 
@@ -117,15 +117,15 @@ def test_whitespace_is_at_most_one_space_after_a_comma_or_colon() -> None:
         ({"items": {"not": {}}}, "#/items: keyword 'not'"),
         ({"patternProperties": {}}, "keyword 'patternProperties'"),
         ({"uniqueItems": True}, "keyword 'uniqueItems'"),
-        ({"anyOf": [{}], "type": "string"}, "keyword 'type' beside 'anyOf'"),
-        ({"enum": [1], "minimum": 0}, "keyword 'minimum' beside 'enum'"),
+        ({"anyOf": [{}], "type": "string"}, "keyword 'type' together with 'anyOf'"),
+        ({"enum": [1], "minimum": 0}, "keyword 'minimum' together with 'enum'"),
         ({"allOf": [{}, {}]}, "allOf of 2 schemas"),
         ({"$ref": "other.json"}, 'only #/... in this schema'),
-        ({"$ref": "#/$defs/x"}, "leads nowhere: there is no '$defs'"),
+        ({"$ref": "#/$defs/x"}, "cannot be resolved: there is no '$defs'"),
         ({"$ref": "#"}, "leads back to itself"),
         ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "leads back to itself"),
         ({"type": "string", "format": "hostname"}, 'format "hostname" is not supported; known: date'),
-        ({"type": "string", "format": "date", "pattern": "1"}, "format beside pattern"),
+        ({"type": "string", "format": "date", "pattern": "1"}, "format together with pattern"),
         ({"type": "string", "pattern": "(?=a)"}, "lookahead"),
         ({"type": "string", "maxLength": 100_000}, "maxLength=100000: it needs more than 4096 states"),
         ({"type": "array", "minItems": 100_000}, "more than 60000 states"),
@@ -143,7 +143,7 @@ def test_whitespace_is_at_most_one_space_after_a_comma_or_colon() -> None:
         ({"properties": {}, "required": ["a"], "additionalProperties": False}, "required \"a\""),
         ({"properties": []}, "properties=[] must be an object"),
         ({"required": "a"}, 'required="a" must be a list of strings'),
-        ({"items": 3}, "#/items: 3 is no schema"),
+        ({"items": 3}, "#/items: 3 is not a schema"),
         (False, "nothing satisfies it"),
     ],
     ids=str,

@@ -87,7 +87,7 @@ def test_the_text_may_end_only_where_the_grammar_does() -> None:
     assert matcher.accept(2) and matcher.is_finished  # nothing can follow b
 
 
-def test_going_back_leads_to_the_same_masks() -> None:
+def test_a_rollback_leads_to_the_same_masks() -> None:
     grammar = NativeGrammar("regex", "(a|ba)*é", SMALL)
     matcher, masks = grammar.matcher(), []
     for token_id in (1, 4, 1, 5):
@@ -109,7 +109,7 @@ def test_matchers_of_one_grammar_do_not_disturb_each_other() -> None:
     assert allowed_ids(other.mask()) == [1, 3, 8] and 0 in allowed_ids(one.mask())
 
 
-def test_forced_tokens_spell_the_only_way_on_and_change_nothing(told: Vocabulary) -> None:
+def test_forced_tokens_spell_the_only_continuation_and_change_nothing(told: Vocabulary) -> None:
     tokenizer = Tokenizer.from_pretrained(storyteller.PATH)
     assert tokenizer is not None
     matcher = NativeGrammar("json", json.dumps(SCHEMA), told).matcher()

@@ -39,7 +39,7 @@ def test_it_accepts_what_re_matches(pattern: str) -> None:
         assert accepts(searched, text) == bool(re.search(pattern, text)), text
 
 
-def test_classes_hold_what_both_python_and_ecmascript_read() -> None:
+def test_classes_hold_what_python_and_ecmascript_agree_on() -> None:
     def members(pattern: str, text: str) -> str:
         return "".join(character for character in text if accepts(regex_dfa(pattern), character))
 
@@ -64,10 +64,10 @@ def test_classes_hold_what_both_python_and_ecmascript_read() -> None:
         (r"\p{L}", r"\p is an escape"),
         ("a$b", "$ at 1"),
         ("(^a)", "^ at 1"),
-        ("^a|b", "^ or $ beside |"),
+        ("^a|b", "^ or $ next to |"),
         ("a++", "possessive"),
         ("a{2}{3}", "two quantifiers"),
-        ("a{3,2}", "its most is below its fewest"),
+        ("a{3,2}", "its maximum is below its minimum"),
         ("a{x}", "broken quantifier"),
         ("*a", "nothing to repeat at 0"),
         ("(a", "missing )"),
@@ -147,7 +147,7 @@ def test_in_json_each_character_has_the_spelling_of_json_dumps() -> None:
     assert spelled(ANY, b'"', in_json) == spelled(ANY, b"\n", in_json) == 0
 
 
-def test_sets_are_sets() -> None:
+def test_sets_of_characters_have_unions_intersections_and_complements() -> None:
     vowels, letters = (
         ranges_of((ord(c), ord(c)) for c in "aeiou"),
         ranges_of([(ord("a"), ord("f")), (ord("d"), ord("z"))]),
@@ -157,7 +157,7 @@ def test_sets_are_sets() -> None:
     assert ranges_of([(0xD000, 0xE001)]) == ((0xD000, 0xD7FF), (0xE000, 0xE001))
 
 
-def test_a_network_that_leads_nowhere_or_round_in_circles_is_refused() -> None:
+def test_a_network_without_an_end_or_with_left_recursion_is_refused() -> None:
     network = Network()
     with pytest.raises(ValueError, match="nothing satisfies it"):
         network.close(network.new_state())

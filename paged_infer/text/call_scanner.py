@@ -6,19 +6,19 @@ import json
 
 from paged_infer.text.json_scanner import SPACE, JsonScanner, Phase
 
-ARGUMENTS = ("arguments", "parameters")  # Hermes' name and Llama's
+ARGUMENTS = ("arguments", "parameters")  # the names in Hermes' and Llama's format
 
 
 class CallScanner:
-    """An object with a "name", and "arguments" or "parameters", in any order, and perhaps with other members."""
+    """Reads an object with "name" and with "arguments" or "parameters", in any order; other members are skipped."""
 
     def __init__(self) -> None:
         self._json = JsonScanner()
         self._key = ""  # of the member that is being read
         self._member: list[str] | None = None  # the characters so far of its key, and then of its value
         self._unsent: list[str] = []  # of the arguments
-        self._has_arguments = False  # whether their object has begun
-        self.has_all_arguments = False  # whether it was closed
+        self._has_arguments = False  # whether the object of the arguments has begun
+        self.has_all_arguments = False  # whether it has been closed
         self.name: str | None = None
 
     @property
@@ -27,11 +27,11 @@ class CallScanner:
 
     @property
     def is_certain(self) -> bool:
-        """Whether it is a call, whatever follows: it has a name, and its arguments have begun or it is complete."""
+        """Whether it is a call, whatever follows: its name is known, and its arguments have begun or it is complete."""
         return self.name is not None and (self._has_arguments or self.is_complete)
 
     def take_arguments(self) -> str:
-        """What has come of the arguments since the last call. A complete call without any has ``{}``."""
+        """The text of the arguments since the last call of this method; ``{}`` for a complete tool call without any."""
         if self.is_complete and not self._has_arguments:
             self._has_arguments = True
             return "{}"
@@ -39,7 +39,7 @@ class CallScanner:
         return taken
 
     def feed(self, char: str) -> bool:
-        """Go on by one character; False if no call begins like this. Nothing must be fed after that."""
+        """Read one character. Returns False if no tool call begins like this; do not call it again after that."""
         scanner = self._json
         before, depth = scanner.phase, scanner.depth
         if depth == 0 and char not in SPACE + "{":
@@ -47,7 +47,7 @@ class CallScanner:
         if depth == 1 and before in (Phase.FIRST_KEY, Phase.KEY, Phase.VALUE) and char not in SPACE + "}":
             self._member = []
             if before is Phase.VALUE and self._key in ARGUMENTS:
-                if char != "{" or self._has_arguments:  # no object, or they come twice
+                if char != "{" or self._has_arguments:  # not an object, or given twice
                     return False
                 self._has_arguments = True
         if not scanner.feed(char):

@@ -1,4 +1,4 @@
-"""Check a conversation and fit it to a tokenizer's chat template, so that the template drops no message."""
+"""Check a conversation and adapt it to a tokenizer's chat template, so that the template drops no message."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of an assistant with their arguments as dicts, which is what chat templates expect."""
+    """The tool calls of an assistant's message, with their arguments as dicts, as chat templates expect them."""
     if not isinstance(calls, (list, tuple, type(None))):
         raise ValueError(f"{where} must be a list, not {type(calls).__name__}")
     checked = []
@@ -61,7 +61,7 @@ def _checked_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             try:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}[{index}]: arguments={arguments!r:.80}: is no JSON: {error}") from None
+                raise ValueError(f"{where}[{index}]: arguments={arguments!r:.80}: is not valid JSON: {error}") from None
         if not isinstance(arguments, Mapping):
             raise ValueError(f"{where}[{index}]: arguments={arguments!r:.80}: must be a JSON object")
         checked.append({**call, "function": {**function, "arguments": arguments}})
@@ -79,7 +79,7 @@ def checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_shows_tools(tools: list[dict[str, Any]], render: Callable[..., str]) -> None:
-    """Raises ValueError if the template leaves out a tool. ``render`` applies it to a conversation, with ``tools``."""
+    """Raises ValueError if the template leaves out a tool. ``render`` applies it to a conversation and ``tools``."""
     marked = [{**tool, "function": {**tool["function"], "name": f"{MARK}{i}m"}} for i, tool in enumerate(tools)]
     text = render(tools=marked)
     for index, tool in enumerate(tools):
@@ -89,10 +89,10 @@ def check_shows_tools(tools: list[dict[str, Any]], render: Callable[..., str]) -
 
 
 def check_variables(variables: Mapping[str, Any], template: str, reserved: Container[str]) -> None:
-    """Raises ValueError for a variable that the template does not read, or that is not its own."""
+    """Raises ValueError for a variable that the template does not read, or that is set by the renderer."""
     for name in variables:
         if not isinstance(name, str) or name in reserved or name in ("messages", "self"):
-            raise ValueError(f"chat_template_kwargs: {name!r} is no variable of the chat template's own")
+            raise ValueError(f"chat_template_kwargs: {name!r} is not a variable of the chat template")
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise ValueError(f"chat_template_kwargs: the chat template has no variable {name!r}")
 
@@ -148,9 +148,9 @@ def fitted_messages(
 
 def _first_lost(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> int | None:
     """Index of the first message with content that is missing from the rendered conversation."""
-    # A template may change a content (trim it, cut its reasoning), and a short content may occur in the template's
-    # own text. So render unique marks in place of the contents and of the names of called functions, and look for
-    # those.
+    # A template may change a message's content (trim it, cut its reasoning), and a short content may occur in the
+    # template's own text. So render unique marks in place of the contents and of the names of called functions, and
+    # look for those.
     marks = [f"{MARK}{index}m" if message["content"] else "" for index, message in enumerate(messages)]
     calls = [[f"{MARK}{i}c{j}m" for j, _ in enumerate(m.get("tool_calls", ()))] for i, m in enumerate(messages)]
     try:

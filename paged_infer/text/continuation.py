@@ -17,7 +17,7 @@ def continuation(tokenizer: Tokenizer, prompt_token_ids: Sequence[int], token_id
 
     ``prompt_text(prompt) + continuation(prompt, output)`` equals ``decode(prompt + output)``, which skips special
     tokens, including a BOS that ``encode`` added. This keeps the first space of an output, which a decoder such as
-    Llama's strips when it decodes the output alone; and a character that the prompt begins is part of the output.
+    Llama's strips when it decodes the output alone. A character that begins in the prompt is part of the output.
 
     There is one exception: bytes that are not UTF-8 after a prompt that ends in byte-fallback tokens. The decoder turns
     the whole run into U+FFFD, so text of the prompt changes; the output then begins with that run.
@@ -58,7 +58,7 @@ def prompt_context(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
 
 
 def num_unfinished(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> int:
-    """How many characters at the end of ``text`` stand for an incomplete character, which later tokens may complete.
+    """How many characters at the end of ``text`` stand for an incomplete character that later tokens may complete.
 
     Args:
         text: the decoded ``token_ids``, or the end of it.

@@ -30,7 +30,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 """``tokenizer.ggml.pre`` -> expressions that split a text, one after the other; what lies between matches is a part."""
 
 _NO_TOKENIZER = (None, "none", "no_vocab")
-_REFUSED = ("precompiled_charsmap", "remove_extra_whitespaces", "add_sep_token")  # they change what a text becomes
+_REFUSED = ("precompiled_charsmap", "remove_extra_whitespaces", "add_sep_token")  # they change how a text is encoded
 
 
 def gguf_tokenizer(file: GgufFile) -> Any:
@@ -75,7 +75,7 @@ def gguf_tokenizer(file: GgufFile) -> Any:
     named = {name: token for name, token in special.items() if token is not None}
     template = file.metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
-        raise ValueError(f"tokenizer.chat_template={template!r}: must be a text")
+        raise ValueError(f"tokenizer.chat_template={template!r}: must be a string")
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
@@ -102,11 +102,11 @@ def _byte_level(fields: dict[str, Any], vocabulary: dict[str, int], types: list[
 
 
 def _sentencepiece(fields: dict[str, Any], vocabulary: dict[str, int], types: list[Any], is_gemma: bool) -> Any:
-    """Llama 2's kind: the best of two neighbours' scores is merged first, and unknown characters become bytes."""
+    """Llama 2's kind: the neighbours with the best score are merged first, and unknown characters become bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = _numbers(fields, "scores", len(types))
-    # transformers ranks Gemma's pieces by their ids: the scores of those that were added by hand are not ranks
+    # as transformers does for Gemma: rank pieces by id, since the scores of those added by hand are not ranks
     pieces = [(0.0 if is_gemma else -scores[i], i, piece) for piece, i in vocabulary.items() if types[i] == 1]
     merges = [
         (piece[:cut], piece[cut:])
@@ -141,7 +141,7 @@ def _add_whole_tokens(backend: Any, vocabulary: dict[str, int], types: list[Any]
 
 
 def _add_ends(backend: Any, fields: dict[str, Any], special: dict[str, Any], ids: dict[str, int]) -> None:
-    """The tokens that begin and end each encoded text, by the file or by llama.cpp's default for its kind."""
+    """The tokens that begin and end each encoded text: as the file says, or else llama.cpp's default for its kind."""
     from tokenizers import processors
 
     begins = fields["model"] == "llama" or fields.get("pre") == "llama-bpe"
@@ -170,7 +170,7 @@ def _strings(fields: dict[str, Any], key: str) -> list[str]:
     if values is None:
         raise ValueError(f"tokenizer.ggml: lacks {key!r}")
     if not isinstance(values, list) or not values or not isinstance(values[0], str):
-        raise ValueError(f"tokenizer.ggml.{key}: must be a list of texts")
+        raise ValueError(f"tokenizer.ggml.{key}: must be a list of strings")
     return values
 
 

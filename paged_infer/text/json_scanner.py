@@ -1,4 +1,4 @@
-"""Read JSON character by character, as a stream brings it: is it still JSON, and where in it are we?"""
+"""Read JSON from a stream character by character: is it still valid, and what may come next?"""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class JsonScanner:
         return len(self._open)
 
     def feed(self, char: str) -> bool:
-        """Go on by one character; False if no JSON begins like this. Nothing must be fed after that."""
+        """Read one character. Returns False if no JSON begins like this; do not call it again after that."""
         if self.phase in (Phase.IN_STRING, Phase.IN_KEY):
             return self._in_string(char)
         if self.phase is Phase.IN_SCALAR:

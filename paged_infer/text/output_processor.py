@@ -65,7 +65,7 @@ class OutputProcessor:
         return self._stop_string
 
     def _decode_until(self, num_tokens: int) -> bool:
-        """Decode up to that many output tokens; whether a stop string ends the text there."""
+        """Decode up to that many output tokens. Returns whether a stop string ends the text there."""
         assert self._decoder is not None
         settled = len(self._text)
         visible = self._visible_token_ids()[:num_tokens]
@@ -103,7 +103,7 @@ class OutputProcessor:
         """The sample so far. While it grows, text that may begin a stop string is held back."""
         sequence = self._sequence
         finish_reason, stop_reason = sequence.finish_reason, sequence.stop_reason
-        if self._stop_string is not None:  # found in the text, perhaps in the same step as another end
+        if self._stop_string is not None:  # found in the text, perhaps in the step that also ended the output otherwise
             finish_reason, stop_reason = "stop", self._stop_string
         cumulative = sequence.cumulative_logprob if sequence.is_beam else None
         if self._logprobs is not None:

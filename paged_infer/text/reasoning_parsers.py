@@ -1,10 +1,10 @@
-"""The reasoning of a model, separated from its answer while the text grows, and both from the calls of tools.
+"""Separate reasoning, content and tool calls in a model's output, while its text grows.
 
     qwen3         <think> reasoning </think> content        or content alone
-    deepseek_r1           reasoning </think> content        also with <think> before it
+    deepseek_r1           reasoning </think> content        with or without <think> before it
 
-The chat template may have put ``<think>`` into the prompt, or ``<think></think>`` where reasoning is turned off. So
-where an output begins depends on its prompt; see ``control.reasoning``, where the engine does the same with tokens.
+The chat template may have put ``<think>`` into the prompt, or ``<think></think>`` where reasoning is turned off. So the
+part in which an output begins depends on its prompt. ``control.reasoning`` does the same with tokens, in the engine.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from paged_infer.control.reasoning import Part
 from paged_infer.text.tool_parsers import Delta, ToolParser, num_held
 
 START, END = "<think>", "</think>"
-OPENING, REASONING, CONTENT = (part.value for part in Part)  # where an output begins
+OPENING, REASONING, CONTENT = (part.value for part in Part)  # the part in which an output begins
 
 
 class ReasoningParser:
     """Splits one answer at ``</think>``.
 
     Args:
-        first: where the answer begins: "opening", with ``<think>`` if it has reasoning; "reasoning", with or without
-            ``<think>``; "content", which has none.
+        first: the part in which the answer begins: "opening", where reasoning needs ``<think>``; "reasoning", with or
+            without ``<think>``; or "content", without reasoning.
     """
 
     def __init__(self, first: str) -> None:
         self._place = first
-        self._may_open = first != CONTENT  # whether nothing has come yet but a beginning of <think>
+        self._may_open = first != CONTENT  # whether the text so far can be the beginning of <think>
         self._text = ""  # not processed yet
 
     def feed(self, text: str) -> Delta:
-        """What is certain after this much more of the output."""
+        """What is certain after ``text``, the next piece of the output."""
         return self._split(self._text + text, is_last=False)
 
     def finish(self, text: str = "") -> Delta:
-        """The rest, behind a last ``text``, at the end of the output. Without ``</think>``, all of it is reasoning."""
+        """The rest, at the end of the output, after its last piece. Without ``</think>``, all of it is reasoning."""
         return self._split(self._text + text, is_last=True)
 
     def _split(self, text: str, is_last: bool) -> Delta:
@@ -60,12 +60,12 @@ class ReasoningParser:
 
 
 class AnswerParser:
-    """Both: reasoning first, and calls in the content alone.
+    """Splits one answer into reasoning, content and tool calls, which it looks for in the content only.
 
     Args:
-        reasoning: None if answers have none.
-        tools: None if there are no calls to look for.
-        max_calls: later calls are dropped.
+        reasoning: None if answers have no reasoning.
+        tools: None if there are no tool calls to look for.
+        max_calls: calls after this many are dropped.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class AnswerParser:
         return self._tools is not None and self._tools.num_calls > 0
 
     def feed(self, text: str) -> Delta:
-        """What is certain after this much more of the output."""
+        """What is certain after ``text``, the next piece of the output."""
         found = Delta(text) if self._reasoning is None else self._reasoning.feed(text)
         return found if self._tools is None else self._joined(found.reasoning, self._tools.feed(found.content))
 
     def finish(self, text: str = "") -> Delta:
-        """The rest, behind a last ``text``, at the end of the output."""
+        """The rest, at the end of the output, after its last piece."""
         found = Delta(text) if self._reasoning is None else self._reasoning.finish(text)
         return found if self._tools is None else self._joined(found.reasoning, self._tools.finish(found.content))
 

@@ -1,4 +1,4 @@
-"""The most characters of a text that one token can stand for: a text beyond this bound is refused by its length alone.
+"""The most characters of a text that one token can stand for, so that the length alone can show that it is too long.
 
 The bound must hold for every text. A BPE tokenizer with every byte in its vocabulary loses no character: its tokens
 spell the text, byte by byte or character by character. There is no bound if an unknown word of any length becomes one

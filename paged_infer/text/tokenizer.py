@@ -137,14 +137,14 @@ class Tokenizer:
 
         Raises:
             ValueError: no template, an empty conversation, a message that is malformed or that the template leaves
-                out (the error names its index), tools or a variable that it has no place for, or an error raised by
-                the template.
+                out (the error names its index), tools that it leaves out, a variable that it does not read, or an
+                error raised by the template.
         """
         conversation, described = checked_messages(messages), checked_tools(tools or ())
         if not self._hf.chat_template:
             raise ValueError("this tokenizer has no chat template: pass a prompt to generate() instead of messages")
         own = dict(chat_template_kwargs or {})
-        template = self._hf.chat_template  # a text, or a dict of named ones
+        template = self._hf.chat_template  # a str, or a dict of named templates
         text = template if isinstance(template, str) else "\n".join(template.values())
         check_variables(own, text, inspect.signature(self._hf.apply_chat_template).parameters)
 
@@ -171,7 +171,7 @@ class Tokenizer:
             raise ValueError(f"the chat template fails on these messages: {kind}: {error}") from error
 
     def save(self, folder: Path) -> None:
-        """Write its files, as Hugging Face tokenizers are stored."""
+        """Write its files to ``folder`` in Hugging Face's format."""
         self._hf.save_pretrained(folder)
 
     @property

@@ -1,15 +1,16 @@
-"""Tool calls in a model's output, read while it grows: text in, pieces of content and of calls out.
+"""Parse tool calls in a model's output while it grows: text in, pieces of content and of calls out.
 
     hermes        Let me look. <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>
     llama3_json   {"name": "weather", "parameters": {"city": "Oslo"}}; {"name": ...}
                                                     ^ from here on it is certain that this is a call
 
-What comes out does not depend on how the text is split. A call is certain, and its parts are sent as they come, once
-its name is known and the object of its arguments has begun. What fails to become one before that stays content, every
-character of it. What was sent cannot be taken back: if the arguments then stop being JSON, the rest of the call is sent
-as the model wrote it. Those arguments and unknown names are the client's to check, as with OpenAI and vLLM.
+The result does not depend on how the text is split. A call is certain once its name is known and the object of its
+arguments has begun; from then on its parts are sent as they come. Text that fails to become a call before that is
+content, every character of it. What was sent cannot be taken back: if the arguments turn out not to be valid JSON, the
+rest of the call is sent as the model wrote it. Checking arguments and names is left to the client, as with OpenAI and
+vLLM.
 
-The space before and between calls belongs to the format. Unlike in vLLM, text after a call is content, too.
+Whitespace before and between calls belongs to the format. Unlike in vLLM, text after a call is content, too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from paged_infer.text.json_scanner import SPACE
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """The new part of one call: ``id`` and ``name`` come once, first; ``arguments`` is the next piece of its JSON."""
+    """The new part of one call: ``id`` and ``name`` in its first delta, then pieces of the JSON of its arguments."""
 
     index: int
     id: str | None = None
@@ -53,8 +54,8 @@ class Place(Enum):
     CONTENT = "content"
     BETWEEN = "where a call may begin"
     CALL = "in a call"
-    BROKEN = "in the arguments of a call, which are no JSON"
-    BEHIND = "in what may follow a call in its markers"
+    BROKEN = "in the arguments of a call, which are not valid JSON"
+    BEHIND = "after a call, before its end marker"
 
 
 class ToolParser(ABC):
@@ -65,21 +66,21 @@ class ToolParser(ABC):
     def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
         self._new_id = new_id
         self._text = ""  # not processed yet
-        self._space = ""  # behind the content: not sent until it is known that no call follows
-        self._follows_call = False  # whether nothing but space has come since the last call
-        self._raw = ""  # what was read of a call that is not certain yet
+        self._space = ""  # whitespace after the content: not sent until it is known that no call follows
+        self._follows_call = False  # whether only whitespace has come since the last call
+        self._raw = ""  # the text so far of a call that is not certain yet
         self._call = CallScanner()
-        self._content: list[str] = []  # found by the running ``feed`` or ``finish``
+        self._content: list[str] = []  # found in this ``feed`` or ``finish``
         self._calls: dict[int, ToolCallDelta] = {}  # the same
         self.num_calls = 0
 
     def feed(self, text: str) -> Delta:
-        """What is certain after this much more of the output."""
+        """What is certain after ``text``, the next piece of the output."""
         self._text += text
         return self._run(is_last=False)
 
     def finish(self, text: str = "") -> Delta:
-        """The rest, behind a last ``text``, at the end of the output. Call it once."""
+        """The rest, at the end of the output, after its last piece. Call it once."""
         self._text += text
         delta = self._run(is_last=True)
         return delta if self._follows_call else delta._replace(content=delta.content + self._space)
@@ -91,9 +92,9 @@ class ToolParser(ABC):
         return Delta("".join(self._content), tuple(self._calls.values()))
 
     def _advance(self, is_last: bool) -> bool:
-        """Process some of ``_text``; False if nothing can be done before more of the output has come.
+        """Process some of ``_text``. Returns False if it needs more of the output first.
 
-        ``is_last``: no more will come, so all of it is processed.
+        ``is_last``: the output is complete, so all of it is processed.
         """
         if self.place is Place.CALL:
             return self._read_call(is_last)
@@ -101,14 +102,14 @@ class ToolParser(ABC):
 
     @abstractmethod
     def _read_others(self, is_last: bool) -> bool:
-        """``_advance`` everywhere but in a call."""
+        """``_advance`` outside of calls."""
 
     @abstractmethod
     def _give_up(self) -> None:
-        """What was read since a call seemed to begin is content."""
+        """Make content of what was read since a call seemed to begin."""
 
     def _begin_call(self, raw: str) -> None:
-        """A call may begin here; ``raw`` has been read of it."""
+        """Start to read a possible call, of which ``raw`` was read already."""
         self.place, self._raw, self._call = Place.CALL, raw, CallScanner()
 
     def _read_call(self, is_last: bool) -> bool:
@@ -157,7 +158,7 @@ class ToolParser(ABC):
 
 
 class HermesParser(ToolParser):
-    """Calls between ``<tool_call>`` and ``</tool_call>``, each an object with "name" and "arguments"; also Qwen's."""
+    """Calls between ``<tool_call>`` and ``</tool_call>``, each an object with "name" and "arguments". Qwen's, too."""
 
     START, END = "<tool_call>", "</tool_call>"
 
@@ -183,9 +184,9 @@ class HermesParser(ToolParser):
         return bool(found)
 
     def _until(self, is_last: bool, *markers: str) -> tuple[str, str]:
-        """Remove from ``_text`` what comes before the first marker, and the marker; returns both.
+        """Remove from ``_text`` what comes before the first marker, and the marker. Returns both.
 
-        Without a marker: all of it and "", but keeps an end that may be the beginning of one unless ``is_last``.
+        Without a marker: returns all of it and "", but, unless ``is_last``, keeps an end that may begin a marker.
         """
         text = self._text
         found = [(place, marker) for marker in markers if (place := text.find(marker)) >= 0]
@@ -197,10 +198,10 @@ class HermesParser(ToolParser):
 
 
 class JsonParser(ToolParser):
-    """An answer that is nothing but calls, each an object with "name" and "parameters" or "arguments".
+    """An answer that consists of calls only, each an object with "name" and "parameters" or "arguments".
 
     Args:
-        between: the characters that may stand around the calls, besides space.
+        between: the characters, besides whitespace, that may stand between the calls.
     """
 
     place = Place.BETWEEN
@@ -234,14 +235,14 @@ class JsonParser(ToolParser):
 
 
 class NamedParser(ToolParser):
-    """An answer that is the arguments of one call, whose name the request has chosen."""
+    """An answer that consists of the arguments of one call. The request named the function."""
 
     def __init__(self, name: str, new_id: Callable[[], str] = new_call_id) -> None:
         super().__init__(new_id)
         self._name = name
 
     def _give_up(self) -> None:
-        raise NotImplementedError("every text is of the call")
+        raise NotImplementedError("all text belongs to the call")
 
     def _read_others(self, is_last: bool) -> bool:
         text, self._text = self._text, ""
@@ -253,7 +254,7 @@ class NamedParser(ToolParser):
 
 
 def num_held(text: str, marker: str) -> int:
-    """The characters at the end of ``text`` that may be the beginning of ``marker``."""
+    """How many characters at the end of ``text`` may be the beginning of ``marker``."""
     most = min(len(text), len(marker) - 1)
     return next((n for n in range(most, 0, -1) if marker.startswith(text[-n:])), 0)
 

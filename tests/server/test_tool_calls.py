@@ -118,7 +118,7 @@ def test_without_tools_or_with_none_calls_are_text(served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("parallel", [False, None])
-def test_required_calls_keep_to_the_schemas(served, parallel: bool | None, stream: bool) -> None:
+def test_required_calls_follow_the_schemas(served, parallel: bool | None, stream: bool) -> None:
     """Here the model chooses freely what the grammar of the tools allows."""
     body = {**BODY, "tool_choice": "required", "parallel_tool_calls": parallel, "seed": 4, "max_tokens": 900}
     (closing,) = served.engine.tokenizer.encode("]")
@@ -176,13 +176,13 @@ REQUIRED = {"tool_choice": "required"}
             "tools",
             r"tools[1].function.parameters/properties/a: type=",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not together with tools"),
-        ({**REQUIRED, "structured_outputs": {"regex": "a"}}, "structured_outputs", "not together with tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported with tools"),
+        ({**REQUIRED, "structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported with tools"),
         ({**REQUIRED, "use_beam_search": True, "max_tokens": 9}, "tools", "use_beam_search"),
-        ({"messages": [*ASK, CALLED]}, "messages", "arguments='{oops': is no JSON"),
+        ({"messages": [*ASK, CALLED]}, "messages", "arguments='{oops': is not valid JSON"),
         ({"functions": [{"name": "f"}]}, "functions", "tools and tool_choice"),
         ({"chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs", "no variable 'thinking'"),
-        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "'tokenize' is no variable"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "'tokenize' is not a variable"),
         ({"include_reasoning": False}, "include_reasoning", "needs --reasoning-parser"),
     ],
 )

@@ -61,7 +61,7 @@ def test_an_answer_of_a_tool_is_a_message(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        (called("{"), r"\['tool_calls'\]\[0\]: arguments='{': is no JSON"),
+        (called("{"), r"\['tool_calls'\]\[0\]: arguments='{': is not valid JSON"),
         (called("[1]"), r"arguments=\[1\]: must be a JSON object"),
         ({"role": "assistant", "content": "x", "tool_calls": {}}, "must be a list, not dict"),
         ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, r"\[0\] must be {'function'"),

@@ -234,7 +234,7 @@ class TestFile:
             "tokenizer.ggml.pre='tekken': must be one of default, gpt-2, llama-bpe, qwen2, smollm",
         ),
         ({"ggml.tokens": None}, "lacks 'tokens'"),
-        ({"ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens: must be a list of texts"),
+        ({"ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens: must be a list of strings"),
         ({"ggml.merges": None}, "lacks 'merges'"),
         ({"ggml.merges": ["a b c"]}, "tokenizer.ggml.merges: 'a b c' is not two tokens"),
         ({"ggml.merges": ["never seen"]}, "never"),

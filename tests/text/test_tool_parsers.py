@@ -108,7 +108,7 @@ def test_what_is_no_call_stays_content(text: str) -> None:
     assert hermes(text) == ("", text, [])
 
 
-def test_a_call_behind_a_broken_one_is_found() -> None:
+def test_a_call_after_a_broken_one_is_found() -> None:
     broken = "<tool_call>{oops}</tool_call>\n"
     assert hermes(broken + TAGGED) == ("", broken.rstrip(), [WEATHER])
 
@@ -162,7 +162,7 @@ def test_other_answers_are_content(text: str) -> None:
     assert llama(text) == ("", text, [])
 
 
-def test_text_behind_the_calls_is_content() -> None:
+def test_text_after_the_calls_is_content() -> None:
     assert llama(f"{OSLO}; then {{}}") == ("", "; then {}", [WEATHER])
     assert llama(f'{OSLO} {{"a": 1}}') == ("", ' {"a": 1}', [WEATHER])
 
@@ -201,13 +201,13 @@ def test_reasoning_ends_at_its_marker(first: str, text: str, reasoning: str, con
     assert parsed(ReasoningParser(first), [text]) == (reasoning, content, [])
 
 
-def test_calls_are_taken_from_the_content_alone() -> None:
+def test_calls_are_looked_for_only_in_the_content() -> None:
     parser = AnswerParser(ReasoningParser("reasoning"), HermesParser())
     assert parsed(parser, [f"I could {TAGGED}.</think>\n\n{TAGGED}"]) == (f"I could {TAGGED}.", "", [WEATHER])
     assert parser.has_calls
 
 
-def test_calls_beyond_the_most_are_dropped() -> None:
+def test_calls_beyond_max_calls_are_dropped() -> None:
     parser = AnswerParser(None, HermesParser(), max_calls=1)
     assert parsed(parser, [TAGGED, TAGGED]).calls == [WEATHER]
 
@@ -275,7 +275,7 @@ def test_an_answer_without_calls_is_content_to_the_last_character(text: str) -> 
 
 
 def test_many_beginnings_of_calls_take_time_in_proportion() -> None:
-    """Each is given up at its first character that is no JSON, not at the end of the answer."""
+    """Each is given up at its first character that is not JSON, not at the end of the answer."""
     parser, text = HermesParser(), '<tool_call>{"name": "' * 2_000
     fed = 0
 

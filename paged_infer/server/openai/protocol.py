@@ -125,7 +125,7 @@ class SamplingFields(StrictModel):
 
     @property
     def grammar_field(self) -> str:
-        """The field that the answer's grammar is made of, if it has one."""
+        """The name of the field that gives the answer's grammar, if it has one."""
         has_format = self.response_format is not None and self.response_format.type != "text"
         return "response_format" if has_format else GRAMMAR_FIELD
 
@@ -133,12 +133,12 @@ class SamplingFields(StrictModel):
         given = None if self.structured_outputs is None else self.structured_outputs.params()
         found = None if self.response_format is None else self.response_format.params()
         if given is not None and found is not None:
-            message = "response_format: not together with structured_outputs"
+            message = "response_format: not supported with structured_outputs"
             raise APIError(400, message, param="response_format")
         return given or found
 
     def in_own_terms(self, error: APIError) -> APIError:
-        """An error about a grammar with the name of the field that it was made of; others as they are."""
+        """The error; if it is about a grammar, it names the field of the request that gave the grammar."""
         if error.param != GRAMMAR_FIELD or self.grammar_field == GRAMMAR_FIELD:
             return error
         return bad_value(ValueError(in_terms_of_tools(renamed(error.message, self.grammar_field))))
@@ -232,7 +232,7 @@ class CompletionRequest(StreamedFields):
 
     @property
     def only_echoes(self) -> bool:
-        """Whether the answer is the prompt alone, as evaluation tools request it for its logprobs."""
+        """Whether the answer is only the prompt, as evaluation tools request it for the logprobs."""
         return bool(self.echo) and self.max_tokens == 0
 
 
@@ -269,7 +269,7 @@ class ChatCompletionRequest(StreamedFields):
         given, choice = super()._grammar(), self.choice
         if given is not None and choice != "none":
             field = super().grammar_field
-            raise APIError(400, f'{field}: not together with tools, unless tool_choice is "none"', param=field)
+            raise APIError(400, f'{field}: not supported with tools, unless tool_choice is "none"', param=field)
         return given or tool_grammar(self.tools or [], choice, self.is_parallel)
 
     def params(self) -> SamplingParams | BeamSearchParams:

@@ -2,7 +2,7 @@
 
 async with AsyncLLM() as engine:
     async for output in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
-        print(output.outputs[0].text)        # all of it so far
+        print(output.outputs[0].text)        # the whole text so far
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ T = TypeVar("T")
 class AsyncLLM:
     """Generates for many callers at once: each awaits its own outputs, and one thread steps the engine for all.
 
-    That thread is in this process, or in others that are started by spawn: then the caller's main module must be one
-    that can be imported without running it (``if __name__ == "__main__":``), and what ``observers`` get as ``grown``
-    are the sequences as they were submitted.
+    That thread is in this process, or in others that are spawned: then it must be possible to import the caller's main
+    module without running it (``if __name__ == "__main__":``), and the sequences that ``observers`` get as ``grown``
+    are those that were submitted, without their output.
 
     Args:
         model: as ``LLM`` takes it.
@@ -67,8 +67,8 @@ class AsyncLLM:
         disaggregated_prefill: compute prompts in one engine and the tokens after them in another, each in a process of
             its own on the same devices; see ``engine.prefill_decode``.
         data_parallel_size: how many engines with these options serve the requests, each in a process of its own if
-            there are several. Those on CUDA get their own devices, in order.
-        data_parallel_backend: where those are: "mp" on this machine, "ray" on the nodes of a Ray cluster
+            there are several. On CUDA each gets its own devices, in order.
+        data_parallel_backend: where they run: "mp" on this machine, "ray" on the nodes of a Ray cluster
             (``engine.ray_process``).
         data_parallel_routing: how requests are divided among them: "round_robin", "least_loaded" or "prefix"; see
             ``engine.routing``. None: "least_loaded".
@@ -100,7 +100,7 @@ class AsyncLLM:
         check_timeout("step_timeout", step_timeout)
         if options.get("distributed_executor_backend") == "external_launcher":
             raise ValueError(
-                "distributed_executor_backend='external_launcher': requests would arrive at one rank alone; use LLM, "
+                "distributed_executor_backend='external_launcher': requests would arrive at only one rank; use LLM, "
                 "or another backend"
             )
         size = as_integer(data_parallel_size)
@@ -279,7 +279,7 @@ class AsyncLLM:
         """Token ids of a conversation formatted by the tokenizer's chat template, ready for the answer.
 
         Args:
-            tools, chat_template_kwargs: as ``LLM.chat`` takes them.
+            tools, chat_template_kwargs: see ``LLM.chat``.
             truncates: the request keeps only the end of its prompt, so no conversation is too long.
 
         Raises:
@@ -300,7 +300,7 @@ class AsyncLLM:
         return await asyncio.wrap_future(self._tokenizing.submit(function, text, num_characters))
 
     def abort(self, request_id: str) -> None:
-        """From any thread: end a request. Its reader gets the output so far, with finish_reason "abort"."""
+        """End a request. Its reader gets the output so far, with finish_reason "abort". Thread-safe."""
         self._core.abort(request_id)
 
     def _closed(self, answers: RequestStream, is_over: bool) -> None:
@@ -315,17 +315,17 @@ class AsyncLLM:
     def stats(self) -> dict[str, int | float]:
         """See ``LLMEngine.stats``. Read while the engine runs: its counts may be from different moments of a step.
 
-        Of several engines: the sums of their counts, and the means of their shares.
+        For several engines: the sums of their counts, and the means of their shares.
         """
         each = self.replica_stats()
         return {name: _total([stats[name] for stats in each]) for name in each[0]}
 
     def replica_stats(self) -> list[dict[str, int | float]]:
-        """``LLMEngine.stats`` of each engine; of one in another process, as of its last step."""
+        """``LLMEngine.stats`` of each engine; for one in another process, as of its last step."""
         return self._core.replica_stats()
 
     def health(self) -> list[dict[str, Any]]:
-        """Of several engines: each one's ``replica`` (its number), ``status`` and ``restarts``.
+        """For several engines: the ``replica`` (its index), ``status`` and ``restarts`` of each.
 
         The status is "ready", "starting" (it is being replaced) or "dead" (given up).
         """
@@ -334,7 +334,7 @@ class AsyncLLM:
     async def run(self, function: Callable[[LLMEngine], T], replica: int = 0) -> T:
         """``function(engine)``, called on the engine's thread between two steps, when no state changes.
 
-        In another process, the function must be one of a module, and its result must be picklable.
+        For another process, the function must be a module's, and its result must be picklable.
         """
         if not 0 <= replica < len(self.replica_stats()):
             raise ValueError(f"replica={replica}: must be less than data_parallel_size={len(self.replica_stats())}")
@@ -352,7 +352,7 @@ class AsyncLLM:
     async def shutdown(
         self, finish: bool = False, timeout_s: float | None = None, last_step_s: float = LAST_STEP_S
     ) -> None:
-        """Accept no more requests; let the unfinished ones finish, for ``timeout_s`` at most, or abort them now.
+        """Accept no more requests; let the unfinished ones finish, for at most ``timeout_s``, or abort them now.
 
         Every request ends in either case. Returns when the engine's thread has ended, or when the current step has
         not returned after another ``last_step_s`` seconds; ``is_abandoned`` is then true.
@@ -366,7 +366,7 @@ class AsyncLLM:
         self._tokenizing.close()
 
     def abandon(self) -> None:
-        """From any thread: stop waiting for the current step. Unfinished requests end with an EngineDeadError."""
+        """Stop waiting for the current step. Unfinished requests end with an EngineDeadError. Thread-safe."""
         self._core.abandon("its last step did not return")
 
     async def __aenter__(self) -> AsyncLLM:
@@ -379,7 +379,7 @@ class AsyncLLM:
 
 
 class RequestStream:
-    """The outputs of one request as an async iterator, for one reader. ``close`` aborts what has not finished."""
+    """The outputs of one request as an async iterator, for one reader. ``close`` aborts an unfinished request."""
 
     def __init__(self, owner: AsyncLLM, request_id: str, channel: OutputChannel) -> None:
         self.request_id = request_id

@@ -1,4 +1,4 @@
-"""The first three rungs of the ladder, on the same Decoder and Sampler as the engine and with the same outputs.
+"""The first three baselines, on the same Decoder and Sampler as the engine and with the same outputs.
 
     naive    one request at a time, no cache: every step recomputes the whole sequence, O(S^2) work per token
     cached   one request at a time, a contiguous cache reserved at full length: O(S) work per token, wasted memory

@@ -63,11 +63,11 @@ class EngineConfig(Checked):
     Args:
         dtype: "auto", "float32", "bfloat16" or "float16", of weights, activations and KV cache. "auto" is float32 on a
             CPU and the checkpoint's own dtype on a GPU.
-        load_format: "auto" reads the checkpoint's safetensors. "dummy" reads its config.json alone and makes random
+        load_format: "auto" reads the checkpoint's safetensors. "dummy" reads only its config.json and makes random
             weights on the device, from ``seed``: for measuring speed, where only the shape matters.
         quantization: how many bits the weights of the linear layers get while a float checkpoint is loaded, and the
             activations before each product: "w8a16", "w4a16" or "w8a8". "gguf" keeps the blocks of a GGUF file. A
-            checkpoint whose config.json has a quantization_config is read by that.
+            checkpoint whose config.json has a quantization_config is read according to that.
         kv_cache_dtype: how keys and values are stored. "auto" is ``dtype``; "int8", "fp8" (e4m3) and "fp8_e5m2" take 8
             bits and a float16 scale for each token and head. Greedy tokens do not depend on chunks, the pool's size,
             sharing or preemption, but are those of this type.
@@ -99,15 +99,15 @@ class EngineConfig(Checked):
             ``{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`` or
             ``{"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}``; see ``control.speculation``.
         reasoning_parser: how the model marks its reasoning, before its answer: "qwen3" or "deepseek_r1", see
-            ``control.reasoning``. Structured outputs then begin behind the reasoning, and
-            ``SamplingParams.thinking_token_budget`` bounds it. None: outputs have no such part.
+            ``control.reasoning``. Structured outputs then apply after the reasoning, and
+            ``SamplingParams.thinking_token_budget`` bounds it. None: the whole output is the answer.
         tensor_parallel_size: ranks, each with a part of every matrix and of every token's keys and values. They
             compute each step together; the text stays the same (in float32).
         distributed_executor_backend: where the ranks run. "mp" starts a process for each on this machine; "ray"
             an actor for each, on the machines of a Ray cluster; "external_launcher": ``torchrun`` has started them,
             each with this script. None: "mp" if there are several, otherwise the model runs in this process.
-        distributed_timeout: seconds that a rank may send no heartbeat, or make another wait for it, before the engine
-            ends with an error. None: 20.
+        distributed_timeout: seconds that a rank may go without a heartbeat, or make another rank wait, before the
+            engine ends with an error. None: 20.
         trace: keep a record of every step, in ``LLM.trace``; it grows.
         seed: requests without a seed derive theirs from this one.
 
@@ -196,7 +196,7 @@ class EngineConfig(Checked):
 
     @property
     def executor_backend(self) -> str | None:
-        """``distributed_executor_backend`` with its default; None: the model runs in this process, alone."""
+        """``distributed_executor_backend`` with its default; None: the model runs in this process."""
         default = "mp" if self.tensor_parallel_size > 1 else None
         return self.distributed_executor_backend or default
 

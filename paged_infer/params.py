@@ -44,15 +44,15 @@ class SamplingParams(Checked):
         prompt_logprobs: the same for each prompt token except the first.
         truncate_prompt_tokens: keep only the last k tokens of the prompt; -1: as many as the context allows.
         structured_outputs: a grammar that the output follows. A sample ends with finish_reason "stop" when it is
-            complete; if ``max_tokens`` comes first, with "length", in the middle of it. Not with ``min_tokens`` or
+            complete, or, if ``max_tokens`` comes first, in the middle, with "length". Not with ``min_tokens`` or
             ``ignore_eos``: the grammar decides where a sample ends. Reasoning comes before it, unconstrained.
         thinking_token_budget: the most tokens of reasoning; then ``</think>`` is forced, in as many tokens as it takes.
-            Needs the engine's option ``reasoning_parser``. 0 ends it at once; None and -1 set no limit.
+            Needs the engine's option ``reasoning_parser``. 0 ends it immediately; None and -1 set no limit.
         logits_processors: functions of your own, called in order before each token: ``(token_ids, logits)`` ->
-            logits. ``token_ids`` is the list of the output so far, ``logits`` a float tensor [V] of this row alone,
-            which may be changed in place. With drafts they are called for each draft, too, which may be rejected. One
-            that raises, or returns another shape, ends its request with an error. Only where the model is in the
-            process of the caller.
+            logits. ``token_ids`` is the list of the output so far, ``logits`` a float tensor [V] of this row only,
+            which may be changed in place. They are also called for each draft, which may then be rejected. One that
+            raises, or returns another shape, ends its request with an error. Only if the model is in the caller's
+            process.
 
     ``stop``, ``stop_token_ids`` and ``logit_bias`` may be given as None; they are kept as tuples and a dict. Numbers
     may be numpy or torch scalars; they are kept as int and float.

@@ -1,4 +1,4 @@
-"""``paged-infer quantize``: a float checkpoint in, a folder of few bits out."""
+"""``paged-infer quantize``: a float checkpoint in, a quantised folder out."""
 
 from __future__ import annotations
 

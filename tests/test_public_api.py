@@ -73,7 +73,7 @@ def test_an_output_is_a_table_in_a_notebook_with_what_a_model_writes_escaped() -
 def test_an_engine_is_made_as_an_llm_is_or_with_a_config() -> None:
     for engine in (LLMEngine(num_blocks=99), LLMEngine("storyteller", EngineConfig(num_blocks=99))):
         assert engine.name == "storyteller" and engine.memory.num_blocks == 99
-    with pytest.raises(TypeError, match="num_blocks and a config: pass one of the two"):
+    with pytest.raises(TypeError, match="num_blocks and a config: pass either options or a config"):
         LLMEngine("storyteller", EngineConfig(), num_blocks=99)
     with pytest.raises(TypeError, match=r"did you mean num_blocks\?"):
         LLMEngine(num_block=99)  # type: ignore[call-arg]

@@ -92,7 +92,7 @@ def content(text: str) -> str:
     return text.partition(" lived")[2]
 
 
-def test_grammars_begin_behind_the_reasoning(expected: list[Any]) -> None:
+def test_grammars_begin_after_the_reasoning(expected: list[Any]) -> None:
     _, text, reason, num_reasoning = expected[0]
     jsonschema.validate(json.loads(content(text)), PERSON)
     assert reason == "stop" and num_reasoning > 5
@@ -221,7 +221,7 @@ def test_a_stop_string_takes_back_the_end_of_the_reasoning(told: LLM) -> None:
     assert reason == "stop" and " lived" not in text and num_reasoning == len(token_ids)
 
 
-def test_baselines_say_the_same(told: LLM, expected: list[Any]) -> None:
+def test_baselines_give_the_same_tokens(told: LLM, expected: list[Any]) -> None:
     assert [one[:3] for one in said(generate_cached(told, PROMPTS, MIXED))] == [one[:3] for one in expected]
 
 
@@ -232,7 +232,7 @@ def test_beams_have_no_reasoning_and_no_budget(told: LLM) -> None:
         BeamSearchParams(2, 5, thinking_token_budget=3)  # type: ignore[call-arg]
 
 
-def test_a_request_that_comes_from_another_process_gets_its_place_there(told: LLM, expected: list[Any]) -> None:
+def test_a_request_from_another_process_gets_its_matcher_there(told: LLM, expected: list[Any]) -> None:
     (request,) = told.prepare(PROMPTS[3], MIXED[3])
     sent = pickle.loads(pickle.dumps(request))
     assert sent.sequences[0].reasoning is None

@@ -9,7 +9,7 @@
 A policy is one method, ``plan(step)``, that calls the methods of a ``StepPlan`` in any order: ``schedule_running``,
 ``resume_swapped``, ``admit_waiting``, or those for one sequence: ``schedule``, ``admit``, ``preempt``. They keep the
 laws whatever the order; fairness is up to the policy. If it leaves a step empty without setting ``resume_at_s``,
-``Chunked`` plans the step, so that no sequence is left waiting for ever.
+``Chunked`` plans the step, so that no sequence waits forever.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Policy(ABC):
         """Fill the step."""
 
     def victim(self, running: ReadOnlyList[Sequence]) -> Sequence:
-        """Which of the running sequences, in order of arrival, gives back its blocks when another needs them."""
+        """Which of the running sequences, in order of arrival, is preempted when another needs blocks."""
         return running[-1]
 
 
@@ -139,10 +139,10 @@ class Dynamic(Static):
 
 
 class Priority(Policy):
-    """As ``Chunked``, but the lowest ``priority`` first, and of equal ones the first to arrive (vLLM's "priority").
+    """Like ``Chunked``, but the lowest ``priority`` first, and among equals the first to arrive (vLLM's "priority").
 
-    If blocks are short, the highest ``priority`` gives back its own; no running sequence is preempted for a waiting
-    one. Law 3 does not hold: a request may wait for as long as more urgent ones arrive.
+    If blocks are short, the sequence with the highest ``priority`` is preempted; no running sequence is preempted for a
+    waiting one. Law 3 does not hold: a request may wait for as long as more urgent ones arrive.
     """
 
     reads_priority = True
@@ -161,7 +161,7 @@ class Priority(Policy):
 
 
 def urgency(sequence: Sequence) -> tuple[int, int]:
-    """The most urgent is the least."""
+    """A sort key: the most urgent sequence is the smallest."""
     return sequence.priority, sequence.queue_number
 
 
@@ -199,7 +199,7 @@ def make_policy(policy: str | Policy, delay_factor: float = 0.0) -> Policy:
 
 
 def check_priority(priority: object, policy: str | Policy) -> int:
-    """Raises ValueError if it is not an integer, or not 0 where the policy reads none."""
+    """The priority as an int. Raises ValueError if it is not an integer, or not 0 although the policy ignores it."""
     value = as_integer(priority)
     if value is None:
         raise ValueError(f"priority={priority!r}: must be an integer")

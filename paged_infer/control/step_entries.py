@@ -48,8 +48,8 @@ def top_k_row(sequence: Sequence) -> TopKRow:
 def sampling_row(sequence: Sequence, num_drafts: int = 0) -> SamplingRow:
     """How to sample the sequence's next token. It holds the history only if that is needed.
 
-    It has a mask if this token, one behind a draft, or the next step's can be constrained: a step that is planned
-    before its tokens are known cannot tell.
+    It has a mask if this token, one after a draft, or the next step's may be constrained, since a step may be planned
+    before its tokens are known.
     """
     params, matcher = sequence.params, sequence.matcher
     num_ahead = sequence.num_placeholders + max(1, num_drafts)

@@ -11,7 +11,7 @@ from paged_infer.control.queues import Queues
 from paged_infer.control.step_plan import StepPlan
 from paged_infer.control.trace_step import Event, TraceStep
 
-MOST_STEPS = 1024  # that are kept between two calls of ``take``
+MOST_STEPS = 1024  # the most steps kept between two calls of ``take``
 
 
 def trace_step(plan: StepPlan, queues: Queues) -> TraceStep:
@@ -52,9 +52,9 @@ class Taken(NamedTuple):
 
 
 class StepLog:
-    """Steps since they were last taken. Unlike a ``Trace`` it starts at any time, and is bounded.
+    """The steps since the last call of ``take``. Unlike a ``Trace`` it can start at any time, and is bounded.
 
-    A log that is not read is full after ``MOST_STEPS``, and the scheduler drops it: it costs nothing more.
+    A log that is not read is full after ``MOST_STEPS``; the scheduler then drops it, so it costs nothing more.
     """
 
     def __init__(self, manager: BlockManager) -> None:
@@ -63,14 +63,14 @@ class StepLog:
         self._num_taken = len(manager.events)  # of the events since the last step
 
     def append(self, step: TraceStep) -> bool:
-        """Keep the step. False if the log is full."""
+        """Keep the step. Returns False if the log is full."""
         if len(self._steps) == MOST_STEPS:
             return False
         self._steps.append(step)
         return True
 
     def take(self) -> Taken:
-        """Call between two steps. Each event is in one answer only."""
+        """Return and remove what is kept. Call between two steps. Each event is returned once."""
         steps, self._steps = self._steps, []
         if steps:  # the events taken before it are among those of the first step
             steps[0] = replace(steps[0], events=steps[0].events[self._num_taken :])

@@ -1,1 +1,1 @@
-import numpy as _numpy  # noqa: F401  before torch, which drops a KeyboardInterrupt of this import, and goes on without
+import numpy as _numpy  # noqa: F401  before torch, which swallows a KeyboardInterrupt in this import

@@ -1,12 +1,12 @@
-"""Blocks from one engine's pool to another's, through swap space that both map.
+"""Move blocks from one engine's pool to another's, through swap space that both map.
 
     prefill engine     pool  --swap_out-->  shared file  --swap_in-->  pool     decode engine
                        hashes of the blocks  ----- receipt ----->  equal to its own hashes of the prompt?
 
 The receipt is the chain of the blocks' hashes, each of which stands for all tokens up to the end of its block. The
-receiver computes the chain of the prompt itself, and takes a block only if its hash is the one that belongs there. The
-blocks it takes are then in its prefix cache, where the request finds them like any other's; those that did not come, or
-that were evicted before the request was admitted, are computed. So the tokens are the same in every case.
+receiver computes the prompt's chain itself, and accepts a block only if its hash is the next one of that chain. Blocks
+that it accepts enter its prefix cache, where the request finds them like any others. Blocks that were not sent, or that
+were evicted before the request was admitted, are computed. So the tokens are the same in every case.
 
 These functions run on the engines' threads, between two steps.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from paged_infer.cache.paged import PagedCache
 from paged_infer.engine.engine import LLMEngine
 
-_SPACES: dict[str, list[Tensor]] = {}  # by path: what this process has mapped
+_SPACES: dict[str, list[Tensor]] = {}  # path -> the tensors that this process has mapped
 
 
 def open_exchange(engine: LLMEngine, path: str, num_blocks: int) -> list[tuple[tuple[int, ...], str]]:

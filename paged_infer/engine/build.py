@@ -44,9 +44,9 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
 
     Raises:
         ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
-        EngineDeadError: a rank has ended while it loaded.
+        EngineDeadError: a rank ended while it loaded.
     """
-    tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory: it may be refused
+    tokenizer = Tokenizer.from_pretrained(folder)  # before the weights take memory, since it may fail
     policy = make_policy(config.scheduling_policy, config.scheduler_delay_factor)
     executor, memory = _load(
         folder, config, lambda plan: check_budget(policy, plan.max_num_batched_tokens, plan.max_model_len)
@@ -69,7 +69,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
 
 
 def _load(folder: Path, config: EngineConfig, check: Callable[[MemoryPlan], None]) -> tuple[Executor, MemoryPlan]:
-    """The models, where the options put them, and a pool for them. ``check`` is called before the pool is made."""
+    """Load the models where the options put them, and a pool for them. ``check`` is called before the pool is made."""
     if config.executor_backend in ("mp", "ray"):
         executor_type = MultiprocessExecutor if config.executor_backend == "mp" else RayExecutor
         ranks = executor_type(folder, config)

@@ -44,8 +44,8 @@ class LLMEngine:
     ...         print(output.outputs[0].text)
 
     Args:
-        model: as ``LLM`` takes it.
-        config: the options, checked; or
+        model: see ``LLM``.
+        config: the options as an ``EngineConfig``; or
         options: the options by name; see ``help(paged_infer.config.EngineConfig)``.
 
     Raises:
@@ -58,7 +58,7 @@ class LLMEngine:
         self, model: str | Path | None = None, config: EngineConfig | None = None, **options: Unpack[EngineOptions]
     ) -> None:
         if config is not None and options:
-            raise TypeError(f"{', '.join(options)} and a config: pass one of the two")
+            raise TypeError(f"{', '.join(options)} and a config: pass either options or a config")
         self.config = config = EngineConfig.from_options(**options) if config is None else config
         model = "storyteller" if model is None else model
         self.folder = resolve_model(model)
@@ -87,7 +87,7 @@ class LLMEngine:
 
     @property
     def summary(self) -> str:
-        """In one line: the model, its dtype and device, the attention backend, the pool."""
+        """One line: the model, its dtype and device, the attention backend, the pool."""
         dtype = dtype_of(self.config.dtype, self.folder, self.device)
         pool = f"{self.memory.num_blocks:,} blocks of {self.memory.block_size} tokens"
         return (
@@ -102,7 +102,7 @@ class LLMEngine:
 
     @property
     def decoder(self) -> Decoder:
-        """The model, for code that runs it outside of steps: baselines, benches. Errors as ``in_process``."""
+        """The model, for code that runs it outside of steps: baselines, benchmarks. Errors as ``in_process``."""
         return self.in_process.runner.decoder
 
     @property
@@ -110,12 +110,12 @@ class LLMEngine:
         """The executor, for code that needs the model in this process.
 
         Raises:
-            ValueError: it is in others.
+            ValueError: the model is in other processes.
         """
         if not isinstance(self.executor, InProcessExecutor):
             raise ValueError(
-                f"tensor_parallel_size={self.config.tensor_parallel_size}: the model is in other processes, and only "
-                "generates; what runs it in this one needs tensor_parallel_size=1"
+                f"tensor_parallel_size={self.config.tensor_parallel_size}: the model is in other processes, where it "
+                "only generates; code that runs it in this one needs tensor_parallel_size=1"
             )
         return self.executor
 
@@ -194,8 +194,8 @@ class LLMEngine:
         """Run one step, and report what it changed.
 
         With ``async_scheduling`` the report is of the previous step: the one that this call plans and launches is still
-        in flight then. While the policy waits for a batch to fill, this calls
-        ``sleep(seconds)``, which may return early.
+        in flight when it returns. While the policy waits for a batch to fill, this calls ``sleep(seconds)``, which may
+        return early.
         """
         report = StepReport()
         before, self._running = self._running, None
@@ -267,7 +267,7 @@ class LLMEngine:
         self.executor.check_alive()
 
     def shutdown(self) -> None:
-        """From any thread: end the processes of other ranks. A step that waits for them fails."""
+        """End the processes of other ranks. A step that waits for them fails. May be called from any thread."""
         self.executor.close()
 
     # -- looking inside ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The main function of an engine's process (vLLM V1: EngineCoreProc); ``engine.engine_process`` starts it.
 
     main thread      loads the model, then waits for the engine's thread to end
-    reader thread    commands from the pipe -> EngineThread; when the client's process has ended, so does this one
+    reader thread    commands from the pipe -> EngineThread; this process ends when the client's has ended
     engine's thread  steps, and sends one message after each
 
 The client alone decides when it ends: SIGINT and SIGTERM, which a terminal or a supervisor sends to all processes of
@@ -52,12 +52,12 @@ from paged_infer.engine.process_messages import (
 from paged_infer.engine.request_states import StepReport
 
 logger = logging.getLogger(__name__)
-LAST_STEP_S = 5.0  # for the running step to return, after the client's process has ended
+LAST_STEP_S = 5.0  # for the running step to return after the client's process has ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_engine(connection: Connection, spec: EngineSpec) -> None:
-    """Serve one engine over ``connection`` until the client stops it or ends. SIGNALS are blocked until here."""
+    """Serve one engine over ``connection`` until the client stops it or ends. Unblocks SIGNALS."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the processes of the executor would inherit
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -66,11 +66,11 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
     is_orderly = serve_engine(connection, spec)
     logging.shutdown()
     sys.stderr.flush()
-    os._exit(0 if is_orderly else 1)  # at once: a step may hang, and the interpreter takes seconds to clean up
+    os._exit(0 if is_orderly else 1)  # immediately: a step may hang, and the interpreter takes seconds to clean up
 
 
 def serve_engine(connection: Connection, spec: EngineSpec) -> bool:
-    """The same in a process that is already prepared. Returns False if the engine was not built, failed or hangs."""
+    """``run_engine`` without the signals and the exit. Returns False if the engine was not built, failed or hangs."""
     torch.set_num_threads(spec.num_threads)
     core = _EngineCore(connection)
     threading.Thread(target=core.read_commands, name="commands", daemon=True).start()
@@ -173,7 +173,7 @@ class _EngineCore:
     def _send_step(self, report: StepReport) -> None:
         try:
             self._try_to_send(report)
-        except Exception as error:  # an observer that fails is removed, and the client would wait for ever
+        except Exception as error:  # an observer that fails is removed, and the client would wait forever
             assert self._thread is not None
             logger.exception("the outputs of a step could not be sent")
             self._thread.abandon(f"the outputs of a step could not be sent: {error}")
@@ -186,7 +186,7 @@ class _EngineCore:
         self.send(Stepped(deltas, grown, report.now, stats, self._thread.num_submitted))
 
     def call_soon_threadsafe(self, put_all: Callable[..., object], deliveries: Iterable[Delivery]) -> None:
-        """As the loop of its channels: send failures; ``_send_step`` has already sent the outputs."""
+        """The channels call this as their event loop. Send failures; ``_send_step`` has already sent the outputs."""
         assert self._thread is not None
         for channel, item in deliveries:
             if isinstance(item, Exception):

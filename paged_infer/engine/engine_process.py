@@ -5,9 +5,9 @@
     add / abort / call -> sender thread    -- [commands] -->      reader thread -> EngineThread
     OutputChannels     <- receiver thread  <-- one message a step --
 
-Tokens are decoded to text there; prompts are checked and tokenized here. The process that steps the engine thus shares
-its interpreter with nothing else. If either process ends, for whatever reason, the other reads the end of the pipe: the
-engine's then exits, and the client gives every unfinished request one EngineDeadError.
+Prompts are checked and tokenized in this process; tokens are decoded to text in the engine's. So the interpreter that
+steps the engine does nothing else. If either process ends, for whatever reason, the other reads the end of the pipe:
+the engine's process then exits, and the client ends every unfinished request with one EngineDeadError.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class EngineProcess:
 
     Args:
         spec: what to run.
-        name: for messages about its end.
+        name: what messages about its end call it.
         max_num_waiting: the most sequences that may be waiting, as in ``EngineThread``; None: no limit.
-        on_end: called once, from the receiver thread, when it has ended for whatever reason.
-        start: starts it: by default, on this machine.
+        on_end: called once, from the receiver thread, when it has ended, for whatever reason.
+        start: starts the process; by default on this machine.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class EngineProcess:
         self._max_num_waiting = max_num_waiting
         self._on_end = on_end
         self._lock = threading.Lock()  # guards the next five
-        self._entries: dict[str, deque[_Entry]] = {}  # of one id: an aborted request comes before its successor
-        self._sizes: deque[int] = deque()  # sequences of each request on the way
+        self._entries: dict[str, deque[_Entry]] = {}  # several for one id: an aborted request, then its successor
+        self._sizes: deque[int] = deque()  # number of sequences of each request on the way
         self._num_submitted = 0
         self._calls: dict[int, Future[Any]] = {}
         self._num_calls = 0
@@ -115,12 +115,12 @@ class EngineProcess:
             threading.Thread(target=target, name=f"{name}, {target.__name__}", daemon=True).start()
 
     def wait_until_ready(self) -> EngineInfo:
-        """Raises what the engine's constructor raised there: ValueError; or EngineDeadError if the process ended."""
+        """Raises ValueError if the engine's constructor raised it, and EngineDeadError if the process ended."""
         return self._started.result()
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has loaded, and takes requests."""
+        """Whether it has loaded and accepts requests."""
         return self._is_loaded and self.error is None
 
     # -- from any thread --------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class EngineProcess:
         """Run ``function(engine)`` between two steps in the engine's process, and send its result back.
 
         Raises:
-            ValueError: the function cannot be pickled: it must be one of a module, or a ``functools.partial`` of it.
+            ValueError: the function cannot be pickled: it must be a module's, or a ``functools.partial`` of such a one.
         """
         try:
             pickled = pickle.dumps(function)
@@ -201,7 +201,7 @@ class EngineProcess:
             raise self._dead()
 
     def stats(self) -> Stats:
-        """``LLMEngine.stats`` after its last step; sequences on the way to the engine count as waiting."""
+        """``LLMEngine.stats`` after the last step; sequences on the way to the engine count as waiting."""
         with self._lock:
             return {**self._stats, "num_waiting": self._load().waiting}
 
@@ -231,7 +231,7 @@ class EngineProcess:
                 send(self._connection, batch)
             except OSError:  # it has ended; the receiver thread sees it too
                 return
-            except Exception as error:  # pickle raises anything; without this thread, requests would wait for ever
+            except Exception as error:  # pickle raises anything; without this thread, requests would wait forever
                 return self.abandon(f"a command could not be sent: {error}")
 
     def _receive_all(self) -> None:
@@ -356,7 +356,7 @@ def _set(answer: Future[Any], message: Answer) -> None:
 
 
 def _shifted(metrics: RequestMetrics, offset_s: float) -> RequestMetrics:
-    """The times that the engine has taken, on this process's clock."""
+    """The times that the engine has recorded, on this process's clock."""
 
     def moved(time_s: float | None) -> float | None:
         return None if time_s is None else time_s + offset_s

@@ -1,11 +1,11 @@
-"""The thread that owns an LLMEngine: commands in, outputs out, asleep while it is idle.
+"""The thread that owns an LLMEngine: commands in, outputs out, asleep while there is no work.
 
     any thread                      this thread                              an event loop
     ----------                      -----------                              -------------
     add / abort / call  --inbox-->  [commands, one step, report] repeated  --one call a step-->  OutputChannel
 
-Commands take effect between two steps, in the order of their arrival. After a step, all outputs for one event
-loop are delivered by a single ``call_soon_threadsafe``, however many requests they belong to.
+Commands take effect between two steps, in order of arrival. After a step, all outputs for one event loop are delivered
+by a single ``call_soon_threadsafe``, however many requests they belong to.
 
 A step that does not return cannot be stopped, only abandoned (``abandon``): another thread ends every request with an
 error, and the engine, whose step may still run, is not used again.
@@ -64,7 +64,7 @@ class EngineThread:
     """Steps ``engine`` in a thread of its own while there is work, and sleeps otherwise.
 
     Args:
-        engine: used by this thread alone from now on, except to ``prepare`` requests, one at a time.
+        engine: from now on only this thread may use it, except to ``prepare`` requests, one at a time.
         max_num_waiting: the most sequences (samples or beams) that may be waiting, preempted ones included, when a
             request is added.
         step_timeout_s: the longest that a step, with the commands before it, may take before it is abandoned. None: no
@@ -78,7 +78,7 @@ class EngineThread:
         self.ended = threading.Event()
         self.is_abandoned = False
         self.has_failed = False
-        self.num_submitted = 0  # requests that the engine has been given, as the thread counts them
+        self.num_submitted = 0  # requests that the thread has given to the engine
         self.gone = threading.Event()  # the thread has ended or was abandoned: it delivers nothing more
         self._max_num_waiting = max_num_waiting
         self._wake = threading.Condition()
@@ -120,7 +120,7 @@ class EngineThread:
                 self._post(_Abort(request_id))
 
     def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
-        """Run ``function(engine)`` between two steps; in the caller's own thread once this one has ended.
+        """Run ``function(engine)`` between two steps, or in the caller's thread if this one has ended.
 
         If the thread was abandoned, the future raises an EngineDeadError.
         """
@@ -136,7 +136,7 @@ class EngineThread:
         return command.answer
 
     def stop(self, finish: bool = False) -> None:
-        """Accept no more requests; abort the unfinished ones, or with ``finish`` let them finish. Does not wait."""
+        """Accept no more requests; abort the unfinished ones, or, with ``finish``, let them finish. Does not wait."""
         with self._wake:
             if self.error is None:
                 self.error = EngineDeadError("the engine has been shut down")
@@ -151,7 +151,7 @@ class EngineThread:
         return self.ended.is_set()
 
     def abandon(self, reason: str) -> None:
-        """From any thread: stop waiting for the current step. Unfinished requests end with an EngineDeadError."""
+        """Stop waiting for the current step. Unfinished requests end with an EngineDeadError."""
         with self._wake:
             if self.gone.is_set():
                 return
@@ -211,7 +211,7 @@ class EngineThread:
         self.watchdog.begin()
 
     def _process_commands(self) -> bool:
-        """Wait for work, and process the commands in the inbox. False when the thread is to end."""
+        """Wait for work, and process the commands in the inbox. Returns False when the thread is to end."""
         self.watchdog.pause()
         with self._wake:
             while not (self._inbox or self.engine.has_unfinished_requests or self.error or self._has_lost_rank):

@@ -14,19 +14,19 @@ from paged_infer.params import StructuredOutputsParams
 from paged_infer.sampling.grammar_libraries import LIBRARIES, Library, is_installed
 from paged_infer.text.tokenizer import Tokenizer
 
-MAX_GRAMMARS = 64  # kept for later requests, the last used ones
-# Beyond, "auto" takes a library, if one is installed. A mask of a state that no text has come to takes the native
-# grammar up to 1 us for each token of the vocabulary (strings of a limited length have a state for each length), and
-# a library some microseconds in all. States that were met before take 1 us.
+MAX_GRAMMARS = 64  # the most recently used ones are kept for later requests
+# Beyond this, "auto" takes a library, if one is installed. The mask of a state that is reached for the first time takes
+# the native grammar up to 1 us for each token of the vocabulary (strings of a limited length have a state for each
+# length), and a library some microseconds in all. A state that was reached before takes 1 us.
 MAX_NATIVE_TOKENS = 16_384
 
 
 class GrammarCache:
-    """Compiles grammars for one tokenizer, and keeps them. May be used by several threads.
+    """Compiles grammars for one tokenizer, and keeps them. Thread-safe.
 
     Args:
         tokenizer: None if the checkpoint has none; then every request is refused.
-        vocab_size: tokens that the model has logits for.
+        vocab_size: number of tokens that the model has logits for.
         eos_token_ids: the tokens that end a text.
     """
 
@@ -40,7 +40,7 @@ class GrammarCache:
         """The compiled grammar.
 
         Raises:
-            ValueError: it is broken, unsupported or unsatisfiable, its library is not installed, or there is no
+            ValueError: it is malformed, unsupported or unsatisfiable, its library is not installed, or there is no
                 tokenizer; the message gives the reason.
         """
         key = asked.kind, asked.text, asked.backend
@@ -65,7 +65,7 @@ class GrammarCache:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Of the tokenizer. Raises ValueError if there is none."""
+        """The tokens' bytes as a trie. Raises ValueError if there is no tokenizer."""
         if self._tokenizer is None:
             raise ValueError("needs text, but this checkpoint has no tokenizer")
         return Vocabulary(self._tokenizer.vocabulary_bytes()[: self._vocab_size], self._eos_token_ids, self._vocab_size)
@@ -82,7 +82,7 @@ class GrammarCache:
             try:
                 return self._by_library(installed[0], kind, text)
             except ValueError:
-                return NativeGrammar(kind, text, vocabulary)  # if this refuses it too, its error has the place
+                return NativeGrammar(kind, text, vocabulary)  # if this refuses it too, its error has the location
         try:
             return NativeGrammar(kind, text, vocabulary)
         except UnsupportedError as error:
@@ -93,7 +93,7 @@ class GrammarCache:
             try:
                 return self._by_library(installed[0], kind, text)
             except ValueError as refused:
-                raise ValueError(f"{error} ({refused})") from None  # the first has the keyword and its place
+                raise ValueError(f"{error} ({refused})") from None  # the first has the keyword and its location
 
     def _by_library(self, name: str, kind: str, text: str) -> Grammar:
         if not is_installed(name):

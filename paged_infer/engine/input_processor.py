@@ -30,8 +30,8 @@ class InputProcessor:
     """Checks and tokenizes the requests of one engine, and numbers their sequences. Does not queue them.
 
     Args:
-        clock: when requests arrive.
-        is_sent: whether parameters are sent to other processes, which may not know a class of the caller's own.
+        clock: gives the time at which a request arrives.
+        is_sent: whether parameters are sent to other processes, which may lack a class of the caller's own.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class InputProcessor:
         return request
 
     def attach_matchers(self, request: Request) -> None:
-        """Put the sequences of a request that comes from another process at the beginning of its grammar."""
+        """Give each sequence of a request from another process a matcher at the beginning of its grammar."""
         if request.sequences[0].matcher is None:
             new_matcher = self._new_matcher(request)
             for sequence in request.sequences:
                 sequence.matcher = new_matcher()
 
     def _new_matcher(self, request: Request) -> Callable[[], Matcher | None]:
-        """Makes the matcher of each sequence. Beams have none: they are not sampled."""
+        """A function that makes each sequence's matcher. Beams have none: they are not sampled."""
         asked, parser = request.params.structured_outputs, self.reasoning_parser
         grammar = None if asked is None else self.grammars.get(asked)
         if parser is None or request.beam_params is not None:

@@ -1,4 +1,4 @@
-"""How much of the KV memory in use contains tokens."""
+"""How much of the KV memory in use holds tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class KVUsage:
-    """Slots held (each one token's keys and values, filled or not) and tokens stored, step after step."""
+    """Slots held (space for one token's keys and values each, filled or not) and tokens stored, summed over steps."""
 
     peak_slots: int = 0
     slot_steps: int = 0

@@ -1,4 +1,4 @@
-"""From the engine's thread to a reader in an event loop: a channel that holds the latest output of one request."""
+"""A channel from the engine's thread to a reader in an event loop, which holds the latest output of one request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def put_all(deliveries: Iterable[Delivery]) -> None:
 
 
 def deliver(deliveries: Iterable[Delivery]) -> list[asyncio.AbstractEventLoop]:
-    """From any thread: one call for each event loop; usually there is only one. Returns the loops that are closed."""
+    """Deliver by one call to each event loop, of which there is usually one. Returns those that are closed."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
     for delivery in deliveries:
         by_loop.setdefault(delivery[0].loop, []).append(delivery)

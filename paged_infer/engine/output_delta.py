@@ -1,4 +1,4 @@
-"""Outputs between two processes: only what is new since the last one, so a long answer costs no more per token.
+"""Send outputs between two processes as what is new since the last one, so that the cost of a token stays constant.
 
     engine's process    OutputEncoder:  RequestOutput -> OutputDelta      (keeps what it has sent)
     this process        OutputDecoder:  OutputDelta -> RequestOutput      (keeps what it has built)
@@ -16,7 +16,7 @@ from paged_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput,
 
 
 class CompletionDelta(NamedTuple):
-    """One sample: its text is the first ``num_characters`` of what was sent before, then ``text``; tokens alike."""
+    """One sample: its text is the first ``num_characters`` of the text sent before, then ``text``. Tokens likewise."""
 
     sample_index: int
     num_characters: int
@@ -66,7 +66,7 @@ class OutputEncoder:
 
 
 def _delta(text: str, num_tokens: int, one: CompletionOutput) -> CompletionDelta:
-    """What ``one`` adds to the text and the tokens that were sent. Only an ending takes any back: a stop string."""
+    """What ``one`` adds to the text and tokens that were sent. Text is taken back only if a stop string ends it."""
     num_characters = len(text) if one.text.startswith(text) else 0
     kept = min(num_tokens, len(one.token_ids))
     return CompletionDelta(
@@ -93,7 +93,7 @@ class OutputDecoder:
         self._latest: RequestOutput | None = None
 
     def decode(self, delta: OutputDelta) -> RequestOutput:
-        """A new object, as each reader may keep its own."""
+        """The output with this delta, as a new object: the reader may keep earlier ones."""
         before = self._latest
         known = [None] * len(delta.completions) if before is None else before.outputs
         self._latest = RequestOutput(
@@ -108,7 +108,7 @@ class OutputDecoder:
         return self._latest
 
     def fail(self, reason: str) -> RequestOutput:
-        """The final output of a request whose engine has ended: what was built so far, with finish_reason "error"."""
+        """The final output of a request whose engine has ended: the output so far, with finish_reason "error"."""
         latest, num_samples = self._latest, len(self._request.sequences)
         known = [CompletionOutput(i, "", []) for i in range(num_samples)] if latest is None else latest.outputs
         return RequestOutput(

@@ -1,14 +1,14 @@
 """Prefill and decode in two engines (vLLM: disaggregated prefill), each in a process of its own.
 
-    request --> prefill engine      its prompt, and one token, which is dropped
+    request --> prefill engine      computes the prompt, and one token, which is dropped
                      |  full blocks of the prompt (block_exchange), one prompt at a time
                      v
-                decode engine       the rest of the prompt, less than a block, and all tokens of the answer
+                decode engine       computes the rest of the prompt, less than a block, and all tokens of the answer
 
-The prefill engine is given no more prompts at once than its pool holds, so none is evicted before it is handed over.
+The prefill engine is given no more prompts at once than its pool can hold, so none is evicted before it is handed over.
 
-A long prompt then delays no other request's next token. It does not raise throughput: the same work is divided among
-two engines that cannot help each other. With one engine, chunked prefill bounds that delay instead.
+A long prompt then does not delay the next token of other requests. This does not raise throughput: the same work is
+divided between two engines that cannot help each other. With one engine, chunked prefill bounds that delay instead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(slots=True, eq=False)
 class _Prefill(OutputChannel):
-    """A request whose prompt is computed or handed over; the channel of its prompt. Its loop is the PrefillDecode."""
+    """A request whose prompt is being computed or handed over, and the channel of that prompt.
+
+    The PrefillDecode stands in for its event loop.
+    """
 
     request: Request | None = None
     num_blocks: int = 0  # of its prompt
@@ -52,7 +55,7 @@ class _Prefill(OutputChannel):
 
 
 class PrefillDecode(EngineProcess):
-    """The decode engine, and in front of it ``prefill``, an engine with the same ``spec``."""
+    """The decode engine, which gets its prompts from ``prefill``, an engine with the same ``spec``."""
 
     def __init__(self, spec: EngineSpec, max_num_waiting: int | None = None) -> None:
         self._prefills: list[_Prefill] = []  # guarded by _lock, as are the next four
@@ -70,9 +73,9 @@ class PrefillDecode(EngineProcess):
         self._on_end = self._has_ended
 
     def wait_until_ready(self) -> EngineInfo:
-        """See ``EngineProcess.wait_until_ready``, of both. Then both map a file.
+        """Wait for both engines (see ``EngineProcess.wait_until_ready``), and let them map a common file.
 
-        It is deleted at once, so its memory is freed when both have ended, for whatever reason.
+        The file is deleted immediately, so its memory is freed when both have ended, for whatever reason.
         """
         self.prefill.wait_until_ready()
         info = super().wait_until_ready()
@@ -111,14 +114,17 @@ class PrefillDecode(EngineProcess):
         return not self._num_blocks or self._num_blocks + one.num_blocks <= self._max_num_blocks
 
     def _load(self) -> Load:
-        """Prompts that are computed or handed over count as waiting."""
+        """Prompts that are being computed or handed over count as waiting."""
         decode = super()._load()
         return Load(
             decode.waiting + sum(len(one.request.sequences) for one in self._prefills if one.request), decode.running
         )
 
     def call_soon_threadsafe(self, put_all: Callable[..., object], deliveries: Iterable[Delivery]) -> None:
-        """As the loop of the prompts' channels: they are computed, or have failed. The decode engine computes those."""
+        """The prompts' channels call this as their event loop, when a prompt is computed or has failed.
+
+        The decode engine computes the prompts that failed.
+        """
         for one, _ in deliveries:
             assert isinstance(one, _Prefill)
             with self._lock:
@@ -141,7 +147,7 @@ class PrefillDecode(EngineProcess):
         self.prefill.call(partial(send_blocks, path=self._path, chain=chain)).add_done_callback(receive)
 
     def _decode(self, one: _Prefill) -> None:
-        """Its blocks have been handed over."""
+        """Give the decode engine a request whose blocks have been handed over."""
         with self._lock:
             if one not in self._prefills or (self.error is not None and not self._is_finishing):
                 return  # _has_ended ends it
@@ -184,7 +190,7 @@ class PrefillDecode(EngineProcess):
         super().stop(finish)
 
     def abandon(self, reason: str) -> None:
-        """See ``EngineProcess.abandon``, of both."""
+        """See ``EngineProcess.abandon``; applies to both engines."""
         super().abandon(reason)
         self.prefill.abandon(reason)
 
@@ -193,7 +199,7 @@ class PrefillDecode(EngineProcess):
             self.abandon(str(ended.error))
 
     def _has_ended(self, _: EngineProcess) -> None:
-        """The decode engine has ended: so do the requests that it has not been given."""
+        """The decode engine has ended: end the requests that it has not been given."""
         self.prefill.stop()
         with self._lock:
             left = [one.channel for one in self._prefills if one.channel is not None]
@@ -203,17 +209,17 @@ class PrefillDecode(EngineProcess):
 
 
 def folder_for(num_bytes: int) -> str | None:
-    """Where the file is made: in shared memory if it has room, or else (None) in the folder for temporary files.
+    """The folder for the file: shared memory if it has room, or else the folder for temporary files (None).
 
-    The file takes memory as it is written, and a process that finds none left then is ended by SIGBUS. Containers often
-    have 64 MB of shared memory.
+    The file takes memory as it is written, and SIGBUS ends a process that writes when none is left. Containers often
+    have only 64 MB of shared memory.
     """
     has_room = os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free >= num_bytes
     return SHARED_MEMORY if has_room else None
 
 
 def _prompt_of(request: Request) -> Request:
-    """A request for the prompt alone, and one token."""
+    """A request for the prompt and one token."""
     first, num_tokens = request.sequences[0], len(request.prompt_token_ids)
     prompt = Request(
         request.request_id,

@@ -1,4 +1,4 @@
-"""What an engine's process and its client send each other: plain data, pickled. See ``engine.engine_process``."""
+"""The messages between an engine's process and its client: plain data, pickled. See ``engine.engine_process``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Stats = dict[str, int | float]
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """All that an engine's process is started from.
+    """What an engine's process is started with.
 
     Args:
         step_timeout_s: see ``EngineThread``.
-        num_threads: of torch.
-        visible_devices: its CUDA_VISIBLE_DEVICES; None: those of the process that starts it.
+        num_threads: torch's number of threads.
+        visible_devices: its CUDA_VISIBLE_DEVICES. None: those of the process that starts it.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class Abort(NamedTuple):
 
 class Call(NamedTuple):
     number: int
-    function: bytes  # pickled by itself: one that cannot be read here fails alone
+    function: bytes  # pickled separately: one that cannot be unpickled fails alone
 
 
 class Stop(NamedTuple):
@@ -69,7 +69,7 @@ Command = Add | Abort | Call | Stop
 
 
 class Ready(NamedTuple):
-    """``clock_s``: the engine's ``time.perf_counter``, which on another machine is another clock."""
+    """The engine has loaded. ``clock_s``: its ``time.perf_counter``; on another machine that is another clock."""
 
     info: EngineInfo
     clock_s: float
@@ -82,9 +82,10 @@ class Refused(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """After a step or an abort. ``grown``: (request id, sample index), once for each token.
+    """Sent after a step or an abort. ``grown``: (request id, sample index), once for each token.
 
-    ``num_submitted``: how many ``Add`` the engine has been given so far, from which the client counts those on the way.
+    ``num_submitted``: how many requests the engine has been given so far; the client knows from it how many are on the
+    way.
     """
 
     deltas: list[OutputDelta]
@@ -95,7 +96,7 @@ class Stepped(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A request was refused when it was queued, or the engine has failed."""
+    """A request has failed: it was refused when it was queued, or the engine has failed."""
 
     request_id: str
     error: Exception

@@ -12,9 +12,9 @@ DELAY_S = 0.5  # shorter calls show no bar
 
 
 class Progress:
-    """A bar on standard error, if somebody watches it: a terminal or a notebook, but no file and no pipe.
+    """A bar on standard error if that is a terminal or a notebook, but not if it is a file or a pipe.
 
-    It is drawn ten times a second at most, however short the steps are.
+    It is drawn at most ten times a second, however short the steps are.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Progress:
         self._bar.close()
 
     def update(self, num_finished: int, num_tokens: int) -> None:
-        """After a step: so many more requests have finished, with so many more tokens in all."""
+        """Call after each step, with the numbers of requests that it finished and of their tokens."""
         if self._bar.disable:
             return
         self._num_tokens += num_tokens

@@ -1,4 +1,4 @@
-"""Prompts as callers write them: a text, token ids, or vLLM's dict with either; one, or a list."""
+"""Prompts as callers pass them: a str, token ids, or vLLM's dict with either; one prompt, or a list of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain_prompt(prompt: Prompt) -> PlainPrompt:
     """The text or the token ids of a prompt.
 
     Raises:
-        ValueError: a dict without exactly one of ``prompt``, a str, and ``prompt_token_ids``; or with another key.
+        ValueError: a dict without exactly one of ``prompt`` (a str) and ``prompt_token_ids``, or with another key.
     """
     if not isinstance(prompt, Mapping):
         return prompt
@@ -41,7 +41,7 @@ def plain_prompt(prompt: Prompt) -> PlainPrompt:
         raise ValueError(unknown_names("a prompt has the unknown key", unknown, _KEYS))
     given = [key for key in _KEYS if prompt.get(key) is not None]
     if len(given) != 1:
-        raise ValueError(f"a prompt has one of {' and '.join(_KEYS)}, not {' and '.join(given) or 'none'}")
+        raise ValueError(f"a prompt has either {' or '.join(_KEYS)}, not {' and '.join(given) or 'none'}")
     value = prompt[given[0]]  # type: ignore[literal-required]
     if (given[0] == "prompt") != isinstance(value, str):
         raise ValueError(
@@ -84,7 +84,7 @@ def pair_prompts(
 
 
 def list_priorities(priority: int | ReadOnlyList[int] | None, num_prompts: int) -> list[int]:
-    """One priority for each prompt; None is 0. Raises ValueError if there are more or fewer."""
+    """One priority for each prompt; None means 0. Raises ValueError if the numbers differ."""
     each = as_tuple(priority)  # None: it is one
     if each is None:
         return [0 if priority is None else cast(int, priority)] * num_prompts

@@ -24,16 +24,16 @@ from paged_infer.engine.process_messages import EngineSpec
 from paged_infer.engine.spawned_process import StartedProcess
 from paged_infer.kernels.device import device_of
 
-START_S = 300.0  # for Ray to place and start the actor
+START_S = 300.0  # the time that Ray has to place and start the actor
 POLL_S = 0.1
 
 
 class _Engine:
-    """The actor. Ray gives it its devices, and has already set CUDA_VISIBLE_DEVICES."""
+    """The actor. Ray assigns its devices, and has already set CUDA_VISIBLE_DEVICES."""
 
     def run(self, address: tuple[str, int], key: bytes, spec: EngineSpec) -> bool:
         with Client(address, authkey=key) as connection:
-            from paged_infer.engine.engine_core import serve_engine  # after the client knows that it has been placed
+            from paged_infer.engine.engine_core import serve_engine  # once the client knows it is placed
 
             return serve_engine(connection, spec)
 
@@ -49,7 +49,7 @@ class RayProcess:
         ray.kill(self._actor)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end of ``run``, then for nothing more: kill the actor, which would wait for other calls."""
+        """Wait until ``run`` has ended, then kill the actor, which would otherwise wait for more calls."""
         if ray.wait([self._running], timeout=timeout)[0]:
             try:
                 self.exitcode = 0 if ray.get(self._running) else 1
@@ -59,10 +59,10 @@ class RayProcess:
 
 
 def start_on_ray(spec: EngineSpec, name: str) -> StartedProcess:
-    """Start an actor on the cluster that RAY_ADDRESS names, or this machine is a node of; without one, on a new one.
+    """Start an actor on the cluster that RAY_ADDRESS names, on the one that this machine belongs to, or on a new one.
 
     Raises:
-        ValueError: it was not started within ``START_S``; no node may have the CPU or the GPUs for it.
+        ValueError: it was not started within ``START_S``; perhaps no node has the CPU or the GPUs for it.
     """
     if not ray.is_initialized():
         ray.init(log_to_driver=True)

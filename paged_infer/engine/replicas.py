@@ -1,8 +1,8 @@
 """Several engines, each in a process of its own, as one. It has the interface of ``EngineThread``.
 
-A replica whose process ends is replaced, while the others go on; its own unfinished requests get one EngineDeadError.
-One that has been replaced ``MAX_RESTARTS`` times in a row without a token in between is given up. When all have been
-given up, every request ends with an EngineDeadError.
+A replica whose process ends is replaced while the others continue; its own unfinished requests end with one
+EngineDeadError. A replica that has been replaced ``MAX_RESTARTS`` times in a row, without a token in between, is given
+up. When all have been given up, every request ends with an EngineDeadError.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Replicas:
     """``num_replicas`` engines, and the rule that divides the requests among them.
 
     Args:
-        start: called with the number of a replica and a function that its ``EngineProcess`` calls when it has ended.
+        start: called with the index of a replica and a function that its ``EngineProcess`` calls when it has ended.
         routing: one of ``routing.ROUTINGS``.
         max_num_waiting: the most sequences that may be waiting, in all replicas together.
 
@@ -67,7 +67,7 @@ class Replicas:
         self._start = start
         self._max_num_waiting = max_num_waiting
         self._lock = threading.RLock()
-        self._is_serving = False  # before that, one that ends is an error, and not replaced
+        self._is_serving = False  # until then, one that ends is an error, and is not replaced
         self._replicas: list[_Replica] = []
         try:
             for index in range(num_replicas):
@@ -76,7 +76,7 @@ class Replicas:
         except BaseException:  # Ctrl-C, too
             self.stop()
             raise
-        # On GPUs the pools may differ by what each had left: what fits the smallest one fits all.
+        # The pools of GPUs may differ, as their free memory did: what fits the smallest one fits all.
         self.info: EngineInfo = min(infos, key=lambda one: (one.memory.max_model_len, one.memory.num_blocks))
         memory = self.info.memory
         self._router = Router(routing, num_replicas, memory.num_blocks)
@@ -94,7 +94,7 @@ class Replicas:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
-        """See ``EngineThread.add``. Also QueueFullError if every replica is being restarted."""
+        """See ``EngineThread.add``. Also raises QueueFullError if every replica is being restarted."""
         sequence, block_size = request.sequences[0], self.info.memory.block_size
         chain = sequence.hash_chain(block_size) if self._router.routing == PREFIX else []
         with self._lock:
@@ -116,7 +116,7 @@ class Replicas:
             one.process.abort(request_id)
 
     def call(self, function: Callable[[LLMEngine], Any], replica: int = 0) -> Future[Any]:
-        """See ``EngineProcess.call``. ``replica``: in which of them."""
+        """See ``EngineProcess.call``. ``replica``: the one in which the function runs."""
         return self._replicas[replica].process.call(function)
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Replicas:
             one.process.stop(finish)
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """See ``EngineProcess.join``, of all of them."""
+        """See ``EngineProcess.join``; waits for all of them."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         ended = [
             one.process.join(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
@@ -154,7 +154,7 @@ class Replicas:
     # -- looking inside ---------------------------------------------------------------------------------------------
 
     def replica_stats(self) -> list[Stats]:
-        """See ``AsyncLLM.replica_stats``. One that is being restarted has done nothing yet."""
+        """See ``AsyncLLM.replica_stats``. The counts of a replica that is being restarted begin again at 0."""
         processes = [one.process for one in self._replicas]
         return [process.stats() if process.is_ready else dict(self.info.stats) for process in processes]
 
@@ -174,7 +174,7 @@ class Replicas:
         report.notify(self.observers)
 
     def _on_end(self, index: int, ended: EngineProcess) -> None:
-        """Replace it. Outside of the lock, because a cluster may take minutes to start another."""
+        """Replace the replica, outside of the lock, because a cluster may take minutes to start another."""
         with self._lock:
             replica = self._replicas[index]
             if self.error is not None or not self._is_serving or replica.is_restarting or replica.process is not ended:
@@ -189,11 +189,11 @@ class Replicas:
             self._router.forget(index)
             replica.num_restarts += 1
             replica.is_restarting = True
-        logger.error("%s: it is restarted", ended.error)
+        logger.error("%s: restarting it", ended.error)
         process: EngineProcess | None = None
         try:
             process = self._started(index)
-        except Exception as error:  # of a cluster: no node has room
+        except Exception as error:  # on a cluster: no node has room
             logger.error("replica %d could not be restarted: %s", index, error)
         with self._lock:
             replica.is_restarting = False

@@ -1,4 +1,4 @@
-"""The unfinished requests of an engine, and what their callers will get."""
+"""The unfinished requests of an engine, and their outputs so far."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class StepReport:
     """What one step changed.
 
     Attributes:
-        outputs: of requests that finished (or were aborted, for an observer), and of streamed ones with a new token.
+        outputs: those of finished requests (for observers, also aborted ones), and of streamed ones with a new token.
         grown: the sequences that got a token, once for each token.
         now: when the step ended, in ``time.perf_counter`` seconds.
-        replica: which engine it was, where there are several (``engine.replicas``).
+        replica: the index of the engine, if there are several (``engine.replicas``).
     """
 
     outputs: list[RequestOutput] = field(default_factory=list)
@@ -38,7 +38,7 @@ class StepReport:
     replica: int = 0
 
     def notify(self, observers: list[Callable[[StepReport], None]]) -> None:
-        """Call each observer. One that raises is removed: it must not cost a request its output."""
+        """Call each observer, and remove one that raises, so that no request loses its output."""
         for observer in list(observers):
             try:
                 observer(self)
@@ -49,7 +49,7 @@ class StepReport:
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """An unfinished request and what its caller will get."""
+    """An unfinished request and its output so far."""
 
     request: Request
     completions: list[OutputProcessor]
@@ -101,7 +101,7 @@ class RequestStates:
         return self._output(state)
 
     def record(self, grown: list[Sequence], result: StepResult, now: float, report: StepReport) -> None:
-        """Decode what the scheduler has settled, and add to ``report``: sequences that have grown, a step's result."""
+        """Decode the new tokens of the sequences that have grown, and add what changed to ``report``."""
         changed: dict[str, RequestState] = {}
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(result)
@@ -122,7 +122,7 @@ class RequestStates:
 
     @contextmanager
     def _decoding(self, sequence: Sequence) -> Iterator[None]:
-        """An error in decoding ends only the request of ``sequence``."""
+        """If decoding raises, only the request of ``sequence`` fails."""
         try:
             yield
         except Exception as error:  # a tokenizer can raise anything

@@ -1,14 +1,14 @@
-"""Which of several replicas gets the next request. Plain functions of loads and of what was routed before.
+"""Which of several replicas gets the next request: plain functions of the loads and of what was routed before.
 
-    round_robin    the next one in turn, whatever the others do
-    least_loaded   the fewest sequences, where one that waits counts as four that run: it delays the first token, and
-                   one more that runs hardly slows the others (vLLM: DPLBAsyncMPClient.get_core_engine_for_request)
-    prefix         the replica that has been sent the longest beginning of this prompt, and so may have its blocks
-                   (SGLang's router: cache_aware): if the loads differ too much, the least loaded one instead, so that
-                   one popular beginning does not overload a replica; and if less than 30 % of the prompt's blocks are
-                   known anywhere, the least loaded one, so that new beginnings spread
+    round_robin    the next one in turn, whatever the loads
+    least_loaded   the fewest sequences, where a waiting one counts as four running ones: it delays the first token, and
+                   one more running one hardly slows the others (vLLM: DPLBAsyncMPClient.get_core_engine_for_request)
+    prefix         the replica that was sent the longest prefix of this prompt, and so may have its blocks (SGLang's
+                   router: cache_aware). The least loaded one instead if the loads differ too much, so that a popular
+                   prefix does not overload a replica, or if less than 30 % of the prompt's blocks were sent to any, so
+                   that new prefixes spread
 
-Beginnings are compared by the chain hashes that the engines' prefix caches use (``control.blocks.hashing``), salts
+Prefixes are compared by the chain hashes that the engines' prefix caches use (``control.blocks.hashing``), salts
 included. What a replica has is estimated from what it was sent: as many of the most recent blocks as its pool holds.
 """
 
@@ -53,14 +53,14 @@ def least_loaded(loads: Mapping[int, Load], last: int) -> int:
 
 
 def is_balanced(loads: Mapping[int, Load]) -> bool:
-    """Whether the most and the fewest sequences of a replica are close enough to route by prefixes."""
+    """Whether the loads are close enough to each other to route by prefixes."""
     totals = [load.waiting + load.running for load in loads.values()]
     most, fewest = max(totals), min(totals)
     return most - fewest <= MAX_DIFFERENCE or most <= MAX_RATIO * fewest
 
 
 def longest_prefix(matches: Mapping[int, int], num_blocks: int, loads: Mapping[int, Load], last: int) -> int:
-    """The replica with the longest known beginning; the least loaded one if that is short, or loads are unbalanced.
+    """The replica that was sent the longest prefix; the least loaded one if that is short or the loads are unbalanced.
 
     Args:
         matches: how many of the prompt's ``num_blocks`` full blocks each replica has been sent.
@@ -79,11 +79,11 @@ class SentBlocks:
         self._hashes: OrderedDict[bytes, None] = OrderedDict()  # the least recently sent first
 
     def num_matching(self, chain: ReadOnlyList[bytes]) -> int:
-        """The first hashes of ``chain`` that were sent."""
+        """How many of the first hashes of ``chain`` were sent."""
         return next((i for i, one in enumerate(chain) if one not in self._hashes), len(chain))
 
     def add(self, chain: ReadOnlyList[bytes]) -> None:
-        for one in reversed(chain):  # the end of a beginning is forgotten before the beginning itself
+        for one in reversed(chain):  # the end of a prompt is dropped before its beginning
             self._hashes[one] = None
             self._hashes.move_to_end(one)
         while len(self._hashes) > self._max_num_blocks:

@@ -1,4 +1,4 @@
-"""SequenceView: what a running sequence has in the cache, and what the model makes of its last token."""
+"""SequenceView: what a running sequence has in the cache, and what the model computes for its last token."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class SequenceView:
         priority: of its request.
 
     Raises:
-        RuntimeError: by ``keys``, ``values``, ``logits`` and ``attention_weights`` once the view is out of date.
-        ValueError: by the same if nothing of the sequence is stored: it waits, or is swapped out.
+        RuntimeError: from ``keys``, ``values``, ``logits`` and ``attention_weights`` once the view is out of date.
+        ValueError: from the same if nothing of the sequence is stored: it is waiting or swapped out.
     """
 
     def __init__(self, sequence: Sequence, manager: BlockManager, runner: ModelRunner) -> None:
@@ -48,7 +48,7 @@ class SequenceView:
         )
 
     def keys(self, layer: int) -> Tensor:
-        """[N, H_kv, D], gathered through the block table, rotated; as numbers where the cache holds codes."""
+        """[N, H_kv, D], gathered through the block table, rotated, and dequantised if the cache is quantised."""
         return self._read(layer)[0]
 
     def values(self, layer: int) -> Tensor:
@@ -57,14 +57,14 @@ class SequenceView:
 
     @property
     def logits(self) -> Tensor:
-        """[V], of the token after the N computed ones, as the model gives them: no penalty, mask or temperature."""
+        """[V], for the token after the N computed ones: the model's own, without penalty, mask or temperature."""
         self._check()
         return self._compute(ReadOnlyCache(self._runner.cache, self.block_table))
 
     def attention_weights(self, layer: int) -> Tensor:
         """[H, N]: how much each head of the last computed token attends to each token.
 
-        The sum of a head is 1, or less where a model has attention sinks. Beyond a window it is 0.
+        The weights of a head sum to 1, or to less if the model has attention sinks. Beyond a sliding window they are 0.
         """
         self._check(layer)
         cache = ReadOnlyCache(self._runner.cache, self.block_table, (layer,))

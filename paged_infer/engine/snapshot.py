@@ -1,4 +1,4 @@
-"""An engine's pool and queues between two steps, and the steps since: plain data, for pictures of each of them."""
+"""An engine's pool and queues between two steps, and the steps since then: plain data from which to draw each step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from paged_infer.control.sequence import Sequence
 from paged_infer.control.step_log import StepLog, Taken
 from paged_infer.engine.engine import LLMEngine
 
-MOST_MARKED = 65_536  # blocks of the largest pool whose cached blocks are included
+MOST_MARKED = 65_536  # number of blocks up to which a pool's cached blocks are included
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The engine between two steps. With the events of later steps, every later moment can be rebuilt from it.
+    """The engine between two steps. With the events of later steps, its state after each of them can be rebuilt.
 
     ``sequences``: all unfinished ones, and finished ones that still hold blocks, in order of arrival. ``hashed``: the
     blocks in the prefix cache, held or free.
@@ -29,7 +29,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """``taken``: steps and events since the last one. ``snapshot``: after all of them; None if it was not needed.
+    """``taken``: steps and events since the last observation. ``snapshot``: after them; None if it was not needed.
 
     ``follows``: False if steps are missing between the last observation and this one.
     """
@@ -41,7 +41,7 @@ class Observation:
 
 
 def snapshot(engine: LLMEngine) -> Snapshot:
-    """Call on the engine's thread, or while no step runs."""
+    """The current state. Call on the engine's thread, or while no step runs."""
     queues, manager = engine.scheduler.queues, engine.manager
 
     def entry(one: Sequence) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def snapshot(engine: LLMEngine) -> Snapshot:
 def observe(engine: LLMEngine, whole: bool) -> Observation:
     """The steps since the last call; with ``whole``, or if that was too long ago, a snapshot too.
 
-    Of a module, so that it can be called in an engine's process. From the first call on the engine keeps a log of its
-    steps, until ``MOST_STEPS`` of them have passed without a call.
+    A module's function, so that it can be called in an engine's process. From the first call on, the engine keeps a log
+    of its steps, until ``MOST_STEPS`` of them have passed without a call.
     """
     began_s = time.perf_counter()
     log = engine.scheduler.step_log

@@ -1,4 +1,4 @@
-"""The process of an engine, as its client sees it; and how it is started on this machine."""
+"""The process of an engine as its client sees it, and how it is started on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paged_infer.engine.process_messages import EngineSpec
 
 
 class Process(Protocol):
-    """What is used of a ``multiprocessing.Process``."""
+    """The part of ``multiprocessing.Process`` that is used."""
 
     @property
     def exitcode(self) -> int | None: ...
@@ -35,8 +35,8 @@ class StartedProcess(NamedTuple):
 def spawn(spec: EngineSpec, name: str) -> StartedProcess:
     """Start ``run_engine`` in a process on this machine.
 
-    The child inherits the mask of signals, so that no Ctrl-C interrupts its imports; ``run_engine`` unblocks them. Here
-    Ctrl-C is deferred until the child has been started, and then ends it.
+    The child inherits the signal mask, so that no Ctrl-C interrupts its imports; ``run_engine`` unblocks them. In this
+    process, Ctrl-C is deferred until the child has been started, and then ends it.
     """
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(theirs, spec), name=name)

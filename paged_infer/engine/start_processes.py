@@ -34,7 +34,7 @@ def start_processes(
     routing: str,
     disaggregated_prefill: bool,
 ) -> tuple[EngineProcess | Replicas, InputProcessor]:
-    """``size`` engines, each in a process of its own; and what checks and tokenizes their requests here.
+    """Start ``size`` engines, each in a process of its own, and what checks and tokenizes their requests here.
 
     Args:
         backend: one of ``BACKENDS``: on this machine, or on the nodes of a Ray cluster (``engine.ray_process``).
@@ -46,7 +46,7 @@ def start_processes(
         EngineDeadError: a process ended while it loaded.
     """
     if config.trace:
-        raise ValueError("trace=True: the record would stay in the engine's process; use one engine in this process")
+        raise ValueError("trace=True: the trace would stay in the engine's process; use one engine in this process")
     if backend != "mp" and size == 1:
         raise ValueError(f"data_parallel_backend={backend!r} with data_parallel_size=1: there is no replica to place")
     if routing == PREFIX and not config.enable_prefix_caching:

@@ -27,7 +27,7 @@ class _Job:
 
 
 class TextQueue:
-    """Calls functions on texts in a thread, the shortest text first.
+    """Calls functions on texts in a thread of its own, the shortest text first.
 
     Shorter texts that arrive later may overtake a long one, but only until ``AGING_FACTOR`` times its own length has
     been processed since it arrived. So no text starves.

@@ -14,7 +14,7 @@ class Watchdog:
     """Calls ``on_timeout`` once, from a thread of its own, when work takes longer than ``timeout_s``.
 
     Args:
-        timeout_s: None for no limit, and no thread.
+        timeout_s: None: no limit, and no thread.
         on_timeout: called once, from the watchdog's thread.
         clock: monotonic time in seconds.
     """

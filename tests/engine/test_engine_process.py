@@ -104,7 +104,7 @@ def test_an_id_may_be_used_again_at_once_by_another_request(engine: AsyncLLM) ->
     asyncio.run(main())
 
 
-def test_an_aborted_request_ends_with_what_it_has(engine: AsyncLLM) -> None:
+def test_an_aborted_request_ends_with_the_output_so_far(engine: AsyncLLM) -> None:
     async def main() -> None:
         answers = await engine.submit("Once", LONG, "one")
         await anext(answers)

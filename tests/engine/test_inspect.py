@@ -72,7 +72,7 @@ def test_codes_are_read_as_the_numbers_that_they_stand_for(family: str, kv_cache
     one.close(), other.close()
 
 
-def test_looking_changes_no_token_and_no_stored_bit_of_anyone(make_llm) -> None:
+def test_inspecting_changes_no_token_and_no_stored_bit(make_llm) -> None:
     prompts = [PROMPT, [*PROMPT[:16], 1, 2, 3], [9, 9, 9]]  # the first two share a block
     (plain, looked) = (make_llm(block_size=16).engine for _ in range(2))
     for engine in (plain, looked):
@@ -109,7 +109,7 @@ def test_a_view_is_out_of_date_after_a_step_and_says_so(llm) -> None:
     stream.close()
 
 
-def test_what_cannot_be_looked_into_is_refused_with_the_reason(make_llm) -> None:
+def test_what_cannot_be_inspected_is_refused_with_the_reason(make_llm) -> None:
     engine: LLMEngine = make_llm(max_num_seqs=1).engine
     engine.add_request("first", PROMPT, GREEDY)
     engine.add_request("second", PROMPT, GREEDY)
@@ -127,7 +127,7 @@ def test_what_cannot_be_looked_into_is_refused_with_the_reason(make_llm) -> None
         engine.inspect("first").keys(3)
 
 
-def test_samples_of_a_request_are_looked_into_one_by_one(make_llm) -> None:
+def test_samples_of_a_request_are_inspected_one_by_one(make_llm) -> None:
     engine: LLMEngine = make_llm(block_size=4).engine
     engine.add_request("mine", PROMPT, SamplingParams(n=3, seed=1, max_tokens=8, ignore_eos=True))
     for _ in range(3):
@@ -168,7 +168,7 @@ def test_a_recorder_keeps_the_weights_of_every_query_of_a_step(make_llm, monkeyp
         stream.close()
 
 
-def test_with_a_step_in_flight_what_is_known_of_it_is_seen(make_llm) -> None:
+def test_with_a_step_in_flight_its_known_tokens_are_seen(make_llm) -> None:
     engine, found = make_llm(async_scheduling=True).engine, dict[int, int]()
     engine.add_request("mine", PROMPT, GREEDY)
     while engine.has_unfinished_requests:

@@ -72,7 +72,7 @@ class House:
         self.replicas.add(request, None, False)  # type: ignore[arg-type]
 
 
-def test_requests_go_round() -> None:
+def test_requests_go_to_the_replicas_in_turn() -> None:
     house = House()
     for _ in range(4):
         house.add()
@@ -94,7 +94,7 @@ def test_one_that_ends_is_replaced_and_meanwhile_the_other_gets_everything() -> 
     assert house.replicas.health()[1] == {"replica": 1, "status": "ready", "restarts": 1}
 
 
-def test_one_that_ended_a_moment_ago_is_passed_over() -> None:
+def test_one_that_ended_a_moment_ago_is_skipped() -> None:
     house = House()
 
     def add(*_: object) -> None:  # its end has not been noticed yet
@@ -106,7 +106,7 @@ def test_one_that_ended_a_moment_ago_is_passed_over() -> None:
     assert house.newest(1).added == ["r0"]
 
 
-def test_one_that_never_serves_is_given_up_and_when_all_are_so_is_the_whole() -> None:
+def test_one_that_never_serves_is_given_up_and_the_engine_ends_when_all_are() -> None:
     house = House()
     for _ in range(MAX_RESTARTS + 1):
         house.newest(0).end()

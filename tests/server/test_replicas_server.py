@@ -147,7 +147,7 @@ def test_of_five_hundred_requests_a_killed_replica_loses_its_own_and_no_other(
             {"data_parallel_size": 2, "data_parallel_routing": "prefix", "enable_prefix_caching": False},
             "no prefix would be found",
         ),
-        ({"engine_process": True, "trace": True}, "the record would stay in the engine's process"),
+        ({"engine_process": True, "trace": True}, "the trace would stay in the engine's process"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_a_process_starts(options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that work together must have been started with the same options, model and versions."""
+"""Check that ranks that work together were started with the same options, model and versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODEL_BYTES = 1 << 20  # of a GGUF file: its header
 
 
 def fingerprint(folder: Path, config: EngineConfig) -> dict[str, str]:
-    """What must be the same on every rank, by name. The device's number need not be."""
+    """What must be the same on every rank, by name. Of the device, only the type must be."""
     values = ((field.name, getattr(config, field.name)) for field in fields(config))
     options = {name: type(value).__qualname__ if isinstance(value, Policy) else repr(value) for name, value in values}
     options["device"] = torch.device(config.device).type if config.device != "auto" else "auto"
@@ -29,7 +29,7 @@ def fingerprint(folder: Path, config: EngineConfig) -> dict[str, str]:
 
 
 def check_agreement(fingerprints: ReadOnlyList[dict[str, str]]) -> None:
-    """Raises ValueError, naming what differs, unless all ranks have the same; by rank."""
+    """Raises ValueError, which names what differs, unless the fingerprints, one per rank, are equal."""
     first = fingerprints[0]
     for rank, other in enumerate(fingerprints):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]

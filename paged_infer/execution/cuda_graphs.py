@@ -38,7 +38,7 @@ Capture = Callable[[Callable[[], None]], Replay]
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """Batch sizes to capture: for any number of rows up to ``largest``, one is as large and not much larger.
+    """Batch sizes to capture, so that any number of rows up to ``largest`` fits into one that is not much larger.
 
     1, 2, 4, every 8th up to 256, every 16th up to 512, every 32nd up to 1024 and so on; and ``largest`` itself.
 
@@ -93,7 +93,7 @@ def decode_graphs(decoder: Decoder, cache: PagedCache, max_num_seqs: int, max_mo
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disable garbage collection: to drop an earlier engine's graphs during a capture is a driver error."""
+    """Disable garbage collection: freeing an earlier engine's graphs during a capture is a driver error."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -150,7 +150,7 @@ class DecodeGraphs:
         sample: ``kernels.sample``, or None: then the caller samples from the logits.
         max_rows: the most sequences in a step.
         max_model_len: the longest sequence.
-        capture: ``CudaCapture``, or a function like it; the step that it gets uses the same tensors each time.
+        capture: ``CudaCapture``, or a function like it; the step that it captures uses the same tensors each time.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class DecodeGraphs:
         self.has_sampler = sample is not None
         self._sample = sample
         self._max_model_len = max_model_len
-        self.num_bytes = 0  # that they take, if measured
+        self.num_bytes = 0  # that the graphs take, if measured
         self.sizes = batch_sizes(max_rows)
         self.buffers = InputBuffers(
             max_rows, -(-max_model_len // cache.block_size), decoder.config.vocab_size, decoder.dtype, decoder.device

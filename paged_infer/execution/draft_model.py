@@ -1,15 +1,15 @@
 """A small model that drafts for a large one: it runs every step first, then continues alone to produce the drafts.
 
     step           A: t7 + 3 places     B: 5 tokens of its prompt
-    draft model    A: t7 -> a           B: the same 5          a forward pass of all that is known, in its own cache,
-                   A: a -> b                                   and one for each draft; the last one only
-                   A: b -> c                                   stores keys and values: if all are accepted, c is
+    draft model    A: t7 -> a           B: the same 5          one forward pass of the known tokens, with its own cache,
+                   A: a -> b                                   and one for each draft. The last one only stores
+                   A: b -> c                                   keys and values: if all drafts are accepted, c is
                    A: c                                        not computed here again
     step, filled   A: t7 a b c          B: 5 tokens
 
-Its cache has the shape of the large one's pool: the same blocks, tables, copies and swaps, and it computes whatever the
-large one computes. So whatever is true of a block there is true of it here (shared, found by its hash, swapped out and
-in), and no second block manager is needed.
+Its cache mirrors the large model's pool: the same blocks, tables, copies and swaps. It computes every token that the
+large model computes. So a block is in the same state in both (shared, found by its hash, swapped out or in), and no
+second block manager is needed.
 
 It samples with the sequence's own parameters and noise: where the two models' distributions are similar, so are the
 samples. Two independent samples would be the same only with probability sum(p_i q_i), which is small even where p = q.
@@ -57,7 +57,7 @@ class DraftModel:
     """Fills in the drafts of scheduled steps; it gets every step before the ``ModelRunner`` does."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, sampler: Sampler) -> None:
-        """``cache``: with the number of blocks and the block size of the target model's."""
+        """``cache``: as many blocks of the same size as the target model's."""
         self.runner = ModelRunner(decoder, cache, sampler)
         self._has_warned = False
 
@@ -101,7 +101,7 @@ def _known(sequence: ScheduledSequence) -> ScheduledSequence:
 
 
 def _after_drafts(sequence: ScheduledSequence, drafts: list[int]) -> ScheduledSequence:
-    """The latest draft, to be computed; it samples the next one unless it is the last."""
+    """A step of the latest draft alone, which samples the next one unless it is the last."""
     assert isinstance(sequence.sample, SamplingRow)
     is_last = len(drafts) == sequence.num_drafts
     return ScheduledSequence(

@@ -1,4 +1,4 @@
-"""Errors of an engine that cannot go on. Imports no torch, so that commands can name them before that is loaded."""
+"""Errors of an engine that cannot continue. Imports no torch, so that commands can name them before that is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RankTraceback(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a rank ends, as it reports it to others. ``is_input``: the model or an option cannot be used."""
+    """Why a rank ends, as it reports it to others. ``is_input``: because the model or an option cannot be used."""
 
     at_s: float  # ``time.monotonic``, one clock for all processes of a machine
     message: str
@@ -35,6 +35,6 @@ class Failure:
         return cls(time.monotonic(), text, is_input, "".join(traceback.format_exception(error)))
 
     def as_error(self, rank: int | None = None) -> Exception:
-        """The exception for a caller: of a model or an option, the same as if it were loaded in this process."""
+        """The exception for a caller; for a model or an option, the same as if it were loaded in this process."""
         which = "a rank" if rank is None else f"rank {rank}"
         return ValueError(self.message) if self.is_input else EngineDeadError(f"{which} has failed: {self.message}")

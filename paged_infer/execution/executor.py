@@ -3,8 +3,8 @@
     engine   -- ScheduledStep -->  Executor.launch        -> RunningStep
              <-- StepResult -----  RunningStep.result()      waits for the device
 
-Both are plain picklable data, and the engine reaches a model only through these two calls. So an executor decides where
-the model runs: here it is in this process; ``multiprocess`` and ``ray_cluster`` run it in others.
+Both are plain picklable data, and the engine uses the model only through these two calls. So the executor decides where
+the model runs: ``InProcessExecutor`` runs it in this process, ``multiprocess`` and ``ray_cluster`` in others.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class RunningStep(Protocol):
     """A step that has been launched."""
 
     def result(self) -> StepResult:
-        """Wait for what the step computes. Called once."""
+        """Wait for the step's result. Called once."""
 
 
 class RemoteStep(RunningStep, Protocol):
-    """A step that other processes compute. ``request``, ``wait`` and ``result`` follow each other.
+    """A step that other processes compute. ``request``, ``wait`` and ``result`` are called in this order.
 
-    Only ``wait`` takes long, and only there may an exception be raised between two instructions, as Ctrl-C does: half a
-    message would make the next one unreadable.
+    Only ``wait`` takes long, and only there may Ctrl-C raise an exception between two instructions: elsewhere half a
+    message could be left, which would make the next one unreadable.
     """
 
     def request(self) -> None:
@@ -49,10 +49,10 @@ class Executor(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """What the steps are computed on."""
+        """The device that computes the steps."""
 
     def now(self) -> float:
-        """The time in seconds by which steps are planned and requests arrive: the same on all ranks that plan."""
+        """The clock for planning and for arrivals, in seconds: the same on all ranks that plan."""
 
     def launch(self, step: ScheduledStep) -> RunningStep:
         """Start ``step``. May return before it, or an earlier step, has been computed.
@@ -62,13 +62,13 @@ class Executor(Protocol):
         """
 
     def check_alive(self) -> None:
-        """Raises EngineDeadError if ``launch`` would, whatever the step."""
+        """Raises EngineDeadError if ``launch`` would raise it for any step."""
 
     def on_death(self, callback: Callable[[], None]) -> None:
-        """Call ``callback``, in any thread, once another process has ended."""
+        """Call ``callback``, perhaps in another thread, once another process has ended."""
 
     def close(self) -> None:
-        """End the other processes, from any thread, and what waits for them. Can be called again."""
+        """End the other processes and the calls that wait for them. May be called from any thread, and again."""
 
 
 class InProcessExecutor:

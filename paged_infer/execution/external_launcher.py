@@ -6,12 +6,12 @@
     rank 1   Scheduler -> step -> shard of the model -> logits -> Sampler -> tokens      the same, so nothing is sent
 
 A step depends on the requests, the options, the tokens so far and the time. The script gives all ranks the same
-requests in the same order, and options are compared at the start; logits have the same bits on all ranks, and noise
-depends on the request alone; the time, of a step and of a request's arrival, is rank 0's, sent before each. So every
-rank plans the same step. What a script does on one rank alone (a request, an abort) makes the ranks wait for each other
-in different places, which ends with an error after ``distributed_timeout``.
+requests in the same order. Options are compared at the start. Logits have the same bits on all ranks, and noise depends
+on the request alone. The time, of a step and of a request's arrival, is rank 0's, sent before each. So every rank plans
+the same step. If a script does something on one rank only (adds or aborts a request), the ranks wait for each other in
+different places, which ends with an error after ``distributed_timeout``.
 
-All other times in outputs are of the rank's own clock: on several machines, use the outputs of rank 0.
+All other times in outputs are from the rank's own clock: on several machines, use the outputs of rank 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from paged_infer.execution.loaded_models import LoadedModels
 from paged_infer.kernels.device import device_of
 from paged_infer.model.parallel import TorchCollective
 
-LOAD_S = 1800.0  # that one rank may load longer than another
+LOAD_S = 1800.0  # by which one rank may take longer to load than another
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
 
@@ -47,19 +47,19 @@ _out_of_step = threading.Event()  # a collective of this process has failed, or 
 
 
 def _leave() -> None:
-    """End the threads of the process groups before the interpreter ends, which may abort otherwise.
+    """End the threads of the process groups before the interpreter ends, which may otherwise abort.
 
-    Not where a collective may still be waiting for another rank: its thread would be waited for, too.
+    Not if a collective may still be waiting for another rank: this would wait for its thread, too.
     """
     if dist.is_initialized() and not _out_of_step.is_set():
         dist.destroy_process_group()
 
 
 class LaunchedRank:
-    """This process among the others that the launcher has started, once it has met them.
+    """This process among those that the launcher has started. The constructor connects to the others.
 
     Raises:
-        ValueError: there is no launcher, or it has started another number of ranks, or with other options.
+        ValueError: there is no launcher, it has started another number of ranks, or ranks have other options.
         EngineDeadError: the other ranks cannot be reached.
     """
 
@@ -97,7 +97,7 @@ class LaunchedRank:
         self.parallel = TorchCollective(group)
 
     def gather(self, own: Any) -> list[Any]:
-        """What every rank gives, by rank."""
+        """The objects that the ranks pass, in order of rank (all-gather)."""
         given: list[Any] = [None] * dist.get_world_size(self._loading)
         with self.one_error():
             dist.all_gather_object(given, own, group=self._loading)
@@ -112,7 +112,7 @@ class LaunchedRank:
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:
-        """EngineDeadError for any failure: it leaves this rank out of step with the others."""
+        """Raise EngineDeadError for any failure, since this rank is then out of step with the others."""
         try:
             yield
         except (ValueError, EngineDeadError):
@@ -170,8 +170,8 @@ def load_launched(folder: Path, config: EngineConfig) -> tuple[LaunchedRank, Loa
     """This rank, its models, and the number of blocks that every rank has room for.
 
     Raises:
-        ValueError: as ``LaunchedRank`` and ``LoadedModels``, on every rank.
-        EngineDeadError: as ``LaunchedRank``; or a rank has failed.
+        ValueError: see ``LaunchedRank`` and ``LoadedModels``; raised on every rank.
+        EngineDeadError: see ``LaunchedRank``; or a rank has failed.
     """
     rank, models, failure = LaunchedRank(folder, config), None, None
     try:

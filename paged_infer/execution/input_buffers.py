@@ -23,7 +23,7 @@ from paged_infer.control.sequence import PLACEHOLDER
 from paged_infer.control.step import SamplingRow, ScheduledSequence
 from paged_infer.kernels.fused.sample import LARGEST
 
-# One number for each row. ``pending_row``: the row of the previous step that samples this row's token; -1: it is known.
+# One number per row. ``pending_row``: the row of the previous step that samples this row's token; -1: it is known.
 COLUMNS = {
     "token_ids": torch.int64,
     "pending_row": torch.int64,

@@ -1,4 +1,4 @@
-"""What one rank computes with: its models, and, once the size of the pool is known, their caches and runners.
+"""The models of one rank, and, once the size of the pool is known, their caches and runners.
 
 folder -> decoder, draft -> how much memory is left -> (the smallest pool of all ranks) -> cache -> runner -> executor
 """
@@ -31,10 +31,10 @@ from paged_infer.sampling.sampler import Sampler
 class LoadedModels:
     """One rank's part of the decoder of ``folder``, and the whole draft model if there is one, on their device.
 
-    A draft model is too small to gain from others: each rank computes all of it, and so drafts the same tokens.
+    A draft model is too small to gain from sharding: each rank computes all of it, and so drafts the same tokens.
 
     Attributes:
-        memory: how large the pool can be here. ``executor`` makes it.
+        memory: how large the pool can be on this rank. ``executor`` makes it.
 
     Raises:
         ValueError: a checkpoint or an option that cannot be used; the message names the value and the limit.
@@ -82,7 +82,7 @@ class LoadedModels:
         """Reserve the pool.
 
         Args:
-            num_blocks: if another rank has room for fewer than ``memory.num_blocks``.
+            num_blocks: the pool's blocks, if another rank has room for fewer than ``memory.num_blocks``.
         """
         config, ops = self.config, self._ops
         if num_blocks is not None and num_blocks != self.memory.num_blocks:

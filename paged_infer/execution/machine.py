@@ -1,4 +1,4 @@
-"""The machine of a measurement, printed and stored with the result."""
+"""Describe the machine of a measurement, to be printed and stored with the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, threads, versions, date, and the load before the run: another busy process ruins two-thread torch."""
+    """Device, threads, versions, date, and the load before the run, since another busy process slows torch down."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor": _processor(),

@@ -26,7 +26,7 @@ class MemoryPlan:
     kv_bytes_per_token: int
     num_swap_blocks: int = 0
     kv_cache_dtype: str = "float32"  # as stored: a dtype, or the option's name for one of 8 bits
-    profile: MemoryProfile | None = None  # if the pool was given what a GPU had left
+    profile: MemoryProfile | None = None  # if the pool takes what is left on a GPU
 
     @property
     def pool_bytes(self) -> int:

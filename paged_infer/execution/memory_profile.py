@@ -42,7 +42,7 @@ def max_num_batched_tokens(config: EngineConfig, device: torch.device) -> int:
 
 
 def _default_num_batched_tokens(device: torch.device) -> int:
-    """8192 on a GPU of at least 70 GiB, 2048 elsewhere, as vLLM chooses for its server (which leaves the A100 at 2048).
+    """8192 on a GPU of at least 70 GiB, 2048 elsewhere: vLLM's defaults for its server, except 2048 for the A100 there.
 
     A large GPU computes 2048 tokens of a small model in the time that the host needs to launch them. The activations of
     8192 take four times as much memory, about 1 GiB in an 8B model: too much of a small card's pool.
@@ -53,10 +53,10 @@ def _default_num_batched_tokens(device: torch.device) -> int:
 
 
 class Meter(Protocol):
-    """Reads a device's memory."""
+    """Reads the use of a device's memory."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """Bytes."""
+        """Free and total bytes."""
         ...
 
     def allocated(self) -> int:
@@ -106,12 +106,12 @@ class MemoryProfile:
 
     @property
     def budget(self) -> int:
-        """What this engine may use: its share of the total, but no more than was free."""
+        """Bytes that this engine may use: its share of the total, but no more than was free."""
         return min(int(self.total * self.gpu_memory_utilization), self.free)
 
     @property
     def available_kv_bytes(self) -> int:
-        """What is left for the pool."""
+        """Bytes that are left for the pool."""
         return max(0, self.budget - self.weights - self.activations - self.logits - self.graphs)
 
 
@@ -185,7 +185,7 @@ def run_costliest_sampling(config: EngineConfig, decoder: Decoder, ops: Ops) -> 
 
 
 def run_largest_decode(config: EngineConfig, decoder: Decoder, cache: PagedCache, longest: int) -> None:
-    """Launch what will be captured later."""
+    """Launch the decode step that will be captured later."""
 
     def launched(step: Callable[[], None]) -> Callable[[], None]:
         step()

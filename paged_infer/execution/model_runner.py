@@ -1,4 +1,4 @@
-"""From a ScheduledStep to sampled tokens and beam candidates: pack, run the decoder, sample.
+"""Turn a ScheduledStep into sampled tokens and beam candidates: pack, run the decoder, sample.
 
 sequences   A: 1 token   B: 1 token   C: 3 tokens of its prompt, the last ones
 token_ids       [ a9 | b4 | c0 c1 c2 ]          T = 5, no padding
@@ -34,7 +34,7 @@ _PROMPT_LOGITS_ROWS = 256  # a long prompt's logits over a large vocabulary are 
 
 @dataclass(slots=True)
 class RunningStep:
-    """A step that has been launched. ``result`` waits for what it computes."""
+    """A step that has been launched. ``result`` waits until it has been computed."""
 
     step: ScheduledStep
     _known: StepResult
@@ -43,7 +43,7 @@ class RunningStep:
     _sampled: AsyncTokens | None
     # (sequences, a flag for each of their tokens: whether its hidden state is finite)
     _checked: tuple[list[ScheduledSequence], AsyncTokens] | None = None
-    # Read what else a result has, for which the host waits.
+    # Each reads a further part of the result, for which the host waits.
     _reports: list[Callable[[StepResult], None]] = field(default_factory=list)
 
     @torch.inference_mode()

@@ -1,11 +1,11 @@
-"""The model in several processes of this machine, one a rank: ``distributed_executor_backend="mp"``.
+"""The model in several processes of this machine, one per rank: ``distributed_executor_backend="mp"``.
 
     engine's process      Scheduler -- delta of a step, pickled once -->  rank 0  \\
                                                                           rank 1   > collectives in every layer
                                     <-- StepResult of rank 0 -----------  rank 0  /
 
 The engine's process plans and has no model: it can plan the next step while this one is computed (on a CPU, too), and
-a rank that dies does not end it. The ranks meet at a store on a free port of the loopback interface.
+it outlives a rank that dies. The ranks meet at a store on a free port of the loopback interface.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class MultiprocessExecutor:
 
     Raises:
         ValueError: the model or an option cannot be used, or there are more ranks than GPUs.
-        EngineDeadError: a rank has ended while it loaded.
+        EngineDeadError: a rank ended while it loaded.
     """
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
@@ -78,7 +78,7 @@ class MultiprocessExecutor:
         timeout_s = config.rank_timeout_s
         self._encoder = StepEncoder(num_remembered(config))
         num_threads = max(1, torch.get_num_threads() // size)
-        self._store = open_store(LOOPBACK, timeout_s)  # ends with this process
+        self._store = open_store(LOOPBACK, timeout_s)  # exists as long as this process
         self._ranks = RankProcesses(size, timeout_s, rank_environment(num_threads))
         self._finalizer = weakref.finalize(self, self._ranks.close)
         configs = [rank_config(config, self.device, rank) for rank in range(size)]
@@ -97,7 +97,7 @@ class MultiprocessExecutor:
         self.memory = min(plans, key=lambda plan: plan.num_blocks)
 
     def reserve(self) -> None:
-        """Make the pool, on every rank as large as where it is the smallest; ``memory`` is then final."""
+        """Make the pool: on every rank, as many blocks as the rank with the least room can hold. Sets ``memory``."""
         self._ranks.send("reserve", lambda rank: (self.memory.num_blocks,))
         plans: list[MemoryPlan] = self._ranks.answers()
         if len({dataclasses.replace(plan, profile=None) for plan in plans}) > 1:
@@ -107,11 +107,11 @@ class MultiprocessExecutor:
 
     @property
     def pids(self) -> list[int]:
-        """The ranks' processes."""
+        """The process ids of the ranks."""
         return self._ranks.pids
 
     def now(self) -> float:
-        """The time of this process, which alone plans."""
+        """The time of this process, the only one that plans."""
         return time.perf_counter()
 
     def launch(self, step: ScheduledStep) -> MultiprocessStep:
@@ -132,10 +132,10 @@ class MultiprocessExecutor:
 
 
 def device_of_ranks(config: EngineConfig) -> torch.device:
-    """The kind of device that each rank has one of. No context is made on a GPU: it would take its memory.
+    """The kind of device of which each rank has one. Makes no context on a GPU, which would take memory.
 
     Raises:
-        ValueError: it cannot be used, or is one particular GPU.
+        ValueError: it cannot be used, or names one particular GPU.
     """
     if not config.device.startswith("cuda"):
         return device_of(config.device)
@@ -145,14 +145,14 @@ def device_of_ranks(config: EngineConfig) -> torch.device:
 
 
 def rank_environment(num_threads: int) -> dict[str, str]:
-    """Variables of ranks on one machine: their number of threads, and no port that is open to the network."""
+    """Environment of ranks on one machine: their number of threads, and only ports on the loopback interface."""
     interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     network = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", interfaces[0])} if interfaces else {}
     return {"OMP_NUM_THREADS": str(num_threads), **network}
 
 
 def rank_config(config: EngineConfig, device: torch.device, rank: int) -> EngineConfig:
-    """The options of one rank. Ranks do not plan, so the policy, perhaps of the caller's own script, is not sent."""
+    """The options of one rank. Ranks do not plan, so the policy, perhaps a class of the caller's, is not sent."""
     speculation = config.speculation
     if speculation is not None and speculation.model is not None:
         speculation = dataclasses.replace(speculation, model=resolve_model(speculation.model).absolute())

@@ -3,13 +3,13 @@
     engine   control   commands and answers                                      rank
              pulse     <-- a heartbeat every second, or why the rank ends
 
-Each is a pair of sockets that only these two processes hold, so that each sees when the other ends. The watcher ends
-all ranks once one of them has ended, or has been silent for too long. A thread that waits for a rank then reads the end
-of its socket, so nothing else here needs a timeout. Ranks end by themselves once the engine has ended.
+Each is a pair of sockets that only these two processes hold, so that each process notices when the other ends. The
+watcher ends all ranks once one of them has ended, or has been silent for too long. A thread that waits for a rank then
+reads the end of its socket, so nothing else here needs a timeout. Ranks end by themselves once the engine has ended.
 
 Ranks are new interpreters that inherit two sockets and nothing else: a fork would copy locks that threads hold, and
-CUDA's state, which cannot be copied. ``multiprocessing`` with "spawn" would import the caller's script again, and so
-need a guard in it. Each is in a session of its own, so that a terminal's Ctrl-C reaches the engine alone.
+CUDA's state, which cannot be copied. ``multiprocessing`` with "spawn" would import the caller's script again, which
+would then need a guard. Each rank has a session of its own, so that a terminal's Ctrl-C reaches only the engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paged_infer.execution.errors import EngineDeadError, Failure, RankTraceback
 from paged_infer.execution.worker import BEAT_S
 
 START_S = 300.0  # for a rank to import torch, before its first heartbeat
-GRACE_S = 1.0  # once one rank has ended, for the others to report: the earliest failure is the cause
+GRACE_S = 1.0  # for the other ranks to report once one has ended: the earliest failure is the cause
 END_S = 2.0  # for a rank to end by itself
 MODULE = "paged_infer.execution.worker"
 
@@ -47,7 +47,7 @@ class RankProcesses:
 
     def __init__(self, size: int, timeout_s: float, environment: dict[str, str]) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self.is_loading = True  # a ValueError of a rank is then one of the model or of an option
+        self.is_loading = True  # until then, a rank's ValueError is about the model or an option
         self.callbacks: list[Callable[[], None]] = []
         self._error: Exception | None = None
         self._traceback = ""
@@ -75,7 +75,7 @@ class RankProcesses:
             inherited = control[1].fileno(), pulse[1].fileno()
             self._processes.append(
                 subprocess.Popen(
-                    # -P: not first the working directory, where a file may have the name of a library's module
+                    # -P: do not import from the working directory, where a file may be named like a library's module
                     [sys.executable, "-P", "-m", MODULE, *map(str, inherited), str(beat_s)],
                     pass_fds=inherited,
                     stdin=subprocess.DEVNULL,
@@ -90,7 +90,7 @@ class RankProcesses:
         return [process.pid for process in self._processes]
 
     def send(self, name: str, arguments_of: Callable[[int], tuple[Any, ...]]) -> None:
-        """A command to all ranks. Raises what ``error`` returns."""
+        """Send a command to all ranks. Raises what ``error`` returns."""
         try:
             for rank, control in enumerate(self.controls):
                 control.send((name, arguments_of(rank)))
@@ -98,7 +98,7 @@ class RankProcesses:
             raise self.error() from self.cause
 
     def send_bytes(self, message: bytes) -> None:
-        """A pickled command to all ranks. Raises what ``error`` returns."""
+        """Send a pickled command to all ranks. Raises what ``error`` returns."""
         try:
             for control in self.controls:
                 control.send_bytes(message)
@@ -106,7 +106,7 @@ class RankProcesses:
             raise self.error() from self.cause
 
     def answers(self) -> list[Any]:
-        """What each rank answers. Raises what ``error`` returns."""
+        """The answers of all ranks. Raises what ``error`` returns."""
         return [self.answer(rank) for rank in range(self.size)]
 
     def answer(self, rank: int) -> Any:
@@ -132,7 +132,7 @@ class RankProcesses:
         return RankTraceback(self._traceback) if self._traceback else None
 
     def close(self) -> None:
-        """From any thread: end all ranks, and the calls that wait for them."""
+        """End all ranks, and the calls that wait for them. May be called from any thread."""
         self._is_closing = True
         try:
             self._end(END_S)
@@ -140,7 +140,7 @@ class RankProcesses:
             self._ended.set()
 
     def _end(self, limit_s: float) -> None:
-        """A rank ends when its sockets are closed, or is killed."""
+        """Close the ranks' sockets, at which they end; kill those that have not ended after ``limit_s``."""
         for connection in (*self.controls, *self._pulses):
             with contextlib.suppress(OSError):  # not close(): a thread that is reading would stay in its call
                 socket.socket(fileno=os.dup(connection.fileno())).shutdown(socket.SHUT_RDWR)
@@ -190,7 +190,7 @@ class RankProcesses:
         return EngineDeadError(f"rank {shown} has sent no heartbeat for distributed_timeout={self.timeout_s:g} s")
 
     def _first_failure(self, pulses: dict[Connection, int], failures: dict[int, Failure | None]) -> Exception:
-        """The end of one rank makes the others fail. The cause is a signal, or else the earliest error."""
+        """When one rank ends, the others fail, too. The cause is a signal, or else the earliest error."""
         deadline = time.monotonic() + GRACE_S
         while len(failures) < self.size and (left_s := deadline - time.monotonic()) > 0:
             for pulse in wait([pulse for pulse, rank in pulses.items() if rank not in failures], left_s):

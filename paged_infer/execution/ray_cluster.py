@@ -1,14 +1,14 @@
-"""The model in actors of a Ray cluster, one a rank, on one machine or many: ``distributed_executor_backend="ray"``.
+"""The model in actors of a Ray cluster, one per rank, on one machine or many: ``distributed_executor_backend="ray"``.
 
     engine's process      Scheduler -- delta of a step -->  rank 0, an actor      a placement group: a GPU (or a core)
                                                             rank 1, an actor      for each, close together if possible
                                     <-- StepResult -------  rank 0
 
-The actors are the same ``Worker`` that "mp" runs, and meet at a store on rank 0's machine. Every machine needs the
-model under the same path. A rank that dies ends the calls that wait for it; one that hangs makes another wait in a
-collective, which ends after ``distributed_timeout``. An idle engine does not watch its ranks.
+The actors run the same ``Worker`` as "mp", and meet at a store on rank 0's machine. Every machine needs the model under
+the same path. If a rank dies, the calls that wait for it end. If one hangs, another waits for it in a collective, which
+ends after ``distributed_timeout``. An idle engine does not watch its ranks.
 
-Without ``RAY_ADDRESS``, or a cluster that ``ray.init`` of the caller has joined, Ray starts one on this machine.
+If neither ``RAY_ADDRESS`` nor an earlier ``ray.init`` of the caller gives a cluster, Ray starts one on this machine.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from paged_infer.execution.step_delta import StepEncoder
 from paged_infer.execution.worker import Setup, Worker, num_remembered, open_store
 
 PLACED_S = 60.0  # for the cluster to find room
-GRACE_S = 1.0  # once one rank has failed, for the others to fail: one that has died is the cause
+GRACE_S = 1.0  # for the other ranks to fail once one has: one that has died is the cause
 
 
 class RayWorker(Worker):
     """A rank, as an actor."""
 
     def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """A place on this machine for the ranks to meet."""
+        """Open the store at which the ranks meet, on this machine. Returns its host and port."""
         import ray
 
         host = ray.util.get_node_ip_address()
@@ -47,7 +47,7 @@ class RayWorker(Worker):
         return host, self._store.port
 
     def pid(self) -> int:
-        """Of this process."""
+        """This process's id."""
         return os.getpid()
 
 
@@ -67,7 +67,7 @@ class RayStep:
         while self._result in waiting:
             (first,), waiting = ray.wait(waiting, num_returns=1)
             if first in self._launched:
-                self._executor.get([first], self._launched)  # raises what its rank has raised
+                self._executor.get([first], self._launched)  # raises what the rank has raised
 
     def result(self) -> StepResult:
         (answer,) = self._executor.get([self._result], self._launched)
@@ -75,11 +75,11 @@ class RayStep:
 
 
 class RayExecutor:
-    """Runs ``tensor_parallel_size`` ranks in actors; otherwise as ``MultiprocessExecutor``.
+    """Runs ``tensor_parallel_size`` ranks in actors; otherwise like ``MultiprocessExecutor``.
 
     Raises:
         ValueError: Ray is not installed, the cluster has no room, or the model or an option cannot be used.
-        EngineDeadError: a rank has ended while it loaded.
+        EngineDeadError: a rank ended while it loaded.
     """
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
@@ -88,7 +88,7 @@ class RayExecutor:
         except ModuleNotFoundError:
             raise ValueError("distributed_executor_backend='ray' needs Ray: pip install 'paged-infer[ray]'") from None
         if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
             ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
         self.device = device_of_ranks(config)
         self._encoder = StepEncoder(num_remembered(config))
@@ -97,7 +97,7 @@ class RayExecutor:
         size, timeout_s = config.tensor_parallel_size, config.rank_timeout_s
         self._group, self.actors = place(size, self.device.type == "cuda")
         self._finalizer = weakref.finalize(self, _end, self._group, self.actors)
-        own = rank_config(config, self.device, 0)  # Ray shows each actor its own GPU alone, as number 0
+        own = rank_config(config, self.device, 0)  # Ray shows each actor only its own GPU, as number 0
         try:
             (store,) = self.get([self.actors[0].open_store.remote(timeout_s)])
             setups = [Setup(folder.absolute(), own, rank, size, store, timeout_s) for rank in range(size)]
@@ -115,7 +115,7 @@ class RayExecutor:
         self._is_loading = False
 
     def now(self) -> float:
-        """The time of this process, which alone plans."""
+        """The time of this process, the only one that plans."""
         return time.perf_counter()
 
     def launch(self, step: ScheduledStep) -> RayStep:
@@ -125,7 +125,7 @@ class RayExecutor:
         return RayStep(step.index, self, [actor.launch.remote(delta) for actor in self.actors])
 
     def get(self, references: list[Any], others: ReadOnlyList[Any] = ()) -> list[Any]:
-        """The answers. The first error of a rank ends all ranks. ``others``: calls that may have its cause, too."""
+        """The answers. A rank's first error ends all ranks. ``others``: further calls, which may show its cause."""
         import ray
 
         waiting = list(references)
@@ -140,7 +140,7 @@ class RayExecutor:
         raise type(self._error)(*self._error.args)
 
     def _first_cause(self, error: Exception, references: list[Any]) -> Exception:
-        """The end of one rank makes the others fail. A rank that has died is the cause."""
+        """When one rank ends, the others fail, too. A rank that has died is the cause."""
         import ray
 
         ended, _ = ray.wait(references, num_returns=len(references), timeout=GRACE_S)
@@ -163,7 +163,7 @@ class RayExecutor:
             raise EngineDeadError("the engine has been shut down")
 
     def on_death(self, callback: Callable[[], None]) -> None:
-        """A rank that dies is noticed in the next step."""
+        """Does nothing: a rank that dies is noticed in the next step."""
 
     def close(self) -> None:
         self._finalizer()

@@ -1,4 +1,4 @@
-"""A step as its difference from earlier ones, for a process that has received those.
+"""Encode a step as its difference from earlier ones, for a process that has received those.
 
 A step lists, for each sequence, its whole block table and how to sample; with penalties, all of its tokens. A sequence
 that decodes needs only its new token, its position, and, every ``block_size`` steps, a block:
@@ -7,8 +7,8 @@ that decodes needs only its new token, its position, and, every ``block_size`` s
     sent      (7, [a9], 84, (5, [2]), 85)           the first 5 blocks of the table are known, and so is the row
 
 So the bytes of a decode do not grow with its context. (nano-vLLM sends a sequence's last token instead of all of them
-for the same reason, in ``Sequence.__getstate__``.) Both sides remember the sequences scheduled last, up to the same
-number, and forget the others in the same order. One that was forgotten is sent whole.
+for the same reason, in ``Sequence.__getstate__``.) Both sides remember the most recently scheduled sequences, up to the
+same number, and forget the others in the same order. A sequence that was forgotten is sent whole.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class _Known:
 
 
 class _Memory:
-    """The sequences scheduled last."""
+    """The most recently scheduled sequences."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._known: dict[int, _Known] = {}  # the sequence scheduled last is the last one
+        self._known: dict[int, _Known] = {}  # the most recently scheduled one is last
 
     def of(self, sequence_id: int) -> _Known:
         known = self._known.pop(sequence_id, None) or _Known()
@@ -60,16 +60,16 @@ class _Memory:
         return known
 
     def forget(self) -> None:
-        """Between two steps, on both sides."""
+        """Forget sequences beyond the capacity; called between two steps, on both sides."""
         while len(self._known) > self._capacity:
             del self._known[next(iter(self._known))]
 
 
 class StepEncoder(_Memory):
-    """From steps to deltas. Every delta must reach every decoder, in order.
+    """Encodes steps as deltas. Every delta must reach every decoder, in order.
 
     Args:
-        capacity: sequences to remember.
+        capacity: how many sequences to remember.
     """
 
     def encode(self, step: ScheduledStep) -> Delta:
@@ -93,7 +93,7 @@ class StepEncoder(_Memory):
         return entry
 
     def _row(self, known: _Known, row: SamplingRow, drafts: Ints) -> int | tuple[Any, ...]:
-        """The row's position, if nothing else is new; or that, new constants, the change of its output, and its mask.
+        """The row's position, if only that is new; or position, new constants, change of the output tokens, and mask.
 
         Masks, of 1 bit for each token of the vocabulary, are sent whole.
         """
@@ -113,7 +113,7 @@ class StepEncoder(_Memory):
 
 
 class StepDecoder(_Memory):
-    """From deltas back to steps, equal to those that were encoded. ``capacity``: as of the encoder."""
+    """Decodes deltas to steps equal to those that were encoded. ``capacity``: the encoder's."""
 
     def decode(self, delta: Delta) -> ScheduledStep:
         """The step. A block table that has not changed is the same object as before."""
@@ -147,7 +147,7 @@ class StepDecoder(_Memory):
             known.constants = constants or known.constants
             known.output_token_ids = _changed(known.output_token_ids, change)
         of = known.constants
-        assert of is not None, "a row without its constants: the deltas are not those of one encoder"
+        assert of is not None, "a row without its constants: the deltas are not from one encoder"
         num_output = position - of.num_prompt_tokens
         return SamplingRow(
             of.params,
@@ -163,7 +163,7 @@ class StepDecoder(_Memory):
 
 
 def _change(known: Ints, now: Ints) -> Change:
-    """From ``known`` to ``now``, which usually begins with it.
+    """The change from ``known`` to ``now``, which usually begins with ``known``.
 
     >>> _change((3, 1), (3, 1, 8)), _change((3, 1), (3, 2, 8))
     ((2, (8,)), (1, (2, 8)))

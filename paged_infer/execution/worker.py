@@ -1,17 +1,17 @@
 """One rank of several, in a process of its own: loads its part of the model, and runs the steps that it is sent.
 
     engine                               rank 0 .. N - 1, the same commands in the same order
-    prepare(setup)  ------------------>  what it was started with, to be compared
-    load()          ------------------>  meets the other ranks, loads its shard; how large the pool can be
-    reserve(num_blocks)  ------------->  makes the pool, as large on every rank
-    launch(step)    ------------------>  runs its part of the step; every rank samples, and from the same logits
+    prepare(setup)  ------------------>  returns what it was started with, to be compared
+    load()          ------------------>  meets the other ranks, loads its shard; returns how large the pool can be
+    reserve(num_blocks)  ------------->  makes the pool, equally large on every rank
+    launch(step)    ------------------>  runs its part of the step; every rank samples, from the same logits
     result(step)    -- rank 0 alone -->  StepResult
 
 Every rank samples because the next step may need the tokens before the engine has read them (``async_scheduling``), and
-a draft model needs them within a step. The logits have the same bits on every rank, and noise depends on the request
-alone.
+because a draft model needs them within a step. The logits have the same bits on every rank, and noise depends only on
+the request.
 
-``MultiprocessExecutor`` runs this module as a program, ``RayExecutor`` makes actors of ``Worker``.
+``MultiprocessExecutor`` runs this module as a program; ``RayExecutor`` runs ``Worker`` as an actor.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Setup:
     """What a rank is started with.
 
     Attributes:
-        folder: of the model, on the rank's machine.
+        folder: the model's, on the rank's machine.
         store: host and port where the ranks meet.
         timeout_s: how long a rank waits for another.
-        num_threads: of torch; 0 leaves them as they are.
+        num_threads: torch's number of threads; 0 leaves it unchanged.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ class Worker:
     """The commands of one rank, in the order in which they are called."""
 
     def prepare(self, setup: Setup) -> dict[str, str]:
-        """What all ranks must have in common."""
+        """Returns what all ranks must have in common."""
         self._setup = setup
         if setup.num_threads:
             torch.set_num_threads(setup.num_threads)
@@ -115,19 +115,19 @@ class Worker:
         step = self._decoder.decode(delta)
         running = self._executor.launch(step)
         if any(sequence.num_prompt_logprobs is not None for sequence in step.sequences):
-            running = _Computed(running.result())  # in which all ranks meet again: for more logits
+            running = _Computed(running.result())  # which needs all ranks again, for more logits
         if self._setup.rank == 0:
             self._running[step.index] = running
             if len(self._running) > NUM_IN_FLIGHT:  # the caller was interrupted, and never asked for it
                 del self._running[min(self._running)]
 
     def result(self, index: int) -> tuple[int, StepResult]:
-        """The result of a step, with its index: of the last one launched, or of the one before."""
+        """The result of a step, with its index. The step is the last one launched, or the one before."""
         return index, self._running.pop(index).result()
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """The store at which ranks meet, on a free port of this address alone."""
+    """The store at which ranks meet, on a free port of this address only."""
     listener = socket.create_server((host, 0))
     return dist.TCPStore(
         host,
@@ -140,7 +140,7 @@ def open_store(host: str, timeout_s: float) -> dist.TCPStore:
 
 
 def num_remembered(config: EngineConfig) -> int:
-    """Sequences whose tables an encoder and its decoders keep: more than run, as a step may leave some out."""
+    """How many sequences an encoder and its decoders remember: more than run at once, as a step may leave some out."""
     return 2 * config.max_num_seqs
 
 
@@ -160,7 +160,7 @@ class Pulse:
         os._exit(1)
 
     def send(self, report: Any) -> None:
-        """None: alive."""
+        """Send a report; None is a heartbeat."""
         try:
             with self._lock:
                 self._connection.send(report)
@@ -169,7 +169,7 @@ class Pulse:
 
 
 def run(worker: Worker, control: Connection, pulse: Pulse) -> None:
-    """Carry out commands until the engine closes ``control``. An error ends the process: others may wait for it."""
+    """Run commands until the engine closes ``control``. An error ends the process: other ranks may wait for it."""
     while True:
         try:
             name, arguments = control.recv()
@@ -188,10 +188,10 @@ def run(worker: Worker, control: Connection, pulse: Pulse) -> None:
 
 
 def main(worker: Worker) -> NoReturn:
-    """The program of a rank. Arguments: descriptors of its two sockets, and the seconds between heartbeats."""
+    """The program of a rank. Its arguments: the descriptors of its two sockets, and the seconds between heartbeats."""
     control, pulse = (Connection(int(number)) for number in sys.argv[1:3])
     run(worker, control, Pulse(pulse, float(sys.argv[3])))
-    os._exit(0)  # not waiting for libraries that wait for other ranks
+    os._exit(0)  # without waiting for libraries that wait for other ranks
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Tensor parallelism: N ranks, each with a part of every matrix, and the collectives in which they meet.
+"""Tensor parallelism: N ranks, each with a part of every matrix, and the collectives that connect them.
 
     y = x W^T, z = y V^T      rank r holds rows of W and the same columns of V (Megatron-LM, Shoeybi 2019, section 3):
                               its y is complete for its rows, and z is the sum over ranks of its products
 
-So attention and MLP take one sum each, two ``all_reduce`` a layer, wherever a matrix of columns (the output projection,
-``down``) follows matrices of rows (queries, keys, values; gate, up). The vocabulary is cut into rows: one more sum for
-the embedding, one ``all_gather`` for the logits.
+So attention and MLP take one sum each, two ``all_reduce`` per layer: after each matrix cut by columns (the output
+projection, ``down``), which follows matrices cut by rows (queries, keys, values; gate, up). The vocabulary is cut by
+rows: one more sum for the embedding, and one ``all_gather`` for the logits.
 
 All ranks call the same collectives in the same order, with tensors of the same shape, dtype and device, and get the
 same bits. A decoder takes a ``Collective`` and does not branch on its size: ``ALONE`` returns what it is given.
@@ -26,7 +26,7 @@ class Traffic:
 
     Attributes:
         all_reduces, all_gathers: calls.
-        num_bytes: of the tensors given, each once. What a link carries is more, by the algorithm.
+        num_bytes: bytes of the tensors passed in, each counted once. A link carries more, depending on the algorithm.
     """
 
     all_reduces: int = 0
@@ -42,14 +42,14 @@ class Traffic:
 
 
 class Collective(Protocol):
-    """One rank's place among ``size`` ranks, and what it computes together with them."""
+    """One rank of ``size``, and what it computes together with the others."""
 
     rank: int  # 0 .. size - 1
     size: int
     traffic: Traffic
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks of x, of any shape. x may be overwritten: use what is returned."""
+        """The sum over ranks of x, of any shape. x may be overwritten: use the result."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -77,16 +77,16 @@ ALONE = Alone()
 
 
 class TorchCollective:
-    """Over a group of ``torch.distributed``: gloo for tensors on a CPU, NCCL on CUDA.
+    """Collectives of a ``torch.distributed`` group: gloo for tensors on a CPU, NCCL on CUDA.
 
-    With NCCL neither call makes the host wait, so a CUDA graph can hold both. With gloo the host waits.
+    With NCCL neither call makes the host wait, so a CUDA graph can capture both. With gloo the host waits.
 
-    A ring adds in an order that depends on an element's place in the tensor, so that the bits of a row would depend on
-    how many rows there are. Two numbers have one sum. More ranks therefore gather and add in the order of ranks, which
-    moves N - 1 times x to each rank instead of 2 (N - 1) / N times.
+    A ring adds in an order that depends on an element's position in the tensor, so the bits of a row would depend on
+    how many rows there are. For two ranks the order makes no difference. More ranks therefore gather, and add in the
+    order of ranks, which moves N - 1 times x to each rank instead of 2 (N - 1) / N times.
 
     Args:
-        group: of all ranks, initialised; its errors and timeouts are raised by the calls.
+        group: the initialised group of all ranks. The calls raise its errors and timeouts.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

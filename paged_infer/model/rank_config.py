@@ -1,4 +1,4 @@
-"""The sizes of one rank's layers: a ``ModelConfig`` whose heads and widths are its own, or the reason why none fits."""
+"""The sizes of one rank's layers: a ``ModelConfig`` with its own heads and widths, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from paged_infer.model.config import ModelConfig
 def config_of_rank(config: ModelConfig, size: int) -> ModelConfig:
     """The part of the model's layers that each of ``size`` ranks computes: equal for all. The vocabulary stays whole.
 
-    Keys and values of fewer heads than ranks are computed, and cached, by several ranks.
+    If there are fewer key heads than ranks, several ranks compute and cache the same one.
 
     Raises:
-        ValueError: the ranks do not divide heads or a width; the message names it, and the numbers of ranks that would.
+        ValueError: the ranks do not divide the heads or a width; the message names it, and numbers of ranks that do.
     """
     if size == 1:
         return config
@@ -41,7 +41,7 @@ def config_of_rank(config: ModelConfig, size: int) -> ModelConfig:
 
 
 def _reasons(config: ModelConfig, size: int) -> Iterator[str]:
-    """Why the model cannot be cut into so many parts."""
+    """Why the model cannot be divided among ``size`` ranks."""
     moe, kv_heads = config.moe, config.num_kv_heads
     has_mlp = moe is None or not all(moe.layers)
     widths = {

@@ -1,12 +1,12 @@
 """Which part of each tensor a rank holds: one column of the checkpoint layout, and the ranges to read that follow.
 
     rows       q k v, gate up, W_UV ...    a rank's own heads or columns of the MLP; the vocabulary
-    columns    output, down                those that multiply what its rows gave
+    columns    output, down                those that multiply the results of its rows
     rank 0     biases of these             added once, before the sum: other ranks hold zeros
-    none       norms, routers, latents     every rank holds all of it
+    none       norms, routers, latents     every rank holds the whole tensor
 
-The rows of a tensor are equal units, of one matrix or of several that are stacked there (Phi-3's q, k and v): a head's
-rows, or single ones. A matrix of fewer units than ranks, such as keys of few heads, is held several times.
+The rows of a tensor form equal units (a head's rows, or single rows) of one matrix, or of several stacked ones (Phi-3's
+q, k and v). If a matrix has fewer units than there are ranks, such as keys of few heads, several ranks hold the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Shard:
     """How ranks divide a tensor of the checkpoint.
 
     Attributes:
-        along: what of the matrix is divided; "rank 0": nothing, and the other ranks hold zeros.
+        along: the dimension that is divided; "rank 0": none, and the other ranks hold zeros.
         units: for rows: how many units each of the stacked matrices has. All units have the same number of rows.
     """
 
@@ -32,7 +32,7 @@ class Shard:
     units: tuple[int, ...] = ()
 
     def rows(self, count: int, rank: int, size: int) -> list[range]:
-        """The rows of a tensor of ``count`` that are a rank's, matrix by matrix."""
+        """A rank's rows of a tensor with ``count`` rows, matrix by matrix."""
         unit, first, found = count // sum(self.units), 0, list[range]()
         for units in self.units:
             own = units_of_rank(units, rank, size)
@@ -50,8 +50,8 @@ RANK_0 = Shard("rank 0")
 
 
 def units_of_rank(count: int, rank: int, size: int) -> range:
-    """Those of one rank. If ``size`` does not divide ``count``, the last ranks have fewer, or none; if it is larger,
-    each rank has one, and several have the same.
+    """The units of one rank. If ``size`` does not divide ``count``, the last ranks have fewer, or none. If it is
+    larger, each rank has one, and several ranks have the same.
 
     >>> [list(units_of_rank(2, rank, 4)) for rank in range(4)], [len(units_of_rank(5, rank, 3)) for rank in range(3)]
     ([[0], [0], [1], [1]], [2, 2, 1])
@@ -88,7 +88,7 @@ class Cut:
         return tuple(sum(map(len, ranges)) for ranges in self.ranges)
 
     def take(self, stored: Any) -> Tensor:
-        """The part of a tensor, or of anything that gives tensors for slices, such as one on disk."""
+        """The part of a tensor, or of anything that returns tensors for slices, such as a tensor on disk."""
 
         def of(first: tuple[slice, ...], rest: tuple[tuple[range, ...], ...]) -> Tensor:
             if not rest:
@@ -100,7 +100,7 @@ class Cut:
 
 
 def refusal(name: str, cut: Cut, length: int, step: int, axis: str) -> str:
-    """Why a rank cannot have its part of a tensor whose rows or columns (``axis``) are stored ``step`` together."""
+    """Why a rank cannot read its part of a tensor whose rows or columns (``axis``) are stored in groups of ``step``."""
     fitting = ", ".join(str(n) for n in range(1, 65) if length % n == 0 and length // n % step == 0)
     would = f"of its {length} {axis}, {fitting} ranks would" if fitting else "no number of ranks would"
     return f"tensor_parallel_size={cut.size}: does not divide {name}, stored by groups of {step} {axis}; {would}"

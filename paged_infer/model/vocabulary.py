@@ -1,4 +1,4 @@
-"""The two ends of a decoder, which have a row for each token: the embedding and the head, whole or cut by ranks.
+"""The embedding and the head of a decoder, which have a row for each token of the vocabulary: whole or sharded.
 
 Rank r of N holds rows r P .. (r + 1) P - 1, P = ceil(V / N); the last rank's table ends in padding, which is zero.
 

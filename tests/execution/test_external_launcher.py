@@ -90,7 +90,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_other_options_are_named_on_every_rank_and_a_rank_that_is_killed_is_an_error_of_the_other() -> None:
+def test_different_options_are_named_on_every_rank_and_a_killed_rank_is_an_error_of_the_other() -> None:
     port = free_port()
     ranks = [
         subprocess.Popen(
@@ -135,6 +135,6 @@ def test_without_a_launcher_or_with_another_number_of_ranks_it_is_refused(monkey
         LLM(**TINY, **{**RANKS, "tensor_parallel_size": 3})
 
 
-def test_callers_of_one_rank_alone_are_refused() -> None:
+def test_callers_of_only_one_rank_are_refused() -> None:
     with pytest.raises(ValueError, match=r"external_launcher.*requests would arrive at one rank"):
         AsyncLLM(**TINY, **RANKS)

@@ -102,7 +102,7 @@ def test_two_ranks_give_the_same_tokens_under_recomputation(kind: str, recomputi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_give_the_same_tokens_with_swaps_and_codes_of_8_bits(kind: str, swapping: Pair) -> None:
+def test_two_ranks_give_the_same_tokens_with_swaps_and_an_8_bit_cache(kind: str, swapping: Pair) -> None:
     swapping.agree(KINDS[kind])
 
 
@@ -111,7 +111,7 @@ def test_two_ranks_give_the_same_tokens_with_a_draft_model_and_experts(kind: str
     drafting.agree(KINDS[kind])
 
 
-def test_two_ranks_give_the_same_tokens_with_drafts_that_were_looked_up(recomputing: Pair) -> None:
+def test_two_ranks_give_the_same_tokens_with_prompt_lookup(recomputing: Pair) -> None:
     lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
     config = SpeculativeConfig(method="ngram", num_speculative_tokens=3, **lookup)
     recomputing.ranks.engine.scheduler.proposer = make_proposer(config)

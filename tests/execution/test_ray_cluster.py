@@ -47,7 +47,7 @@ def test_two_actors_give_the_same_tokens_and_the_loss_of_one_is_one_error(cluste
         ranks.generate(PROMPTS, SamplingParams(max_tokens=24), use_tqdm=False)
 
 
-def test_without_ray_the_error_has_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_has_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'paged-infer\[ray\]'"):
         LLM(**TINY, **RANKS)

@@ -21,7 +21,7 @@ def worker() -> Worker:
     return one
 
 
-def test_a_step_s_result_may_be_asked_for_after_the_next_one_s() -> None:
+def test_the_result_of_a_step_may_be_requested_after_that_of_the_next() -> None:
     one, encoder = worker(), StepEncoder(4)
     for index in (1, 3):
         one.launch(encoder.encode(ScheduledStep(index, [])))
@@ -29,7 +29,7 @@ def test_a_step_s_result_may_be_asked_for_after_the_next_one_s() -> None:
     assert one.result(1) == (1, StepResult({0: 1}))
 
 
-def test_results_that_are_never_asked_for_are_dropped() -> None:
+def test_results_that_are_never_requested_are_dropped() -> None:
     one, encoder = worker(), StepEncoder(4)
     for index in range(9):
         one.launch(encoder.encode(ScheduledStep(index, [])))

@@ -1,7 +1,7 @@
-"""Cards by their data sheets, and the links between them.
+"""GPUs as their data sheets describe them, and the links between them.
 
-Rates are the sheets' dense ones (no sparsity), products of 16 bits accumulated in float32. What a kernel reaches of
-them is up to the cost model. Sources, all NVIDIA's:
+Rates are the sheets' dense ones (no sparsity), for 16-bit products accumulated in float32. The share of them that a
+kernel reaches is up to the cost model. Sources, all NVIDIA's:
 
     a10       A10 data sheet (2021): 24 GB, 600 GB/s, 125 TFLOPS bfloat16
     a100      A100 data sheet (2021), SXM 80 GB: 2,039 GB/s, 312 TFLOPS, NVLink 600 GB/s
@@ -11,7 +11,7 @@ them is up to the cost model. Sources, all NVIDIA's:
     rtx-4090  Ada architecture white paper (2022), appendix A: 24 GB, 1,008 GB/s, 165.2 TFLOPS
     rtx-pro-6000  RTX Blackwell PRO architecture white paper (2025): 96 GB, 1,792 GB/s, 503.8 TFLOPS
 
-A CPU has no sheet with the rates that a program gets: ``Card("cpu", ...)`` is made from measured rates.
+A CPU has no data sheet with the rates that a program reaches: ``Card("cpu", ...)`` is made from measured rates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What an all-reduce gets between two cards: bytes a second in one direction, and seconds to start one.
+    """What an all-reduce between two cards reaches: bytes per second in one direction, and seconds to start one.
 
     The share of the sheet's rate (0.8 over NVLink, half over PCIe, where data pass through the host's memory) and the
     seconds are assumptions, not measurements.
@@ -45,10 +45,10 @@ LINKS = {
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One device: memory in bytes, its bandwidth in bytes a second, and operations a second (a multiply-add is two).
+    """One device: memory in bytes, bandwidth in bytes per second, operations per second (a multiply-add is two).
 
-    ``memory_bytes``: the sheet's GB taken as GiB, as it is meant; a driver keeps 1 to 6 % of them.
-    ``flops_per_s_8bit``: of products of 8-bit integers or floats; that of 16 bits where the card has none faster.
+    ``memory_bytes``: the sheet's GB taken as GiB, which is what they mean; a driver keeps 1 to 6 % of it.
+    ``flops_per_s_8bit``: for products of 8-bit integers or floats; the 16-bit rate if the card has none faster.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""More than one server: replicas behind a router, and prompts computed apart from decodes.
+"""More than one server: replicas behind a router, and disaggregated prefill.
 
 replicas         request ─▶ route ─▶ Server 0 | Server 1 | ...      each with a scheduler, a pool and a clock
 disaggregation   request ─▶ prefill server ─▶ first token ─▶ link (keys and values) ─▶ decode server ─▶ the rest
@@ -19,7 +19,7 @@ from paged_infer.simulation.times import TokenTimes
 from paged_infer.simulation.workloads import Workload, WorkloadRequest
 
 Route = Callable[[ReadOnlyList[Server], WorkloadRequest, int], int]
-"""Which server gets a request, the ``index``-th of its workload."""
+"""Chooses the server of a request, the ``index``-th of its workload."""
 
 MOST_AHEAD = 8  # requests that a server may have more than the least loaded one and still be chosen for its cache
 
@@ -39,7 +39,7 @@ def least_loaded(servers: ReadOnlyList[Server], request: WorkloadRequest, index:
 
 
 def prefix_aware(servers: ReadOnlyList[Server], request: WorkloadRequest, index: int) -> int:
-    """The server with most of the prompt's blocks in its cache, unless it is much busier than the least loaded."""
+    """The server with the most blocks of the prompt in its cache, unless it is much busier than the least loaded."""
     chain: list[bytes] = []
     extend_chain(chain, root_hash(None), request.token_ids(index), servers[0].scheduler.manager.block_size)
     limit = min(map(num_unfinished, servers)) + MOST_AHEAD
@@ -57,7 +57,7 @@ def simulate_replicas(
     """Serve the workload on as many servers as there are cost models, each with ``options``.
 
     Raises:
-        ValueError: as ``simulate`` does, or no cost model.
+        ValueError: see ``simulate``; or there is no cost model.
     """
     if not cost_models:
         raise ValueError("cost_models is empty: at least one replica is needed")
@@ -87,9 +87,9 @@ def _joined(runs: ReadOnlyList[Run], times: list[TokenTimes]) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedPrompts:
-    """The cost of a server that gets its prompts' keys and values over a link: it computes last tokens only.
+    """The cost of a server that gets its prompts' keys and values over a link, and so computes only last tokens.
 
-    A preempted request gets them again at no cost, so give such a server a pool that does not preempt.
+    A preempted request gets them again at no cost, so give such a server a pool that is large enough not to preempt.
     """
 
     cost_model: CostModel
@@ -110,12 +110,12 @@ def disaggregate(
     kv_bytes_per_token: float,
     link_bytes_per_s: float,
 ) -> Run:
-    """One server computes prompts and first tokens, the other all further ones (DistServe, Zhong et al. 2024).
+    """One server computes prompts and first tokens, the other all further tokens (DistServe, Zhong et al. 2024).
 
     The link carries one request at a time, after its prompt has been computed.
 
     Raises:
-        ValueError: as ``simulate`` does, or a link without a rate.
+        ValueError: see ``simulate``; or a link without a rate.
     """
     if not 0 < link_bytes_per_s < float("inf"):
         raise ValueError(f"link_bytes_per_s={link_bytes_per_s}: must be a number > 0")

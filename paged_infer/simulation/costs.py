@@ -3,10 +3,10 @@
     step  =  matrix products      max(weights read / bandwidth, 2 weights x tokens / peak)
           +  head                 the same, for the rows that are sampled
           +  attention            max(keys and values read / bandwidth, operations / peak), for each sequence
-          +  all-reduces          2 a layer, between tensor-parallel cards
+          +  all-reduces          2 per layer, between tensor-parallel cards
           +  overhead             what the host adds to each step
 
-The roofline (Williams, Waterman & Patterson 2009) of each part, one after the other; nothing overlaps.
+Each part is a roofline (Williams, Waterman & Patterson 2009). The parts follow each other; nothing overlaps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CostModel(Protocol):
 
 
 class StepParts(NamedTuple):
-    """Seconds of one step, part by part."""
+    """Seconds of each part of a step."""
 
     matrices: float
     head: float
@@ -39,7 +39,7 @@ class StepParts(NamedTuple):
 
 
 def num_attended(num_before: int, num_queries: int, window: int | None) -> int:
-    """Sum of the contexts of queries that follow each other, each itself included and none above ``window``.
+    """Sum of the context lengths of consecutive queries, each query included, and each length at most ``window``.
 
     >>> num_attended(3, 2, None), num_attended(3, 2, 4)
     (9, 8)
@@ -53,16 +53,16 @@ def num_attended(num_before: int, num_queries: int, window: int | None) -> int:
 
 @dataclass(frozen=True)
 class Roofline:
-    """From a card's data sheet and a model's shape: nothing is measured.
+    """Step times from a card's data sheet and a model's shape, without any measurement.
 
     Args:
         dtype: of weights, activations and, unless ``kv_bytes`` is given, the cache: a key of ``DTYPE_BYTES``.
-        share_of_bandwidth, share_of_peak: what kernels reach of the sheet's rates; 0.9 and 0.8 are usual.
-        step_overhead_s: host time of a step that no computation hides.
+        share_of_bandwidth, share_of_peak: the shares of the sheet's rates that kernels reach; 0.9 and 0.8 are usual.
+        step_overhead_s: host time per step that no computation hides.
         weight_bits: of the layers' weights; None: those of ``dtype``. Embedding and head keep ``dtype``.
-        kv_bytes: of an element in the cache (``ModelShape.kv_element_bytes``).
-        is_8bit_math: products of 8 bits (W8A8): the card's rate for these.
-        tensor_parallel: cards that share each layer; ``link`` connects them (None: the card's own).
+        kv_bytes: bytes of an element in the cache (``ModelShape.kv_element_bytes``).
+        is_8bit_math: whether products have 8-bit operands (W8A8), and so the card's rate for these.
+        tensor_parallel: number of cards that share each layer; ``link`` connects them (None: the card's own).
 
     Raises:
         ValueError: a value is out of range, or the number of cards does not divide the heads.
@@ -100,12 +100,12 @@ class Roofline:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of one of the layers' weights."""
+        """Bytes of one weight of a layer."""
         return self.dtype_bytes if self.weight_bits is None else self.weight_bits / 8
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """On each card: it has whole key heads, so with more cards than key heads some are stored twice."""
+        """Bytes on each card. A card has whole key heads: with more cards than key heads, some are stored twice."""
         share = max(1 / self.tensor_parallel, 1 / self.shape.num_kv_heads)
         element_bytes = self.dtype_bytes if self.kv_bytes is None else self.kv_bytes
         return self.shape.config.num_layers * self.shape.kv_elements * element_bytes * share
@@ -143,7 +143,7 @@ class Roofline:
         return seconds
 
     def _all_reduces_s(self, num_tokens: int) -> float:
-        """A ring: each card sends 2 (n - 1) / n of the activations, after each attention and each MLP."""
+        """Ring all-reduces, after each attention and each MLP: each card sends 2 (n - 1) / n of the activations."""
         n = self.tensor_parallel
         if n == 1:
             return 0.0
@@ -165,7 +165,7 @@ class LinearCost:
 
 
 class RecordedSteps:
-    """The seconds of an engine's own steps, one after the other."""
+    """The recorded times of an engine's steps, in order."""
 
     def __init__(self, seconds: Iterable[float]) -> None:
         self._seconds = iter(seconds)

@@ -1,14 +1,14 @@
-"""How long prompts and outputs are: seeded stand-ins for the data sets that the PagedAttention paper serves.
+"""Lengths of prompts and outputs: seeded stand-ins for the data sets that the PagedAttention paper serves.
 
-The paper (Kwon et al., SOSP 2023, Figure 11) prints the means, and draws the rest:
+The paper (Kwon et al., SOSP 2023, Figure 11) prints the means, and plots the densities:
 
                  mean prompt   mean output
-    ShareGPT        161.31        337.99      conversations: short beginnings, long answers, a heavy tail
+    ShareGPT        161.31        337.99      conversations: short prompts, long answers, a heavy tail
     Alpaca           19.31         58.45      instructions: all short
 
-Here each length is log-normal, and what exceeds half the context of 2,048 is dropped (the paper's benchmark drops what
-does not fit, too). The means are the paper's, by calibration; the spreads (sigma) are ours, chosen so that densities
-peak about as high as the drawn ones. A data set's name here means its stand-in, never the texts themselves.
+Here each length is log-normal, and lengths above half the context of 2,048 are dropped (the paper's benchmark also
+drops what does not fit). The means are calibrated to the paper's. The spreads (sigma) are ours, chosen so that the
+densities peak about as high as the plotted ones. A data set's name here means its stand-in, never its texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class ShortLogNormal:
-    """A log-normal length, given that it is at most ``longest``, with the median placed so that it has this mean."""
+    """A log-normal length truncated at ``longest``, with its median chosen to give this mean."""
 
     mean: float
     sigma: float
@@ -33,7 +33,7 @@ class ShortLogNormal:
 
     @cached_property
     def mu(self) -> float:
-        """Mean of the uncut logarithm, found by bisection: the mean rises with it."""
+        """Mean of the logarithm before truncation, found by bisection: the mean length rises with it."""
         low, high = -5.0, 2 * math.log(self.longest)
         for _ in range(60):
             middle = (low + high) / 2
@@ -60,7 +60,7 @@ class RequestLengths:
 
     @property
     def num_stored(self) -> int:
-        """Slots that a sample fills in its life: the last token is drawn and never stored."""
+        """Slots that a sample fills by its end: the last token is sampled but never stored."""
         return self.num_prompt + self.num_output - 1
 
 
@@ -71,7 +71,7 @@ class Dataset:
     output: ShortLogNormal
 
     def draw(self, num_output_tokens: int, seed: int, num_samples: int = 1) -> list[RequestLengths]:
-        """As many requests as have about ``num_output_tokens``, of one sample each; the same ones for the same seed."""
+        """Requests with about ``num_output_tokens`` in all, of one sample each; the same ones for the same seed."""
         rng = random.Random(f"{self.name} {seed}")
         num_requests = max(1, round(num_output_tokens / self.output.mean))
         return [RequestLengths(self.prompt.draw(rng), self.output.draw(rng), num_samples) for _ in range(num_requests)]

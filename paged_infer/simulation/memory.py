@@ -1,4 +1,4 @@
-"""How many blocks a card's pool has: what ``gpu_memory_utilization`` leaves, by the rule of ``execution.memory_plan``.
+"""How many blocks a card's pool has: what the rule of ``execution.memory_plan`` leaves of ``gpu_memory_utilization``.
 
     gpu_memory_utilization x total    [ weights | activations | logits, sampling | graphs |      block pool      ]
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from paged_infer.simulation.costs import Roofline
 
-SAMPLING_BYTES = 24  # of a logit while all are sorted: 16 bits, float32, sorted values, their indices, their sums
+SAMPLING_BYTES = 24  # per logit while all are sorted: 16 bits, float32, sorted values, their indices, their sums
 GRAPH_BYTES = 32 * 2**20 + 36 * 8 * 2**20  # allowances of execution.memory_profile, for 256 sequences
 LARGE_GPU_BYTES = 70 * 2**30
 
@@ -35,7 +35,7 @@ class PoolEstimate:
 
 
 def default_num_batched_tokens(memory_bytes: float) -> int:
-    """As the engine chooses: 8192 on a GPU of at least 70 GiB, 2048 elsewhere."""
+    """The engine's default: 8192 on a GPU of at least 70 GiB, 2048 elsewhere."""
     return 8192 if memory_bytes >= LARGE_GPU_BYTES else 2048
 
 
@@ -50,7 +50,7 @@ def estimate_pool(
     """The pool of a card that serves this model with these limits.
 
     Raises:
-        ValueError: not one block fits; the message has the parts.
+        ValueError: not even one block fits; the message lists what takes the memory.
     """
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: must be > 0 and <= 1")

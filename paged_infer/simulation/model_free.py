@@ -38,6 +38,6 @@ class RequestFactory:
 
 
 def carry_out(scheduler: Scheduler, step: ScheduledStep, now: float = 0.0) -> list[Sequence]:
-    """Update the scheduler as a model would. No two sequences draw alike, so nothing they draw can be shared."""
+    """Update the scheduler as a model would. All sampled tokens differ, so their blocks are never shared."""
     scheduler.advance(step)
     return scheduler.settle(step, StepResult({sequence_id: sequence_id for sequence_id in step.sampling}), now)

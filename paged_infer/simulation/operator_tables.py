@@ -1,12 +1,13 @@
-"""Step times from measured operators, as LLMServingSim publishes them (its ``profiler/perf``), three files a prefix.
+"""Step times from operators that LLMServingSim measured and publishes (its ``profiler/perf``), three files per prefix.
 
     PREFIX-dense.csv         layer, tokens, time_us                           one layer's products, norms and so on
     PREFIX-per_sequence.csv  layer, sequences, time_us                        head and sampler
     PREFIX-attention.csv     prefill_chunk, kv_prefill, n_decode, kv_decode, time_us    one layer's attention
 
 Between the measured sizes, times are interpolated; beyond them they grow in proportion, which is counted in
-``extrapolated``. Attention of decodes is the mean time for a token of context in the rows of at least 8 decodes; of
-prompts, that of one chunk without decodes. Rows with both are not used: their times are about the sum.
+``extrapolated``. Attention of decodes takes, per token of context, the mean over the rows with at least 8 decodes;
+attention of prompts takes the time of one chunk without decodes. Rows with both are not used: their times are about the
+sum.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from pathlib import Path
 from paged_infer.control.step import ScheduledStep
 
 NORMS_PER_LAYER = 2  # the tables have the time of one
-ONCE = ("embedding", "final_layernorm")  # all other rows of the first file are of one layer
+ONCE = ("embedding", "final_layernorm")  # all other rows of the first file are per layer
 Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """Seconds of a step, from the times of its operators in microseconds: ``read`` makes one.
+    """Seconds of a step, from the times of its operators in microseconds. ``read`` makes one from files.
 
-    ``num_layers``: of the model that was measured. ``step_overhead_s``: host time of a step, which no table has.
-    ``extrapolated``: what lay beyond the tables, and how often.
+    ``num_layers``: the measured model's. ``step_overhead_s``: host time per step, which the tables do not have.
+    ``extrapolated``: how often which size was beyond the tables.
     """
 
     num_layers: int
     dense: dict[str, Curve]
     per_sequence: dict[str, Curve]
-    decode_us: float  # of one layer's attention, for a token of context
-    chunks: dict[int, Curve]  # by their size: time over the tokens before
+    decode_us: float  # one layer's attention, per token of context
+    chunks: dict[int, Curve]  # size of the chunk -> time as a function of the tokens before it
     step_overhead_s: float = 0.0
     extrapolated: Counter[str] = field(default_factory=Counter, init=False)
 
     @classmethod
     def read(cls, prefix: str, num_layers: int = 32, step_overhead_s: float = 0.0) -> OperatorTable:
-        """The tables of these files: a path and the beginning of their names.
+        """Read the tables. ``prefix``: a path with the beginning of the files' names.
 
         Raises:
             ValueError: a file is missing, lacks a column or has no rows; the message names it.
@@ -58,7 +59,7 @@ class OperatorTable:
             elif chunk > 0 and num_decodes == 0:
                 chunks[chunk].append((kv_prefill, time_us))
         if not decode or not chunks:
-            raise ValueError(f"{prefix}-attention.csv: has no rows of decodes alone, or none of a prompt alone")
+            raise ValueError(f"{prefix}-attention.csv: has no rows with only decodes, or none with only a prompt")
         decode_us = sum(time_us for _, time_us in decode) / sum(tokens for tokens, _ in decode)
         ordered = {chunk: sorted(curve) for chunk, curve in sorted(chunks.items())}
         return cls(num_layers, dense, per_sequence, decode_us, ordered, step_overhead_s)
@@ -80,7 +81,7 @@ class OperatorTable:
         return 1e-6 * microseconds + self.step_overhead_s
 
     def _chunk_us(self, num_tokens: int, num_before: int) -> float:
-        """Of ``num_tokens`` of a prompt after ``num_before`` earlier ones, interpolated between two measured chunks."""
+        """Time of a chunk of ``num_tokens`` after ``num_before`` earlier ones, interpolated between measured chunks."""
         sizes = list(self.chunks)
         index = min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)
         upper = sizes[index]

@@ -1,4 +1,4 @@
-"""Records of real servers, and how far a prediction is from them."""
+"""Records of real servers, and the errors of a prediction."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FIELDS = ("input_toks", "output_toks", "queued_ts", "first_token_ts", "last_toke
 
 
 def read_records(path: Path) -> list[TokenTimes]:
-    """The requests of a vLLM run, one JSON object a line, as LLMServingSim's bench writes them.
+    """The requests of a vLLM run, one JSON object per line, as LLMServingSim's bench writes them.
 
     Raises:
-        ValueError: no such file, or a line without these fields; the message names the file and the line.
+        ValueError: no such file, or a line without ``FIELDS``; the message names the file and the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -50,7 +50,7 @@ def errors(predicted: ReadOnlyList[TokenTimes], measured: ReadOnlyList[TokenTime
     """predicted / measured - 1: of the makespan, and of each of ``summary``'s numbers.
 
     Raises:
-        ValueError: the records are of other requests: another number of them, or other lengths.
+        ValueError: the records are of other requests: their number or their lengths differ.
     """
     lengths = [sorted((one.num_prompt, one.num_tokens) for one in times) for times in (predicted, measured)]
     if lengths[0] != lengths[1]:

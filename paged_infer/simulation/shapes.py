@@ -1,4 +1,4 @@
-"""Models by their shape alone: what is read and computed for a token, and what a token leaves in the cache."""
+"""Models described by their shape: what is read and computed for a token, and what a token leaves in the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paged_infer.model.moe_config import expected_experts
 # Bits of a linear layer's weight, scales included: int4 has one of 16 bits for 32 weights, int8 one for a row.
 WEIGHT_BITS = {"w8a16": 8.0, "w4a16": 4.5, "w8a8": 8.0}
 KV_DTYPES = ("auto", "int8", "fp8", "fp8_e5m2")
-SCALE_BYTES = 2  # of a key or value of 8 bits, for each head; of both parts of a latent of MLA
+SCALE_BYTES = 2  # for each head of an 8-bit key or value; for both parts of an MLA latent
 
 # fmt: off
 _COMMON = {"hidden_act": "silu", "attention_bias": False, "num_key_value_heads": 8}
@@ -32,7 +32,7 @@ _LLAMA: dict[str, Any] = {
     "mlp_bias": False, "bos_token_id": 128000, "eos_token_id": 128001, "max_position_embeddings": 131072,
     "vocab_size": 128256, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }
-_OURS: dict[str, Any] = {  # no published model
+_OURS: dict[str, Any] = {  # not published models
     **_QWEN3, "rope_theta": 10_000.0, "bos_token_id": None, "eos_token_id": 0, "max_position_embeddings": 2048,
     "torch_dtype": "float32",
 }
@@ -65,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_OURS, "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     },
-    # The storyteller's shape, 3.1 million, for texts longer than it takes.
+    # The storyteller's shape, 3.1 million, with a longer context.
     "qwen3-3m": {
         **_OURS, "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 6,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 131072,
@@ -83,10 +83,10 @@ class ModelShape:
 
     @classmethod
     def named(cls, name: str) -> ModelShape:
-        """One of ``SHAPES``, or of a folder with a config.json in Hugging Face's format.
+        """One of ``SHAPES``, or the shape of a folder with a config.json in Hugging Face's format.
 
         Raises:
-            ValueError: neither; the message lists the known shapes. Or the checkpoint's matrices have few bits already.
+            ValueError: neither; the message lists the known shapes. Or the checkpoint is quantised already.
         """
         if name in SHAPES:
             return cls(name, ModelConfig.from_hf(SHAPES[name]))
@@ -94,28 +94,28 @@ class ModelShape:
             raise ValueError(f"model {name!r}: no folder with a config.json, and no shape; known: {', '.join(SHAPES)}")
         config = ModelConfig.from_pretrained(Path(name))
         if config.quantization is not None:
-            raise ValueError(f"model {name!r}: is quantised already; give the model it was made from and quantization")
+            raise ValueError(f"model {name!r}: is quantised already; pass the original model, and quantization")
         return cls(Path(name).name, config)
 
     @cached_property
     def head_weights(self) -> int:
-        """Of the head, which only rows that are sampled need."""
+        """Weights of the head, which only sampled rows need."""
         return self.config.vocab_size * self.config.hidden_size
 
     @cached_property
     def embedding_weights(self) -> int:
-        """Only looked up: an embedding that is not the head too, and GPT-2's positions."""
+        """Weights that are only looked up: an embedding that is not also the head, and GPT-2's positions."""
         positions = self.config.learned_positions * self.config.max_position_embeddings * self.config.hidden_size
         return positions + (0 if self.config.tie_word_embeddings else self.head_weights)
 
     @cached_property
     def layer_weights(self) -> int:
-        """Of all layers; of their routed experts only those that one token passes through."""
+        """Weights of all layers; of routed experts, only those that one token passes through."""
         idle = 0 if self.config.moe is None else self.config.moe.idle_parameters(self.config.hidden_size)
         return self.config.num_parameters - self.embedding_weights - self.head_weights - idle
 
     def layer_weights_read(self, num_tokens: int) -> float:
-        """Read by a step of ``num_tokens``: of experts, all that any token chooses (routing taken as uniform)."""
+        """Weights that a step of ``num_tokens`` reads; experts if any token chooses them (routing taken as uniform)."""
         moe = self.config.moe
         if moe is None:
             return self.layer_weights
@@ -124,7 +124,7 @@ class ModelShape:
 
     @cached_property
     def windows(self) -> dict[int | None, int]:
-        """How many layers attend so far back; None: to all earlier tokens."""
+        """Attention window -> number of layers that have it; None: all earlier tokens."""
         return Counter(self.config.sliding_windows or (None,) * self.config.num_layers)
 
     @property
@@ -139,12 +139,12 @@ class ModelShape:
 
     @cached_property
     def attention_flops(self) -> int:
-        """Of one token with one earlier token in one layer: 2 for each element of a score, and of a weighted sum."""
+        """Operations of one token with one earlier token in one layer: 2 per element of a score and a weighted sum."""
         mla, heads = self.config.mla, self.config.num_heads
         return 2 * heads * (2 * self.config.head_dim if mla is None else mla.cached_dim + mla.kv_lora_rank)
 
     def kv_element_bytes(self, kv_cache_dtype: str, dtype_bytes: int) -> float:
-        """Bytes of a cached element, its share of the scales included.
+        """Bytes of a cached element, including its share of the scales.
 
         Raises:
             ValueError: an unknown type; the message lists the known ones.

@@ -5,8 +5,8 @@
                                         └───────────── settle: one token for each row ◀────────┘
 
 Scheduler, BlockManager and policies are the engine's own; only the model is missing. So admission, chunks, sharing,
-preemption and queues are not modelled but run, and a cost model gives one number: how long a step takes.
-Steps follow each other without a gap; a request that arrives during one is seen after it.
+preemption and queues are not modelled but run, and the cost model gives one number: how long a step takes.
+Steps follow each other without a gap. A request that arrives during a step is queued after it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from paged_infer.simulation.times import TokenTimes, quantile
 from paged_infer.simulation.workloads import Workload, WorkloadRequest
 
 ANY_TOKEN = 2**62  # a vocabulary that holds every id of a workload
-MAX_NUM_BLOCKS = 2**24  # of a simulated pool: more than any card holds, and still a list that fits memory
+MAX_NUM_BLOCKS = 2**24  # of a simulated pool: more than any card holds, and still a list that fits in memory
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOptions:
-    """Of the scheduler and its pool, under the names and with the defaults of the engine.
+    """Options of the scheduler and its pool, with the engine's names and defaults.
 
-    ``watermark`` is the BlockManager's; vLLM V1 has none (0). Preempted requests are computed again.
+    ``watermark`` is the BlockManager's; vLLM V1 has none (0). Preempted requests are recomputed.
     """
 
     num_blocks: int
@@ -52,7 +52,7 @@ class SchedulerOptions:
     watermark: float = 0.02
 
     def scheduler(self, longest: int) -> Scheduler:
-        """For sequences of up to ``longest`` tokens. A policy that does not chunk gets steps that hold one, as in vLLM.
+        """The scheduler for sequences of up to ``longest`` tokens. Without chunks, a step can hold a whole one (vLLM).
 
         Raises:
             ValueError: an option is out of range; the message names it.
@@ -75,8 +75,8 @@ class SchedulerOptions:
 class Run:
     """The result of a workload. ``times`` has its requests in their order.
 
-    ``prefix_query_tokens``: of prompts that were looked up in the prefix cache, again after a preemption.
-    ``pool_use``: share of the blocks held, averaged over the steps' time; ``peak_pool_use``: the most at once.
+    ``prefix_query_tokens``: prompt tokens that were looked up in the prefix cache, each time after a preemption, too.
+    ``pool_use``: share of the blocks held, averaged over the steps' time; ``peak_pool_use``: its maximum.
     """
 
     times: list[TokenTimes]
@@ -104,7 +104,7 @@ def makespan_s(times: ReadOnlyList[TokenTimes]) -> float:
 
 
 def summary(times: ReadOnlyList[TokenTimes]) -> dict[str, dict[str, float]]:
-    """TTFT, TPOT and latency of the requests, seconds: mean, p50, p90, p99. Requests of one token have no TPOT."""
+    """TTFT, TPOT and latency of the requests in seconds: mean, p50, p90, p99. Requests of one token have no TPOT."""
     found = {
         "ttft": [one.ttft_s for one in times],
         "tpot": [tpot for one in times if (tpot := one.tpot_s) is not None],
@@ -121,8 +121,8 @@ class Server:
     """One scheduler with a clock of its own.
 
     Args:
-        longest: tokens of the longest sequence that it will be given, prompt and output together.
-        watch: called with each step before the clock moves.
+        longest: tokens of the longest sequence that will be submitted, prompt and output together.
+        watch: called with each step before the clock advances.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Server:
         return self.scheduler.has_work
 
     def submit(self, request: WorkloadRequest, index: int | None = None) -> Sequence:
-        """Queue a request, the ``index``-th of its workload (None: the next one), whose time has come.
+        """Queue a request that has arrived, the ``index``-th of its workload (None: the next one).
 
         Raises:
             ValueError: it can never be served with these options.
@@ -154,7 +154,7 @@ class Server:
         index = len(self.times) if index is None else index
         manager, max_num_seqs = self.scheduler.manager, self.scheduler.max_num_seqs
         num_slots = manager.pool.num_blocks * manager.block_size
-        if request.num_prompt > num_slots:  # before its ids are made, which may take all memory
+        if request.num_prompt > num_slots:  # checked before its ids are made, which may take all memory
             raise ValueError(
                 f"request {index}: a prompt of {request.num_prompt} tokens can never fit the pool's {num_slots} slots: "
                 f"num_blocks={manager.pool.num_blocks} of {manager.block_size}"
@@ -178,7 +178,7 @@ class Server:
         return made.sequences[0]
 
     def step(self, until_s: float = float("inf")) -> list[Sequence]:
-        """One step; returns the sequences with a new token. A policy that waits for requests waits until then."""
+        """Run one step. Returns the sequences with a new token. A policy may wait for requests until ``until_s``."""
         step = self.scheduler.schedule(self.now_s)
         if not step.sequences:
             assert step.resume_at_s is not None, "a request that fits the pool was not scheduled"
@@ -200,7 +200,7 @@ class Server:
         return grown
 
     def advance_to(self, moment_s: float) -> None:
-        """Step until the clock is there, or past it by the rest of a step. Without work it is set."""
+        """Run steps until the clock reaches ``moment_s``; the last step may pass it. Without work, set the clock."""
         while self.has_work and self.now_s < moment_s:
             self.step(moment_s)
         if not self.has_work:
@@ -244,11 +244,11 @@ def simulate(
     concurrency: int | None = None,
     watch: Callable[[ScheduledStep], None] | None = None,
 ) -> Run:
-    """Serve the workload; the same numbers on every machine.
+    """Serve the workload. The result is the same on every machine.
 
     Args:
-        concurrency: None: an open loop, requests arrive at their times. Else a closed loop of this many clients, each
-            of which sends the next request when its last one has ended; the workload's times are not used.
+        concurrency: None: an open loop, in which requests arrive at their times. Otherwise a closed loop of this many
+            clients, each of which sends its next request when the last one has ended; the times are not used.
 
     Raises:
         ValueError: an empty workload, a request that could never be served, or an option out of range.

@@ -1,11 +1,11 @@
-"""When each token of each request came, and what follows from it.
+"""When each token of each request came, and the latencies that follow.
 
     arrived      first token            last token
 ----|------------|-----|-----|-----|----|---------->  time
     |<-- TTFT -->|<--->|  inter-token latency (ITL), one for each further token
     |<------------- latency ----------->|             TPOT = (last - first) / (tokens - 1)
 
-Of an answer with reasoning, the first tokens are not what its user waits for:
+In an answer with reasoning, the first tokens are not what its user waits for:
 
     arrived      first token       reasoning ends     first content token   last token
 ----|------------|-----|-----|-----|------------------|-----|-----|---------|---------->  time
@@ -25,9 +25,9 @@ from itertools import pairwise
 class TokenTimes:
     """One request: when it arrived and when its tokens came, in seconds on one clock.
 
-    ``num_output`` is set where not every token's time is known: ``token_s`` then holds those of the first and the last.
-    ``reasoned_s`` and ``content_s``: when its reasoning ended, and its first content token came; None: not, or not
-    known.
+    ``num_output`` is set if not every token's time is known: ``token_s`` then holds those of the first and the last.
+    ``reasoned_s`` and ``content_s``: when its reasoning ended, and when its first content token came; None: never, or
+    unknown.
     """
 
     arrived_s: float
@@ -44,7 +44,7 @@ class TokenTimes:
 
     @property
     def ttft_s(self) -> float:
-        """Time to first token, waiting in the queue included."""
+        """Time to first token, including the time in the queue."""
         return self.token_s[0] - self.arrived_s
 
     @property
@@ -64,14 +64,14 @@ class TokenTimes:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first; None where there is but one."""
+        """Time per output token after the first; None if there is only one."""
         if self.num_tokens < 2:
             return None
         return (self.token_s[-1] - self.token_s[0]) / (self.num_tokens - 1)
 
     @property
     def gaps_s(self) -> list[float]:
-        """From each token to the next; empty where not every token's time is known.
+        """From each token to the next; empty if not every token's time is known.
 
         The first may be longer: a batch may have to fill before it decodes.
         """
@@ -81,14 +81,14 @@ class TokenTimes:
 
 
 def without_reasoning(times: TokenTimes) -> TokenTimes:
-    """The same answer as a client measures it that is sent no reasoning, but the number of all tokens.
+    """The same answer as measured by a client that gets the content and the number of all tokens, but no reasoning.
 
     OpenAI's API is such a server: ``usage.completion_tokens`` counts reasoning. The client's first token is the first
-    content token, so its TTFT is worse than the engine's; it divides the time of the content by the number of all
-    tokens, so its TPOT is better; and the latency is the same. Nothing ran faster or slower: compare TTFC with TTFC.
+    content token, so its TTFT is worse than the engine's. It divides the time of the content by the number of all
+    tokens, so its TPOT is better. The latency is the same. Nothing ran faster or slower: compare TTFC with TTFC.
 
     Raises:
-        ValueError: no content has come.
+        ValueError: there is no content.
     """
     if times.content_s is None:
         raise ValueError("no content has come: a client that is sent no reasoning has no first token")

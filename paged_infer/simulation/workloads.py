@@ -1,4 +1,4 @@
-"""Requests to serve: when each arrives, and how many tokens go in and come out."""
+"""Requests to serve: when each arrives, and how many tokens its prompt and its output have."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from paged_infer.values import as_integer, as_number
 
 LIKE = {"sharegpt-like": SHAREGPT, "alpaca-like": ALPACA}
 NUM_REQUESTS = 300
-LATEST_S = 1e9  # 32 years: beyond, a double has no room for the time of a step
+LATEST_S = 1e9  # 32 years: beyond this, a double cannot resolve the time of a step
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadRequest:
     """Arrives at ``at_s`` with ``num_prompt`` tokens, and ends after ``num_output``.
 
-    ``prompt_token_ids``: None for a prompt like no other. Requests that begin with the same ids share their blocks.
+    ``prompt_token_ids``: None for a prompt unlike all others. Requests that begin with the same ids share blocks.
     """
 
     at_s: float
@@ -33,7 +33,7 @@ class WorkloadRequest:
     prompt_token_ids: tuple[int, ...] | None = None
 
     def token_ids(self, index: int) -> list[int]:
-        """Of its prompt; ``index`` is its place in the workload."""
+        """The ids of the prompt. ``index``: the request's position in the workload."""
         if self.prompt_token_ids is None:
             return [FIRST_PROMPT + index] * self.num_prompt
         return list(self.prompt_token_ids)
@@ -43,7 +43,7 @@ Workload = ReadOnlyList[WorkloadRequest]  # in the order of arrival
 
 
 def dataset_like(dataset: Dataset, num_requests: int, per_s: float, seed: int = 0) -> list[WorkloadRequest]:
-    """Lengths like those of a data set, at Poisson arrivals of ``per_s`` a second.
+    """Requests with lengths like those of a data set, and Poisson arrivals, ``per_s`` per second.
 
     Raises:
         ValueError: a rate that is not above 0, or too low (``check_rate``).
@@ -55,20 +55,20 @@ def dataset_like(dataset: Dataset, num_requests: int, per_s: float, seed: int = 
 
 
 def at_rate(workload: Workload, per_s: float) -> list[WorkloadRequest]:
-    """The same requests with the gaps between them stretched, so that ``per_s`` arrive a second on average.
+    """The same requests with the gaps between them scaled, so that ``per_s`` arrive per second on average.
 
     Raises:
-        ValueError: as of ``dataset_like``, or requests that all arrive at once.
+        ValueError: see ``dataset_like``; or all requests arrive at once.
     """
     check_rate(per_s, len(workload))
     if not workload or workload[-1].at_s == 0:
-        raise ValueError(f"rate={per_s:g}: the requests all arrive at 0 s, so no rate stretches the gaps between them")
+        raise ValueError(f"rate={per_s:g}: the requests all arrive at 0 s, so there are no gaps to scale")
     factor = len(workload) / per_s / workload[-1].at_s
     return [replace(one, at_s=one.at_s * factor) for one in workload]
 
 
 def check_rate(per_s: float, num_requests: int) -> None:
-    """Raises ValueError: a rate that is not above 0 or too high, or so low that requests arrive after ``LATEST_S``."""
+    """Raises ValueError for a rate that is not above 0, too high, or so low that requests arrive after ``LATEST_S``."""
     if not 0 < per_s <= 1e9:
         raise ValueError(f"rate={per_s:g}: must be a number > 0 of requests a second, and at most 1e+09")
     if num_requests / per_s > LATEST_S:

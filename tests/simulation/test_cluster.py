@@ -63,7 +63,7 @@ def test_no_time_runs_backwards_and_every_request_ends_on_two_servers(seed):
             assert moments == sorted(moments) and moments[0] < moments[1] and len(moments) == 1 + request.num_output
 
 
-def test_what_is_no_cluster_is_refused():
+def test_a_cluster_without_requests_servers_or_a_link_is_refused():
     with pytest.raises(ValueError, match="the workload is empty"):
         simulate_replicas([], OPTIONS, [COST], least_loaded)
     with pytest.raises(ValueError, match="cost_models is empty"):
@@ -87,7 +87,7 @@ def test_a_received_prompt_costs_its_last_token():
     assert run.times[0].token_s == pytest.approx([0.0102, 0.0204])
 
 
-def test_apart_prompts_do_not_stall_decodes():
+def test_disaggregated_prompts_do_not_stall_decodes():
     workload = [WorkloadRequest(0.0, 50, 60), WorkloadRequest(0.2, 8000, 3)]
     options = SchedulerOptions(num_blocks=2000, max_num_batched_tokens=4096)
     together = simulate(workload, options, COST)

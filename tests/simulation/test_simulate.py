@@ -133,7 +133,7 @@ def test_the_simulators_steps_are_the_engines(seed, policy, budget, monkeypatch)
     assert run.preemptions and run.prefix_hit_tokens
 
 
-def test_a_closed_loop_has_so_many_requests_at_once():
+def test_a_closed_loop_has_as_many_requests_at_once_as_clients():
     widths: list[int] = []
     workload = plain(*[(0.0, 10, 5)] * 9)
     run = simulate(workload, ROOMY, COST, concurrency=2, watch=lambda step: widths.append(len(step.sequences)))
@@ -142,7 +142,7 @@ def test_a_closed_loop_has_so_many_requests_at_once():
     assert sorted(one.arrived_s for one in run.times)[2:] == ends[:7]  # a client sends when its last one has ended
 
 
-def test_seconds_of_the_simulator_are_the_same_on_every_machine():
+def test_simulated_seconds_are_the_same_on_every_machine():
     """Pinned: the numbers of simulation/README.md hold only while these do. A change here is one there."""
     shape = ModelShape.named("llama-3.1-8b")
     workload = dataset_like(SHAREGPT, 60, 20.0)
@@ -153,7 +153,7 @@ def test_seconds_of_the_simulator_are_the_same_on_every_machine():
     assert (run.makespan_s, found["ttft"]["p90"], found["tpot"]["p50"]) == pytest.approx(PINNED_SECONDS, rel=1e-5)
 
 
-def test_what_can_never_be_served_is_refused_with_its_place():
+def test_what_can_never_be_served_is_refused_with_its_index():
     with pytest.raises(ValueError, match=r"request 1: .*need 13 blocks of 16: the pool has num_blocks=12"):
         simulate(plain((0, 10, 5), (1, 100, 100)), SchedulerOptions(num_blocks=12), COST)
     with pytest.raises(ValueError, match="the workload is empty"):
@@ -169,7 +169,7 @@ def test_what_can_never_be_served_is_refused_with_its_place():
         simulate(plain((0, 1, 1)), SchedulerOptions(num_blocks=9, scheduling_policy="fifo"), COST)
 
 
-def test_a_step_takes_a_time():
+def test_a_step_without_a_time_is_refused():
     with pytest.raises(ValueError, match=r"step 1 takes -1.* by LinearCost"):
         simulate(plain((0, 1, 1)), ROOMY, LinearCost(-1.0))
     with pytest.raises(ValueError, match="step 2: no more steps were recorded"):

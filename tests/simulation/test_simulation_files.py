@@ -47,7 +47,7 @@ def test_a_wrong_entry_is_named_with_its_file(tmp_path, entry, message):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "[", '"at"'])
-def test_what_is_no_workload_is_refused(tmp_path, content):
+def test_a_malformed_workload_is_refused(tmp_path, content):
     path = tmp_path / "workload.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"workload .*workload\.json"):
@@ -107,7 +107,7 @@ def test_what_the_tables_do_not_cover_grows_in_proportion_and_is_counted(prefix)
     assert table.extrapolated["sequences of a step"] == 1
 
 
-def test_tables_that_are_not_there_or_not_whole_are_named(prefix, tmp_path):
+def test_missing_or_incomplete_tables_are_named(prefix, tmp_path):
     with pytest.raises(ValueError, match=r"operator tables .*none.*none-dense\.csv"):
         OperatorTable.read(str(tmp_path / "none"))
     (tmp_path / "card-per_sequence.csv").write_text("layer,time_us\nlm_head,1\n")
@@ -140,7 +140,7 @@ def test_errors_are_signed_and_relative(tmp_path):
         errors(ours[:1], measured)
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
+def test_a_malformed_record_is_named_by_its_line(tmp_path):
     path = tmp_path / "requests.jsonl"
     for line in ("{}", "[", record(1, 2, 3).replace("1", "null")):
         path.write_text(record(1, 2, 3) + "\n" + line)

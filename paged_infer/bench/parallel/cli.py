@@ -25,19 +25,19 @@ def parallel(
     model: ParallelModel = SHAPE,
     load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "dummy",
     requests: Annotated[
-        list[int] | None, typer.Option(help="At once; may be repeated. Default: 1, 8 and 32.", min=1)
+        list[int] | None, typer.Option(help="Requests at once; may be repeated. Default: 1, 8 and 32.", min=1)
     ] = None,
     ranks: Annotated[bool, typer.Option(help="Measure one rank and two.")] = True,
     replicas: Annotated[bool, typer.Option(help="Measure two replicas by three routings.")] = True,
-    num_requests: Annotated[int, typer.Option(help="To the replicas.", min=1)] = 64,
+    num_requests: Annotated[int, typer.Option(help="Requests to the replicas.", min=1)] = 64,
     repeats: Repeats = 3,
     seed: Annotated[int, typer.Option(help="Seed of the random weights and requests.")] = 0,
     figures: Figures = RESULTS,
 ) -> None:
     """One model on one rank and on two, and two replicas by three routings, in float32 on a CPU.
 
-    Of ranks: tokens per second, collectives and bytes of a step, memory, and the link on which two would win. Of
-    replicas: throughput, and the time to the first token of requests that share beginnings.
+    For ranks: tokens per second, collectives and bytes per step, memory, and the link on which two would win. For
+    replicas: throughput, and the time to first token of requests with shared prefixes.
     """
     from paged_infer.async_llm import AsyncLLM
     from paged_infer.bench.parallel.ranks import measure_ranks

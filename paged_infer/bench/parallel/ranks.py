@@ -1,4 +1,4 @@
-"""One model on one rank and on two: speed, memory, and what the ranks hand over in a step."""
+"""One model on one rank and on two: speed, memory, and what the ranks exchange in a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DECODES = 64
 
 
 class RankOfMany(Alone):
-    """Counts like the first of ``size`` ranks, and meets none: what it returns has the right shape alone."""
+    """Counts like the first of ``size`` ranks, without the others: only the shapes of its results are right."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class RankOfMany(Alone):
 
 
 def weigh_rank(folder: Path, size: int, config: EngineConfig) -> tuple[int, int, int]:
-    """Collectives and bytes of a step of one token, and bytes of the weights, of one rank of ``size``."""
+    """Collectives and bytes of a step of one token, and bytes of the weights, on one rank of ``size``."""
     parallel: Collective = ALONE if size == 1 else RankOfMany(size)
     dummy_seed = config.seed if config.load_format == "dummy" else None
     decoder = load_decoder(folder, torch.float32, dummy_seed=dummy_seed, parallel=parallel)
@@ -61,7 +61,7 @@ def weigh_rank(folder: Path, size: int, config: EngineConfig) -> tuple[int, int,
 
 
 def run_once(llm: LLM, workload: Workload) -> tuple[list[list[int]], float]:
-    """Tokens of all requests, which come at once, and seconds."""
+    """Serve all requests at once. Returns their tokens and the seconds it took."""
     began_s = time.perf_counter()
     outputs = llm.generate(workload.prompts, workload.params, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs], time.perf_counter() - began_s
@@ -70,7 +70,7 @@ def run_once(llm: LLM, workload: Workload) -> tuple[list[list[int]], float]:
 def measure_ranks(
     report: ParallelReport, engines: dict[int, LLM], workloads: dict[str, Workload], on_run: Callable[[str], None]
 ) -> None:
-    """Fill in ``report.ranks``; the engines, by number of ranks and without a prefix cache, take turns."""
+    """Fill in ``report.ranks``. ``engines``, by number of ranks and without a prefix cache, take turns."""
     config = engines[1].engine.model_config
     decode = one_request(config.vocab_size, 16, DECODES, seed=0)
     seconds: dict[tuple[int, str], list[float]] = {}
@@ -97,7 +97,7 @@ def measure_ranks(
 
 
 def time_of_sum(num_floats: int) -> float:
-    """Median seconds of an all-reduce of so many floats between two new processes."""
+    """Median seconds of an all-reduce of this many floats between two new processes."""
     spawn = multiprocessing.get_context("spawn")
     results: SimpleQueue[float] = spawn.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Two replicas and three routings, on requests that share long beginnings."""
+"""Two replicas and three routings, on requests that share long prefixes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from paged_infer.bench.workloads import Workload
 from paged_infer.params import SamplingParams
 
 BEGINNINGS, SHARED, OWN, OUTPUT = 8, 256, 16, 32
-POOL_BLOCKS = 160  # of 16 tokens: five beginnings, beside what runs
+POOL_BLOCKS = 160  # of 16 tokens: room for five prefixes and what runs
 RATE_SHARE = 0.6
 
 
 def shared_beginnings(vocab_size: int, num_requests: int, seed: int) -> Workload:
-    """Each prompt is one of ``BEGINNINGS`` of ``SHARED`` random tokens, and ``OWN`` more."""
+    """Each prompt is one of ``BEGINNINGS`` prefixes of ``SHARED`` random tokens, and ``OWN`` more tokens."""
     rng = random.Random(seed)
 
     def draw(count: int) -> list[int]:
@@ -35,7 +35,7 @@ def shared_beginnings(vocab_size: int, num_requests: int, seed: int) -> Workload
 
 
 async def serve_async(llm: AsyncLLM, workload: Workload, moments_s: list[float]) -> tuple[list[TokenTimes], float]:
-    """Submit each request at its moment; when their tokens came, and the share of prompt tokens found in caches."""
+    """Submit each request at its time. Returns its token times, and the share of prompt tokens found in the caches."""
     before, began_s = llm.stats(), time.perf_counter()
 
     async def one(prompt: list[int], params: SamplingParams, at_s: float) -> TokenTimes:
@@ -59,7 +59,7 @@ async def measure_replicas(
     seed: int,
     on_run: Callable[[str], None],
 ) -> None:
-    """Fill in ``report.routings``, and end the replicas; those of each routing take turns, with new beginnings."""
+    """Fill in ``report.routings``, and shut the replicas down. The routings take turns, each time with new prefixes."""
     rates, waits, hits = ({name: list[float]() for name in replicas} for _ in range(3))
     for number in range(report.repeats + 1):  # the first warms up
         for name, llm in replicas.items():

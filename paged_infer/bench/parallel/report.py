@@ -1,4 +1,4 @@
-"""What ``paged-infer bench parallel`` reports: its numbers, as tables and as a picture."""
+"""What ``paged-infer bench parallel`` reports: its numbers, as text and as a figure."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RankReport:
     """An engine of ``size`` ranks.
 
     Attributes:
-        tokens_per_s: by number of requests, which come at once.
-        step_s: of a decode of one request.
-        collectives, num_bytes: that one rank takes part in, and hands over, in a decode of one request.
-        weight_bytes: of a rank's parameters.
-        peak_bytes: resident, of each process that has a model; empty where there is no /proc.
+        tokens_per_s: by number of requests, submitted at once.
+        step_s: seconds of a decode of one request.
+        collectives, num_bytes: those in which one rank takes part in a decode of one request, and the bytes it sends.
+        weight_bytes: bytes of a rank's parameters.
+        peak_bytes: peak resident memory of each process that has a model; empty if there is no /proc.
     """
 
     size: int
@@ -43,12 +43,12 @@ class RoutingReport:
 
     tokens_per_s: float
     ttft_s: Percentiles
-    hit_share: float  # of the arrivals' prompt tokens, found in caches
+    hit_share: float  # share of the arrivals' prompt tokens that were found in caches
 
 
 @dataclass(slots=True)
 class ParallelReport(JsonReport):
-    """``sum_s``: of an all-reduce of a decode's size between two processes. ``num_layers``: of the model."""
+    """``sum_s``: seconds of an all-reduce of a decode's size between two processes. ``num_layers``: the model's."""
 
     model: str
     machine: dict[str, Any]
@@ -64,11 +64,11 @@ class ParallelReport(JsonReport):
 
     @property
     def even_s(self) -> float:
-        """The sum with which two ranks would decode as fast as one, each with cores and memory of its own."""
+        """Break-even: the time of an all-reduce with which two ranks decode as fast as one, each with its own cores."""
         return self.ranks[0].step_s / 2 / (2 * self.num_layers + 2)
 
     def gain(self, sum_s: float) -> float:
-        """How many times as fast as one rank two would decode with such sums, at best."""
+        """How many times as fast as one rank two would decode, at best, if an all-reduce took ``sum_s``."""
         one_s = self.ranks[0].step_s
         return one_s / (one_s / 2 + (2 * self.num_layers + 2) * sum_s)
 
@@ -83,7 +83,7 @@ def print_report(report: ParallelReport) -> None:
         print(
             f"tokens: {'the same' if report.has_same_tokens else 'NOT the same'}; a sum {1e6 * report.sum_s:,.0f} us,"
         )
-        print(f"  two ranks are even at {1e6 * report.even_s:,.0f} us and {report.gain(10e-6):.2f} times as fast at 10")
+        print(f"  two ranks break even at {1e6 * report.even_s:,.0f} us; {report.gain(10e-6):.2f} times as fast at 10")
     if report.routings:
         print(f"{report.num_replicas} replicas, {report.workload}; then {report.per_s:.1f} arrivals a second")
     for name, of in report.routings.items():
@@ -92,7 +92,7 @@ def print_report(report: ParallelReport) -> None:
 
 
 def parallel_figure(report: ParallelReport) -> Picture:
-    """Throughput of one and of two ranks, the link that would change it, and the first tokens of three routings."""
+    """Throughput of one rank and of two, the speedup on a faster link, and TTFT under three routings."""
     figure = new_picture(9.6, 3.2)
     rates, link, firsts = figure.subplots(1, 3, width_ratios=(1.0, 1.1, 1.1))
     _bars(rates, {f"{one.size} rank{'s' * (one.size > 1)}": one.tokens_per_s for one in report.ranks})
@@ -114,7 +114,7 @@ def parallel_figure(report: ParallelReport) -> Picture:
 
 
 def _bars(axes: Axes, groups: dict[str, dict[str, float]]) -> None:
-    """For each name a bar of each group."""
+    """Draw one bar per group for each name."""
     for number, ((label, heights), colour) in enumerate(zip(groups.items(), (BLUE, ORANGE), strict=False)):
         places = [place + 0.4 * (number - 0.5) for place in range(len(heights))]
         axes.bar_label(

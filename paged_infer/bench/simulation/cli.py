@@ -1,4 +1,4 @@
-"""``paged-infer bench simulate``: what a server that one does not own would do with a workload."""
+"""``paged-infer bench simulate``: predict how a server would serve a workload."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measure_cpu() -> Card:
     from paged_infer.simulation.cards import Card
 
     rates = measure("cpu")
-    # Of the memory only the pool's gigabyte is used, whatever there is.
+    # Only the pool's gigabyte of the memory is used, however much there is.
     return Card("cpu", 2**30, rates.bandwidth_bytes_per_s, rates.matmul_flops_per_s, rates.matmul_flops_per_s)
 
 

@@ -1,4 +1,4 @@
-"""The picture of a prediction: compared with measurements, over the load, and under other assumptions."""
+"""The figure of a prediction: compared with measurements, over the load, and under other assumptions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _percentiles(axes: Axes, report: SimulateReport, name: str) -> None:
 
 
 def _changes(axes: Axes, report: SimulateReport) -> None:
-    """Makespan and mean TTFT, per cent."""
+    """Changes of makespan and mean TTFT, in percent."""
     places = range(len(report.assumptions))
     for shift, name, colour in ((-0.19, "makespan", OURS), (0.19, "ttft", BASELINE_COLOURS["cached"])):
         values = [100 * getattr(one, name) for one in report.assumptions]

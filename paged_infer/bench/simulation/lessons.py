@@ -1,7 +1,7 @@
-"""What a simulator teaches, as experiments: ``python -m paged_infer.bench.simulation.lessons [NAME ...]``.
+"""Experiments with the simulator: ``python -m paged_infer.bench.simulation.lessons [NAME ...]``.
 
-Each is a function that returns a table. All use Llama-3.1-8B's shape; seconds are those of the data sheet's roofline,
-so read differences, not absolutes.
+Each is a function that returns a table. All use Llama-3.1-8B's shape. Seconds are those of the data sheet's roofline:
+compare them with each other, not with a real server.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from paged_infer.simulation.workloads import WorkloadRequest, dataset_like
 
 SHAPE = ModelShape.named("llama-3.1-8b")
 RTX, H100 = Roofline(CARDS["rtx-4090"], SHAPE), Roofline(CARDS["h100"], SHAPE)
-# As long as the chats of the records: 857 tokens in and 653 out on average.
+# As long as the records' chats: 857 tokens in and 653 out on average.
 CHATS = Dataset("chats", ShortLogNormal(857, 1.0, 4096), ShortLogNormal(653, 0.8, 2048))
-# What a run may show, at worst and at best: kernels of a small model fill a large card badly, and launches cost time.
+# Between what a run may show at worst and at best: a small model's kernels use a large card badly; launches cost time.
 H200_ASSUMPTIONS = {
     "low": (0.8, 0.5, 1.2),
     "middle": (0.9, 0.8, 0.8),
@@ -67,7 +67,7 @@ def tpot_s(run: Run) -> float:
 
 
 def pool_and_watermark(num_requests: int = 150) -> Lesson:
-    """A quarter of the pool, or the watermark, moves the result more than a tenth of the bandwidth does."""
+    """A quarter of the pool, or the watermark, changes the result more than a tenth of the bandwidth does."""
     workload, base = chats(num_requests, 10.0), simulate(chats(num_requests, 10.0), SMALL_POOL, RTX)
     others = {
         "0.8 of the bandwidth instead of 0.9": (SMALL_POOL, replace(RTX, share_of_bandwidth=0.8)),
@@ -86,7 +86,7 @@ def pool_and_watermark(num_requests: int = 150) -> Lesson:
 
 
 def saturation(num_requests: int = 200) -> Lesson:
-    """Steps a tenth slower than assumed: near saturation the first token is late by far more than a tenth."""
+    """If steps are a tenth slower than assumed, near saturation first tokens are late by far more than a tenth."""
     slow, rows = replace(RTX, share_of_bandwidth=0.81, share_of_peak=0.72), []
     for per_s in (0.5, 1.0, 1.5, 2.0, 3.0, 10.0):
         runs = [simulate(chats(num_requests, per_s), SMALL_POOL, cost) for cost in (RTX, slow)]
@@ -96,7 +96,7 @@ def saturation(num_requests: int = 200) -> Lesson:
 
 
 def chunk_budget(num_requests: int = 150) -> Lesson:
-    """Smaller chunks of prompts: shorter stalls of decodes, later first tokens."""
+    """Smaller chunks of prompts stall decodes for a shorter time, but delay first tokens."""
     rows, options = [], SchedulerOptions(num_blocks=20_000)
     for budget in (256, 512, 1024, 2048, 8192):
         run = simulate(chats(num_requests, 8.0), replace(options, max_num_batched_tokens=budget), H100)
@@ -108,7 +108,7 @@ def chunk_budget(num_requests: int = 150) -> Lesson:
 
 
 def prefill_apart(num_requests: int = 150) -> Lesson:
-    """Two cards: as replicas, or one for prompts and one for decodes. The latter controls the tail of the gaps."""
+    """Two cards, as replicas, or one for prompts and one for decodes. The latter shortens the longest gaps."""
     options, rows = SchedulerOptions(num_blocks=20_000), []
     kv_bytes = H100.kv_bytes_per_token
     for per_s in (4.0, 16.0):
@@ -127,7 +127,7 @@ def prefill_apart(num_requests: int = 150) -> Lesson:
 
 
 def shared_prefixes(num_requests: int, per_s: float, num_prefixes: int = 40) -> list[WorkloadRequest]:
-    """Each prompt is one of ``num_prefixes`` beginnings of 2,048 tokens, and a question of its own."""
+    """Each prompt is one of ``num_prefixes`` prefixes of 2,048 tokens, and a question of its own."""
     rng, requests = random.Random(0), []
     for index, one in enumerate(dataset_like(CHATS, num_requests, per_s)):
         ids = (rng.randrange(num_prefixes),) * 2048 + (1000 + index,) * 64
@@ -165,7 +165,8 @@ def tensor_or_data_parallel(num_requests: int = 120) -> Lesson:
 
 
 def few_bits(num_requests: int = 150) -> Lesson:
-    """Fewer bits are fewer bytes to read and more blocks as well: a small card queues and preempts less."""
+    """Fewer bits mean fewer bytes to read, and also more blocks: requests queue less on a small card, and fewer are
+    preempted."""
     rows = []
     for name, bits, kind in (
         ("bfloat16", None, "auto"),
@@ -221,9 +222,9 @@ LESSONS: dict[str, Callable[..., Lesson]] = {
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(LESSONS)}. Default: all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(LESSONS)}. Default: all.")] = None,
 ) -> None:
-    """Print the tables of these lessons."""
+    """Print the tables of these experiments."""
     if unknown := [name for name in names or () if name not in LESSONS]:
         raise typer.BadParameter(f"{unknown[0]!r}: no such lesson; known: {', '.join(LESSONS)}")
     for name in names or LESSONS:

@@ -1,12 +1,12 @@
-"""This project's engine on this machine: predicted from measured step times, and measured.
+"""Predict this project's engine on this machine from measured step times, and measure it.
 
     python -m paged_infer.bench.simulation.own_engine [--model qwen3-30m]
 
-Step times are measured on other requests (another seed) than those that are predicted, and fitted by features:
+Step times are measured on other requests (another seed) than those that are predicted, and fitted to features:
 
     a step + any prompt + prompt tokens up to 256 + those beyond + decodes up to 16 + those beyond + cached tokens
 
-Two slopes, because a larger product reaches more of the machine: the hundredth token costs less than the tenth.
+There are two slopes each because a larger product uses more of the machine: a token costs less in it.
 The workloads of ``bench ladder`` (all at once) and ``bench load`` (clients, arrivals) are measured and simulated.
 A machine's speed changes within seconds by more than the errors of interest. So steps are recorded before and after
 each load, sent in the same way. A turn over all loads has one fit, scaled for each load to the time of the steps beside
@@ -43,13 +43,13 @@ from paged_infer.simulation.workloads import WorkloadRequest
 
 CLIENTS = (1, 4, 8, 16, 32)
 RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
-FEW_TOKENS, FEW_SEQUENCES = 256, 16  # from where on one more costs less
+FEW_TOKENS, FEW_SEQUENCES = 256, 16  # beyond these, one more costs less
 Floats = npt.NDArray[np.float64]
 METRICS = (("makespan", ""), ("ttft", "mean"), ("tpot", "mean"), ("latency", "mean"))
 
 
 def non_negative_least_squares(rows: Floats, values: Floats) -> Floats:
-    """``x >= 0`` that about minimises ``|rows x - values|``; the most negative factor is left out until none is.
+    """About the ``x >= 0`` that minimises ``|rows x - values|``: drop the most negative factor until none is left.
 
     Args:
         rows: [measurements, features].
@@ -95,10 +95,10 @@ class FittedSteps:
 
     @classmethod
     def fit(cls, recorded: Recorded) -> FittedSteps:
-        """Relative errors count, so that steps of one sequence weigh as much as those of many; no factor is below 0.
+        """Fit by relative errors, so that steps of one sequence weigh as much as those of many; no factor is below 0.
 
-        The errors are relative to what a first fit predicts: relative to the measured time, slow steps would count
-        little, and the sum over a run would come out too small.
+        The errors are relative to the prediction of a first fit: relative to the measured times, slow steps would weigh
+        little, and the sum over a run would be too small.
 
         Raises:
             ValueError: fewer than eight steps.
@@ -109,7 +109,7 @@ class FittedSteps:
         factors = non_negative_least_squares(rows / times[:, None], np.ones(len(times)))
         predicted = rows @ factors
         factors = non_negative_least_squares(rows / predicted[:, None], times / predicted)
-        for beyond in (3, 5):  # a second slope of which no step says anything
+        for beyond in (3, 5):  # a second slope that no step determines
             if not rows[:, beyond].any():
                 factors[beyond] = factors[beyond - 1]
         return cls(factors.tolist())
@@ -125,7 +125,7 @@ class FittedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A way to send a workload: all at once, from clients, or at moments. Predicted and measured numbers."""
+    """A way to send a workload (all at once, from clients, or at given times), with predicted and measured numbers."""
 
     name: str
     predicted: dict[str, float]
@@ -183,7 +183,7 @@ def compare(
     """Fit on one workload, predict and measure another.
 
     Raises:
-        ValueError: lengths that leave nothing to draw, or too few steps for a fit.
+        ValueError: an empty range of lengths, or too few steps for a fit.
     """
     vocab_size = engine.decoder.config.vocab_size
     other, workload = (random_ids(vocab_size, num_requests, shortest, longest, seed + more) for more in (1, 0))
@@ -236,7 +236,7 @@ def main(
     model: Annotated[
         str | None, typer.Option(help=f"A folder, or a shape: {', '.join(SHAPES)}. Default: the storyteller.")
     ] = None,
-    num_requests: Annotated[int, typer.Option(help="In each load.", min=2)] = 64,
+    num_requests: Annotated[int, typer.Option(help="Requests in each load.", min=2)] = 64,
     shortest: Annotated[int, typer.Option(help="Shortest prompt and output, tokens.", min=2)] = 16,
     longest: Annotated[int, typer.Option(help="Longest.", min=2)] = 128,
     repeats: Annotated[int, typer.Option(help="Medians are compared.", min=1)] = 3,

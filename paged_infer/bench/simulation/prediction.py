@@ -1,4 +1,4 @@
-"""A server described by options, simulated: alone, at other loads, on other cards, and with other assumptions."""
+"""Simulate a server described by options: as given, at other loads, on other cards, and under other assumptions."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from paged_infer.simulation.simulate import Run, SchedulerOptions, longest_of, m
 from paged_infer.simulation.times import TokenTimes
 from paged_infer.simulation.workloads import LIKE, NUM_REQUESTS, WorkloadRequest, at_rate, dataset_like, read_workload
 
-CPU_POOL_BYTES = 2**30  # as execution.memory_plan has it
+CPU_POOL_BYTES = 2**30  # as in execution.memory_plan
 DEFAULT_RATE = 10.0
-Advance = Callable[[str], None]  # called with what is simulated next
-LOADS = (0.25, 0.5, 2.0)  # times the load that was asked for
+Advance = Callable[[str], None]  # called with a description of the next simulation
+LOADS = (0.25, 0.5, 2.0)  # multiples of the requested load
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What is served, on what, and how."""
+    """The options of ``paged-infer bench simulate``: what is served, on what, and how."""
 
     model: Annotated[str, ModelName(f"A folder, or a shape: {', '.join(SHAPES)}. Default: llama-3.1-8b.")] = (
         "llama-3.1-8b"
@@ -53,16 +53,16 @@ class ServerOptions:
     quantization: Annotated[str | None, typer.Option(help=f"{', '.join(WEIGHT_BITS)}. Default: none.")] = None
     tensor_parallel_size: Annotated[int, typer.Option(help="Cards that share each layer.")] = 1
     watermark: Annotated[
-        float, typer.Option(help="Share of the pool kept free by admissions; vLLM V1 has none: 0.")
+        float, typer.Option(help="Share of the pool that admission keeps free; vLLM V1 has none: 0.")
     ] = 0.02
     operator_tables: Annotated[
         str | None, typer.Option(help="PREFIX of measured operator times, -dense.csv and so on, instead of the sheet.")
     ] = None
-    step_overhead_ms: Annotated[float, typer.Option(help="Host time of a step that nothing hides.")] = 0.0
+    step_overhead_ms: Annotated[float, typer.Option(help="Host time per step that no computation hides.")] = 0.0
     share_of_bandwidth: Annotated[
-        float | None, typer.Option(help="That kernels reach of the sheet's. Default: 0.9; 1 for measured rates.")
+        float | None, typer.Option(help="Share of the sheet's rate that kernels reach. Default: 0.9; 1 if measured.")
     ] = None
-    share_of_peak: Annotated[float | None, typer.Option(help="The same of operations. Default: 0.8; 1.")] = None
+    share_of_peak: Annotated[float | None, typer.Option(help="The same for operations. Default: 0.8; 1.")] = None
     records: Annotated[
         Path | None, typer.Option(help="What a real server did with this workload: LLMServingSim's jsonl.")
     ] = None
@@ -72,7 +72,7 @@ class ServerOptions:
         return self.gpu or ["h200"]
 
     def shown(self) -> dict[str, Any]:
-        """For a report: files by their names, as others have them elsewhere."""
+        """The options for a report, with the names of files instead of their paths on this machine."""
         paths = {"workload": self.workload, "operator_tables": self.operator_tables, "records": self.records}
         named = {name: path and Path(path).name for name, path in paths.items()}
         return {**{name: getattr(self, name) for name in ServerOptions.__slots__}, **named, "gpu": self.cards}
@@ -87,7 +87,7 @@ class ServerOptions:
         return found if self.rate is None else at_rate(found, self.rate)
 
     def check(self) -> None:
-        """Raises ValueError for options that do not go together: one would be ignored."""
+        """Raises ValueError for options that exclude each other: one would be ignored."""
         if self.operator_tables is not None:
             given = {
                 "quantization": self.quantization,
@@ -170,10 +170,10 @@ def setup(options: ServerOptions, gpu: str, longest: int, measure_cpu: Callable[
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One run. Seconds; ``ttft``, ``tpot`` and ``latency`` have mean, p50, p90 and p99."""
+    """One run, in seconds. ``ttft``, ``tpot`` and ``latency`` have mean, p50, p90 and p99."""
 
     gpu: str
-    load: float  # requests a second, or clients
+    load: float  # requests per second, or clients
     makespan: float
     tokens_per_s: float
     ttft: dict[str, float]
@@ -194,7 +194,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """What one other assumption would change, relative to the run."""
+    """What another assumption would change, relative to the run."""
 
     what: str
     makespan: float
@@ -204,7 +204,7 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class SimulateReport(JsonReport):
-    """``prediction`` is of the first card; ``as_json`` has its fields at the top."""
+    """``prediction`` is that of the first card; ``as_json`` has its fields at the top level."""
 
     model: str
     workload: str
@@ -227,7 +227,7 @@ def measured_summary(records: ReadOnlyList[TokenTimes]) -> dict[str, Any]:
 
 
 def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Advance) -> SimulateReport:
-    """Simulate the workload on each card, and around the first one: other loads, other assumptions.
+    """Simulate the workload on each card, and on the first one also other loads and other assumptions.
 
     Args:
         measure_cpu: called for the card "cpu".
@@ -250,7 +250,7 @@ def predict(options: ServerOptions, measure_cpu: Callable[[], Card], advance: Ad
     if isinstance(cost, OperatorTable):
         notes = [f"{what} beyond the tables, extrapolated: {count} times" for what, count in cost.extrapolated.items()]
     loads = [Prediction.of(one.name, load, run) for one, run in zip(setups, runs, strict=True)]
-    if 1e-6 < load < 1e6:  # beyond, nothing meets, or all come at once
+    if 1e-6 < load < 1e6:  # outside of this, requests never overlap, or all come at once
         for one in setups:
             loads += [*_at_loads(one, workload, load, advance)]
     return SimulateReport(
@@ -277,7 +277,7 @@ def _at_loads(one: Setup, workload: list[WorkloadRequest], load: float, advance:
 
 
 def _assumptions(first: Setup, workload: list[WorkloadRequest], run: Run, advance: Advance) -> Iterator[Changed]:
-    """Each assumption, changed by a plausible error."""
+    """The run with each assumption changed by a plausible error."""
     scheduler, cost = first.scheduler, first.cost
     costs: dict[str, Roofline | OperatorTable] = {}
     if isinstance(cost, Roofline):

@@ -30,7 +30,7 @@ def report() -> ParallelReport:
     return found
 
 
-def test_a_rank_of_two_takes_part_in_two_sums_a_layer_and_two_more_and_has_half_of_the_weights():
+def test_one_rank_of_two_takes_part_in_two_sums_per_layer_and_two_more_and_has_half_of_the_weights():
     with folder_of("qwen3-3m", "dummy") as folder:
         config = EngineConfig(load_format="dummy")
         calls, num_bytes, half = ranks.weigh_rank(Path(folder), 2, config)
@@ -39,7 +39,7 @@ def test_a_rank_of_two_takes_part_in_two_sums_a_layer_and_two_more_and_has_half_
         assert (none, no_bytes) == (0, 0) and 0.5 <= half / whole < 0.51
 
 
-def test_at_the_even_link_two_ranks_gain_nothing_and_on_a_perfect_one_they_halve_the_time(report):
+def test_at_the_break_even_link_two_ranks_gain_nothing_and_on_a_perfect_one_they_halve_the_time(report):
     assert report.gain(report.even_s) == pytest.approx(1)
     assert report.gain(0) == pytest.approx(2)
 
@@ -54,7 +54,7 @@ def test_it_is_stored_printed_and_drawn(report, tmp_path, capsys):
     assert parallel_figure(report).png()  # one half alone may be measured
 
 
-def test_engines_that_differ_are_found_out(report, monkeypatch):
+def test_engines_that_give_other_tokens_are_detected(report, monkeypatch):
     monkeypatch.setattr(ranks, "time_of_sum", lambda num_floats: 1e-4)
     options = {"dtype": "float32", "device": "cpu", "num_blocks": 64, "enable_prefix_caching": False}
     engines = {1: LLM(**options), 2: LLM(**options)}
@@ -70,7 +70,7 @@ def test_engines_that_differ_are_found_out(report, monkeypatch):
         assert all(one.tokens_per_s["2"] > 0 and one.step_s > 0 for one in report.ranks)
 
 
-def test_requests_share_their_beginnings():
+def test_requests_share_prefixes():
     prompts = shared_beginnings(1755, 40, seed=0).prompts
     assert len({tuple(prompt[:SHARED]) for prompt in prompts}) == BEGINNINGS
     assert len({tuple(prompt) for prompt in prompts}) == 40

@@ -27,7 +27,7 @@ def workload(tmp_path) -> Path:
     return path
 
 
-def test_a_prediction_beside_records_has_signed_errors(workload, tmp_path):
+def test_a_prediction_with_records_has_signed_errors(workload, tmp_path):
     records = write_records(tmp_path)
     code, output = run(
         "--gpu", "rtx-4090", "--gpu", "h100", "--workload", str(workload), "--records", str(records),
@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(workload, options, message, tmp_path):
     assert not (tmp_path / "bench-simulate.json").exists()
 
 
-def test_extrapolation_is_said(workload, tmp_path):
+def test_extrapolation_is_reported(workload, tmp_path):
     tables = write_tables(tmp_path)
     code, output = run("--workload", str(workload), "--operator-tables", tables, "--figures", str(tmp_path))
     assert code == 0, output

@@ -42,7 +42,7 @@ def test_small_chunks_shorten_stalls_and_delay_first_tokens():
     assert found["256 tokens a step"][3] > found["2048 tokens a step"][3]
 
 
-def test_prefill_apart_controls_the_tail_and_not_the_throughput():
+def test_disaggregated_prefill_improves_the_tail_and_not_the_throughput():
     found = numbers(lessons.prefill_apart(40))
     together, apart = found["16 a second, two replicas"], found["16 a second, apart, nvlink-4"]
     assert apart[2] < 0.7 * together[2] and apart[4] < 1.1 * together[4]  # gap p99.9, tokens a second

@@ -1,9 +1,9 @@
 """What a grammar costs: ``python -m paged_infer.bench.grammar_cost [MODEL]``.
 
-Per token, over random documents of one JSON schema: computing the mask and accepting the token, and masking one row of
-logits. First with the native grammar and the model's vocabulary (the storyteller's by default), then with each library
-that is installed and a made vocabulary of 151,936 tokens. Last, tokens/s of the model with a grammar that allows
-everything and without: the same tokens.
+Measured per token, over random documents of one JSON schema: computing the mask and accepting the token, and masking
+one row of logits. First with the native grammar and the model's vocabulary (the storyteller's by default), then with
+each library that is installed and a made-up vocabulary of 151,936 tokens. Last, the model's tokens/s with a grammar
+that allows everything, and without, for the same tokens.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _report(name: str, compiled: Callable[[], Grammar], vocab_size: int) -> None
     logits = torch.randn(1, vocab_size)
     masked, applied = list[float](), list[float]()
     rounds: list[list[float]] = []
-    for _ in range(2):  # the native grammar meets most of its states in the first
+    for _ in range(2):  # the native grammar reaches most of its states in the first
         masked, applied = [], []
         for seed in range(NUM_DOCUMENTS):
             _walk(grammar, random.Random(seed), logits, masked, applied)

@@ -1,8 +1,8 @@
-"""What steps and examples buy: ``python -m paged_infer.bench.sums``.
+"""What worked steps and examples gain: ``python -m paged_infer.bench.sums``.
 
-Asks the two dense storytellers for held-out sums, alone and in steps, without examples and with some, and prints the
-table of storyteller/README.md. ``figures/storyteller_sums.json`` keeps it. The numbers do not depend on the machine's
-load.
+Asks the two dense storytellers for held-out sums, answered directly and in steps, with and without examples, and prints
+the table of storyteller/README.md, which ``figures/storyteller_sums.json`` stores. The numbers do not depend on the
+machine's load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(
     figures: Annotated[Path, typer.Option(help="Folder for the numbers.")] = Path("figures"),
     num_sums: Annotated[int, typer.Option(help="Held-out sums in each row.", min=NUM_FIRST)] = 500,
 ) -> None:
-    """How many held-out sums the storytellers answer rightly, with 95 % confidence intervals."""
+    """How many held-out sums the storytellers answer correctly, with 95 % confidence intervals."""
     rows = []
     for model, forms in FORMS.items():
         llm = LLM(model)
@@ -38,7 +38,7 @@ def main(
 
 
 def measure(llm: LLM, form: Form, num_examples: int, num_sums: int) -> dict[str, Any]:
-    """One row of the numbers; ``first_right`` counts the first ``NUM_FIRST`` sums alone."""
+    """One row of the numbers; ``first_right`` counts only the first ``NUM_FIRST`` sums."""
     score = evaluate_sums(llm, form, num_examples, num_sums)
     return {
         "model": llm.name,
@@ -52,7 +52,7 @@ def measure(llm: LLM, form: Form, num_examples: int, num_sums: int) -> dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each model and form; each cell is the share of right answers, its interval, and that in steps."""
+    """A line for each model and form. A cell has the share of right answers, its interval, and the share in steps."""
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         low, high = row["interval"]

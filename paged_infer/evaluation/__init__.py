@@ -1,1 +1,1 @@
-"""How good is a model, and is the difference to another one more than chance? ``paged-infer eval``; see README.md."""
+"""How good is a model, and is its difference from another one more than chance? ``paged-infer eval``; see README.md."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paged_infer.evaluation.report import Report
 
 MOST_ITEMS = 100_000
-FILE_WIDTH = 160  # of what is no terminal
+FILE_WIDTH = 160  # columns, if the output is not a terminal
 
 
 @with_option_groups
@@ -32,7 +32,7 @@ def evaluate(
         int, typer.Option(help="Examples with their answers before each question.", min=0, max=100)
     ] = 0,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask in a chat, instead of by a text to be completed.")
+        bool, typer.Option("--apply-chat-template", help="Ask in a chat, instead of with a text to complete.")
     ] = False,
     schemes: Annotated[
         str, typer.Option(help="A column for each: float32, bfloat16, w8a16, w4a16 ...; separated by commas.")
@@ -43,7 +43,7 @@ def evaluate(
         typer.Option(help="A model that the others are compared with, in float32. Default: the first column."),
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help="Ask this server's /v1/completions; MODEL is only its tokenizer.")
+        str | None, typer.Option(help="Evaluate the server at this URL (/v1/completions); MODEL is its tokenizer.")
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the items, whose texts are made from the grammar.", min=0, max=499)
@@ -88,7 +88,7 @@ def evaluate(
 def _models(
     model: str | None, options: dict[str, Any], schemes: str, ranks: str, reference: str | None, base_url: str | None
 ) -> dict[str, Callable[[], EvaluatedModel]]:
-    """Name -> what opens it, the one that the others are compared with first."""
+    """Name -> the function that opens the model; first the one that the others are compared with."""
     from paged_infer.evaluation.report import variants
 
     chosen = variants(_split(schemes), [_count(one) for one in _split(ranks)])
@@ -129,7 +129,7 @@ def _count(text: str) -> int:
 
 
 def show(report: Report) -> None:
-    """A table of values, one of differences to the first column, and how often each kind of question was right."""
+    """Print a table of values, one of differences from the first column, and the right answers by kind of question."""
     from rich.console import Console
     from rich.table import Table
 

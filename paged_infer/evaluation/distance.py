@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's: KL divergence, and how often both have the same favourite."""
+"""How far one model's predictions are from another's: KL divergence, and how often both have the same top token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Distance(NamedTuple):
 
 
 def distance(reference: InProcess, model: InProcess, texts: ReadOnlyList[str]) -> Distance:
-    """Of ``model`` to ``reference``, after each token of each text, which is read from its prefix token.
+    """The distance of ``model`` from ``reference`` after each token of each text, which begins with the prefix token.
 
     Raises:
         ValueError: their vocabularies differ, so there is nothing to compare; or a text is too long.
@@ -38,7 +38,7 @@ def distance(reference: InProcess, model: InProcess, texts: ReadOnlyList[str]) -
     for text in texts:
         ids, others = reference.with_prefix(text), model.with_prefix(text)
         if ids != others or sizes[0] != sizes[1]:
-            raise ValueError(f"{model.name}: has another vocabulary than {reference.name}, so KL means nothing")
+            raise ValueError(f"{model.name}: has another vocabulary than {reference.name}, so KL is not defined")
         before, after = predictions(reference, ids), predictions(model, ids)
         kl, agrees = token_distances(before, after)
         kls.append(kl.sum().item())
@@ -48,7 +48,7 @@ def distance(reference: InProcess, model: InProcess, texts: ReadOnlyList[str]) -
 
 
 def token_distances(reference: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """From log-probabilities [T, V], of each row: KL(reference || found) in nats [T], and whether both have the same
+    """For each row of log-probabilities [T, V]: KL(reference || found) in nats [T], and whether both have the same
     largest one, bool [T]."""
     return divergence(reference, found), reference.argmax(-1) == found.argmax(-1)
 
@@ -56,11 +56,11 @@ def token_distances(reference: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 def predictions(model: InProcess, ids: ReadOnlyList[int]) -> Tensor:
     """Log-probabilities of every token after each of ``ids``: [T, V].
 
-    A decoder in this process is run on them as a whole. Ranks in other processes only generate, and give the same by
-    ``prompt_logprobs``: slowly, since each number becomes an object.
+    A decoder in this process computes them in one pass. Ranks in other processes only generate; ``prompt_logprobs``
+    gives the same, but slowly, since each number becomes an object.
 
     Raises:
-        ValueError: more tokens than the model's context has room for.
+        ValueError: more tokens than fit in the model's context.
     """
     limit = model.max_model_len - 2
     if len(ids) > limit:

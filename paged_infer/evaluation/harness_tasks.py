@@ -1,4 +1,4 @@
-"""The same tasks for lm-eval: a YAML file and a JSONL file for each, with whole prompts, examples included.
+"""The same tasks in lm-eval's format: a YAML and a JSONL file each, with whole prompts, examples included.
 
 lm-eval's own tasks are fetched from a hub; these are local. ``lm_eval --include_path FOLDER --tasks story_recall ...``
 """
@@ -24,13 +24,13 @@ def harness_name(task: Task) -> str:
 
 
 def write_harness_tasks(folder: Path, tasks: ReadOnlyList[Task], settings: Settings) -> list[Path]:
-    """Write them; returns the YAML files, which name their data by an absolute path.
+    """Write the files. Returns the YAML files, which refer to their data by an absolute path.
 
     Raises:
-        ValueError: chat messages were asked for: a prompt is one text here.
+        ValueError: chat messages are requested, but a prompt is one text here.
     """
     if settings.chat:
-        raise ValueError("write_tasks: prompts are texts to be completed; leave out apply_chat_template")
+        raise ValueError("write_tasks: prompts are texts to complete; leave out apply_chat_template")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for task in tasks:

@@ -1,7 +1,7 @@
-"""What models are asked, made from the storyteller's grammar: the same seed gives the same items, in every process.
+"""Questions and texts from the storyteller's grammar: the same seed gives the same items in every process.
 
-Items of a task come from stories of their own, one each, so that they are independent of each other, which intervals
-and tests need (``statistics``). Training has seen none of these stories.
+Each item of a task comes from a story of its own, so that the items are independent of each other, as intervals and
+tests require (``statistics``). None of these stories was in the training data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paged_infer.storyteller.stories.sums import Form, tell_sum
 from paged_infer.storyteller.stories.themes import THEMES
 from paged_infer.storyteller.stories.world import Person
 
-SEEDS = 1_000_000  # of stories, for each seed of a task
+SEEDS = 1_000_000  # seeds of stories for each seed of a task
 NUM_CHOICES = 4
 _FRIEND = re.compile(r"(?:best friend was|Next door lived) (\w+),")
 
@@ -29,11 +29,11 @@ class Item:
     """One question, or one text.
 
     Attributes:
-        passage: what comes before the question, with the end of its line; or the whole of a text to be read.
+        passage: the text before the question, with its newline; or the whole text, if it is only read.
         question: empty if the passage is to be continued.
-        answer: the true one, without the space between it and ``A:``.
-        kind: of question.
-        choices: answers of which one is true; empty if none are offered.
+        answer: the correct one, without the space between it and ``A:``.
+        kind: the kind of question.
+        choices: answers of which one is correct; empty if none are offered.
     """
 
     passage: str
@@ -44,25 +44,25 @@ class Item:
 
     @property
     def lead(self) -> str:
-        """What stands between the prompt and an answer."""
+        """The text between the prompt and an answer."""
         return " " if self.question else ""
 
     @property
     def prompt(self) -> str:
-        """The text up to where an answer begins."""
+        """The text up to the answer."""
         return f"{self.passage}Q: {self.question}\nA:" if self.question else self.passage
 
     @property
     def label(self) -> int:
-        """Which choice is the true one."""
+        """The index of the correct choice."""
         return self.choices.index(self.answer)
 
 
 def recall_items(count: int, seed: int) -> list[Item]:
     """A question about each of ``count`` stories, after the questions and answers that come before it there.
 
-    Of a story's questions, the first one of the kind that was asked least so far: rare kinds are asked as often as
-    possible, so the share of right answers is not that of ``storyteller.evaluate``, which asks all questions.
+    It is the story's first question of the kind that was asked least so far. So rare kinds are asked as often as
+    possible, and the share of correct answers is not that of ``storyteller.evaluate``, which asks all questions.
     """
     found, asked = list[Item](), Counter[str]()
     for story in stories(count, seed):
@@ -73,15 +73,15 @@ def recall_items(count: int, seed: int) -> list[Item]:
 
 
 def choice_items(count: int, seed: int) -> list[Item]:
-    """``recall_items`` with four choices of the same form. What the story mentions, too, is chosen first."""
+    """``recall_items`` with four choices of the same form. Wrong choices that the story mentions are preferred."""
     rng = random.Random(seed)
     return [replace(item, choices=_choices(item, rng)) for item in recall_items(count, seed)]
 
 
 def ending_items(count: int, seed: int) -> list[Item]:
-    """Stories without their last line, and four ways to end it: its own, and those of three other themes.
+    """Stories without their last line, and four last lines: the story's own, and those of three other themes.
 
-    As in HellaSwag (Zellers 2019), all have the same people in them, and their lengths differ.
+    As in HellaSwag (Zellers 2019), all mention the same people, and their lengths differ.
     """
     rng, found = random.Random(seed), list[Item]()
     for story in stories(None, seed):
@@ -93,7 +93,7 @@ def ending_items(count: int, seed: int) -> list[Item]:
 
 
 def sum_items(count: int, seed: int, form: Form = Form.DIRECT) -> list[Item]:
-    """Held-out sums, whose answers, as examples show them, have the given form."""
+    """Held-out sums. As examples, their answers have the given form."""
     found = []
     for number in range(count):
         told = tell_sum(FIRST_EVALUATION_SEED + seed * SEEDS + number, held_out=True)
@@ -103,12 +103,12 @@ def sum_items(count: int, seed: int, form: Form = Form.DIRECT) -> list[Item]:
 
 
 def documents(count: int, seed: int) -> list[Item]:
-    """Stories to be read, with the ``<|endoftext|>`` that ends them."""
+    """Stories to read, with the ``<|endoftext|>`` that ends them."""
     return [Item(story.text + END) for story in stories(count, seed)]
 
 
 def stories(count: int | None, seed: int) -> Iterator[Story]:
-    """``count`` stories that training never saw, those of seed 0 as ``storyteller.evaluate`` has them; None: all."""
+    """``count`` stories that are not in the training data; None: all. Seed 0: those of ``storyteller.evaluate``."""
     for number in range(SEEDS if count is None else count):
         yield tell(FIRST_EVALUATION_SEED + seed * SEEDS + number)
 
@@ -122,14 +122,14 @@ def _choices(item: Item, rng: random.Random) -> tuple[str, ...]:
     words, form = _alternatives(item)
     wrong = [word for word in words if form(word) != item.answer]
     rng.shuffle(wrong)
-    wrong.sort(key=lambda word: word not in item.passage)  # False, that it is mentioned, comes first
+    wrong.sort(key=lambda word: word not in item.passage)  # words that are mentioned (False) come first
     found = [item.answer, *map(form, wrong[: NUM_CHOICES - 1])]
     rng.shuffle(found)
     return tuple(found)
 
 
 def _alternatives(item: Item) -> tuple[tuple[str, ...], Callable[[str], str]]:
-    """The words that an answer of this kind has one of, and how it is written with one of them."""
+    """The words of which an answer of this kind has one, and a function that writes the answer with one of them."""
     match item.kind:
         case "What colour":
             return lexicon.COLOURS, "It is {}.".format

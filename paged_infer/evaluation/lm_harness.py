@@ -23,17 +23,17 @@ MAX_GEN_TOKENS = 256  # lm-eval's own default
 
 @register_model("paged-infer")
 class PagedInferLM(TemplateLM):
-    """An ``LLM`` as lm-eval asks it.
+    """An ``LLM`` with lm-eval's interface.
 
-    Texts are encoded with what the tokenizer adds, such as a BOS, and read after ``InProcess.prefix_token_ids``. The
-    same over HTTP, by lm-eval's ``local-completions``, needs ``add_bos_token=True`` where there is a BOS.
+    Texts are encoded with what the tokenizer adds, such as a BOS, and read after ``InProcess.prefix_token_ids``. To do
+    the same over HTTP, lm-eval's ``local-completions`` needs ``add_bos_token=True`` if there is a BOS.
 
     Args:
-        model: as ``LLM`` takes it.
-        llm: one that is open; then there are no options.
-        batch_size, max_batch_size: lm-eval sends them; the engine makes its own batches, so only None, 1 and "auto"
-            are taken.
-        options: of ``LLM``.
+        model: see ``LLM``.
+        llm: an ``LLM`` that is open already, instead of a model and options.
+        batch_size, max_batch_size: lm-eval passes them. The engine makes its own batches, so only None, 1 and "auto"
+            are accepted.
+        options: those of ``LLM``.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PagedInferLM(TemplateLM):
 
 
 def _sampling(given: dict[str, Any]) -> SamplingParams:
-    """From lm-eval's generation arguments. Raises ValueError for one that is not served."""
+    """The parameters for lm-eval's generation arguments. Raises ValueError for one that is not supported."""
     stop, max_tokens = given.pop("until", None) or (), given.pop("max_gen_toks", MAX_GEN_TOKENS)
     samples = given.pop("do_sample", given.get("temperature", 0) > 0)
     options = {name: given.pop(name) for name in _SAMPLING if name in given}

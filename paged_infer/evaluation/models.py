@@ -1,7 +1,6 @@
-"""What is evaluated: an ``LLM`` in this process, or a server over HTTP; both continue texts, and score them.
+"""What is evaluated: an ``LLM`` in this process, or a server over HTTP. Both continue texts and score them.
 
-Where a text is cut into prompt and continuation, the tokens are those of the whole text: encoded together, then cut at
-the length of the prompt's own tokens, as lm-eval does.
+Prompt and continuation are encoded together, then cut at the length of the tokens of the prompt alone, as lm-eval does.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ BATCH = 32  # prompts in a request over HTTP
 
 
 class TokenScore(NamedTuple):
-    """Of one token, given those before it: its log-probability in nats, and whether no other is more probable."""
+    """One token's log-probability in nats, given those before it, and whether no other is more probable."""
 
     logprob: float
     is_best: bool
 
 
 class EvaluatedModel(ABC):
-    """Base of both.
+    """Base class of both.
 
     Args:
-        name: in tables.
+        name: the name in tables.
         tokenizer: None is refused.
-        max_model_len: the most tokens of a prompt and what follows it.
-        eos_token_ids: of the model's config.
+        max_model_len: the most tokens of a prompt and its continuation.
+        eos_token_ids: those of the model's config.
 
     Attributes:
-        prefix_token_ids: what stands before a text, so that its first token is predicted, too: what the tokenizer puts
-            there (a BOS), or else the end-of-sequence token. Perplexities with different ones are not comparable.
+        prefix_token_ids: put before a text, so that its first token is predicted, too: what the tokenizer puts there
+            (a BOS), or else the end-of-sequence token. Perplexities with different prefixes are not comparable.
 
     Raises:
-        ValueError: no tokenizer, or none of these two tokens.
+        ValueError: no tokenizer, or neither of these two tokens.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer | None, max_model_len: int, eos_token_ids: TokenIds) -> None:
@@ -55,15 +54,15 @@ class EvaluatedModel(ABC):
         self._added = len(tokenizer.encode(""))
         self.prefix_token_ids = tokenizer.encode("") or list(eos_token_ids[:1])
         if not self.prefix_token_ids:
-            raise ValueError(f"{name}: has neither a BOS nor an end token to put before a text")
+            raise ValueError(f"{name}: has neither a BOS nor an end-of-sequence token to put before a text")
 
     @abstractmethod
     def generate(self, prompts: ReadOnlyList[TokenIds], max_tokens: int, stop: ReadOnlyList[str]) -> list[str]:
-        """Each greedy continuation, up to the first of the ``stop`` texts, which is left out."""
+        """The greedy continuation of each prompt, up to the first ``stop`` string, which is left out."""
 
     @abstractmethod
     def token_scores(self, texts: ReadOnlyList[TokenIds]) -> list[list[TokenScore]]:
-        """Of every token but the first. A text has at most ``max_model_len`` - 1 tokens, as one more is generated."""
+        """The scores of all tokens but the first. A text has at most ``max_model_len`` - 1: one more is generated."""
 
     def cut(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of both texts together, cut between them."""
@@ -75,7 +74,7 @@ class EvaluatedModel(ABC):
         return [*self.prefix_token_ids, *self.tokenizer.encode(text)[self._added :]]
 
     def continuations(self, pairs: ReadOnlyList[tuple[TokenIds, TokenIds]]) -> list[list[TokenScore]]:
-        """Of the tokens of each continuation, given its prompt, of which the beginning is left out if it is too long.
+        """The scores of each continuation's tokens, given its prompt. A prompt that is too long loses its beginning.
 
         Raises:
             ValueError: a continuation without a token before it, or longer than the model's context.
@@ -91,7 +90,7 @@ class EvaluatedModel(ABC):
         return [one[len(one) - len(continuation) :] for one, (_, continuation) in zip(scores, pairs, strict=True)]
 
     def rolling(self, texts: ReadOnlyList[str]) -> list[list[TokenScore]]:
-        """Of all tokens of each text, after ``prefix_token_ids``; those of a long one by ``windows``."""
+        """The scores of all tokens of each text, after ``prefix_token_ids``; a long text is cut by ``windows``."""
         start, size = len(self.prefix_token_ids), self.max_model_len - 1
         cut = [list(windows(self.with_prefix(text), start, size)) for text in texts]
         scores = iter(self.continuations(list(chain.from_iterable(cut))))
@@ -99,10 +98,10 @@ class EvaluatedModel(ABC):
 
 
 def windows(ids: TokenIds, start: int, size: int) -> Iterator[tuple[TokenIds, TokenIds]]:
-    """(context, continuation) of at most ``size`` tokens together, such that each of ``ids[start:]`` is in one
-    continuation: the first has as many as fit, each later one the next ones, with one token of context.
+    """(context, continuation) pairs of at most ``size`` tokens, such that each of ``ids[start:]`` is in one
+    continuation: the first has as many tokens as fit, each later one the next tokens, with one token of context.
 
-    The last is moved back, so that its tokens have as much context as fits.
+    The last window is moved back, so that its tokens have as much context as fits.
 
     >>> list(windows([0, 1, 2, 3, 4, 5, 6, 7], 1, 5))
     [([0], [1, 2, 3, 4]), ([3, 4], [5, 6, 7])]
@@ -146,8 +145,8 @@ class InProcess(EvaluatedModel):
 
 
 class OverHttp(EvaluatedModel):
-    """A server with OpenAI's completions, which takes token ids, ``echo`` and ``logprobs``, as this package's and
-    vLLM's do.
+    """A server with OpenAI's completions that accepts token ids, ``echo`` and ``logprobs``, such as this package's and
+    vLLM's.
 
     Args:
         base_url: such as ``http://127.0.0.1:8000``, with or without ``/v1``.
@@ -163,7 +162,7 @@ class OverHttp(EvaluatedModel):
         end = None if tokenizer is None else tokenizer.eos_token_id
         limit = self._served.get("max_model_len")
         if limit is None:
-            raise ValueError(f"{self._url}/models: does not say max_model_len")
+            raise ValueError(f"{self._url}/models: lacks max_model_len")
         super().__init__(name or base_url, tokenizer, limit, [] if end is None else [end])
 
     def generate(self, prompts: ReadOnlyList[TokenIds], max_tokens: int, stop: ReadOnlyList[str]) -> list[str]:
@@ -191,5 +190,5 @@ class OverHttp(EvaluatedModel):
                 return json.load(response)
         except urllib.error.HTTPError as error:
             raise ValueError(f"{request.full_url}: {error.code}: {error.read().decode(errors='replace')}") from None
-        except (OSError, ValueError) as error:  # no server, or no JSON
+        except (OSError, ValueError) as error:  # no server, or not JSON
             raise ValueError(f"{request.full_url}: {error}") from None

@@ -1,4 +1,4 @@
-"""Several variants of a model on several tasks, each compared with the first: what is run, its tables, its JSON."""
+"""Evaluate several variants of a model on several tasks, compare each with the first, and report tables and JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Cell = tuple[str, ...]
 
 
 def variants(schemes: ReadOnlyList[str], ranks: ReadOnlyList[int]) -> dict[str, dict[str, Any]]:
-    """Name -> options of an engine, for each scheme with each number of ranks.
+    """Name -> options of the engine, for each combination of scheme and number of ranks.
 
-    A scheme is a dtype, or a value of ``LLM(quantization=...)``, with which the rest is float32.
+    A scheme is a dtype, or a value of ``LLM(quantization=...)``; with the latter, the rest is float32.
 
     >>> variants(["float32", "w8a16"], [])
     {'float32': {'dtype': 'float32'}, 'w8a16': {'dtype': 'float32', 'quantization': 'w8a16'}}
@@ -48,7 +48,7 @@ def variants(schemes: ReadOnlyList[str], ranks: ReadOnlyList[int]) -> dict[str, 
 
 @dataclass(slots=True)
 class Settings:
-    """Of all tasks; see ``paged-infer eval --help``."""
+    """Settings of all tasks; see ``paged-infer eval --help``."""
 
     limit: int = 100
     seed: int = 0
@@ -58,12 +58,12 @@ class Settings:
 
 @dataclass(slots=True)
 class Report:
-    """Of some models; the others are compared with the first.
+    """The results of several models; the others are compared with the first.
 
     Attributes:
-        how: task -> what has to be the same where two numbers are compared.
-        scores: model -> task -> item by item.
-        distances: model -> KL and agreement with the first, on the texts of a task that is read.
+        how: task -> what must be the same if two numbers are compared.
+        scores: model -> task -> the scores of its items.
+        distances: model -> KL and agreement with the first, on the texts of a "read" task.
     """
 
     settings: Settings
@@ -72,7 +72,7 @@ class Report:
     distances: dict[str, Distance] = field(default_factory=dict)
 
     def comparisons(self) -> dict[str, dict[str, dict[str, PairedAnswers | Estimate]]]:
-        """Model -> task -> metric -> difference to the first model."""
+        """Model -> task -> metric -> difference from the first model."""
         first, *others = self.scores
         return {
             name: {task: compare(before, self.scores[name][task]) for task, before in self.scores[first].items()}
@@ -80,7 +80,7 @@ class Report:
         }
 
     def save(self, path: Path) -> None:
-        """As JSON; bounds that are infinite (of a single text) are null."""
+        """Write JSON; infinite bounds (of a single text) are null."""
         named: dict[str, Any] = {
             "settings": asdict(self.settings),
             "how": self.how,
@@ -108,14 +108,14 @@ class Report:
         path.write_text(json.dumps(_finite(named), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def rows(self) -> Iterator[Cell]:
-        """A metric, and its value and interval of each model."""
+        """Each row is a metric, with the value and interval of each model."""
         for task, found in next(iter(self.scores.values())).items():
             for metric in found.estimates():
                 cells = (_estimate(scores[task].estimates()[metric]) for scores in self.scores.values())
                 yield f"{task} {metric}", *cells
 
     def difference_rows(self) -> Iterator[Cell]:
-        """A metric, and how each model but the first differs from it."""
+        """Each row is a metric, with the differences of all other models from the first."""
         compared = self.comparisons()
         for task, found in next(iter(compared.values()), {}).items():
             for metric in found:
@@ -130,10 +130,10 @@ def evaluate(
     settings: Settings,
     on_task: Callable[[str, str], None] = lambda model, task: None,
 ) -> Report:
-    """Every model on every task, one model after the other; only the first stays open, if KL is measured.
+    """Run every model on every task, one model after the other. Only the first stays open, if KL is measured.
 
     Args:
-        models: name -> what opens it.
+        models: name -> the function that opens it.
 
     Raises:
         ValueError: a model that cannot be opened, or that cannot take a prompt.

@@ -1,4 +1,4 @@
-"""One model on one task: what it answers to each item, and what that is worth."""
+"""One model on one task: its answer to each item, and the scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paged_infer.evaluation.models import EvaluatedModel
 from paged_infer.evaluation.statistics import Estimate, PairedAnswers, paired_answers, proportion, ratio
 from paged_infer.evaluation.tasks import CHAT_STOP, Task, choice_ids, prompt_ids
 
-_UNIT = {"token_perplexity": "tokens", "word_perplexity": "words", "bits_per_byte": "bytes"}  # of what a mean is taken
+_UNIT = {"token_perplexity": "tokens", "word_perplexity": "words", "bits_per_byte": "bytes"}  # of each mean
 
 
 @dataclass(slots=True)
@@ -21,9 +21,9 @@ class Score:
 
     Attributes:
         right: metric -> whether each answer is right; empty for texts that are read.
-        amounts: of each text, its "nats", "tokens", "words" and "bytes"; empty for questions.
-        kinds: of the questions.
-        answers: what was generated, or which choice has the greatest log-likelihood.
+        amounts: the "nats", "tokens", "words" and "bytes" of each text; empty for questions.
+        kinds: the kind of each question.
+        answers: the generated text, or the choice with the greatest log-likelihood.
     """
 
     task: str
@@ -33,7 +33,7 @@ class Score:
     answers: list[str] = field(default_factory=list)
 
     def estimates(self) -> dict[str, Estimate]:
-        """Metric -> its value and interval. Those of texts are of means, to which exp, or bits, are applied."""
+        """Metric -> its value and interval. For texts, these are means, converted to perplexity or to bits."""
         found = {metric: proportion(right) for metric, right in self.right.items()}
         for metric, unit in _UNIT.items() if self.amounts else ():
             mean = ratio(self.amounts["nats"], self.amounts[unit])
@@ -42,7 +42,7 @@ class Score:
         return found
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Kind of question -> (right by the first metric, asked)."""
+        """Kind of question -> (number right by the first metric, number asked)."""
         right = next(iter(self.right.values()), [])
         return {
             kind: (sum(r for r, k in zip(right, self.kinds, strict=True) if k == kind), self.kinds.count(kind))
@@ -52,7 +52,7 @@ class Score:
 
 def compare(before: Score, after: Score) -> dict[str, PairedAnswers | Estimate]:
     """Metric -> how the second differs from the first on the same items: answers gained and lost, or the ratio of the
-    perplexities of tokens, whose interval is narrow, because a text that is hard for one model is so for the other."""
+    token perplexities. That ratio's interval is narrow, because a text that is hard for one model is hard for both."""
     found: dict[str, PairedAnswers | Estimate] = {
         metric: paired_answers(right, after.right[metric]) for metric, right in before.right.items()
     }
@@ -66,7 +66,7 @@ def compare(before: Score, after: Score) -> dict[str, PairedAnswers | Estimate]:
 def score(
     model: EvaluatedModel, task: Task, items: ReadOnlyList[Item], shots: ReadOnlyList[Item] = (), chat: bool = False
 ) -> Score:
-    """Ask all items at once.
+    """Submit all items at once.
 
     Raises:
         ValueError: a prompt that the model cannot take, or a chat about a text without a question.

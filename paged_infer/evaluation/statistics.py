@@ -1,7 +1,7 @@
 """Error bars, and whether two models differ by more than chance.
 
-All take items as independent. Items of a task are, since each is from a story of its own; the tokens of one text are
-not, so perplexity counts texts.
+All functions assume independent items. Items of a task are independent, since each is from a story of its own; the
+tokens of one text are not, so the intervals of perplexity treat texts as items.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence as ReadOnlyList
 from typing import NamedTuple
 
-Z = 1.959964  # a normal variable is within so many standard deviations with a probability of 0.95
+Z = 1.959964  # a normal variable is within this many standard deviations with probability 0.95
 
 
 class Estimate(NamedTuple):
-    """A value, and an interval that a repetition with other items covers it in 95 of 100 cases."""
+    """A value and its 95 % confidence interval: with other items, it would cover the true value in 95 of 100 cases."""
 
     value: float
     low: float
@@ -22,8 +22,8 @@ class Estimate(NamedTuple):
 
 
 def proportion(right: ReadOnlyList[bool]) -> Estimate:
-    """The share of true values, with Wilson's score interval (1927), which neither leaves [0, 1] nor shrinks to a point
-    where all or none are right, as value +- Z * standard error does.
+    """The share of true values, with Wilson's score interval (1927). Unlike value +- Z * standard error, that stays
+    within [0, 1], and does not shrink to a point if all or none are right.
 
     >>> [round(x, 3) for x in proportion([True] * 20)]
     [1.0, 0.839, 1.0]
@@ -36,10 +36,10 @@ def proportion(right: ReadOnlyList[bool]) -> Estimate:
 
 
 def ratio(numerators: ReadOnlyList[float], denominators: ReadOnlyList[float]) -> Estimate:
-    """sum(numerators) / sum(denominators), one of each for a text: nats and tokens, for example.
+    """sum(numerators) / sum(denominators), with one of each per text: nats and tokens, for example.
 
-    The interval is Z standard errors of a ratio estimator (Cochran 1977, section 6.3): the residuals
-    numerator - value * denominator of the texts vary, each text a draw. One text has no interval: (-inf, inf).
+    The interval is Z standard errors of a ratio estimator (Cochran 1977, section 6.3), from the residuals
+    numerator - value * denominator of the texts. One text has no interval: (-inf, inf).
     """
     n, total = len(numerators), sum(denominators)
     value = sum(numerators) / total
@@ -51,11 +51,12 @@ def ratio(numerators: ReadOnlyList[float], denominators: ReadOnlyList[float]) ->
 
 
 class PairedAnswers(NamedTuple):
-    """Of two models on the same items.
+    """The answers of two models to the same items.
 
     Attributes:
         gained: items that the first model has wrong and the second right; ``lost``: the other way round.
-        p: of McNemar's exact test (1947): how probable as uneven a split is if each changed item is a fair coin.
+        p: McNemar's exact test (1947): the probability of a split at least as uneven if each changed item is a fair
+            coin.
     """
 
     gained: int
@@ -64,7 +65,7 @@ class PairedAnswers(NamedTuple):
 
 
 def paired_answers(before: ReadOnlyList[bool], after: ReadOnlyList[bool]) -> PairedAnswers:
-    """Items that both have right, or both wrong, say nothing about the difference.
+    """Compare answers. Items that both models have right, or both wrong, do not count.
 
     >>> paired_answers([True] * 8 + [False] * 2, [True] * 2 + [False] * 6 + [True] + [False])
     PairedAnswers(gained=1, lost=6, p=0.125)

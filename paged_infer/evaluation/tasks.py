@@ -1,4 +1,4 @@
-"""The tasks by name, the prompts that they make, and how an answer is matched."""
+"""The tasks by name, their prompts, and how an answer is matched."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from paged_infer.storyteller.stories import lexicon
 from paged_infer.storyteller.stories.grammar import END
 from paged_infer.storyteller.stories.sums import END_THINK, THINK, Form
 
-CHAT_STOP = ("\nQ:",)  # for models that go on with the next question; others end their turn
-SHOT_SEEDS = 500  # examples for a task's seed are made with this much added to it, so they are never its items
+CHAT_STOP = ("\nQ:",)  # for models that continue with the next question; others end their turn
+SHOT_SEEDS = 500  # added to a task's seed for its examples, so that they are never its items
 _NUMBER = re.compile(rf"\b(?:{'|'.join(lexicon.NUMBERS)}|\d+)\b", re.IGNORECASE)
 
 
@@ -26,16 +26,16 @@ class Task:
 
     Attributes:
         output: "generate": a greedy answer is matched; "choose": the choice with the greatest log-likelihood is the
-            answer; "read": each token's log-likelihood.
+            answer; "read": each token's log-likelihood is measured.
         make: (number of items, seed) -> items.
-        about: in one line.
-        one_document: examples and question follow each other in one document, as the storyteller of sums learned it;
+        about: a description in one line.
+        one_document: examples and question follow each other in one document, as the storyteller learned sums;
             otherwise each is a document of its own.
-        stop: texts that end an answer, and are left out of it; in a chat, where it may have more lines, ``CHAT_STOP``.
-        max_tokens: of an answer.
-        match: "exact": equal to the true answer after white space around both is removed, and nothing else;
-            "last number": the last number in it, in letters or digits, as GSM8K is scored. A thought before
-            ``</think>`` is no part of the answer; one without an end is wrong.
+        stop: strings that end an answer, and are left out of it; in a chat, where it may have lines, ``CHAT_STOP``.
+        max_tokens: the most tokens of an answer.
+        match: "exact": equal to the correct answer, apart from whitespace around both; "last number": the last number
+            in both is the same, in words or digits, as GSM8K is scored. Reasoning before ``</think>`` is not part of
+            the answer; without ``</think>``, the answer is wrong.
     """
 
     name: str
@@ -94,7 +94,7 @@ TASKS = {
 
 
 def read_tasks(names: str) -> list[Task]:
-    """Tasks whose names are separated by commas. Raises ValueError for one that is not known, or none."""
+    """The tasks of a comma-separated list. Raises ValueError for an unknown name, or none."""
     found = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in found if name not in TASKS]:
         raise ValueError(f"tasks={', '.join(unknown)}: must be some of {', '.join(TASKS)}, separated by commas")
@@ -116,17 +116,17 @@ def last_number(text: str) -> int | None:
 
 
 def examples(task: Task, count: int, seed: int) -> list[Item]:
-    """Items to show with their answers before each question; all questions get the same ones."""
+    """Items to show, with their answers, before each question: the same ones for all questions."""
     if count and task.output == "read":
         return []  # a text is read from its beginning
     return task.make(count, seed + SHOT_SEEDS)
 
 
 def completion(task: Task, item: Item, shots: ReadOnlyList[Item], opening: str = END) -> str:
-    """The prompt as a document of the storyteller: each example with its answer, and then the item.
+    """The prompt as a document of the storyteller: each example with its answer, then the item.
 
     Args:
-        opening: what a document begins with. Without one, an empty line is between two.
+        opening: what each document begins with. If empty, an empty line separates documents.
     """
     shown = [f"{shot.prompt}{shot.lead}{shot.answer}\n" for shot in shots]
     return opening + ("" if task.one_document else opening or "\n").join([*shown, item.prompt])
@@ -148,7 +148,7 @@ def chat_messages(item: Item, shots: ReadOnlyList[Item]) -> list[dict[str, str]]
 
 
 def prompt_ids(model: EvaluatedModel, task: Task, item: Item, shots: ReadOnlyList[Item], chat: bool) -> list[int]:
-    """Token ids of either prompt. ``<|endoftext|>`` opens it if that is a special token of the model."""
+    """Token ids of either kind of prompt. It begins with ``<|endoftext|>`` if that is a special token of the model."""
     if chat:
         return model.tokenizer.apply_chat_template(chat_messages(item, shots))
     return model.tokenizer.encode(completion(task, item, shots, opening_of(model)))
@@ -160,7 +160,7 @@ def choice_ids(
     """Token ids of the prompt and of a choice after it; in a chat, with what the template writes around an answer.
 
     Raises:
-        ValueError: the template writes the prompt otherwise where an answer follows.
+        ValueError: the template renders the prompt differently if an answer follows.
     """
     if not chat:
         return model.cut(completion(task, item, shots, opening_of(model)), item.lead + choice)
@@ -168,7 +168,7 @@ def choice_ids(
     prompt = model.tokenizer.apply_chat_template(messages)
     whole = model.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": choice}], False)
     if whole[: len(prompt)] != prompt:
-        raise ValueError("apply_chat_template: with an answer, the chat template does not begin as it does without")
+        raise ValueError("apply_chat_template: the chat template renders the prompt differently if an answer follows")
     return prompt, whole[len(prompt) :]
 
 

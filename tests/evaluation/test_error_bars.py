@@ -51,7 +51,7 @@ def test_one_text_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (0, 5), (2, 6), (4, 4), (7, 1)])
-def test_mcnemar_counts_the_coin_throws_that_are_as_uneven(gained: int, lost: int) -> None:
+def test_mcnemar_counts_splits_that_are_at_least_as_uneven(gained: int, lost: int) -> None:
     before = [False] * gained + [True] * lost + [True] * 5 + [False] * 3
     after = [True] * gained + [False] * lost + [True] * 5 + [False] * 3
     throws = list(product([0, 1], repeat=gained + lost))

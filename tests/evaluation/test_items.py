@@ -43,7 +43,7 @@ def test_choices_have_the_form_of_the_answer_and_one_is_true() -> None:
     assert {choice.split()[0] for choice in number.choices} == {number.answer.split()[0]}  # He, or She
 
 
-def test_what_the_story_mentions_too_is_offered_first() -> None:
+def test_wrong_choices_that_the_story_mentions_are_preferred() -> None:
     item = next(item for item in choice_items(200, 0) if item.kind == "Who has")
     names = [choice.removesuffix(".") for choice in item.choices]
     cast = [name for name in names if name in item.passage]

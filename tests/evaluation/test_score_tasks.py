@@ -135,7 +135,7 @@ def test_ranks_in_other_processes_give_the_same_distributions(model: InProcess) 
     torch.testing.assert_close(found, predictions(model, ids), rtol=0, atol=1e-4)
 
 
-def test_models_that_cut_texts_otherwise_are_not_compared(model: InProcess) -> None:
+def test_models_that_tokenize_differently_are_not_compared(model: InProcess) -> None:
     other = InProcess(model.llm, "other")
     other.prefix_token_ids = [5]
     with pytest.raises(ValueError, match="other: has another vocabulary than storyteller"):

@@ -35,7 +35,7 @@ class Job:
 class Reply:
     """Seconds of ``time.perf_counter``. For a response that came whole, ``first_s`` is ``end_s``.
 
-    ``reasoned_s`` and ``content_s``: the end of its reasoning, and the first text behind it; None if it had none.
+    ``reasoned_s`` and ``content_s``: the end of its reasoning, and the first text after it; None if it had none.
     """
 
     arrived_s: float  # in an open loop: when it was due, however late the client was
@@ -130,7 +130,7 @@ async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: fl
 
 
 class _ReasoningClocks:
-    """When the end of the reasoning came in a stream, and text behind it."""
+    """When the end of the reasoning came in a stream, and the first text after it."""
 
     def __init__(self, end: str | None) -> None:
         self.reasoned_s: float | None = None

@@ -1,4 +1,4 @@
-"""Help in plain text, with every option's name whole at 80 columns, where panels of rich would cut it off."""
+"""Help as plain text, with whole option names at 80 columns, where rich's panels would cut them off."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 INDENT = "  "
-NAME_COLUMNS = 26  # of the first column; a longer name has a line of its own
+NAME_COLUMNS = 26  # width of the first column; a longer name has a line of its own
 
 
 class Command(TyperCommand):
-    """A command whose options stand below the titles of their ``rich_help_panel``."""
+    """A command whose options are listed under the titles of their ``rich_help_panel``."""
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         write_text(formatter, self.help)
@@ -32,7 +32,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Commands in the order of ``order``, and then those that it does not name; each with its whole first paragraph."""
+    """Lists the commands in ``order``, then the others, each with the whole first paragraph of its help."""
 
     order: tuple[str, ...] = ()
 
@@ -56,13 +56,13 @@ def in_order(*names: str) -> type[Group]:
 
 
 def write_text(formatter: Any, text: str | None) -> None:
-    """Paragraphs, indented. Unlike click's own, lines here and below are never broken within a --long-option."""
+    """Write paragraphs, indented. Unlike click's own functions, these never break a line within a --long-option."""
     for paragraph in inspect.cleandoc(text or "").split("\n\n"):
         formatter.write("\n" + _filled(paragraph, formatter.width, INDENT) + "\n")
 
 
 def write_list(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> None:
-    """A title, and below it each name beside its text."""
+    """Write a title, and under it each name with its text in a second column."""
     formatter.write(f"\n{title}:\n")
     column = min(max((len(name) for name, _ in records), default=0), NAME_COLUMNS) + 2 * len(INDENT)
     for name, text in records:
@@ -78,4 +78,4 @@ def _filled(text: str, width: int, indent: str) -> str:
 
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-"""What every ``typer.Typer`` of the command line is made with."""
+"""Arguments of every ``typer.Typer`` of the command line."""

@@ -1,7 +1,7 @@
-"""What the commands share: options, groups of them, and loading a model.
+"""What commands share: options, groups of options, and loading a model.
 
-A command takes its options in groups: a parameter that is a dataclass stands for its fields, each an option. Those of
-an engine are the fields of ``EngineConfig``, with its types, defaults and docstring, so that no command lists them.
+A parameter of a command that is a dataclass stands for a group of options, one for each field. The engine's options are
+the fields of ``EngineConfig``, with its types, defaults and docstring, so that no command lists them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from paged_infer.llm import LLM
 
 RESULTS = Path("results")
-"""Where commands leave pictures and numbers; git ignores it. The project's own, which READMEs show, are in figures/."""
+"""Where commands write figures and numbers; git ignores it. Those that READMEs show are in figures/."""
 
 
 class ModelName:
-    """``Annotated[str | None, ModelName(help)]``: a parameter that is an argument or the option --model."""
+    """``Annotated[str | None, ModelName(help)]``: a parameter that can be given as an argument or as --model."""
 
     def __init__(self, help: str) -> None:
         self.help = help
@@ -41,9 +41,9 @@ class ModelName:
 _MODEL = "Local folder, GGUF file, hub id, smollm2, storyteller-moe or -steps; the bundled storyteller if left out."
 Model = Annotated[str | None, ModelName(_MODEL)]
 ModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL)]
-Figures = Annotated[Path, typer.Option(help="Folder for the picture and its numbers.")]
+Figures = Annotated[Path, typer.Option(help="Folder for the figure and its numbers.")]
 TextSeed = Annotated[int, typer.Option(help="The same seed gives the same sampled text; -1: another text each time.")]
-BeginningsSeed = Annotated[int, typer.Option(help="Seed of the prompts: which beginnings of stories are taken.")]
+BeginningsSeed = Annotated[int, typer.Option(help="Seed of the prompts: which beginnings of stories are used.")]
 
 
 class Without:
@@ -80,14 +80,14 @@ def _type_hints(kind: type) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A dataclass that stands for its fields among the parameters of a command."""
+    """A dataclass among the parameters of a command, in place of its fields."""
 
     kind: type
     omitted: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hint: Any, omitted: Mapping[str, str]) -> _Group | None:
-        """None if the type hint is not a dataclass. A group omits what the group around it omits."""
+        """The group of a type hint; None if that is not a dataclass. Omits what the enclosing group omits, too."""
         kind, *marks = (hint.__origin__, *hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint,)
         if not (isinstance(kind, type) and is_dataclass(kind)):
             return None
@@ -95,7 +95,7 @@ class _Group:
         return cls(kind, functools.reduce(lambda before, more: {**before, **more}, reasons, omitted))
 
     def members(self) -> Iterator[tuple[Field[Any], Any]]:
-        """Its fields that are not omitted, each with a type hint or the group that it is."""
+        """Its fields that are not omitted, each with its type hint, or with its group if it is a dataclass."""
         hints = _type_hints(self.kind)
         for one in fields(self.kind):
             if one.init and one.name not in self.omitted:
@@ -110,7 +110,7 @@ class _Group:
                 yield from _parameters(one.name, kind, one.default)
 
     def take(self, options: dict[str, Any]) -> Any:
-        """An object of the dataclass, from the options of its fields, which are removed. Raises its ValueErrors."""
+        """Make the dataclass from the options of its fields, which are removed. Raises its ValueErrors."""
         values = {}
         for one, hint in self.members():
             name, is_group = one.name, isinstance(hint, _Group)
@@ -125,7 +125,7 @@ def _model_name(hint: Any) -> ModelName | None:
 
 
 def _parameters(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:
-    """A command's parameter, or the two that a ``ModelName`` stands for."""
+    """A command's parameter, or the argument and the option of a ``ModelName``."""
     given = {name: (hint, default)}
     if mark := _model_name(hint):
         argument = typer.Argument(help=mark.help, metavar=name.upper())
@@ -139,7 +139,7 @@ def _parameters(name: str, hint: Any, default: Any) -> Iterator[inspect.Paramete
 
 
 def _take(name: str, hint: Any, default: Any, options: dict[str, Any]) -> Any:
-    """The value of a parameter. Raises ValueError for two names of models."""
+    """The value of a parameter. Raises ValueError if two model names are given."""
     value = options.pop(name)
     if not _model_name(hint):
         return value
@@ -150,7 +150,7 @@ def _take(name: str, hint: Any, default: Any, options: dict[str, Any]) -> Any:
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters that are dataclasses stand for their fields, each an option of its own.
+    """Make each dataclass among the parameters of a command a group of options, one for each field.
 
     >>> @with_option_groups
     ... def command(size: int, engine: EngineConfig) -> None: ...
@@ -196,14 +196,14 @@ def _engine_option(one: Field[Any], hint: Any) -> Any:
     kinds = typing.get_args(hint) or (hint,)
     plain = [kind for kind in kinds if kind in (bool, int, float, str, type(None))]
     kind = functools.reduce(lambda left, right: left | right, plain if len(plain) == len(kinds) else {*plain, str})
-    panel = "Engine switches" if bool in kinds else "Engine"  # apart, because --flag and --no-flag need wide columns
+    panel = "Engine switches" if bool in kinds else "Engine"  # apart: --flag and --no-flag need wide columns
     metavar = "" if bool in kinds else None
     return Annotated[kind, typer.Option(help=_engine_help().get(one.name), rich_help_panel=panel, metavar=metavar)]
 
 
 @functools.cache
 def _engine_help() -> dict[str, str]:
-    """The options that the docstring of ``EngineConfig`` lists, each with its text."""
+    """The options in the docstring of ``EngineConfig``, each with its text."""
     listed = (inspect.getdoc(EngineConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
     texts = dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), flags=re.MULTILINE))
     return {name: _for_command_line(name, text) for name, text in texts.items()}

@@ -57,13 +57,13 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "max_batch_size": ("max_num_seqs",),
     "max_seq_len": ("max_model_len",),
 }
-"""A name in another library -> what has its meaning here: a parameter, or an option of the engine."""
+"""A name in another library -> the parameters or engine options that have its meaning here."""
 
 C = TypeVar("C", bound=type)
 
 
 def suggestion(name: str, known: Collection[str]) -> str | None:
-    """Which of ``known`` may be meant by ``name``: the one that another library calls so, or that is spelt like it.
+    """Which of ``known`` may be meant by ``name``: what another library calls by it, or what is spelt like it.
 
     >>> suggestion("max_new_tokens", ["max_tokens"]), suggestion("temp", ["temperature"]), suggestion("x", ["n"])
     ('max_tokens', 'temperature', None)

@@ -1,4 +1,4 @@
-"""What commands print: errors in one line, and texts as they grow; and how a command ends when it can print no more."""
+"""Output of commands: errors in one line, texts as they grow, and how a command ends when it can print no more."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def __getattr__(name: str) -> Any:
 
 
 def replace_what_cannot_be_coded() -> None:
-    """A character that the terminal's encoding lacks is printed as "?"; bytes that are no text are read as U+FFFD."""
+    """Print characters that the terminal's encoding lacks as "?", and read bytes that it cannot decode as U+FFFD."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 class CommandLine(typer.Typer):
-    """A command line that ends with status 1 where its output cannot be written: without a word where a pipe was
-    closed (``| head``), and otherwise, as on a full disk, with one line on standard error."""
+    """A command line that exits with status 1 if its output cannot be written: silently if a pipe was closed
+    (``| head``), and otherwise, for example on a full disk, with one line on standard error."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -61,13 +61,13 @@ class CommandLine(typer.Typer):
 
 
 def fail(error: ValueError) -> NoReturn:
-    """One line on standard error, and exit status 2."""
+    """Print one line on standard error, and exit with status 2."""
     show_error(error)
     raise typer.Exit(2)
 
 
 def show_error(error: Exception | str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     typer.echo(f"error: {error}", err=True)
 
 
@@ -77,7 +77,7 @@ def failure_of(output: RequestOutput) -> str | None:
 
 
 class Writer:
-    """Prints a text as it grows. On a terminal a line is broken between two words, so the last word waits for its end.
+    """Prints a text as it grows. On a terminal, lines break between words, so a word is printed when it is complete.
 
     ``width``: columns, or 0 for lines of any length. Default: the terminal's, or 0 in a file or pipe.
     """
@@ -96,7 +96,7 @@ class Writer:
             self._put(word)
 
     def _put(self, word: str) -> None:
-        """Print a word and the space before it, which a new line takes the place of."""
+        """Print a word and the space before it, or, if it does not fit, a new line instead of the space."""
         from rich.cells import cell_len
 
         lines, is_broken, word = word.rpartition("\n")
@@ -112,7 +112,7 @@ class Writer:
             self.column %= self.width
 
     def end(self) -> None:
-        """Print what waits, and end the line."""
+        """Print what has been held back, and end the line."""
         if self.word:
             self._put(self.word)
         typer.echo()
@@ -126,7 +126,7 @@ def show_stream(
 
     Args:
         keep_space: False drops the continuation's leading space.
-        interruptible: Ctrl-C ends it, and raises nothing.
+        interruptible: Ctrl-C ends the output without raising.
     """
     shown, output = "", None
     try:

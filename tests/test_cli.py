@@ -90,7 +90,7 @@ def test_chat_lists_its_commands_and_sends_none_of_them_to_the_model(text_checkp
     assert all(re.search(rf"^{command} ", HELP, flags=re.MULTILINE) for command in ("/new", "/help", "/quit"))
 
 
-def test_chat_reads_bytes_that_are_no_text_as_replacement_characters(text_checkpoint):
+def test_chat_reads_undecodable_bytes_as_replacement_characters(text_checkpoint):
     options = ("--model", str(text_checkpoint), "--max-tokens", "3", "--temperature", "0")
     result = CliRunner().invoke(app, ["chat", *options], input=b"a\xe9b\n")
     assert result.exit_code == 0, result.output

@@ -59,7 +59,7 @@ def test_each_seed_says_what_it_is_the_seed_of() -> None:
     assert len(set(helps.values())) >= 8
 
 
-def test_the_benches_stand_in_the_front_pages_order() -> None:
+def test_the_benchmarks_are_listed_in_the_front_pages_order() -> None:
     line = next(
         line for line in README.read_text("utf-8").splitlines() if line.startswith("$ paged-infer bench ladder")
     )

@@ -46,7 +46,7 @@ def test_a_text_in_a_file_has_lines_of_any_length(capsys):
     assert capsys.readouterr().out == words
 
 
-def test_ctrl_c_ends_a_stream_and_what_it_has_said_is_kept(capsys):
+def test_ctrl_c_ends_a_stream_and_keeps_its_text(capsys):
     def growing():
         for text in (" one", " one two"):
             yield SimpleNamespace(outputs=[SimpleNamespace(text=text)])

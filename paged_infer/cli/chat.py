@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HELP = """/new    start a new conversation
 /help   show these commands
 /quit   end the chat, as Ctrl-D does
-Ctrl-C  stop an answer; what it has said is kept"""
+Ctrl-C  stop an answer; the text so far is kept"""
 
 
 @with_option_groups
@@ -59,7 +59,7 @@ def chat(
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> list[dict[str, str]]:
-    """Print the answer; returns the question and it, or nothing if it failed: the conversation before it is kept."""
+    """Print the answer. Returns the messages to add: question and answer, or none if the request failed."""
     output = None
     try:
         growing = llm.stream(llm.chat_prompt(messages), params)

@@ -29,7 +29,7 @@ def compare(
 ) -> None:
     """Run the same prompts through the ladder's four baselines and transformers: same tokens, at what cost?
 
-    Takes half a minute with the storyteller on two CPU cores, and says first how long it may take here. Exits with
+    Takes half a minute with the storyteller on two CPU cores. Prints first how long it may take here. Exits with
     status 1 if any of them generates different tokens.
     """
     try:
@@ -55,9 +55,9 @@ def compare(
 
 
 def most_seconds(naive: System, workload: Workload) -> float:
-    """What the comparison may take, if no text ends early: the naive baseline, which takes about half of it, twice.
+    """Seconds that the comparison may take if no text ends early: twice those of the naive baseline, about half of it.
 
-    It computes the whole text for each token, so a few tokens after the longest prompt give the rate of all.
+    The baseline computes the whole text for each token, so a few tokens after the longest prompt give its rate.
     """
     from paged_infer.bench.workloads import Workload
 

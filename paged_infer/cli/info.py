@@ -62,7 +62,7 @@ def _shares(counts: dict[str, tuple[int, int]], mark: str = "") -> str:
 
 
 def profile_rows(profile: MemoryProfile, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, str]:
-    """Where a GPU's memory goes, row by row; the last row is what the others leave for the pool."""
+    """What a GPU's memory is used for, one row each; the last row is what is left for the pool."""
     share = f"gpu_memory_utilization x total = {profile.gpu_memory_utilization:g} x {_mib(profile.total)}"
     return {
         "GPU memory": f"{share}, of {_mib(profile.free)} that were free: {_mib(profile.budget)}",
@@ -94,7 +94,7 @@ def _kv_product(config: ModelConfig, memory: MemoryPlan, item_bytes: int) -> str
 
 
 def weight_rows(llm: LLM) -> dict[str, str]:
-    """The bytes of the weights and, if some have few bits, which and how."""
+    """The bytes of the weights, and how they are quantised, if they are."""
     from paged_infer.model.quant.methods import few_bits
 
     decoder = llm.engine.decoder
@@ -112,7 +112,7 @@ def weight_rows(llm: LLM) -> dict[str, str]:
 
 
 def attention_row(llm: LLM) -> str:
-    """The attention backend; why it is a slow one, or that "auto" would take another."""
+    """The attention backend, and why it is a slow one, or which one "auto" would take."""
     from paged_infer.kernels.attention_backends import fastest_backend
 
     name, reason = llm.engine.attention_backend

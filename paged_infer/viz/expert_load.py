@@ -1,4 +1,4 @@
-"""The load of a mixture's experts: how many tokens of a trace each of them computed, layer by layer."""
+"""The load of a mixture's experts: how many tokens of a trace each expert of each layer computed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from paged_infer.viz.style import INK, Picture, new_picture
 
 
 def expert_load_figure(trace: Trace) -> Picture:
-    """A row for each layer with experts, a column for each expert; a colour is its load in multiples of an even one.
+    """A row for each layer with experts, a column for each expert. The colour is its load relative to an even one.
 
-    White is 1: of T tokens that choose k of E experts, each expert computes k T / E.
+    White is 1: if T tokens choose k of E experts each, an even load is k T / E.
 
     Raises:
         ValueError: the trace has no loads: its model has no experts, or no step has ended.

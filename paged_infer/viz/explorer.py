@@ -1,4 +1,4 @@
-"""Pictures of a trace with a slider for the step; where no widget can run, the picture of one step."""
+"""Pictures of a trace with a slider for the step; if no widget can run, the picture of one step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAY_INTERVAL_MS = 400
 
 
 class StepExplorer(Playground):
-    """A slider with a play button, and the picture that ``draw`` makes of the step.
+    """A slider with a play button, and the picture that ``draw`` makes for the step.
 
     In a notebook it is a widget, with the picture of its step stored next to it. Setting ``step`` moves the slider.
 
@@ -52,9 +52,9 @@ class StepExplorer(Playground):
 
 
 def explore(trace: Trace, step: int | None = None) -> StepExplorer:
-    """The timeline with a cursor, and below it the pool at that step; names carry their colours in the pool.
+    """The timeline with a cursor, and below it the pool at that step. Names have the colours of the pool map.
 
-    ``step``: where to begin; None for the first step with most blocks held.
+    ``step``: where to begin. None: the first step with the most blocks held.
     """
     lives = sequence_lives(trace)
     heights = (timeline_height_in(len(lives)), pool_map_height_in(trace) + 0.1)
@@ -70,14 +70,14 @@ def explore(trace: Trace, step: int | None = None) -> StepExplorer:
 
 
 def explore_timeline(trace: Trace, step: int | None = None, *, by: str = "step") -> StepExplorer:
-    """The timeline alone, with a cursor; arguments as ``explore`` and ``timeline_figure``."""
+    """Only the timeline, with a cursor; for the arguments see ``explore`` and ``timeline_figure``."""
     check_trace(trace)
     start = _fullest(trace) if step is None else step
     return StepExplorer(len(trace.steps), lambda place: timeline_figure(trace, by=by, cursor=place), start)
 
 
 def explore_pool(trace: Trace, step: int | None = None) -> StepExplorer:
-    """The pool map alone; arguments as ``explore``."""
+    """Only the pool map; for the arguments see ``explore``."""
     check_trace(trace)
     start = _fullest(trace) if step is None else step
     return StepExplorer(len(trace.steps), lambda place: pool_map_figure(trace, place), start)

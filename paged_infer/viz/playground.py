@@ -1,4 +1,4 @@
-"""A few sliders and the picture that a function draws for them; a still picture where no widget can run."""
+"""A few sliders and the picture that a function draws for them; a still picture if no widget can run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from paged_infer.viz.style import DPI, Picture
 
 NUM_STEPS = 40  # of a slider between two floats without a given step
-SHARPNESS = 2  # dots of the widget's picture for each dot of its size: screens of high density have as many
+SHARPNESS = 2  # pixels of the widget's picture per pixel of its size, for high-density screens
 
 
 class Playground:
-    """Sliders, and below them the picture that ``draw`` makes of their values.
+    """Sliders, and below them the picture that ``draw`` makes for their values.
 
     >>> Playground(draw, temperature=(0.1, 2.0, 1.0), top_k=(0, 50, 0), model=["small", "large"])  # doctest: +SKIP
 
@@ -22,13 +22,13 @@ class Playground:
     kernel show. ``move`` sets sliders from code.
 
     Args:
-        draw: called with every control by its name; returns the picture.
+        draw: called with the value of each control as a keyword argument; returns the picture.
         controls: (low, high, start) or (low, high, start, step), a slider of integers if all are integers; or a list
             of choices, the first of which is the start; numbers are offered in ascending order.
 
     Raises:
         ImportError: ipywidgets is missing.
-        ValueError: no control, or a start outside its range; ``move`` raises it for such a value.
+        ValueError: no control, or a start outside its range. ``move`` raises it for a value outside the range.
     """
 
     def __init__(self, draw: Callable[..., Picture], **controls: tuple[float, ...] | list[Any]) -> None:
@@ -104,7 +104,7 @@ class Playground:
 
 
 def _start(name: str, control: tuple[float, ...] | list[Any]) -> Any:
-    """The start of a control, after a check that it is one."""
+    """The start of a control. Raises ValueError for a malformed one."""
     if isinstance(control, list) and control:
         return control[0]
     if isinstance(control, tuple) and len(control) in (3, 4):
@@ -126,7 +126,7 @@ def _step(low: float, high: float, step: list[float]) -> float:
 
 
 def ipywidgets() -> ModuleType:
-    """The module, or one error that names what to install."""
+    """The module. Raises ImportError, which names what to install, if it is missing."""
     try:
         import ipywidgets as module
     except ImportError:

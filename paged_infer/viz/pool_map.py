@@ -28,7 +28,7 @@ TALLEST_IN = 2.4
 LARGEST_CELL_IN = (0.85, 0.34)
 FLATNESS = 0.62  # a cell's height over its width
 COLUMNS = (8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100, 128, 160, 200, 256)
-LEAST_CUT, CUT_TO = (256, 50)  # of larger pools, blocks at the end that the trace never uses are left out, by fifties
+LEAST_CUT, CUT_TO = (256, 50)  # of larger pools, the last blocks are left out, in fifties, if they are never used
 MOST_BANDS = 4  # colours in one cell
 FONT_SIZES = (8.5, 7.0, 5.5)  # the largest that fits a cell
 DIGIT = 0.66  # a digit's width, in font sizes
@@ -45,7 +45,7 @@ class Grid:
 
     @classmethod
     def of(cls, num_cells: int) -> Grid:
-        """As few columns as keep the map low."""
+        """A grid with as few columns as keep it low."""
         for columns in COLUMNS:
             width = min(LARGEST_CELL_IN[0], GRID_IN / columns)
             grid = cls(columns, -(-num_cells // columns), (width, min(LARGEST_CELL_IN[1], FLATNESS * width)))
@@ -161,7 +161,7 @@ def _draw_free(axes: Axes, cells: Sequence[Cell], grid: Grid) -> None:
 
 
 def _draw_signs(axes: Axes, cells: Sequence[Cell], grid: Grid) -> None:
-    """A frame around blocks with several owners, a dark corner on held blocks that have a hash."""
+    """A frame around blocks with several owners; a dark corner on held blocks that have a hash."""
     shared = [_box(cell, grid) for cell in cells if len(cell.owners) > 1]
     _add(axes, "shared", shared, facecolors="none", edgecolors=INK, linewidths=1.1)
     width, height = grid.cell_in
@@ -182,7 +182,7 @@ def _add(axes: Axes, name: str, boxes: Sequence[Any], **style: Any) -> None:
 
 
 def _write_owners(axes: Axes, cells: Sequence[Cell], grid: Grid, names: Mapping[int, str], block_size: int) -> None:
-    """Its owner, or the number of its owners, as large as fits; in large cells also the number of filled slots."""
+    """Write each block's owner, or the number of owners, as large as fits; in large cells also the filled slots."""
     width, height = (inches * 72 for inches in grid.cell_in)  # points
     for cell in cells:
         num_owners = len(cell.owners)
@@ -202,7 +202,7 @@ def _write_owners(axes: Axes, cells: Sequence[Cell], grid: Grid, names: Mapping[
 
 
 def _write(axes: Axes, x: float, y: float, text: str, width: float, height: float) -> None:
-    """As large as fits in this many points, or not at all."""
+    """Write text as large as fits in this many points, or not at all."""
     size = next((s for s in FONT_SIZES if DIGIT * s * len(text) <= 0.86 * width and s <= 0.95 * height), None)
     if size is not None:
         halo = HALO if "×" in text else None
@@ -224,7 +224,7 @@ def _title(cells: Sequence[Cell], place: int, replay: Replay, block_size: int) -
 
 
 def _key(trace: Trace) -> list[tuple[Any, str]]:
-    """The same for every step, so that the map does not move from one step to the next."""
+    """The legend: the same for every step, so that the map does not move from one step to the next."""
     colour = OWNER_COLOURS[0]
     key: list[tuple[Any, str]] = [((Patch(facecolor=colour), Patch(facecolor=_tint(colour))), "tokens, empty slots")]
     if any(step.num_shared_blocks for step in trace.steps):
@@ -238,6 +238,6 @@ def _key(trace: Trace) -> list[tuple[Any, str]]:
 
 
 def _tint(colour: str) -> str:
-    """The colour, most of it washed out."""
+    """A pale version of the colour."""
     red, green, blue = (0.72 + 0.28 * part for part in to_rgb(colour))
     return to_hex((red, green, blue))

@@ -1,4 +1,4 @@
-"""Each sequence of a trace: its name and colour in every picture, and what it did in each step."""
+"""Each sequence of a trace: its name and colour in all pictures, and what it did in each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def owner_colour(sequence_id: int) -> str:
 
 
 def sequence_names(trace: Trace) -> dict[int, str]:
-    """For each sequence its request's id, followed by ".0", ".1", ... if the request has several samples."""
+    """The id of each sequence's request, followed by ".0", ".1", ... if the request has several samples."""
     arrivals = [event for step in trace.steps for event in step.events if isinstance(event, Arrive)]
     num_samples = Counter(event.request_id for event in arrivals)
     seen: Counter[str] = Counter()

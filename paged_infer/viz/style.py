@@ -1,4 +1,4 @@
-"""One visual language for every figure: a colour for each baseline, light background, readable at half size."""
+"""One style for all figures: a colour for each baseline, a light background, readable at half size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASELINE_COLOURS = {
 }
 INK, FAINT = "#22303c", "#d9dee5"
 DPI = 100
-SHARPNESS = 2  # of files: dots for each dot of the picture's size, for screens that have as many
+SHARPNESS = 2  # pixels of a file per pixel of the picture's size, for high-density screens
 
 
 class Picture(Figure):
@@ -38,7 +38,7 @@ class Picture(Figure):
         path.write_bytes(self.png(SHARPNESS))
 
     def png(self, sharpness: int = 1) -> bytes:
-        """The picture as a PNG; ``sharpness``: dots for each dot of its size."""
+        """The picture as a PNG; ``sharpness``: pixels per pixel of its size."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=sharpness * DPI, metadata={"Software": None})
         return buffer.getvalue()
@@ -70,7 +70,7 @@ def tidy_axes(
 
 
 def log_heights(axes: Axes) -> None:
-    """A logarithmic y axis whose marks are plain numbers: 10, 30, 100, 300."""
+    """A logarithmic y axis with plain numbers as labels: 10, 30, 100, 300."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))

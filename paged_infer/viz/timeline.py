@@ -1,4 +1,4 @@
-"""The timeline: a row for each sequence, and what it did in every step."""
+"""The timeline: a row for each sequence, with what it did in every step."""
 
 from __future__ import annotations
 
@@ -51,9 +51,8 @@ LOOKS = {
 def timeline_figure(trace: Trace, *, by: str = "step", cursor: int | None = None) -> Picture:
     """Which sequences prefill (and how many tokens), decode, wait or are swapped out, and the tokens of every step.
 
-    A number in a prefill, or where its decoding begins, counts the tokens that were computed, and "+n" those that were
-    found in the prefix cache or stored by the sample that it was forked from. Steps are places in ``trace.steps``,
-    from 0.
+    A number in a prefill, or where decoding begins, counts the tokens that were computed, and "+n" those that were
+    found in the prefix cache or stored by the sample that it was forked from. Steps are indices into ``trace.steps``.
 
     Args:
         by: "step" makes all steps equally wide, "time" as wide as they took.
@@ -79,7 +78,7 @@ def draw_timeline(
     cursor: int | None = None,
     owners: bool = False,
 ) -> None:
-    """Fill an empty figure, or a part of one. ``owners``: give the names their colours in the pool map."""
+    """Fill an empty figure, or a part of one. ``owners``: give the names the colours of the pool map."""
     edges, unit = _edges(trace, by)
     heights = (max(3, len(lives)) * _row_in(len(lives)), 0.42)
     rows, tokens = figure.subplots(2, 1, sharex=True, height_ratios=heights)
@@ -127,7 +126,7 @@ def _title(trace: Trace, lives: Sequence[Life]) -> str:
 def _draw_rows(axes: Axes, lives: Sequence[Life], edges: Sequence[float], owners: bool) -> None:
     px = (WIDTH_IN - MARGIN_IN) * DPI / (edges[-1] - edges[0])
     narrow = (edges[-1] - edges[0]) * px / (len(edges) - 1) < 2 * NARROWEST_PREFILL_PX
-    for state, look in reversed(LOOKS.items()):  # prefills last: where they are widened, they hide what follows
+    for state, look in reversed(LOOKS.items()):  # prefills last: if they are widened, they hide what follows
         least = NARROWEST_PREFILL_PX / px if state in PREFILLS else 0.0
         bars = []
         for row, life in enumerate(lives):
@@ -155,7 +154,7 @@ def _draw_rows(axes: Axes, lives: Sequence[Life], edges: Sequence[float], owners
 
 
 def _write_counts(axes: Axes, row: int, spans: Sequence[Span], edges: Sequence[float], px: float) -> None:
-    """Each prefill's tokens in its bar; if those of a run do not fit there, their sum where decoding begins."""
+    """Write each prefill's tokens in its bar; if those of a run do not fit, their sum where decoding begins."""
 
     def has_room(span: Span, text: str) -> bool:
         return len(text) * DIGIT_PX + 3 <= (edges[span.last + 1] - edges[span.first]) * px
@@ -186,7 +185,7 @@ def _tokens(num_tokens: int, num_found: int) -> str:
 
 
 def _draw_tokens(axes: Axes, trace: Trace, lives: Sequence[Life], edges: Sequence[float]) -> None:
-    """How many tokens every step computed, those of decodes at the bottom."""
+    """Draw how many tokens each step computed, those of decodes at the bottom."""
     state_of = {
         (life.sequence_id, place): span.state
         for life in lives
@@ -243,7 +242,7 @@ def _edges(trace: Trace, by: str) -> tuple[list[float], str]:
 
 
 def _key(lives: Sequence[Life]) -> list[tuple[Any, str]]:
-    """A handle and words for everything that is in the picture."""
+    """A handle and a label for everything in the picture."""
     used = {span.state for life in lives for span in life.spans}
     key: list[tuple[Any, str]] = []
     for state, look in LOOKS.items():

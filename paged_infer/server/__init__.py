@@ -1,1 +1,1 @@
-"""The HTTP server over one ``AsyncLLM``. It needs the extra ``[serve]``; no other part of the package imports it."""
+"""The HTTP server for one ``AsyncLLM``. It needs the extra ``[serve]``; no other part of the package imports it."""

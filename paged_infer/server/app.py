@@ -70,9 +70,10 @@ async def observe_loop_delay(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> None:
-    """Call ``observe`` for each of the moments ``every_s`` apart, with the event loop's delay there in seconds.
+    """Call ``observe`` every ``every_s`` seconds with the delay of the event loop, in seconds.
 
-    A blocked loop misses several moments, and each is observed: a request that arrived then would have waited as long.
+    A blocked loop misses several of these times, and each is observed: a request that arrived at one would have waited
+    as long.
     """
     due_s = clock() + every_s
     while True:

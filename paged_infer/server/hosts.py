@@ -13,7 +13,7 @@ ALL = "*"
 
 
 def host_name(host: str) -> str:
-    """The name alone, in lower case.
+    """The name without the port, in lower case.
 
     >>> host_name("[::1]:8000"), host_name("Localhost:8000"), host_name("::1")
     ('::1', 'localhost', '::1')

@@ -1,7 +1,7 @@
 """Prometheus metrics with vLLM's names and meanings, so that dashboards made for vLLM work here.
 
 ``num_requests_*`` count sequences, as in vLLM: each of ``n`` samples counts. ``gpu_cache_usage_perc`` and
-``num_requests_swapped`` are names of vLLM's V0 (V1 has ``kv_cache_usage_perc``, and does not swap).
+``num_requests_swapped`` are names of vLLM V0 (V1 has ``kv_cache_usage_perc``, and does not swap).
 Names that begin with ``paged_infer:`` are not vLLM's.
 """
 
@@ -135,7 +135,7 @@ class Metrics:
         yield from self._gaps_under_their_older_name()
 
     def _health(self) -> Iterator[Metric]:
-        """Of several replicas."""
+        """Whether each of several replicas is ready, and how often it was replaced."""
         health = self._engine.health() if len(self._labels) > 1 else []
         ready = GaugeMetricFamily("paged_infer:replica_ready", "1 if the replica serves requests.", labels=LABELS)
         restarts = CounterMetricFamily("paged_infer:replica_restarts", "Times it was replaced.", labels=LABELS)
@@ -153,7 +153,7 @@ class Metrics:
             yield older
 
     def observe(self, report: StepReport) -> None:
-        """After a step, on the engine's thread."""
+        """Record a step. Called after it, on the engine's thread."""
         i = report.replica
         num_read = sum(self._observe_token(sequence, report.now, i) for sequence in report.grown)
         if report.grown:

@@ -1,4 +1,4 @@
-"""Checks before any route: host, shutdown, API key, and the size and the arrival time of the body."""
+"""Checks before any route: host, shutdown, API key, and the size and arrival time of the body."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ChecksMiddleware:
         return limited
 
     async def _in_time(self, receive: Receive, due_s: float) -> Message:
-        """The next part of a body. Shutdown ends the wait."""
+        """Wait for the next part of a body. Shutdown ends the wait."""
         service = self._service
         try:
             async with asyncio.timeout_at(due_s) as timeout:

@@ -28,7 +28,7 @@ from paged_infer.server.service import Service, Settings
 
 logger = logging.getLogger("uvicorn.error")
 POLL_S = 0.05
-LAST_STEP_S = 5.0  # for the running step to return, after the shutdown timeout
+LAST_STEP_S = 5.0  # for the running step to return after the shutdown timeout
 FORCED_STEP_S = 1.0  # the same, after a second signal
 SWITCH_S = 0.0005
 RESERVED_FILES = 32  # file descriptors that are not used for connections
@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
         self._idle: dict[Any, tuple[Any, float]] = {}  # idle connection -> its last request, since when
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Log where the server listens, and with what: uvicorn logs no address for sockets that it is given."""
+        """Log where the server listens, and what it serves: uvicorn logs no address for sockets that it is given."""
         await super().startup(sockets)
         for line in opening_lines(self._engine, self.service, sockets or []):
             logger.info(line)
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         return self._forced_since_s is not None
 
     def stop(self) -> None:
-        """Like the first signal, from any thread."""
+        """Act like the first signal. May be called from any thread."""
         self.handle_exit(signal.SIGTERM, None)
 
     async def on_tick(self, counter: int) -> bool:
@@ -140,7 +140,7 @@ class Listener(socket.socket):
     def accept(self) -> tuple[socket.socket, Any]:
         connection, address = super().accept()
         limit = most_files()
-        if connection.fileno() < limit:  # the lowest free number, so as many are open
+        if connection.fileno() < limit:  # the lowest free number, so this many are open
             return connection, address
         if time.monotonic() - self._full_s > FULL_EVERY_S:
             self._full_s = time.monotonic()
@@ -172,7 +172,7 @@ def listen(host: str, port: int) -> Listener:
 
 
 def opening_lines(engine: AsyncLLM, service: Service, sockets: Iterable[socket.socket]) -> list[str]:
-    """What to know before the first request: where the server listens, its page, its model and its pool."""
+    """What to know before the first request: where the server listens, its page, its model, and its pool."""
     lines = []
     for host, port in (one.getsockname()[:2] for one in sockets if one.family in (socket.AF_INET, socket.AF_INET6)):
         is_every = host in ("0.0.0.0", "::")

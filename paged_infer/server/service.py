@@ -57,8 +57,8 @@ class Settings:
             each and are kept until the request has finished.
         result_ttl_s: seconds that ``/result/{id}`` keeps an answer.
         max_num_results: most such answers kept at once; beyond it, the oldest is dropped.
-        tool_call_parser: how the model writes calls, one of ``text.tool_parsers.TOOL_PARSERS``; None: an answer has
-            calls only where the request requires them.
+        tool_call_parser: how the model writes tool calls, one of ``text.tool_parsers.TOOL_PARSERS``. None: an answer
+            has calls only if the request requires them.
     """
 
     api_key: str | None = None
@@ -93,14 +93,14 @@ class Settings:
 
 @dataclass(slots=True)
 class Service:
-    """One per application, at ``request.app.state.service``."""
+    """What the routes need: the engine and the settings. One per application, at ``request.app.state.service``."""
 
     engine: AsyncLLM
     settings: Settings = field(default_factory=Settings)
     is_closing: bool = False
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
     answering: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="answers"))
-    receiving: set[asyncio.Timeout] = field(default_factory=set)  # of bodies that have not arrived completely
+    receiving: set[asyncio.Timeout] = field(default_factory=set)  # for bodies that have not arrived completely
 
     def __post_init__(self) -> None:
         markers = [END] if self.engine.reasoning_parser is not None else []

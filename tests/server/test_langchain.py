@@ -59,7 +59,7 @@ def test_a_tool_loop(tool_server: Served, chat: ChatOpenAI, stream: bool) -> Non
         assert bound.invoke([question, asked, result]).content == "It is 5."
 
 
-def test_arguments_that_are_no_json_are_invalid_calls(tool_server: Served, chat: ChatOpenAI) -> None:
+def test_arguments_that_are_not_json_are_invalid_calls(tool_server: Served, chat: ChatOpenAI) -> None:
     with scripted(tool_server, call_text("add", '{"a": two}')):
         answer = chat.bind_tools([add]).invoke("What is 2 + 3?")
     assert not answer.tool_calls and answer.invalid_tool_calls[0]["name"] == "add"

@@ -84,7 +84,7 @@ def test_reasoning_can_be_left_out(served) -> None:
     assert message["content"] == "In the box." and "reasoning" not in message
 
 
-def test_calls_are_taken_from_the_content_alone(served) -> None:
+def test_calls_are_looked_for_only_in_the_content(served) -> None:
     text = call_text("add", '{"a": 2, "b": 3}')
     with scripted(served, text, text):
         message, finish_reason = answered(served, **OPEN, tools=[ADD])
@@ -93,14 +93,14 @@ def test_calls_are_taken_from_the_content_alone(served) -> None:
     assert message["reasoning"] and message["content"] is None
 
 
-def test_a_required_call_comes_behind_the_reasoning(served) -> None:
+def test_a_required_call_comes_after_the_reasoning(served) -> None:
     body = {**OPEN, "tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False}
     message, finish_reason = answered(served, **body)
     jsonschema.validate(json.loads(message["tool_calls"][0]["function"]["arguments"]), ADD["function"]["parameters"])
     assert message["reasoning"] and finish_reason == "tool_calls"
 
 
-def test_a_document_comes_behind_the_reasoning(served) -> None:
+def test_a_document_comes_after_the_reasoning(served) -> None:
     schema = {"enum": ["red", "blue"]}
     form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema}}
     message, finish_reason = answered(served, **OPEN, response_format=form)

@@ -63,12 +63,12 @@ class APIError(Exception):
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response in ASCII-only JSON, which can also quote half a surrogate pair that a client has sent."""
+    """A response in ASCII-only JSON, which can also quote an unpaired surrogate that a client has sent."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: these statuses have an ``ErrorBody``."""
+    """The ``responses`` of a route for the OpenAPI document: these statuses have an ``ErrorBody``."""
     return {status: {"model": ErrorBody} for status in statuses}
 
 
@@ -89,13 +89,13 @@ async def _respond(request: Request, error: Exception) -> Response:
 
 
 def _fields_of(request: Request) -> list[str]:
-    """The fields of the body that the request's route takes."""
+    """The fields that the route's body may have."""
     endpoint = request.scope.get("endpoint")
     return [*getattr(get_type_hints(endpoint).get("body"), "model_fields", ())]
 
 
 def refusal(problems: list[dict[str, Any]], known_fields: Collection[str] = ()) -> APIError:
-    """422 for a malformed body; 400 if its only problem is unknown fields, with those of ``known_fields`` meant."""
+    """422 for a malformed body; 400, with suggestions from ``known_fields``, if unknown fields are the only problem."""
     unknown = [".".join(place_of(p)) for p in problems if p["type"] == "extra_forbidden"]
     first = problems[0]
     place = place_of(first)

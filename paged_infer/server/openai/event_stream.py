@@ -58,7 +58,7 @@ async def merged(streams: ReadOnlyList[RequestStream]) -> AsyncIterator[tuple[in
         async for output in streams[0]:
             yield 0, output
         return
-    # With room for one item, a slow client delays the streams and does not fill the queue.
+    # The queue has room for one item: a slow client delays the streams instead of filling it.
     queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
 
     async def forward(index: int, stream: RequestStream) -> None:

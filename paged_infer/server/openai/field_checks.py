@@ -1,4 +1,4 @@
-"""Limits and errors of single fields of a request."""
+"""Limits and errors of individual fields of a request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_logprobs(name: str, value: int | None) -> None:
 
 
 def bad_value(error: ValueError, prompt_field: str = "prompt", code: str | None = None) -> APIError:
-    """The engine's message, and as ``param`` the field with which it begins."""
+    """A 400 with the engine's message. ``param`` is the field with which the message begins."""
     message = str(error)
     name = message.split("=", 1)[0].split("[", 1)[0].split(":", 1)[0]
     others = ("the prompt", "prompt token", "the chat template", "character ", "this checkpoint has no")

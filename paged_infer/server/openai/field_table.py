@@ -37,7 +37,7 @@ def table() -> str:
 
 
 def _state(model: type[SamplingFields], name: str) -> tuple[str, str]:
-    """Whether a route serves, accepts or refuses a field, and the note on it."""
+    """Whether a route serves, accepts or refuses a field, with the note in the table."""
     if name.startswith("stream_options."):
         return "served", _described(StreamOptions.model_fields[name.partition(".")[2]])
     if name in model.model_fields:

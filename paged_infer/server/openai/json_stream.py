@@ -31,9 +31,9 @@ def event(content: dict[str, Any], *, in_pieces: bool = False, obfuscate: bool =
 
 
 def encoded(value: Any) -> Iterator[str]:
-    """JSON in pieces. Other threads can run between two; one ``json.dumps`` of all would hold the GIL throughout.
+    """JSON in pieces, between which other threads can run; one ``json.dumps`` of it all would hold the GIL throughout.
 
-    An iterator becomes a list. Lists are cut into slices, so their elements must be small; large ones belong in dicts.
+    An iterator becomes a list. Lists are encoded in slices, so their elements must be small; put large ones in dicts.
     """
     if isinstance(value, dict):
         begin = "{"
@@ -60,7 +60,7 @@ def encoded(value: Any) -> Iterator[str]:
 
 
 def weight(output: RequestOutput) -> int:
-    """What it costs to convert it to JSON: the number of answers and of tokens with logprobs."""
+    """The cost of converting an output to JSON: the number of its answers and of tokens with logprobs."""
     rows = sum(len(one.logprobs or ()) for one in output.outputs)
     return rows + len(output.outputs) * (1 + len(output.prompt_logprobs or ()))
 
@@ -151,7 +151,7 @@ class DeltaTracker:
 def chat_logprobs(
     token_ids: ReadOnlyList[int], rows: ReadOnlyList[TokenLogprobs], num_top: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """The ``logprobs`` of ``/v1/chat/completions``: each token, and the ``num_top`` most probable at its place."""
+    """The ``logprobs`` of ``/v1/chat/completions``: each token, and the ``num_top`` most probable in its position."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
         top = [i for i in _by_rank(row) if row[i].rank <= num_top]
@@ -162,7 +162,7 @@ def chat_logprobs(
 
 
 def described_call(call: ToolCallDelta) -> dict[str, Any]:
-    """A call, or the new part of one."""
+    """The JSON of a call, or of the new part of one."""
     function = {"arguments": call.arguments}
     if call.id is None:
         return {"function": function}

@@ -1,4 +1,4 @@
-"""One message of a conversation in ``/v1/chat/completions``: a role and text, and the calls of tools."""
+"""One message of a conversation in ``/v1/chat/completions``: a role, text, and tool calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """What a message has besides its content is passed to the chat template."""
+    """A message. All its fields are passed to the chat template."""
 
     refused_by_name: ClassVar[Container[str]] = UNSUPPORTED
 
@@ -71,7 +71,7 @@ class ChatMessage(StrictModel):
             raise PydanticCustomError("missing", "content is needed")
         for name in ("tool_calls", "reasoning", "reasoning_content"):
             if getattr(self, name) and self.role != "assistant":
-                raise PydanticCustomError("wrong_role", f"{name} is of an assistant's message")
+                raise PydanticCustomError("wrong_role", f"only an assistant's message has {name}")
         return self
 
     def as_dict(self) -> dict[str, Any]:

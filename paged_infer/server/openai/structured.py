@@ -1,4 +1,4 @@
-"""``structured_outputs`` and ``response_format``: what an answer has to look like."""
+"""``structured_outputs`` and ``response_format``: the form of an answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from paged_infer.params import StructuredOutputsParams
 from paged_infer.server.openai.base_model import ListOf, StrictModel
 from paged_infer.server.openai.errors import APIError
 
-GRAMMAR_FIELD = "structured_outputs"  # as errors of the engine name it
+GRAMMAR_FIELD = "structured_outputs"  # the name in the engine's errors
 
 
 class StructuredOutputs(StrictModel):
-    """vLLM's field: exactly one of four; see ``paged_infer.StructuredOutputsParams``."""
+    """vLLM's field: exactly one of json, regex, choice and grammar; see ``paged_infer.StructuredOutputsParams``."""
 
     json_: dict[str, Any] | bool | str | None = Field(None, alias="json", description="A JSON schema.")
     regex: str | None = None
@@ -29,11 +29,11 @@ class JsonSchemaFormat(StrictModel):
     name: str
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="Answers keep to the schema in any case.")
+    strict: bool | None = Field(None, description="No effect: answers always follow the schema.")
 
 
 class ResponseFormat(StrictModel):
-    """OpenAI's field."""
+    """OpenAI's ``response_format``."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -50,7 +50,7 @@ class ResponseFormat(StrictModel):
 
 
 def renamed(message: str, field: str) -> str:
-    """An error about a grammar with the name of the request's own field."""
+    """The message of an error about a grammar, with the name of the request's own field."""
     for prefix in (f"{GRAMMAR_FIELD}: json: ", f"{GRAMMAR_FIELD}: "):
         if message.startswith(prefix):
             return f"{field}: {message.removeprefix(prefix)}"

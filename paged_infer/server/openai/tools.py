@@ -1,4 +1,4 @@
-"""``tools`` and ``tool_choice``: the functions that an answer may call, and how its calls are found in its text."""
+"""``tools`` and ``tool_choice``: the functions that an answer may call, and how calls are found in its text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paged_infer.server.openai.base_model import StrictModel
 from paged_infer.server.openai.errors import APIError
 from paged_infer.text.tool_parsers import TOOL_PARSERS, JsonParser, NamedParser, ToolParser
 
-MAX_DEPTH = 64  # of the schema of a tool's parameters
+MAX_DEPTH = 64  # levels of the schema of a tool's parameters
 _OF_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")  # name -> schema
 _OF_VALUES = ("enum", "const", "default", "examples")
 
@@ -22,7 +22,7 @@ class Function(StrictModel):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="The JSON schema of its arguments, an object.")
-    strict: bool | None = Field(None, description="`required` and named calls keep to the schema in any case.")
+    strict: bool | None = Field(None, description="No effect: `required` and named calls always follow the schema.")
 
 
 class Tool(StrictModel):
@@ -61,7 +61,7 @@ def checked_choice(tools: list[Tool], choice: ToolChoice | None) -> ToolChoice:
             message = f"tools[{place}].function.parameters: nested deeper than {MAX_DEPTH} levels"
             raise APIError(400, message, param="tools")
     if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-        message = f"tool_choice={_shown(choice)}: is none of the tools, which are {', '.join(names)}"
+        message = f"tool_choice={_shown(choice)}: must be one of the tools: {', '.join(names)}"
         raise APIError(400, message, param="tool_choice")
     return choice or "auto"
 
@@ -75,10 +75,10 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def tool_grammar(tools: list[Tool], choice: ToolChoice, parallel: bool) -> StructuredOutputsParams | None:
-    """What enforces the choice: the arguments of the named tool, or a list of calls, as vLLM has them.
+    """The grammar that enforces the choice: the arguments of the named tool, or a list of calls, as in vLLM.
 
     Raises:
-        ValueError: the parameters of a tool that may be called are no object.
+        ValueError: a tool that may be called has parameters that are not an object.
     """
     if isinstance(choice, NamedToolChoice):
         place, tool = next((i, tool) for i, tool in enumerate(tools) if tool.function.name == choice.function.name)
@@ -104,7 +104,7 @@ def _parameters(tool: Tool, place: int) -> dict[str, Any]:
 
 
 def moved(schema: Any, root: str) -> Any:
-    """The schema with its references to itself as they are once it is at the place ``root`` of another."""
+    """The schema, with its references to itself adapted to its new location ``root`` in another schema."""
     if isinstance(schema, list):
         return [moved(one, root) for one in schema]
     if not isinstance(schema, Mapping):
@@ -121,7 +121,7 @@ def moved(schema: Any, root: str) -> Any:
 
 
 def in_terms_of_tools(message: str) -> str:
-    """A message about the schema of a list of calls, in terms of the request."""
+    """A message about the schema of a list of calls, with locations in the request's ``tools``."""
     return re.sub(r"#/items/anyOf/(\d+)/properties/parameters", r"tools[\1].function.parameters", message)
 
 
@@ -138,7 +138,7 @@ def tool_parser(choice: ToolChoice, name: str | None) -> ToolParser | None:
     if isinstance(choice, NamedToolChoice):
         return NamedParser(choice.function.name)
     if name is None:
-        message = 'tool_choice="auto": needs --enable-auto-tool-choice and --tool-call-parser of the server'
+        message = 'tool_choice="auto": the server needs --enable-auto-tool-choice and --tool-call-parser'
         raise APIError(400, message, param="tool_choice")
     return TOOL_PARSERS[name]()
 

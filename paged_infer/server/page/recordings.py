@@ -1,8 +1,8 @@
 """``python -m paged_infer.server.page.recordings``: write the recordings that the page plays.
 
-Each is a run of a small engine with the bundled storyteller, recorded step by step by its trace. They are files, and
-not runs on the server that shows them, because a server cannot make its own pool too small, and because a client that
-watches must not slow others down.
+Each is a run of a small engine with the bundled storyteller, recorded step by step by its trace. They are files, not
+runs on the server that shows them, because a server cannot make its own pool too small, and because playing them must
+not slow down other clients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ THINGS = ("a kite", "a grey clock", "a red key", "a blue boat", "a small drum", 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt that arrives before step ``arrives_at`` of the recording."""
+    """A prompt that is added before step ``arrives_at`` of the recording."""
 
     prompt: str
     max_tokens: int = 60
@@ -42,18 +42,18 @@ class Scenario:
 
 
 def beginnings() -> list[str]:
-    """Of eight stories."""
+    """The prompts of eight stories."""
     return [f"A story about {name} and {thing}." for name, thing in zip(NAMES, THINGS, strict=True)]
 
 
 def long_prompt() -> str:
-    """Stories and their questions, and one more question."""
+    """A prompt of stories with their questions, and one more question."""
     texts = [storyteller.tell(seed).text for seed in (3, 5)]
     return "\n".join(texts).rstrip() + "\nQ: Where is"
 
 
 def scenarios() -> dict[str, Scenario]:
-    """By the name of their files."""
+    """The scenarios by the names of their files."""
     story = storyteller.tell(7).text
     shared = story[: story.index(".", 280) + 1]
     eight = (Request(text, 40 + 12 * (i % 4)) for i, text in enumerate(beginnings()))
@@ -95,7 +95,7 @@ def scenarios() -> dict[str, Scenario]:
 
 
 def run(scenario: Scenario) -> tuple[LLM, list[dict[str, Any]]]:
-    """The engine after the run, with its trace, and the stories as the page gets them."""
+    """Run it. Returns the engine, with its trace, and the stories in the page's form."""
     llm = LLM(device="cpu", dtype="float32", trace=True, **scenario.options)
     stories: dict[tuple[str, int], dict[str, Any]] = {}
     waiting = [(str(i), request) for i, request in enumerate(scenario.requests)]
@@ -118,7 +118,7 @@ def run(scenario: Scenario) -> tuple[LLM, list[dict[str, Any]]]:
 
 
 def recording(scenario: Scenario) -> dict[str, Any]:
-    """Run it. ``snapshot`` is of the engine before its first step."""
+    """Run it and return the recording. Its ``snapshot`` is the engine before the first step."""
     llm, stories = run(scenario)
     assert llm.trace is not None
     taken = Taken(llm.trace.steps, tuple(llm.engine.manager.events))

@@ -1,11 +1,11 @@
-"""Steps of an engine as the page gets them: JSON that ``replay.js`` rebuilds the pool and the queues from.
+"""Steps of an engine as JSON for the page, from which ``replay.js`` rebuilds the pool and the queues.
 
 A record is one step, or what has happened since the last one::
 
     {"step": 7, "scheduled": [[0, 1, 0], [3, 32, 1]], "events": [["hold", 3, 0, [12, 13], []], ["publish", 12]], ...}
 
-``scheduled`` has a sequence, its number of tokens, and whether it is a prefill. Each event is the name and the fields
-of one in ``control.trace_step``. Counts that are zero are left out.
+``scheduled`` lists sequences, each with its number of tokens and whether it is a prefill. Each event is the name and
+the fields of one in ``control.trace_step``. Counts that are zero are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paged_infer.engine.snapshot import Snapshot
 
 
 def event_json(event: Event) -> list[Any]:
-    """Its name in lower case, and its fields."""
+    """The event's name in lower case, and its fields."""
     fields = (field.value if isinstance(field, SequenceState) else field for field in event)
     return [type(event).__name__.lower(), *fields]
 
@@ -57,7 +57,7 @@ def records_json(taken: Taken) -> list[dict[str, Any]]:
 
 
 def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
-    """Where a client begins."""
+    """The state from which a client begins."""
     return {
         "stats": snapshot.stats,
         "block_size": snapshot.block_size,

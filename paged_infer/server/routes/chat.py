@@ -21,7 +21,7 @@ from paged_infer.text.reasoning_parsers import AnswerParser, ReasoningParser
 from paged_infer.text.tool_parsers import Delta, ToolParser
 
 router = APIRouter()
-LONG_ANSWER = 4096  # characters: some milliseconds of reading the arguments of calls
+LONG_ANSWER = 4096  # characters, whose tool calls take some milliseconds to parse
 
 
 @router.post("/v1/chat/completions", responses={200: ANSWER, **ERRORS})
@@ -79,7 +79,7 @@ class _ChatBuilder(ResponseBuilder):
         return {"message": message, "logprobs": self._logprobs(tracker, one)}
 
     def ending(self, tracker: DeltaTracker, one: CompletionOutput) -> tuple[str | None, int | str | None]:
-        """As OpenAI has it: "tool_calls", unless the request has chosen the call, or ``max_tokens`` has cut it off."""
+        """OpenAI's reasons: "tool_calls", unless the request named the tool or ``max_tokens`` cut the calls off."""
         finish_reason, stop_reason = super().ending(tracker, one)
         is_free = self.body.choice in ("auto", "required")
         if finish_reason == "stop" and is_free and self._parsers[tracker].has_calls:

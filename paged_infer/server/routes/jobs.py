@@ -23,7 +23,7 @@ router = APIRouter()
 
 
 class JobBody(BaseModel):
-    """What the routes of jobs return, for the OpenAPI document."""
+    """The response of the jobs' routes, for the OpenAPI document."""
 
     id: str
     status: Literal["running", "finished", "failed", "aborted"]

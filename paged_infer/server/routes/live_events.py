@@ -4,9 +4,9 @@
           |            observe() between two steps, at most ten times a second
      LiveEvents        the newest records and the newest snapshot, shared by all clients
           |
-    event loop         to each client a snapshot first, and then the records after it
+    event loop         sends each client a snapshot, then the records after it
 
-A client that is too slow, or whose engine was too fast for the log, gets a snapshot again. Only the newest
+A client that is too slow, or whose engine was too fast for the log, gets another snapshot. Only the newest
 ``MOST_RECORDS`` are kept, however long a client stays connected.
 """
 
@@ -34,7 +34,7 @@ from paged_infer.server.service import Service, closing_error, service_of
 EVERY_S = 0.1
 MOST_OF_ENGINE = 0.05  # largest share of the engine's time for observing it: a large pool is observed less often
 MOST_RECORDS = 4096
-MOST_SENT = 512  # records in one event: JSON of more would hold up the event loop
+MOST_SENT = 512  # records in one event: more JSON would block the event loop
 QUIET_S = 15.0  # then a comment keeps proxies from closing the connection
 
 CLOSING = b"event: closing\ndata: {}\n\n"
@@ -42,7 +42,7 @@ router = APIRouter()
 
 
 class LiveEvents:
-    """Observes one engine, at most every ``EVERY_S``, and streams what it did.
+    """Observes one engine, at most every ``EVERY_S`` seconds, and streams what it did.
 
     One for each replica, in ``app.state.live_events``. Records are numbered from 0; ``_end`` is the next one's number.
     """
@@ -67,7 +67,7 @@ class LiveEvents:
             return self._snapshot
 
     async def after(self, number: int) -> list[dict[str, Any]] | None:
-        """The records from ``number`` on, ``MOST_SENT`` at most, or None if some of them are lost."""
+        """The records from ``number`` on, at most ``MOST_SENT``, or None if some of them are lost."""
         async with self._lock:
             if time.monotonic() >= self._next_s:
                 await self._observe_shielded(whole=False)
@@ -77,7 +77,7 @@ class LiveEvents:
             return list(islice(self._records, first, first + MOST_SENT))
 
     async def _observe_shielded(self, whole: bool) -> None:
-        """Of a client that leaves meanwhile, too: the log gives each step once, and other clients need it."""
+        """Finish even if the client disconnects meanwhile: the log gives each step once, and other clients need it."""
         await asyncio.shield(asyncio.ensure_future(self._observe(whole)))
 
     async def _observe(self, whole: bool) -> None:
@@ -104,7 +104,7 @@ class LiveEvents:
                     sent_s = time.monotonic()
                 records = await self.after(number)
             except EngineDeadError:
-                break  # a client may connect again, to the one that replaces it
+                break  # a client may reconnect, to the replica that replaces it
             if records is None:
                 number = None
                 continue
@@ -121,7 +121,7 @@ class LiveEvents:
 
 @router.get("/events", include_in_schema=False)
 async def events(request: Request, replica: int = 0) -> Response:
-    """Server-sent events for the page at /: of one replica, if there are several."""
+    """Server-sent events for the page at /. With several replicas: those of one."""
     if service_of(request).is_closing:
         raise closing_error()
     live_events: list[LiveEvents] = request.app.state.live_events

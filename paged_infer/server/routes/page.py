@@ -1,4 +1,4 @@
-"""The page at /: one self-contained response, which may fetch from this server only; and the recordings it plays."""
+"""The page at /, one self-contained response that may fetch only from this server, and the recordings it plays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ router = APIRouter()
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """Type a prompt, read its continuation, and watch the pool of KV blocks meanwhile."""
+    """A page to type a prompt, read its continuation, and watch the pool of KV blocks meanwhile."""
     content, headers = _page()
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
@@ -36,7 +36,7 @@ async def recording(name: str) -> Response:
 
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    """Markup, style and scripts in one, and headers that allow the browser to run these scripts and no other."""
+    """Markup, style and scripts in one document, and headers that let the browser run these scripts only."""
     style = FILES.joinpath("page.css").read_bytes()
     scripts = [FILES.joinpath(name).read_bytes() for name in SCRIPTS]
     content = FILES.joinpath("page.html").read_bytes()

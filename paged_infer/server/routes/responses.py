@@ -1,4 +1,4 @@
-"""What the two OpenAI routes share: build the response to one request, as a whole or as chunks of a stream."""
+"""What the two OpenAI routes share: building the response to one request, as a whole or as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from paged_infer.server.service import Service, new_id
 
 @dataclass
 class ResponseBuilder(ABC):
-    """Builds the response to one request. Answers are numbered through all prompts, ``n`` for each."""
+    """Builds the response to one request. Answers are numbered across all prompts, ``n`` for each."""
 
     service: Service
     model: str

@@ -19,7 +19,7 @@ TEXT = {200: {"description": "Prometheus' text format.", "content": {"text/plain
 async def health(request: Request) -> Response:
     """200 while requests are served; 503 if the engine has failed or the server is shutting down.
 
-    With several replicas, each is listed: its number, `ready`, `starting` or `dead`, and how often it was replaced.
+    Several replicas are listed: the number of each, `ready`, `starting` or `dead`, and how often it was replaced.
     """
     service = service_of(request)
     if service.is_closing:

@@ -334,7 +334,7 @@ class AsyncLLM:
     async def run(self, function: Callable[[LLMEngine], T], replica: int = 0) -> T:
         """``function(engine)``, called on the engine's thread between two steps, when no state changes.
 
-        For another process, the function must be a module's, and its result must be picklable.
+        For another process, the function must be a module-level one, and its result must be picklable.
         """
         if not 0 <= replica < len(self.replica_stats()):
             raise ValueError(f"replica={replica}: must be less than data_parallel_size={len(self.replica_stats())}")

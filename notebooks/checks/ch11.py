@@ -26,7 +26,7 @@ def read_events(answer):
         except UnicodeDecodeError:
             expect(False, f"{of_what}: a letter of several bytes is cut in two; decode whole events, not chunks")
         except ValueError as error:
-            expect(False, f"{of_what}: what is parsed is no JSON ({error}): is it a whole payload, and not [DONE]?")
+            expect(False, f"{of_what}: what is parsed is not JSON ({error}): is it a whole payload, and not [DONE]?")
         expect(found is not None, "read_events gives None: is the `return` missing?")
         found = list(found)
         expect(

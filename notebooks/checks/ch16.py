@@ -69,7 +69,7 @@ def cut_linear(answer):
 
         for share in shares:
             answer(*share, give_part)
-        expect(len(parts) > 0, f"{asked}: all_reduce is never called, so each rank has its part alone")
+        expect(len(parts) > 0, f"{asked}: all_reduce is never called, so each rank has only its part")
         expect(
             len(parts) == size, f"{asked}: all_reduce is called {len(parts)} times by {size} ranks; once each will do"
         )
@@ -136,7 +136,7 @@ def replica_for(answer):
             continue
         asked = f"a prompt of {prompt} tokens, cached {cached}, waiting {waiting}"
         tied = [w + max(1, prompt - c) for c, w in zip(cached, waiting, strict=True)]
-        expect(isinstance(found, int) and 0 <= found < len(cached), f"{asked}: {found!r} is the number of no replica")
+        expect(isinstance(found, int) and 0 <= found < len(cached), f"{asked}: {found!r} is not the number of a replica")
         expect(tied[found] != min(tied), f"{asked}: {right} and {found} are equal; the first of equals is asked for")
         if (prompt, cached) == (64, [64, 0]):
             expect(

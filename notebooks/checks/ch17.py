@@ -19,7 +19,7 @@ def choice_mask(answer):
         ([b"Mia", b"Mia has", b"Leo"], b"Mia has"),
         (["é".encode()], b"\xc3"),
     ):
-        asked = f"choices {choices}, behind {so_far!r}"
+        asked = f"choices {choices}, after {so_far!r}"
         found = answer(list(choices), so_far, list(TOKENS), 0)
         expect(found is not None, "choice_mask gives None: is the `return` missing?")
         expect(isinstance(found, set), f"{asked}: a set of ids is asked for, not a {type(found).__name__}")
@@ -38,7 +38,7 @@ def choice_mask(answer):
 
 @checker
 def closing(answer):
-    """Documents cut behind or inside a value."""
+    """Documents cut after or inside a value."""
     for text in (
         '{"a": [1, "x',
         "[[1, [2",
@@ -59,7 +59,7 @@ def closing(answer):
             is_json = True
         except ValueError:
             is_json = False
-        expect(is_json, f"{text} with {found!r} behind it is no JSON")
+        expect(is_json, f"{text} followed by {found!r} is not JSON")
         right = _closers(text)
         expect(len(found) <= len(right), f"{text}: {right!r} is enough, and yours gives {found!r}")
 
@@ -95,7 +95,7 @@ def forced_bytes(answer):
         expect(found is not None, "forced_bytes gives None: is the `return` missing?")
         expect(isinstance(found, bytes | bytearray), f"{asked}: bytes are asked for, not {found!r}")
         if len(found) > len(right) and found[: len(right)] == right:
-            expect(False, f"{asked}: behind {right!r} nothing is forced")
+            expect(False, f"{asked}: after {right!r} nothing is forced")
         expect(bytes(found) == right, f"{asked}: {right!r}, and yours gives {bytes(found)!r}")
 
 
@@ -117,7 +117,7 @@ def Thoughts(answer):
             for piece in pieces:
                 fed += piece
                 _add(found, parser.feed(piece), f"feed({piece!r})")
-                _certain(found, fed, f"{text!r} in pieces {pieces}, behind {fed!r}")
+                _certain(found, fed, f"{text!r} in pieces {pieces}, after {fed!r}")
             _add(found, parser.finish(), "finish()")
             asked = f"{text!r} in pieces {pieces}"
             expect(marker != "" or found[1] == "", f"{asked}: there is no marker, and {found[1]!r} became content")

@@ -66,7 +66,7 @@ def mcnemar(answer):
         if not math.isclose(found, right):
             tail = right / 2
             expect(not math.isclose(found, tail), f"{asked} gives {found:.4g}: the test is two-sided, so double it")
-            expect(found <= 1, f"{asked} gives {found:.4g}, which is no probability: at most 1")
+            expect(found <= 1, f"{asked} gives {found:.4g}, which is not a probability: at most 1")
             expect(False, f"{asked} gives {found:.4g}, not {right:.4g}. Only the changed items count")
 
 

@@ -55,7 +55,7 @@ def compare(
 
 
 def most_seconds(naive: System, workload: Workload) -> float:
-    """Seconds that the comparison may take if no text ends early: twice those of the naive baseline, about half of it.
+    """Seconds that the comparison may take if no text ends early: twice the naive baseline's, which is about half.
 
     The baseline computes the whole text for each token, so a few tokens after the longest prompt give its rate.
     """

@@ -155,7 +155,7 @@ class EngineProcess:
         """Run ``function(engine)`` between two steps in the engine's process, and send its result back.
 
         Raises:
-            ValueError: the function cannot be pickled: it must be a module's, or a ``functools.partial`` of such a one.
+            ValueError: the function cannot be pickled: it must be module-level, or a ``functools.partial`` of one that is.
         """
         try:
             pickled = pickle.dumps(function)

@@ -67,8 +67,8 @@ def snapshot(engine: LLMEngine) -> Snapshot:
 def observe(engine: LLMEngine, whole: bool) -> Observation:
     """The steps since the last call; with ``whole``, or if that was too long ago, a snapshot too.
 
-    A module's function, so that it can be called in an engine's process. From the first call on, the engine keeps a log
-    of its steps, until ``MOST_STEPS`` of them have passed without a call.
+    A module-level function, so that it can be called in an engine's process. From the first call on, the engine keeps a
+    log of its steps, until ``MOST_STEPS`` of them have passed without a call.
     """
     began_s = time.perf_counter()
     log = engine.scheduler.step_log

@@ -47,7 +47,7 @@ class RankProcesses:
 
     def __init__(self, size: int, timeout_s: float, environment: dict[str, str]) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self.is_loading = True  # until then, a rank's ValueError is about the model or an option
+        self.is_loading = True  # while they load, a ValueError is about the model or an option
         self.callbacks: list[Callable[[], None]] = []
         self._error: Exception | None = None
         self._traceback = ""

@@ -7,13 +7,13 @@ import json
 from planted import wrong
 
 
-@wrong("read_events", "all events in one chunk: .* no JSON")
+@wrong("read_events", "all events in one chunk: .* not JSON")
 def takes_a_chunk_for_an_event(chunks):
     payloads = [chunk.strip().removeprefix(b"data: ") for chunk in chunks]
     return [json.loads(payload) for payload in payloads if payload != b"[DONE]"]
 
 
-@wrong("read_events", r"no JSON .* and not \[DONE\]")
+@wrong("read_events", r"not JSON .* and not \[DONE\]")
 def parses_done(chunks):
     events = b"".join(chunks).split(b"\n\n")
     return [json.loads(event.removeprefix(b"data: ")) for event in events if event]
@@ -25,7 +25,7 @@ def decodes_chunks(chunks):
     return [json.loads(e.removeprefix("data: ")) for e in events if e.startswith("data: {")]
 
 
-@wrong("read_events", "an event over several chunks: .* no JSON")
+@wrong("read_events", "an event over several chunks: .* not JSON")
 def keeps_nothing_between_chunks(chunks):
     events = [event for chunk in chunks for event in chunk.split(b"\n\n")]
     return [json.loads(event.removeprefix(b"data: ")) for event in events if event.startswith(b"data: {")]

@@ -24,12 +24,12 @@ def allows_what_has_no_bytes(choices, so_far, tokens, eos):
     return (found - {eos}) | ({eos} if so_far in choices else set())
 
 
-@wrong("closing", r"is no JSON")
+@wrong("closing", r"is not JSON")
 def closes_in_the_order_of_opening(text):
     return "".join(reversed(ch17.closing(text)))
 
 
-@wrong("closing", r"is no JSON")
+@wrong("closing", r"is not JSON")
 def counts_brackets_in_strings(text):
     stack = []
     for character in text:

@@ -64,7 +64,7 @@ def _changed(first, second):
     return gained, lost
 
 
-@wrong("mcnemar", "which is no probability")
+@wrong("mcnemar", "which is not a probability")
 def goes_beyond_one(first, second):
     gained, lost = _changed(first, second)
     return 2 * sum(math.comb(gained + lost, i) for i in range(min(gained, lost) + 1)) / 2 ** (gained + lost)

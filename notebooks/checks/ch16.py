@@ -136,7 +136,7 @@ def replica_for(answer):
             continue
         asked = f"a prompt of {prompt} tokens, cached {cached}, waiting {waiting}"
         tied = [w + max(1, prompt - c) for c, w in zip(cached, waiting, strict=True)]
-        expect(isinstance(found, int) and 0 <= found < len(cached), f"{asked}: {found!r} is not the number of a replica")
+        expect(isinstance(found, int) and 0 <= found < len(cached), f"{asked}: {found!r} is not an index of a replica")
         expect(tied[found] != min(tied), f"{asked}: {right} and {found} are equal; the first of equals is asked for")
         if (prompt, cached) == (64, [64, 0]):
             expect(

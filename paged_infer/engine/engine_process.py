@@ -155,7 +155,7 @@ class EngineProcess:
         """Run ``function(engine)`` between two steps in the engine's process, and send its result back.
 
         Raises:
-            ValueError: the function cannot be pickled: it must be module-level, or a ``functools.partial`` of one that is.
+            ValueError: the function cannot be pickled: only a module-level one, or its ``functools.partial``, can be.
         """
         try:
             pickled = pickle.dumps(function)

@@ -1,9 +1,9 @@
-"""ReadOnlyCache: compute a stored token again, to look at its attention and its logits, and store nothing.
+"""ReadOnlyCache: recompute a stored token, to inspect its attention and its logits, without storing anything.
 
     cache   [ t0 t1 .. t8 ]          a step has stored t8
     again            t8              its queries see t0 .. t8 as they are stored, in the pool's own blocks
 
-So a running sequence can be looked into between two steps, and no block changes, whoever shares it.
+So a running sequence can be inspected between two steps without changing a block, shared or not.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from paged_infer.kernels.attention.metadata import AttentionMetadata, ScoreOptio
 
 
 class ReadOnlyCache:
-    """Another view of ``cache`` for one token: its backend attends, and nothing is stored.
+    """A view of ``cache`` for one token: its backend attends, and nothing is stored.
 
     Attributes:
-        weights: layer -> the attention weights of the token, [H, tokens]; only of the layers asked for.
+        weights: layer -> the attention weights of the token, [H, tokens]; only for the requested layers.
     """
 
     def __init__(self, cache: PagedCache, block_table: ReadOnlyList[int], layers: ReadOnlyList[int] = ()) -> None:
@@ -53,7 +53,7 @@ class ReadOnlyCache:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: AttentionMetadata, **scores: Unpack[ScoreOptions]
     ) -> Tensor:
-        """q [1, H, D] -> [1, H, D]. k and v, which are those that are stored, are ignored."""
+        """q [1, H, D] -> [1, H, D]. k and v are ignored, since they are stored already."""
         if layer in self.layers:
             window = self.cache.spec[layer].window
             self.weights[layer] = attention_weights(q, self._keys(layer, step), window=window, **scores)[:, 0]
@@ -62,7 +62,7 @@ class ReadOnlyCache:
     def attend_latent(
         self, layer: int, q: Tensor, latent: Tensor, step: AttentionMetadata, forms: LatentForms
     ) -> Tensor:
-        """q [1, H, n + p] -> [1, H, v], by the latents that are stored."""
+        """q [1, H, n + p] -> [1, H, v], from the stored latents."""
         if layer in self.layers:
             weights = attention_weights(forms.absorb(q), self._keys(layer, step), scale=forms.scale)
             self.weights[layer] = weights[:, 0]

@@ -1,7 +1,7 @@
-"""Logits processors of the caller's own: ``SamplingParams.logits_processors``.
+"""The caller's own logits processors: ``SamplingParams.logits_processors``.
 
-They run in the process of the model, on one row at a time, which is a copy: none can reach another request's logits,
-and an error ends its own request alone. A CUDA graph ends with the logits, so they also run after one.
+They run in the model's process, on a copy of one row at a time: none can reach another request's logits, and an error
+ends only its own request. A CUDA graph ends with the logits, so they can also run after one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from paged_infer.control.step import SamplingRow
 
 
 def apply_own_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[int, str]]:
-    """Replace the rows of requests that have processors by what these make of them.
+    """Apply the processors to the rows of the requests that have them.
 
     Args:
         logits: [R, V], any float type, any device; not modified.
         rows: the parameters of each of the R rows.
 
     Returns:
-        [R, V], in float32 at least, or ``logits`` itself if no row has a processor; and row -> why its processors
+        [R, V], in float32 or wider, or ``logits`` itself if no row has a processor; and row -> why its processors
         failed. Such a row is NaN.
     """
     asking = [i for i, row in enumerate(rows) if row.params.logits_processors]

@@ -26,7 +26,7 @@ def quizzes(story: Story) -> list[tuple[str, str]]:
 
 
 def kind_of(question: str) -> str:
-    """Its first two words, such as "How many"."""
+    """The first two words of a question, such as "How many"."""
     return " ".join(question.split()[:2])
 
 
@@ -75,10 +75,10 @@ def evaluate(llm: Any, num_stories: int = 100) -> dict[str, Any]:
 
 
 def sample_stories(llm: Any, num_stories: int, temperature: float = 0.8) -> dict[str, tuple[int, int]]:
-    """(right, sampled) for each kind of story, when the model writes on from a title that training never saw.
+    """(right, sampled) for each kind of story, if the model continues titles that are not in the training data.
 
     A story is right if the grammar could have written all of it: names, things, places, sums, the answers at its end,
-    and every other word. One that does not end within `MAX_SAMPLED_TOKENS` is not. The seeds are 0, 1, 2, ...
+    and every other word. One that does not end within `MAX_SAMPLED_TOKENS` is wrong. The seeds are 0, 1, 2, ...
     """
     from paged_infer.params import SamplingParams
 

@@ -1,4 +1,4 @@
-"""How many held-out sums a model answers rightly: alone or in steps, with and without examples before them."""
+"""How many held-out sums a model answers correctly: directly or in steps, with and without examples before them."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from paged_infer.storyteller.stories.grammar import END, FIRST_EVALUATION_SEED
 from paged_infer.storyteller.stories.sums import END_THINK, THINK, Form, Sum, tell_sum
 
-Z_95 = 1.96  # standard deviations on either side of the mean that hold 95 % of a normal distribution
+Z_95 = 1.96  # a normal variable is within this many standard deviations of its mean with probability 0.95
 IN_CHAT = (Form.THINKING, Form.NOT_THINKING)
 
 
 @dataclass(frozen=True)
 class SumScore:
-    """Whether each answer is right, and how many of them wrote partial sums first."""
+    """Whether each answer is right, and how many answers have the partial sums first."""
 
     right: tuple[bool, ...]
     num_in_steps: int
@@ -35,8 +35,8 @@ class SumScore:
 def sum_prompt(told: Sum, form: Form, examples: list[Sum]) -> str:
     """The text that asks for an answer in `form`.
 
-    In a text, only the examples say which form is meant: without any, the model chooses. In a chat, the line below "A:"
-    asks for a thought or gives an empty one; the examples are earlier questions, whose thoughts are left out.
+    In a text, only the examples show which form is meant: without any, the model chooses. In a chat, the line below
+    "A:" asks for reasoning or gives an empty one; the examples are earlier questions, whose reasoning is left out.
     """
     shown = Form.DIRECT if form in IN_CHAT else form
     before = "".join(f"{example.prompt}{example.answer(shown)}\n" for example in examples)
@@ -51,7 +51,7 @@ def evaluate_sums(llm: Any, form: Form, num_examples: int = 0, num_sums: int = 5
     """Ask `llm` for `num_sums` held-out sums in `form`, each after `num_examples` other sums of the training kind.
 
     `llm` is a `paged_infer.LLM`, or anything whose `generate` does the same. Answers are greedy; one is right if it
-    ends with the true sentence, whatever form it has.
+    ends with the correct sentence, whatever its form.
 
     Raises:
         ValueError: `num_sums` is below 1, or `num_examples` below 0.
@@ -71,5 +71,5 @@ def evaluate_sums(llm: Any, form: Form, num_examples: int = 0, num_sums: int = 5
 
 
 def _final(text: str) -> str:
-    """The text after a thought; nothing if the thought has no end."""
+    """The text after the reasoning; empty if the reasoning has no end."""
     return "" if THINK in text and END_THINK not in text else text.split(END_THINK)[-1].strip()

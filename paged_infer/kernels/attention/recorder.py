@@ -1,4 +1,4 @@
-"""An attention backend that keeps its weights, for readers and experiments."""
+"""An attention backend that records its weights, for experiments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from paged_infer.kernels.attention.paged_attention import paged_attention_refere
 
 
 class AttentionRecorder:
-    """The reference backend, and what it multiplied the values by in the newest step.
+    """The reference backend, which keeps the attention weights of the latest step.
 
     ``register_attention_backend("recorder")(recorder)`` gives an object of this class a name for
     ``LLM(attention_backend=...)``. MLA has no backend of this form (``LATENT_BACKENDS``).
 
     Attributes:
-        weights: layer -> of each sequence of the step [H, queries, tokens], those with one query first.
+        weights: layer -> [H, queries, tokens] for each sequence of the step, those with one query first.
     """
 
     def __init__(self) -> None:

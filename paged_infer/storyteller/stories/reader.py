@@ -1,7 +1,7 @@
-"""The grammar read backwards: ``read(text)`` finds the draws that write a text, or the line where no story goes on so.
+"""A parser for the grammar: ``read(text)`` finds the choices that write a text, or its first line that does not fit.
 
-It decides whether a story that a model sampled is right: whether each name, thing, place, sum and answer in it is one
-that the grammar could have written there.
+It decides whether a story that a model sampled is right: whether the grammar could have written each name, thing,
+place, sum and answer in it.
 """
 
 import functools
@@ -21,11 +21,11 @@ T = TypeVar("T")
 def read(text: str) -> Story:
     """The story with this text; without a title line it may begin with the opening ("Once upon a time, ...").
 
-    Searches depth first: the grammar writes again, with the last draw changed, until every piece is the text's. An
-    attempt ends at the first piece that differs, and draws only words of the lines that the draw can be about.
+    Searches depth first: the grammar writes again, with the last choice changed, until every piece matches the text. An
+    attempt ends at the first piece that differs, and chooses only words of the lines that the choice can be about.
 
     Raises:
-        ValueError: the grammar writes no such text; names the first line that cannot follow those before it.
+        ValueError: the grammar cannot write the text; the message has the first line that cannot follow those before.
     """
     path: list[int] | None = []
     rest = text
@@ -47,11 +47,11 @@ def read(text: str) -> Story:
 
 
 class _DiffersError(Exception):
-    """The draws so far write another text."""
+    """The choices so far write another text."""
 
 
 class _Attempt(Chooser):
-    """Draws the options numbered by ``path``, then first ones, of those whose words are in the lines to write next."""
+    """Chooses the options numbered by ``path``, then the first ones, among those with words in the next lines."""
 
     def __init__(self, text: str, path: list[int]) -> None:
         super().__init__(lambda: 0.0)
@@ -82,7 +82,7 @@ class _Attempt(Chooser):
         self.lines = self.rest.partition("\n")[0]
 
     def next_path(self) -> list[int] | None:
-        """The same draws up to the last that has another option, and that option. None if all have been tried."""
+        """The same choices up to the last that has another option, and that option. None if all have been tried."""
         for depth in reversed(range(len(self.taken))):
             if self.taken[depth] + 1 < self.sizes[depth]:
                 return [*self.taken[:depth], self.taken[depth] + 1]

@@ -1,7 +1,7 @@
 """Sums told as stories: `tell_sum(seed)` writes one, with its answer and the partial sums that lead there.
 
-The stories of the grammar say each new count ("Now Mia had seven"). A sum keeps them to itself, so whoever answers has
-to add up everything that happened: in one go, or with the partial sums written first.
+The stories of the grammar state each new count ("Now Mia had seven"). A sum does not, so answering it means adding up
+everything that happened: directly, or with the partial sums written first.
 
     Mia had three plums. Tom gave her four more. Ben took two home.
     Q: How many plums does Mia have?
@@ -24,7 +24,7 @@ from paged_infer.storyteller.stories.world import Question, World
 MOST = 10  # the vocabulary has the words for one to ten
 NUM_STEPS = (3, 4, 5)
 MOST_STEPS = 10  # each by another person
-HELD_OUT_OF = 5  # one in five series of numbers is held out of training
+HELD_OUT_OF = 5  # one in five series of counts is held out of training
 THINK, END_THINK = "<think>", "</think>"  # Qwen3's marks, for models whose tokenizer has them
 
 _GAINS = ("{b} gave {a.him} {y} more.", "{b} found {y} more for {a.him}.", "{b} added {y} more.")
@@ -34,17 +34,17 @@ _LOSSES = ("{b} took {y} home.", "{b} lost {y} of them.", "{b} dropped {y} into 
 class Form(Enum):
     """How an answer is written."""
 
-    DIRECT = "direct"  # the answer alone
+    DIRECT = "direct"  # only the answer
     WORKED = "worked"  # the partial sums, then the answer, in one line
     THINKING = "thinking"  # as in a chat with Qwen3: the partial sums between <think> and </think>, then the answer
-    NOT_THINKING = "not thinking"  # the same with thinking off: the thought is empty
+    NOT_THINKING = "not thinking"  # the same with thinking turned off: the reasoning is empty
 
 
 @dataclass(frozen=True)
 class Sum:
     """A sum of one person's things, its question, and the series of counts: at first, and after each step.
 
-    `people` are the owner, and then who is behind each step.
+    `people` are the owner, and then the person who does each step.
     """
 
     story: str
@@ -54,12 +54,12 @@ class Sum:
 
     @property
     def prompt(self) -> str:
-        """The lines up to where an answer begins, without a leading `<|endoftext|>`."""
+        """The lines up to the answer, without a leading `<|endoftext|>`."""
         return f"{self.story}\nQ: {self.question.question}\nA:"
 
     @property
     def steps(self) -> str:
-        """The partial sums, a sentence each."""
+        """The partial sums, one sentence each."""
         words = lexicon.NUMBERS
         sentences = [f"{self.people[0]} had {words[self.counts[0]]}."]
         for who, (before, after) in zip(self.people[1:], itertools.pairwise(self.counts), strict=True):
@@ -109,7 +109,7 @@ def is_held_out(counts: tuple[int, ...]) -> bool:
 
 
 def _counts(chooser: Chooser, num_steps: int) -> tuple[int, ...]:
-    """A first count from 2, since nouns are plural, and one from 1 after each step, unlike the one before."""
+    """A first count from 2 on, since nouns are plural, and one from 1 on after each step, unlike the one before."""
     counts = [chooser.pick(range(2, MOST + 1))]
     for _ in range(num_steps):
         counts.append(chooser.pick([count for count in range(1, MOST + 1) if count != counts[-1]]))

@@ -1,9 +1,9 @@
 """Train the storyteller that works in steps: `python -m paged_infer.storyteller.training.steps`.
 
-It begins as the storyteller, with two tokens more, `<think>` and `</think>`, and learns to write sums in each `Form`:
-in a text, where the sums of one document all have the answer alone, or all have the partial sums too, so that what
-comes before says which; and in a chat, where a thought comes first. The rest are stories, so that it remains a
-storyteller: in a text as before, and in a chat, where their questions need no thought.
+It starts from the storyteller, with two more tokens, `<think>` and `</think>`, and learns to write sums in each `Form`:
+in a text, where all sums of one document are answered directly, or all with the partial sums, so that earlier sums show
+which; and in a chat, where reasoning comes first. The other rows are stories, so that it remains a storyteller: in a
+text as before, and in a chat, where their questions need no reasoning.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from paged_infer.storyteller.training.export import export
 from paged_infer.storyteller.training.train import BatchTokens, Out, Precision, Products, Seed, Steps, Threads, fit
 
 CHAT_TEMPLATE = Path(__file__).parents[1] / "thinking_template.jinja"
-SUM_WEIGHT, STEP_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 2.0  # in the loss; what happens in a sum cannot be predicted
-Part = tuple[str, float]  # a text, and what its tokens weigh in the loss
+SUM_WEIGHT, STEP_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 2.0  # in the loss; the events of a sum cannot be predicted
+Part = tuple[str, float]  # a text, and the weight of its tokens in the loss
 
 
 @dataclass(frozen=True)
 class SumMix(Mix):
-    """A `Mix` of which some rows are sums, half in a text and half in a chat, and some are stories in a chat."""
+    """A `Mix` in which some rows are sums, half in a text and half in a chat, and some are stories in a chat."""
 
     sums: float = 0.6
     chat_stories: float = 0.1
@@ -71,16 +71,16 @@ class StepRows(Rows):
         return [part for _ in range(self.random.randint(1, mix.most_sums)) for part in self._sum(mix, form)]
 
     def _chat_sums(self, mix: SumMix) -> list[Part]:
-        """A sum that is thought about or not, after none to two whose thoughts, if any, are left out."""
+        """A sum with or without reasoning, after up to two others, whose reasoning is left out."""
         before = [part for _ in range(self.random.choice((0, 0, 1, 2))) for part in self._sum(mix, Form.DIRECT)]
         told, form = self._draw_sum(mix), self.random.choice((Form.THINKING, Form.NOT_THINKING))
         answer = told.answer(form).removesuffix(told.question.answer)
-        # An empty thought comes from the template, so the model does not learn to write it instead of the steps.
+        # Empty reasoning comes from the template, so the model does not learn to write it instead of the steps.
         opening = (answer, STEP_WEIGHT if form is Form.THINKING else 0.0)
         return [*before, (told.prompt, SUM_WEIGHT), opening, (told.question.answer, ANSWER_WEIGHT)]
 
     def _chat_story(self) -> list[Part]:
-        """A story and some of its questions. The last is answered without thought: the story says it."""
+        """A story and some of its questions. The last is answered without reasoning: the story states the answer."""
         story = tell(self.random.randrange(FIRST_EVALUATION_SEED))
         asked = story.questions[: self.random.randint(1, len(story.questions))]
         body = story.text.removesuffix("".join(map(ask, story.questions)))
@@ -105,7 +105,7 @@ class StepRows(Rows):
 def beginning(seed: int) -> tuple[Qwen3ForCausalLM, Tokenizer]:
     """The storyteller and its tokenizer with `<think>` and `</think>`, whose embeddings are random."""
     tokenizer = Tokenizer.from_file(str(PATH / "tokenizer.json"))
-    # Like Qwen3's, they are no special tokens: a decoded text shows them.
+    # Like Qwen3's, they are not special tokens: a decoded text shows them.
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (THINK, END_THINK)])
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM.from_pretrained(PATH)

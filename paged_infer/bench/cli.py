@@ -21,7 +21,7 @@ app = typer.Typer(cls=in_order(*ORDER), **PLAIN)
 
 @app.callback()
 def bench() -> None:
-    """Measurements, compared to what one would use instead."""
+    """Measurements, compared with what you would use instead."""
 
 
 app.add_typer(speed_cli.app)  # without a name: its commands are commands of ours

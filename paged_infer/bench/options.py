@@ -33,7 +33,7 @@ Peers = Annotated[
     list[str] | None,
     typer.Option(
         "--peer",
-        help="Compared to the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
+        help="Compared with the engine: generate, static, generate_batch (transformers), vllm, nano-vllm, "
         "mini-sglang, or none; may be repeated. Default: static and generate_batch, for latency generate.",
     ),
 ]
@@ -53,7 +53,7 @@ Rates = Annotated[
 ThinkingBudget = Annotated[
     int | None,
     typer.Option(
-        help="Each answer's reasoning is closed after so many tokens, and its end and the first content token are "
+        help="Each answer's reasoning is closed after this many tokens, and its end and the first content token are "
         "clocked; needs --reasoning-parser.",
         min=0,
     ),

@@ -27,7 +27,7 @@ ANY_VOCABULARY = 1000  # token ids below this are in every model's vocabulary
 class Load:
     """The requests, and how many clients send them."""
 
-    num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 128
+    num_requests: Annotated[int, typer.Option(help="Requests in each load.", min=1)] = 128
     clients: Clients = None
     rate: Rates = None
     thinking_token_budget: ThinkingBudget = None
@@ -54,18 +54,18 @@ def serve(
     ],
     model: Model = None,
     base_url: Annotated[
-        str | None, typer.Option(help="A server that runs already, as http://HOST:PORT, instead of one of our own.")
+        str | None, typer.Option(help="A running server, as http://HOST:PORT, instead of one of our own.")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="PAGED_INFER_API_KEY", help="The key of the server at --base-url.")
     ] = None,
     naive: Annotated[
-        str, typer.Option(help="cached: compare it to a server of one request at a time; or none.")
+        str, typer.Option(help="cached: compare with a server that takes one request at a time; or none.")
     ] = "cached",
     engine_process: Annotated[
-        bool, typer.Option("--engine-process", help="Compare it to the same server with this option, in turn.")
+        bool, typer.Option("--engine-process", help="Compare with the same server with this option, in turns.")
     ] = False,
-    torch_threads: Annotated[int, typer.Option(help="Of each of our own processes.", min=1)] = 1,
+    torch_threads: Annotated[int, typer.Option(help="Threads of each of our own processes.", min=1)] = 1,
     figures: Figures = RESULTS,
 ) -> None:
     """Load over HTTP: clients that wait for their answers, then Poisson arrivals; random prompts, greedy.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def kernels(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    compile_only: Annotated[bool, typer.Option(help="Compile every variant for chips that need not be here.")] = False,
+    compile_only: Annotated[bool, typer.Option(help="Compile every variant, for chips that may be absent.")] = False,
     arch: Annotated[
         list[int] | None, typer.Option(help="With --compile-only: chip, 90 for sm90; default 80, 90 and 100.")
     ] = None,

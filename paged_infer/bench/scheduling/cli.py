@@ -28,7 +28,7 @@ app = typer.Typer(**PLAIN)
 
 @app.command(cls=Command)
 def memory(
-    output_tokens: Annotated[int, typer.Option(help="Drawn by the requests of each data set.", min=1)] = 300_000,
+    output_tokens: Annotated[int, typer.Option(help="Output tokens of each data set in all.", min=1)] = 300_000,
     slots: Annotated[int, typer.Option(help="Tokens that the KV memory holds.", min=1)] = 15_728,
     block_size: Annotated[int, typer.Option(help="Tokens in a block.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the lengths that requests draw.")] = 0,

@@ -28,7 +28,7 @@ def peers(
     dtype: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="llama.cpp's file. Default: the model, if it is one.")] = None,
     scale: Annotated[float, typer.Option(help="Factor of all lengths.", min=0.01)] = 1.0,
-    threads: Annotated[int | None, typer.Option(help="Of each engine. Default: torch's.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine. Default: torch's.", min=1)] = None,
     repeats: Repeats = 3,
     seed: Annotated[int, typer.Option(help="Seed of the random token ids and lengths.")] = 0,
     figures: Figures = RESULTS,

@@ -238,7 +238,7 @@ def main(
     ] = None,
     num_requests: Annotated[int, typer.Option(help="Requests in each load.", min=2)] = 64,
     shortest: Annotated[int, typer.Option(help="Shortest prompt and output, tokens.", min=2)] = 16,
-    longest: Annotated[int, typer.Option(help="Longest.", min=2)] = 128,
+    longest: Annotated[int, typer.Option(help="Longest prompt and output, tokens.", min=2)] = 128,
     repeats: Annotated[int, typer.Option(help="Medians are compared.", min=1)] = 3,
     figures: Figures = RESULTS,
 ) -> None:

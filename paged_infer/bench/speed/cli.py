@@ -119,7 +119,7 @@ def optimisations(
 def load(
     common: Common,
     lengths: Lengths,
-    num_requests: Annotated[int, typer.Option(help="In each of the loads.", min=1)] = 64,
+    num_requests: Annotated[int, typer.Option(help="Requests in each load.", min=1)] = 64,
     clients: Clients = None,
     rate: Rates = None,
     thinking_token_budget: ThinkingBudget = None,
@@ -170,7 +170,7 @@ def step(
     common: Common,
     lengths: Lengths,
     num_requests: NumRequests = 32,
-    beside: Annotated[str, typer.Option(help="Another attention backend to compare it with.")] = "sdpa",
+    beside: Annotated[str, typer.Option(help="Another attention backend to compare with.")] = "sdpa",
 ) -> None:
     """Where a step's time goes on a CPU, piece by piece, with one attention backend and with another, interleaved."""
     import torch

@@ -67,7 +67,7 @@ def compare(model: Qwen3ForCausalLM, batch: Batch) -> dict[str, Lost]:
     return {name: Lost.of(exact, some) for name, some in found.items()}
 
 
-def main(seed: Seed = 0, stories: Annotated[int, typer.Option(help="In the batch.", min=1)] = 4) -> None:
+def main(seed: Seed = 0, stories: Annotated[int, typer.Option(help="Stories in the batch.", min=1)] = 4) -> None:
     """Print the share of gradients that become 0, and the error of the layers' gradients, for each precision."""
     model = Qwen3ForCausalLM.from_pretrained(PATH, dtype=torch.float32)
     batch = one_batch(Rows(Tokenizer.from_file(str(PATH / "tokenizer.json")), seed), stories)

@@ -58,8 +58,7 @@ def serve(
         bool, typer.Option("--engine-process", help="Run the engine in a process of its own.")
     ] = False,
     disaggregated_prefill: Annotated[
-        bool,
-        typer.Option("--disaggregated-prefill", help="Compute prompts in one process, and answers in another."),
+        bool, typer.Option("--disaggregated-prefill", help="Compute prompts in one process, and answers in another.")
     ] = False,
     data_parallel_size: Annotated[
         int, typer.Option(help="Engines that serve the requests, each in a process of its own if several.", min=1)

@@ -59,6 +59,13 @@ class ConfigReader:
         """As ``number``, but null is allowed and gives None."""
         return None if self.value(key, default) is None else self.number(key, default)  # type: ignore[arg-type]
 
+    def choice(self, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
+        """One of ``allowed``, of its type: neither true nor 1.0 is 1."""
+        value = self.value(key, default)
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise ValueError(f"{self.name}{key}={value!r}: must be one of {', '.join(map(str, allowed))}")
+        return value
+
     def only(self, **expected: Any) -> None:
         """Refuse any other value of these keys. Null and a missing key are accepted."""
         for key, allowed in expected.items():
@@ -69,6 +76,11 @@ class ConfigReader:
     def unread(self) -> list[str]:
         """Keys that have not been read yet."""
         return sorted(self._raw.keys() - self._read)
+
+    def refuse_unread(self) -> None:
+        """Refuse keys that have not been read; null ones are accepted."""
+        if left := [key for key in self.unread() if self.value(key) is not None]:
+            raise ValueError(f"{self.name}{left[0]}={self.value(left[0])!r} is not supported")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from typing import Any, Literal
 from paged_infer.model.config_reader import ConfigReader
 
 Kind = Literal["packed", "plain", "awq", "gptq", "fp8", "mxfp4"]
+Rule = Literal["name", "module", "part"]
+
+_UP_TO_A_DOT = r"(?:{})(?:(?<=\.)|(?=\.|$))"  # transformers 5.23, ``should_convert_module``, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,14 @@ class QuantizationConfig:
         method: ``quant_method``.
         groups: targets, and how the layers that they match are stored; the first match counts.
         ignore: the layers that stay floats.
-        exact: targets and ``ignore`` are whole names, or "re:" and a pattern; otherwise parts of names.
+        rule: what targets and ``ignore`` are: "name": whole names, or "re:" and a pattern; "module": names up to a dot,
+            as patterns, or ends of names; "part": beginnings of names, as patterns, or parts.
     """
 
     method: str
     groups: tuple[tuple[tuple[str, ...], StoredAs], ...]
     ignore: tuple[str, ...] = ()
-    exact: bool = False
+    rule: Rule = "part"
 
     def of(self, module: str) -> StoredAs | None:
         """Of a linear layer by its name in the checkpoint, such as ``model.layers.0.mlp.up_proj``; None: floats."""
@@ -72,9 +76,10 @@ class QuantizationConfig:
         return None
 
     def _matches(self, pattern: str, module: str) -> bool:
-        if self.exact:
-            is_pattern = pattern.startswith("re:")
-            return re.match(pattern[3:], module) is not None if is_pattern else pattern == module
+        if self.rule == "name":
+            return pattern == module or (pattern.startswith("re:") and re.match(pattern[3:], module) is not None)
+        if self.rule == "module":
+            return module.endswith(pattern) or re.match(_UP_TO_A_DOT.format(pattern), module) is not None
         return pattern in module or re.match(pattern, module) is not None
 
 
@@ -93,25 +98,11 @@ def read_quantization(raw: Any) -> QuantizationConfig | None:
     if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"quantization_config quant_method={method!r}: must be one of {', '.join(_METHODS)}")
     config = _METHODS[method](keys)
-    _refuse_unread(keys)
+    keys.refuse_unread()
     return config
 
 
-def _refuse_unread(keys: ConfigReader) -> None:
-    if left := [key for key in keys.unread() if keys.value(key) is not None]:
-        raise ValueError(f"{keys.name}{left[0]}={keys.value(left[0])!r} is not supported")
-
-
-def _choice(keys: ConfigReader, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
-    value = keys.value(key, default)
-    if value not in allowed or isinstance(value, bool) != any(
-        isinstance(one, bool) and one == value for one in allowed
-    ):
-        raise ValueError(f"{keys.name}{key}={value!r}: must be one of {', '.join(map(str, allowed))}")
-    return value
-
-
-def _names(keys: ConfigReader, key: str) -> tuple[str, ...]:
+def _names(keys: ConfigReader, key: str, form: str = "{}") -> tuple[str, ...]:
     value = keys.value(key)
     if value is None:
         return ()
@@ -119,7 +110,7 @@ def _names(keys: ConfigReader, key: str) -> tuple[str, ...]:
         raise ValueError(f"{keys.name}{key}={value!r}: must be a list of names")
     for name in value:
         try:
-            re.compile(name.removeprefix("re:"))
+            re.compile(form.format(name.removeprefix("re:")))
         except re.error as error:
             raise ValueError(f"{keys.name}{key}: {name!r} is not a valid pattern ({error})") from None
     return tuple(value)
@@ -133,13 +124,13 @@ def _group_size(keys: ConfigReader) -> int | None:
 def _compressed_tensors(keys: ConfigReader) -> QuantizationConfig:
     keys.only(kv_cache_scheme=None, sparsity_config={}, transform_config={})
     # "frozen": no longer calibrated. Tensors that are not compressed are refused by their names and types.
-    _choice(keys, "quantization_status", ("compressed", "frozen", None))
+    keys.choice("quantization_status", ("compressed", "frozen", None))
     for key in ("global_compression_ratio", "version"):  # without effect
         keys.value(key)
     top, groups = keys.value("format"), keys.value("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError(f"quantization_config config_groups={groups!r}: must be an object that is not empty")
-    found = []
+    found = dict[str, StoredAs]()
     for name, raw in groups.items():
         where = f"quantization_config.{name}"
         if not isinstance(raw, Mapping):
@@ -149,10 +140,13 @@ def _compressed_tensors(keys: ConfigReader) -> QuantizationConfig:
         targets = _names(group, "targets")
         if unknown := [one for one in targets if one != "Linear" and not one.startswith("re:") and "." not in one]:
             raise ValueError(f"{where} targets={unknown[0]!r}: must be Linear, a layer's name or re: and a pattern")
-        found.append((targets, _compressed(group, form, where)))
+        found |= dict.fromkeys(targets, _compressed(group, form, where))
         group.only(output_activations=None)
-        _refuse_unread(group)
-    return QuantizationConfig("compressed-tensors", tuple(found), _names(keys, "ignore"), exact=True)
+        group.refuse_unread()
+    # Whole names come first, then patterns, then Linear, whatever group they are in (0.20.1, ``match_targets``, read).
+    order = sorted(found, key=lambda target: (target == "Linear", target.startswith("re:"), target))
+    groups_in_order = tuple(((target,), found[target]) for target in order)
+    return QuantizationConfig("compressed-tensors", groups_in_order, _names(keys, "ignore"), "name")
 
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -168,7 +162,7 @@ def _compressed(group: ConfigReader, form: Any, where: str) -> StoredAs:
     keys = ConfigReader(raw, f"{where}.weights")
     for key in ("observer", "observer_kwargs", "scale_dtype", "zp_dtype"):  # of the calibration, or of the tensors
         keys.value(key)
-    is_float = _choice(keys, "type", ("int", "float"), "int") == "float"
+    is_float = keys.choice("type", ("int", "float"), "int") == "float"
     if is_float is (form in ("pack-quantized", "int-quantized")) and form != "naive-quantized":
         raise ValueError(f"{where} format={form!r} with weights of type {keys.value('type')!r} is not supported")
     bits = keys.size("num_bits", 8, most=8)
@@ -179,18 +173,22 @@ def _compressed(group: ConfigReader, form: Any, where: str) -> StoredAs:
     if is_float and not symmetric:
         raise ValueError(f"{where}.weights symmetric=False is not supported for floats")
     allowed = ("tensor", "channel", "block") if is_float else ("tensor", "channel", "group")
-    strategy = _choice(keys, "strategy", allowed, "channel")
-    size = _group_size(keys) if keys.value("group_size") is not None else None
+    given = keys.value("group_size")
+    inferred = "tensor" if given is None else "channel" if given == -1 else "group"
+    strategy = inferred if keys.value("strategy") is None else keys.choice("strategy", allowed)
+    size = None if given is None else _group_size(keys)
+    if strategy != "group" and size is not None:
+        raise ValueError(f"{where}.weights group_size={size} does not go with strategy={strategy!r}")
     if strategy == "group" and size is None:
         raise ValueError(f"{where}.weights strategy='group' lacks group_size")
     block = _block(keys, "block_structure") if strategy == "block" else None
     keys.only(block_structure=None) if block is None else None
-    order = _choice(keys, "actorder", (None, "weight", "static", "group", "dynamic", False))
-    _refuse_unread(keys)
+    order = keys.choice("actorder", (None, "weight", "static", "group", "dynamic", False))
+    keys.refuse_unread()
     return StoredAs(
         "packed" if form == "pack-quantized" else "plain",
         bits,
-        size if strategy == "group" else None,
+        size,
         has_zeros=not symmetric,
         has_order=order in ("group", "dynamic"),
         is_float=is_float,
@@ -213,9 +211,10 @@ def _compressed_activations(group: ConfigReader, where: str) -> Literal["int8", 
         raise ValueError(
             f"{where}.input_activations dynamic={keys.value('dynamic')!r}: static scales are not supported"
         )
-    keys.only(num_bits=8, symmetric=True, strategy="token", group_size=None, block_structure=None, actorder=None)
-    kind = _choice(keys, "type", ("int", "float"), "int")
-    _refuse_unread(keys)
+    keys.only(num_bits=8, symmetric=True, group_size=None, block_structure=None, actorder=None)
+    keys.choice("strategy", ("token",))  # without one, compressed-tensors takes one scale for all tokens
+    kind = keys.choice("type", ("int", "float"), "int")
+    keys.refuse_unread()
     return "int8" if kind == "int" else "float8"
 
 
@@ -227,32 +226,34 @@ def _block(keys: ConfigReader, key: str) -> tuple[int, int]:
 
 
 def _awq(keys: ConfigReader) -> QuantizationConfig:
-    version = keys.value("version", "gemm")
-    if str(version).lower() != "gemm":
-        raise ValueError(f"quantization_config version={version!r} is not supported; only 'gemm' is")
-    keys.only(bits=4, zero_point=True)
-    for key in ("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse"):  # of their kernels
+    for key in ("version", "format", "checkpoint_format"):  # AutoAWQ's name of it, transformers' and GPTQModel's
+        if (form := keys.value(key)) is not None and str(form).lower() != "gemm":
+            raise ValueError(f"quantization_config {key}={form!r} is not supported; only 'gemm' is")
+    keys.only(bits=4, zero_point=True, desc_act=False, lm_head=False, dynamic={}, pack_dtype="int32")
+    if keys.value("backend") == "llm-awq":  # whose words have another order
+        raise ValueError("quantization_config backend='llm-awq' is not supported")
+    for key in (*_WITHOUT_EFFECT, "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "sym"):
         keys.value(key)
     stored = StoredAs("awq", 4, _group_size(keys), has_zeros=True)
     return QuantizationConfig("awq", ((("Linear",), stored),), _names(keys, "modules_to_not_convert"))
 
 
 # How it was calibrated, which kernels run it, and who wrote it.
-_GPTQ_WITHOUT_EFFECT = (
-    "backend batch_size block_name_to_quantize cache_block_outputs damp_percent damp_auto_increment dataset "
-    "disable_exllama exllama_config group_aware max_input_length meta model_file_base_name model_name_or_path "
+_WITHOUT_EFFECT = (
+    "act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_percent damp_auto_increment "
+    "dataset disable_exllama exllama_config group_aware max_input_length meta model_file_base_name model_name_or_path "
     "model_seqlen module_name_preceding_first_block mse pad_token_id quantizer static_groups tokenizer "
     "true_sequential use_cuda_fp16 use_exllama v2_memory_device offload_to_disk"
 ).split()
 
 
 def _gptq(keys: ConfigReader) -> QuantizationConfig:
-    for key in _GPTQ_WITHOUT_EFFECT:
+    for key in _WITHOUT_EFFECT:
         keys.value(key)
     keys.only(lm_head=False, dynamic={}, is_marlin_format=False, pack_dtype="int32", quant_method="gptq")
-    bits = _choice(keys, "bits", (2, 4, 8))
+    bits = keys.choice("bits", (2, 4, 8))
     name = "checkpoint_format" if keys.value("checkpoint_format") is not None else "format"
-    version = _choice(keys, name, ("gptq", "gptq_v2"), "gptq")
+    version = keys.choice(name, ("gptq", "gptq_v2"), "gptq")
     for key in ("checkpoint_format", "format"):
         if keys.value(key) not in (None, version):
             raise ValueError(f"quantization_config {key}={keys.value(key)!r} contradicts {version!r}")
@@ -272,18 +273,18 @@ def _gptq(keys: ConfigReader) -> QuantizationConfig:
 
 
 def _fp8(keys: ConfigReader) -> QuantizationConfig:
-    keys.only(fmt="e4m3", scale_fmt=None)
+    keys.only(fmt="e4m3", scale_fmt="float", expert_dtype="fp8", dequantize=False, modules_to_convert=[])
     if (scheme := keys.value("activation_scheme", "dynamic")) != "dynamic":
         raise ValueError(f"quantization_config activation_scheme={scheme!r}: static scales are not supported")
     stored = StoredAs("fp8", 8, is_float=True, block=_block(keys, "weight_block_size"))
-    ignore = _names(keys, "modules_to_not_convert") + _names(keys, "ignored_layers")
-    return QuantizationConfig("fp8", ((("Linear",), stored),), ignore)
+    ignore = [one for key in ("modules_to_not_convert", "ignored_layers") for one in _names(keys, key, _UP_TO_A_DOT)]
+    return QuantizationConfig("fp8", ((("Linear",), stored),), tuple(ignore), "module")
 
 
 def _mxfp4(keys: ConfigReader) -> QuantizationConfig:
     keys.only(dequantize=False)
-    stored = StoredAs("mxfp4", 4, 32)
-    return QuantizationConfig("mxfp4", ((("Linear",), stored),), _names(keys, "modules_to_not_convert"))
+    ignore = _names(keys, "modules_to_not_convert", _UP_TO_A_DOT)
+    return QuantizationConfig("mxfp4", ((("Linear",), StoredAs("mxfp4", 4, 32)),), ignore, "module")
 
 
 _METHODS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "fp8": _fp8, "mxfp4": _mxfp4}

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from itertools import permutations
 from typing import Any
 
 import pytest
+import torch
+from compressed_tensors.utils.match import match_targets
+from transformers import AwqConfig, FineGrainedFP8Config, GPTQConfig, Mxfp4Config
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from paged_infer.model.quantization_config import read_quantization
 
@@ -54,6 +60,50 @@ def test_names_and_patterns_choose_the_layers() -> None:
     assert stored(parts) is not None and stored(parts, "model.layers.0.mlp.gate_proj") is None
 
 
+def test_of_several_targets_the_one_that_compressed_tensors_takes_counts() -> None:
+    """A name before a pattern, and a pattern before Linear, in whatever order the groups are."""
+    bits = {"Linear": 4, "re:.*up_proj": 3, "re:.*mlp.*": 5, "model.layers.0.mlp.up_proj": 6}
+    for order in permutations(bits):
+        raw = compressed()
+        raw["config_groups"] = {
+            f"group_{i}": {"targets": [target], "weights": {**INT4, "num_bits": bits[target]}}
+            for i, target in enumerate(order)
+        }
+        for name in ("0.mlp.up_proj", "1.mlp.up_proj", "1.mlp.down_proj", "1.self_attn.q_proj"):
+            first = match_targets(f"model.layers.{name}", torch.nn.Linear(1, 1), bits)[0]
+            assert stored(raw, f"model.layers.{name}").bits == bits[first]
+    again = compressed()
+    again["config_groups"]["group_1"] = {"targets": ["Linear"], "weights": {**INT4, "num_bits": 8}}
+    assert stored(again).bits == 8  # the last group of a target
+
+
+@pytest.mark.parametrize("raw", [FP8, {"quant_method": "mxfp4"}], ids=["fp8", "mxfp4"])
+def test_layers_that_stay_floats_are_those_of_transformers(raw) -> None:
+    """``mlp.gate`` is a router, and no part of ``mlp.gate_proj``; layer 1 is not layer 11."""
+    patterns = "lm_head mlp.gate model.layers.1 model.layers.*.self_attn q_proj model.layers.1. a|model.layers.3.mlp"
+    names = [f"model.layers.{i}.{n}" for i in (1, 3, 11) for n in ("mlp.gate", "mlp.gate_proj", "self_attn.q_proj")]
+    for pattern in patterns.split():
+        for name in (*names, "lm_head"):
+            own = stored({**raw, "modules_to_not_convert": [pattern]}, name)
+            assert (own is not None) == should_convert_module(name, [pattern]), (pattern, name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AwqConfig(), GPTQConfig(4), GPTQConfig(8, desc_act=True), FineGrainedFP8Config(), Mxfp4Config()],
+    ids=["awq", "gptq", "gptq-8", "fp8", "mxfp4"],
+)
+def test_the_sections_that_transformers_writes_are_read(config) -> None:
+    assert stored(json.loads(config.to_json_string(use_diff=False))) is not None
+
+
+def test_without_a_strategy_the_group_size_decides() -> None:
+    """As in compressed-tensors' ``QuantizationArgs``."""
+    one = {key: value for key, value in INT4.items() if key != "strategy"}
+    found = [stored(compressed({**one, "group_size": size})) for size in (32, -1, None)]
+    assert [(own.group_size, own.per_tensor) for own in found] == [(32, False), (None, False), (None, True)]
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -68,7 +118,9 @@ def test_names_and_patterns_choose_the_layers() -> None:
         (compressed({**INT4, "dynamic": True}), "weights dynamic=True is not supported"),
         (compressed({**INT4, "colour": 3}), "weights colour=3 is not supported"),
         (compressed(input_activations={**TOKEN, "dynamic": False}), "dynamic=False: static scales are not supported"),
-        (compressed(input_activations={**TOKEN, "strategy": "tensor"}), "strategy='tensor' is not supported; only"),
+        (compressed(input_activations={**TOKEN, "strategy": "tensor"}), "strategy='tensor': must be one of token"),
+        (compressed(input_activations={**TOKEN, "strategy": None}), "activations strategy=None: must be one of token"),
+        (compressed({**INT4, "strategy": "channel"}), "weights group_size=32 does not go with strategy='channel'"),
         (compressed(input_activations={**TOKEN, "symmetric": False}), "symmetric=False is not supported"),
         (compressed(output_activations=TOKEN), "output_activations="),
         (compressed(top={"kv_cache_scheme": {"num_bits": 8}}), "kv_cache_scheme="),
@@ -84,6 +136,7 @@ def test_names_and_patterns_choose_the_layers() -> None:
         ({**GPTQ, "group_size": 0}, "group_size=0: must be an integer from 1"),
         ({**GPTQ, "rotation": "hadamard"}, "rotation='hadamard' is not supported"),
         ({**GPTQ, "bits": True}, "bits=True: must be one of 2, 4, 8"),
+        ({**GPTQ, "bits": 4.0}, "bits=4.0: must be one of 2, 4, 8"),
         ({**GPTQ, "bits": None}, "bits=None: must be one of 2, 4, 8"),
         ({**GPTQ, "group_size": None}, "group_size=None: must be an integer"),
         ({**GPTQ, "desc_act": 1}, "desc_act=1: must be true or false"),
@@ -107,6 +160,10 @@ def test_names_and_patterns_choose_the_layers() -> None:
         ({**FP8, "activation_scheme": "static"}, "activation_scheme='static': static scales are not supported"),
         ({**FP8, "weight_block_size": None}, "weight_block_size=None: must be two sizes"),
         ({**FP8, "scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
+        ({**FP8, "dequantize": True}, "dequantize=True is not supported"),
+        ({**FP8, "modules_to_not_convert": ["(?i)a"]}, r"not_convert: .\(\?i\)a. is not a valid pattern"),
+        ({**AWQ, "backend": "llm-awq"}, "backend=.llm-awq. is not supported"),
+        ({**AWQ, "format": "gemv"}, "format=.gemv. is not supported; only .gemm. is"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(raw, message) -> None:

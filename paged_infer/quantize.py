@@ -23,12 +23,14 @@ from paged_infer.model.quant.post_training import check_method, quantise_decoder
 from paged_infer.model.quant.scheme import Scheme
 from paged_infer.model.quant.sensitivity import narrowable, sensitivities, stay_wide
 from paged_infer.storyteller.evaluation import document
+from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
 from paged_infer.text.tokenizer import Tokenizer
 
 SCHEMES = ("w4a16", "w8a16", "w8a8")
 NUM_TEXTS, TEXT_TOKENS = 24, 512  # for calibration
 NUM_SENSITIVITY_TEXTS = 4  # of these, read once for each linear layer
-FIRST_STORY = 50_000_000  # seeds of stories for calibration; evaluation begins at a billion
+FIRST_STORY = 50_000_000  # seeds of stories for calibration
+LAST_SEED = (FIRST_EVALUATION_SEED - FIRST_STORY) // NUM_TEXTS - 1  # further ones would be stories of the evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +91,16 @@ def quantize(
         raise ValueError(f"group_size={group_size}: 'w8a8' has a scale for each row, so that products stay integers")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already")
-    out = Path(os.path.abspath(out))  # "." has neither a name nor a parent of its own
+    out = Path(os.path.realpath(out))  # "." has no name, and a link is kept: what it leads to is made, or replaced
+    if os.path.ismount(out):
+        raise ValueError(f"{out}: is a mount point, which cannot be replaced: name a folder in it")
     grid = _scheme(scheme, group_size)
     path = resolve_model(model)
     check_can_save(read_config(path))
     check_method(read_config(path), method)
     texts = calibration_texts(path, calibration, seed) if reads else []
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryDirectory(dir=out.parent).cleanup()  # fails before the work, not after it
+    _draft_folder(out).cleanup()  # fails before the work, not after it
     decoder = load_decoder(path, torch.float32, method_of=lambda name: DENSE)
     wide = list[str]()
     on_start(len(decoder.layers) + (len(narrowable(decoder)) if keep_wide else 0))
@@ -104,13 +108,18 @@ def quantize(
         measured = sensitivities(decoder, grid, texts[:NUM_SENSITIVITY_TEXTS], on_layer)
         wide = stay_wide(decoder, measured, keep_wide)
     found = quantise_decoder(decoder, grid, method, texts, wide=wide, on_layer=on_layer)
-    with tempfile.TemporaryDirectory(dir=out.parent) as name:
+    with _draft_folder(out) as name:
         draft = Path(name) / out.name
         draft.mkdir()
+        _copy_the_rest(path, draft)  # config.json comes last: without it a folder is no checkpoint
         save_quantised(draft, config_dict(path), decoder, found, grid, rounds_inputs=scheme == "w8a8")
-        _copy_the_rest(path, draft)
         draft.replace(out)
     return _report(decoder.config.num_parameters, found, decoder.config.tie_word_embeddings, wide)
+
+
+def _draft_folder(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """Beside ``out``, to become it; the name says whose it is where the process was killed, and left it."""
+    return tempfile.TemporaryDirectory(prefix="quantize-", dir=out.parent)
 
 
 def _scheme(name: str, group_size: int | None) -> Scheme:
@@ -123,7 +132,7 @@ def calibration_texts(path: Path, calibration: str | None, seed: int) -> list[li
     """Token ids of ``NUM_TEXTS`` stories, or of as many pieces of a file, of ``TEXT_TOKENS`` each, drawn by ``seed``.
 
     Raises:
-        ValueError: the model has no tokenizer, or the file has no text.
+        ValueError: the model has no tokenizer, the file no text, or the seed no stories.
     """
     if calibration is None and path not in BUNDLED.values():
         raise ValueError("calibration: this model needs a text file of what it will read, or 'stories'")
@@ -131,6 +140,8 @@ def calibration_texts(path: Path, calibration: str | None, seed: int) -> list[li
     if tokenizer is None:
         raise ValueError(f"{path}: has no tokenizer, so it cannot read texts to calibrate on")
     if calibration in (None, "stories"):
+        if not 0 <= seed <= LAST_SEED:
+            raise ValueError(f"seed={seed}: must be 0 to {LAST_SEED}")
         first = FIRST_STORY + seed * NUM_TEXTS
         return [tokenizer.encode(document(storyteller.tell(first + i))) for i in range(NUM_TEXTS)]
     try:
@@ -144,6 +155,9 @@ def calibration_texts(path: Path, calibration: str | None, seed: int) -> list[li
     return random.Random(seed).sample(pieces, min(NUM_TEXTS, len(pieces)))
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")  # by their suffixes
+
+
 def _copy_the_rest(path: Path, folder: Path) -> None:
     """The files beside the weights: tokenizer, chat template, end tokens."""
     if path.is_file():
@@ -152,9 +166,7 @@ def _copy_the_rest(path: Path, folder: Path) -> None:
             tokenizer.save(folder)
         return
     for file in sorted(path.iterdir()):
-        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(
-            ".index.json"
-        )
+        is_weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
         if file.is_file() and not is_weights and file.name != "config.json":
             shutil.copy(file, folder)
 

@@ -208,6 +208,8 @@ def test_the_seed_draws_the_texts(tmp_path: Path) -> None:
         ({"keep_wide": 1.0}, "keep_wide=1.0: must be 0 or more, and less than 1"),
         ({"keep_wide": -0.1}, "keep_wide=-0.1: must be 0 or more"),
         ({"calibration": "stories"}, "calibration='stories': method 'rtn' looks at no text"),
+        ({"method": "gptq", "seed": -1}, "seed=-1: must be 0 to 39583332"),
+        ({"method": "gptq", "seed": 39583333}, "seed=39583333: must be 0 to 39583332"),
         ({"method": "gptq", "calibration": "{tmp}/none.txt"}, "none.txt': cannot be read as text"),
         ({"method": "gptq", "calibration": "{tmp}/blank.txt"}, "blank.txt': has no text"),
         ({"method": "gptq", "calibration": "{tmp}/bytes.bin"}, "bytes.bin': cannot be read as text"),
@@ -249,3 +251,46 @@ def test_a_quantised_model_is_not_quantised_again_and_the_command_says_so_in_a_l
     result = CliRunner().invoke(app, ["quantize", str(tmp_path / "out"), str(tmp_path / "again")])
     assert result.exit_code == 2 and not (tmp_path / "again").exists()
     assert result.output == "error: the checkpoint is quantised already, by 'compressed-tensors'\n"
+
+
+@pytest.mark.parametrize("target", ["there", "not-there"])
+def test_what_a_link_leads_to_is_made_and_the_link_is_kept(target: str, checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    quantize(str(checkpoint("qwen3")), link, scheme="w8a16")
+    assert link.is_symlink() and (tmp_path / target / "config.json").is_file()
+
+
+def test_a_mount_point_is_refused_before_the_work(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("paged_infer.quantize.load_decoder", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(ValueError, match="disk: is a mount point, which cannot be replaced: name a folder in it"):
+        quantize(str(checkpoint("qwen3")), tmp_path / "disk", scheme="w8a16")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(checkpoint, tmp_path: Path) -> None:
+    """Here it is a limit of the process."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = str(checkpoint("qwen3"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors: cannot be written"):
+            quantize(model, tmp_path / "out", scheme="w8a16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())
+
+
+def test_config_json_comes_last_so_that_nothing_half_written_is_a_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(path: Path, tensors: dict[str, Tensor]) -> None:
+        names = {file.name for file in path.parent.iterdir()}
+        assert "tokenizer.json" in names and "config.json" not in names
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paged_infer.model.loading.save_quantised.write_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize("storyteller", tmp_path / "out", scheme="w8a16")
+    assert not any(tmp_path.iterdir())

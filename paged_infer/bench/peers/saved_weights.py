@@ -15,18 +15,18 @@ def save_for_peers(llm: Any, parent: Path) -> str:
     """
     if llm.engine.config.load_format != "dummy" and llm.folder.is_dir():
         return str(llm.folder)
-    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     from paged_infer.model.loading.checkpoint import config_dict
     from paged_infer.model.loading.load import checkpoint_views
+    from paged_infer.model.loading.safetensors import write_tensors
 
     folder = parent / llm.folder.name.removesuffix(".gguf")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_dict(llm.folder)), encoding="utf-8")
-    tensors = {name: view.contiguous().cpu() for name, view in checkpoint_views(llm.engine.decoder).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: view.cpu() for name, view in checkpoint_views(llm.engine.decoder).items()}
+    write_tensors(folder / "model.safetensors", tensors)
     words = Tokenizer(models.WordLevel({"<|end|>": 0}, unk_token="<|end|>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>").save_pretrained(folder)
     return str(folder)

@@ -1,12 +1,15 @@
-"""The safetensors of a checkpoint: which files are read, their headers, and the tensors themselves."""
+"""The safetensors of a checkpoint: which files are read, their headers, the tensors themselves; and writing one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from paged_infer.model.config_reader import read_json
@@ -60,13 +63,10 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
         raise ValueError(f"{folder}: has an adapter (adapter_config.json), which is not supported: merge it first")
     tensors = []
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
-                    header = file.get_slice(name)
-                    tensors.append(StoredTensor(name, tuple(header.get_shape()), header.get_dtype(), path))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as safetensors, perhaps truncated ({error})") from None
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
+                header = file.get_slice(name)
+                tensors.append(StoredTensor(name, tuple(header.get_shape()), header.get_dtype(), path))
     return tensors
 
 
@@ -81,11 +81,39 @@ def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tens
         left.reverse()
         while left:
             num_bytes = 0
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 while left and num_bytes < _MAPPED_BYTES:
                     key, stored = left.pop()
-                    cut = stored.cut
-                    tensor = file.get_tensor(stored.name) if cut is None else cut.take(file.get_slice(stored.name))
+                    tensor = _read(file, stored)
                     num_bytes += tensor.nbytes
                     yield key, tensor
                     del tensor  # it keeps the mapping
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors, perhaps truncated ({error})") from None
+
+
+def _read(file: Any, stored: StoredTensor) -> Tensor:
+    try:
+        return file.get_tensor(stored.name) if stored.cut is None else stored.cut.take(file.get_slice(stored.name))
+    except (SafetensorError, OSError) as error:  # a dtype that torch lacks, or a file that changed since
+        raise ValueError(f"{stored.path}: {stored.name} of {stored.dtype} cannot be read ({error})") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A file that other users may read, too, as far as its folder allows.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    path.chmod(0o644)

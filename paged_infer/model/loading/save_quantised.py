@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
@@ -25,6 +24,7 @@ from paged_infer.model.decoder import Decoder
 from paged_infer.model.linear import Piece
 from paged_infer.model.loading.layout import HEAD
 from paged_infer.model.loading.load import checkpoint_views
+from paged_infer.model.loading.safetensors import write_tensors
 from paged_infer.model.loading.targets import targets_of
 from paged_infer.model.quant.scheme import Scheme
 from paged_infer.model.quant.words import pack_words
@@ -71,9 +71,7 @@ def save_quantised(
             tensors[name] = _smallest(dense[name])
             if target.parameter == "weight" and layer:
                 ignore.append(name.removesuffix(".weight"))
-    file = folder / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
-    file.chmod(0o644)
+    write_tensors(folder / "model.safetensors", tensors)
     section = quantization_config(scheme, ignore, rounds_inputs=rounds_inputs)
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
 

@@ -85,7 +85,11 @@ class CalibratedLayer:
         return found
 
     def moments(self, *names: str) -> dict[str, Moments]:
-        """Of the inputs of some of its linear layers, with the weights that it has now."""
+        """Of the inputs of some of its linear layers, with the weights that it has now.
+
+        Raises:
+            ValueError: inputs are not finite, or their products are not.
+        """
         seen: dict[str, Moments] = {}
 
         def watch(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -97,6 +101,9 @@ class CalibratedLayer:
         finally:
             for handle in handles:
                 handle.remove()
+        for name, own in seen.items():
+            if not own.products.isfinite().all():
+                raise ValueError(f"{name}: its inputs have values that are infinite or NaN, or too large to be squared")
         return seen
 
 

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
+from paged_infer.model.loading.safetensors import write_tensors
 from paged_infer.storyteller.stories.grammar import END
 from paged_infer.storyteller.training.vocabulary import CHAT_TEMPLATE, save_tokenizer
 
@@ -40,7 +40,7 @@ def export(
             model.save_pretrained(draft, state_dict=own)  # each expert's matrices on their own, as engines read them
         else:
             stored = {key: value for key, value in tensors.items() if key != TIED}
-            save_file(stored, draft / "model.safetensors", metadata={"format": "pt"})
+            write_tensors(draft / "model.safetensors", stored)
             model.config.save_pretrained(draft)
         config = json.loads((draft / "config.json").read_text())
         config |= {"architectures": [type(model).__name__], "dtype": "float32"}

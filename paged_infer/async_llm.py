@@ -157,8 +157,7 @@ class AsyncLLM:
 
     def reasoning_start(self, prompt_token_ids: ReadOnlyList[int]) -> str | None:
         """Where the answer to a prompt begins, see ``text.reasoning_parsers``; None without ``reasoning_parser``."""
-        parser = self._input_processor.reasoning_parser
-        return None if parser is None else parser.first_part(prompt_token_ids).value
+        return self._input_processor.reasoning_start(prompt_token_ids)
 
     @property
     def max_model_len(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, cycle, islice
 
 from paged_infer.llm import LLM
@@ -25,12 +25,16 @@ OPENINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests with the same way to sample, each with its own number of tokens to generate."""
+    """Requests with the same way to sample, each with its own number of tokens to generate.
+
+    ``texts``: what a user says in a chat; ``prompts`` are these in the model's chat template. Empty: no chats.
+    """
 
     name: str
     prompts: list[list[int]]
     params: list[SamplingParams]
     seed: int
+    texts: list[str] = field(default_factory=list)
 
     def sample(self, num_requests: int, max_tokens: int) -> Workload:
         """Its first requests, greedy and cut short: the systems' tokens for them can be compared."""
@@ -38,7 +42,8 @@ class Workload:
             replace(one, temperature=0, max_tokens=min(max_tokens, one.max_tokens or max_tokens))
             for one in self.params[:num_requests]
         ]
-        return Workload(f"the first {len(params)}, greedy", self.prompts[:num_requests], params, self.seed)
+        few = f"the first {len(params)}, greedy"
+        return Workload(few, self.prompts[:num_requests], params, self.seed, self.texts[:num_requests])
 
     def bounded(self, thinking_token_budget: int | None) -> Workload:
         """The same with at most so many tokens of reasoning; None: no limit."""
@@ -46,6 +51,17 @@ class Workload:
             return self
         params = [replace(one, thinking_token_budget=thinking_token_budget) for one in self.params]
         return replace(self, name=f"{self.name}, {thinking_token_budget} of reasoning", params=params)
+
+    def as_chats(self, llm: LLM) -> Workload:
+        """The text of each prompt as a user's message: a question, which a storyteller's chat template looks for.
+
+        Raises:
+            ValueError: the model has no tokenizer, or no chat template.
+        """
+        tokenizer = llm.get_tokenizer()
+        texts = [f"{tokenizer.decode(prompt)}?" for prompt in self.prompts]
+        prompts = [llm.chat_prompt([user_message(text)]) for text in texts]
+        return replace(self, name=f"{self.name}, as chats", prompts=prompts, texts=texts)
 
     def warm_ups(self) -> list[Workload]:
         """Short workloads with every kind of step of this one. Run before it is timed, they compile the kernels that it
@@ -65,6 +81,11 @@ class Workload:
             Workload("all prompts, two tokens each", self.prompts, few, self.seed),
             *(Workload(f"{n} tokens in, 2 out", [token_ids[:n]], [alone], self.seed) for n in lengths),
         ]
+
+
+def user_message(text: str) -> dict[str, str]:
+    """A conversation's only message."""
+    return {"role": "user", "content": text}
 
 
 def nano_vllm_requests(
@@ -111,6 +132,17 @@ def random_ids(vocab_size: int, num_requests: int, shortest: int, longest: int, 
     prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for prompt, _ in lengths]
     params = [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in lengths]
     return Workload(f"{num_requests} requests, {shortest}..{longest} tokens in and out", prompts, params, seed)
+
+
+def random_words(num_requests: int, shortest: int, longest: int, seed: int) -> Workload:
+    """``random_ids`` as chats with a model whose tokenizer is not known: prompts are of so many words of ``OPENINGS``.
+
+    ``prompts`` have the numbers of the words.
+    """
+    words = sorted({word for text in OPENINGS for word in text.split()})
+    drawn = random_ids(len(words), num_requests, shortest, longest, seed)
+    texts = [" ".join(words[number] for number in prompt) for prompt in drawn.prompts]
+    return replace(drawn, name=f"{num_requests} chats, {shortest}..{longest} words in and tokens out", texts=texts)
 
 
 def story_beginnings(llm: LLM, num_requests: int, max_tokens: int, seed: int) -> Workload:

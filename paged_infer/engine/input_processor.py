@@ -130,10 +130,9 @@ class InputProcessor:
             raise ValueError(f"reasoning_parser={name!r} needs text, but this checkpoint has no tokenizer")
         return ReasoningParser(name, self.grammars.vocabulary, self.tokenizer.special_tokens)
 
-    @property
-    def end_of_reasoning(self) -> str | None:
-        """The marker; None without ``reasoning_parser``."""
-        return None if self.reasoning_parser is None else self.reasoning_parser.end.decode()
+    def reasoning_start(self, prompt_token_ids: ReadOnlyList[int]) -> str | None:
+        """Where the answer to a prompt begins, see ``text.reasoning_parsers``; None without ``reasoning_parser``."""
+        return None if self.reasoning_parser is None else self.reasoning_parser.first_part(prompt_token_ids).value
 
     def _check_budget(self, params: SamplingParams) -> None:
         budget = params.thinking_token_budget

@@ -29,6 +29,11 @@ class ReasoningParser:
         self._may_open = first != CONTENT  # whether the text so far can be the beginning of <think>
         self._text = ""  # not processed yet
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether content comes now: its reasoning has ended, or it has none."""
+        return self._place == CONTENT
+
     def feed(self, text: str) -> Delta:
         """What is certain after ``text``, the next piece of the output."""
         return self._split(self._text + text, is_last=False)

@@ -14,13 +14,13 @@ from paged_infer.bench.options import Clients, Lengths, Rates, Repeats, Requests
 from paged_infer.bench.speed import cli as speed_cli
 from paged_infer.cli_options import RESULTS, Figures, Model, Without, as_arguments, open_llm, with_option_groups
 from paged_infer.config import EngineConfig
-from paged_infer.control.reasoning import REASONING_PARSERS
 
 if TYPE_CHECKING:
     from paged_infer.bench.http.http_bench import HttpBench
 
 CLIENTS = [4, 8, 16, 32]
 ANY_VOCABULARY = 1000  # token ids below this are in every model's vocabulary
+BACKENDS = ("openai", "openai-chat")  # vLLM's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,9 @@ def serve(
         Without(max_num_seqs="as many as the most clients", seed="the command's own --seed is the workload's"),
     ],
     model: Model = None,
+    backend: Annotated[
+        str, typer.Option(help="openai: /v1/completions; openai-chat: the prompts as chats, to /v1/chat/completions.")
+    ] = "openai",
     base_url: Annotated[
         str | None, typer.Option(help="A running server, as http://HOST:PORT, instead of one of our own.")
     ] = None,
@@ -78,12 +81,15 @@ def serve(
         if naive not in ("cached", "none"):
             one_at_a_time = "cached (compare it to paged-infer serve --max-num-seqs 1)"
             raise ValueError(f"naive={naive!r}: must be {one_at_a_time} or none")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: must be {' or '.join(BACKENDS)}")
+        is_chat = backend == "openai-chat"
         if base_url is None:
-            opened = _ours(load, lengths, engine, model, naive == "cached", engine_process, torch_threads)
+            opened = _ours(load, lengths, engine, model, is_chat, naive == "cached", engine_process, torch_threads)
         elif model is not None or engine != EngineConfig() or engine_process:
             raise ValueError(f"base_url={base_url!r}: its model and engine are its own; leave out their options")
         else:
-            opened = _theirs(load, lengths, base_url.rstrip("/").removesuffix("/v1"), api_key)
+            opened = _theirs(load, lengths, is_chat, base_url.rstrip("/").removesuffix("/v1"), api_key)
         with opened as bench:
             report = bench.report(load.closed, load.rate, speed_cli.RATE_SHARES)
     speed_cli.show(report, figures)
@@ -109,6 +115,7 @@ def _ours(
     lengths: Lengths,
     engine: EngineConfig,
     model: str | None,
+    is_chat: bool,
     naive: bool,
     engine_process: bool,
     torch_threads: int,
@@ -124,8 +131,10 @@ def _ours(
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, usual_threads)
         llm = open_llm(model, **replace(engine, max_num_seqs=max(load.closed)).options)
-        workload = lengths.draw(llm, load.num_requests, load.seed).bounded(load.thinking_token_budget)
-        end = llm.engine.input_processor.end_of_reasoning
+        workload = lengths.draw(llm, load.num_requests, load.seed)
+        if is_chat:
+            workload = workload.as_chats(llm)
+        workload = workload.bounded(load.thinking_token_budget)
         num_others = load.repeats + len(load.closed) * naive
         bench = stack.enter_context(
             speed_cli.bench_of(llm, load.repeats, load.num_runs(num_others, 1 + engine_process))
@@ -136,7 +145,7 @@ def _ours(
         def serving(max_num_seqs: int, *more: str) -> HttpSystem:
             arguments = ("serve", *options, *more, "--log-level", "warning", "--max-num-seqs", str(max_num_seqs))
             url = stack.enter_context(running("paged_infer.cli", *arguments, torch_threads=torch_threads))
-            return HttpSystem(client, url, llm.name, end_of_reasoning=end)
+            return HttpSystem(client, url, llm.name)
 
         server = serving(max(load.closed))
         apart = serving(max(load.closed), "--engine-process") if engine_process else None
@@ -145,14 +154,15 @@ def _ours(
 
 
 @contextmanager
-def _theirs(load: Load, lengths: Lengths, url: str, api_key: str | None) -> Iterator[HttpBench]:
+def _theirs(load: Load, lengths: Lengths, is_chat: bool, url: str, api_key: str | None) -> Iterator[HttpBench]:
     """A server that runs already: only its answers are known."""
     from paged_infer.bench.http.http_bench import HttpBench, HttpSystem, client_process
     from paged_infer.bench.http.servers import served_model
-    from paged_infer.bench.workloads import random_ids
+    from paged_infer.bench.workloads import random_ids, random_words
 
-    workload = random_ids(ANY_VOCABULARY, load.num_requests, lengths.shortest, lengths.longest, load.seed)
-    workload, end = workload.bounded(load.thinking_token_budget), REASONING_PARSERS["qwen3"].end.decode()
+    drawn = (load.num_requests, lengths.shortest, lengths.longest, load.seed)
+    workload = random_words(*drawn) if is_chat else random_ids(ANY_VOCABULARY, *drawn)
+    workload = workload.bounded(load.thinking_token_budget)
     name = served_model(url, api_key)
     with client_process() as client, speed_cli.progress(load.num_runs(0)) as advance:
-        yield HttpBench(HttpSystem(client, url, name, api_key, end), workload, load.repeats, advance)
+        yield HttpBench(HttpSystem(client, url, name, api_key), workload, load.repeats, advance)

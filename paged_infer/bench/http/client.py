@@ -1,4 +1,4 @@
-"""The client of ``bench serve``: requests to /v1/completions over HTTP, and the times of their responses.
+"""The client of ``bench serve``: requests for completions or chats over HTTP, and the times of their responses.
 
 It runs in a process of its own, without torch, so that it takes no time from the server's process.
 """
@@ -14,21 +14,26 @@ from typing import Any
 
 import httpx
 
+from paged_infer.text.reasoning_parsers import REASONING, ReasoningParser
+
 TIMEOUT_S = 600.0  # of one response: the last of many requests waits long for a slow server
 LOOP_DELAY = "paged_infer:event_loop_delay_seconds"
 DATA, DONE = b"data: ", b"[DONE]"
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Requests for a server. Each is sent at its time of ``arrive_s``, or by the next free one of ``num_clients``."""
+    """Requests for a server. Each is sent at its time of ``arrive_s``, or by the next free one of ``num_clients``.
+
+    A body with messages is a chat's, any other a completion's.
+    """
 
     url: str
     api_key: str | None
     bodies: list[dict[str, Any]]
     num_clients: int | None = None
     arrive_s: list[float] | None = None
-    end_of_reasoning: str | None = None  # looked for in streamed text
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class Reply:
     """Seconds of ``time.perf_counter``. For a response that came whole, ``first_s`` is ``end_s``.
 
     ``reasoned_s`` and ``content_s``: the end of its reasoning, and the first text after it; None if it had none.
+    ``text``: of a chat, its reasoning and then its content. ``num_prompt``: None if the server does not count it.
     """
 
     arrived_s: float  # in an open loop: when it was due, however late the client was
@@ -45,6 +51,7 @@ class Reply:
     text: str
     reasoned_s: float | None = None
     content_s: float | None = None
+    num_prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ async def _closed_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
 
     async def client() -> None:
         for index, body in requests:  # one iterator for all clients
-            replies[index] = await _complete(http, body, time.perf_counter(), job.end_of_reasoning)
+            replies[index] = await _complete(http, body, time.perf_counter())
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(job.num_clients or 1):
@@ -97,21 +104,23 @@ async def _open_loop(http: httpx.AsyncClient, job: Job) -> list[Reply]:
     async with asyncio.TaskGroup() as requests:
         for body, at_s in zip(job.bodies, job.arrive_s or [], strict=True):
             await asyncio.sleep(begin_s + at_s - time.perf_counter())
-            tasks.append(requests.create_task(_complete(http, body, begin_s + at_s, job.end_of_reasoning)))
+            tasks.append(requests.create_task(_complete(http, body, begin_s + at_s)))
     return [task.result() for task in tasks]
 
 
-async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: float, end: str | None = None) -> Reply:
+async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: float) -> Reply:
+    path = CHATS if "messages" in body else COMPLETIONS
     if not body.get("stream"):
-        response = await http.post("/v1/completions", json=body)
+        response = await http.post(path, json=body)
         end_s = time.perf_counter()
         _check(response)
         answer = response.json()
-        text = answer["choices"][0]["text"]
-        return Reply(arrived_s, end_s, end_s, answer["usage"]["completion_tokens"], text)
-    first_s, end_s, num_output, texts = 0.0, 0.0, 0, list[str]()
-    clocks = _ReasoningClocks(end)
-    async with http.stream("POST", "/v1/completions", json=body) as response:
+        text, usage = "".join(_texts(answer["choices"][0])), answer["usage"]
+        return Reply(arrived_s, end_s, end_s, usage["completion_tokens"], text, num_prompt=usage.get("prompt_tokens"))
+    first_s, end_s, usage = 0.0, 0.0, dict[str, int]()
+    texts: dict[str, list[str]] = {"reasoning": [], "content": []}
+    clocks = _ReasoningClocks()
+    async with http.stream("POST", path, json=body) as response:
         if response.status_code != 200:
             await response.aread()
         _check(response)
@@ -121,32 +130,52 @@ async def _complete(http: httpx.AsyncClient, body: dict[str, Any], arrived_s: fl
             *events, rest = (rest + chunk).split(b"\n\n")
             for piece in _pieces(events):
                 for choice in piece["choices"]:
-                    first_s, end_s = first_s or now, now
-                    texts.append(choice["text"])
-                    clocks.note(choice["text"], now)
-                if piece.get("usage"):
-                    num_output = piece["usage"]["completion_tokens"]
-    return Reply(arrived_s, first_s, end_s, num_output, "".join(texts), clocks.reasoned_s, clocks.content_s)
+                    reasoning, content = _texts(choice)
+                    if "text" in choice or reasoning or content or choice.get("finish_reason"):  # not only a role
+                        first_s, end_s = first_s or now, now
+                    texts["reasoning"].append(reasoning)
+                    texts["content"].append(content)
+                    clocks.note(content, now, reasoning)
+                usage = piece.get("usage") or usage
+    text = "".join(texts["reasoning"] + texts["content"])
+    times = (clocks.reasoned_s, clocks.content_s)
+    return Reply(arrived_s, first_s, end_s, usage.get("completion_tokens", 0), text, *times, usage.get("prompt_tokens"))
+
+
+def _texts(choice: dict[str, Any]) -> tuple[str, str]:
+    """The reasoning and the content of an answer, or of a piece of one; a completion has both in one text."""
+    if "text" in choice:
+        return "", choice["text"]
+    message = choice.get("delta") or choice.get("message") or {}
+    # vLLM's name, and its older one, which DeepSeek's API has, too; a server may send both with the same text.
+    return message.get("reasoning") or message.get("reasoning_content") or "", message.get("content") or ""
 
 
 class _ReasoningClocks:
-    """When the end of the reasoning came in a stream, and the first text after it."""
+    """When the reasoning of a streamed answer ended, and when text came after it.
 
-    def __init__(self, end: str | None) -> None:
+    A completion has the end's marker in its text, if it thought. A chat's pieces have the reasoning apart, without the
+    marker, so it ended with the last of them: some tokens earlier than in the engine, as many as the marker has.
+    """
+
+    def __init__(self) -> None:
         self.reasoned_s: float | None = None
         self.content_s: float | None = None
-        self._end, self._text = end, ""  # the last text, in which the end may have begun
+        self._parser = ReasoningParser(REASONING)  # of a text with both; without the marker, there is no content
+        self._apart_s: float | None = None  # when the last piece of reasoning came apart from the content
 
-    def note(self, text: str, now: float) -> None:
-        if self._end is None:
+    def note(self, text: str, now: float, reasoning: str = "") -> None:
+        if self.content_s is not None:
             return
-        if self.reasoned_s is None:
-            before, found, text = (self._text + text).partition(self._end)
-            if not found:
-                self._text = before[-len(self._end) + 1 :]
-                return
-            self.reasoned_s = now
-        if self.content_s is None and text:
+        if reasoning:
+            self._apart_s = now
+        if self._apart_s is None:
+            text = self._parser.feed(text).content
+            if self._parser.has_ended and self.reasoned_s is None:
+                self.reasoned_s = now
+        elif text:
+            self.reasoned_s = self._apart_s
+        if text:
             self.content_s = now
 
 

@@ -24,8 +24,11 @@ from paged_infer.bench.speed.baselines import our_baselines
 from paged_infer.bench.speed.engine_runs import closed_loops, open_loops
 from paged_infer.bench.speed.measure import CHECKED_TOKENS, Bench, Entry, SpeedReport, lengths
 from paged_infer.bench.speed.rounds import interleave
-from paged_infer.bench.workloads import Workload
+from paged_infer.bench.workloads import Workload, user_message
 from paged_infer.execution.machine import describe_machine
+from paged_infer.llm import LLM
+from paged_infer.outputs import RequestOutput
+from paged_infer.text.reasoning_parsers import ReasoningParser
 
 OFFLINE = "LLM.generate"
 SERVER, STREAMED, ARRIVALS = "the server", "the server, streaming", "Poisson arrivals, streaming"
@@ -49,22 +52,24 @@ class HttpSystem:
     url: str
     model: str
     api_key: str | None = None
-    end_of_reasoning: str | None = None  # how its texts mark it, if they do
 
     def run(
         self, workload: Workload, *, stream: bool, num_clients: int | None = None, arrive_s: list[float] | None = None
     ) -> Run:
         """Raises ValueError if the server refuses a request, or stops answering."""
-        job = Job(self.url, self.api_key, self._bodies(workload, stream), num_clients, arrive_s, self.end_of_reasoning)
+        job = Job(self.url, self.api_key, self._bodies(workload, stream), num_clients, arrive_s)
         return _run(self.client.submit(ask, job).result(), workload, is_whole=not stream)
 
     def _bodies(self, workload: Workload, stream: bool) -> list[dict[str, Any]]:
         salt = f"run {next(_RUNS)}"  # no prefix of an earlier run is found in the cache
         streamed = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        asked: list[dict[str, Any]] = [{"prompt": prompt} for prompt in workload.prompts]
+        if workload.texts:
+            asked = [{"messages": [user_message(text)]} for text in workload.texts]
         return [
             {
                 "model": self.model,
-                "prompt": prompt,
+                **prompt,
                 "max_tokens": params.max_tokens,
                 "temperature": params.temperature,
                 "ignore_eos": params.ignore_eos,
@@ -72,7 +77,7 @@ class HttpSystem:
                 **({} if budget is None else {"thinking_token_budget": budget}),
                 **streamed,
             }
-            for prompt, params in zip(workload.prompts, workload.params, strict=True)
+            for prompt, params in zip(asked, workload.params, strict=True)
             for budget in (params.thinking_token_budget,)
         ]
 
@@ -83,7 +88,7 @@ def _run(answered: Replies, workload: Workload, is_whole: bool) -> Run:
     times = [
         TokenTimes(
             reply.arrived_s - begin_s,
-            len(prompt),
+            len(prompt) if reply.num_prompt is None else reply.num_prompt,
             [reply.first_s - begin_s, reply.end_s - begin_s],
             reply.num_output,
             *(None if at is None else at - begin_s for at in (reply.reasoned_s, reply.content_s)),
@@ -98,6 +103,15 @@ def _run(answered: Replies, workload: Workload, is_whole: bool) -> Run:
         is_whole=is_whole,
         loop_delay_s=bounds(answered.loop_delays),
     )
+
+
+def joined_text(llm: LLM, output: RequestOutput, is_chat: bool) -> str:
+    """The text of an answer as a ``Reply`` has it: a chat's reasoning and content come without the markers."""
+    first, text = llm.engine.input_processor.reasoning_start(output.prompt_token_ids), output.outputs[0].text
+    if first is None or not is_chat:
+        return text
+    found = ReasoningParser(first).finish(text)
+    return found.reasoning + found.content
 
 
 def bounds(counts: Mapping[float, int]) -> Percentiles | None:
@@ -121,6 +135,7 @@ class HttpBench:
     one_at_a_time: HttpSystem | None = None
     expected: list[str] | None = None
     engine_process: HttpSystem | None = None  # the same server with the engine in a process of its own
+    num_prompt_tokens: int = 0  # as the server counts them, after the first runs
 
     def report(self, clients: list[int], rates: list[float] | None, rate_shares: list[float]) -> SpeedReport:
         """Entries for ``LLM.generate``, for each number of clients and for each rate.
@@ -131,10 +146,10 @@ class HttpBench:
         entries = self._entries(clients, rates, rate_shares)
         if self.bench is not None:
             return self.bench.report("serve", self.workload, None, entries)
-        workload, (prompts, outputs) = self.workload, lengths(self.workload)
+        workload, (_, outputs) = self.workload, lengths(self.workload)
         return SpeedReport(
-            "serve", self.target.model, "as served", "auto", workload.name, sum(prompts), sum(outputs), workload.seed,
-            self.repeats, describe_machine(), entries=entries,
+            "serve", self.target.model, "as served", "auto", workload.name, self.num_prompt_tokens, sum(outputs),
+            workload.seed, self.repeats, describe_machine(), entries=entries,
         )  # fmt: skip
 
     def _entries(self, clients: list[int], rates: list[float] | None, rate_shares: list[float]) -> list[Entry]:
@@ -147,7 +162,8 @@ class HttpBench:
             offline[OFFLINE] = our_baselines(self.bench.llm)["paged"]
             outputs = self.bench.llm.generate(self.workload.prompts, self.workload.params, use_tqdm=False)
             if self.bench.llm.tokenizer is not None:
-                self.expected = [output.outputs[0].text for output in outputs]
+                is_chat = bool(self.workload.texts)
+                self.expected = [joined_text(self.bench.llm, output, is_chat) for output in outputs]
         run, stream = partial(self.target.run, stream=False), partial(self.target.run, stream=True)
         whole, streamed = closed_loops(run, clients), closed_loops(stream, clients, ", streaming")
         apart: dict[str, dict[str, System]] = {}
@@ -160,6 +176,7 @@ class HttpBench:
         for named in apart.values():
             systems |= named
         runs = interleave(systems, self.workload, self.repeats, self.on_run)
+        self.num_prompt_tokens = sum(one.num_prompt for one in runs[next(iter(whole))][0].times)
         entries = [self._entry(name, runs[name]) for name in offline]
         for series, names in ((SERVER, whole), (STREAMED, streamed)):
             entries += [self._entry(name, runs[name], n, series) for name, n in zip(names, clients, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,8 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from holding import LIMIT_S
+from listening import Listening
 from typer.testing import CliRunner
 
 from paged_infer import LLM, AsyncLLM
@@ -28,28 +26,8 @@ from paged_infer.bench.speed.measure import Bench, SpeedReport
 from paged_infer.bench.workloads import Workload, random_ids, random_lengths
 from paged_infer.cli import app
 from paged_infer.server.app import create_app, observe_loop_delay
-from paged_infer.server.run import listen
 
 ROOF = Roofline(1e9, 1e9, 1e10, "float32", "cpu")
-
-
-class Listening:
-    """An application that is served in a thread."""
-
-    def __init__(self, application: Any) -> None:
-        self.listener = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
-
-    def __enter__(self) -> str:
-        self.thread.start()
-        return self.url
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(LIMIT_S)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +92,7 @@ def test_the_end_of_the_reasoning_is_clocked_on_both_sides_of_http(workload: Wor
     long = random_lengths(llm, num_requests=4, shortest=12, longest=14, seed=1).bounded(3)
     engine = AsyncLLM(**options)  # type: ignore[arg-type]
     with Listening(create_app(engine)) as url, ThreadPoolExecutor(1) as client:
-        system = HttpSystem(client, url, "storyteller", end_of_reasoning="</think>")
+        system = HttpSystem(client, url, "storyteller")
         streamed, whole = (system.run(long, stream=stream, num_clients=2) for stream in (True, False))
     asyncio.run(engine.shutdown())
     for run in (streamed, run_engine(llm.engine, long, num_clients=2)):
@@ -132,14 +110,14 @@ def test_the_end_of_the_reasoning_is_clocked_on_both_sides_of_http(workload: Wor
     "pieces", [["a</think>b"], ["a</", "think>", "b"], ["a</th", "</thi", "nk>b"], ["</think>", "b"]]
 )
 def test_the_marker_is_found_however_the_stream_is_cut(pieces: list[str]) -> None:
-    clocks = http_load._ReasoningClocks("</think>")
+    clocks = http_load._ReasoningClocks()
     for now, piece in enumerate(pieces):
         clocks.note(piece, now)
     ends = [n for n in range(len(pieces)) if "</think>" in "".join(pieces[: n + 1])]
     assert clocks.reasoned_s == ends[0] and clocks.content_s == len(pieces) - 1
-    off = http_load._ReasoningClocks(None)
-    off.note("a</think>b", 1.0)
-    assert off.reasoned_s is None and off.content_s is None
+    none = http_load._ReasoningClocks()
+    none.note("a</thinkb", 1.0)
+    assert none.reasoned_s is None and none.content_s is None
 
 
 def test_another_text_and_a_missing_token_are_found_out(
@@ -296,6 +274,7 @@ def test_a_server_that_runs_already_is_asked_alone(served: str, tmp_path) -> Non
             ["--naive", "naive"],
             "naive='naive': must be cached (compare it to paged-infer serve --max-num-seqs 1) or none",
         ),
+        (["--backend", "vllm"], "backend='vllm': must be openai or openai-chat"),
         (["--shortest", "9", "--longest", "3"], "shortest=9"),
         (["--base-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["--base-url", "http://127.0.0.1:9", "--model", "x"], "its model and engine are its own"),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from paged_infer import LLM
+from paged_infer.evaluation.statistics import proportion
 from paged_infer.storyteller.stories.sums import Form
 from paged_infer.storyteller.sums_evaluation import evaluate_sums
 
@@ -40,12 +41,13 @@ def main(
 def measure(llm: LLM, form: Form, num_examples: int, num_sums: int) -> dict[str, Any]:
     """One row of the numbers; ``first_right`` counts only the first ``NUM_FIRST`` sums."""
     score = evaluate_sums(llm, form, num_examples, num_sums)
+    accuracy, *interval = proportion(score.right)
     return {
         "model": llm.name,
         "form": form.value,
         "examples": num_examples,
-        "accuracy": score.accuracy,
-        "interval": [round(end, 4) for end in score.interval],
+        "accuracy": accuracy,
+        "interval": [round(end, 4) for end in interval],
         "in_steps": score.num_in_steps / num_sums,
         "first_right": sum(score.right[:NUM_FIRST]),
     }

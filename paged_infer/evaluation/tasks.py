@@ -13,7 +13,7 @@ from paged_infer.evaluation.items import Item, choice_items, documents, ending_i
 from paged_infer.evaluation.models import EvaluatedModel
 from paged_infer.storyteller.stories import lexicon
 from paged_infer.storyteller.stories.grammar import END
-from paged_infer.storyteller.stories.sums import END_THINK, THINK, Form
+from paged_infer.storyteller.stories.sums import Form, without_thought
 
 CHAT_STOP = ("\nQ:",)  # for models that continue with the next question; others end their turn
 SHOT_SEEDS = 500  # added to a task's seed for its examples, so that they are never its items
@@ -56,9 +56,7 @@ class Task:
         )
 
     def is_right(self, text: str, answer: str) -> bool:
-        if THINK in text and END_THINK not in text:
-            return False
-        text = text.rpartition(END_THINK)[2]
+        text = without_thought(text)
         if self.match == "exact":
             return text.strip() == answer.strip()
         return last_number(text) == last_number(answer) is not None

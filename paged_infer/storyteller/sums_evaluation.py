@@ -1,13 +1,11 @@
 """How many held-out sums a model answers correctly: directly or in steps, with and without examples before them."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from paged_infer.storyteller.stories.grammar import END, FIRST_EVALUATION_SEED
-from paged_infer.storyteller.stories.sums import END_THINK, THINK, Form, Sum, tell_sum
+from paged_infer.storyteller.stories.sums import Form, Sum, tell_sum, without_thought
 
-Z_95 = 1.96  # a normal variable is within this many standard deviations of its mean with probability 0.95
 IN_CHAT = (Form.THINKING, Form.NOT_THINKING)
 
 
@@ -17,19 +15,6 @@ class SumScore:
 
     right: tuple[bool, ...]
     num_in_steps: int
-
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers."""
-        return sum(self.right) / len(self.right)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the accuracy on all sums (Wilson 1927), which stays within 0 and 1."""
-        share, weight = self.accuracy, Z_95**2 / len(self.right)
-        middle = (share + weight / 2) / (1 + weight)
-        spread = math.sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
-        return middle - spread, middle + spread
 
 
 def sum_prompt(told: Sum, form: Form, examples: list[Sum]) -> str:
@@ -66,10 +51,7 @@ def evaluate_sums(llm: Any, form: Form, num_examples: int = 0, num_sums: int = 5
     prompts = [sum_prompt(told, form, before) for told, before in zip(asked, examples, strict=True)]
     greedy = SamplingParams(temperature=0, max_tokens=96, stop=[] if form in IN_CHAT else ["\n"])
     texts = [output.outputs[0].text for output in llm.generate(prompts, greedy, use_tqdm=False)]
-    right = tuple(_final(text).endswith(told.question.answer) for text, told in zip(texts, asked, strict=True))
+    right = tuple(
+        without_thought(text).strip().endswith(told.question.answer) for text, told in zip(texts, asked, strict=True)
+    )
     return SumScore(right, sum(" is " in text for text in texts))
-
-
-def _final(text: str) -> str:
-    """The text after the reasoning; empty if the reasoning has no end."""
-    return "" if THINK in text and END_THINK not in text else text.split(END_THINK)[-1].strip()

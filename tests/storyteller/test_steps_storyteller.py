@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paged_infer import LLM, SamplingParams, storyteller
 from paged_infer.bench.sums import FORMS, NUM_EXAMPLES, NUM_FIRST, measure, table
+from paged_infer.evaluation.statistics import proportion
 from paged_infer.storyteller import PATH, STEPS_PATH, evaluate
 from paged_infer.storyteller.stories.sums import Form, tell_sum
 from paged_infer.storyteller.sums_evaluation import sum_prompt
@@ -121,6 +122,8 @@ def test_every_row_is_stored_and_its_interval_holds_its_share() -> None:
     assert len(STORED["rows"]) == len(NUM_EXAMPLES) * sum(map(len, FORMS.values())) and STORED["num_sums"] >= 500
     for row in STORED["rows"]:
         low, high = row["interval"]
+        num_sums, right = STORED["num_sums"], round(row["accuracy"] * STORED["num_sums"])
+        assert row["interval"] == pytest.approx(proportion([i < right for i in range(num_sums)])[1:], abs=1e-4)
         assert low <= row["accuracy"] <= high and high - low < 0.1
 
 

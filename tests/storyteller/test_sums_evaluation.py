@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from paged_infer.storyteller.stories.sums import Form, is_held_out, tell_sum
-from paged_infer.storyteller.sums_evaluation import SumScore, evaluate_sums, sum_prompt
+from paged_infer.storyteller.sums_evaluation import evaluate_sums, sum_prompt
 
 TOLD, EXAMPLE = tell_sum(0, held_out=True), tell_sum(1)
 
@@ -40,13 +40,6 @@ def test_an_answer_counts_by_its_last_sentence_and_never_inside_a_thought():
 
 def test_the_sums_that_are_asked_are_held_out():
     assert all(is_held_out(tell_sum(1_000_000_000 + i, held_out=True).counts) for i in range(50))
-
-
-def test_the_interval_is_wilson_s():
-    low, high = SumScore((True,) * 90 + (False,) * 10, 0).interval
-    assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
-    assert SumScore((True,) * 20, 0).interval[1] == pytest.approx(1.0)
-    assert SumScore((False,) * 20, 0).interval[0] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(("examples", "sums"), [(0, 0), (-1, 5)])

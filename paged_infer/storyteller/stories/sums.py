@@ -77,6 +77,11 @@ class Sum:
         return f"\n{THINK}\n{thought}\n{END_THINK}\n\n{self.question.answer}"
 
 
+def without_thought(text: str) -> str:
+    """What stands behind a thought; nothing if the thought has no end."""
+    return "" if THINK in text and END_THINK not in text else text.rpartition(END_THINK)[2]
+
+
 def tell_sum(seed: int, held_out: bool = False, num_steps: ReadOnlyList[int] = NUM_STEPS) -> Sum:
     """The sum of this seed, with one of `num_steps` gains and losses.
 

@@ -26,6 +26,7 @@ from paged_infer.execution.multiprocess import MultiprocessExecutor
 from paged_infer.execution.ray_cluster import RayExecutor
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.loading.checkpoint import read_config
+from paged_infer.model.rank_config import config_of_rank
 from paged_infer.text.tokenizer import Tokenizer
 
 
@@ -71,6 +72,7 @@ def build_parts(folder: Path, config: EngineConfig) -> EngineParts:
 def _load(folder: Path, config: EngineConfig, check: Callable[[MemoryPlan], None]) -> tuple[Executor, MemoryPlan]:
     """Load the models where the options put them, and a pool for them. ``check`` is called before the pool is made."""
     if config.executor_backend in ("mp", "ray"):
+        config_of_rank(read_config(folder), config.tensor_parallel_size)  # refused before a process is started
         executor_type = MultiprocessExecutor if config.executor_backend == "mp" else RayExecutor
         ranks = executor_type(folder, config)
         try:

@@ -136,5 +136,5 @@ def test_without_a_launcher_or_with_another_number_of_ranks_it_is_refused(monkey
 
 
 def test_callers_of_only_one_rank_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"external_launcher.*requests would arrive at one rank"):
+    with pytest.raises(ValueError, match=r"external_launcher.*requests would arrive at only one rank"):
         AsyncLLM(**TINY, **RANKS)

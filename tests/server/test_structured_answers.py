@@ -111,7 +111,7 @@ def test_openais_client_parses_answers_into_a_model(served) -> None:
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),
         ({"structured_outputs": {"choice": ["a"]}, "min_tokens": 1}, "min_tokens", "structured_outputs"),
         ({"structured_outputs": {"choice": ["a"]}, "use_beam_search": True}, "structured_outputs", "use_beam_search"),
-        ({"structured_outputs": {"choice": ["a"]}, "response_format": FORMAT}, "response_format", "not together"),
+        ({"structured_outputs": {"choice": ["a"]}, "response_format": FORMAT}, "response_format", "not supported with"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
         ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format", "excludes json_schema"),
     ],

@@ -63,7 +63,7 @@ def test_an_async_llm_and_an_engine_take_the_same_prompts(text_checkpoint) -> No
     [
         ({"promt": "a"}, r"the unknown key promt \(did you mean prompt\?\); known: prompt, prompt_token_ids"),
         ({"prompt": "a", "multi_modal_data": {}}, "the unknown key multi_modal_data; known:"),
-        ({}, "one of prompt and prompt_token_ids, not none"),
+        ({}, "either prompt or prompt_token_ids, not none"),
         ({"prompt": "a", "prompt_token_ids": [1]}, "not prompt and prompt_token_ids"),
         ({"prompt": 5}, "prompt=5: must be a str"),
         ({"prompt": [5]}, r"prompt=\[5\]: must be a str"),

@@ -251,3 +251,48 @@ def test_grammars_are_kept_up_to_a_number(told: LLM, monkeypatch: pytest.MonkeyP
     for pattern in ("x2", "x3", "x4"):
         cache.get(StructuredOutputsParams(regex=pattern))
     assert cache.get(StructuredOutputsParams(regex="x1")) is not first
+
+
+FOX = "Once upon a time there was a very little fox!"
+
+
+@pytest.mark.parametrize("place", ["accept", "forced", "is_finished"])
+def test_a_grammar_that_breaks_behind_accepted_drafts_ends_its_own_request_only(
+    expected: list[Any], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before stays, with its logprobs; drafts that cannot be had are none."""
+    llm = LLM(num_blocks=200, max_num_seqs=16, **SETTINGS["ngram"])
+    fox = StructuredOutputsParams(regex=FOX)
+    params = SamplingParams(temperature=0, max_tokens=40, logprobs=1, structured_outputs=fox)
+    machine = llm.engine.input_processor.grammars.get(fox).machine  # type: ignore[attr-defined]
+    original = getattr(NativeMatcher, place)
+
+    def breaking(self: NativeMatcher, *arguments: Any) -> Any:
+        if self._machine is machine and len(self._states) == 5:
+            raise GrammarError("the grammar broke")
+        return original.fget(self) if isinstance(original, property) else original(self, *arguments)
+
+    monkeypatch.setattr(NativeMatcher, place, property(breaking) if isinstance(original, property) else breaking)
+    outputs = llm.generate([PROMPTS[0], *PROMPTS], [params, *MIXED], use_tqdm=False)
+    (one,) = outputs[0].outputs
+    assert said(outputs[1:]) == expected
+    assert one.logprobs is not None and len(one.logprobs) == len(one.token_ids) > 2
+    if place == "forced":
+        assert (one.text, one.finish_reason) == (FOX, "stop")
+    else:
+        assert one.finish_reason == "error" and "the grammar broke" in (one.error or "")
+        assert FOX.startswith(one.text) and one.text != FOX
+    llm.check_integrity()
+
+
+def test_a_schema_that_is_nested_too_deep_for_a_thread_s_stack_is_refused(
+    told: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paged_infer.engine import grammars
+
+    def too_deep(*_: Any) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(grammars, "NativeGrammar", too_deep)
+    with pytest.raises(ValueError, match="structured_outputs: regex: it is nested too deep"):
+        told.engine.input_processor.grammars.get(StructuredOutputsParams(regex="never compiled"))

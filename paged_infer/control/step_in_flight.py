@@ -61,11 +61,13 @@ class StepInFlight:
             if one.is_finished or one in self.restarted:
                 continue
             tokens = [*result.accepted.get(one.sequence_id, ()), result.token_ids[one.sequence_id]]
+            num_before = one.num_output_tokens
             try:
                 num_new, ended = one.append_output_tokens(tokens)
             except GrammarError as error:
                 result.failed[one.sequence_id] = str(error)
                 self._queues.fail(one, str(error))
+                grown += [one] * (one.num_output_tokens - num_before)  # drafts that came before
                 continue
             grown += [one] * num_new
             if one.sequence_id in self.plan.drafts:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paged_infer.control.blocks.manager import Allocation
-from paged_infer.control.guided.grammar import num_allowed
+from paged_infer.control.guided.grammar import GrammarError, Matcher, num_allowed
 from paged_infer.control.sequence import PLACEHOLDER, Sequence
 from paged_infer.control.sequence_state import SequenceState
 from paged_infer.control.speculation import Proposer
@@ -166,7 +166,7 @@ class StepPlan(StepBlocks):
                 continue
             drafts = proposer.propose(sequence.token_ids, most)
             if sequence.matcher is not None and PLACEHOLDER not in drafts:
-                drafts = sequence.matcher.forced()[:most] or drafts[: num_allowed(sequence.matcher, drafts)]
+                drafts = _allowed(sequence.matcher, drafts, most)
             while drafts and not self._manager.reserve(sequence_id, end, end + len(drafts)):
                 drafts.pop()
             if drafts:
@@ -182,3 +182,11 @@ class StepPlan(StepBlocks):
             if sequence.sequence_id in self.drafts and sequence.state is SequenceState.RUNNING:
                 self._manager.trim(sequence.sequence_id, sequence.num_computed_tokens)
         return [*self.admitted, *copied, *self.preempted]
+
+
+def _allowed(matcher: Matcher, drafts: list[int], most: int) -> list[int]:
+    """The tokens that must come, or else those of ``drafts`` that may. None if it fails: its mask will say so."""
+    try:
+        return matcher.forced()[:most] or drafts[: num_allowed(matcher, drafts)]
+    except GrammarError:
+        return []

@@ -49,6 +49,8 @@ class GrammarCache:
         if grammar is None:
             try:
                 grammar = self._compile(asked)
+            except RecursionError:
+                raise ValueError(f"structured_outputs: {asked.kind}: it is nested too deep") from None
             except ValueError as error:
                 raise ValueError(f"structured_outputs: {asked.kind}: {error}") from None
         with self._lock:

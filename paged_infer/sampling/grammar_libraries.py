@@ -7,11 +7,14 @@ microseconds. They are imported when a request first needs them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cached_property, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_infer.control.guided.grammar import Grammar, GrammarError
 from paged_infer.control.guided.vocabulary import Vocabulary
@@ -21,6 +24,9 @@ _XGRAMMAR_IGNORES = (
     "multipleOf uniqueItems contains minContains maxContains not if then else oneOf dependentRequired dependentSchemas "
     "propertyNames patternProperties minProperties maxProperties unevaluatedItems"
 ).split()
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Library(Protocol):
@@ -35,8 +41,8 @@ class Library(Protocol):
 class Xgrammar:
     """https://github.com/mlc-ai/xgrammar; its EBNF is GBNF, whose rules are written with ``::=``.
 
-    Version 0.2.9 allows control characters in JSON strings of a limited length, which ``json.loads`` takes only with
-    ``strict=False``.
+    Version 0.2.9 allows control characters in JSON strings of a limited length, which are no JSON: in documents, tokens
+    with such a character are left out here. There it also allows the bytes of surrogates, which decode to U+FFFD.
     """
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
@@ -47,12 +53,21 @@ class Xgrammar:
             vocab_size=vocab_size,
             stop_token_ids=sorted(vocabulary.eos_token_ids),
         )
-        self.compiler = self.library.GrammarCompiler(info, max_threads=1)
+        # Its own cache would keep every grammar; which ones are kept is decided where this is called.
+        self.compiler = self.library.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+    @cached_property
+    def plain(self) -> NDArray[np.int32]:
+        """The mask of all tokens without a control character."""
+        vocabulary = self.vocabulary
+        control = [i for text, ids in vocabulary.ids.items() if min(text) < 0x20 for i in ids]
+        bits = (1 << 8 * vocabulary.num_mask_bytes) - 1 - sum(1 << i for i in control)
+        return np.frombuffer(bits.to_bytes(vocabulary.num_mask_bytes, "little"), np.int32)
 
     def compile(self, kind: str, text: str) -> Grammar:
         try:
-            return _XgrammarGrammar(self, self._compiled(kind, text))
-        except RuntimeError as error:
+            return _XgrammarGrammar(self, self._compiled(kind, text), is_json=kind == "json")
+        except Exception as error:  # a library can raise anything
             raise ValueError(f"xgrammar: {_last_line(error)}") from None
 
     def _compiled(self, kind: str, text: str) -> Any:
@@ -94,7 +109,7 @@ class Llguidance:
             else:
                 grammar = (matcher.grammar_from_regex if kind == "regex" else matcher.grammar_from_lark)(text)
             found = matcher(self.tokenizer, grammar)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # a library can raise anything
             raise ValueError(f"llguidance: {error}") from None
         if found.is_error():
             raise ValueError(f"llguidance: {found.get_error().strip()}")
@@ -109,6 +124,21 @@ def is_installed(name: str) -> bool:
     return find_spec(name) is not None
 
 
+def _fails_alone(method: F) -> F:
+    """Whatever the library raises becomes a GrammarError, which ends its own request only."""
+
+    @wraps(method)
+    def guarded(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except GrammarError:
+            raise
+        except Exception as error:
+            raise GrammarError(f"its grammar failed: {_last_line(error)}") from None
+
+    return guarded  # type: ignore[return-value]
+
+
 class _LibraryMatcher:
     """The common part of both matchers: the end, and the bitmask that the library writes to."""
 
@@ -121,6 +151,7 @@ class _LibraryMatcher:
     def constrains(self, num_ahead: int) -> bool:
         return True
 
+    @_fails_alone
     def mask(self) -> bytes:
         if self._has_ended:
             return self._vocabulary.everything
@@ -129,6 +160,7 @@ class _LibraryMatcher:
             raise GrammarError("its grammar allows none of the vocabulary's tokens")
         return self._bitmask.tobytes()
 
+    @_fails_alone
     def accept(self, token_id: int) -> bool:
         if self._has_ended:
             return False
@@ -138,12 +170,14 @@ class _LibraryMatcher:
         is_text = token_id < len(self._vocabulary.tokens) and self._vocabulary.tokens[token_id] is not None
         return is_text and self._take(token_id)
 
+    @_fails_alone
     def rollback(self, num_tokens: int) -> None:
         if num_tokens and self._has_ended:
             self._has_ended, num_tokens = False, num_tokens - 1
         if num_tokens:
             self._matcher.rollback(num_tokens)
 
+    @_fails_alone
     def forced(self) -> list[int]:
         return [] if self._has_ended else self._vocabulary.split(self._forced_bytes())
 
@@ -155,18 +189,20 @@ class _LibraryMatcher:
 
 
 class _XgrammarGrammar:
-    def __init__(self, library: Xgrammar, compiled: Any) -> None:
-        self.library, self.compiled = library, compiled
+    def __init__(self, library: Xgrammar, compiled: Any, is_json: bool) -> None:
+        self.library, self.compiled, self.is_json = library, compiled, is_json
 
     def matcher(self) -> _XgrammarMatcher:
-        return _XgrammarMatcher(self.library, self.compiled)
+        return _XgrammarMatcher(self.library, self.compiled, self.is_json)
 
 
 class _XgrammarMatcher(_LibraryMatcher):
-    def __init__(self, library: Xgrammar, compiled: Any) -> None:
+    def __init__(self, library: Xgrammar, compiled: Any, is_json: bool) -> None:
         super().__init__(library.library.GrammarMatcher(compiled), library.vocabulary, library.vocab_size)
+        self._plain = library.plain if is_json else None
 
     @property
+    @_fails_alone
     def is_finished(self) -> bool:
         if self._has_ended or not self._matcher.is_completed():
             return self._has_ended
@@ -175,12 +211,15 @@ class _XgrammarMatcher(_LibraryMatcher):
 
     def _fill(self) -> None:
         self._matcher.fill_next_token_bitmask(self._bitmask)
+        if self._plain is not None:
+            self._bitmask[0] &= self._plain
 
     def _is_accepting(self) -> bool:
         return bool(self._matcher.is_completed())
 
     def _take(self, token_id: int) -> bool:
-        return bool(self._matcher.accept_token(token_id))
+        is_plain = self._plain is None or bool(self._plain[token_id >> 5] >> (token_id & 31) & 1)
+        return is_plain and bool(self._matcher.accept_token(token_id))
 
     def _forced_bytes(self) -> bytes:
         return self._matcher.find_jump_forward_string().encode()
@@ -200,6 +239,7 @@ class _LlguidanceMatcher(_LibraryMatcher):
         self._fill_next = library.fill
 
     @property
+    @_fails_alone
     def is_finished(self) -> bool:
         return self._has_ended or (self._matcher.is_stopped() and self._matcher.is_accepting())
 
@@ -253,4 +293,4 @@ def _found(schema: Any, keywords: list[str]) -> str | None:
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[-1].split(": ", 1)[-1]
+    return (str(error).strip() or type(error).__name__).split("\n")[-1].split(": ", 1)[-1]

@@ -14,7 +14,9 @@ from collections.abc import Sequence as ReadOnlyList
 from typing import Protocol
 
 from paged_infer.control.guided.characters import utf8
+from paged_infer.control.guided.json_keywords import UnsupportedError
 from paged_infer.control.guided.json_schema import json_network
+from paged_infer.control.guided.machine import GrammarError as GrammarError
 from paged_infer.control.guided.machine import Machine, State
 from paged_infer.control.guided.network import Network
 from paged_infer.control.guided.regex import regex_dfa
@@ -23,12 +25,8 @@ from paged_infer.control.guided.vocabulary import Vocabulary
 MAX_FORCED_BYTES = 256
 
 
-class GrammarError(Exception):
-    """A grammar cannot continue. Only the request that uses it fails."""
-
-
 class Matcher(Protocol):
-    """The position of one sequence in its grammar."""
+    """The position of one sequence in its grammar. Each method may raise a GrammarError, and then changes nothing."""
 
     @property
     def is_finished(self) -> bool:
@@ -76,7 +74,11 @@ class NativeGrammar:
 
     def __init__(self, kind: str, text: str, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self.machine = Machine(_network(kind, text))
+        try:
+            self.machine = Machine(_network(kind, text))
+        except GrammarError as error:
+            raise UnsupportedError(str(error)) from None
+        vocabulary.build()  # here, where grammars are compiled, rather than between two steps
 
     def matcher(self) -> NativeMatcher:
         return NativeMatcher(self)
@@ -165,8 +167,11 @@ def mask_after(matcher: Matcher, token_ids: ReadOnlyList[int]) -> bytes | None:
 
 
 def _advance(matcher: Matcher, token_ids: ReadOnlyList[int]) -> int:
-    """Accept the tokens before the first that is not allowed. Returns how many."""
+    """Accept the tokens before the first that is not allowed, or at which the grammar fails. Returns how many."""
     for number, token_id in enumerate(token_ids):
-        if not matcher.accept(token_id):
+        try:
+            if not matcher.accept(token_id):
+                return number
+        except GrammarError:
             return number
     return len(token_ids)

@@ -77,7 +77,7 @@ def bound(schema: Mapping[str, Any], closed: str, opened: str, tighter: Any, whe
             value = schema[keyword]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value - value != 0:
                 raise ValueError(f"{where}: {keyword}={shown(value)} must be a finite number")
-            found.append(Bound(Decimal(str(value)), is_open))
+            found.append(Bound(Decimal(str(value)) if value else Decimal(0), is_open))  # -0.0 is 0
     if len(found) == 2 and found[0].value == found[1].value:
         return found[1]
     return tighter(found, key=lambda bound: bound.value) if found else None

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
-from paged_infer.control.guided.automaton import Automaton, limited
+from paged_infer.control.guided.automaton import Automaton, TooLargeError, limited
 from paged_infer.control.guided.characters import in_json, utf8
 from paged_infer.control.guided.json_keywords import (
     ANNOTATIONS,
@@ -31,9 +32,17 @@ from paged_infer.control.guided.json_keywords import (
     shown,
     types_of,
 )
-from paged_infer.control.guided.json_texts import FORMATS, any_number, any_text, literal, other_texts, value_types
+from paged_infer.control.guided.json_texts import (
+    FORMATS,
+    any_number,
+    any_text,
+    fixed_texts,
+    is_fixed,
+    literal,
+    other_texts,
+)
 from paged_infer.control.guided.network import Network
-from paged_infer.control.guided.numbers import number_automaton
+from paged_infer.control.guided.numbers import are_satisfiable, ends, max_digits, number_automaton
 from paged_infer.control.guided.regex import regex_dfa
 
 
@@ -49,6 +58,8 @@ def json_network(schema: Any) -> Network:
         network.close(_Compiler(schema, network).value(schema, network.rules[0][0], "#"))
     except RecursionError:
         raise ValueError("the schema is nested too deep") from None
+    except TooLargeError as error:
+        raise UnsupportedError(str(error)) from None
     return network
 
 
@@ -72,11 +83,12 @@ class _Compiler:
         for keyword in schema:
             if keyword not in SUPPORTED and keyword not in ANNOTATIONS:
                 raise UnsupportedError(f"{where}: keyword {keyword!r} is not supported; known: {', '.join(SUPPORTED)}")
-        for keyword in ("$ref", "anyOf", "allOf", "const", "enum"):
+        for keyword in ("$ref", "anyOf", "allOf"):
             if keyword in schema:
-                with_type = ("type",) if keyword in ("const", "enum") else ()
-                refuse_others(schema, keyword, with_type, where)
+                refuse_others(schema, keyword, (), where)
                 return getattr(self, "_" + keyword.strip("$").lower())(schema, start, where)
+        if is_fixed(schema):
+            return self.network.literals(start, fixed_texts(schema, where))
         return self._typed(schema, start, where)
 
     def call(self, name: str, schema: Any, start: int) -> int:
@@ -94,9 +106,9 @@ class _Compiler:
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise UnsupportedError(f"{where}: $ref {shown(reference)} is not supported: only #/... in this schema")
         target = self.root
-        for part in reference.split("/")[1:]:
+        for part in unquote(reference).split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and part.isdecimal() and int(part) < len(target):
+            if isinstance(target, list) and part.isascii() and part.isdecimal() and int(part) < len(target):
                 target = target[int(part)]
             elif isinstance(target, Mapping) and part in target:
                 target = target[part]
@@ -105,9 +117,15 @@ class _Compiler:
         return self.call(reference, target, start)
 
     def _anyof(self, schema: Mapping[str, Any], start: int, where: str) -> int:
-        end = self.network.new_state()
+        end, texts = self.network.new_state(), list[bytes]()
         for place, option in enumerate(list_of(schema, "anyOf", where)):
-            self._branch(start, end, option, f"{where}/anyOf/{place}")
+            own = f"{where}/anyOf/{place}"
+            if is_fixed(option):
+                texts += fixed_texts(option, own)
+            else:
+                self._branch(start, end, option, own)
+        if texts:
+            self.network.free[self.network.literals(start, texts)].append(end)
         return end
 
     def _allof(self, schema: Mapping[str, Any], start: int, where: str) -> int:
@@ -121,19 +139,9 @@ class _Compiler:
         self.network.free[start].append(begin)
         self.network.free[self.value(schema, begin, where)].append(end)
 
-    def _const(self, schema: Mapping[str, Any], start: int, where: str) -> int:
-        return self._enum({**schema, "enum": [schema["const"]]}, start, where)
-
-    def _enum(self, schema: Mapping[str, Any], start: int, where: str) -> int:
-        types = types_of(schema, where) if "type" in schema else [*KEYWORDS]
-        values = [value for value in list_of(schema, "enum", where) if not value_types(value).isdisjoint(types)]
-        if not values:
-            raise ValueError(f"{where}: no value of {shown(schema['enum'])} is of type {shown(schema['type'])}")
-        return self.network.literals(start, [literal(value, where) for value in values])
-
     def _typed(self, schema: Mapping[str, Any], start: int, where: str) -> int:
         if "type" in schema:
-            types = types_of(schema, where)
+            types = [*dict.fromkeys(types_of(schema, where))]
         else:
             types = [name for name, keywords in KEYWORDS.items() if not set(keywords).isdisjoint(schema)] or [*KEYWORDS]
         if "number" in types:
@@ -159,8 +167,12 @@ class _Compiler:
     def _number(self, schema: Mapping[str, Any], start: int, where: str, is_integer: bool = False) -> int:
         low = bound(schema, "minimum", "exclusiveMinimum", max, where)
         high = bound(schema, "maximum", "exclusiveMaximum", min, where)
-        is_free = low is None and high is None
-        numbers = any_number(is_integer) if is_free else number_automaton(low, high, is_integer=is_integer)
+        if low is None and high is None:
+            return self.network.splice(start, any_number(is_integer), utf8)
+        numbers = number_automaton(low, high, is_integer=is_integer)
+        if not ends(numbers) and are_satisfiable(low, high, is_integer):
+            most = f"{max_digits(is_integer)} digits and without an exponent"
+            raise UnsupportedError(f"{where}: no number of at most {most} is within the bounds")
         return self.network.splice(start, numbers, utf8)
 
     def _string(self, schema: Mapping[str, Any], start: int, where: str) -> int:
@@ -224,14 +236,14 @@ class _Compiler:
         unnamed = [name for name in dict.fromkeys(required) if name not in properties]
         if unnamed and schema.get("additionalProperties") is False:
             raise ValueError(f"{where}: required {unnamed[0]!r} is not a property, and additionalProperties is false")
-        network = self.network
+        network, needed = self.network, set(required)
         none, some = network.literal(start, b"{"), network.new_state()  # before the first property; after one
         for name, of_name in {**properties, **dict.fromkeys(unnamed, others or True)}.items():
             begin, after = self._either(none, some), network.new_state()
             escaped = name.replace("~", "~0").replace("/", "~1")  # as in a $ref, so that locations differ
             colon = self._separator(network.literal(begin, literal(name, where)), b":")
             network.free[self.value(of_name, colon, f"{where}/properties/{escaped}")].append(after)
-            if name in required:
+            if name in needed:
                 none, some = network.new_state(), after
             else:
                 before_none, before_some = none, some

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from paged_infer.control.guided.automaton import Automaton
 from paged_infer.control.guided.characters import ANY, complement, ranges_of
-from paged_infer.control.guided.json_keywords import shown
-from paged_infer.control.guided.numbers import MAX_DIGITS, MAX_INTEGER_DIGITS
+from paged_infer.control.guided.json_keywords import KEYWORDS, list_of, refuse_others, shown, types_of
+from paged_infer.control.guided.numbers import MAX_DIGITS, max_digits
 from paged_infer.control.guided.regex import regex_dfa
 
 _MONTHS = r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8]))"
@@ -27,7 +28,7 @@ FORMATS = {
 
 @functools.cache
 def any_number(is_integer: bool) -> Automaton:
-    most = MAX_INTEGER_DIGITS if is_integer else MAX_DIGITS
+    most = max_digits(is_integer)
     return regex_dfa(rf"-?(0|[1-9]\d{{0,{most - 1}}})" + ("" if is_integer else rf"(\.\d{{1,{MAX_DIGITS}}})?"))
 
 
@@ -57,6 +58,28 @@ def other_texts(names: list[str]) -> Automaton:
         found.edges[state] = [(((character, character),), child) for character, child in after.items()]
         found.edges[state].append((complement(own), other))
     return found
+
+
+def is_fixed(schema: Any) -> bool:
+    """Whether it names its values, one by one."""
+    return isinstance(schema, Mapping) and ("const" in schema or "enum" in schema)
+
+
+def fixed_texts(schema: Mapping[str, Any], where: str) -> list[bytes]:
+    """The values of ``const`` or ``enum`` that are of the schema's type.
+
+    Raises:
+        UnsupportedError: there are other keywords.
+        ValueError: there is no value.
+    """
+    keyword = "const" if "const" in schema else "enum"
+    refuse_others(schema, keyword, ("type",), where)
+    types = types_of(schema, where) if "type" in schema else [*KEYWORDS]
+    choices = [schema["const"]] if keyword == "const" else list_of(schema, "enum", where)
+    values = [value for value in choices if not value_types(value).isdisjoint(types)]
+    if not values:
+        raise ValueError(f"{where}: no value of {shown(choices)} is of type {shown(schema['type'])}")
+    return [literal(value, where) for value in values]
 
 
 def literal(value: Any, where: str) -> bytes:

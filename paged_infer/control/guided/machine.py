@@ -9,13 +9,21 @@ Bytes that no edge of the network distinguishes form one class, and a state has 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from paged_infer.control.guided.network import MAX_DEPTH, Network
 
 MAX_KEPT_STATES = 20_000  # beyond this, states that no sequence is in are dropped
-MAX_CONFIGURATIONS = 256  # parses of an ambiguous text that are followed; each of them alone can be completed
+MAX_READINGS = 64  # parses of an ambiguous text that are followed at one place; each of them alone can be completed
+MAX_CONFIGURATIONS = 4096  # of a state, at all places together
 
 _Stack = tuple["_Stack", int, int]  # the stack below, the state to return to, the height; or None
 Configuration = tuple[int, _Stack | None]
+
+
+class GrammarError(Exception):
+    """A grammar cannot go on; only its own request fails."""
 
 
 class State:
@@ -44,6 +52,10 @@ class Machine:
     Attributes:
         start: the state before the first byte.
         class_of: the class of each byte.
+        num_followed: configurations that were followed so far, by a byte each.
+
+    Raises:
+        GrammarError: here or later, it has more than ``MAX_CONFIGURATIONS`` at once.
     """
 
     def __init__(self, network: Network) -> None:
@@ -59,6 +71,7 @@ class Machine:
         in_set = {s: tuple(c for c, of_class in enumerate(self._bytes_of) if s & of_class) for s in sets}
         self._edges = [[(in_set[byte_set], target) for byte_set, target in edges] for edges in network.edges]
         self._states: dict[tuple[frozenset[Configuration], bool], State] = {}
+        self.num_followed = 0  # configurations that were followed, by a byte each
         start = self._state([(network.rules[0][0], None)])
         assert start is not None  # ``Network.close`` refuses a grammar that nothing satisfies
         self.start = start
@@ -78,6 +91,7 @@ class Machine:
         targets: list[list[Configuration]] = [[] for _ in self._bytes_of]
         for place, stack in state.configurations:
             for classes, target in self._edges[place]:
+                self.num_followed += len(classes)
                 for its_class in classes:
                     targets[its_class].append((target, stack))
         found: dict[tuple[Configuration, ...], State | None] = {}
@@ -105,26 +119,62 @@ class Machine:
         return state.is_accepting and not any(state.successors or self.expand(state))
 
     def _state(self, reached: list[Configuration]) -> State | None:
-        """The state of these configurations and all that they reach without a byte; None for a dead end."""
+        """The state of these configurations and all that they reach without a byte; None for a dead end.
+
+        Raises:
+            GrammarError: it has more than ``MAX_CONFIGURATIONS``.
+        """
+        found = self._closure(reached)
+        if found is None:  # sorted, so that only the text decides which parses are kept
+            found = self._closure(sorted(set(reached), key=_places), drops=True)
+        if found is None:
+            raise GrammarError(f"it has more than {MAX_CONFIGURATIONS} alternatives at once")
+        kept, is_accepting = found
+        if not kept and not is_accepting:
+            return None
+        key = frozenset(kept), is_accepting
+        state = self._states.get(key)
+        if state is None:
+            if len(self._states) >= MAX_KEPT_STATES:
+                self._forget()
+            state = self._states[key] = State(tuple(kept), is_accepting)
+        return state
+
+    def _closure(
+        self, reached: Iterable[Configuration], drops: bool = False
+    ) -> tuple[list[Configuration], bool] | None:
+        """Of ``reached`` and all that it reaches without a byte: those with edges, and whether the text may end there.
+
+        None if they are too many: in all, or, unless ``drops``, with more than ``MAX_READINGS`` at one place. With
+        ``drops``, the first that many of each place are followed.
+        """
         network, depths = self._network, self._depths
         last = network.rules[0][1]
         seen = dict.fromkeys(reached)
         waiting = list(seen)
         kept: list[Configuration] = []
+        num_at: dict[int, int] = {}  # configurations at each place; without ``drops``, only once there are many in all
         is_accepting = False
-        while waiting and len(kept) < MAX_CONFIGURATIONS:
+        while waiting:
             configuration = waiting.pop()
             place, stack = configuration
             left = MAX_DEPTH - (0 if stack is None else stack[2])
             if depths[place] > left:
                 continue
+            if drops or len(seen) > MAX_READINGS:
+                num_at[place] = num_at.get(place, 0) + 1
+                if num_at[place] > MAX_READINGS and drops:
+                    continue
+                if num_at[place] > MAX_READINGS or len(kept) > MAX_CONFIGURATIONS:
+                    return None
             if self._edges[place]:
                 kept.append(configuration)
             after = [(target, stack) for target in network.free[place]]
             for call in network.calls[place]:
                 if network.depth_of_call(*call) <= left:
                     rule, target = call
-                    after.append((network.rules[rule][0], (stack, target, MAX_DEPTH - left + 1)))  # type: ignore[arg-type]
+                    above = stack, target, MAX_DEPTH - left + 1
+                    after.append((network.rules[rule][0], above))  # type: ignore[arg-type]
             if not (network.free[place] or network.calls[place] or self._edges[place]):  # the end of a rule
                 if stack is not None:
                     after.append((stack[1], stack[0]))
@@ -134,12 +184,22 @@ class Machine:
                 if one not in seen:
                     seen[one] = None
                     waiting.append(one)
-        if not kept and not is_accepting:
-            return None
-        key = frozenset(kept), is_accepting
-        state = self._states.get(key)
-        if state is None:
-            if len(self._states) >= MAX_KEPT_STATES:
-                self._states.clear()
-            state = self._states[key] = State(tuple(kept), is_accepting)
-        return state
+        is_crowded = len(seen) > MAX_READINGS and max(Counter(place for place, _ in seen).values()) > MAX_READINGS
+        return None if is_crowded and not drops else (kept, is_accepting)
+
+    def _forget(self) -> None:
+        """Drop all states but the first. For those that a sequence is in, the successors are computed again."""
+        for state in self._states.values():
+            state.successors, state.loops = None, 0  # otherwise the first state would keep all of them
+        self._states.clear()
+        self._states[frozenset(self.start.configurations), self.start.is_accepting] = self.start
+
+
+def _places(configuration: Configuration) -> list[int]:
+    """To sort by: its place, and those that it returns to."""
+    place, stack = configuration
+    found = [place]
+    while stack is not None:
+        found.append(stack[1])
+        stack = stack[0]
+    return found

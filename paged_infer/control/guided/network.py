@@ -14,8 +14,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-from paged_infer.control.guided.automaton import Automaton
-from paged_infer.control.guided.characters import Encoding
+from paged_infer.control.guided.automaton import Automaton, TooLargeError
+from paged_infer.control.guided.characters import ByteRanges, Encoding, Ranges
 
 MAX_STATES = 60_000
 MAX_DEPTH = 64  # nested calls: arrays and objects inside each other, and references
@@ -41,7 +41,7 @@ class Network:
 
     def new_state(self) -> int:
         if len(self.edges) >= MAX_STATES:
-            raise ValueError(f"it needs more than {MAX_STATES} states: counts, lengths or lists are too long")
+            raise TooLargeError(f"it needs more than {MAX_STATES} states: counts, lengths or lists are too long")
         self.edges.append([])
         self.free.append([])
         self.calls.append([])
@@ -82,12 +82,15 @@ class Network:
         states = [self.new_state() for _ in automaton.edges]
         end = self.new_state()
         self.free[start].append(states[0])
+        spelled: dict[Ranges, list[ByteRanges]] = {}
         rest: dict[tuple[tuple[tuple[int, int], ...], int], int] = {}  # by the last bytes and the target
         for state, (edges, free) in enumerate(zip(automaton.edges, automaton.free, strict=True)):
             self.free[states[state]] += [states[target] for target in free]
             sets: dict[int, int] = {}
             for ranges, target in edges:
-                for parts in encoding(ranges):
+                if ranges not in spelled:
+                    spelled[ranges] = list(encoding(ranges))
+                for parts in spelled[ranges]:
                     at = states[target]
                     for place in range(len(parts) - 1, 0, -1):
                         key = tuple(parts[place:]), states[target]
@@ -117,16 +120,22 @@ class Network:
             )
 
     def _refuse_circles(self) -> None:
-        called = [
+        """In the order in which rules can be left out, those first that begin with no other rule."""
+        begins_with = [
             {rule for state in self._reached_free(start) for rule, _ in self.calls[state]} for start, _ in self.rules
         ]
-        while True:  # remove rules that can begin with no other rule, until nothing changes
-            done = {rule for rule, first in enumerate(called) if not first}
-            left = [first - done for first in called]
-            if left == called:
-                break
-            called = left
-        if any(called):
+        begun_by: list[list[int]] = [[] for _ in self.rules]
+        for caller, called in enumerate(begins_with):
+            for rule in called:
+                begun_by[rule].append(caller)
+        num_left = list(map(len, begins_with))
+        done = [rule for rule, number in enumerate(num_left) if not number]
+        for rule in done:
+            for caller in begun_by[rule]:
+                num_left[caller] -= 1
+                if not num_left[caller]:
+                    done.append(caller)
+        if len(done) < len(self.rules):
             raise ValueError("a $ref leads back to itself with nothing in between")
 
     def _reached_free(self, start: int) -> list[int]:
@@ -140,28 +149,26 @@ class Network:
 
     def _measure(self) -> None:
         """Compute ``depths`` from the ends of the rules backwards, until none becomes smaller."""
-        before: list[list[int]] = [[] for _ in self.edges]  # states whose depth depends on this one's
+        before: list[list[int]] = [[] for _ in self.edges]
+        called_before: list[list[tuple[int, int, int]]] = [[] for _ in self.edges]  # (state, rule, target)
         for state in range(len(self.edges)):
-            for target in [*self.free[state], *(target for _, target in self.edges[state])]:
+            for target in {*self.free[state], *(target for _, target in self.edges[state])}:
                 before[target].append(state)
             for rule, target in self.calls[state]:
-                before[target].append(state)
-                before[self.rules[rule][0]].append(state)
+                for needed in {target, self.rules[rule][0]}:
+                    called_before[needed].append((state, rule, target))
         self.depths = [math.inf] * len(self.edges)
-        ends = [end for _, end in self.rules]
-        for end in ends:
+        waiting = deque(end for _, end in self.rules)
+        for end in waiting:
             self.depths[end] = 0
-        waiting = deque(state for end in ends for state in before[end])
         while waiting:
             state = waiting.popleft()
-            depth = min(
-                min((self.depths[target] for _, target in self.edges[state]), default=math.inf),
-                min((self.depths[target] for target in self.free[state]), default=math.inf),
-                min((self.depth_of_call(*call) for call in self.calls[state]), default=math.inf),
-            )
-            if depth < self.depths[state]:
-                self.depths[state] = depth
-                waiting.extend(before[state])
+            nearer = [(one, self.depths[state]) for one in before[state]]
+            nearer += [(one, self.depth_of_call(rule, target)) for one, rule, target in called_before[state]]
+            for one, depth in nearer:
+                if depth < self.depths[one]:
+                    self.depths[one] = depth
+                    waiting.append(one)
 
     def depth_of_call(self, rule: int, target: int) -> float:
         return max(self.depths[self.rules[rule][0]] + 1, self.depths[target])

@@ -10,7 +10,7 @@ Numbers have no exponent and at most 15 significant digits, as many as a float64
 from __future__ import annotations
 
 from collections.abc import Iterator
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import NamedTuple
 
 from paged_infer.control.guided.automaton import Automaton
@@ -22,6 +22,25 @@ MAX_DIGITS, MAX_INTEGER_DIGITS = 15, 18
 class Bound(NamedTuple):
     value: Decimal
     is_open: bool  # exclusive
+
+
+def max_digits(is_integer: bool) -> int:
+    return MAX_INTEGER_DIGITS if is_integer else MAX_DIGITS
+
+
+def are_satisfiable(low: Bound | None, high: Bound | None, is_integer: bool) -> bool:
+    """Whether there is a number between the bounds, of however many digits."""
+    if low is None or high is None:
+        return True
+    if is_integer:
+        first, last = int(low.value.to_integral_value(ROUND_CEILING)), int(high.value.to_integral_value(ROUND_FLOOR))
+        return first + (low.is_open and first == low.value) <= last - (high.is_open and last == high.value)
+    return low.value < high.value or (low.value == high.value and not (low.is_open or high.is_open))
+
+
+def ends(numbers: Automaton) -> bool:
+    """Whether ``number_automaton`` has found a number."""
+    return not numbers.accepting.isdisjoint(target for targets in numbers.free for target in targets)
 
 
 def number_automaton(low: Bound | None, high: Bound | None, *, is_integer: bool) -> Automaton:
@@ -46,7 +65,7 @@ class _Magnitudes:
 
     def __init__(self, automaton: Automaton, low: Bound, high: Bound | None, is_integer: bool) -> None:
         self.automaton, self.low, self.high, self.is_integer = automaton, low, high, is_integer
-        self.most = MAX_INTEGER_DIGITS if is_integer else MAX_DIGITS
+        self.most = max_digits(is_integer)
         self.states: dict[tuple[int, int, bool, bool, bool], int] = {}
 
     def add(self, start: int, end: int) -> None:

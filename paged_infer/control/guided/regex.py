@@ -17,6 +17,8 @@ from __future__ import annotations
 from paged_infer.control.guided.automaton import MAX_STATES, Automaton, determinised
 from paged_infer.control.guided.characters import ANY, Ranges, complement, intersection, ranges_of
 
+MAX_CHARACTERS = 32_768  # of a pattern
+
 _DIGITS = ranges_of([(ord("0"), ord("9"))])
 _WORD = ranges_of([(ord(a), ord(b)) for a, b in ("09", "AZ", "az", "__")])
 _SPACES = ranges_of([(9, 13), (32, 32)])
@@ -55,8 +57,11 @@ class _Parser:
     def __init__(self, pattern: str, is_searched: bool) -> None:
         self.pattern, self.at, self.is_searched = pattern, 0, is_searched
         self.nfa = Automaton()
+        self._classes: dict[int, tuple[Ranges, int]] = {}  # by where they begin: their characters, and where they end
 
     def parse(self) -> Automaton:
+        if len(self.pattern) > MAX_CHARACTERS:
+            raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
         start = self.nfa.new_state()
         if not self._take("^") and self.is_searched:
             self._loop(start, ANY)
@@ -114,15 +119,16 @@ class _Parser:
         (low, high), after = counts, self.at
         if self._counts() is not None or self._take("+"):
             raise ValueError(f"two quantifiers at {after}: possessive and nested quantifiers are not supported")
-        if not low:
-            self.nfa.free[first].append(end)
+        skips = [] if low else [first]  # from where the rest of the copies may be left out
         for count in range(1, max(low, 1 if high is None else high)):  # copies: parsed again, from the same text
             self.at = begin
             copy = self.nfa.new_state()
             self.nfa.free[end].append(copy)
             last, first, end = end, copy, self._atom(copy, depth)
             if count >= low:
-                self.nfa.free[last].append(end)
+                skips.append(last)
+        for state in skips:
+            self.nfa.free[state].append(end)
         self.at = after
         if high is None:
             self.nfa.free[end].append(first)
@@ -139,7 +145,7 @@ class _Parser:
         close = self.pattern.find("}", self.at)
         if counts is None and self._take("{"):
             low, comma, high = self.pattern[self.at : close].partition(",")
-            if close < 0 or not low.isdecimal() or not (high.isdecimal() or not high):
+            if close < 0 or not _is_number(low) or not (_is_number(high) or not high):
                 raise ValueError(f"broken quantifier at {self.at - 1}: expected {{m}}, {{m,}} or {{m,n}}")
             counts = int(low), int(high) if high else None if comma else int(low)
             self.at = close + 1
@@ -166,7 +172,9 @@ class _Parser:
             raise ValueError(f"{character} at {at} is not supported: only ^ at the start and $ at the end are")
         self.at += 1
         if character == "[":
-            ranges = self._class(at)
+            if at not in self._classes:  # a copy is parsed again, and a class may be long
+                self._classes[at] = self._class(at), self.at
+            ranges, self.at = self._classes[at]
         elif character == "\\":
             ranges = self._escape()
         else:
@@ -205,7 +213,7 @@ class _Parser:
         if not is_negated:
             return ranges_of(pairs)
         kept = complement(ranges_of(pairs))
-        for name in names:  # characters on which the languages differ are in neither [\w] nor [^\w]
+        for name in dict.fromkeys(names):  # what the languages differ on is in neither
             kept = intersection(kept, _CLASSES[name.swapcase()])
         return kept
 
@@ -240,6 +248,10 @@ class _Parser:
             kind = "a backreference" if character.isdecimal() else "an escape"
             raise ValueError(f"\\{character} is {kind} that is not supported")
         return _single(ord(character))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _single(character: int) -> Ranges:

@@ -12,10 +12,13 @@ A mask has a bit for each token: token i is bit i % 8 of byte i // 8. It is padd
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as ReadOnlyList
 
-from paged_infer.control.guided.machine import Machine, State
+from paged_infer.control.guided.machine import GrammarError, Machine, State
+
+MAX_FOLLOWED = 4_000_000  # configurations for one mask: some seconds; 150,000 tokens and a schema take a tenth of it
 
 
 class Vocabulary:
@@ -43,11 +46,17 @@ class Vocabulary:
         self._ids: list[list[int]] = []
         self._below: list[int] = []  # the set of the bytes of all nodes below
         self._subtree_masks: dict[int, int] = {}
+        self._lock = threading.Lock()  # while the trie is built
         self.everything = self._packed(ids.values())
         self.eos = sum(1 << token_id for token_id in self.eos_token_ids)
 
+    def build(self) -> None:
+        """Build the trie, once, from any thread. Libraries do without it, and 150,000 tokens take a second."""
+        with self._lock:
+            if not self._bytes:
+                self._build()
+
     def _build(self) -> None:
-        """Build the trie, at the first mask: libraries do without it, and 150,000 tokens take a second."""
         path: list[int] = []  # nodes from the root to the last one
         text_before = b""
 
@@ -75,18 +84,21 @@ class Vocabulary:
         leave(0)
 
     def mask(self, machine: Machine, state: State) -> bytes:
-        """The tokens that may follow in ``state``; computed once and kept there."""
+        """The tokens that may follow in ``state``; computed once and kept there.
+
+        Raises:
+            GrammarError: so ambiguous that it would take more than ``MAX_FOLLOWED``.
+        """
         if state.mask is None:
             state.mask = self._walk(machine, state)
         return state.mask
 
     def _walk(self, machine: Machine, state: State) -> bytes:
-        if not self._bytes:
-            self._build()
+        self.build()
         class_of, expand = machine.class_of, machine.expand
         node_bytes, depths, ends, ids, below = self._bytes, self._depths, self._ends, self._ids, self._below
         successors = [state.successors or expand(state)] * (self.max_token_bytes + 1)  # for each depth of the path
-        bits, wide = bytearray(self.num_mask_bytes), 0
+        bits, wide, limit = bytearray(self.num_mask_bytes), 0, machine.num_followed + MAX_FOLLOWED
         node, num_nodes = 0, len(node_bytes)
         while node < num_nodes:
             depth = depths[node]
@@ -97,6 +109,8 @@ class Vocabulary:
             for token_id in ids[node]:
                 bits[token_id >> 3] |= 1 << (token_id & 7)
             if below[node]:
+                if after.successors is None and machine.num_followed > limit:
+                    raise GrammarError("it is too ambiguous: what may come next takes too long to find")
                 successors[depth + 1] = after.successors or expand(after)
                 if not below[node] & ~after.loops:  # the machine stays in this state for all nodes below
                     wide |= self._subtree_mask(node)

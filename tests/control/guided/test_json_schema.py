@@ -12,6 +12,7 @@ from effort import EFFORT
 from random_schemas import random_schema, walk
 
 from paged_infer.control.guided.grammar import NativeGrammar, num_allowed
+from paged_infer.control.guided.json_keywords import UnsupportedError
 from paged_infer.control.guided.vocabulary import Vocabulary
 
 PIECES = ['{"', '":', '": "', '", "', '"}', "],", "true", "null", "12", "0.", "-1", " a", "ab", "abc", "é", "中", "\\n"]
@@ -161,3 +162,37 @@ def test_a_schema_nested_without_end_is_refused() -> None:
         from paged_infer.control.guided.json_schema import json_network
 
         json_network(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"type": "number", "minimum": -0.0}, "0 5 0.5 12", "-1 -0.5"),
+        ({"type": "number", "maximum": -0.0}, "0 -5 -0.5", "1 0.5"),
+        ({"type": "integer", "minimum": -0.0, "maximum": -0.0}, "0", "-1 1"),
+        ({"type": "number", "minimum": -1e308, "maximum": 1e308}, "0 -1.5 100000", "1e5"),
+        ({"type": "integer", "minimum": 10**17, "maximum": 10**17}, str(10**17), f"{10**17 + 1} {10**17 - 1}"),
+        ({"anyOf": [{"const": 1}, {"type": "integer", "enum": [2, "a"]}, {"const": 3}]}, "1 2 3", '"a" 4'),
+        ({"$ref": "#/$defs/a%20%25b", "$defs": {"a %b": {"type": "null"}}}, "null", "1"),
+        ({"type": ["null", "null", "boolean"]}, "null true", "0"),
+    ],
+    ids=str,
+)
+def test_odd_bounds_and_references_admit_what_they_say(schema: Any, valid: str, invalid: str) -> None:
+    test_a_schema_admits(schema, valid, invalid)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number", "minimum": 1e20},
+        {"type": "integer", "minimum": 1e308},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1e-16},
+        {"type": ["string", "number"], "minimum": 1e20},
+        {"type": "number", "minimum": 0.12345678901234568, "maximum": 0.12345678901234568},
+    ],
+    ids=str,
+)
+def test_numbers_with_more_digits_than_are_written_are_unsupported_not_unsatisfiable(schema: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"#: no number of at most (15|18) digits and without an exponent"):
+        grammar_of(schema)

@@ -69,6 +69,7 @@ def test_classes_hold_what_python_and_ecmascript_agree_on() -> None:
         ("a{2}{3}", "two quantifiers"),
         ("a{3,2}", "its maximum is below its minimum"),
         ("a{x}", "broken quantifier"),
+        ("a{٣}", "broken quantifier"),
         ("*a", "nothing to repeat at 0"),
         ("(a", "missing )"),
         ("a)", "unbalanced )"),
@@ -81,6 +82,7 @@ def test_classes_hold_what_python_and_ecmascript_agree_on() -> None:
         ("((a{20}){20}){20}", "more than 4096 states"),
         ("(a|b)*a(a|b){20}", "more than 4096 states"),
         ("(" * 200 + "a" + ")" * 200, "more than 100 nested groups"),
+        ("a" * 40_000, "more than 32768 characters"),
     ],
 )
 def test_what_is_broken_unsupported_or_explodes_is_refused_with_the_pattern(pattern: str, reason: str) -> None:

@@ -44,8 +44,8 @@ class SamplingParams(Checked):
         prompt_logprobs: the same for each prompt token except the first.
         truncate_prompt_tokens: keep only the last k tokens of the prompt; -1: as many as the context allows.
         structured_outputs: a grammar that the output follows. A sample ends with finish_reason "stop" when it is
-            complete, or, if ``max_tokens`` comes first, in the middle, with "length". Not with ``min_tokens`` or
-            ``ignore_eos``: the grammar decides where a sample ends. Reasoning comes before it, unconstrained.
+            complete; if ``max_tokens`` comes first, with "length", in the middle of it. Not with ``min_tokens`` or
+            ``ignore_eos``: the grammar decides where a sample ends. Reasoning comes before it and cannot end it.
         thinking_token_budget: the most tokens of reasoning; then ``</think>`` is forced, in as many tokens as it takes.
             Needs the engine's option ``reasoning_parser``. 0 ends it immediately; None and -1 set no limit.
         logits_processors: functions of your own, called in order before each token: ``(token_ids, logits)`` ->

@@ -106,19 +106,23 @@ class ReasoningParser:
     def rest_of_end(self, num_matched: int) -> list[int]:
         """Tokens that spell the end marker after its first bytes; the whole marker if none spell the rest."""
         for text in (self.end[num_matched:], self.end):
-            token_ids = [self.ids[text]] if text in self.ids else self.vocabulary.split(text)
-            if b"".join(self.texts[i] for i in token_ids) == text:
+            if token_ids := self._spelled(text):
                 return token_ids
         return []
+
+    def _spelled(self, text: bytes) -> list[int] | None:
+        """Tokens that spell the text; None if none do."""
+        token_ids = [self.ids[text]] if text in self.ids else self.vocabulary.split(text)
+        return token_ids if b"".join(self.texts[i] for i in token_ids) == text else None
 
     def only(self, token_id: int) -> bytes:
         """The mask that allows one token."""
         return (1 << token_id).to_bytes(self.vocabulary.num_mask_bytes, "little")
 
     def within(self, num_matched: int) -> bytes | None:
-        """The mask during reasoning if a grammar follows: no token that continues after the end marker."""
+        """The mask during reasoning if a grammar follows: no token that continues after the end marker, or ends the output."""
         if num_matched not in self._masks:
-            begun, over = self.end[:num_matched], 0
+            begun, over = self.end[:num_matched], self.vocabulary.eos
             for token_id, text in enumerate(self.texts):
                 if self.end in (begun + text)[:-1]:
                     over |= 1 << token_id
@@ -128,10 +132,11 @@ class ReasoningParser:
         return self._masks[num_matched]
 
     def openers(self, num_matched: int) -> int:
-        """The tokens that continue the start marker after its first bytes, as the bits of a mask."""
+        """The tokens that continue the start marker after its first bytes, if tokens can spell the rest: the bits of a
+        mask."""
         if num_matched not in self._openings:
             rest = self.start[num_matched:]
-            found = (self.ids.get(rest[:n]) for n in range(1, len(rest) + 1))
+            found = (self.ids.get(rest[:n]) for n in range(1, len(rest) + 1) if self._spelled(rest[n:]) is not None)
             self._openings[num_matched] = sum(1 << token_id for token_id in found if token_id is not None)
         return self._openings[num_matched]
 
@@ -198,10 +203,10 @@ class ReasoningMatcher:
             return None
         if state.part is Part.REASONING:
             return self._parser.within(state.num_matched)
-        openers, direct = self._parser.openers(state.num_matched), self._direct_mask(state)
-        if direct is None or not openers:
-            return direct
-        return (int.from_bytes(direct, "little") | openers).to_bytes(len(direct), "little")
+        allowed = int.from_bytes(self._direct_mask(state), "little") | self._parser.openers(state.num_matched)
+        if not allowed:
+            raise GrammarError("its grammar allows none of the vocabulary's tokens")
+        return allowed.to_bytes(self._parser.vocabulary.num_mask_bytes, "little")
 
     def accept(self, token_id: int) -> bool:
         after = self._after(self._states[-1], token_id)
@@ -239,14 +244,13 @@ class ReasoningMatcher:
         """Whether the output is an opening whose tokens the grammar has accepted, too."""
         return self._direct is not None and (len(self._states) == 1 or state.taker is not None)
 
-    def _direct_mask(self, state: _State) -> bytes | None:
-        nothing = bytes(self._parser.vocabulary.num_mask_bytes)
+    def _direct_mask(self, state: _State) -> bytes:
         if self._direct is None or not self._is_direct(state):
-            return nothing
+            return b""
         try:
-            return self._direct.mask()
+            return self._direct.mask() or b""
         except GrammarError:
-            return nothing
+            return b""
 
     def _after(self, state: _State, token_id: int) -> _State | None:
         text = self._parser.texts[token_id]
@@ -274,6 +278,8 @@ class ReasoningMatcher:
     def _after_reasoning(self, state: _State, token_id: int, text: bytes) -> _State | None:
         if self._is_spent(state) and token_id != self._parser.rest_of_end(state.num_matched)[0]:
             return None
+        if self._has_grammar and token_id in self._parser.vocabulary.eos_token_ids:
+            return None  # the output would end without what was asked for
         after = self._reasoning(text, state.num_thoughts + 1)
         is_over = after.part is Part.CONTENT and not text.endswith(self._parser.end)
         return None if is_over and self._has_grammar else after

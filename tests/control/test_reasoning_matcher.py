@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from paged_infer.control.guided.grammar import NativeGrammar, mask_after, num_allowed
+from paged_infer.control.guided.grammar import GrammarError, NativeGrammar, mask_after, num_allowed
 from paged_infer.control.guided.vocabulary import Vocabulary, allowed_ids
 from paged_infer.control.reasoning import Part, ReasoningMatcher, ReasoningParser
 
@@ -102,13 +102,14 @@ def test_the_last_turn_of_the_prompt_decides_how_an_answer_begins(prompt: str, q
 def test_a_grammar_begins_after_the_reasoning_on_a_token_of_its_own() -> None:
     matcher = ReasoningMatcher(parser(), Part.REASONING, YES_NO.matcher, None)
     everything = set(range(len(TEXTS)))
-    assert everything == everything & set(allowed_ids(matcher.mask() or b"\xff" * 8))
+    assert everything - set(allowed_ids(matcher.mask() or b"")) == {EOS}  # which would leave the answer out
+    assert not matcher.accept(EOS)
     for token_id in ids("a</", SPELLED) + ids("th", SPELLED):
         assert matcher.accept(token_id)
-    forbidden = {ID[b"ink>no"]}
+    forbidden = {EOS, ID[b"ink>no"]}
     assert everything - set(allowed_ids(matcher.mask() or b"")) == forbidden  # it would begin the answer
     assert not matcher.accept(ID[b"ink>no"]) and matcher.accept(ID[b"ink"])
-    assert everything - set(allowed_ids(matcher.mask() or b"")) == {ID[b">y"]}
+    assert everything - set(allowed_ids(matcher.mask() or b"")) == {EOS, ID[b">y"]}
     assert matcher.accept(ID[b">"]) and matcher.has_ended and matcher.num_reasoning_tokens == 5
     assert set(allowed_ids(matcher.mask() or b"")) == {ID[b"yes"], ID[b"no"], ID[b"n"], ID[b"<"]}
     assert not matcher.accept(ID[b"a"]) and not matcher.is_finished
@@ -180,3 +181,15 @@ def test_a_marker_may_be_a_special_token() -> None:
 def test_a_vocabulary_that_cannot_spell_the_end_is_refused() -> None:
     with pytest.raises(ValueError, match="reasoning_parser='qwen3': no tokens of this tokenizer spell </think>"):
         ReasoningParser("qwen3", Vocabulary([b"a", b"<", b"/", b">"], [0], 4), {})
+
+
+def test_no_marker_is_begun_that_no_tokens_can_finish() -> None:
+    few = Vocabulary([None, b"<", b"</think>", b"yes", b"th"], [EOS], 8)
+    matcher = ReasoningMatcher(
+        parser("qwen3", few), Part.OPENING, NativeGrammar("choice", '["yes"]', few).matcher, None
+    )
+    assert allowed_ids(matcher.mask() or b"") == [3]
+    other = NativeGrammar("choice", '["no"]', few)
+    matcher = ReasoningMatcher(parser("qwen3", few), Part.OPENING, other.matcher, None)
+    with pytest.raises(GrammarError, match="allows none of the vocabulary's tokens"):
+        matcher.mask()

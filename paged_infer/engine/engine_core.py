@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import torch
 
+from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.engine.output_channel import Delivery, OutputChannel
@@ -139,6 +140,7 @@ class _EngineCore:
         if isinstance(command, Add):
             request = command.request
             channel = _Channel(cast(Any, self), request_id=request.request_id)
+            self._compile_grammar(request)
             try:
                 thread.add(request, channel, command.streamed)
             except RuntimeError as error:  # the engine has stopped
@@ -149,6 +151,13 @@ class _EngineCore:
             thread.stop(command.finish)
         else:
             self._call(command)
+
+    def _compile_grammar(self, request: Request) -> None:
+        """In this thread: the engine's, which then finds it compiled, goes on meanwhile with other requests."""
+        assert self._thread is not None
+        if (asked := request.params.structured_outputs) is not None:
+            with contextlib.suppress(ValueError):  # which the engine's thread will send
+                self._thread.engine.input_processor.grammars.get(asked)
 
     def _call(self, command: Call) -> None:
         assert self._thread is not None

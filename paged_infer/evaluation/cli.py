@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,11 +66,16 @@ def evaluate(
     try:
         chosen = read_tasks(tasks)
         settings = Settings(limit, seed, num_fewshot, apply_chat_template)
+        if output is not None:
+            _check_output(output)
         if write_tasks is not None:
             from paged_infer.evaluation.harness_tasks import write_harness_tasks
 
-            for path in write_harness_tasks(write_tasks, chosen, settings):
-                typer.echo(path)
+            try:
+                for path in write_harness_tasks(write_tasks, chosen, settings):
+                    typer.echo(path)
+            except OSError as error:
+                raise ValueError(f"write_tasks={write_tasks}: {error.strerror}") from None
             return
         models = _models(model, dict(engine.options), schemes, ranks, reference, base_url)
         with console.status("") as status:
@@ -83,6 +89,16 @@ def evaluate(
     show(report)
     if output is not None:
         typer.echo(f"numbers: {output}")
+
+
+def _check_output(path: Path) -> None:
+    """Raises ValueError now, rather than when everything has been measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output={path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"output={path}: cannot be written")
 
 
 def _models(

@@ -5,6 +5,7 @@ Prompt and continuation are encoded together, then cut at the length of the toke
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from paged_infer.text.tokenizer import Tokenizer
 
 TokenIds = ReadOnlyList[int]
 BATCH = 32  # prompts in a request over HTTP
+TIMEOUT_S = 600.0  # without a byte of an answer
 
 
 class TokenScore(NamedTuple):
@@ -158,37 +160,53 @@ class OverHttp(EvaluatedModel):
 
     def __init__(self, base_url: str, tokenizer: Tokenizer | None, name: str | None = None) -> None:
         self._url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
-        (self._served, *_) = self._ask("models")["data"]
-        end = None if tokenizer is None else tokenizer.eos_token_id
-        limit = self._served.get("max_model_len")
-        if limit is None:
+        models = self._ask("models")
+        try:
+            served = models["data"][0]
+            self._served, limit = served["id"], served.get("max_model_len")
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError(f"{self._url}/models: names no model: {models!r:.200}") from None
+        if not isinstance(limit, int):
             raise ValueError(f"{self._url}/models: lacks max_model_len")
+        end = None if tokenizer is None else tokenizer.eos_token_id
         super().__init__(name or base_url, tokenizer, limit, [] if end is None else [end])
 
     def generate(self, prompts: ReadOnlyList[TokenIds], max_tokens: int, stop: ReadOnlyList[str]) -> list[str]:
-        return [one["text"] for one in self._complete(prompts, max_tokens=max_tokens, stop=list(stop))]
+        return [self._member(one, "text") for one in self._complete(prompts, max_tokens=max_tokens, stop=list(stop))]
 
     def token_scores(self, texts: ReadOnlyList[TokenIds]) -> list[list[TokenScore]]:
         found = []
-        for choice in self._complete(texts, max_tokens=1, echo=True, logprobs=1):
-            logprobs = choice["logprobs"]
-            rows = zip(logprobs["token_logprobs"][1:-1], logprobs["top_logprobs"][1:-1], strict=True)
-            found.append([TokenScore(logprob, logprob >= max(top.values())) for logprob, top in rows])
+        for text, choice in zip(texts, self._complete(texts, max_tokens=1, echo=True, logprobs=1), strict=True):
+            logprobs = self._member(choice, "logprobs")
+            own, top = (self._member(logprobs, name)[1:-1] for name in ("token_logprobs", "top_logprobs"))
+            if not len(own) == len(top) == len(text) - 1 or None in own or None in top:
+                raise ValueError(f"{self._url}/completions: an answer lacks log-probabilities of its prompt")
+            rows = zip(own, top, strict=True)
+            found.append([TokenScore(logprob, logprob >= max(others.values())) for logprob, others in rows])
         return found
 
     def _complete(self, prompts: ReadOnlyList[TokenIds], **body: Any) -> Iterator[dict[str, Any]]:
         for start in range(0, len(prompts), BATCH):
             some = [list(prompt) for prompt in prompts[start : start + BATCH]]
-            answer = self._ask("completions", {"model": self._served["id"], "prompt": some, "temperature": 0, **body})
-            yield from sorted(answer["choices"], key=lambda choice: choice["index"])
+            answer = self._ask("completions", {"model": self._served, "prompt": some, "temperature": 0, **body})
+            choices = sorted(self._member(answer, "choices"), key=lambda choice: self._member(choice, "index"))
+            if len(choices) != len(some):
+                raise ValueError(f"{self._url}/completions: {len(choices)} answers to {len(some)} prompts")
+            yield from choices
+
+    def _member(self, found: Any, name: str) -> Any:
+        """Raises ValueError if there is none."""
+        if not isinstance(found, dict) or found.get(name) is None:
+            raise ValueError(f"{self._url}/completions: an answer has no {name}: {found!r:.200}")
+        return found[name]
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._url}/{path}", data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request) as response:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             raise ValueError(f"{request.full_url}: {error.code}: {error.read().decode(errors='replace')}") from None
-        except (OSError, ValueError) as error:  # no server, or not JSON
-            raise ValueError(f"{request.full_url}: {error}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:  # no server, or no JSON
+            raise ValueError(f"{request.full_url}: {str(error) or type(error).__name__}") from None

@@ -92,3 +92,12 @@ def test_tasks_for_lm_eval_have_whole_prompts(tmp_path: Path) -> None:
     assert json.loads(config["num_fewshot"]) == 0 and json.loads(config["generation_kwargs"])["until"] == ["\n"]
     with pytest.raises(ValueError, match="leave out apply_chat_template"):
         write_harness_tasks(tmp_path, [task], Settings(chat=True))
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "eval.json"):
+        code, text = run("nowhere", "--output", str(path))
+        assert code == 2 and f"output={path}: " in text
+    code, text = run("--write-tasks", str(tmp_path / "file"))
+    assert code == 2 and f"write_tasks={tmp_path / 'file'}: " in text and text.count("error:") == 1

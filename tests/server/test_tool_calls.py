@@ -172,6 +172,11 @@ REQUIRED = {"tool_choice": "required"}
             r"tools[1].function.parameters: type='string'",
         ),
         (
+            {"tools": with_parameters(anyOf=[{"type": "object"}, {"type": "null"}]), **REQUIRED},
+            "tools",
+            r"tools[1].function.parameters: must be 'object'",
+        ),
+        (
             {"tools": with_parameters(properties={"a": {"type": "strin"}}), **REQUIRED},
             "tools",
             r"tools[1].function.parameters/properties/a: type=",

@@ -15,6 +15,7 @@ from paged_infer.text.tool_parsers import TOOL_PARSERS, JsonParser, NamedParser,
 
 MAX_DEPTH = 64  # levels of the schema of a tool's parameters
 _OF_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")  # name -> schema
+_COMPOSED = {"$ref", "anyOf", "oneOf", "allOf"}
 _OF_VALUES = ("enum", "const", "default", "examples")
 
 
@@ -54,9 +55,11 @@ def checked_choice(tools: list[Tool], choice: ToolChoice | None) -> ToolChoice:
         if choice in (None, "none"):
             return "none"
         raise APIError(400, f"tool_choice={_shown(choice)}: needs tools", param="tool_choice")
+    known = set[str]()
     for place, name in enumerate(names):
-        if not name or name in names[:place]:
+        if not name or name in known:
             raise APIError(400, f"tools[{place}]: the name {name!r} must be unique and not empty", param="tools")
+        known.add(name)
         if _is_deeper(tools[place].function.parameters, MAX_DEPTH):
             message = f"tools[{place}].function.parameters: nested deeper than {MAX_DEPTH} levels"
             raise APIError(400, message, param="tools")
@@ -97,10 +100,35 @@ def tool_grammar(tools: list[Tool], choice: ToolChoice, parallel: bool) -> Struc
 
 
 def _parameters(tool: Tool, place: int) -> dict[str, Any]:
-    schema = tool.function.parameters or {}
-    if "type" in schema and schema["type"] != "object":
-        raise ValueError(f"tools[{place}].function.parameters: type={schema['type']!r}: must be 'object'")
-    return schema or {"type": "object", "properties": {}}
+    """The schema of its arguments, which has to say that they are an object: a call with others would be none."""
+    schema = tool.function.parameters or {"properties": {}}
+    if _COMPOSED.isdisjoint(schema):
+        schema = {"type": "object", **schema}
+    if not _is_object(schema, schema, set()):
+        found = f": type={schema['type']!r}" if "type" in schema else ""
+        raise ValueError(f"tools[{place}].function.parameters{found}: must be 'object'")
+    return schema
+
+
+def _is_object(schema: Any, root: dict[str, Any], followed: set[str]) -> bool:
+    """Whether all values of the schema are objects."""
+    if not isinstance(schema, dict):
+        return False
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference in followed:
+            return True  # as far as what it was followed to
+        followed.add(reference)
+        if len(followed) > MAX_DEPTH:
+            return False
+        target: Any = root
+        for part in reference.split("/")[1:]:
+            target = target.get(part) if isinstance(target, dict) else None
+        return _is_object(target, root, followed)
+    for keyword, of_all in (("anyOf", all), ("oneOf", all), ("allOf", any)):
+        if isinstance(schema.get(keyword), list):
+            return of_all(_is_object(one, root, followed) for one in schema[keyword])
+    return schema.get("type") == "object"
 
 
 def moved(schema: Any, root: str) -> Any:

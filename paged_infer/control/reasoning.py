@@ -120,7 +120,7 @@ class ReasoningParser:
         return (1 << token_id).to_bytes(self.vocabulary.num_mask_bytes, "little")
 
     def within(self, num_matched: int) -> bytes | None:
-        """The mask during reasoning if a grammar follows: no token that continues after the end marker, or ends the output."""
+        """The mask during reasoning if a grammar follows: no token that continues after the end marker, or ends it."""
         if num_matched not in self._masks:
             begun, over = self.end[:num_matched], self.vocabulary.eos
             for token_id, text in enumerate(self.texts):

@@ -16,7 +16,10 @@ def is_running(pid: int) -> bool:
 
 def children(pid: int | None = None) -> set[int]:
     """Processes that this one, or ``pid``, has started and that have not ended."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
-        found |= {int(one) for one in (task / "children").read_text().split()}
-    return {one for one in found if is_running(one)}
+    while True:
+        tasks = list(Path(f"/proc/{pid or os.getpid()}/task").iterdir())
+        try:
+            listed = [(task / "children").read_text() for task in tasks]
+        except OSError:  # a thread has ended, and another has its children now
+            continue
+        return {one for one in map(int, " ".join(listed).split()) if is_running(one)}

@@ -274,7 +274,7 @@ class LLMEngine:
 
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was created, and the current state of its queues and blocks."""
-        return stats_of(self.scheduler, self.memory, self.usage)
+        return {**stats_of(self.scheduler, self.memory, self.usage), **self.executor.traffic.stats()}
 
     def inspect(self, request_id: str, sample_index: int = 0) -> SequenceView:
         """Look into an unfinished request between two steps: its blocks, keys, values, logits, attention weights.

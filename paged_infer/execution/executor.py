@@ -4,7 +4,7 @@
              <-- StepResult -----  RunningStep.result()      waits for the device
 
 Both are plain picklable data, and the engine uses the model only through these two calls. So the executor decides where
-the model runs: ``InProcessExecutor`` runs it in this process, ``multiprocess`` and ``ray_cluster`` in others.
+the model runs: ``InProcessExecutor`` runs it in this process, a ``RankExecutor`` in others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from paged_infer.control.step import ScheduledStep, StepResult
 from paged_infer.execution.draft_model import DraftModel
 from paged_infer.execution.model_runner import ModelRunner
+from paged_infer.model.parallel import Traffic
 
 
 class RunningStep(Protocol):
@@ -51,6 +52,10 @@ class Executor(Protocol):
     def device(self) -> torch.device:
         """The device that computes the steps."""
 
+    @property
+    def traffic(self) -> Traffic:
+        """What one rank has handed to collectives; none if the model is in this process alone."""
+
     def now(self) -> float:
         """The clock for planning and for arrivals, in seconds: the same on all ranks that plan."""
 
@@ -81,6 +86,10 @@ class InProcessExecutor:
     @property
     def device(self) -> torch.device:
         return self.runner.decoder.device
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.runner.decoder.parallel.traffic
 
     def now(self) -> float:
         """The time of this process."""

@@ -36,6 +36,7 @@ from paged_infer.execution.agreement import check_agreement, fingerprint
 from paged_infer.execution.errors import EngineDeadError, Failure
 from paged_infer.execution.executor import InProcessExecutor, RunningStep
 from paged_infer.execution.loaded_models import LoadedModels
+from paged_infer.execution.network import address_towards, use_interface_of
 from paged_infer.kernels.device import device_of
 from paged_infer.model.parallel import TorchCollective
 
@@ -87,6 +88,7 @@ class LaunchedRank:
         timeout = timedelta(seconds=config.rank_timeout_s)
         with self.one_error():
             if not dist.is_initialized():
+                use_interface_of(address_towards(os.environ["MASTER_ADDR"]))
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
                 atexit.register(_leave)
             self._group = dist.new_group(backend="gloo", timeout=timeout)  # for the time, which is on the host

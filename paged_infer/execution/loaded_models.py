@@ -96,6 +96,7 @@ class LoadedModels:
             drafter = DraftModel(
                 self._draft, self._cache_of(self._draft), Sampler(ops.sample, ops.argmax, ops.mask_logits)
             )
+        self.decoder.parallel.traffic.reset()  # what a measured step and the capture of graphs handed over
         return InProcessExecutor(
             ModelRunner(self.decoder, cache, Sampler(ops.sample, ops.argmax, ops.mask_logits), graphs), drafter
         )

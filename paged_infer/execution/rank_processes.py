@@ -3,8 +3,8 @@
     engine   control   commands and answers                                      rank
              pulse     <-- a heartbeat every second, or why the rank ends
 
-Each is a pair of sockets that only these two processes hold, so that each process notices when the other ends. The
-watcher ends all ranks once one of them has ended, or has been silent for too long. A thread that waits for a rank then
+Each is a pair of sockets that only these two processes hold, so that each notices when the other ends. The watcher ends
+all ranks once one of them has ended, or has been silent or stopped for too long. A thread that waits for a rank then
 reads the end of its socket, so nothing else here needs a timeout. Ranks end by themselves once the engine has ended.
 
 Ranks are new interpreters that inherit two sockets and nothing else: a fork would copy locks that threads hold, and
@@ -15,7 +15,9 @@ would then need a guard. Each rank has a session of its own, so that a terminal'
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -28,17 +30,41 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from paged_infer.control.step import StepResult
 from paged_infer.execution.errors import EngineDeadError, Failure, RankTraceback
-from paged_infer.execution.worker import BEAT_S
+from paged_infer.execution.step_delta import Delta
+from paged_infer.execution.worker import BEAT_S, open_store
+from paged_infer.model.parallel import Traffic
 
+LOOPBACK = "127.0.0.1"
 START_S = 300.0  # for a rank to import torch, before its first heartbeat
 GRACE_S = 1.0  # for the other ranks to report once one has ended: the earliest failure is the cause
 END_S = 2.0  # for a rank to end by itself
 MODULE = "paged_infer.execution.worker"
 
 
+class ProcessStep:
+    """A step that the ranks compute; see ``RemoteStep``."""
+
+    def __init__(self, index: int, ranks: RankProcesses) -> None:
+        self._index, self._ranks = index, ranks
+
+    def request(self) -> None:
+        self._ranks.send(0, pickle.dumps(("result", (self._index,)), protocol=5))
+
+    def wait(self) -> None:
+        with contextlib.suppress(OSError):  # which ``result`` reports
+            self._ranks.controls[0].poll(None)
+
+    def result(self) -> StepResult:
+        while True:
+            index, result, self._ranks.traffic = self._ranks.answer(0)
+            if index == self._index:  # else of an earlier request, whose wait was interrupted
+                return result
+
+
 class RankProcesses:
-    """Starts ``size`` ranks. ``close`` ends them, stopped ones (SIGSTOP) included.
+    """Starts ``size`` ranks; see ``Ranks``. ``close`` ends them, stopped ones (SIGSTOP) included.
 
     Args:
         timeout_s: the longest time between two heartbeats of a rank.
@@ -47,8 +73,9 @@ class RankProcesses:
 
     def __init__(self, size: int, timeout_s: float, environment: dict[str, str]) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self.is_loading = True  # while they load, a ValueError is about the model or an option
-        self.callbacks: list[Callable[[], None]] = []
+        self.is_loading = True
+        self.traffic = Traffic()
+        self._callbacks: list[Callable[[], None]] = []
         self._error: Exception | None = None
         self._traceback = ""
         self._ended = threading.Event()  # ``_error`` is set, and no rank is left
@@ -56,6 +83,8 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pulses: list[Connection] = []
         self.controls: list[Connection] = []
+        self._store: Any = open_store(LOOPBACK, timeout_s)  # its port is closed with the last reference
+        self.store = (LOOPBACK, self._store.port)
         beat_s = min(BEAT_S, timeout_s / 5)
         try:
             for _ in range(size):
@@ -86,38 +115,48 @@ class RankProcesses:
 
     @property
     def pids(self) -> list[int]:
-        """By rank."""
+        """See ``Ranks``."""
         return [process.pid for process in self._processes]
 
-    def send(self, name: str, arguments_of: Callable[[int], tuple[Any, ...]]) -> None:
-        """Send a command to all ranks. Raises what ``error`` returns."""
-        try:
-            for rank, control in enumerate(self.controls):
-                control.send((name, arguments_of(rank)))
-        except OSError:
-            raise self.error() from self.cause
+    def gpu_of(self, rank: int) -> int:
+        """See ``Ranks``."""
+        return rank
 
-    def send_bytes(self, message: bytes) -> None:
-        """Send a pickled command to all ranks. Raises what ``error`` returns."""
-        try:
-            for control in self.controls:
-                control.send_bytes(message)
-        except OSError:
-            raise self.error() from self.cause
-
-    def answers(self) -> list[Any]:
-        """The answers of all ranks. Raises what ``error`` returns."""
+    def call(self, name: str, arguments: ReadOnlyList[tuple[Any, ...]]) -> list[Any]:
+        """See ``Ranks``."""
+        for rank, own in enumerate(arguments):
+            self.send(rank, pickle.dumps((name, own), protocol=5))
         return [self.answer(rank) for rank in range(self.size)]
 
+    def launch(self, index: int, delta: Delta) -> ProcessStep:
+        """See ``Ranks``."""
+        message = pickle.dumps(("launch", (delta,)), protocol=5)  # once for all
+        for rank in range(self.size):
+            self.send(rank, message)
+        return ProcessStep(index, self)
+
+    def send(self, rank: int, command: bytes) -> None:
+        """A pickled command, to one rank. Raises what ``error`` returns."""
+        try:
+            self.controls[rank].send_bytes(command)
+        except OSError:
+            raise self.error() from self.cause
+
     def answer(self, rank: int) -> Any:
+        """What a rank answers. Raises what ``error`` returns."""
         try:
             return self.controls[rank].recv()
         except (EOFError, OSError):
             raise self.error() from self.cause
 
-    @property
-    def has_failed(self) -> bool:
-        return self._error is not None
+    def check_alive(self) -> None:
+        """See ``Ranks``."""
+        if self._error is not None:
+            raise self.error() from self.cause
+
+    def on_death(self, callback: Callable[[], None]) -> None:
+        """See ``Ranks``."""
+        self._callbacks.append(callback)
 
     def error(self) -> Exception:
         """Why the ranks have ended, or are about to; a new exception for each caller."""
@@ -151,6 +190,7 @@ class RankProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._store = None
 
     # -- the watcher's thread ---------------------------------------------------------------------------------------
 
@@ -158,6 +198,7 @@ class RankProcesses:
         pulses = {pulse: rank for rank, pulse in enumerate(self._pulses)}
         now = time.monotonic()
         silent_from = [now + START_S] * self.size  # when a rank's silence begins to count
+        stopped_from = [math.inf] * self.size  # when it was first seen stopped, which counts while it starts, too
         failures: dict[int, Failure | None] = {}  # None: it ended without a report
         while not failures:
             before = time.monotonic()
@@ -165,11 +206,18 @@ class RankProcesses:
             now = time.monotonic()
             if now - before > 2 * beat_s + 1:  # this process was stopped; the ranks may have been, too
                 silent_from = [max(one, now) for one in silent_from]
+                stopped_from = [math.inf] * self.size
             for pulse in ready:
                 assert isinstance(pulse, Connection)
                 self._read(pulse, pulses[pulse], failures)
                 silent_from[pulses[pulse]] = now
-            silent = [rank for rank in range(self.size) if now - silent_from[rank] > self.timeout_s]
+            for rank, process in enumerate(self._processes):
+                stopped_from[rank] = min(stopped_from[rank], now) if is_stopped(process.pid) else math.inf
+                if process.poll() is not None and not self._pulses[rank].poll():
+                    failures.setdefault(rank, None)  # a process that it has started holds its socket open
+            silent = [
+                rank for rank in range(self.size) if now - min(silent_from[rank], stopped_from[rank]) > self.timeout_s
+            ]
             if silent and not failures:
                 return self._fail(self._silence(silent))
             if self._is_closing:
@@ -225,5 +273,15 @@ class RankProcesses:
         self._end(END_S)
         self._ended.set()
         if not self._is_closing:
-            for callback in list(self.callbacks):
+            for callback in list(self._callbacks):
                 callback()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a child is stopped, as by SIGSTOP. False where the system does not say so (macOS)."""
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # it has ended
+        return False

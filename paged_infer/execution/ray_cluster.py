@@ -1,42 +1,56 @@
 """The model in actors of a Ray cluster, one per rank, on one machine or many: ``distributed_executor_backend="ray"``.
 
-    engine's process      Scheduler -- delta of a step -->  rank 0, an actor      a placement group: a GPU (or a core)
-                                                            rank 1, an actor      for each, close together if possible
-                                    <-- StepResult -------  rank 0
+A placement group holds a GPU (or a core) for each rank, close together if possible. The ranks meet at a store on rank
+0's machine. Every machine needs the model under the same path. A rank that dies ends the calls that wait for it; one
+that hangs makes another wait in a collective, which ends after ``distributed_timeout``. An idle engine does not watch
+its ranks.
 
-The actors run the same ``Worker`` as "mp", and meet at a store on rank 0's machine. Every machine needs the model under
-the same path. If a rank dies, the calls that wait for it end. If one hangs, another waits for it in a collective, which
-ends after ``distributed_timeout``. An idle engine does not watch its ranks.
-
-If neither ``RAY_ADDRESS`` nor an earlier ``ray.init`` of the caller gives a cluster, Ray starts one on this machine.
+Without ``RAY_ADDRESS``, a cluster that ``ray.init`` of the caller has joined, or one that ``ray start`` has started on
+this machine, Ray starts one here.
 """
 
 from __future__ import annotations
 
 import os
-import time
-import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlyList
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from paged_infer.config import EngineConfig
-from paged_infer.control.step import ScheduledStep, StepResult
-from paged_infer.execution.agreement import check_agreement
+from paged_infer.control.step import StepResult
 from paged_infer.execution.errors import EngineDeadError, Failure
-from paged_infer.execution.memory_plan import MemoryPlan
-from paged_infer.execution.multiprocess import device_of_ranks, rank_config
-from paged_infer.execution.step_delta import StepEncoder
-from paged_infer.execution.worker import Setup, Worker, num_remembered, open_store
+from paged_infer.execution.network import use_interface_of
+from paged_infer.execution.rank_executor import RankExecutor
+from paged_infer.execution.step_delta import Delta
+from paged_infer.execution.worker import Setup, Worker, open_store
+from paged_infer.model.parallel import Traffic
 
 PLACED_S = 60.0  # for the cluster to find room
 GRACE_S = 1.0  # for the other ranks to fail once one has: one that has died is the cause
 
 
+class RayExecutor(RankExecutor):
+    """See ``RankExecutor``. Raises ValueError, too, if Ray is not installed, or the cluster has no room."""
+
+    def _start(self, size: int, timeout_s: float) -> RayRanks:
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise ValueError("distributed_executor_backend='ray' needs Ray: pip install 'paged-infer[ray]'") from None
+        if not ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        return RayRanks(size, timeout_s, has_gpus=self.device.type == "cuda")
+
+
 class RayWorker(Worker):
     """A rank, as an actor."""
+
+    def prepare(self, setup: Setup) -> dict[str, str]:
+        import ray
+
+        use_interface_of(ray.util.get_node_ip_address())
+        return super().prepare(setup)
 
     def open_store(self, timeout_s: float) -> tuple[str, int]:
         """Open the store at which the ranks meet, on this machine. Returns its host and port."""
@@ -54,11 +68,11 @@ class RayWorker(Worker):
 class RayStep:
     """A step that the actors compute; see ``RemoteStep``."""
 
-    def __init__(self, index: int, executor: RayExecutor, launched: list[Any]) -> None:
-        self._index, self._executor, self._launched = index, executor, launched
+    def __init__(self, index: int, ranks: RayRanks, launched: list[Any]) -> None:
+        self._index, self._ranks, self._launched = index, ranks, launched
 
     def request(self) -> None:
-        self._result = self._executor.actors[0].result.remote(self._index)
+        self._result = self._ranks.actors[0].result.remote(self._index)
 
     def wait(self) -> None:
         import ray
@@ -67,62 +81,73 @@ class RayStep:
         while self._result in waiting:
             (first,), waiting = ray.wait(waiting, num_returns=1)
             if first in self._launched:
-                self._executor.get([first], self._launched)  # raises what the rank has raised
+                self._ranks.get([first], self._launched)  # raises what the rank has raised
 
     def result(self) -> StepResult:
-        (answer,) = self._executor.get([self._result], self._launched)
-        return answer[1]
+        ((_, result, self._ranks.traffic),) = self._ranks.get([self._result], self._launched)
+        return result
 
 
-class RayExecutor:
-    """Runs ``tensor_parallel_size`` ranks in actors; otherwise like ``MultiprocessExecutor``.
+class RayRanks:
+    """Places ``size`` ranks; see ``Ranks``.
+
+    Args:
+        timeout_s: how long a rank waits for another.
+        has_gpus: each takes one.
 
     Raises:
-        ValueError: Ray is not installed, the cluster has no room, or the model or an option cannot be used.
-        EngineDeadError: a rank ended while it loaded.
+        ValueError: the cluster has no room for them.
     """
 
-    def __init__(self, folder: Path, config: EngineConfig) -> None:
-        try:
-            import ray
-        except ModuleNotFoundError:
-            raise ValueError("distributed_executor_backend='ray' needs Ray: pip install 'paged-infer[ray]'") from None
-        if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-        self.device = device_of_ranks(config)
-        self._encoder = StepEncoder(num_remembered(config))
+    def __init__(self, size: int, timeout_s: float, has_gpus: bool) -> None:
+        from ray.util.placement_group import placement_group
+
+        self.is_loading = True
+        self.traffic = Traffic()
+        self.actors: list[Any] = []
         self._error: Exception | None = None
-        self._is_loading = True
-        size, timeout_s = config.tensor_parallel_size, config.rank_timeout_s
-        self._group, self.actors = place(size, self.device.type == "cuda")
-        self._finalizer = weakref.finalize(self, _end, self._group, self.actors)
-        own = rank_config(config, self.device, 0)  # Ray shows each actor only its own GPU, as number 0
+        self._is_closed = False
+        needs = {"CPU": 1.0, **({"GPU": 1.0} if has_gpus else {})}
+        self._group = placement_group([needs] * size, strategy="PACK")
         try:
-            (store,) = self.get([self.actors[0].open_store.remote(timeout_s)])
-            setups = [Setup(folder.absolute(), own, rank, size, store, timeout_s) for rank in range(size)]
-            pairs = zip(self.actors, setups, strict=True)
-            check_agreement(self.get([actor.prepare.remote(setup) for actor, setup in pairs]))
-            plans: list[MemoryPlan] = self.get([actor.load.remote() for actor in self.actors])
+            self._place(size, needs)
+            (self.store,) = self.get([self.actors[0].open_store.remote(timeout_s)])
         except BaseException:
             self.close()
             raise
-        self.memory = min(plans, key=lambda plan: plan.num_blocks)
 
-    def reserve(self) -> None:
-        """See ``MultiprocessExecutor``."""
-        self.memory = self.get([actor.reserve.remote(self.memory.num_blocks) for actor in self.actors])[0]
-        self._is_loading = False
+    def _place(self, size: int, needs: dict[str, float]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    def now(self) -> float:
-        """The time of this process, the only one that plans."""
-        return time.perf_counter()
+        if not self._group.wait(PLACED_S):
+            raise ValueError(
+                f"tensor_parallel_size={size}: the Ray cluster has no room for {size} times {needs}; it has "
+                f"{ray.cluster_resources()}"
+            )
+        actor_class = ray.remote(RayWorker)
+        for rank in range(size):
+            place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+            options = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0), "scheduling_strategy": place}
+            self.actors.append(actor_class.options(**options).remote())
 
-    def launch(self, step: ScheduledStep) -> RayStep:
-        """See ``Executor``."""
-        self.check_alive()
-        delta = self._encoder.encode(step)
-        return RayStep(step.index, self, [actor.launch.remote(delta) for actor in self.actors])
+    @property
+    def pids(self) -> list[int]:
+        """See ``Ranks``."""
+        return self.call("pid", [()] * len(self.actors))
+
+    def gpu_of(self, rank: int) -> int:
+        """Ray shows each actor only its own GPU."""
+        return 0
+
+    def call(self, name: str, arguments: ReadOnlyList[tuple[Any, ...]]) -> list[Any]:
+        """See ``Ranks``."""
+        pairs = zip(self.actors, arguments, strict=True)
+        return self.get([getattr(actor, name).remote(*own) for actor, own in pairs])
+
+    def launch(self, index: int, delta: Delta) -> RayStep:
+        """See ``Ranks``."""
+        return RayStep(index, self, [actor.launch.remote(delta) for actor in self.actors])
 
     def get(self, references: list[Any], others: ReadOnlyList[Any] = ()) -> list[Any]:
         """The answers. A rank's first error ends all ranks. ``others``: further calls, which may show its cause."""
@@ -154,51 +179,26 @@ class RayExecutor:
             if isinstance(one, ray.exceptions.RayActorError):
                 return EngineDeadError(f"a rank has ended: {' '.join(str(one).split())}")
         cause = getattr(error, "cause", None) or error
-        return replace(Failure.of(cause), is_input=isinstance(cause, ValueError) and self._is_loading).as_error()
+        return replace(Failure.of(cause), is_input=isinstance(cause, ValueError) and self.is_loading).as_error()
 
     def check_alive(self) -> None:
+        """See ``Ranks``."""
         if self._error is not None:
             raise EngineDeadError(*self._error.args)
-        if not self._finalizer.alive:
+        if self._is_closed:
             raise EngineDeadError("the engine has been shut down")
 
     def on_death(self, callback: Callable[[], None]) -> None:
         """Does nothing: a rank that dies is noticed in the next step."""
 
     def close(self) -> None:
-        self._finalizer()
+        """See ``Ranks``."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
 
-
-def place(size: int, has_gpus: bool) -> tuple[Any, list[Any]]:
-    """A placement group and its actors. Raises ValueError if the cluster has no room for them."""
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    needs = {"CPU": 1.0, **({"GPU": 1.0} if has_gpus else {})}
-    group = placement_group([needs] * size, strategy="PACK")
-    if not group.wait(PLACED_S):
-        remove_placement_group(group)
-        raise ValueError(
-            f"tensor_parallel_size={size}: the Ray cluster has no room for {size} times {needs}; it has "
-            f"{ray.cluster_resources()}"
-        )
-    actor_class = ray.remote(RayWorker)
-    return group, [
-        actor_class.options(
-            num_cpus=1,
-            num_gpus=1 if has_gpus else 0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        ).remote()
-        for rank in range(size)
-    ]
-
-
-def _end(group: Any, actors: list[Any]) -> None:
-    import ray
-    from ray.util.placement_group import remove_placement_group
-
-    if ray.is_initialized():
-        for actor in actors:
+        if self._is_closed or not ray.is_initialized():
+            return
+        self._is_closed = True
+        for actor in self.actors:
             ray.kill(actor)
-        remove_placement_group(group)
+        remove_placement_group(self._group)

@@ -11,7 +11,7 @@ Every rank samples because the next step may need the tokens before the engine h
 because a draft model needs them within a step. The logits have the same bits on every rank, and noise depends only on
 the request.
 
-``MultiprocessExecutor`` runs this module as a program; ``RayExecutor`` runs ``Worker`` as an actor.
+``rank_processes`` runs this module as a program, ``ray_cluster`` makes actors of ``Worker``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from paged_infer.execution.executor import InProcessExecutor, RunningStep
 from paged_infer.execution.loaded_models import LoadedModels
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.execution.step_delta import Delta, StepDecoder
-from paged_infer.model.parallel import TorchCollective
+from paged_infer.model.parallel import TorchCollective, Traffic
 
 NUM_IN_FLIGHT = 2  # steps whose results the engine may still ask for
 BEAT_S = 1.0  # between two heartbeats, at most
@@ -51,8 +51,6 @@ class Setup:
     Attributes:
         folder: the model's, on the rank's machine.
         store: host and port where the ranks meet.
-        timeout_s: how long a rank waits for another.
-        num_threads: torch's number of threads; 0 leaves it unchanged.
     """
 
     folder: Path
@@ -60,8 +58,6 @@ class Setup:
     rank: int
     size: int
     store: tuple[str, int]
-    timeout_s: float
-    num_threads: int = 0
 
 
 @dataclass(slots=True)
@@ -80,8 +76,6 @@ class Worker:
     def prepare(self, setup: Setup) -> dict[str, str]:
         """Returns what all ranks must have in common."""
         self._setup = setup
-        if setup.num_threads:
-            torch.set_num_threads(setup.num_threads)
         self._decoder = StepDecoder(num_remembered(setup.config))
         self._running: dict[int, RunningStep] = {}  # by index
         return fingerprint(setup.folder, setup.config)
@@ -98,11 +92,12 @@ class Worker:
         device = torch.device(setup.config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        timeout = timedelta(seconds=setup.timeout_s)
+        timeout = timedelta(seconds=setup.config.rank_timeout_s)
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=setup.rank, world_size=setup.size, timeout=timeout)
-        self._models = LoadedModels(setup.folder, setup.config, TorchCollective(dist.new_group(timeout=timeout)))
+        self._parallel = TorchCollective(dist.new_group(timeout=timeout))
+        self._models = LoadedModels(setup.folder, setup.config, self._parallel)
         return self._models.memory
 
     def reserve(self, num_blocks: int) -> MemoryPlan:
@@ -121,9 +116,9 @@ class Worker:
             if len(self._running) > NUM_IN_FLIGHT:  # the caller was interrupted, and never asked for it
                 del self._running[min(self._running)]
 
-    def result(self, index: int) -> tuple[int, StepResult]:
-        """The result of a step, with its index. The step is the last one launched, or the one before."""
-        return index, self._running.pop(index).result()
+    def result(self, index: int) -> tuple[int, StepResult, Traffic]:
+        """Index and result of a step, of the last one launched or of the one before; and the traffic so far."""
+        return index, self._running.pop(index).result(), self._parallel.traffic
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:

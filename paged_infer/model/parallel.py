@@ -37,6 +37,11 @@ class Traffic:
     def calls(self) -> int:
         return self.all_reduces + self.all_gathers
 
+    def stats(self) -> dict[str, int]:
+        """As ``LLMEngine.stats`` names them."""
+        counts = {"all_reduces": self.all_reduces, "all_gathers": self.all_gathers}
+        return {**counts, "collective_bytes": self.num_bytes}
+
     def reset(self) -> None:
         self.all_reduces = self.all_gathers = self.num_bytes = 0
 

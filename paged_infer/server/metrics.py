@@ -34,13 +34,16 @@ _GAUGES = {  # name -> (help text, its value from LLMEngine.stats())
     "kv_cache_usage_perc": ("Share of the KV blocks in use, from 0 to 1.", lambda s: _usage(s)),
     "gpu_cache_usage_perc": ("The older name of kv_cache_usage_perc.", lambda s: _usage(s)),
 }
-_COUNTERS = {
-    "prefix_cache_queries": ("Tokens looked up in the prefix cache.", "prefix_query_tokens"),
-    "prefix_cache_hits": ("Tokens found in the prefix cache.", "prefix_hit_tokens"),
-    "spec_decode_num_drafts": ("Drafts: one per sequence and step.", "num_drafts"),
-    "spec_decode_num_draft_tokens": ("Draft tokens.", "num_draft_tokens"),
-    "spec_decode_num_accepted_tokens": ("Accepted draft tokens.", "num_accepted_tokens"),
-    "num_preemptions": ("Preemptions of sequences.", "preemptions"),
+_COUNTERS = {  # name -> (help text, its key in LLMEngine.stats())
+    "vllm:prefix_cache_queries": ("Tokens looked up in the prefix cache.", "prefix_query_tokens"),
+    "vllm:prefix_cache_hits": ("Tokens found in the prefix cache.", "prefix_hit_tokens"),
+    "vllm:spec_decode_num_drafts": ("Drafts: one per sequence and step.", "num_drafts"),
+    "vllm:spec_decode_num_draft_tokens": ("Draft tokens.", "num_draft_tokens"),
+    "vllm:spec_decode_num_accepted_tokens": ("Accepted draft tokens.", "num_accepted_tokens"),
+    "vllm:num_preemptions": ("Preemptions of sequences.", "preemptions"),
+    "paged_infer:all_reduces": ("Sums over ranks.", "all_reduces"),
+    "paged_infer:all_gathers": ("Tensors gathered from all ranks.", "all_gathers"),
+    "paged_infer:collective_bytes": ("Bytes that one rank handed to either.", "collective_bytes"),
 }
 
 
@@ -123,7 +126,7 @@ class Metrics:
                 gauge.add_metric(labels, value(stats))
             yield gauge
         for name, (text, key) in _COUNTERS.items():
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            counter = CounterMetricFamily(name, text, labels=LABELS)
             for labels, stats in each:
                 counter.add_metric(labels, stats[key])
             yield counter

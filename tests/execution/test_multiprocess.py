@@ -16,15 +16,12 @@ from holding import LIMIT_S
 from rank_pids import children, is_running
 
 from paged_infer import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams, storyteller
-from paged_infer.config import EngineConfig
 from paged_infer.control.policies import Chunked
 from paged_infer.control.speculation import SpeculativeConfig, make_proposer
 from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.execution import multiprocess, rank_processes
 from paged_infer.execution.errors import EngineDeadError
-from paged_infer.execution.multiprocess import MultiprocessStep
-from paged_infer.execution.rank_processes import RankProcesses
-from paged_infer.execution.worker import Setup
+from paged_infer.execution.rank_processes import ProcessStep
 from paged_infer.model.loading.hub import BUNDLED
 
 PROMPTS = ["Once upon a time", "A story about Mia and a kite.", "A story about Mia and a red key.", "Tom was sad."]
@@ -144,6 +141,19 @@ def test_logprobs_come_from_rank_0(recomputing: Pair) -> None:
         assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+def test_what_the_ranks_hand_to_collectives_is_in_the_stats(recomputing: Pair) -> None:
+    """Two sums a layer and one for the embedding, of each token; one gather of the logits, of each step's one row."""
+    before = recomputing.ranks.stats()
+    (output,) = recomputing.ranks.generate("Once", SamplingParams(max_tokens=3, min_tokens=3), use_tqdm=False)
+    after, config = recomputing.ranks.stats(), recomputing.alone.engine.model_config
+    grown = {name: after[name] - before[name] for name in after}
+    num_tokens = len(output.prompt_token_ids) + 3 - 1 - grown["prefix_hit_tokens"]
+    sums = 2 * config.num_layers + 1
+    assert (grown["all_reduces"], grown["all_gathers"], grown["steps"]) == (3 * sums, 3, 3)
+    assert grown["collective_bytes"] == 4 * (num_tokens * sums * config.hidden_size + 3 * -(-config.vocab_size // 2))
+    assert recomputing.alone.stats()["collective_bytes"] == 0
+
+
 def test_a_stream_that_is_closed_leaves_the_ranks_usable(recomputing: Pair) -> None:
     stream = recomputing.ranks.stream(PROMPTS[0], GREEDY)
     next(stream)
@@ -153,15 +163,15 @@ def test_a_stream_that_is_closed_leaves_the_ranks_usable(recomputing: Pair) -> N
 
 def test_an_interrupted_step_leaves_the_ranks_usable(recomputing: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while this process waits for the ranks: their result is read, and dropped, by the next call."""
-    wait, waits = MultiprocessStep.wait, []
+    wait, waits = ProcessStep.wait, []
 
-    def interrupted(step: MultiprocessStep) -> None:
+    def interrupted(step: ProcessStep) -> None:
         waits.append(step)
         if len(waits) == 3:
             signal.raise_signal(signal.SIGINT)
         wait(step)
 
-    monkeypatch.setattr(MultiprocessStep, "wait", interrupted)
+    monkeypatch.setattr(ProcessStep, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recomputing.ranks.generate(PROMPTS, GREEDY, use_tqdm=False)
     recomputing.agree(GREEDY)
@@ -222,19 +232,6 @@ def test_shutdown_ends_the_ranks_and_later_calls(drafting: Pair) -> None:
     drafting.ranks.shutdown()
     with pytest.raises(EngineDeadError, match="shut down"):
         drafting.ranks.generate(PROMPTS[0], GREEDY, use_tqdm=False)
-
-
-def test_ranks_import_no_file_of_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A script ``queue.py`` of the reader's own would be taken for the library's."""
-    (tmp_path / "queue.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.chdir(tmp_path)
-    ranks = RankProcesses(1, 300, {})
-    setup = Setup(storyteller.PATH, EngineConfig(), 0, 1, ("", 0), 300)
-    try:
-        ranks.send("prepare", lambda _: (setup,))
-        assert ranks.answers()[0]["block_size"] == "16"
-    finally:
-        ranks.close()
 
 
 def faulty(fault: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LLM:

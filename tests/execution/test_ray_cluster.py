@@ -39,7 +39,8 @@ def test_two_actors_give_the_same_tokens_and_the_loss_of_one_is_one_error(cluste
         ]
         assert tokens[0] == tokens[1]
     assert ranks.stats()["preemptions"] > 0
-    pid = cluster.get(ranks.engine.executor.actors[1].pid.remote())
+    assert ranks.stats()["all_reduces"] > ranks.stats()["all_gathers"] > 0 == alone.stats()["all_reduces"]
+    pid = ranks.engine.executor.pids[1]
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError, match="a rank has ended"):
         ranks.generate(PROMPTS, SamplingParams(max_tokens=24), use_tqdm=False)

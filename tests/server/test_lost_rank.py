@@ -1,8 +1,9 @@
-"""The real command over two ranks, one of which is killed: every client gets an error, and the server ends with 1."""
+"""The real command over two ranks: /metrics counts what they exchange; if one is killed, every client gets an error."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,6 +38,9 @@ def test_a_rank_that_is_killed_ends_its_requests_and_the_server() -> None:
             with client.stream("POST", url, json=body) as answer:
                 lines = answer.iter_lines()
                 assert next(lines).startswith("data: ")
+                metrics = client.get(f"http://127.0.0.1:{port}/metrics").text
+                sent = re.findall(r"^paged_infer:(all_\w+|collective_bytes)_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+                assert len(sent) == 3 and all(float(number) > 0 for _, number in sent), sent
                 os.kill(max(pids), signal.SIGKILL)
                 errors = [one for one in lines if "error" in one]
         assert len(errors) == 1 and "was ended by SIGKILL" in errors[0], errors

@@ -222,7 +222,11 @@ class RankProcesses:
                 return self._fail(self._silence(silent))
             if self._is_closing:
                 return
-        self._fail(self._first_failure(pulses, failures))
+        error = self._first_failure(pulses, failures)
+        stopped = [rank for rank, since in enumerate(stopped_from) if since < math.inf and rank not in failures]
+        if stopped:  # the others waited for it
+            error = EngineDeadError(f"rank {self._shown(stopped)} is stopped by a signal; {error}")
+        self._fail(error)
 
     def _read(self, pulse: Connection, rank: int, failures: dict[int, Failure | None]) -> None:
         try:
@@ -233,9 +237,12 @@ class RankProcesses:
             if report is not None:
                 failures[rank] = report
 
+    def _shown(self, ranks: ReadOnlyList[int]) -> str:
+        return ", ".join(f"{rank} (process {self._processes[rank].pid})" for rank in ranks)
+
     def _silence(self, ranks: ReadOnlyList[int]) -> Exception:
-        shown = ", ".join(f"{rank} (process {self._processes[rank].pid})" for rank in ranks)
-        return EngineDeadError(f"rank {shown} has sent no heartbeat for distributed_timeout={self.timeout_s:g} s")
+        heard = f"no heartbeat for distributed_timeout={self.timeout_s:g} s"
+        return EngineDeadError(f"rank {self._shown(ranks)} has sent {heard}")
 
     def _first_failure(self, pulses: dict[Connection, int], failures: dict[int, Failure | None]) -> Exception:
         """When one rank ends, the others fail, too. The cause is a signal, or else the earliest error."""

@@ -30,7 +30,7 @@ GRACE_S = 1.0  # for the other ranks to fail once one has: one that has died is 
 
 
 class RayExecutor(RankExecutor):
-    """See ``RankExecutor``. Raises ValueError, too, if Ray is not installed, or the cluster has no room."""
+    """See ``RankExecutor``. Raises ValueError, too, without Ray, its cluster, or room in it."""
 
     def _start(self, size: int, timeout_s: float) -> RayRanks:
         try:
@@ -39,7 +39,10 @@ class RayExecutor(RankExecutor):
             raise ValueError("distributed_executor_backend='ray' needs Ray: pip install 'paged-infer[ray]'") from None
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+            try:
+                ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+            except ConnectionError as error:  # of RAY_ADDRESS
+                raise ValueError(f"distributed_executor_backend='ray': {error}") from None
         return RayRanks(size, timeout_s, has_gpus=self.device.type == "cuda")
 
 

@@ -40,14 +40,14 @@ def test_ranks_import_no_file_of_the_working_directory(monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, float], RankProcesses]:
-    """A rank that runs ``source`` where others import torch."""
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., RankProcesses]:
+    """Ranks that run ``source`` where others import torch."""
 
-    def start(source: str, timeout_s: float = 300) -> RankProcesses:
+    def start(source: str, timeout_s: float = 300, size: int = 1) -> RankProcesses:
         (tmp_path / "rank_program.py").write_text(f"import os, signal, subprocess, sys\n{source}\n")
         monkeypatch.setattr(rank_processes, "MODULE", "rank_program")
         monkeypatch.syspath_prepend(tmp_path)
-        return RankProcesses(1, timeout_s, {})
+        return RankProcesses(size, timeout_s, {})
 
     return start
 
@@ -75,6 +75,26 @@ def test_a_rank_that_is_stopped_before_its_first_heartbeat_has_the_time_of_a_sil
     with pytest.raises(EngineDeadError, match=message):
         ranks.call("load", [()])
     assert not is_running(ranks.pids[0])
+
+
+ONE_STOPS_AND_THE_OTHER_EXITS = """
+try:
+    with open("PLACE", "x") as file:
+        file.write(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP)
+except FileExistsError:
+    while not (pid := open("PLACE").read()) or " T " not in open(f"/proc/{pid}/stat").read():
+        pass
+    sys.exit(3)
+"""
+
+
+def test_the_error_names_a_rank_that_is_stopped_where_another_fails(start, tmp_path: Path) -> None:
+    """As when the other waits for it in a collective, for as long as the engine waits for a heartbeat."""
+    ranks = start(ONE_STOPS_AND_THE_OTHER_EXITS.replace("PLACE", str(tmp_path / "pid")), size=2)
+    ended = r"rank \d \(process \d+\) has ended: exit status 3"
+    with pytest.raises(EngineDeadError, match=rf"rank \d \(process \d+\) is stopped by a signal; {ended}"):
+        ranks.call("load", [(), ()])
 
 
 def test_a_process_is_stopped_from_one_signal_to_the_other() -> None:

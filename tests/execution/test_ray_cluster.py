@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,4 +52,15 @@ def test_two_actors_give_the_same_tokens_and_the_loss_of_one_is_one_error(cluste
 def test_without_ray_the_error_has_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'paged-infer\[ray\]'"):
+        LLM(**TINY, **RANKS)
+
+
+def test_a_cluster_that_cannot_be_reached_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(
+        ValueError, match=r"distributed_executor_backend='ray': Failed to connect to .* at 10.0.0.1:6379"
+    ):
         LLM(**TINY, **RANKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -25,6 +26,8 @@ from paged_infer.model.quant.sensitivity import narrowable, sensitivities, stay_
 from paged_infer.storyteller.evaluation import document
 from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED
 from paged_infer.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("w4a16", "w8a16", "w8a8")
 NUM_TEXTS, TEXT_TOKENS = 24, 512  # for calibration
@@ -107,6 +110,8 @@ def quantize(
     if keep_wide:
         measured = sensitivities(decoder, grid, texts[:NUM_SENSITIVITY_TEXTS], on_layer)
         wide = stay_wide(decoder, measured, keep_wide)
+        if any(".experts." in name for name in wide):
+            logger.warning("some experts stay wide: transformers 5.23 does not load such a folder, this engine does")
     found = quantise_decoder(decoder, grid, method, texts, wide=wide, on_layer=on_layer)
     with _draft_folder(out) as name:
         draft = Path(name) / out.name

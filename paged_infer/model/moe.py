@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paged_infer.kernels.cpu.experts import PanelExperts, PanelStack
-from paged_infer.kernels.fused.moe import ExpertProducts, ExpertsProduct, ExpertWeights, sort_experts
+from paged_infer.kernels.cpu.linear import Product
+from paged_infer.kernels.fused.moe import ExpertProducts, ExpertsProduct, ExpertWeights, blocked_linear, sort_experts
 from paged_infer.kernels.op_sets import Ops
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.layers import MLP, activate, sigmoid
@@ -97,6 +99,12 @@ class ExpertStack(Linear):
         bias = None if self.bias is None else self.bias.view(self.num_experts, -1)
         return self.method.dense(self).view(self.num_experts, -1, self.in_features), bias
 
+    def dense_parts(self) -> list[Product]:
+        """The product by each expert's floats."""
+        weights, biases = self.stacked()
+        own = [None] * len(weights) if biases is None else [*biases]
+        return [partial(blocked_linear, weight=weight, bias=bias) for weight, bias in zip(weights, own, strict=True)]
+
     def use(self, method: LinearMethod, dtype: torch.dtype) -> None:
         self.packed = None
         super().use(method, dtype)
@@ -150,8 +158,7 @@ class Experts(nn.Module):
                 self.up.hold(self.product.up)
                 self.down.hold(self.product.down)
             return
-        if up is None or down is None:
-            raise ValueError("experts of which only one matrix is quantised are not supported")
+        up, down = up or self.up.dense_parts(), down or self.down.dense_parts()  # one of them may be of floats
         self.product, self.waits = sort_experts(ExpertProducts(up, down, self.glu)), True
 
     def forward(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:

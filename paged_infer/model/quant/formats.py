@@ -203,7 +203,7 @@ class Compressed(Format):
             return {"zeros": self.zero_points(checked_words(tensor.t(), piece, self.bits)[:, :rows].t(), piece)}
         if parameter == "scales":
             return {"scales": _spread(tensor, rows, columns, self.stored.block, self.group(columns))}
-        if parameter == "shape" and tensor.tolist() != [*whole_sizes(piece)]:
+        if parameter == "shape" and (tensor.is_complex() or tensor.tolist() != [*whole_sizes(piece)]):
             raise ValueError(f"{_module(piece)}.weight_shape is {tensor.tolist()}, not {[*whole_sizes(piece)]}")
         if parameter == "g_idx":
             return {"g_idx": own_groups(group_numbers(tensor, piece), piece, self.group(columns))[None]}

@@ -7,7 +7,7 @@ microseconds. They are imported when a request first needs them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -66,15 +66,15 @@ class Xgrammar:
 
     def compile(self, kind: str, text: str) -> Grammar:
         try:
-            return _XgrammarGrammar(self, self._compiled(kind, text), is_json=kind == "json")
+            return _satisfiable(_XgrammarGrammar(self, self._compiled(kind, text), is_json=kind == "json"), "xgrammar")
         except Exception as error:  # a library can raise anything
             raise ValueError(f"xgrammar: {_last_line(error)}") from None
 
     def _compiled(self, kind: str, text: str) -> Any:
         if kind == "json":
             schema = json.loads(text)
-            if (keyword := _found(schema, _XGRAMMAR_IGNORES)) is not None:
-                raise ValueError(f"xgrammar: keyword {keyword!r} is not supported")
+            if (reason := next(filter(None, map(_left_out, _subschemas(schema))), None)) is not None:
+                raise ValueError(f"xgrammar: {reason}")
             return self.compiler.compile_json_schema(text, any_whitespace=False)  # which could go on forever
         if kind == "regex":
             return self.compiler.compile_regex(text)
@@ -113,7 +113,7 @@ class Llguidance:
             raise ValueError(f"llguidance: {error}") from None
         if found.is_error():
             raise ValueError(f"llguidance: {found.get_error().strip()}")
-        return _LlguidanceGrammar(self, found)
+        return _satisfiable(_LlguidanceGrammar(self, found), "llguidance")
 
 
 LIBRARIES: dict[str, type[Library]] = {"llguidance": Llguidance, "xgrammar": Xgrammar}
@@ -200,6 +200,8 @@ class _XgrammarMatcher(_LibraryMatcher):
     def __init__(self, library: Xgrammar, compiled: Any, is_json: bool) -> None:
         super().__init__(library.library.GrammarMatcher(compiled), library.vocabulary, library.vocab_size)
         self._plain = library.plain if is_json else None
+        rest = library.vocab_size % 32
+        self._last_word = (1 << rest) - 1 if rest else -1
 
     @property
     @_fails_alone
@@ -211,6 +213,7 @@ class _XgrammarMatcher(_LibraryMatcher):
 
     def _fill(self) -> None:
         self._matcher.fill_next_token_bitmask(self._bitmask)
+        self._bitmask[0, -1] &= self._last_word  # it sets bits beyond the last token
         if self._plain is not None:
             self._bitmask[0] &= self._plain
 
@@ -277,19 +280,40 @@ class _TokenizerView:
         return self._split(text.encode() if isinstance(text, str) else text)
 
 
-def _found(schema: Any, keywords: list[str]) -> str | None:
-    """The first of the keywords in a schema or in one of its parts."""
+def _satisfiable(grammar: Grammar, name: str) -> Grammar:
+    """The grammar. Raises ValueError if it allows no first token: a schema that leads back to itself, for example."""
+    try:
+        grammar.matcher().mask()
+    except GrammarError:
+        raise ValueError(f"{name}: nothing satisfies it") from None
+    return grammar
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema and all of its parts."""
     if isinstance(schema, list):
-        return next((keyword for part in schema if (keyword := _found(part, keywords)) is not None), None)
-    if not isinstance(schema, dict):
-        return None
-    by_name = ("properties", "$defs", "definitions")  # their keys are names
-    parts = [
-        list(part.values()) if name in by_name and isinstance(part, dict) else part
-        for name, part in schema.items()
-        if name not in ("const", "enum", "default", "examples")
-    ]
-    return next((keyword for keyword in keywords if keyword in schema), None) or _found(parts, keywords)
+        for part in schema:
+            yield from _subschemas(part)
+    elif isinstance(schema, dict):
+        yield schema
+        for keyword, part in schema.items():
+            if keyword in ("properties", "$defs", "definitions") and isinstance(part, dict):  # their keys are names
+                yield from _subschemas([*part.values()])
+            elif keyword not in ("const", "enum", "default", "examples"):
+                yield from _subschemas(part)
+
+
+def _left_out(schema: dict[str, Any]) -> str | None:
+    """What xgrammar would leave out of a schema without an error."""
+    if (keyword := next((one for one in _XGRAMMAR_IGNORES if one in schema), None)) is not None:
+        return f"keyword {keyword!r} is not supported"
+    if "pattern" in schema and (limit := next((one for one in ("minLength", "maxLength") if one in schema), None)):
+        return f"{limit} beside pattern is not supported"
+    required, known = schema.get("required"), schema.get("properties", {})
+    if isinstance(required, list) and isinstance(known, dict):
+        unknown = next((name for name in required if name not in known), None)
+        return None if unknown is None else f"required {unknown!r}, which is none of its properties, is not supported"
+    return None
 
 
 def _last_line(error: Exception) -> str:

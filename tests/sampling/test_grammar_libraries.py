@@ -9,7 +9,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from random_schemas import walk
+from effort import EFFORT
+from random_schemas import random_schema, walk
 
 from paged_infer.control.guided.grammar import GrammarError, NativeGrammar, num_allowed
 from paged_infer.control.guided.vocabulary import Vocabulary, allowed_ids
@@ -96,6 +97,7 @@ def test_documents_are_valid_and_have_no_endless_whitespace(library: Library) ->
         ("json", '{"not": {}}'),
         ("json", '{"properties": {"a": {"items": {"not": {"type": "null"}}}}}'),
         ("json", '{"type": "string", "minLength": 3, "maxLength": 2}'),
+        ("json", '{"$ref": "#"}'),
         ("regex", "[a"),
         ("grammar", "root = x"),
     ],
@@ -103,6 +105,44 @@ def test_documents_are_valid_and_have_no_endless_whitespace(library: Library) ->
 def test_what_a_library_does_not_know_is_refused_with_its_name(library: Library, kind: str, text: str) -> None:
     with pytest.raises(ValueError, match=type(library).__name__.lower()):
         library.compile(kind, text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"items": {"type": "string", "pattern": "a", "minLength": 3}}, "minLength beside pattern is not supported"),
+        ({"type": "object", "required": ["a"]}, "required 'a', which is none of its properties, is not supported"),
+        ({"properties": {"required": {"uniqueItems": True}}}, "keyword 'uniqueItems' is not supported"),
+    ],
+)
+def test_what_xgrammar_would_leave_out_is_refused(schema: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^xgrammar: {reason}$"):
+        Xgrammar(VOCABULARY, 280).compile("json", json.dumps(schema))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_random_schemas_give_valid_documents_or_are_refused(name: str) -> None:
+    """But for what the libraries' formats and classes of characters hold to be valid."""
+    library, num_documents, num_refused = LIBRARIES[name](VOCABULARY, 280), 0, 0
+    for seed in range(60 if EFFORT == 1 else 1000):
+        schema = random_schema(seed)
+        words = json.dumps(schema)
+        if '"format"' in words or r"\\W" in words or r"\\D" in words:
+            continue
+        try:
+            NativeGrammar(
+                "json", words, VOCABULARY
+            )  # which refuses what leads back to itself: no validator ends, either
+            grammar = library.compile("json", words)
+        except ValueError:
+            num_refused += 1
+            continue
+        token_ids = walk(grammar, seed, 0, CLOSING)
+        if token_ids is not None:
+            document = json.loads(b"".join(TOKENS[i] or b"" for i in token_ids), strict=name != "xgrammar")
+            jsonschema.validate(document, schema)
+            num_documents += 1
+    assert num_documents > 2 * num_refused
 
 
 class Spelled:

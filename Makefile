@@ -15,7 +15,8 @@ test: $(READY)
 
 # The slow property tests, with five times as many examples.
 nightly: $(READY)
-	EFFORT=5 $(PYTEST) tests/control tests/engine/test_interrupts.py tests/engine/test_failing_requests.py \
+	EFFORT=5 $(PYTEST) tests/control tests/sampling/test_grammar_libraries.py tests/engine/test_engine.py \
+		tests/engine/test_interrupts.py tests/engine/test_failing_requests.py \
 		tests/model/quant/test_every_few_bits.py tests/test_ladder.py tests/test_speculation.py tests/test_smollm2.py
 
 check: $(READY)

@@ -578,7 +578,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=80 * EFFORT, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=40 * EFFORT, stateful_step_count=50, deadline=None)
 
 
 def test_the_oldest_running_sequence_is_never_preempted() -> None:

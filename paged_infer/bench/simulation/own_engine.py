@@ -247,6 +247,8 @@ def main(
     load_format = "dummy" if model in SHAPES else "auto"
     with errors(), folder_of(model, load_format) as folder:
         llm = open_llm(folder, load_format=load_format, max_model_len=2 * longest)
+        gc.collect()
+        gc.freeze()  # as the server does: a collection that walks the libraries' objects, too, takes 0.2 s
         cost, loads = compare(llm.engine, num_requests, shortest, longest, repeats)
     a, b, c, d, e, f, g = (1e6 * factor for factor in cost.factors)
     print(f"\na step takes {a:.0f} us + {b:.0f} with a prompt + {c:.1f} a token of it ({d:.1f} beyond {FEW_TOKENS})")

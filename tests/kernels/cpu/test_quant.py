@@ -78,6 +78,22 @@ def test_products_equal_the_reference(scheme, activations, dtype, rows, width, h
     assert out.dtype is dtype and out.shape == (rows, height)
 
 
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    is_symmetric=st.booleans(),
+    activations=st.sampled_from([None, "int8"]),
+    dtype=st.sampled_from([*TOLERANCE]),
+    rows=st.integers(1, 70),
+    width=st.integers(1, 257),
+    height=st.integers(1, 70),
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_and_matrices_may_have_any_size(bits, is_symmetric, activations, dtype, rows, width, height) -> None:
+    weight = a_weight(Scheme(bits, is_symmetric), height, width)
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    assert_right(a_product(weight, None, activations), x, weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activations", [None, "int8"])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from paged_infer.model.loading.load import load_decoder
+from paged_infer.model.loading.safetensors import list_tensors, read_tensors
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -116,3 +117,14 @@ def test_a_quantization_config_beside_plain_tensors_is_refused(scheme, message, 
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": scheme}))
     with pytest.raises(ValueError, match=message):
         load_decoder(folder, torch.float32)
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_named(checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen3"), tmp_path)
+    path, wanted = folder / "model.safetensors", {tensor.name: tensor for tensor in list_tensors(folder)}
+    save_file({"another": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: model\..* of F32 cannot be read"):
+        list(read_tensors(wanted))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: cannot be read as safetensors, perhaps truncated"):
+        list(read_tensors(wanted))

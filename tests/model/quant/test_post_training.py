@@ -168,6 +168,15 @@ def test_a_method_that_scales_inputs_is_refused_for_experts(method: str, checkpo
         quantise_decoder(dense(checkpoint("mixtral")), Scheme(8), method, [IDS])
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+def test_inputs_that_are_not_finite_are_named_by_every_method(method: str, checkpoint) -> None:
+    """AWQ would round to nearest instead: no error is less than infinity."""
+    decoder = dense(checkpoint("qwen3"))
+    decoder.layers[0].mlp_norm.weight.data[3] = 1e30
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up: its inputs have values that are infinite or NaN"):
+        quantise_decoder(decoder, Scheme(8), method, [IDS])
+
+
 def test_weights_that_are_not_finite_are_refused(checkpoint) -> None:
     decoder = dense(checkpoint("qwen3"))
     decoder.layers[1].mlp.down.weight.data[0, 0] = torch.nan

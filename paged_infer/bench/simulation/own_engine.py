@@ -249,7 +249,10 @@ def main(
         llm = open_llm(folder, load_format=load_format, max_model_len=2 * longest)
         gc.collect()
         gc.freeze()  # as the server does: a collection that walks the libraries' objects, too, takes 0.2 s
-        cost, loads = compare(llm.engine, num_requests, shortest, longest, repeats)
+        try:
+            cost, loads = compare(llm.engine, num_requests, shortest, longest, repeats)
+        finally:
+            gc.unfreeze()
     a, b, c, d, e, f, g = (1e6 * factor for factor in cost.factors)
     print(f"\na step takes {a:.0f} us + {b:.0f} with a prompt + {c:.1f} a token of it ({d:.1f} beyond {FEW_TOKENS})")
     print(f"+ {e:.0f} a sequence that decodes ({f:.0f} beyond {FEW_SEQUENCES}) + {g:.3f} a token in the cache")

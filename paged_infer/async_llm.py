@@ -16,42 +16,32 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from paged_infer import storyteller
 from paged_infer.config import EngineConfig, EngineOptions, check_names, lists_options
 from paged_infer.control.trace import Trace
 from paged_infer.engine.engine import LLMEngine
-from paged_infer.engine.engine_process import EngineProcess
-from paged_infer.engine.engine_thread import EngineThread, QueueFullError
+from paged_infer.engine.engine_client import EngineClient, QueueFullError
 from paged_infer.engine.input_processor import Params
-from paged_infer.engine.output_channel import OutputChannel
+from paged_infer.engine.kv_usage import Stats, total_stats
+from paged_infer.engine.model_info import ModelInfo
+from paged_infer.engine.output_channel import OutputChannel, RequestStream
 from paged_infer.engine.prompts import Prompt, plain_prompt
-from paged_infer.engine.replicas import Replicas
 from paged_infer.engine.request_states import StepReport
-from paged_infer.engine.routing import LEAST_LOADED, ROUTINGS
-from paged_infer.engine.start_processes import start_processes
-from paged_infer.engine.text_queue import TextQueue
-from paged_infer.engine.watchdog import check_timeout
+from paged_infer.engine.serving_options import ServingOptions
+from paged_infer.engine.start_engines import start_engines
+from paged_infer.engine.text_queue import LONG_TEXT, TextQueue
 from paged_infer.execution.errors import EngineDeadError
-from paged_infer.llm import LLM
-from paged_infer.model.loading.hub import name_of, resolve_model
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.text.tokenizer import Tokenizer
-from paged_infer.values import as_integer
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 
-LONG_TEXT = (
-    4096  # characters: about a millisecond of tokenizing, and an event loop should not be blocked for much longer
-)
 LAST_STEP_S = 30.0
 T = TypeVar("T")
 
 
-class AsyncLLM:
+class AsyncLLM(ModelInfo):
     """Generates for many callers at once: each awaits its own outputs, and one thread steps the engine for all.
 
     That thread is in this process, or in others that are spawned: then it must be possible to import the caller's main
@@ -94,90 +84,25 @@ class AsyncLLM:
         **options: Unpack[EngineOptions],
     ) -> None:
         check_names(options, inspect.signature(AsyncLLM).parameters)
-        limit = as_integer(max_num_waiting)
-        if limit is None or limit < 1:
-            raise ValueError(f"max_num_waiting={max_num_waiting!r}: must be an integer >= 1")
-        check_timeout("step_timeout", step_timeout)
-        if options.get("distributed_executor_backend") == "external_launcher":
-            raise ValueError(
-                "distributed_executor_backend='external_launcher': requests would arrive at only one rank; use LLM, "
-                "or another backend"
-            )
-        size = as_integer(data_parallel_size)
-        if size is None or size < 1:
-            raise ValueError(f"data_parallel_size={data_parallel_size!r}: must be an integer >= 1")
-        if data_parallel_routing not in (None, *ROUTINGS):
-            raise ValueError(f"data_parallel_routing={data_parallel_routing!r}: must be one of {', '.join(ROUTINGS)}")
-        if data_parallel_routing is not None and size == 1:
-            raise ValueError(f"data_parallel_routing={data_parallel_routing!r} with data_parallel_size=1: one engine")
-        self.max_num_waiting = limit
-        self._core: EngineThread | EngineProcess | Replicas
-        if size == 1 and data_parallel_backend == "mp" and not engine_process and not disaggregated_prefill:
-            self._llm = LLM(model, **options)
-            self._input_processor, self._name = self._llm.engine.input_processor, self._llm.name
-            self._core = self._thread = EngineThread(self._llm.engine, limit, step_timeout)
-        else:
-            config = EngineConfig.from_options(**options)
-            model = storyteller.PATH if model is None else model
-            folder = resolve_model(model)
-            self._name = name_of(model, folder)
-            self._core, self._input_processor = start_processes(
-                folder,
-                config,
-                limit,
-                step_timeout,
-                size,
-                backend=data_parallel_backend,
-                routing=data_parallel_routing or LEAST_LOADED,
-                disaggregated_prefill=disaggregated_prefill,
-            )
-        if self.tokenizer is not None:
-            self.tokenizer.encode("warm up")  # the first call sets up truncation, which must not happen in two threads
-            _ = self.tokenizer.max_token_characters  # cached here: too slow to compute in the event loop
+        own = ServingOptions(
+            max_num_waiting, step_timeout, engine_process, disaggregated_prefill,
+            data_parallel_size, data_parallel_backend, data_parallel_routing,
+        )  # fmt: skip
+        config = EngineConfig.from_options(**options)
+        self._core, input_processor, name = start_engines(model, config, own)
+        super().__init__(name, input_processor)
+        self.max_num_waiting = own.max_num_waiting
+        self._input_processor.warm_up()
         self._submit_lock = threading.Lock()  # requests are numbered and queued in the same order
         self._streams: dict[str, RequestStream] = {}  # unfinished ones; guarded by _submit_lock
         self._numbers = itertools.count()
-        self._tokenizing = TextQueue()
+        self._tokenizing = TextQueue(check=self._core.check_alive)
         self._finalizer = weakref.finalize(self, _stop, self._core, self._tokenizing)  # at exit, too
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None if the checkpoint has none; then prompts must be token ids."""
-        return self._input_processor.tokenizer
-
-    @property
-    def name(self) -> str:
-        """The model's name; see ``LLM.name``."""
-        return self._name
-
-    @property
-    def reasoning_parser(self) -> str | None:
-        """The engine's option: how the model marks its reasoning."""
-        return self._input_processor.config.reasoning_parser
-
-    def reasoning_start(self, prompt_token_ids: ReadOnlyList[int]) -> str | None:
-        """Where the answer to a prompt begins, see ``text.reasoning_parsers``; None without ``reasoning_parser``."""
-        return self._input_processor.reasoning_start(prompt_token_ids)
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest sequence in tokens, prompt and output together."""
-        return self._input_processor.memory.max_model_len
-
-    @property
-    def cache_config(self) -> dict[str, str]:
-        """How keys and values are stored, under the names of vLLM's metric."""
-        plan = self._input_processor.memory
-        return {
-            "block_size": str(plan.block_size),
-            "cache_dtype": plan.kv_cache_dtype,
-            "num_gpu_blocks": str(plan.num_blocks),
-        }
 
     @property
     def trace(self) -> Trace | None:
         """A record of every step, with ``trace=True``; otherwise None. Use ``run`` to read it between two steps."""
-        return self._core.engine.scheduler.trace if isinstance(self._core, EngineThread) else None
+        return self._core.trace
 
     @property
     def error(self) -> EngineDeadError | None:
@@ -251,10 +176,10 @@ class AsyncLLM:
         if isinstance(prompt, str) and self.tokenizer is not None:
             if isinstance(params, BeamSearchParams) or params.truncate_prompt_tokens is None:
                 self._input_processor.check_length(len(prompt))
-            prompt = await self._run_in_tokenizer_thread(self.tokenizer.encode, prompt, len(prompt))
+            prompt = await self._tokenizing.run(self.tokenizer.encode, prompt, len(prompt))
         grammar, grammars = getattr(params, "structured_outputs", None), self._input_processor.grammars
         if grammar is not None and not grammars.holds(grammar):
-            await self._run_in_tokenizer_thread(grammars.get, grammar, LONG_TEXT + len(grammar.text))
+            await self._tokenizing.run(grammars.get, grammar, LONG_TEXT + len(grammar.text))
         channel = OutputChannel(asyncio.get_running_loop())
         with self._submit_lock:
             if request_id is None:
@@ -264,7 +189,7 @@ class AsyncLLM:
             request = self._input_processor.process(request_id, prompt, params, cache_salt, priority)
             request.prompt = text
             self._core.add(request, channel, stream and not isinstance(params, BeamSearchParams))
-            answers = self._streams[request_id] = RequestStream(self, request_id, channel)
+            answers = self._streams[request_id] = RequestStream(request_id, channel, self._closed)
         return answers
 
     async def chat_prompt(
@@ -286,40 +211,32 @@ class AsyncLLM:
             QueueFullError: too much text is waiting to be tokenized.
         """
         if not truncates:
-            self._input_processor.check_length(_num_user_characters(messages))
+            self._input_processor.check_chat_length(messages)
         render = partial(self._input_processor.chat_prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
         num_characters = sum(len(str(one)) for one in [*messages, *(tools or ())])
-        return await self._run_in_tokenizer_thread(render, messages, num_characters)
-
-    async def _run_in_tokenizer_thread(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
-        """``function(text)``; for a long text it runs in the tokenizer thread, see ``TextQueue``."""
-        if num_characters <= LONG_TEXT:
-            return function(text)
-        self._core.check_alive()
-        return await asyncio.wrap_future(self._tokenizing.submit(function, text, num_characters))
+        return await self._tokenizing.run(render, messages, num_characters)
 
     def abort(self, request_id: str) -> None:
         """End a request. Its reader gets the output so far, with finish_reason "abort". Thread-safe."""
         self._core.abort(request_id)
 
-    def _closed(self, answers: RequestStream, is_over: bool) -> None:
+    def _closed(self, answers: RequestStream, has_ended: bool) -> None:
         with self._submit_lock:
             if self._streams.get(answers.request_id) is answers:
                 del self._streams[answers.request_id]
-            if not is_over:  # before another request can take the id
+            if not has_ended:  # before another request can take the id
                 self._core.abort(answers.request_id)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, int | float]:
+    def stats(self) -> Stats:
         """See ``LLMEngine.stats``. Read while the engine runs: its counts may be from different moments of a step.
 
         For several engines: the sums of their counts, and the means of their shares.
         """
-        each = self.replica_stats()
-        return {name: _total([stats[name] for stats in each]) for name in each[0]}
+        return total_stats(self.replica_stats())
 
-    def replica_stats(self) -> list[dict[str, int | float]]:
+    def replica_stats(self) -> list[Stats]:
         """``LLMEngine.stats`` of each engine; for one in another process, as of its last step."""
         return self._core.replica_stats()
 
@@ -328,18 +245,17 @@ class AsyncLLM:
 
         The status is "ready", "starting" (it is being replaced) or "dead" (given up).
         """
-        return self._core.health() if isinstance(self._core, Replicas) else []
+        return self._core.health()
 
     async def run(self, function: Callable[[LLMEngine], T], replica: int = 0) -> T:
         """``function(engine)``, called on the engine's thread between two steps, when no state changes.
 
         For another process, the function must be a module-level one, and its result must be picklable.
         """
-        if not 0 <= replica < len(self.replica_stats()):
-            raise ValueError(f"replica={replica}: must be less than data_parallel_size={len(self.replica_stats())}")
-        if isinstance(self._core, Replicas):
-            return await asyncio.wrap_future(self._core.call(function, replica))
-        return await asyncio.wrap_future(self._core.call(function))
+        size = len(self.replica_stats())
+        if not 0 <= replica < size:
+            raise ValueError(f"replica={replica}: must be less than data_parallel_size={size}")
+        return await asyncio.wrap_future(self._core.call(function, replica))
 
     async def check_integrity(self) -> None:
         """Raises RuntimeError if a block leaks or is shared by accident."""
@@ -371,61 +287,12 @@ class AsyncLLM:
     async def __aenter__(self) -> AsyncLLM:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.shutdown(finish=False)
 
 
-class RequestStream:
-    """The outputs of one request as an async iterator, for one reader. ``close`` aborts an unfinished request."""
-
-    def __init__(self, owner: AsyncLLM, request_id: str, channel: OutputChannel) -> None:
-        self.request_id = request_id
-        self._owner = owner
-        self._channel = channel
-        self._is_over = False
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            output = await self._channel.get()
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            self._end(is_over=True)
-            raise
-        if output.finished:
-            self._end(is_over=True)
-        return output
-
-    def close(self) -> None:
-        if not self._is_over:
-            self._end(is_over=False)
-
-    def _end(self, is_over: bool) -> None:
-        self._is_over = True
-        self._owner._closed(self, is_over)
-
-
-def _num_user_characters(messages: ReadOnlyList[Mapping[str, str]]) -> int:
-    """Length of the user messages, stripped: every template renders those whole, while it may cut an assistant's."""
-    contents = (one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user")
-    return sum(len(content.strip()) for content in contents if isinstance(content, str))
-
-
-def _total(values: list[int | float]) -> int | float:
-    """The sum of counts, or the mean of shares."""
-    return sum(values) if all(isinstance(value, int) for value in values) else sum(values) / len(values)
-
-
-def _stop(core: EngineThread | EngineProcess | Replicas, tokenizing: TextQueue) -> None:
-    """At garbage collection or interpreter exit: stop the thread, but not in the middle of a step."""
+def _stop(core: EngineClient, tokenizing: TextQueue) -> None:
+    """At garbage collection or interpreter exit: stop the engine, but not in the middle of a step."""
     core.stop()
-    if not isinstance(core, EngineThread) or threading.current_thread() is not core._thread:
-        core.join(LAST_STEP_S)
+    core.join(LAST_STEP_S)
     tokenizing.close()

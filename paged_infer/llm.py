@@ -15,6 +15,7 @@ from paged_infer.control.trace import Trace
 from paged_infer.engine.defer_sigint import defer_sigint
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.input_processor import Params
+from paged_infer.engine.model_info import ModelInfo
 from paged_infer.engine.progress import Progress
 from paged_infer.engine.prompts import Prompt, list_priorities, pair_prompts
 from paged_infer.engine.request_states import StepReport
@@ -22,10 +23,11 @@ from paged_infer.engine.sequence_view import SequenceView
 from paged_infer.model.loading.hub import BUNDLED
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
-from paged_infer.text.tokenizer import Tokenizer
+
+Priority = int | ReadOnlyList[int] | None  # one for all prompts, or one for each
 
 
-class LLM:
+class LLM(ModelInfo):
     """A model that generates text, with a paged KV cache and continuous batching.
 
     >>> llm = LLM()                                              # the bundled storyteller
@@ -49,6 +51,7 @@ class LLM:
     @lists_options
     def __init__(self, model: str | Path | None = None, **options: Unpack[EngineOptions]) -> None:
         self.engine = LLMEngine(model, **options)
+        super().__init__(self.engine.name, self.engine.input_processor)
         self.folder = self.engine.folder
         self._num_requests = 0
         self._latest_outputs: dict[str, RequestOutput] = {}  # the latest output of each unfinished call's requests
@@ -59,22 +62,6 @@ class LLM:
 
     def __repr__(self) -> str:
         return f"<LLM {self.engine.summary}>"
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None if the checkpoint has none; then prompts must be token ids."""
-        return self.engine.tokenizer
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer: ``encode``, ``decode``, ``apply_chat_template``. Raises ValueError if there is none."""
-        if self.tokenizer is None:
-            raise ValueError(f"model {self.name!r} has no tokenizer: prompts must be token ids")
-        return self.tokenizer
-
-    @property
-    def name(self) -> str:
-        """The model's name: a bundled model's, the hub id that was given, or the name of its folder or file."""
-        return self.engine.name
 
     @property
     def is_storyteller(self) -> bool:
@@ -88,7 +75,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         cache_salt: str | None = None,
-        priority: int | ReadOnlyList[int] | None = None,
+        priority: Priority = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs in the order of the prompts.
 
@@ -105,9 +92,8 @@ class LLM:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
         """
         with self._lock:
-            return self._serve(
-                self.prepare(prompts, sampling_params, cache_salt=cache_salt, priority=priority), use_tqdm
-            )
+            requests = self.prepare(prompts, sampling_params, cache_salt=cache_salt, priority=priority)
+            return self._serve(requests, use_tqdm)
 
     def beam_search(
         self,
@@ -116,7 +102,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         cache_salt: str | None = None,
-        priority: int | ReadOnlyList[int] | None = None,
+        priority: Priority = None,
     ) -> list[RequestOutput]:
         """Search for the best continuations of each prompt, as transformers' ``generate(num_beams=...)`` does.
 
@@ -124,12 +110,8 @@ class LLM:
         All prompts are searched together, and their beams share blocks; see ``control.beam_search``.
 
         Args:
-            prompts: see ``generate``.
+            prompts, use_tqdm, cache_salt, priority: see ``generate``.
             beam_search_params: one for all prompts, or a list with one for each.
-            use_tqdm: show a progress bar.
-            cache_salt: the prompts share cached blocks only with requests of the same salt.
-            priority: lower is more urgent (None: 0); one for all prompts, or a list with one for each. Only with a
-                policy that reads it, such as ``scheduling_policy="priority"``.
 
         Raises:
             ValueError: any prompt or parameter that cannot be served; none of the prompts is then begun.
@@ -291,7 +273,7 @@ class LLM:
         sampling_params: SamplingParams | ReadOnlyList[SamplingParams] | None,
         *,
         cache_salt: str | None = None,
-        priority: int | ReadOnlyList[int] | None = None,
+        priority: Priority = None,
     ) -> list[Request]:
         """Check and tokenize prompts without queueing them; errors as ``generate``, naming the prompt's index."""
         if sampling_params is None:
@@ -300,10 +282,7 @@ class LLM:
             return self._prepare(pair_prompts(prompts, sampling_params, SamplingParams), cache_salt, priority)
 
     def _prepare(
-        self,
-        pairs: ReadOnlyList[tuple[Prompt, Params]],
-        cache_salt: str | None,
-        priority: int | ReadOnlyList[int] | None,
+        self, pairs: ReadOnlyList[tuple[Prompt, Params]], cache_salt: str | None, priority: Priority
     ) -> list[Request]:
         requests, priorities = [], list_priorities(priority, len(pairs))
         for index, (prompt, params) in enumerate(pairs):

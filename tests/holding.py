@@ -53,8 +53,8 @@ class Steps:
     """The steps that an engine may run: none but those that are allowed. See ``held``."""
 
     def __init__(self, engine: AsyncLLM) -> None:
-        self._thread = engine._thread
-        self._engine = engine._llm.engine
+        self._thread = engine._core
+        self._engine = engine._core.engine
         self._num_allowed: float = 0  # changed on the engine's thread alone
 
     def allow(self, num: float = math.inf) -> None:
@@ -82,16 +82,16 @@ class Steps:
 @contextlib.contextmanager
 def held(engine: AsyncLLM) -> Iterator[Steps]:
     """Until the end of the block, ``engine`` runs only allowed steps; it still carries out commands."""
-    steps, step = Steps(engine), engine._llm.engine.step
+    steps, step = Steps(engine), engine._core.engine.step
 
     def replace(one: LLMEngine) -> None:
         one.step = lambda sleep: steps._step(sleep, step)  # type: ignore[method-assign]
 
-    engine._thread.call(replace).result(LIMIT_S)
+    engine._core.call(replace).result(LIMIT_S)
     try:
         yield steps
     finally:
-        engine._thread.call(lambda one: vars(one).pop("step")).result(LIMIT_S)
+        engine._core.call(lambda one: vars(one).pop("step")).result(LIMIT_S)
 
 
 class HeldStep:
@@ -99,7 +99,7 @@ class HeldStep:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self.began, self._released = threading.Event(), threading.Event()
-        runner = engine._llm.engine.executor.runner
+        runner = engine._core.engine.executor.runner
         launch = runner.launch
 
         def held(step: Any) -> Any:

@@ -211,7 +211,7 @@ def test_an_abort_ends_the_request_of_its_reader_and_not_the_next_of_that_id(ser
 
     async def scenario(engine: AsyncLLM) -> None:
         answers = await engine.submit([5], LONG, "a")
-        abort, others = engine._thread.abort, []
+        abort, others = engine._core.abort, []
 
         def take_the_id() -> None:
             with contextlib.suppress(ValueError):  # it is not free yet
@@ -225,9 +225,9 @@ def test_an_abort_ends_the_request_of_its_reader_and_not_the_next_of_that_id(ser
             threads.append(thread)
 
         threads: list[threading.Thread] = []
-        engine._thread.abort = abort_late  # type: ignore[method-assign]
+        engine._core.abort = abort_late  # type: ignore[method-assign]
         answers.close()
-        engine._thread.abort = abort  # type: ignore[method-assign]
+        engine._core.abort = abort  # type: ignore[method-assign]
         await asyncio.to_thread(threads[0].join)
         assert [len(other.outputs[0].token_ids) for other in others] == [8]
 
@@ -250,7 +250,7 @@ def test_bad_input_costs_only_its_own_caller(serve, prompt: Any, message: str) -
 
 def test_a_failing_step_reaches_everybody_and_whoever_comes_later(serve) -> None:
     async def scenario(engine: AsyncLLM) -> None:
-        steps = engine._llm.engine.executor.runner
+        steps = engine._core.engine.executor.runner
         launch, count = steps.launch, 0
 
         def fail(step: Any) -> Any:
@@ -300,7 +300,7 @@ def test_a_queue_must_have_a_place(bound: Any) -> None:
 
 def test_an_idle_engine_sleeps_until_it_is_woken(serve) -> None:
     async def scenario(engine: AsyncLLM) -> None:
-        wake, waits = engine._thread._wake, list[float | None]()
+        wake, waits = engine._core._wake, list[float | None]()
         wait = wake.wait
 
         def watched(timeout: float | None = None) -> bool:
@@ -352,13 +352,13 @@ def test_a_batch_that_waits_to_be_filled_begins_as_soon_as_it_is(serve) -> None:
     from paged_infer.control.policies import Dynamic
 
     async def scenario(engine: AsyncLLM) -> None:
-        waits, sleep = threading.Event(), engine._thread._sleep
+        waits, sleep = threading.Event(), engine._core._sleep
 
         def watched(seconds: float) -> None:
             waits.set()
             sleep(seconds)
 
-        engine._thread._sleep = watched  # type: ignore[method-assign]
+        engine._core._sleep = watched  # type: ignore[method-assign]
         first = asyncio.create_task(last(engine, [5], GREEDY))
         await until(waits.is_set)
         assert not first.done()
@@ -396,7 +396,7 @@ def test_shutdown_ends_what_may_not_finish(serve, options: dict[str, Any]) -> No
 
 def test_an_engine_that_nobody_holds_any_more_ends_its_thread(checkpoint) -> None:
     engine = AsyncLLM(checkpoint("qwen3"), num_blocks=64, device="cpu")
-    thread = engine._thread
+    thread = engine._core
     del engine
     gc.collect()
     assert thread.ended.wait(LIMIT_S)
@@ -466,7 +466,7 @@ def test_a_storm_of_readers_that_leave_at_any_moment_leaves_nothing_behind(serve
         await until_idle(engine)
         await engine.check_integrity()
         assert engine.stats()["num_waiting"] == engine.stats()["num_running"] == 0
-        assert not engine._streams and not engine._thread._channels
+        assert not engine._streams and not engine._core._channels
 
     serve(scenario, max_num_waiting=100)
 

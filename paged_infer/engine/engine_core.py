@@ -18,38 +18,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from paged_infer.control.request import Request
+from paged_infer.engine import process_messages as messages
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.engine_thread import EngineThread
 from paged_infer.engine.output_channel import Delivery, OutputChannel
 from paged_infer.engine.output_delta import OutputEncoder
-from paged_infer.engine.process_messages import (
-    Abort,
-    Add,
-    Answer,
-    Call,
-    Command,
-    Ended,
-    EngineInfo,
-    EngineSpec,
-    Failed,
-    Message,
-    Ready,
-    Refused,
-    Stepped,
-    Stop,
-    portable,
-    receive,
-    send,
-)
+from paged_infer.engine.process_messages import EngineInfo, EngineSpec, portable
 from paged_infer.engine.request_states import StepReport
 
 logger = logging.getLogger(__name__)
@@ -78,20 +60,20 @@ def serve_engine(connection: Connection, spec: EngineSpec) -> bool:
     try:
         engine = LLMEngine(spec.folder, spec.config)
     except ValueError as error:
-        core.send(Refused(str(error)))
+        core.send(messages.Refused(str(error)))
         return False
     except Exception as error:
         logger.exception("the engine could not be started")
-        core.send(Ended(f"the engine could not be started: {type(error).__name__}: {error}"))
+        core.send(messages.Ended(f"the engine could not be started: {type(error).__name__}: {error}"))
         return False
     return core.serve(engine, spec.step_timeout_s)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Channel(OutputChannel):
     """Stands for the client's channel of one request; its loop is the ``_EngineCore``."""
 
-    request_id: str = ""
+    request_id: str
 
 
 class _EngineCore:
@@ -99,21 +81,24 @@ class _EngineCore:
         self._connection = connection
         self._sending = threading.Lock()
         self._encoder = OutputEncoder()
-        self._thread: EngineThread | None = None
-        self._has_thread = threading.Event()
+        self._started: Future[EngineThread] = Future()
 
-    def send(self, message: Message) -> None:
+    @property
+    def _thread(self) -> EngineThread:
+        return self._started.result()  # waits until the engine is built
+
+    def send(self, message: messages.Message) -> None:
         with self._sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader thread sees it too
-            send(self._connection, message)
+            messages.send(self._connection, message)
 
     def serve(self, engine: LLMEngine, step_timeout_s: float | None) -> bool:
         """Returns when the engine's thread has ended: False if it failed or was abandoned."""
-        self._thread = thread = EngineThread(engine, sys.maxsize, step_timeout_s)
+        thread = EngineThread(engine, sys.maxsize, step_timeout_s)
         thread.observers.append(self._send_step)
-        self.send(Ready(EngineInfo(engine.model_config, engine.memory, engine.stats()), time.perf_counter()))
-        self._has_thread.set()
+        self.send(messages.Ready(EngineInfo(engine.model_config, engine.memory, engine.stats()), time.perf_counter()))
+        self._started.set_result(thread)
         is_orderly = thread.join() and not (thread.has_failed or thread.is_abandoned)
-        self.send(Ended(None if is_orderly else str(thread.error)))
+        self.send(messages.Ended(None if is_orderly else str(thread.error)))
         return is_orderly
 
     # -- reader thread ----------------------------------------------------------------------------------------------
@@ -121,61 +106,57 @@ class _EngineCore:
     def read_commands(self) -> None:
         try:
             while True:
-                commands: list[Command] = receive(self._connection)
-                self._has_thread.wait()
+                commands: list[messages.Command] = messages.receive(self._connection)
                 for command in commands:
                     self._process(command)
         except (EOFError, OSError):
             pass
         except BaseException:
             logger.exception("a command could not be read")
-        if self._thread is not None:
+        if self._started.done():
             self._thread.stop()
             self._thread.join(LAST_STEP_S)
         os._exit(1)
 
-    def _process(self, command: Command) -> None:
+    def _process(self, command: messages.Command) -> None:
         thread = self._thread
-        assert thread is not None
-        if isinstance(command, Add):
+        if isinstance(command, messages.Add):
             request = command.request
-            channel = _Channel(cast(Any, self), request_id=request.request_id)
+            channel = _Channel(self, request_id=request.request_id)
             self._compile_grammar(request)
             try:
                 thread.add(request, channel, command.streamed)
             except RuntimeError as error:  # the engine has stopped
-                self.send(Failed(request.request_id, portable(error), thread.num_submitted))
-        elif isinstance(command, Abort):
+                self.send(messages.Failed(request.request_id, portable(error), thread.num_submitted))
+        elif isinstance(command, messages.Abort):
             thread.abort(command.request_id)
-        elif isinstance(command, Stop):
+        elif isinstance(command, messages.Stop):
             thread.stop(command.finish)
         else:
             self._call(command)
 
     def _compile_grammar(self, request: Request) -> None:
         """In this thread: the engine's, which then finds it compiled, goes on meanwhile with other requests."""
-        assert self._thread is not None
         if (asked := request.params.structured_outputs) is not None:
             with contextlib.suppress(ValueError):  # which the engine's thread will send
                 self._thread.engine.input_processor.grammars.get(asked)
 
-    def _call(self, command: Call) -> None:
-        assert self._thread is not None
+    def _call(self, command: messages.Call) -> None:
         try:
             function = pickle.loads(command.function)
         except Exception as error:
-            self.send(Answer(command.number, None, portable(error)))
+            self.send(messages.Answer(command.number, None, portable(error)))
         else:
             self._thread.call(function).add_done_callback(lambda done: self._answer(command.number, done))
 
     def _answer(self, number: int, done: Future[Any]) -> None:
         if (error := done.exception()) is not None:
-            self.send(Answer(number, None, portable(error)))
+            self.send(messages.Answer(number, None, portable(error)))
             return
         try:
-            self.send(Answer(number, done.result(), None))
+            self.send(messages.Answer(number, done.result(), None))
         except Exception as unsendable:  # pickle raises anything
-            self.send(Answer(number, None, TypeError(f"the answer cannot be sent: {unsendable}")))
+            self.send(messages.Answer(number, None, TypeError(f"the answer cannot be sent: {unsendable}")))
 
     # -- engine's thread --------------------------------------------------------------------------------------------
 
@@ -183,21 +164,18 @@ class _EngineCore:
         try:
             self._try_to_send(report)
         except Exception as error:  # an observer that fails is removed, and the client would wait forever
-            assert self._thread is not None
             logger.exception("the outputs of a step could not be sent")
             self._thread.abandon(f"the outputs of a step could not be sent: {error}")
 
     def _try_to_send(self, report: StepReport) -> None:
-        assert self._thread is not None
         deltas = [self._encoder.encode(output) for output in report.outputs]
         grown = [(sequence.request_id, sequence.sample_index) for sequence in report.grown]
         stats = self._thread.engine.stats()
-        self.send(Stepped(deltas, grown, report.now, stats, self._thread.num_submitted))
+        self.send(messages.Stepped(deltas, grown, report.now, stats, self._thread.num_submitted))
 
-    def call_soon_threadsafe(self, put_all: Callable[..., object], deliveries: Iterable[Delivery]) -> None:
+    def call_soon_threadsafe(self, put_all: object, deliveries: list[Delivery]) -> None:
         """The channels call this as their event loop. Send failures; ``_send_step`` has already sent the outputs."""
-        assert self._thread is not None
         for channel, item in deliveries:
             if isinstance(item, Exception):
                 assert isinstance(channel, _Channel)
-                self.send(Failed(channel.request_id, portable(item), self._thread.num_submitted))
+                self.send(messages.Failed(channel.request_id, portable(item), self._thread.num_submitted))

@@ -169,6 +169,17 @@ class InputProcessor:
             most = self.tokenizer.max_token_characters
             check_num_characters(num_characters, most, self.memory.max_model_len)
 
+    def check_chat_length(self, messages: ReadOnlyList[Mapping[str, Any]]) -> None:
+        """``check_length`` of the user messages, stripped: every template renders those whole, others it may cut."""
+        contents = (one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user")
+        self.check_length(sum(len(content.strip()) for content in contents if isinstance(content, str)))
+
+    def warm_up(self) -> None:
+        """Do now what must not happen in two threads at once, or takes too long for an event loop."""
+        if self.tokenizer is not None:
+            self.tokenizer.encode("warm up")  # the first call sets up truncation
+            _ = self.tokenizer.max_token_characters  # it is computed once
+
     def chat_prompt(
         self,
         messages: ReadOnlyList[Mapping[str, Any]],

@@ -10,6 +10,8 @@ from paged_infer.control.scheduler import Scheduler
 if TYPE_CHECKING:
     from paged_infer.execution.memory_plan import MemoryPlan
 
+Stats = dict[str, int | float]
+
 
 @dataclass(slots=True)
 class KVUsage:
@@ -38,7 +40,7 @@ class KVUsage:
         return 1 - self.slot_steps / self.unshared_slot_steps if self.unshared_slot_steps else 0.0
 
 
-def stats_of(scheduler: Scheduler, memory: MemoryPlan, usage: KVUsage) -> dict[str, int | float]:
+def stats_of(scheduler: Scheduler, memory: MemoryPlan, usage: KVUsage) -> Stats:
     """See ``LLMEngine.stats``."""
     pool = scheduler.manager.pool
     return {
@@ -54,3 +56,12 @@ def stats_of(scheduler: Scheduler, memory: MemoryPlan, usage: KVUsage) -> dict[s
         "kv_fill": usage.fill,
         "sharing_saved": usage.sharing_saved,
     }
+
+
+def total_stats(each: list[Stats]) -> Stats:
+    """Of several engines: the sums of their counts, and the means of their shares."""
+
+    def total(values: list[int | float]) -> int | float:
+        return sum(values) if all(isinstance(value, int) for value in values) else sum(values) / len(values)
+
+    return {name: total([stats[name] for stats in each]) for name in each[0]}

@@ -8,28 +8,29 @@ Both ends see every output of a request, in order.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from paged_infer.control.request import Request
+from paged_infer.control.sequence import Sequence
+from paged_infer.engine.request_states import Unfinished
 from paged_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
+
+_values = attrgetter(*[one.name for one in fields(CompletionOutput)])
+# Those that the engine takes; requests arrive on this side.
+_TIMES = [one.name for one in fields(RequestMetrics) if one.name.endswith("_time_s") and one.name != "arrival_time_s"]
 
 
 class CompletionDelta(NamedTuple):
-    """One sample: its text is the first ``num_characters`` of the text sent before, then ``text``. Tokens likewise."""
+    """A sample: the ``values`` of the fields of its CompletionOutput, as a tuple, which is pickled faster.
 
-    sample_index: int
+    Of its text, tokens and logprobs only what follows the first ``num_characters`` and ``num_tokens`` of those sent.
+    """
+
     num_characters: int
-    text: str
     num_tokens: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None  # of ``token_ids``
-    finish_reason: str | None
-    stop_reason: int | str | None
-    cumulative_logprob: float | None
-    score: float | None
-    error: str | None
-    num_reasoning_tokens: int | None
+    values: tuple[Any, ...]
 
 
 class OutputDelta(NamedTuple):
@@ -69,73 +70,89 @@ def _delta(text: str, num_tokens: int, one: CompletionOutput) -> CompletionDelta
     """What ``one`` adds to the text and tokens that were sent. Text is taken back only if a stop string ends it."""
     num_characters = len(text) if one.text.startswith(text) else 0
     kept = min(num_tokens, len(one.token_ids))
-    return CompletionDelta(
-        one.index,
-        num_characters,
-        one.text[num_characters:],
-        kept,
-        one.token_ids[kept:],
-        None if one.logprobs is None else one.logprobs[kept:],
-        one.finish_reason,
-        one.stop_reason,
-        one.cumulative_logprob,
-        one.score,
-        one.error,
-        one.num_reasoning_tokens,
-    )
+    logprobs = None if one.logprobs is None else one.logprobs[kept:]
+    new = replace(one, text=one.text[num_characters:], token_ids=one.token_ids[kept:], logprobs=logprobs)
+    return CompletionDelta(num_characters, kept, _values(new))
+
+
+@dataclass(slots=True, eq=False)
+class _Built:
+    """An unfinished request, and its latest output."""
+
+    request: Request
+    latest: RequestOutput
 
 
 class OutputDecoder:
-    """Builds the outputs of one request from its deltas."""
+    """Builds the outputs of all requests of one engine.
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._latest: RequestOutput | None = None
+    Attributes:
+        clock_offset_s: this process's clock minus the engine's.
+    """
+
+    def __init__(self) -> None:
+        self.clock_offset_s = 0.0
+        self._unfinished: Unfinished[_Built] = Unfinished()
+
+    def __len__(self) -> int:
+        return len(self._unfinished)
+
+    def add(self, request: Request) -> None:
+        """Before its outputs come."""
+        metrics = RequestMetrics(request.arrival_time_s)
+        none = RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, [], metrics)
+        self._unfinished.add(request.request_id, _Built(request, none))
+
+    def drop(self, request_id: str) -> None:
+        """No output comes of the oldest request of this id."""
+        self._unfinished.oldest(request_id, is_over=True)
+
+    def sequence(self, request_id: str, sample_index: int) -> Sequence:
+        return self._oldest(request_id).request.sequences[sample_index]
 
     def decode(self, delta: OutputDelta) -> RequestOutput:
         """The output with this delta, as a new object: the reader may keep earlier ones."""
-        before = self._latest
-        known = [None] * len(delta.completions) if before is None else before.outputs
-        self._latest = RequestOutput(
-            self._request.request_id,
-            self._request.prompt,
-            self._request.prompt_token_ids,
-            [_grown(one, more) for one, more in zip(known, delta.completions, strict=True)],
-            delta.metrics,
-            delta.finished,
-            delta.prompt_logprobs if before is None else before.prompt_logprobs,
+        one = self._oldest(delta.request_id, is_over=delta.finished)
+        known = one.latest.outputs or _empty(len(delta.completions))
+        one.latest = replace(
+            one.latest,
+            outputs=[_grown(sample, more) for sample, more in zip(known, delta.completions, strict=True)],
+            metrics=self._on_our_clock(delta.metrics),
+            finished=delta.finished,
+            prompt_logprobs=one.latest.prompt_logprobs or delta.prompt_logprobs,
         )
-        return self._latest
+        return one.latest
 
-    def fail(self, reason: str) -> RequestOutput:
-        """The final output of a request whose engine has ended: the output so far, with finish_reason "error"."""
-        latest, num_samples = self._latest, len(self._request.sequences)
-        known = [CompletionOutput(i, "", []) for i in range(num_samples)] if latest is None else latest.outputs
-        return RequestOutput(
-            self._request.request_id,
-            self._request.prompt,
-            self._request.prompt_token_ids,
-            [one if one.finish_reason else replace(one, finish_reason="error", error=reason) for one in known],
-            RequestMetrics(self._request.arrival_time_s) if latest is None else latest.metrics,
-            True,
-        )
+    def fail(self, reason: str) -> list[RequestOutput]:
+        """The engine has ended: the last output of each request: what it has so far, with finish_reason "error"."""
+        return [_failed(one, reason) for one in self._unfinished.clear()]
+
+    def _oldest(self, request_id: str, *, is_over: bool = False) -> _Built:
+        one = self._unfinished.oldest(request_id, is_over=is_over)
+        assert one is not None, "an output of a request that has ended"
+        return one
+
+    def _on_our_clock(self, metrics: RequestMetrics) -> RequestMetrics:
+        for name in _TIMES if self.clock_offset_s else ():
+            if (time_s := getattr(metrics, name)) is not None:
+                setattr(metrics, name, time_s + self.clock_offset_s)
+        return metrics
 
 
-def _grown(one: CompletionOutput | None, more: CompletionDelta) -> CompletionOutput:
-    text = "" if one is None else one.text[: more.num_characters]
-    token_ids = [] if one is None else one.token_ids[: more.num_tokens]
-    logprobs = more.logprobs
-    if logprobs is not None and one is not None and one.logprobs is not None:
-        logprobs = one.logprobs[: more.num_tokens] + logprobs
-    return CompletionOutput(
-        more.sample_index,
-        text + more.text,
-        token_ids + more.token_ids,
-        more.finish_reason,
-        more.stop_reason,
-        more.cumulative_logprob,
-        logprobs,
-        more.score,
-        more.error,
-        more.num_reasoning_tokens,
-    )
+def _failed(one: _Built, reason: str) -> RequestOutput:
+    known = one.latest.outputs or _empty(len(one.request.sequences))
+    samples = [one if one.finish_reason else replace(one, finish_reason="error", error=reason) for one in known]
+    return replace(one.latest, outputs=samples, finished=True)
+
+
+def _empty(num_samples: int) -> list[CompletionOutput]:
+    return [CompletionOutput(i, "", []) for i in range(num_samples)]
+
+
+def _grown(one: CompletionOutput, more: CompletionDelta) -> CompletionOutput:
+    new = CompletionOutput(*more.values)
+    new.text = one.text[: more.num_characters] + new.text
+    new.token_ids = one.token_ids[: more.num_tokens] + new.token_ids
+    if new.logprobs is not None and one.logprobs is not None:
+        new.logprobs = one.logprobs[: more.num_tokens] + new.logprobs
+    return new

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from paged_infer.config import EngineConfig
 from paged_infer.control.request import Request
+from paged_infer.engine.kv_usage import Stats
 from paged_infer.engine.output_delta import OutputDelta
 from paged_infer.execution.memory_plan import MemoryPlan
 from paged_infer.model.config import ModelConfig
-
-Stats = dict[str, int | float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Several engines, each in a process of its own, as one. It has the interface of ``EngineThread``.
+"""Several engines, each in a process of its own, as one.
 
 A replica whose process ends is replaced while the others continue; its own unfinished requests end with one
 EngineDeadError. A replica that has been replaced ``MAX_RESTARTS`` times in a row, without a token in between, is given
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paged_infer.control.request import Request
+from paged_infer.engine.engine_client import EngineClient, QueueFullError
 from paged_infer.engine.engine_process import EngineProcess
-from paged_infer.engine.engine_thread import QueueFullError, check_queue
+from paged_infer.engine.kv_usage import Stats
 from paged_infer.engine.output_channel import OutputChannel
-from paged_infer.engine.process_messages import EngineInfo, Stats
+from paged_infer.engine.process_messages import EngineInfo
 from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.routing import PREFIX, Router
 from paged_infer.execution.errors import EngineDeadError
@@ -47,7 +48,7 @@ class _Replica:
         return "ready" if self.process.is_ready else "starting"
 
 
-class Replicas:
+class Replicas(EngineClient):
     """``num_replicas`` engines, and the rule that divides the requests among them.
 
     Args:
@@ -61,11 +62,8 @@ class Replicas:
     """
 
     def __init__(self, start: Start, num_replicas: int, routing: str, max_num_waiting: int) -> None:
-        self.observers: list[Callable[[StepReport], None]] = []
-        self.error: EngineDeadError | None = None
-        self.is_abandoned = False
+        super().__init__(max_num_waiting)
         self._start = start
-        self._max_num_waiting = max_num_waiting
         self._lock = threading.RLock()
         self._is_serving = False  # until then, one that ends is an error, and is not replaced
         self._replicas: list[_Replica] = []
@@ -94,7 +92,7 @@ class Replicas:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, channel: OutputChannel, streamed: bool) -> None:
-        """See ``EngineThread.add``. Also raises QueueFullError if every replica is being restarted."""
+        """See ``EngineClient.add``. Also raises QueueFullError if every replica is being restarted."""
         sequence, block_size = request.sequences[0], self.info.memory.block_size
         chain = sequence.hash_chain(block_size) if self._router.routing == PREFIX else []
         with self._lock:
@@ -104,33 +102,29 @@ class Replicas:
                 if not ready:
                     raise QueueFullError("every replica is being restarted")
                 loads = {i: process.load for i, process in ready.items()}
-                check_queue(sum(load.waiting for load in loads.values()), self._max_num_waiting)
+                self._check_accepts(sum(load.waiting for load in loads.values()))
                 try:
                     return ready[self._router.choose(chain, loads)].add(request, channel, streamed)
                 except EngineDeadError:  # it has just ended, and is no longer ready
                     continue
 
     def abort(self, request_id: str) -> None:
-        """See ``EngineThread.abort``."""
         for one in self._replicas:
             one.process.abort(request_id)
 
     def call(self, function: Callable[[LLMEngine], Any], replica: int = 0) -> Future[Any]:
-        """See ``EngineProcess.call``. ``replica``: the one in which the function runs."""
+        """See ``EngineProcess.call``."""
         return self._replicas[replica].process.call(function)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def stop(self, finish: bool = False) -> None:
-        """See ``EngineThread.stop``."""
         with self._lock:
-            if self.error is None:
-                self.error = EngineDeadError("the engine has been shut down")
+            self._shut_down()
         for one in self._replicas:
             one.process.stop(finish)
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """See ``EngineProcess.join``; waits for all of them."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         ended = [
             one.process.join(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
@@ -139,17 +133,11 @@ class Replicas:
         return all(ended)
 
     def abandon(self, reason: str) -> None:
-        """See ``EngineProcess.abandon``."""
         with self._lock:
             self.is_abandoned = True
             self.error = EngineDeadError(f"the engine has been abandoned: {reason}")
         for one in self._replicas:
             one.process.abandon(reason)
-
-    def check_alive(self) -> None:
-        """Raises EngineDeadError if all replicas have been given up, or were stopped."""
-        if self.error is not None:
-            raise EngineDeadError(str(self.error))
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
@@ -159,7 +147,6 @@ class Replicas:
         return [process.stats() if process.is_ready else dict(self.info.stats) for process in processes]
 
     def health(self) -> list[dict[str, Any]]:
-        """See ``AsyncLLM.health``."""
         return [
             {"replica": index, "status": one.status, "restarts": one.num_restarts}
             for index, one in enumerate(self._replicas)

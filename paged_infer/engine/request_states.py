@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlyList
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from paged_infer.control.request import Request
 from paged_infer.control.scheduler import Scheduler
@@ -19,6 +20,7 @@ from paged_infer.text.output_processor import OutputProcessor, named_logprobs, r
 from paged_infer.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -170,6 +172,46 @@ class RequestStates:
             for completion in state.completions:
                 completion.is_broken = True
             return request_output(state.request, state.completions, state.prompt_logprobs)
+
+
+class Unfinished(Generic[T]):
+    """What is kept of each unfinished request, by its id. Not thread-safe.
+
+    Of one id there may be several: one that is being aborted comes before its successor.
+    """
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, deque[T]] = {}
+
+    def __len__(self) -> int:
+        """The number of ids."""
+        return len(self._by_id)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    def __iter__(self) -> Iterator[tuple[str, T]]:
+        """Each id, with its oldest request."""
+        return ((request_id, of_id[0]) for request_id, of_id in self._by_id.items())
+
+    def add(self, request_id: str, one: T) -> None:
+        self._by_id.setdefault(request_id, deque()).append(one)
+
+    def oldest(self, request_id: str, *, is_over: bool) -> T | None:
+        """The oldest one of this id, which ends with that if ``is_over``; None if there is none."""
+        of_id = self._by_id.get(request_id)
+        if not of_id:
+            return None
+        one = of_id.popleft() if is_over else of_id[0]
+        if not of_id:
+            del self._by_id[request_id]
+        return one
+
+    def clear(self) -> list[T]:
+        """End all; returns them."""
+        everyone = [one for of_id in self._by_id.values() for one in of_id]
+        self._by_id.clear()
+        return everyone
 
 
 def _decoding_error(error: Exception) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from paged_infer.engine.engine_thread import QueueFullError
+from paged_infer.engine.engine_client import QueueFullError
 
+LONG_TEXT = 4096  # characters: a millisecond of tokenizing. An event loop should not be blocked for much longer
 MAX_NUM_CHARACTERS = 1 << 24  # in the queue: a few seconds of tokenizing
 AGING_FACTOR = 16  # see TextQueue
+T = TypeVar("T")
 
 
 @dataclass(order=True, slots=True)
@@ -35,16 +38,24 @@ class TextQueue:
     Args:
         max_num_characters: the most characters in the queue, including the text being processed. An empty queue accepts
             a text of any length.
+        check: called before a long text is queued; raises an error if that would be in vain.
     """
 
-    def __init__(self, max_num_characters: int = MAX_NUM_CHARACTERS) -> None:
-        self._max_num_characters = max_num_characters
+    def __init__(self, max_num_characters: int = MAX_NUM_CHARACTERS, check: Callable[[], None] = lambda: None) -> None:
+        self._max_num_characters, self._check = max_num_characters, check
         self._lock = threading.Lock()
         self._jobs: list[_Job] = []  # a heap; guarded by the lock, as are the next two
         self._num_characters = 0  # waiting or being processed
         self._num_done = 0  # characters processed so far
         self._numbers = itertools.count()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    async def run(self, function: Callable[[Any], T], text: Any, num_characters: int) -> T:
+        """``function(text)``, for a long text in the thread. Errors as ``submit``, and those of ``check``."""
+        if num_characters <= LONG_TEXT:
+            return function(text)
+        self._check()
+        return await asyncio.wrap_future(self.submit(function, text, num_characters))
 
     def submit(self, function: Callable[[Any], Any], text: Any, num_characters: int) -> Future[Any]:
         """A future of ``function(text)``. Cancelling it removes the text from the queue.

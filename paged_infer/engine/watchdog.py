@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -55,11 +54,3 @@ class Watchdog:
         assert self.timeout_s is not None
         while not self._over.wait(min(POLL_S, self.timeout_s)):
             self.check()
-
-
-def check_timeout(name: str, value: float | None) -> None:
-    """Raises ValueError unless ``value`` is None or a finite number of seconds > 0."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be a finite number of seconds > 0, or None for no limit")

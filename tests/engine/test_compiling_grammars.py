@@ -25,11 +25,13 @@ def test_a_request_reaches_the_engine_s_thread_with_its_grammar_compiled(
     object.__setattr__(request.params, "structured_outputs", asked)
     held: list[bool] = []
     core = _EngineCore(cast(Any, None))
-    core._thread = cast(
-        Any,
-        SimpleNamespace(
-            engine=llm.engine, add=lambda *_: held.append(llm.engine.input_processor.grammars.holds(asked))
-        ),
+    core._started.set_result(
+        cast(
+            Any,
+            SimpleNamespace(
+                engine=llm.engine, add=lambda *_: held.append(llm.engine.input_processor.grammars.holds(asked))
+            ),
+        )
     )
     core._process(Add(pickle.loads(pickle.dumps(request)), True))
     assert held == [is_compiled]

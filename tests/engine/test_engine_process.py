@@ -25,7 +25,7 @@ from paged_infer.control.request import Request
 from paged_infer.engine.engine import LLMEngine
 from paged_infer.engine.engine_process import EngineProcess
 from paged_infer.engine.output_channel import OutputChannel
-from paged_infer.engine.process_messages import EngineSpec
+from paged_infer.engine.process_messages import EngineSpec, Failed, send
 from paged_infer.engine.spawned_process import StartedProcess
 from paged_infer.outputs import RequestOutput
 
@@ -50,7 +50,7 @@ async def collect(engine: AsyncLLM, *arguments: Any, **options: Any) -> list[Req
 
 async def idle(engine: AsyncLLM) -> None:
     """Until the engine has ended every request; then law 2 holds."""
-    while engine._core._entries:  # type: ignore[union-attr]
+    while engine._core._channels:  # type: ignore[union-attr]
         await asyncio.sleep(0.005)
     await engine.check_integrity()
     assert engine.stats()["free_blocks"] == engine.stats()["num_blocks"]
@@ -211,7 +211,6 @@ def test_a_step_that_hangs_ends_the_process_and_its_requests(checkpoint) -> None
     assert engine._core.process.exitcode == 1  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def break_stats(engine: LLMEngine) -> None:
     engine.stats = lambda: {"lock": threading.Lock()}  # type: ignore[method-assign,dict-item]
 
@@ -255,6 +254,19 @@ def test_a_command_that_cannot_be_sent_ends_the_engine_and_not_its_sender() -> N
         answer.result()
 
 
+def test_a_request_that_is_refused_there_leaves_an_idle_engine_and_not_one_that_is_silent() -> None:
+    other = OtherEnd()
+    spec = EngineSpec(Path(), EngineConfig(), None, 1)
+    process = EngineProcess(spec, start=lambda *_: StartedProcess(other, other.ours))
+    process.add(Request("a", None, [8], GREEDY, 0.0), OutputChannel(asyncio.new_event_loop()), streamed=False)
+    assert process.watchdog._began_s is not None
+    send(other.theirs, Failed("a", ValueError("refused"), 1))
+    until(lambda: process.watchdog._began_s is None)
+    process.stop()
+    assert process.gone.wait(LIMIT_S)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def test_its_ranks_give_the_same_tokens_and_end_with_it(checkpoint, make_llm) -> None:
     options = {**OPTIONS, "num_blocks": 16, "max_model_len": 32}
     params = SamplingParams(temperature=0, max_tokens=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import fields
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,8 +44,9 @@ def streams(draw: st.DrawFn) -> list[list[CompletionOutput]]:
 @given(st.lists(streams(), min_size=1, max_size=3))
 def test_what_is_built_is_what_was_sent_whatever_else_is_sent_between(requests: list[list[list[CompletionOutput]]]):
     encoder = OutputEncoder()
-    given = [Request(f"r{i}", "a prompt", [5, 6], SamplingParams(), 1.0) for i in range(len(requests))]
-    decoders = [OutputDecoder(request) for request in given]
+    decoder = OutputDecoder()
+    for i in range(len(requests)):
+        decoder.add(Request(f"r{i}", "a prompt", [5, 6], SamplingParams(), 1.0))
     for step in range(max(map(len, requests))):
         for i, samples in enumerate(requests):
             if step < len(samples):
@@ -52,19 +54,43 @@ def test_what_is_built_is_what_was_sent_whatever_else_is_sent_between(requests: 
                 metrics, known = RequestMetrics(1.0, num_generation_tokens=step), [None, *logprobs_of([6])]
                 output = RequestOutput(f"r{i}", "a prompt", [5, 6], samples[step], metrics, finished, known)
                 delta = pickle.loads(pickle.dumps(encoder.encode(output)))
-                assert decoders[i].decode(delta) == output
-    assert not encoder._sent
+                assert decoder.decode(delta) == output
+    assert not encoder._sent and not decoder
 
 
 def test_what_was_built_is_kept_when_the_engine_ends() -> None:
     request = Request("r", "a prompt", [5], SamplingParams(n=2), 1.0)
-    encoder, decoder = OutputEncoder(), OutputDecoder(request)
+    encoder, decoder = OutputEncoder(), OutputDecoder()
+    decoder.add(request)
     outputs = [CompletionOutput(0, "one", [1], "stop"), CompletionOutput(1, "tw", [2])]
     decoder.decode(encoder.encode(RequestOutput("r", "a prompt", [5], outputs, RequestMetrics(1.0))))
-    failed = decoder.fail("killed")
+    (failed,) = decoder.fail("killed")
     assert failed.finished and failed.outputs == [
         outputs[0], CompletionOutput(1, "tw", [2], "error", error="killed")
     ]  # fmt: skip
+
+
+def test_of_one_id_the_aborted_request_gets_its_end_before_its_successor() -> None:
+    decoder, requests = OutputDecoder(), [Request("r", None, [prompt], SamplingParams(), 1.0) for prompt in (5, 6)]
+    for request in requests:
+        decoder.add(request)
+    for request in requests:
+        end = RequestOutput(
+            "r", None, request.prompt_token_ids, [CompletionOutput(0, "", [])], RequestMetrics(1.0), True
+        )
+        assert decoder.decode(OutputEncoder().encode(end)) == end
+    assert not decoder
+
+
+def test_every_time_that_the_engine_takes_is_put_on_our_clock() -> None:
+    decoder, names = OutputDecoder(), [one.name for one in fields(RequestMetrics) if one.name.endswith("_time_s")]
+    decoder.add(Request("r", None, [5], SamplingParams(), 2.0))
+    decoder.clock_offset_s = 100.0
+    metrics = RequestMetrics(**dict.fromkeys(names, 2.0))
+    sent = OutputEncoder().encode(RequestOutput("r", None, [5], [CompletionOutput(0, "", [])], metrics))
+    decoded = decoder.decode(sent).metrics
+    times = {name: getattr(decoded, name) for name in names}
+    assert times == {name: 2.0 if name == "arrival_time_s" else 102.0 for name in names}
 
 
 def test_a_long_answer_costs_no_more_for_each_token() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from paged_infer.control.admission import add_sequences
 from paged_infer.control.request import Request
-from paged_infer.engine.engine_thread import QueueFullError
+from paged_infer.engine.engine_client import QueueFullError
 from paged_infer.engine.replicas import MAX_RESTARTS, Replicas
 from paged_infer.engine.request_states import StepReport
 from paged_infer.engine.routing import Load

@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self.now_s = 0.0
-        self._watchdog = engine._thread.watchdog
+        self._watchdog = engine._core.watchdog
         self._watchdog.clock = lambda: self.now_s
 
     def go_to(self, now_s: float) -> None:
@@ -38,7 +38,7 @@ async def engine_and_clock(folder: Any, **options: Any) -> AsyncIterator[tuple[A
     engine = AsyncLLM(folder, num_blocks=64, device="cpu", **options)
     yield engine, Clock(engine)
     await engine.shutdown()
-    await asyncio.to_thread(engine._thread._thread.join)
+    await asyncio.to_thread(engine._core._thread.join)
     assert engine.stats()["free_blocks"] == engine.stats()["num_blocks"]
 
 
@@ -68,7 +68,7 @@ def test_a_step_that_does_not_return_is_told_to_everybody_who_waits(checkpoint) 
                 with pytest.raises(EngineDeadError, match="step_timeout=600"):
                     await later
             await engine.shutdown()  # does not wait for it
-            assert engine.is_abandoned and not engine._thread.ended.is_set()
+            assert engine.is_abandoned and not engine._core.ended.is_set()
             held.let_go()
 
     played(scenario)
@@ -117,7 +117,7 @@ def test_a_policy_that_waits_for_its_batch_is_no_step_that_hangs(checkpoint) -> 
         policy = Dynamic(window_s=3000, max_batch_size=2)
         options = {"scheduling_policy": policy, "max_num_batched_tokens": 2048, "step_timeout": 10}
         async with engine_and_clock(checkpoint("qwen3"), **options) as (engine, clock):
-            naps, wake, loop = asyncio.Event(), engine._thread._wake, asyncio.get_running_loop()
+            naps, wake, loop = asyncio.Event(), engine._core._wake, asyncio.get_running_loop()
             wait = wake.wait
 
             def nap(seconds: float | None = None) -> bool:

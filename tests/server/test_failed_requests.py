@@ -19,7 +19,7 @@ GOOD = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "ignor
 
 def fail_at_step(served: Served, num_tokens: int) -> None:
     """As the engine does where logits cannot be sampled: all samples of the request end with an error."""
-    engine = served.engine._llm.engine
+    engine = served.engine._core.engine
     step = engine.step
 
     def failing(*arguments: Any) -> Any:

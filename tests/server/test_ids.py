@@ -20,7 +20,7 @@ LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 900, "ignore
 
 def while_held(served: Served, work: Callable[[], Any]) -> tuple[Any, Snapshot]:
     """What ``work`` returns, and the engine's state after all that it has queued and before the first step of it."""
-    thread, go_on = served.engine._thread, threading.Event()
+    thread, go_on = served.engine._core, threading.Event()
     thread.call(lambda engine: go_on.wait(60))
     try:
         done = work()
@@ -53,7 +53,7 @@ def test_an_event_names_no_job_by_anything_that_opens_it() -> None:
 def test_the_client_of_a_stream_finds_itself_among_the_events_by_how_its_id_begins(path: str, body: Any) -> None:
     with serving(max_num_seqs=4, num_blocks=64) as served:
         seen: list[Snapshot] = []
-        engine = served.engine._llm.engine
+        engine = served.engine._core.engine
         step = engine.step
         engine.step = lambda *args: (seen.append(take_snapshot(engine)), step(*args))[1]  # type: ignore
         body = {**body, "max_tokens": 3, "stream": True}

@@ -364,7 +364,7 @@ def test_the_model_answers_to_the_names_that_it_was_given() -> None:
 
 def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
     with serving(max_num_seqs=4, num_blocks=64) as broken:
-        runner = broken.engine._llm.engine.executor.runner
+        runner = broken.engine._core.engine.executor.runner
         launch, count = runner.launch, 0
 
         def fail(step: Any) -> Any:
@@ -386,7 +386,7 @@ def test_an_engine_that_fails_tells_everybody_and_the_server_ends() -> None:
 def test_a_failed_engine_is_not_healthy() -> None:
     with serving(num_blocks=32) as broken:
         broken.server.on_tick = lambda counter: _never()  # type: ignore[method-assign]
-        broken.engine._llm.engine.executor.runner.launch = None  # type: ignore[assignment]
+        broken.engine._core.engine.executor.runner.launch = None  # type: ignore[assignment]
         assert broken.http.get("/health").status_code == 200
         assert error_of(broken.post("/v1/completions", **PROMPT), 500)["code"] == "engine_dead"
         assert error_of(broken.http.get("/health"), 503)["code"] == "engine_dead"

@@ -51,7 +51,7 @@ def test_hundreds_that_leave_in_mid_stream_leave_nothing_behind() -> None:
 
         assert asyncio.run(main()) == 300
         served.check_idle()
-        assert not served.engine._streams and not served.engine._thread._channels
+        assert not served.engine._streams and not served.engine._core._channels
         assert served.complete(prompt="Once", max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
@@ -93,7 +93,7 @@ def test_the_event_loop_answers_while_a_step_and_a_long_text_take_their_time(mon
             under_way.release()
             assert go_on.wait(LIMIT_S)
 
-        engine, tokenizer = served.engine._llm.engine, served.engine.tokenizer
+        engine, tokenizer = served.engine._core.engine, served.engine.tokenizer
         launch, encode = engine.executor.runner.launch, tokenizer.encode
 
         def slow_launch(step: Any) -> Any:

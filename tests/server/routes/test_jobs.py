@@ -73,7 +73,7 @@ def test_what_is_deleted_takes_nobodys_place() -> None:
 def test_a_job_that_fails_says_so_to_whoever_asks_and_deletes() -> None:
     with serving(num_blocks=32) as broken:
         broken.server.on_tick = lambda counter: asyncio.sleep(0, False)  # type: ignore[method-assign]
-        broken.engine._llm.engine.executor.runner.launch = None  # type: ignore[assignment]
+        broken.engine._core.engine.executor.runner.launch = None  # type: ignore[assignment]
         job = broken.post("/generate", prompt="x").json()["id"]
         failed = poll(broken, job)
         assert failed["status"] == "failed" and failed["error"]["code"] == "engine_dead"

@@ -143,7 +143,7 @@ def test_a_watcher_that_leaves_costs_nobody_anything() -> None:
 def test_a_call_whose_caller_has_gone_leaves_the_engine_alive() -> None:
     with serving(num_blocks=64) as served:
         held, go_on = threading.Event(), threading.Event()
-        thread = served.engine._thread
+        thread = served.engine._core
         thread.call(lambda engine: (held.set(), go_on.wait(LIMIT_S)))
         assert held.wait(LIMIT_S)
         assert thread.call(lambda engine: pytest.fail("its caller has gone")).cancel()

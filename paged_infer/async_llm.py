@@ -34,6 +34,7 @@ from paged_infer.engine.text_queue import LONG_TEXT, TextQueue
 from paged_infer.execution.errors import EngineDeadError
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.suggestions import checks_keywords
 
 __all__ = ["AsyncLLM", "EngineDeadError", "QueueFullError", "RequestStream", "StepReport"]
 
@@ -121,6 +122,7 @@ class AsyncLLM(ModelInfo):
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
+    @checks_keywords
     async def generate(
         self,
         prompt: Prompt,

@@ -29,12 +29,14 @@ from paged_infer.outputs import RequestOutput, TokenLogprobs
 from paged_infer.params import SamplingParams
 from paged_infer.sampling.logprobs import token_logprobs
 from paged_infer.sampling.sampler import CANNOT_SAMPLE, Sampler
+from paged_infer.suggestions import checks_keywords
 from paged_infer.text.output_processor import OutputProcessor, named_logprobs, request_output
 
 Prompts = Prompt | ReadOnlyList[Prompt]
 Params = SamplingParams | ReadOnlyList[SamplingParams] | None
 
 
+@checks_keywords
 def generate_naive(
     model_or_llm: LLM | str | Path | None,
     prompts: Prompts,
@@ -49,6 +51,7 @@ def generate_naive(
     return batch.outputs()
 
 
+@checks_keywords
 def generate_cached(
     model_or_llm: LLM | str | Path | None,
     prompts: Prompts,
@@ -66,6 +69,7 @@ def generate_cached(
     return batch.outputs()
 
 
+@checks_keywords
 def generate_static(
     model_or_llm: LLM | str | Path | None,
     prompts: Prompts,

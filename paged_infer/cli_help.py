@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+
+from paged_infer.suggestions import hint
 
 INDENT = "  "
 NAME_COLUMNS = 26  # width of the first column; a longer name has a line of its own
@@ -15,6 +18,10 @@ NAME_COLUMNS = 26  # width of the first column; a longer name has a line of its 
 
 class Command(TyperCommand):
     """A command whose options are listed under the titles of their ``rich_help_panel``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with option_hints(self, ctx):
+            return super().parse_args(ctx, args)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         write_text(formatter, self.help)
@@ -36,6 +43,10 @@ class Group(TyperGroup):
 
     order: tuple[str, ...] = ()
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with option_hints(self, ctx):
+            return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: Any) -> list[str]:
         names = list(self.commands)
         return sorted(names, key=lambda name: self.order.index(name) if name in self.order else len(self.order))
@@ -48,6 +59,39 @@ class Group(TyperGroup):
         write_list(
             formatter, "Commands", [(name, inspect.cleandoc(text).split("\n\n")[0]) for name, text in helps.items()]
         )
+
+
+@contextmanager
+def option_hints(command: Any, ctx: Any) -> Iterator[None]:
+    """The error for an unknown option names the one that may be meant, or the commands that it belongs to."""
+    try:
+        yield
+    except Exception as error:  # of click, or of the copy of it that newer versions of typer have
+        option = getattr(error, "option_name", None) or ""
+        if not hasattr(error, "possibilities") or not option.startswith("--"):
+            raise
+        root = ctx.find_root()
+        places = {path: option_names(one) for path, one in commands_below(root.command, ctx, root.info_name)}
+        found = hint(_plain(option), option_names(command), places, spell=lambda name: f"--{name.replace('_', '-')}")
+        error.message, error.possibilities = f"{error}{found}", None  # type: ignore[attr-defined]
+        raise
+
+
+def option_names(command: Any) -> list[str]:
+    """A command's long options as parameters: "max_tokens" for --max-tokens."""
+    names = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
+    return [_plain(name) for name in names if name.startswith("--")]
+
+
+def commands_below(command: Any, ctx: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """A command and those of its group, each with the words that call it."""
+    yield path, command
+    for word in command.list_commands(ctx) if hasattr(command, "commands") else ():
+        yield from commands_below(command.commands[word], ctx, f"{path} {word}")
+
+
+def _plain(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def in_order(*names: str) -> type[Group]:

@@ -12,8 +12,7 @@ from paged_infer.control.policies import Policy, make_policy
 from paged_infer.control.reasoning import REASONING_PARSERS
 from paged_infer.control.scheduler import PREEMPTION_MODES
 from paged_infer.control.speculation import SpeculativeConfig
-from paged_infer.params import SamplingParams
-from paged_infer.suggestions import suggests_names, unknown_names
+from paged_infer.suggestions import PLACES, suggests_names, unknown_names
 from paged_infer.values import Checked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -22,6 +21,12 @@ QUANTIZATIONS = ("w8a16", "w4a16", "w8a8", "gguf")
 EXECUTOR_BACKENDS = ("mp", "ray", "external_launcher")
 DISTRIBUTED_TIMEOUT_S = 20.0
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e5m2")
+ASYNC_OPTIONS = (
+    "max_num_waiting", "step_timeout", "engine_process", "disaggregated_prefill", "data_parallel_size",
+    "data_parallel_backend", "data_parallel_routing",
+)  # fmt: skip
+"""What ``AsyncLLM`` takes besides; here, because an ``LLM`` that is given one of them names it."""
+PLACES["AsyncLLM()"] = ASYNC_OPTIONS
 
 
 class EngineOptions(TypedDict, total=False):
@@ -55,7 +60,7 @@ class EngineOptions(TypedDict, total=False):
     seed: int
 
 
-@suggests_names
+@suggests_names("LLM()", "model")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(Checked):
     """How an engine runs. The command line takes its options and their help from here.
@@ -228,13 +233,7 @@ def check_names(options: Iterable[str], known: Collection[str] = ()) -> None:
     """Raises TypeError unless each is one of ``known``, or, if that is empty, a field of ``EngineConfig``."""
     known = known or [field.name for field in dataclasses.fields(EngineConfig)]
     if unknown := [name for name in options if name not in known]:
-        params = {field.name for field in dataclasses.fields(SamplingParams)} - {*known}
-        strays = [name for name in unknown if name in params]
-        others = [name for name in unknown if name not in params]
-        stray = f"{', '.join(strays)}: a parameter of SamplingParams, for generate(), and not an option"
-        parts = [stray] if strays else []
-        parts += [unknown_names("unknown option", others, known) if others else f"known: {', '.join(known)}"]
-        raise TypeError("; ".join(parts))
+        raise TypeError(unknown_names("unknown option", unknown, known))
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -23,8 +23,14 @@ from paged_infer.engine.sequence_view import SequenceView
 from paged_infer.model.loading.hub import BUNDLED
 from paged_infer.outputs import RequestOutput
 from paged_infer.params import BeamSearchParams, SamplingParams
+from paged_infer.suggestions import PLACES, checks_keywords
 
 Priority = int | ReadOnlyList[int] | None  # one for all prompts, or one for each
+
+PLACES["LLM.generate()"] = ("prompts", "sampling_params", "use_tqdm", "cache_salt", "priority")
+PLACES["LLM.stream()"] = ("stream",)
+PLACES["LLM.chat()"] = ("messages", "tools", "chat_template_kwargs")
+PLACES["LLM.beam_search()"] = ("beam_search_params", "use_beam_search")
 
 
 class LLM(ModelInfo):
@@ -68,6 +74,7 @@ class LLM(ModelInfo):
         """Whether this is a bundled model."""
         return self.folder in BUNDLED.values()
 
+    @checks_keywords
     def generate(
         self,
         prompts: Prompt | ReadOnlyList[Prompt],
@@ -95,6 +102,7 @@ class LLM(ModelInfo):
             requests = self.prepare(prompts, sampling_params, cache_salt=cache_salt, priority=priority)
             return self._serve(requests, use_tqdm)
 
+    @checks_keywords
     def beam_search(
         self,
         prompts: Prompt | ReadOnlyList[Prompt],
@@ -138,6 +146,7 @@ class LLM(ModelInfo):
         finally:  # after an interrupt or a failed step, too
             self._drop(requests)
 
+    @checks_keywords
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[RequestOutput]:
@@ -203,6 +212,7 @@ class LLM(ModelInfo):
             else:
                 self._streams.append((reference, request))
 
+    @checks_keywords
     def chat(
         self,
         messages: ReadOnlyList[dict[str, Any]] | ReadOnlyList[ReadOnlyList[dict[str, Any]]],

@@ -11,7 +11,7 @@ from paged_infer.suggestions import suggests_names
 from paged_infer.values import Checked, as_number, as_token_id, plain
 
 
-@suggests_names
+@suggests_names("SamplingParams")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(Checked):
     """How the tokens of one request are chosen, and when it ends. Names, defaults and meanings are vLLM's.
@@ -156,7 +156,7 @@ class SamplingParams(Checked):
         return self.has_penalties or bool(self.logits_processors)
 
 
-@suggests_names
+@suggests_names("BeamSearchParams")
 @dataclass(frozen=True, slots=True)
 class BeamSearchParams(Checked):
     """How to search for the most probable continuations. Names and meanings are transformers'.

@@ -13,7 +13,7 @@ from paged_infer.values import Checked, as_tuple
 BACKENDS = ("auto", "native", "xgrammar", "llguidance")
 
 
-@suggests_names
+@suggests_names("StructuredOutputsParams")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams(Checked):
     """What the output must follow: exactly one of json, regex, choice and grammar. Names and meanings are vLLM's.

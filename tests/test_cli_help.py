@@ -145,3 +145,21 @@ def test_what_a_command_writes_goes_to_a_folder_that_git_ignores() -> None:
     folders = {words: one.default for words, found in ALL.items() for one in found.params if one.name == "figures"}
     assert len(folders) > 15 and set(folders.values()) == {RESULTS}
     assert f"{RESULTS}/" in (README.parent / ".gitignore").read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("serve", "--temperature", "0"), "--temperature (belongs to paged-infer chat or paged-infer generate"),
+        (("generate", "Once", "--port=80"), "--port (belongs to paged-infer serve"),
+        (("generate", "Once", "--max-new-tokens", "5"), "--max-new-tokens (did you mean --max-tokens?)"),
+        (("bench", "ladder", "--max_num_seq", "5"), "--max_num_seq (did you mean --max-num-seqs?)"),
+        (("--model", "x", "serve"), "--model (belongs to paged-infer serve or paged-infer chat or "),
+        (("info", "--frobnicate"), "--frobnicate\n"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_one_or_the_command_that_may_be_meant(
+    words: tuple[str, ...], message: str
+) -> None:
+    result = CliRunner().invoke(app, [*words], prog_name="paged-infer")
+    assert result.exit_code == 2 and message in result.stderr

@@ -110,8 +110,9 @@ class TestStoredOutputs:
         assert len(texts) >= 3
 
     def test_readme_shows_the_picture_that_it_stores(self, path):
-        """With words for those who do not see it."""
-        shown = re.findall(rf"!\[([^]]*)\]\(\.\./figures/chapters/{path.stem}\.png\)", README.read_text("utf-8"))
+        """In half its width, and with words for those who do not see it."""
+        picture = re.escape(f'<img src="../figures/chapters/{path.stem}.png" width="350" alt="')
+        shown = re.findall(rf'{picture}([^"]*)"></a>', README.read_text("utf-8"))
         assert len(shown) == 1 and len(shown[0].split()) >= 3
         stored = (FOLDER.parent / "figures" / "chapters" / f"{path.stem}.png").read_bytes()
         assert stored == execute.cover(nbformat.read(path, as_version=4))

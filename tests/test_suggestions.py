@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from paged_infer import LLM, AsyncLLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
-from paged_infer.config import EngineConfig
+from paged_infer.baselines import generate_naive
+from paged_infer.config import ASYNC_OPTIONS, EngineConfig
 from paged_infer.control.policies import Chunked
 from paged_infer.control.speculation import SpeculativeConfig
+from paged_infer.engine.prompts import plain_prompt
 from paged_infer.kernels import paged_attention_reference
 from paged_infer.kernels.device import device_of
-from paged_infer.suggestions import OTHER_NAMES, suggestion
+from paged_infer.suggestions import OTHER_NAMES, PLACES, suggestion
 
 OPTIONS = [field.name for field in dataclasses.fields(EngineConfig)]
 PARAMS = [field.name for kind in (SamplingParams, BeamSearchParams) for field in dataclasses.fields(kind)]
@@ -40,14 +44,58 @@ def test_an_async_llm_also_suggests_options_of_its_own() -> None:
         AsyncLLM(max_num_waitin=4)
 
 
-def test_a_sampling_parameter_among_the_options_is_named_as_one() -> None:
-    with pytest.raises(TypeError, match=r"^temperature: a parameter of SamplingParams, for generate\(\)"):
-        LLM(temperature=0)
-    with pytest.raises(TypeError) as error:
-        LLM(max_tokens=5)
-    assert "did you mean" not in str(error.value)
-    with pytest.raises(TypeError, match=r"not an option; unknown option max_num_seq \(did you mean max_num_seqs\?\)"):
-        LLM(max_tokens=5, max_num_seq=4)
+Call = Callable[..., Any]
+ELSEWHERE: list[tuple[Call, str, str]] = [
+    (LLM, "temperature", "unknown option temperature (belongs to SamplingParams); known: dtype, "),
+    (LLM, "temp", "unknown option temp (did you mean temperature of SamplingParams?); known: dtype, "),
+    (LLM, "num_speculative_tokens", "num_speculative_tokens (belongs to speculative_config)"),
+    (LLM, "data_parallel_size", "data_parallel_size (belongs to AsyncLLM())"),
+    (LLM, "tools", "tools (belongs to LLM.chat())"),
+    (AsyncLLM, "max_tokens", "max_tokens (belongs to SamplingParams or BeamSearchParams)"),
+    (SamplingParams, "num_beams", "num_beams (did you mean beam_width of BeamSearchParams?)"),
+    (SamplingParams, "max_model_len", "max_model_len (belongs to LLM())"),
+    (SamplingParams, "regex", "regex (belongs to StructuredOutputsParams)"),
+    (SamplingParams, "priority", "priority (belongs to LLM.generate())"),
+    (BeamSearchParams, "temperature", "temperature (belongs to SamplingParams)"),
+    (LLM.generate, "top_p", "LLM.generate: unknown parameter top_p (belongs to SamplingParams); known: prompts, "),
+    (LLM.generate, "num_beams", "num_beams (did you mean beam_width of BeamSearchParams?)"),
+    (LLM.generate, "stream", "stream (belongs to LLM.stream())"),
+    (LLM.generate, "params", "params (did you mean sampling_params?)"),
+    (LLM.chat, "temperature", "LLM.chat: unknown parameter temperature (belongs to SamplingParams)"),
+    (LLM.stream, "cache_salt", "cache_salt (belongs to LLM.generate())"),
+    (LLM.beam_search, "beam_width", "beam_width (belongs to BeamSearchParams)"),
+    (AsyncLLM.generate, "sampling_params", "sampling_params (did you mean params?)"),
+    (
+        generate_naive,
+        "max_new_tokens",
+        "max_new_tokens (did you mean max_tokens of SamplingParams or BeamSearchParams?)",
+    ),
+    (plain_prompt, "seed", "seed (belongs to SamplingParams or LLM())"),
+]
+
+
+@pytest.mark.parametrize(("call", "name", "message"), ELSEWHERE)
+def test_a_name_that_belongs_elsewhere_is_refused_with_where(call: Call, name: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        call({name: 4}) if call is plain_prompt else call(**{name: 4})
+    assert message in str(error.value)
+
+
+def test_every_option_of_an_async_llm_is_one_that_an_llm_names() -> None:
+    own = {*inspect.signature(AsyncLLM).parameters} - {"model", *OPTIONS}
+    assert own == {*ASYNC_OPTIONS}
+
+
+def test_a_parameter_without_its_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^SamplingParams: parameters are given by name, as in n=\.\.\., not 0\.8$"):
+        SamplingParams(0.8)  # type: ignore[misc]
+    assert BeamSearchParams(4, 9) == BeamSearchParams(beam_width=4, max_tokens=9)
+
+
+def test_a_call_that_checks_its_keywords_keeps_its_signature_and_what_python_refuses() -> None:
+    assert [*inspect.signature(LLM.generate).parameters][:3] == ["self", "prompts", "sampling_params"]
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'prompt'"):
+        LLM.stream(object())  # type: ignore[call-arg, arg-type]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +121,7 @@ def test_parameters_keep_their_signature_and_are_pickled_and_replaced_as_before(
 def test_each_name_of_another_library_leads_to_one_of_ours() -> None:
     for name, ours in OTHER_NAMES.items():
         assert name not in (*OPTIONS, *PARAMS) and {*ours} <= {*OPTIONS, *PARAMS, "logits_processors"}, name
-    assert suggestion("frobnicate", OPTIONS) is None
+    assert suggestion("frobnicate", OPTIONS, PLACES) is None
 
 
 @pytest.mark.parametrize("model", [5, ["storyteller"], "", 2.5])

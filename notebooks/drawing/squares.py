@@ -129,20 +129,20 @@ class MovingTiles:
             self.num_moved += block * dim
             pictures.append(self._frame(num_blocks, i, None))
         self.num_frames, self.num_tiles = len(pictures), len(self._done)
-        pixels = [Image.open(io.BytesIO(picture._repr_png_())).convert("RGB") for picture in pictures]
+        pixels = [Image.open(io.BytesIO(picture.png())).convert("RGB") for picture in pictures]
         # One palette for all, so that a frame stores only what has changed.
         few_colours = pixels[diagonal].quantize(16, Image.Quantize.MAXCOVERAGE)
         first, *rest = (image.quantize(palette=few_colours, dither=Image.Dither.NONE) for image in pixels)
         gif = io.BytesIO()
         durations = [500] * len(rest) + [2000]
         first.save(gif, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
-        self._gif = gif.getvalue()
+        self._gif, self._size_px = gif.getvalue(), pictures[0].size_px
 
     def __repr__(self) -> str:
         return f"{self.num_frames} frames"
 
-    def _repr_png_(self) -> bytes:
-        return self._gif  # GitHub shows no "gif"; a browser looks at the bytes and plays it
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return self._gif, self._size_px  # GitHub shows no "gif"; a browser looks at the bytes and plays it
 
     def _frame(self, num_blocks: int, queries: int, keys: int | None) -> Picture:
         picture = new_picture(4.8, 3.4)

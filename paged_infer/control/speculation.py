@@ -34,7 +34,7 @@ from paged_infer.values import Checked
 METHODS = ("ngram", "draft_model")
 
 
-@suggests_names
+@suggests_names("speculative_config")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig(Checked):
     """How to speculate. Names and meanings are vLLM's, and so are the defaults of the lookup.

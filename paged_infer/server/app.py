@@ -38,7 +38,7 @@ def create_app(engine: AsyncLLM, settings: Settings | None = None) -> FastAPI:
     app.state.jobs = jobs.Jobs(service)
     app.state.metrics = Metrics(engine, service.model_names[0], engine.cache_config)
     app.state.live_events = [LiveEvents(service, i) for i, _ in enumerate(engine.replica_stats())]
-    errors.install(app)
+    errors.install(app, [route for module in ROUTES for route in module.router.routes])
     for module in ROUTES:
         app.include_router(module.router)
     app.add_middleware(ChecksMiddleware, service=service)

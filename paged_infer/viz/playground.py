@@ -7,10 +7,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from paged_infer.viz.style import DPI, Picture
+from paged_infer.viz.style import Picture
 
 NUM_STEPS = 40  # of a slider between two floats without a given step
-SHARPNESS = 2  # pixels of the widget's picture per pixel of its size, for high-density screens
 
 
 class Playground:
@@ -38,13 +37,13 @@ class Playground:
         self._draw = draw
         self._controls = controls
         self._picture = draw(**starts)
-        self._png = self._picture.png(SHARPNESS)
+        self._png = self._picture.png()
         self._widgets = ipywidgets()
         self.sliders = {name: self._control(name, control) for name, control in controls.items()}
         self._image = self._widgets.Image(value=self.png, format="png")
         # as large as in print, and in proportion; a narrow window makes it smaller
         self._image.layout = self._widgets.Layout(
-            width=f"{self._width_px()}px", max_width="100%", height="auto", align_self="flex-start"
+            width=f"{self._picture.size_px['width']}px", max_width="100%", height="auto", align_self="flex-start"
         )
         self._panel = self._widgets.VBox(list(self.sliders.values()))
         self.widget = self._widgets.VBox([self._panel, self._image])
@@ -86,18 +85,16 @@ class Playground:
 
     def _show(self, change: dict[str, Any]) -> None:
         self._picture = self._draw(**self.values)
-        self._png = self._picture.png(SHARPNESS)
-        self._image.layout.width = f"{self._width_px()}px"
+        self._png = self._picture.png()
+        self._image.layout.width = f"{self._picture.size_px['width']}px"
         self._image.value = self.png
 
-    def _width_px(self) -> int:
-        return round(self._picture.get_figwidth() * DPI)
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         bundle: dict[str, Any] = self.widget._repr_mimebundle_(**options)
         # the widget's own text holds the bytes of the picture, which differ with every version of its fonts
-        still = b64encode(self._picture.png()).decode("ascii")
-        return {**bundle, "text/plain": self._in_words(), "image/png": still}
+        still = b64encode(self.png).decode("ascii")
+        shown = {**bundle, "text/plain": self._in_words(), "image/png": still}
+        return shown, {"image/png": self._picture.size_px}
 
     def _in_words(self) -> str:
         return "Playground: " + ", ".join(f"{name}={value}" for name, value in self.values.items())

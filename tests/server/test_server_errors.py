@@ -112,6 +112,42 @@ def test_an_unknown_field_is_refused_by_name(served, path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "field", "message"),
+    [
+        ("/v1/chat/completions", CHAT, "prompt", "unknown field: prompt (belongs to /v1/completions or /generate)"),
+        ("/generate", PROMPT, "stream", "stream (belongs to /v1/completions or /v1/chat/completions)"),
+        ("/v1/completions", PROMPT, "max_model_len", "max_model_len (belongs to paged-infer serve)"),
+    ],
+)
+def test_a_field_of_another_route_is_refused_with_where_it_belongs(
+    served, path: str, body: dict[str, Any], field: str, message: str
+) -> None:
+    assert message in error_of(served.post(path, **body, **{field: 1}), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/completion", "there is no route /v1/completion (did you mean /v1/completions?)"),
+        ("/chat/completions", "there is no route /chat/completions (did you mean /v1/chat/completions?)"),
+        ("/v1/embeddings", "there is no route /v1/embeddings; /openapi.json lists them"),
+    ],
+)
+def test_an_unknown_route_is_refused_with_the_one_that_may_be_meant(served, path: str, message: str) -> None:
+    assert error_of(served.post(path, **PROMPT), 404)["message"] == message
+
+
+def test_another_method_is_refused_with_the_one_that_the_route_takes(served) -> None:
+    error = error_of(served.http.get("/v1/completions"), 405)
+    assert error["message"] == "GET /v1/completions: this route takes POST"
+
+
+def test_the_body_of_a_chat_sent_to_the_wrong_route_is_told_which_is_right(served) -> None:
+    error = error_of(served.post("/v1/completions", **CHAT), 422)
+    assert error["message"] == "prompt: Field required; unknown field: messages (belongs to /v1/chat/completions)"
+
+
+@pytest.mark.parametrize(
     ("field", "value", "place"),
     [
         ("stream_options", {"include_usages": True}, "stream_options.include_usages"),

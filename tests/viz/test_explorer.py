@@ -38,8 +38,8 @@ def test_a_moved_slider_changes_the_picture(trace, make):
 
 def test_each_shows_the_figures_of_its_step(trace):
     pytest.importorskip("ipywidgets")
-    assert explore_pool(trace, 3).png == pool_map_figure(trace, 3).png(2)
-    assert explore_timeline(trace, 3, by="time").png == timeline_figure(trace, by="time", cursor=3).png(2)
+    assert explore_pool(trace, 3).png == pool_map_figure(trace, 3).png()
+    assert explore_timeline(trace, 3, by="time").png == timeline_figure(trace, by="time", cursor=3).png()
 
 
 def test_it_begins_where_most_blocks_are_held_and_covers_every_step(trace):
@@ -53,13 +53,14 @@ def test_it_begins_where_most_blocks_are_held_and_covers_every_step(trace):
 def test_a_still_picture_stands_beside_the_widget(trace):
     pytest.importorskip("ipywidgets")
     explorer = explore(trace, 2)
-    bundle = explorer._repr_mimebundle_()
+    bundle, shown = explorer._repr_mimebundle_()
     assert bundle[WIDGET]["model_id"] == explorer.widget.model_id
     still = b64decode(bundle["image/png"])
-    assert still.startswith(b"\x89PNG") and explorer.png.startswith(b"\x89PNG")
+    assert still == explorer.png and still.startswith(b"\x89PNG")
+    assert shown["image/png"] == explorer._picture.size_px
     assert bundle["text/plain"] == f"{len(trace.steps)} steps to explore, at step 2"  # nbval compares this
     explorer.step = 3
-    assert b64decode(explorer._repr_mimebundle_()["image/png"]) != still
+    assert b64decode(explorer._repr_mimebundle_()[0]["image/png"]) != still
 
 
 @pytest.mark.parametrize("step", [-1, 99])
@@ -83,7 +84,7 @@ def test_without_ipywidgets_one_error_says_what_to_install(trace, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ImportError, match=r"ipywidgets.*pip install 'paged-infer\[notebooks\]'.*timeline_figure"):
         explore(trace)
-    assert timeline_figure(trace)._repr_png_()  # still pictures need no widgets
+    assert timeline_figure(trace).png()  # still pictures need no widgets
 
 
 def test_ipywidgets_is_imported_by_nobody_who_does_not_explore():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from base64 import b64decode
 from typing import Any
 
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
 from paged_infer.viz.playground import Playground
 from paged_infer.viz.style import Picture, new_picture
@@ -54,14 +56,11 @@ def test_integers_make_an_integer_slider_and_a_fourth_number_is_the_step(drawing
 
 def test_a_still_picture_stands_beside_the_widget(drawing):
     playground = Playground(drawing, height=(1, 9, 3))
-    bundle = playground._repr_mimebundle_()
+    bundle, shown = playground._repr_mimebundle_()
     assert bundle[WIDGET]["model_id"] == playground.widget.model_id
-    assert size_of(b64decode(bundle["image/png"])) == size_of(new_drawing(height=3))
+    assert b64decode(bundle["image/png"]) == Drawing()(height=3).png()
+    assert shown == {"image/png": {"width": 200, "height": 100}}
     assert bundle["text/plain"] == "Playground: height=3"  # nbval compares this
-
-
-def new_drawing(**values: Any) -> bytes:
-    return Drawing()(**values)._repr_png_()
 
 
 def size_of(png: bytes) -> tuple[int, int]:
@@ -71,9 +70,19 @@ def size_of(png: bytes) -> tuple[int, int]:
 def test_the_widgets_picture_has_twice_the_dots_of_the_size_that_it_is_shown_in(drawing):
     playground = Playground(drawing, height=(1, 9, 3))
     image = playground.widget.children[1]
-    width, height = size_of(new_drawing(height=3))
-    assert (image.layout.width, image.layout.height, image.layout.max_width) == (f"{width}px", "auto", "100%")
-    assert size_of(image.value) == (2 * width, 2 * height)
+    assert (image.layout.width, image.layout.height, image.layout.max_width) == ("200px", "auto", "100%")
+    assert size_of(image.value) == (400, 200)
+
+
+def test_a_notebook_shows_twice_the_dots_in_the_width_of_the_picture_and_few_colours_take_few_bytes():
+    picture = Drawing()(height=3)
+    picture.axes[0].set_title("words, whose edges have many shades")
+    png, shown = DisplayFormatter().format(picture)
+    assert shown["image/png"] == {"width": 200, "height": 100}
+    assert size_of(png["image/png"]) == (400, 200)
+    every_colour = io.BytesIO()
+    picture.savefig(every_colour, dpi=200)
+    assert len(png["image/png"]) < 0.6 * len(every_colour.getvalue())
 
 
 def test_numbers_to_choose_from_are_in_order_and_other_choices_as_given(drawing):

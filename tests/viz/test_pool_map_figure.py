@@ -145,7 +145,7 @@ def test_a_thousand_blocks_in_use_are_all_there_in_a_small_file():
     axes = figure.axes[0]
     held = sum(bool(cell.owners) for cell in pool_cells(trace, 0))
     assert held == 32 * 30 and len(boxes(axes, "tokens")) == held and len(boxes(axes, "free")) == 40
-    assert len(figure._repr_png_()) < 150_000
+    assert len(figure.png()) < 150_000
 
 
 def test_the_end_of_a_large_pool_is_left_out_where_no_step_uses_it():

@@ -169,7 +169,7 @@ def test_sixty_sequences_and_five_hundred_steps_stay_readable():
     trace, _ = watch(requests, num_blocks=150, max_num_seqs=16, num_swap_blocks=40)
     assert len(trace.steps) > 450
     figure = timeline_figure(trace)
-    png = figure._repr_png_()
+    png = figure.png()
     assert png.startswith(b"\x89PNG") and len(png) < 60_000
     rows = figure.axes[0]
     pixels = rows.get_window_extent().height / (rows.get_ylim()[0] - rows.get_ylim()[1])

@@ -102,6 +102,7 @@ def parallel_figure(report: ParallelReport) -> Picture:
         link.axvline(1e6 * report.sum_s, color=ORANGE, linewidth=1.5)
         link.text(0.9e6 * report.sum_s, 1.6, "a sum\nhere", ha="right", fontsize=8, color=INK)
     link.set(xscale="log", ylim=(0, 2.1))
+    link.xaxis.set_major_formatter("{x:,.0f}")
     link.set_xlabel("microseconds of a sum", fontsize=8, color=INK)
     of_routings = report.routings.items()
     waits = {label: {name: 1e3 * getattr(of.ttft_s, p) for name, of in of_routings} for label, p in WAITS.items()}

@@ -13,10 +13,11 @@ from paged_infer.bench.quantisation.quality import Quality
 from paged_infer.bench.report import JsonReport
 from paged_infer.bench.side_by_side.turns import PeerResult
 from paged_infer.bench.tables import print_table
-from paged_infer.viz.style import BASELINE_COLOURS, FAINT, INK, Picture, log_heights, new_picture, tidy_axes
+from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
 
 GIB = 2**30
 LEFT_BITS, NEAR_BITS, AWAY_BITS, LINE = 6.0, 1.5, 0.55, 0.22  # names in the picture; LINE: decades between two
+LINE_COLOUR = BASELINE_COLOURS["naive"]
 _MARKS = {"rtn": "o", "awq": "s", "gptq": "^", "smoothquant": "D", "llama.cpp": "X"}
 _COLOURS = [BASELINE_COLOURS[name] for name in ("naive", "cached", "static", "paged", "nano-vllm", "transformers")]
 
@@ -153,6 +154,11 @@ def _name_points(axes: Any, rows: list[Quality]) -> None:
             va="center",
             fontsize=6.5,
             color=INK,
-            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.4},  # over the lines to other names
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8},
+            # from the point to the beginning of the name, which a line to its middle would cross out
+            arrowprops={
+                "arrowstyle": "-",
+                "color": LINE_COLOUR,
+                "linewidth": 0.7,
+                "relpos": (0 if side > 0 else 1, 0.5),
+            },
         )

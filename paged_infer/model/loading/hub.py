@@ -6,7 +6,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from paged_infer.suggestions import suggestion
+from paged_infer.suggestions import hint
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -59,9 +59,8 @@ def resolve_model(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=_FILES, ignore_patterns=_NOT_FILES, etag_timeout=5))
     except Exception as error:  # the hub client raises a dozen types; users need one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        meant = suggestion(str(model), [*BUNDLED, *PACKAGED])
         names = "" if "/" in str(model) else f"; the names known here are {KNOWN}"
-        names += f" (did you mean {meant}?)" if names and meant else ""
+        names += hint(str(model), [*BUNDLED, *PACKAGED]) if names else ""
         raise ValueError(f"model {str(model)!r} is not a folder, and the hub cannot load it: {reason}{names}") from None
 
 

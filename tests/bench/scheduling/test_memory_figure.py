@@ -51,6 +51,6 @@ def test_what_is_shared_stands_beside_what_the_paper_saved():
 
 
 def test_the_picture_is_small_enough_for_a_notebook():
-    png = fragmentation_figure(report())._repr_png_()
+    png = fragmentation_figure(report()).png()
     assert png.startswith(b"\x89PNG")
     assert len(png) < 90_000

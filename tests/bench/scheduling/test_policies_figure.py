@@ -50,6 +50,6 @@ def test_a_wait_is_drawn_from_one_token_to_the_next():
 
 @pytest.mark.parametrize("figure", [policies_figure(policies()), arrival_figure(arrival())])
 def test_the_pictures_are_small_enough_for_a_notebook(figure):
-    png = figure._repr_png_()
+    png = figure.png()
     assert png.startswith(b"\x89PNG")
     assert len(png) < 90_000

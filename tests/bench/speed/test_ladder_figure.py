@@ -41,6 +41,6 @@ def test_the_title_says_whether_the_tokens_agree(same, title):
 
 
 def test_the_picture_is_small_enough_for_a_notebook():
-    png = ladder_figure(report())._repr_png_()
+    png = ladder_figure(report()).png()
     assert png.startswith(b"\x89PNG")
     assert len(png) < 60_000

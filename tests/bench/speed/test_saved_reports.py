@@ -91,7 +91,7 @@ def test_a_command_that_is_stopped_leaves_the_runs_that_have_finished(
         print_step(report)
     else:
         print_speed(report)
-        assert len(speed_figure(report)._repr_png_()) > 1000
+        assert len(speed_figure(report).png()) > 1000
         assert all(entry.metrics.seconds > 0 for entry in report.entries)
 
 

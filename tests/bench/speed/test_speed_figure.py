@@ -76,7 +76,7 @@ def test_load_has_a_bar_and_percentiles_for_each_load():
     assert [label.get_text() for label in rate.get_xticklabels()] == ["1", "8", "5.5"]
     assert next(list(line.get_ydata()) for line in first.lines) == pytest.approx([40.0, 10.0])
     assert len(gaps.lines) == 6
-    assert len(figure._repr_png_()) < 80_000
+    assert len(figure.png()) < 80_000
 
 
 def test_the_servers_lines_are_its_series_over_the_clients():

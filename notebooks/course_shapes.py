@@ -1,4 +1,4 @@
-"""What chapter 17 needs beside what it builds: schemas in one line, two automata compared, a storyteller with tools."""
+"""What chapter 17 needs beside what it builds: schemas, automata compared, engines, a storyteller with tools."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ TEMPLATE = r"""{%- for tool in tools or [] %}{{ tool.function | tojson + '\n' }}
   {%- else %}{{ m.content }}{% endif -%}
   {%- if m.role == 'tool' and loop.last %}{{ '\nQ: ' + messages[1].content + '\nA:' }}{% endif -%}
 {%- endfor -%}"""
+
+# Options of engines that have to give the tokens of any other: the first has too few blocks for all that it is asked.
+WAYS: dict[str, dict[str, Any]] = {
+    "few blocks": {"block_size": 1, "num_blocks": 100, "max_model_len": 80},
+    "prefix cache": {"block_size": 4, "enable_prefix_caching": True},
+    "n-gram drafts": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}},
+    "draft model": {
+        "speculative_config": {
+            "method": "draft_model",
+            "num_speculative_tokens": 3,
+            "model": str(storyteller.DRAFT_PATH),
+        }
+    },
+    "two ranks": {"tensor_parallel_size": 2},
+}
 
 
 class Automaton(NamedTuple):

@@ -48,7 +48,7 @@ REVISED = [
 CELLS_AND_LINES = {
     # 10 has all policies on two clocks, 11 explains processes and threads from the ground, 14 holds MLA to the package
     # and counts in a trained mixture of experts, 12 ends with a real model, 15 rounds weights, activations, keys and
-    # gradients, 16 has ranks, processes, links and replicas, 17 has masks, a stack, tools and
+    # gradients, 16 has ranks, processes, links and replicas, 17 has masks, a stack, their laws, tools and
     # reasoning, 19 has a step, a server, its records, and six experiments
     "10_continuous_batching": (50, 310),
     "11_engine": (51, 350),
@@ -56,7 +56,7 @@ CELLS_AND_LINES = {
     "14_many_models": (50, 310),
     "15_fewer_bits": (54, 330),
     "16_one_model_two_processes": (52, 290),
-    "17_answers_with_a_shape": (64, 375),
+    "17_answers_with_a_shape": (64, 390),
     "19_predict_the_server": (50, 280),
 }
 EACH_CHAPTER = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

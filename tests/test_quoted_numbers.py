@@ -20,6 +20,7 @@ SUPPOSED = {
     "10": ["0.02 s a token", "its window of 5 s", "17 ms to read 26 GB", "2 % of the blocks"],
     "11": ["one every 10 ms", "sleeps 2 ms", "0.3 to 0.9 times the rate", "17 ms and 0.13 ms a token"],
     "12": ["six times, from its very first call"],
+    "18": ["95 of 100 such samples"],
     "19": ["1.5 ms a step for the host", "1.5 ms a step nearly all", "takes 3.4 ms a step"],
     "20": ["holds a third of what they need"],
 }

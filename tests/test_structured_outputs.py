@@ -13,10 +13,12 @@ import jsonschema
 import pytest
 from effort import EFFORT
 from random_schemas import random_schema
+from ranks import ThreadsModels
 
-from paged_infer import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from paged_infer import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams, storyteller
 from paged_infer.baselines import generate_cached, generate_naive
 from paged_infer.control.guided.grammar import GrammarError, NativeMatcher
+from paged_infer.engine import build
 from paged_infer.outputs import RequestOutput
 
 MakeLLM = Callable[..., LLM]
@@ -100,31 +102,50 @@ def test_a_grammar_that_allows_everything_changes_no_token(told: LLM) -> None:
         assert any(reason == "length" for _, _, reason in free)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "one-by-one": {"max_num_seqs": 1},
-    "chunks": {"max_num_batched_tokens": 5, "block_size": 4, "num_blocks": 400},
-    "preempting": {"block_size": 1, "num_blocks": 145, "max_model_len": 140},
-    "swapping": {"block_size": 1, "num_blocks": 145, "max_model_len": 140, "preemption_mode": "swap"},
-    "uncached": {"enable_prefix_caching": False},
-    "async": {"async_scheduling": True},
-    "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}},
-    "draft-model": {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3, "model": "DRAFT"}},
-    "torch": {"attention_backend": "torch"},
-}  # fmt: skip
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 3, "model": str(storyteller.DRAFT_PATH)}
+FEW_BLOCKS = {"block_size": 1, "num_blocks": 145, "max_model_len": 140}
+HITS, PREEMPTED, SWAPPED, ACCEPTED = "prefix_hit_tokens", "preemptions", "blocks_swapped_in", "num_accepted_tokens"
+# Options of the engine, and what it has to have counted.
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "one-by-one": ({"max_num_seqs": 1}, ()),
+    "chunks": ({"max_num_batched_tokens": 5, "block_size": 4, "num_blocks": 400}, (HITS,)),
+    "preempting": (FEW_BLOCKS, (HITS, PREEMPTED)),
+    "swapping": ({**FEW_BLOCKS, "preemption_mode": "swap"}, (HITS, PREEMPTED, SWAPPED)),
+    "uncached": ({"enable_prefix_caching": False}, ()),
+    "async": ({"async_scheduling": True}, ()),
+    "ngram": ({"speculative_config": NGRAM}, (ACCEPTED,)),
+    "draft-model": ({"speculative_config": DRAFT}, (ACCEPTED,)),
+    "ngram-preempting": ({**FEW_BLOCKS, "speculative_config": NGRAM}, (HITS, PREEMPTED, ACCEPTED)),
+    "draft-model-swapping": (
+        {**FEW_BLOCKS, "preemption_mode": "swap", "speculative_config": DRAFT},
+        (HITS, PREEMPTED, SWAPPED, ACCEPTED),
+    ),
+    "torch": ({"attention_backend": "torch"}, ()),
+}
+
+
+def made(name: str) -> LLM:
+    return LLM(**{"num_blocks": 200, "max_num_seqs": 16, **SETTINGS[name][0]})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_tokens_are_the_same_however_the_steps_are_cut(name: str, expected: list[Any]) -> None:
-    from paged_infer import storyteller
-
-    options = json.loads(json.dumps(SETTINGS[name]).replace("DRAFT", str(storyteller.PATH.parent / "draft")))
-    llm = LLM(**{"num_blocks": 200, "max_num_seqs": 16, **options})
+    llm = made(name)
     assert generate(llm) == expected
     assert generate(llm) == expected  # with prefix hits
-    if name in ("preempting", "swapping"):
-        assert llm.stats()["preemptions"] > 0
-    if name in ("ngram", "draft-model"):
-        assert llm.stats()["num_accepted_tokens"] > 0
+    assert [what for what in SETTINGS[name][1] if not llm.stats()[what]] == []
+
+
+@pytest.mark.parametrize("name", ["chunks", "preempting", "ngram"])  # a draft model is refused
+def test_two_ranks_give_the_tokens_of_one(name: str, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank masks its own copy of the logits, and ``ThreadsExecutor`` compares their results in each step."""
+    monkeypatch.setattr(build, "LoadedModels", ThreadsModels)
+    llm = made(name)
+    assert llm.engine.decoder.parallel.size == 2
+    assert generate(llm) == expected
+    counted = set(SETTINGS[name][1]) - {HITS}  # nothing came before
+    assert [what for what in counted if not llm.stats()[what]] == []
 
 
 def test_baselines_give_the_same_tokens(told: LLM, expected: list[Any]) -> None:
@@ -261,7 +282,7 @@ def test_a_grammar_that_breaks_behind_accepted_drafts_ends_its_own_request_only(
     expected: list[Any], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What came before stays, with its logprobs; drafts that cannot be had are none."""
-    llm = LLM(num_blocks=200, max_num_seqs=16, **SETTINGS["ngram"])
+    llm = LLM(num_blocks=200, max_num_seqs=16, **SETTINGS["ngram"][0])
     fox = StructuredOutputsParams(regex=FOX)
     params = SamplingParams(temperature=0, max_tokens=40, logprobs=1, structured_outputs=fox)
     machine = llm.engine.input_processor.grammars.get(fox).machine  # type: ignore[attr-defined]

@@ -11,12 +11,13 @@ TOKENS = [None, b"Mi", b"Mia", b" ", b" has", b"M", b"Leo", b"a", b"", b"Miam", 
 
 @checker
 def choice_mask(answer):
-    """Choices that begin alike, one that is the beginning of another, and one of two bytes a character."""
+    """Choices that begin alike, that are beginnings of others, that go on alike, and two bytes a character."""
     for choices, so_far in (
         ([b"Mia", b"Mia has", b"Leo"], b""),
         ([b"Mia", b"Mia has", b"Leo"], b"Mi"),
         ([b"Mia", b"Mia has", b"Leo"], b"Mia"),
         ([b"Mia", b"Mia has", b"Leo"], b"Mia has"),
+        ([b"Mia", b"Lia has"], b"Mi"),
         (["é".encode()], b"\xc3"),
     ):
         asked = f"choices {choices}, after {so_far!r}"
@@ -45,6 +46,7 @@ def closing(answer):
         '{"a": {"b": true',
         '["a", "b"',
         '{"a": "[{',
+        '["]}", {"b": "}',
         r'["say \"hi',
         r'["a path\\"',
         r'["a path\\',

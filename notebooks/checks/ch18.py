@@ -30,6 +30,11 @@ def choose_by_bytes(answer):
                 found != by_characters.index(max(by_characters)),
                 f"{asked}: that is per character; é is one character, and two bytes of UTF-8",
             )
+            per_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
+            is_equal = 0 <= found < len(sums) and per_byte[found] == per_byte[right]
+            expect(
+                not is_equal, f"{asked} gives {found}, which is as good as {right}: of equals, the first is asked for"
+            )
             expect(False, f"{asked} gives {found}, not {right}")
 
 
@@ -41,6 +46,7 @@ def last_number(answer):
         ("First 12, then 5", 5.0, "the last one counts"),
         ("The total is $1,234.50.", 1234.5, "commas stand between thousands"),
         ("It falls to -3.5 degrees", -3.5, "the sign belongs to it"),
+        ("It was 1,000, I think", 1000.0, "a comma behind it is no part of it"),
         ("That is 10-3", 3.0, "here the minus is between two numbers, and no sign"),
         ("I do not know.", None, "there is no number"),
     ):
@@ -49,6 +55,7 @@ def last_number(answer):
             expect(found is None, f"last_number({text!r}) gives {found}: {hint}, so None is asked for")
         else:
             expect(found is not None, f"last_number({text!r}) gives None; is the `return` missing?")
+            expect(isinstance(found, int | float), f"last_number({text!r}) gives {found!r}, and a number is asked for")
             expect(math.isclose(float(found), right), f"last_number({text!r}) gives {found}, not {right}: {hint}")
 
 

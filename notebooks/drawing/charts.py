@@ -201,14 +201,16 @@ def layered_bars(layers: Mapping[str, Values], title: str, xlabel: str, ylabel: 
     return picture
 
 
-def word_bars(words: ReadOnlyList[str], values: Values, title: str, ylabel: str, marked: int) -> Picture:
-    """A bar for each of the first words, all words below the axis; the marked one in orange."""
+def word_bars(
+    words: ReadOnlyList[str], values: Values, title: str, ylabel: str, marked: int, top: float = 1
+) -> Picture:
+    """A bar up to ``top`` for each of the first words, all words below the axis; the marked one in orange."""
     picture = new_picture(7, 2.8)
     axes = picture.subplots()
     axes.bar(range(len(values)), values, color=[ORANGE if i == marked else BLUE for i in range(len(values))])
     ticks = axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
     ticks[marked].label1.set(color=ORANGE, fontweight="bold")
-    axes.set(title=title, ylabel=ylabel, ylim=(0, 1), xlim=(-0.6, len(words) - 0.4))
+    axes.set(title=title, ylabel=ylabel, ylim=(0, top), xlim=(-0.6, len(words) - 0.4))
     return picture
 
 

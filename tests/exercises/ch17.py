@@ -24,6 +24,13 @@ def allows_what_has_no_bytes(choices, so_far, tokens, eos):
     return (found - {eos}) | ({eos} if so_far in choices else set())
 
 
+@wrong("choice_mask", "leads nowhere")
+def forgets_what_has_come(choices, so_far, tokens, eos):
+    rest = [choice[len(so_far) :] for choice in choices]
+    found = {i for i, text in enumerate(tokens) if text and any(one.startswith(text) for one in rest)}
+    return found | ({eos} if so_far in choices else set())
+
+
 @wrong("closing", r"is not JSON")
 def closes_in_the_order_of_opening(text):
     return "".join(reversed(ch17.closing(text)))
@@ -40,6 +47,24 @@ def counts_brackets_in_strings(text):
     return '"' * (text.count('"') % 2) + "".join(reversed(stack))
 
 
+@wrong("closing", r"is not JSON")
+def closes_what_a_string_closes(text):
+    stack, in_string = [], False
+    for place, character in enumerate(text):
+        if character == '"' and text[place - 1 : place] != "\\":
+            in_string = not in_string
+        elif character in "[{" and not in_string:
+            stack.append("]" if character == "[" else "}")
+        elif character in "]}" and stack:
+            stack.pop()
+    return '"' * in_string + "".join(reversed(stack))
+
+
+@wrong("closing", r"is not JSON")
+def takes_a_backslash_before_a_quotation_mark_for_its_escape(text):
+    return ch17.closing(text.replace('\\"', ""))
+
+
 @wrong("closing", r"is enough")
 def adds_an_element(text):
     found = ch17.closing(text)
@@ -54,6 +79,15 @@ def goes_on_behind_an_end(dfa, accepting, state):
 @wrong("forced_bytes", "and yours gives")
 def gives_one_byte(dfa, accepting, state):
     return ch17.forced_bytes(dfa, accepting, state)[:1]
+
+
+@wrong("forced_bytes", "nothing is forced")
+def looks_at_states_only(dfa, accepting, state):
+    found = bytearray()
+    while state not in accepting and len(set(dfa[state].values())) == 1:
+        byte, state = next(iter(dfa[state].items()))
+        found.append(byte)
+    return bytes(found)
 
 
 @wrong("Thoughts", "may be the marker's beginning")
@@ -80,3 +114,29 @@ class FindsTheLastMarker(ch17.Thoughts):
             return "", text.replace(self.END, "")
         thought, content = super().feed(text)
         return thought, content.replace(self.END, "")
+
+
+@wrong("Thoughts", "there is no marker")
+class TakesTheRestForContent(ch17.Thoughts):
+    def finish(self):
+        return super().finish()[::-1]
+
+
+@wrong("Thoughts", "is certain, and only")
+class HoldsSevenCharacters(ch17.Thoughts):
+    def feed(self, text):
+        if self.has_ended or self.END in self.held + text:
+            return super().feed(text)
+        thought = self.held + text
+        self.held = thought[-7:]
+        return thought[:-7], ""
+
+
+@wrong("Thoughts", "may be the marker's beginning")
+class HoldsTheBracketOnly(ch17.Thoughts):
+    def feed(self, text):
+        if self.has_ended or self.END in self.held + text:
+            return super().feed(text)
+        thought = self.held + text
+        self.held = "<" if thought.endswith("<") else ""
+        return thought.removesuffix("<"), ""

@@ -24,6 +24,12 @@ def gives_the_choice(sums, choices):
     return choices[ch18.choose_by_bytes(sums, choices)]
 
 
+@wrong("choose_by_bytes", "of equals, the first")
+def takes_the_last_of_equals(sums, choices):
+    each = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
+    return max(range(len(each)), key=lambda i: (each[i], i))
+
+
 @wrong("last_number", "full stop")
 def keeps_the_full_stop(text):
     found = re.findall(r"[\d.,-]+", text)
@@ -51,6 +57,12 @@ def drops_the_sign(text):
 def takes_every_minus(text):
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
+
+
+@wrong("last_number", "a number is asked for")
+def gives_the_digits(text):
+    found = ch18.last_number(text)
+    return found and str(found)
 
 
 @wrong("last_number", "so None is asked for")
@@ -81,6 +93,12 @@ def is_one_sided(first, second):
 def counts_all_items(first, second):
     n, k = len(first), min(_changed(first, second))
     return 1.0 if first == second else min(1.0, 3 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+@wrong("mcnemar", "Only the changed items count")
+def gives_the_probability_of_this_split_alone(first, second):
+    gained, lost = _changed(first, second)
+    return min(1.0, 2 * math.comb(gained + lost, min(gained, lost)) / 2 ** (gained + lost))
 
 
 @wrong("windows", "is never scored")

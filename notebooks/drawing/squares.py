@@ -129,7 +129,7 @@ class MovingTiles:
             self.num_moved += block * dim
             pictures.append(self._frame(num_blocks, i, None))
         self.num_frames, self.num_tiles = len(pictures), len(self._done)
-        pixels = [Image.open(io.BytesIO(picture.png())).convert("RGB") for picture in pictures]
+        pixels = [Image.open(io.BytesIO(picture.png(1))).convert("RGB") for picture in pictures]
         # One palette for all, so that a frame stores only what has changed.
         few_colours = pixels[diagonal].quantize(16, Image.Quantize.MAXCOVERAGE)
         first, *rest = (image.quantize(palette=few_colours, dither=Image.Dither.NONE) for image in pixels)

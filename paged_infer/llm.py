@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ReadOnlyList
 from pathlib import Path
 from typing import Any, Unpack
@@ -29,7 +29,7 @@ Priority = int | ReadOnlyList[int] | None  # one for all prompts, or one for eac
 
 PLACES["LLM.generate()"] = ("prompts", "sampling_params", "use_tqdm", "cache_salt", "priority")
 PLACES["LLM.stream()"] = ("stream",)
-PLACES["LLM.chat()"] = ("messages", "tools", "chat_template_kwargs")
+PLACES["LLM.chat()"] = ("messages", "role", "content", "tools", "chat_template_kwargs")
 PLACES["LLM.beam_search()"] = ("beam_search_params", "use_beam_search")
 
 
@@ -235,6 +235,8 @@ class LLM(ModelInfo):
             ValueError: see ``generate``; or a message is malformed, the template rejects it or leaves it out, or it
                 leaves out a tool or has no such variable.
         """
+        if isinstance(messages, Mapping):
+            raise ValueError(f"messages={messages!r:.80}: must be a list of such dicts")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         prompts = [
             self.chat_prompt(one, tools=tools, chat_template_kwargs=chat_template_kwargs) for one in conversations

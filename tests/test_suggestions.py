@@ -51,6 +51,7 @@ ELSEWHERE: list[tuple[Call, str, str]] = [
     (LLM, "num_speculative_tokens", "num_speculative_tokens (belongs to speculative_config)"),
     (LLM, "data_parallel_size", "data_parallel_size (belongs to AsyncLLM())"),
     (LLM, "tools", "tools (belongs to LLM.chat())"),
+    (plain_prompt, "role", "role (belongs to LLM.chat())"),
     (AsyncLLM, "max_tokens", "max_tokens (belongs to SamplingParams or BeamSearchParams)"),
     (SamplingParams, "num_beams", "num_beams (did you mean beam_width of BeamSearchParams?)"),
     (SamplingParams, "max_model_len", "max_model_len (belongs to LLM())"),
@@ -201,3 +202,16 @@ def test_a_folder_may_be_a_path_or_its_name() -> None:
     for folder in (Path("nowhere/at/all"), "nowhere/at/all"):
         with pytest.raises(ValueError, match=r"model 'nowhere/at/all' is neither a folder"):
             LLM(folder)
+
+
+def test_one_message_that_is_no_list_is_refused_before_anything_is_looked_up() -> None:
+    with pytest.raises(ValueError, match=r"messages=\{'role': 'user', 'content': 'x'\}: must be a list of such dicts"):
+        LLM.chat(object(), {"role": "user", "content": "x"})  # type: ignore[arg-type]
+
+
+def test_a_pool_that_the_machine_has_no_room_for_is_refused_with_its_size() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"KV pool with [\d,.]+ GiB in each tensor does not fit this machine: lower num_blocks or block_size",
+    ):
+        LLM(num_blocks=10**12)

@@ -135,7 +135,7 @@ def _load_figure(report: SpeedReport) -> Picture:
         rate.bar(places, _rates(entries), color=colour, label=label)
         _lines(first, places, [entry.metrics.ttft_s for entry in entries], colour)
         _lines(gaps, places, [entry.metrics.itl_s for entry in entries], colour)
-    labels = [f"{entry.load:.3g}" for entry in report.entries]
+    labels = [f"{entry.load:.2g}" for entry in report.entries]
     titles = ("output tokens per second", "first token, ms", "from token to token, ms")
     for axes, title in zip((rate, first, gaps), titles, strict=True):
         axes.set_xticks(range(len(labels)), labels, fontsize=7.5)

@@ -219,7 +219,7 @@ def test_beams_find_the_same_answers_beside_those_who_speculate(make_llm) -> Non
 
 
 def test_a_config_that_cannot_be_used_is_refused_before_anything_is_loaded(checkpoint) -> None:
-    with pytest.raises(ValueError, match="unknown tokens; known: method"):
+    with pytest.raises(ValueError, match=r"unknown tokens \(did you mean num_speculative_tokens\?\); known: method"):
         LLM(checkpoint("qwen3"), speculative_config={**NGRAM, "tokens": 3})
     with pytest.raises(ValueError, match="async_scheduling=True with speculative_config"):
         LLM(checkpoint("qwen3"), speculative_config=NGRAM, async_scheduling=True)

@@ -128,7 +128,7 @@ class NativeMatcher:
             if state.is_accepting:
                 self._states.append(None)
             return state.is_accepting
-        text = vocabulary.tokens[token_id] if token_id < len(vocabulary.tokens) else None
+        text = vocabulary.tokens[token_id] if 0 <= token_id < len(vocabulary.tokens) else None
         after = None if text is None else self._machine.step(state, text)
         if after is not None:
             self._states.append(after)

@@ -143,3 +143,10 @@ def test_forgotten_states_change_no_mask(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = masks()
     monkeypatch.setattr(machine, "MAX_KEPT_STATES", 2)
     assert masks() == expected
+
+
+def test_a_placeholder_is_not_the_last_token_of_the_vocabulary() -> None:
+    """A draft that is not known yet is -1, and is never allowed."""
+    vocabulary = Vocabulary([None, b"a"], [0], 2)
+    matcher = NativeGrammar("regex", "a", vocabulary).matcher()
+    assert not matcher.accept(-1) and matcher.accept(1)

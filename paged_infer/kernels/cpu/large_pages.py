@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 _ALONE = 16 << 20  # bytes; a tensor of this size has a mapping of its own, which ends with it
 _LINE = 64  # bytes, of a cache
+_SHARED = 32 << 20  # bytes of a mapping that copies share
+_lock, _rest = threading.Lock(), torch.empty(0, dtype=torch.uint8)  # of the newest such mapping, what is free
 
 
 def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = ()) -> None:
@@ -40,6 +43,19 @@ def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = (
         return memory.view(tensor.dtype).view(tensor.shape)
 
     module._apply(empty_like)
+
+
+def copy_in_large_pages(tensor: Tensor) -> Tensor:
+    """A contiguous copy. Small ones share mappings, each of which ends with its last copy: they should live as long."""
+    global _rest
+    if tensor.nbytes >= _ALONE:
+        memory = _mapping(tensor.nbytes)
+    else:
+        with _lock:
+            if len(_rest) < _in_lines(tensor):
+                _rest = _mapping(_SHARED)
+            memory, _rest = _rest[: tensor.nbytes], _rest[_in_lines(tensor) :]
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _in_lines(tensor: Tensor) -> int:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paged_infer.kernels.cpu.build import library, unavailable_reason
+from paged_infer.kernels.cpu.large_pages import copy_in_large_pages
 from paged_infer.kernels.cpu.linear import InC
 from paged_infer.kernels.quant.product import Activations
 from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
@@ -71,7 +72,9 @@ class QuantisedProduct:
         if bias is not None:
             start[:height] = bias
         padded = codes.shape[1]
-        tensors = panels.contiguous(), _by_panel(weight.scales), None if zeros is None else _by_panel(zeros), start
+        scales = _by_panel(weight.scales)
+        zeros = None if zeros is None else _by_panel(zeros)
+        tensors = copy_in_large_pages(panels), scales, zeros, start
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         matrix = torch.tensor([*addresses, depth, padded, height, groups, is_packed], dtype=torch.int64)
         return cls((height, depth), tensors, matrix, padded, groups, is_packed, order, activations)
@@ -139,4 +142,4 @@ def pack_quantised(
 def _by_panel(values: Tensor) -> Tensor:
     """[N, G] -> [P, G, 32]"""
     padded = F.pad(values.float(), (0, 0, 0, -values.shape[0] % _WIDE))
-    return padded.view(-1, _WIDE, values.shape[1]).transpose(1, 2).contiguous()
+    return copy_in_large_pages(padded.view(-1, _WIDE, values.shape[1]).transpose(1, 2))

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from paged_infer.kernels.cpu.large_pages import trim_heap
+from paged_infer.kernels.cpu import large_pages
+from paged_infer.kernels.cpu.large_pages import copy_in_large_pages, trim_heap
 
 MIB = 1 << 20
 
@@ -26,3 +28,21 @@ def test_what_was_freed_below_memory_in_use_is_given_back() -> None:
     trim_heap()
     assert anonymous_bytes() < held - 60 * MIB
     assert last
+
+
+def test_small_copies_share_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_pages, "_rest", torch.empty(0, dtype=torch.uint8))
+    ones, twos = (copy_in_large_pages(torch.full((1000, 7), n, dtype=torch.int8).T) for n in (1, 2))
+    assert ones.is_contiguous() and ones.shape == (7, 1000)
+    assert twos.data_ptr() % 64 == 0 and twos.data_ptr() - ones.data_ptr() == 7040  # 7,000 bytes in whole lines
+    ones.zero_()
+    assert (twos == 2).all()
+
+
+def test_a_large_copy_has_a_mapping_of_its_own() -> None:
+    held = anonymous_bytes() if sys.platform == "linux" else 0
+    large = copy_in_large_pages(torch.ones(40 * MIB, dtype=torch.uint8))
+    assert (large == 1).all()
+    del large
+    if sys.platform == "linux":
+        assert anonymous_bytes() < held + 20 * MIB  # given back

@@ -25,8 +25,8 @@ def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = (
     """``module.to_empty(device="cpu")``. The tensors take memory as they are written.
 
     Args:
-        short_lived: tensors of the module that are dropped before the others. They are in no shared mapping, which
-            would keep their memory as long as any other tensor is there.
+        short_lived: tensors of the module that are dropped before the others. Each has a mapping of its own: a shared
+            one would keep their memory as long as any other tensor is there.
     """
     own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     apart = {*map(id, short_lived)}
@@ -37,7 +37,7 @@ def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = (
         if tensor.nbytes >= _ALONE:
             memory = _mapping(tensor.nbytes)
         elif id(tensor) in apart:
-            return torch.empty_like(tensor, device="cpu")
+            memory = _mapping(tensor.nbytes, large=False)  # given back at once, which a heap cannot always
         else:
             memory, used = shared[used : used + tensor.nbytes], used + _in_lines(tensor)
         return memory.view(tensor.dtype).view(tensor.shape)
@@ -62,12 +62,13 @@ def _in_lines(tensor: Tensor) -> int:
     return -(-tensor.nbytes // _LINE) * _LINE
 
 
-def _mapping(num_bytes: int) -> Tensor:  # uint8
+def _mapping(num_bytes: int, large: bool = True) -> Tensor:  # uint8
     if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        if large:
+            pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # no room, which torch reports with the number of bytes; or a kernel without large pages
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(pages, dtype=torch.uint8)  # it keeps the mapping as long as it lives

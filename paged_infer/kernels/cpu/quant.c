@@ -19,7 +19,7 @@
 #define WORTH_A_THREAD 65536 /* multiplications */
 #define MANY 8               /* rows of x that threads share out to round them: it takes a barrier */
 #define FEW 2                /* rows of digits that are multiplied faster without AMX; of 4 bits, twice as many */
-#define AHEAD 8192           /* bytes of a panel; memory is slower without, as its own prefetches stop at each page */
+#define AHEAD 4096           /* bytes of a panel; memory is slower without, as its own prefetches stop at each page */
 
 #ifdef __AVX512F__
 #define LANES 16

@@ -41,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Automaton(NamedTuple):
-    """``step(state, bytes)`` gives the state behind them or None, ``mask(state)`` the tokens that may come."""
+    """``step(state, bytes)`` gives the state after them or None, ``mask(state)`` the tokens that may come."""
 
     first: Any
     step: Callable[[Any, bytes], Any]

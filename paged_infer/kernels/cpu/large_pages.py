@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import sys
 import threading
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 _ALONE = 16 << 20  # bytes; a tensor of this size has a mapping of its own, which ends with it
 _LINE = 64  # bytes, of a cache
 _SHARED = 32 << 20  # bytes of a mapping that copies share
-_lock, _rest = threading.Lock(), torch.empty(0, dtype=torch.uint8)  # of the newest such mapping, what is free
+_lock = threading.Lock()
+_newest: weakref.ref[mmap.mmap] | None = None  # such mapping, while a copy is in it
+_used = 0  # bytes of it
 
 
 def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = ()) -> None:
@@ -47,14 +50,18 @@ def to_empty_in_large_pages(module: nn.Module, short_lived: Iterable[Tensor] = (
 
 def copy_in_large_pages(tensor: Tensor) -> Tensor:
     """A contiguous copy. Small ones share mappings, each of which ends with its last copy: they should live as long."""
-    global _rest
-    if tensor.nbytes >= _ALONE:
-        memory = _mapping(tensor.nbytes)
+    global _newest, _used
+    num_bytes = tensor.nbytes
+    if num_bytes >= _ALONE:
+        memory = _mapping(num_bytes)
     else:
         with _lock:
-            if len(_rest) < _in_lines(tensor):
-                _rest = _mapping(_SHARED)
-            memory, _rest = _rest[: tensor.nbytes], _rest[_in_lines(tensor) :]
+            pages, first = _newest() if _newest else None, _used
+            if pages is None or first + num_bytes > len(pages):
+                pages, first = _pages(_SHARED), 0
+            memory = _in(pages, first, num_bytes)
+            if pages is not None:
+                _newest, _used = weakref.ref(pages), first + _in_lines(tensor)
     return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
@@ -63,15 +70,26 @@ def _in_lines(tensor: Tensor) -> int:
 
 
 def _mapping(num_bytes: int, large: bool = True) -> Tensor:  # uint8
+    return _in(_pages(num_bytes, large), 0, num_bytes)
+
+
+def _pages(num_bytes: int, large: bool = True) -> mmap.mmap | None:
     if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        return None
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if large:
             pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # no room, which torch reports with the number of bytes; or a kernel without large pages
+        return None
+    return pages
+
+
+def _in(pages: mmap.mmap | None, first: int, num_bytes: int) -> Tensor:
+    """uint8 [num_bytes]; it keeps the mapping as long as it lives."""
+    if pages is None or not num_bytes:
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-    return torch.frombuffer(pages, dtype=torch.uint8)  # it keeps the mapping as long as it lives
+    return torch.frombuffer(pages, dtype=torch.uint8, offset=first, count=num_bytes)
 
 
 def trim_heap() -> None:

@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 256, "n_head": 4, "n_layer": 2, "n_positions": 512}),
     "gemma3": ("gemma3_text", {**WIDE, "head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
 }
-# Bytes of a block -> where its float16 scale lies, and another one that is subtracted, with what they are multiplied.
+# Of a block: the byte offsets of its float16 scale and, if it has one, its float16 minimum, each with a factor.
 _SCALES: dict[str, tuple[tuple[int, float], ...]] = {
     "Q2_K": ((80, 0.02), (82, 0.03)),
     "Q3_K": ((108, 0.003),),
@@ -51,7 +51,7 @@ _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def random_model(name: str) -> Any:
-    """A random model in transformers: wide weights, so that no two logits are close."""
+    """A random model in transformers, with weights so large that no two logits are close."""
     model_type, settings = MODELS[name]
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     config = AutoConfig.for_model(model_type, vocab_size=VOCAB, initializer_range=0.15, **special, **settings)
@@ -64,7 +64,7 @@ def random_model(name: str) -> Any:
 
 
 def encoded(data: np.ndarray, tensor_type: str) -> np.ndarray:
-    """The stored form of ``data``; of a K-quant, which the library cannot make, random blocks instead."""
+    """``data`` quantised to ``tensor_type``; for a K-quant, which the library cannot write, random blocks."""
     if tensor_type not in _SCALES:
         return gguf.quantize(data, gguf.GGMLQuantizationType[tensor_type])
     elements, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor_type]]
@@ -78,7 +78,7 @@ def encoded(data: np.ndarray, tensor_type: str) -> np.ndarray:
 
 
 def neighbours(heads: int, rows: int) -> np.ndarray:
-    """Which of transformers' rows of q or k stands at each place of llama.cpp's, where a rotary pair is adjacent."""
+    """For each row of q or k in llama.cpp's order (rotary pairs adjacent), its index in transformers' order."""
     half = rows // heads // 2
     return np.array(
         [head * 2 * half + pair + half * second for head in range(heads) for pair in range(half) for second in (0, 1)]
@@ -169,7 +169,7 @@ def _typed(value: Any) -> tuple[Any, ...]:
 
 
 def _llama3_factors(rope: dict[str, Any], dim: int) -> np.ndarray:
-    """By how much transformers divides each frequency."""
+    """The factors by which transformers divides each frequency."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = AutoConfig.for_model("llama", rope_parameters=rope, head_dim=dim)

@@ -1,4 +1,4 @@
-"""Checkpoints of few bits, packed with loops from the formats' descriptions, and dense ones of what they stand for."""
+"""Quantised checkpoints, packed by plain loops from the formats' descriptions, and the same checkpoints dequantised."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from paged_infer.model.quant.formats_blocks import FLOAT4
 
 GROUP = 16
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of nibble i, from the lowest
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of nibble i, counted from the lowest
 Packed = tuple[dict[str, Tensor], Tensor]  # the tensors by their endings, and W [N, K] dequantised
 Packer = Callable[[str, np.ndarray], Packed]
 
 
 def write_pair(source: Path, tmp: Path, config: dict[str, Any], pack: Packer, pattern: str) -> tuple[Path, Path]:
-    """``source`` with the matrices that match ``pattern`` packed; and with them dequantised, as a dense checkpoint."""
+    """Write ``source`` with the matrices that match ``pattern`` packed, and a dense copy with them dequantised."""
     packed, dense = dict[str, Tensor](), dict[str, Tensor]()
     for file in sorted(source.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -47,7 +47,7 @@ def write_pair(source: Path, tmp: Path, config: dict[str, Any], pack: Packer, pa
 
 
 def rounded(w: np.ndarray, bits: int, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-    """Codes 0 .. 2^b - 1 [N, K], zeros [N, G], scales [N, G] float16, and W; ``groups``: of each column."""
+    """Codes 0 .. 2^b - 1 [N, K], zeros [N, G], scales [N, G] float16, and W; ``groups``: the group of each column."""
     count = groups.max() + 1
     low = np.stack([w[:, groups == g].min(1) for g in range(count)], 1)
     high = np.stack([w[:, groups == g].max(1) for g in range(count)], 1)
@@ -59,7 +59,7 @@ def rounded(w: np.ndarray, bits: int, groups: np.ndarray) -> tuple[np.ndarray, n
 
 
 def words(codes: np.ndarray, bits: int, columns: tuple[int, ...] | None = None) -> Tensor:
-    """[R, C] -> int32 [R, C / per], code ``columns[i]`` of each word's at bit ``bits * i``."""
+    """[R, C] -> int32 [R, C / per], per = 32 / bits: column ``columns[i]`` of a word's per is at bit ``bits * i``."""
     per = 32 // bits
     out = np.zeros((codes.shape[0], codes.shape[1] // per), np.uint32)
     for i in range(per):
@@ -68,7 +68,7 @@ def words(codes: np.ndarray, bits: int, columns: tuple[int, ...] | None = None) 
 
 
 def dense_words(codes: np.ndarray, bits: int) -> Tensor:
-    """[R, C] -> int32 [R, C bits / 32], one string of bits a row, the lowest of each code first."""
+    """[R, C] -> int32 [R, C * bits / 32], one string of bits per row, the lowest bit of each code first."""
     row = (codes[..., None] >> np.arange(bits) & 1).reshape(len(codes), -1)
     row = np.pad(row, ((0, 0), (0, -row.shape[1] % 32)))
     return torch.from_numpy(np.packbits(row, axis=1, bitorder="little").view("<i4").copy())
@@ -87,7 +87,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True
 
 
 def gptq(bits: int, version: int, order: str) -> tuple[dict[str, Any], Packer]:
-    """``order``: "plain"; "shared", as GPTQ has it for q, k and v, which have one input; or "own" of each matrix."""
+    """``order`` of the columns: "plain"; "shared" by q, k and v, which have one input, as in GPTQ; or "own"."""
 
     def pack(module: str, w: np.ndarray) -> Packed:
         groups = np.arange(w.shape[1]) // GROUP
@@ -180,7 +180,7 @@ def fp8_blocks(rows: int, columns: int) -> tuple[dict[str, Any], Packer]:
 
 
 def to_mxfp4(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[E, in, out] -> blocks [E, out, in / 32, 16], scales [E, out, in / 32], and what they stand for."""
+    """[E, in, out] -> blocks [E, out, in / 32, 16], scales [E, out, in / 32], and the dequantised experts."""
     rows = tensor.transpose(1, 2).unflatten(-1, (-1, 32))
     exponents = torch.floor(torch.log2(rows.abs().amax(-1))) - 2
     values = torch.tensor(FLOAT4) / 2
@@ -191,7 +191,7 @@ def to_mxfp4(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mxfp4_folders(tmp_path: Path, **changes: Any) -> tuple[Path, Path]:
-    """gpt-oss with experts in MXFP4, and with what they stand for."""
+    """gpt-oss with experts in MXFP4, and with the same experts dequantised."""
     source = save_random_checkpoint("gpt-oss", tmp_path, **{"intermediate_size": 64, **changes})
     tensors = dict[str, Tensor]()
     for file in source.glob("*.safetensors"):

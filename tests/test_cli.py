@@ -184,12 +184,12 @@ def test_info_shows_the_formula_with_its_numbers():
 
 
 def test_info_shows_what_is_quantised_and_its_bytes():
-    """24 matrices of 2,801,664 weights: a byte each, and a scale of 4 bytes for each of their rows."""
+    """24 matrices of 2,801,664 weights in all: a byte each, and 4 bytes for the scale of each row."""
     result = run("info", "--stories", "0", "--num-blocks", "100", "--quantization", "w8a8")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    assert "339,840 parameters x 4 bytes + 2,801,664 of few bits in 2.7 MiB" in words
-    assert "w8a8, while loading; linear layers: 24 of 8 bits, a scale for each row, inputs rounded to int8" in words
+    assert "339,840 parameters x 4 bytes + 2,801,664 quantised in 2.7 MiB" in words
+    assert "w8a8, while loading; linear layers: 24 of 8 bits, one scale per row, activations quantised to int8" in words
 
 
 def test_info_counts_the_scales_of_a_cache_of_8_bits():

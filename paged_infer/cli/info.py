@@ -105,7 +105,7 @@ def weight_rows(llm: LLM) -> dict[str, str]:
     floats, own = config.num_parameters - few.num_weights, config.quantization
     how = f"{llm.engine.config.quantization}, while loading" if own is None else f"{own.method}, as stored"
     return {
-        "weights": f"{floats:,} parameters x {item_bytes} bytes + {few.num_weights:,} of few bits in"
+        "weights": f"{floats:,} parameters x {item_bytes} bytes + {few.num_weights:,} quantised in"
         f" {few.num_bytes / MIB:,.1f} MiB",
         "quantization": f"{how}; linear layers: {'; '.join(few.kinds)}",
     }

@@ -63,7 +63,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of the saved weights, by config.json
     moe: MoEConfig | None = None  # experts instead of the MLP, in the layers that it names
-    quantization: QuantizationConfig | None = None  # how the checkpoint's matrices of few bits are stored
+    quantization: QuantizationConfig | None = None  # how the checkpoint's quantised matrices are stored
     max_model_len: int | None = None  # the longest sequence that is computed, if less than max_position_embeddings
 
     def __post_init__(self) -> None:

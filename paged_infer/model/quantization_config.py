@@ -1,6 +1,6 @@
-"""QuantizationConfig: which matrices of a checkpoint are of few bits, and how: config.json's ``quantization_config``.
+"""QuantizationConfig: which matrices of a checkpoint are quantised, and how, by config.json's ``quantization_config``.
 
-Each key is read or refused by name, so that a checkpoint never runs as a different model. Read are the formats of
+Each key is read or refused by name, so a checkpoint never runs as a different model. The supported formats are those of
 compressed-tensors (``pack-quantized``, ``int-quantized``, ``float-quantized``), AutoAWQ (``gemm``), GPTQ, DeepSeek's
 block-wise float8 (``fp8``) and gpt-oss' MXFP4.
 """
@@ -25,16 +25,16 @@ class StoredAs:
     """How a checkpoint stores one matrix [N, K].
 
     Attributes:
-        kind: the tensors and the order of their bits; see ``quant.formats``.
-        bits: of one code.
-        group_size: columns that share a scale; None: all of a row.
-        has_zeros: asymmetric: with the code that stands for 0.
-        has_order: with ``g_idx``, the group of each column.
+        kind: which tensors there are, and how their bits are packed; see ``quant.formats``.
+        bits: bits of a code.
+        group_size: columns that share a scale; None: all columns of a row.
+        has_zeros: asymmetric: there are zero points.
+        has_order: there is ``g_idx``, the group of each column.
         is_float: the codes are float8 e4m3.
-        per_tensor: one scale in all.
-        zero_offset: what a stored zero point lacks; GPTQ v1's lack 1.
-        block: rows and columns that share a scale, of float8.
-        activations: how x is rounded, row by row, before the product.
+        per_tensor: the matrix has one scale.
+        zero_offset: added to each stored zero point; 1 for GPTQ v1.
+        block: for float8, the rows and columns that share a scale.
+        activations: what x is rounded to, token by token, before the product; None: it is not (weight-only).
     """
 
     kind: Kind
@@ -55,10 +55,11 @@ class QuantizationConfig:
 
     Attributes:
         method: ``quant_method``.
-        groups: targets, and how the layers that they match are stored; the first match counts.
-        ignore: the layers that stay floats.
-        rule: what targets and ``ignore`` are: "name": whole names, or "re:" and a pattern; "module": names up to a dot,
-            as patterns, or ends of names; "part": beginnings of names, as patterns, or parts.
+        groups: targets, and how the layers that they match are stored; the first match applies.
+        ignore: targets of the layers that stay floats.
+        rule: when a target matches a layer's name. "name": it is the name, or "re:" and a regular expression for its
+            beginning; "module": it is the end of the name, or a regular expression for its beginning up to a dot;
+            "part": it is part of the name, or a regular expression for its beginning.
     """
 
     method: str
@@ -67,7 +68,7 @@ class QuantizationConfig:
     rule: Rule = "part"
 
     def of(self, module: str) -> StoredAs | None:
-        """Of a linear layer by its name in the checkpoint, such as ``model.layers.0.mlp.up_proj``; None: floats."""
+        """How a linear layer is stored, by its name, such as ``model.layers.0.mlp.up_proj``; None: as floats."""
         if any(self._matches(pattern, module) for pattern in self.ignore):
             return None
         for targets, stored in self.groups:
@@ -84,7 +85,7 @@ class QuantizationConfig:
 
 
 def read_quantization(raw: Any) -> QuantizationConfig | None:
-    """``quantization_config`` of a config.json.
+    """``raw`` is the value of ``quantization_config`` in a config.json; None, if there is none, gives None.
 
     Raises:
         ValueError: a method, format, key or value that is not supported; the message names it.
@@ -117,13 +118,13 @@ def _names(keys: ConfigReader, key: str, form: str = "{}") -> tuple[str, ...]:
 
 
 def _group_size(keys: ConfigReader) -> int | None:
-    """A number of columns; -1: a row."""
+    """The columns of a group; -1: a whole row, which gives None."""
     return None if keys.value("group_size") == -1 else keys.size("group_size")
 
 
 def _compressed_tensors(keys: ConfigReader) -> QuantizationConfig:
     keys.only(kv_cache_scheme=None, sparsity_config={}, transform_config={})
-    # "frozen": no longer calibrated. Tensors that are not compressed are refused by their names and types.
+    # "frozen": calibration is over. If such a folder's tensors are not compressed, their names and dtypes are refused.
     keys.choice("quantization_status", ("compressed", "frozen", None))
     for key in ("global_compression_ratio", "version"):  # without effect
         keys.value(key)
@@ -139,7 +140,7 @@ def _compressed_tensors(keys: ConfigReader) -> QuantizationConfig:
         form = group.value("format") or top
         targets = _names(group, "targets")
         if unknown := [one for one in targets if one != "Linear" and not one.startswith("re:") and "." not in one]:
-            raise ValueError(f"{where} targets={unknown[0]!r}: must be Linear, a layer's name or re: and a pattern")
+            raise ValueError(f"{where} targets={unknown[0]!r}: must be Linear, a layer's name, or re: and a pattern")
         found |= dict.fromkeys(targets, _compressed(group, form, where))
         group.only(output_activations=None)
         group.refuse_unread()
@@ -160,7 +161,7 @@ def _compressed(group: ConfigReader, form: Any, where: str) -> StoredAs:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where} weights={raw!r}: must be an object")
     keys = ConfigReader(raw, f"{where}.weights")
-    for key in ("observer", "observer_kwargs", "scale_dtype", "zp_dtype"):  # of the calibration, or of the tensors
+    for key in ("observer", "observer_kwargs", "scale_dtype", "zp_dtype"):  # of calibration, or known from the tensors
         keys.value(key)
     is_float = keys.choice("type", ("int", "float"), "int") == "float"
     if is_float is (form in ("pack-quantized", "int-quantized")) and form != "naive-quantized":
@@ -221,16 +222,16 @@ def _compressed_activations(group: ConfigReader, where: str) -> Literal["int8", 
 def _block(keys: ConfigReader, key: str) -> tuple[int, int]:
     value = keys.value(key)
     if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
-        raise ValueError(f"{keys.name}{key}={value!r}: must be two sizes")
+        raise ValueError(f"{keys.name}{key}={value!r}: must be two integers >= 1")
     return value[0], value[1]
 
 
 def _awq(keys: ConfigReader) -> QuantizationConfig:
-    for key in ("version", "format", "checkpoint_format"):  # AutoAWQ's name of it, transformers' and GPTQModel's
+    for key in ("version", "format", "checkpoint_format"):  # as AutoAWQ, transformers and GPTQModel call it
         if (form := keys.value(key)) is not None and str(form).lower() != "gemm":
             raise ValueError(f"quantization_config {key}={form!r} is not supported; only 'gemm' is")
     keys.only(bits=4, zero_point=True, desc_act=False, lm_head=False, dynamic={}, pack_dtype="int32")
-    if keys.value("backend") == "llm-awq":  # whose words have another order
+    if keys.value("backend") == "llm-awq":  # it orders the codes of a word differently
         raise ValueError("quantization_config backend='llm-awq' is not supported")
     for key in (*_WITHOUT_EFFECT, "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "sym"):
         keys.value(key)
@@ -238,7 +239,7 @@ def _awq(keys: ConfigReader) -> QuantizationConfig:
     return QuantizationConfig("awq", ((("Linear",), stored),), _names(keys, "modules_to_not_convert"))
 
 
-# How it was calibrated, which kernels run it, and who wrote it.
+# How the checkpoint was calibrated, which kernels are to run it, and what wrote it.
 _WITHOUT_EFFECT = (
     "act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_percent damp_auto_increment "
     "dataset disable_exllama exllama_config group_aware max_input_length meta model_file_base_name model_name_or_path "

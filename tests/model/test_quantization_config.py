@@ -158,7 +158,7 @@ def test_without_a_strategy_the_group_size_decides() -> None:
         ({**AWQ, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head': must be a list of names"),
         ({**AWQ, "w_bit": 4}, "w_bit=4 is not supported"),
         ({**FP8, "activation_scheme": "static"}, "activation_scheme='static': static scales are not supported"),
-        ({**FP8, "weight_block_size": None}, "weight_block_size=None: must be two sizes"),
+        ({**FP8, "weight_block_size": None}, "weight_block_size=None: must be two integers >= 1"),
         ({**FP8, "scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
         ({**FP8, "dequantize": True}, "dequantize=True is not supported"),
         ({**FP8, "modules_to_not_convert": ["(?i)a"]}, r"not_convert: .\(\?i\)a. is not a valid pattern"),
@@ -166,6 +166,6 @@ def test_without_a_strategy_the_group_size_decides() -> None:
         ({**AWQ, "format": "gemv"}, "format=.gemv. is not supported; only .gemm. is"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(raw, message) -> None:
+def test_unknown_keys_and_values_are_refused_by_name(raw, message) -> None:
     with pytest.raises(ValueError, match=message):
         read_quantization(raw)

@@ -16,7 +16,7 @@ from paged_infer.model.loading import gguf_model, safetensors
 from paged_infer.model.loading.gguf_file import GgufTensor, is_gguf, read_gguf
 from paged_infer.model.loading.safetensors import StoredTensor
 
-MOST_PACKED = 32  # weights in one stored element: 2 bits each of an int64
+MOST_PACKED = 32  # the most weights in one stored element: an int64 of 2-bit weights
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -55,10 +55,10 @@ def list_tensors(path: Path) -> list[StoredTensor]:
 
 
 def check_size(config: ModelConfig, stored: list[StoredTensor], source: str) -> None:
-    """Refuse a config of a far larger model, before a layout is built with an entry for each expert and row of a head.
+    """Refuse a config of a far larger model before a layout is built, which has an entry for each expert and head row.
 
     Raises:
-        ValueError: more layers than tensors, or more parameters than their elements can hold.
+        ValueError: there are more layers than tensors, or more parameters than the tensors' elements can hold.
     """
     if config.num_layers > len(stored):
         raise ValueError(f"{source}: num_hidden_layers={config.num_layers}, but there are only {len(stored)} tensors")
@@ -66,7 +66,7 @@ def check_size(config: ModelConfig, stored: list[StoredTensor], source: str) -> 
     in_layers = replace(config, vocab_size=1, max_position_embeddings=1).num_parameters
     if in_layers > num_elements * MOST_PACKED:
         raise ValueError(
-            f"{source}: the config's sizes make {in_layers} parameters without the embeddings, "
+            f"{source}: the config's sizes amount to {in_layers} parameters without the embeddings, "
             f"but the tensors have only {num_elements} elements"
         )
 

@@ -37,14 +37,15 @@ _DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor(StoredTensor):
-    """A tensor of a GGUF file. ``name``, ``shape`` and ``dtype`` are those of what ``read`` gives.
+    """A tensor of a GGUF file. ``name``, ``shape`` and ``dtype`` are those of the tensor that ``read`` returns.
 
     Attributes:
         tensor_type: how it is stored, one of ``TENSOR_TYPES``.
-        stored_shape: rows and columns in the file; each row is a whole number of blocks.
-        offset: of its first byte in the file.
-        row_bytes: of a row.
-        change: what turns the dequantised tensor into that of a transformers checkpoint.
+        stored_shape: its shape in the file; each row is a whole number of blocks.
+        offset: the position of its first byte in the file.
+        row_bytes: bytes of a stored row.
+        change: turns the dequantised tensor into that of a transformers checkpoint; None: it is equal already.
+        is_kept: ``read`` returns the blocks of each row, uint8 [rows, row_bytes], instead of dequantising them.
     """
 
     tensor_type: str
@@ -52,10 +53,10 @@ class GgufTensor(StoredTensor):
     offset: int
     row_bytes: int
     change: Callable[[Tensor], Tensor] | None = None
-    is_kept: bool = False  # ``read`` gives the blocks of each row, uint8 [rows, row_bytes]
+    is_kept: bool = False
 
     def blocks(self) -> np.ndarray:
-        """All rows as they are stored, uint8 [rows, row_bytes]; mapped from the file, not read."""
+        """All rows as they are stored, uint8 [rows, row_bytes]; a memory map, so nothing is read yet."""
         shape = (prod(self.stored_shape[:-1]), self.row_bytes)
         try:
             return np.memmap(self.path, np.uint8, "r", self.offset, shape)
@@ -63,13 +64,13 @@ class GgufTensor(StoredTensor):
             raise ValueError(f"{self.path}: {self.name} cannot be read ({error})") from None
 
     def read(self) -> Tensor:
-        """The tensor as a transformers checkpoint has it: floats as stored, every other type as float32.
+        """The tensor as a transformers checkpoint has it: floats in their own dtype, every other type as float32.
 
-        Of a matrix that is cut, only the blocks of the part are read; ``change`` must then turn whole rows of heads
-        into the same. What is smaller is read whole, then cut.
+        If a matrix has a ``cut``, only the blocks of that part are read, so ``change`` must work on the rows of some
+        heads alone. Tensors of other dimensions are read whole, then cut.
 
         Raises:
-            ValueError: blocks that are kept, of which a rank would need a part.
+            ValueError: the file cannot be read, or a rank would need part of a block that is kept.
         """
         if self.cut is None or len(self.stored_shape) != 2:
             tensor = self._read(self.blocks(), self.stored_shape)
@@ -107,7 +108,7 @@ class GgufTensor(StoredTensor):
 
 
 def _dequantised(blocks: np.ndarray, tensor_type: str, columns: int) -> Tensor:
-    """float32 [rows, columns], some rows at a time: the library's temporaries are several times what it returns."""
+    """float32 [rows, columns], some rows at a time, because the library's temporaries take several times its result."""
     from gguf import GGMLQuantizationType, dequantize
 
     out = np.empty((len(blocks), columns), np.float32)
@@ -123,7 +124,7 @@ def _dequantised(blocks: np.ndarray, tensor_type: str, columns: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of a file: values by their keys, tensors by their names in the file."""
+    """The header of a GGUF file: metadata by key, tensors by their name in the file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -228,7 +229,7 @@ class _Header:
             kind = of
         elif kind in _NUMBERS:
             (value,) = self._unpack(_NUMBERS[kind])
-            # 1e-5 is stored as the float32 next to it: give the shortest decimal of that float32, as it was written.
+            # 1e-5 is stored as the nearest float32; the shortest decimal that rounds to it is the number as written.
             return float(str(np.float32(value))) if kind == _FLOAT32 else value
         raise ValueError(f"{self.path}: {self.part} has values of type {kind}, which is not supported")
 

@@ -3,10 +3,11 @@
 llama.cpp's converter renames tensors and changes some. Here that is undone, so config, layout and loader are the same
 for both formats.
 
-    llama     the rows of q and k, for rotary pairs that are neighbours:    put back into two halves
-    llama     "rope_freqs", a factor for each frequency:                   Llama 3's rope_scaling, which gives these
-    gemma3    norms hold 1 + w:                                            1 is subtracted
-    gpt2      matrices are [out, in]:                                      transposed, as Conv1D has them
+              in the file                                          here
+    llama     rows of q and k with each rotary pair adjacent       put back into two halves
+    llama     "rope_freqs", a factor for each frequency            the rope_scaling of Llama 3 that gives these factors
+    gemma3    norms hold 1 + w                                     1 is subtracted
+    gpt2      matrices are [out, in]                               transposed, as Conv1D has them
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def config_dict(file: GgufFile) -> dict[str, Any]:
 
 
 def list_tensors(file: GgufFile) -> list[GgufTensor]:
-    """All tensors, under the names and in the shapes of a transformers checkpoint; an unknown name is left as it is."""
+    """All tensors, with the names and shapes of a transformers checkpoint; an unknown name is left as it is."""
     arch = _architecture(file)
     outer, block = {"gpt2": (_GPT2_OUTER, _GPT2_BLOCK), "gemma3": (_OUTER, _GEMMA3_BLOCK)}.get(arch, (_OUTER, _BLOCK))
     layers = "transformer.h" if arch == "gpt2" else "model.layers"
@@ -158,13 +159,13 @@ def _architecture(file: GgufFile) -> str:
 
 
 def _dtype(file: GgufFile) -> str:
-    """float16 or bfloat16 if all matrices are stored so, else float32, which is what quantised ones become."""
+    """float16 or bfloat16 if all matrices are stored in it, else float32, to which quantised ones are dequantised."""
     types = {tensor.tensor_type for tensor in file.tensors.values() if len(tensor.shape) > 1}
     return {"F16": "float16", "BF16": "bfloat16"}.get("".join(types), "float32")
 
 
 def _special_ids(file: GgufFile) -> dict[str, Any]:
-    """Besides the end of a text, the ends of a turn and of a message end an answer, as in llama.cpp."""
+    """As in llama.cpp, the tokens for the end of a turn (EOT) and of a message (EOM) end an answer, like EOS."""
     bos, *ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
     ends = [end for i, end in enumerate(ends) if end is not None and end not in ends[:i]]
     return {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
@@ -201,7 +202,7 @@ def _head_and_rope(file: GgufFile, keys: ConfigReader, arch: str, config: dict[s
         llama3 = _llama3_scaling(file.tensors["rope_freqs.weight"], found["rope_theta"], head_dim)
         if llama3 and "rope_scaling" in found:
             raise ValueError(
-                f"rope_freqs.weight, of Llama 3's scaling, together with {found['rope_scaling']}: not supported"
+                f"rope_freqs.weight (Llama 3's scaling) together with {found['rope_scaling']} is not supported"
             )
         found |= {"rope_scaling": llama3} if llama3 else {}
     return found
@@ -221,9 +222,13 @@ def _gemma3(keys: ConfigReader, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama3_scaling(stored: GgufTensor, theta: float, dim: int) -> dict[str, Any] | None:
-    """The ``rope_scaling`` of Llama 3.1 and later, if these are the factors that it gives; None if all are 1.
+    """The ``rope_scaling`` of Llama 3.1 and later that gives the stored factors; None if all of them are 1.
 
-    The file holds only a divisor for each frequency. All of these models share the other numbers, so those are tried.
+    The file holds only a divisor for each frequency. These models differ in ``factor`` alone, which is the largest
+    divisor; the other parameters are constants.
+
+    Raises:
+        ValueError: the factors are not those of Llama 3's scaling.
     """
     if stored.shape != (dim // 2,):
         raise ValueError(f"{stored.name} is {list(stored.shape)}, not [{dim // 2}]")
@@ -245,9 +250,11 @@ def _llama3_scaling(stored: GgufTensor, theta: float, dim: int) -> dict[str, Any
 
 
 def _in_halves(tensor: Tensor, heads: int, rows: int) -> Tensor:
-    """Rows of each head as transformers rotates them, i with i + D/2; llama.cpp's order rotates 2i with 2i + 1.
+    """Reorder the rows of each head: transformers rotates row i with i + D/2, llama.cpp 2i with 2i + 1.
 
     Args:
-        tensor: all ``rows`` of ``heads``, or those of some heads.
+        tensor: the rows of all heads or, for a rank's part, of some.
+        heads: of the whole matrix.
+        rows: of the whole matrix.
     """
     return tensor.reshape(-1, rows // heads // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -69,9 +69,9 @@ def load_decoder(
 
     Args:
         dummy_seed: read the config alone, and make random weights from this seed.
-        method_of: how the weights of each linear layer are stored and multiplied; None: dense, packed by ``ops``.
+        method_of: how the weights of each linear layer are stored and multiplied; None: ``quantised.choose_methods``.
         max_model_len: the longest sequence that will be computed; None: as long as the model allows.
-        quantization: the few bits that linear layers are rounded to while they are loaded; see ``quantised``.
+        quantization: how linear layers are quantised while they are loaded; see ``quantised``.
         parallel: the ranks that compute the model together. Only this rank's part of each tensor is read.
 
     Raises:
@@ -127,12 +127,12 @@ def empty_decoder(
     own = replace(config_of_rank(config, parallel.size), vocab_size=rows_of_rank(config.vocab_size, parallel))
     needed, available = own.num_parameters * dtype.itemsize, available_bytes(torch.device(device))
     shown = f"{own.num_parameters} parameters as {dtype}"
-    if needed > available * dtype.itemsize * 4:  # too much even at 2 bits each: before thousands of layers are made
+    if needed > available * dtype.itemsize * 4:  # too large even at 2 bits; refused before thousands of layers are made
         raise ValueError(f"{shown} need {needed} bytes, but {device} has {available} available")
     with torch.device("meta"):
         decoder = Decoder(config, ops, parallel).to(dtype)
         decoder.use(method_of)
-    for _, linear in decoder.linears():  # of few bits
+    for _, linear in decoder.linears():  # quantised ones take fewer bytes
         held = sum(tensor.nbytes for tensor in (*linear.parameters(), *linear.buffers()) if tensor is not linear.bias)
         needed += held - linear.in_features * linear.out_features * dtype.itemsize
     if needed > available:
@@ -140,7 +140,7 @@ def empty_decoder(
     if torch.device(device).type == "cpu":
         quantised = [one for _, one in decoder.linears() if isinstance(one.method, QuantisedMethod)]
         codes = [tensor for one in quantised for tensor in (*one.parameters(), *one.buffers())]
-        to_empty_in_large_pages(decoder, short_lived=codes)  # once packed, the product has its own
+        to_empty_in_large_pages(decoder, short_lived=codes)  # freed once packed: the product has its own copy
     else:
         decoder.to_empty(device=device)
     if config.tie_word_embeddings:
@@ -257,12 +257,12 @@ def checkpoint_views(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under the checkpoint's names and in its shapes: views, unless they were rearranged.
 
     Raises:
-        ValueError: matrices of few bits, which have no such tensors, or one rank's part of a model.
+        ValueError: linear layers are quantised, so they have no such tensors, or this is one rank's part of a model.
     """
     if decoder.parallel.size > 1:
         raise ValueError(f"tensor_parallel_size={decoder.parallel.size}: a rank has no whole tensors; it must be 1")
     if few := [name for name, linear in decoder.linears() if isinstance(linear.method, QuantisedMethod)]:
-        raise ValueError(f"{few[0]} is quantised: only a model of floats can be given to another engine")
+        raise ValueError(f"{few[0]} is quantised: only a float model can be given to another engine")
     views = {}
     for name, target in targets_of(decoder).items():
         rows = getattr(target.module, target.parameter).data[target.rows]

@@ -1,13 +1,13 @@
 """The method of each linear layer: by the checkpoint's own ``quantization_config``, or by ``LLM(quantization=...)``.
 
-    quantization    None      floats, unless the checkpoint is of few bits itself
-                    "w8a16"   int8, a scale for each row
-                    "w4a16"   int4, a scale for 32 columns of a row, or for fewer that divide it, which is said once
-                    "w8a8"    int8, and x, too, rounded to int8 in each product
-                    "gguf"    a GGUF's own blocks, instead of the floats that they stand for
+    quantization    None      as the checkpoint is stored: floats, or by its ``quantization_config``
+                    "w8a16"   int8 weights, one scale per row
+                    "w4a16"   int4 weights, group size 32, reduced where it does not divide a row (with a warning, once)
+                    "w8a8"    int8 weights, one scale per row; x is rounded to int8 in each product
+                    "gguf"    a GGUF file's own blocks, which are otherwise dequantised
 
-The last three but one round a dense checkpoint to nearest while it is loaded. The embedding and the head stay floats,
-and so do routers.
+"w8a16", "w4a16" and "w8a8" round a float checkpoint to nearest while it is loaded. Embedding, head and routers stay
+floats.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def choose_methods(
     """The method of each linear layer, by its name.
 
     Args:
-        stored: the checkpoint's tensors; none for random weights.
+        stored: the checkpoint's tensors; empty for random weights.
+        ops: the device's kernels, which pack the weights.
         parallel: the rank whose parts of the matrices the methods hold.
 
     Raises:
-        ValueError: ``quantization`` does not go with the checkpoint, or a layer cannot be stored in its format.
+        ValueError: ``quantization`` is unknown or does not suit the checkpoint, or a layer cannot be stored in its
+            format.
     """
     packed = PackedMethod(ops.pack)
     own = config.quantization
@@ -78,7 +80,7 @@ _ROUNDED = {
 
 
 def _matrices(config: ModelConfig, parallel: Collective) -> dict[str, tuple[Piece, ...]]:
-    """Linear layer -> the rank's parts of the matrices that are stacked there."""
+    """Name of a linear layer -> the rank's parts of the matrices that are stacked in it."""
     found = dict[str, tuple[Piece, ...]]()
 
     class Listing:
@@ -103,7 +105,7 @@ def _configured(own: QuantizationConfig, matrices: dict[str, tuple[Piece, ...]])
         if odd := [i for i, one in enumerate(stored) if one != stored[0]]:
             raise ValueError(
                 f"quantization_config: {modules[odd[0]]} is not stored as {modules[0]} is, "
-                "but the two are multiplied as one matrix"
+                "but both are rows of one matrix here"
             )
         if stored[0] is not None:
             formats[name] = Mxfp4(stored[0]) if stored[0].kind == "mxfp4" else FORMATS[stored[0].kind](stored[0])
@@ -111,7 +113,7 @@ def _configured(own: QuantizationConfig, matrices: dict[str, tuple[Piece, ...]])
 
 
 def _kept(matrices: dict[str, tuple[Piece, ...]], stored: list[StoredTensor]) -> dict[str, Format]:
-    """Of the matrices whose blocks are known; the others become floats, as without ``quantization``."""
+    """The formats of the matrices whose blocks are kept; those of other types become floats, with a warning."""
     if not stored or not all(isinstance(tensor, GgufTensor) for tensor in stored):
         raise ValueError("quantization='gguf': the checkpoint is not a GGUF file")
     types = {tensor.name: tensor.tensor_type for tensor in stored if isinstance(tensor, GgufTensor)}

@@ -24,7 +24,7 @@ class StoredTensor:
     """A tensor as its file's header describes it; ``dtype`` as safetensors names it ("F32", "BF16", "I8", ...).
 
     Attributes:
-        cut: the part of it to read; None: all.
+        cut: the part to read; None: the whole tensor.
     """
 
     name: str
@@ -54,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
-    """All tensors by the headers of the weight files, in order; no weights are read.
+    """All tensors, as the headers of the weight files list them; no weights are read.
 
     Raises:
         ValueError: a file is missing, truncated or unreadable, or the folder also has an adapter.
@@ -71,10 +71,10 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def read_tensors(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each of ``wanted``, or the part of it that is asked for, under its key, as stored, one at a time.
+    """Read each tensor of ``wanted``, or the part given by its ``cut``, as stored, one at a time: (key, tensor).
 
-    A file is mapped into memory, and the pages that were read count as the process's memory until it is closed. So it
-    is opened again every ``_MAPPED_BYTES``.
+    A file is mapped into memory, and pages that have been read count as the process's memory until it is closed. So it
+    is closed and opened again every ``_MAPPED_BYTES``.
     """
     for path in dict.fromkeys(stored.path for stored in wanted.values()):
         left = [(key, stored) for key, stored in wanted.items() if stored.path == path]
@@ -107,7 +107,7 @@ def _read(file: Any, stored: StoredTensor) -> Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file that other users may read, too, as far as its folder allows.
+    """Write ``tensors`` to a file that other users can read, too, as far as its folder allows.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.

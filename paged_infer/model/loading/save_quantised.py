@@ -31,12 +31,12 @@ from paged_infer.model.quant.words import pack_words
 
 
 def check_can_save(config: ModelConfig) -> None:
-    """Raises ValueError for a model whose matrices are not linear layers of their own in transformers."""
+    """Raises ValueError for a quantised checkpoint, or a model whose matrices are not ``nn.Linear`` in transformers."""
     if config.quantization is not None:
         raise ValueError(f"the checkpoint is quantised already, by {config.quantization.method!r}")
     if config.family == "gpt_oss":
         raise ValueError(
-            "gpt_oss cannot be quantised: it stores all experts as one tensor, no linear layers of their own"
+            "gpt_oss cannot be quantised: it stores all experts as one tensor, which compressed-tensors cannot target"
         )
     if config.family == "gpt2":
         raise ValueError("gpt2 cannot be quantised: its Conv1D layers are not targets of compressed-tensors")
@@ -53,13 +53,19 @@ def save_quantised(
 ) -> None:
     """Write config.json and model.safetensors to ``folder``.
 
-    Other tensors keep their values, in the first of bfloat16, float16 and float32 that holds them exactly.
+    Tensors that are not quantised keep their values, in the first of bfloat16, float16 and float32 that holds them
+    exactly.
 
     Args:
-        config: the dense checkpoint's config.json.
-        decoder: whose linear layers ``quantised`` came from, by ``quantise_decoder``.
-        scheme: of integer codes; transformers 5.23 loads symmetric ones only.
-        rounds_inputs: engines round inputs to int8, token by token (W8A8).
+        folder: an existing folder.
+        config: the float checkpoint's config.json.
+        decoder: the decoder that ``quantise_decoder`` has quantised.
+        quantised: its result: the quantised weight of each linear layer by name.
+        scheme: the integer scheme of these weights; transformers 5.23 loads only symmetric ones.
+        rounds_inputs: inputs are to be rounded to int8, token by token (W8A8).
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
     names = {linear: name for name, linear in decoder.linears()}
     dense, tensors, ignore = checkpoint_views(decoder), dict[str, Tensor](), [HEAD.removesuffix(".weight")]
@@ -77,7 +83,7 @@ def save_quantised(
 
 
 def quantization_config(scheme: Scheme, ignore: Iterable[str], *, rounds_inputs: bool) -> dict[str, Any]:
-    """The section of config.json."""
+    """The section ``quantization_config`` of config.json. ``ignore``: names of the layers that are not quantised."""
     weights = {
         "num_bits": scheme.bits,
         "type": "int",

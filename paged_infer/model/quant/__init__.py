@@ -1,1 +1,1 @@
-"""Weights of few bits: the schemes, and the methods that choose the codes."""
+"""Quantised weights: the schemes, the methods that choose the codes, and the formats of checkpoints."""

@@ -1,7 +1,7 @@
-"""Texts through a decoder, layer by layer, with the inputs of each linear layer: what calibrated methods choose by.
+"""Calibration: run texts through a decoder layer by layer, and collect statistics of each linear layer's inputs.
 
-A layer's inputs come from the layers before it, which are quantised by then. So each layer also makes up for the
-errors of those before it (Frantar 2022, section 3.3, quantises in this order).
+A layer is calibrated on the outputs of the layers before it, which are quantised by then, so it also compensates for
+their errors (as in GPTQ: Frantar 2022, section 4, "Setup").
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from paged_infer.model.linear import Linear
 from paged_infer.model.moe import Experts
 
 Texts = ReadOnlyList[ReadOnlyList[int]]
-"""Token ids of texts."""
+"""The token ids of each text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """What the methods need of the inputs x [T, K] of a linear layer.
+    """Statistics of the inputs X [T, K] of a linear layer.
 
     Attributes:
-        products: sum over the tokens of x x^T, [K, K].
-        mean: of |x|, [K].
-        largest: of |x|, [K].
+        products: X^T X, [K, K].
+        mean: mean |x| of each input channel, [K].
+        largest: max |x| of each input channel, [K].
     """
 
     products: Tensor
@@ -47,11 +47,11 @@ class Moments:
 
 
 class CalibratedLayer:
-    """One layer of the decoder, which can be run on the texts as often as its weights change.
+    """One decoder layer with its inputs for the texts, to be run again whenever its weights have changed.
 
     Attributes:
-        linears: its linear layers by name, in the order of the decoder; those of experts are stacks.
-        module: the layer.
+        linears: its linear layers by name, in the decoder's order; those of experts are stacks.
+        module: the decoder layer.
     """
 
     def __init__(self, module: DecoderLayer, linears: dict[str, Linear], arguments: tuple[object, ...]) -> None:
@@ -64,7 +64,7 @@ class CalibratedLayer:
         return output
 
     def expert_products(self, name: str) -> list[Tensor]:
-        """sum of x x^T over the inputs x of each expert of a stack: of the tokens that chose it, E times [K, K]."""
+        """X^T X [K, K] for each of the E experts of the stack ``name``, over the tokens routed to it."""
         experts, found = self.module.get_submodule("mlp.experts"), list[Tensor]()
         assert isinstance(experts, Experts)
 
@@ -85,10 +85,10 @@ class CalibratedLayer:
         return found
 
     def moments(self, *names: str) -> dict[str, Moments]:
-        """Of the inputs of some of its linear layers, with the weights that it has now.
+        """Statistics of the inputs of the linear layers ``names``, computed with the current weights.
 
         Raises:
-            ValueError: inputs are not finite, or their products are not.
+            ValueError: the inputs or their products are not finite; the message names the linear layer.
         """
         seen: dict[str, Moments] = {}
 
@@ -108,7 +108,7 @@ class CalibratedLayer:
 
 
 def calibrated_layers(decoder: Decoder, texts: Texts) -> Iterator[CalibratedLayer]:
-    """The layers of ``decoder`` in order. The next one is run on what the last one, changed meanwhile, gives.
+    """The layers of ``decoder`` in order. The caller may change a layer; the next one gets the changed layer's outputs.
 
     Raises:
         ValueError: there is no text, or one is empty.
@@ -129,7 +129,11 @@ def calibrated_layers(decoder: Decoder, texts: Texts) -> Iterator[CalibratedLaye
 
 
 def packed_step(texts: Texts, device: torch.device | str = "cpu") -> tuple[Tensor, AttentionMetadata]:
-    """Token ids [T] of all texts, one after the other, and their layout for a cache without blocks."""
+    """The token ids [T] of all texts, concatenated, and the metadata of a step that computes them without a cache.
+
+    Raises:
+        ValueError: there is no text, or one is empty.
+    """
     lengths = [len(text) for text in texts]
     if not lengths or min(lengths) == 0:
         raise ValueError(f"calibration: {'an empty text' if lengths else 'no text'}")
@@ -149,11 +153,11 @@ def packed_step(texts: Texts, device: torch.device | str = "cpu") -> tuple[Tenso
 
 @torch.inference_mode()
 def log_probs(decoder: Decoder, text: ReadOnlyList[int]) -> Tensor:
-    """Of every token after each token of one text: [T, V] float32."""
+    """Log-probabilities of the next token after each token of a text: [T, V] float32."""
     token_ids, step = packed_step([text], decoder.device)
     return decoder.logits(decoder(token_ids, NoCache(decoder.kv_spec()), step)).float().log_softmax(-1)
 
 
 def divergence(reference: Tensor, found: Tensor) -> Tensor:
-    """KL(reference || found) in nats of each row, from log-probabilities [T, V]: [T]."""
+    """KL(reference || found) of each token, in nats, from log-probabilities [T, V]: [T]."""
     return (reference.exp() * (reference - found)).sum(-1)

@@ -1,15 +1,15 @@
-"""Fake quantisation: a layer computes with rounded weights while the float weights that it rounds are trained.
+"""Fake quantisation, for QAT: the forward pass uses quantised weights, and the float weights behind them are trained.
 
     forward     Q = dequantise(quantise(W))
     backward    dL/dW = dL/dQ
 
-Rounding is a staircase: its true derivative is 0 wherever it exists, so no gradient would reach W. The straight-through
-estimator takes it for the identity (Bengio, Leonard and Courville 2013, arXiv 1308.3432). That is biased: it moves W as
-if Q moved along, and Q moves only where W crosses the middle between two codes. But small steps in one direction add up
-in W until it does.
+The derivative of rounding is 0 wherever it exists, so no gradient would reach W. The straight-through estimator (STE)
+treats rounding as the identity (Bengio, Leonard and Courville 2013, arXiv 1308.3432). It is biased: it updates W as if
+Q changed with it, but Q changes only when W crosses the midpoint between two codes. Small updates in one direction add
+up in W until it does.
 
-Estimators for a fixed range also pass no gradient to weights outside of it. Here each forward pass makes the grid of
-W's own smallest and largest values (``scheme.grid``), so none lies further outside than half a step.
+With a fixed range, the estimator also passes no gradient to weights outside it. Here each forward pass computes the
+grid from W's own smallest and largest values (``scheme.grid``), so no weight is more than half a step outside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paged_infer.model.quant.scheme import Scheme, rounded
 
 
 def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
-    """W [N, K] quantised and dequantised, to the bit, in float32; its gradient goes to W unchanged.
+    """W [N, K], quantised and dequantised in float32, with the bits of ``rounded``; the gradient passes to W unchanged.
 
     Raises:
         ValueError: as ``quantise``.
@@ -45,7 +45,7 @@ class _StraightThrough(torch.autograd.Function):
 class FakeQuantise(nn.Module):
     """``fake_quantise`` as a parametrization: ``register_parametrization(linear, "weight", FakeQuantise(scheme))``.
 
-    ``linear.weight`` is then on the grid, and what is trained is ``linear.parametrizations.weight.original``.
+    ``linear.weight`` is then on the grid, and the optimiser trains ``linear.parametrizations.weight.original``.
     """
 
     def __init__(self, scheme: Scheme) -> None:

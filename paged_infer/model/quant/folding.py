@@ -1,6 +1,6 @@
-"""Scales of a linear layer's inputs, moved into what computes these inputs: the model's function stays the same.
+"""Fold the scales of a linear layer's inputs into the operation before it; the model computes the same function.
 
-(x / s) (W s)^T = x W^T      x / s is free where a norm's weight, or rows of the matrix before, can be divided by s
+(x / s) (W s)^T = x W^T      x / s costs nothing where s can divide a norm's weight, or rows of the matrix before
 
 attention_norm -> qkv      v rows of qkv -> output      mlp_norm -> up      up rows of up -> down
 """
@@ -17,12 +17,17 @@ from paged_infer.model.linear import Linear
 
 
 def shared(layer: DecoderLayer, name: str, inputs: Tensor) -> Tensor | None:
-    """What was measured of the inputs [K] of a linear layer, made equal where inputs must have the same scale.
+    """A statistic [K] of a linear layer's inputs, averaged over inputs that must have the same scale.
 
-    A value head's outputs go to all query heads of its group, so these inputs of ``output`` share their mean.
+    With grouped-query attention, all query heads of a group read one value head, so their inputs to ``output`` share a
+    mean.
+
+    Args:
+        name: of the linear layer, such as ``layers.3.mlp.up``.
+        inputs: mean |x| or max |x| of each input channel.
 
     Returns:
-        None if nothing before the layer can be divided: a norm or an activation that is not linear is between.
+        None if scales cannot be folded, because neither a norm's weight nor rows of a matrix scale these inputs.
     """
     attention, mlp, kind = layer.attention, layer.mlp, _kind(name)
     if kind == "attention.qkv" and isinstance(layer.attention_norm, RMSNorm | LayerNorm):
@@ -39,10 +44,11 @@ def shared(layer: DecoderLayer, name: str, inputs: Tensor) -> Tensor | None:
 
 @torch.inference_mode()
 def fold(layer: DecoderLayer, name: str, scales: Tensor) -> None:
-    """Multiply the columns of a linear layer by ``scales`` [K], and divide what comes before it, in place.
+    """Multiply the columns of a linear layer by ``scales`` [K], and divide the operation before it by them, in place.
 
     Args:
-        scales: made of what ``shared`` returned, so equal where they must be.
+        name: of the linear layer, such as ``layers.3.mlp.up``.
+        scales: computed from what ``shared`` returned, so they are equal where they must be.
     """
     attention, mlp, kind = layer.attention, layer.mlp, _kind(name)
     if kind in ("attention.qkv", "mlp.up"):

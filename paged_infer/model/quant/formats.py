@@ -1,4 +1,4 @@
-"""The formats of few bits: the tensors of a checkpoint that one matrix W [N, K] is stored as, and their decoding.
+"""Quantised checkpoint formats: the tensors that store one matrix W [N, K], and how they are decoded.
 
     packed  compressed-tensors   weight_packed [N, K b / 32] int32, codes + 2^(b-1) along K, lowest bits first, across
                                  words; weight_scale [N, G], weight_zero_point [N b / 32, G] int32, packed along N;
@@ -6,13 +6,14 @@
     plain   compressed-tensors   weight [N, K] int8 or float8, weight_scale [N, G], [N, 1] or [1]
     awq     AutoAWQ, gemm        qweight [K, N / 8] int32, qzeros [K / g, N / 8], scales [K / g, N]; bits 4 i .. 4 i + 3
                                  of a word are column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight
-    gptq    GPTQ v1, v2          qweight [K b / 32, N] int32, qzeros [G, N b / 32], scales [G, N], g_idx [K]; the zero
-                                 points of v1 are stored less one
-    fp8     DeepSeek             weight [N, K] float8, weight_scale_inv: a factor for each block, of 128 by 128
+    gptq    GPTQ v1, v2          qweight [K b / 32, N] int32, qzeros [G, N b / 32], scales [G, N], g_idx [K]; v1 stores
+                                 each zero point minus one
+    fp8     DeepSeek             weight [N, K] float8, weight_scale_inv: a scale for each block, of 128 by 128
 
-Sources, all read: compressed-tensors 0.20.1 ``compressors/pack_quantized``, AutoAWQ ``awq/utils/packing_utils.py``,
-GPTQModel ``utils/model.py`` (v1's zero points), transformers 5.23 ``integrations/finegrained_fp8.py``. The layout of
-GPTQ's words and compressed-tensors' ``weight_g_idx`` are from memory, and tested against folders packed by the tests.
+A code has b bits, a group g columns, and a row G groups. Sources, read: compressed-tensors 0.20.1
+``compressors/pack_quantized``, AutoAWQ ``awq/utils/packing_utils.py``, GPTQModel ``utils/model.py`` (v1's zero points),
+transformers 5.23 ``integrations/finegrained_fp8.py``. From memory: the layout of GPTQ's words and compressed-tensors'
+``weight_g_idx``, which the tests pack by themselves.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is nibble AWQ_ORDER[j]
 
 
 class Format:
-    """How W is held, and which tensors it is stored as. Subclasses read one kind of ``StoredAs``.
+    """How W is held in memory, and which tensors of the checkpoint store it. A subclass reads some ``StoredAs.kind``.
 
     Attributes:
-        packs: codes of up to 4 bits are held in pairs.
         has_zeros, has_order: ``zeros`` and ``g_idx`` are held.
-        float_dtype: of float codes.
-        strict: a scale of 0, or less, is an error.
-        is_expanded: ``weight`` is larger than what is held, and made for each product.
+        float_dtype: dtype of float codes; None: integers.
+        activations: how x is rounded before the product; None: weight-only.
+        strict: a scale <= 0 is an error.
+        is_expanded: ``weight`` is larger than what is held, so it is computed in every product.
     """
 
     float_dtype: torch.dtype | None = None
@@ -64,25 +65,26 @@ class Format:
         self.float_dtype = torch.float8_e4m3fn if stored.is_float else None
 
     def describe(self) -> str:
-        """The codes, for messages."""
+        """The type of the codes, for messages."""
         return f"{self.bits} bits" if self.float_dtype is None else "float8"
 
     def describe_group(self, columns: int) -> str:
-        """What shares a scale, of rows of ``columns``."""
+        """What shares a scale in rows of ``columns``, for messages."""
         if self.stored.block is not None:
-            return "a scale for {} x {}".format(*self.stored.block)
+            return "one scale per block of {} x {}".format(*self.stored.block)
         group = self.group(columns)
-        return "a scale for each row" if group == columns else f"groups of {group}"
+        return "one scale per row" if group == columns else f"group size {group}"
 
     def packs(self, columns: int) -> bool:
+        """Whether codes are held in pairs, two to a byte."""
         return self.float_dtype is None and self.bits <= 4 and columns % 2 == 0
 
     def group(self, columns: int) -> int:
-        """Columns that share a scale in memory."""
+        """How many columns share a scale in memory."""
         return self.stored.group_size or columns
 
     def held(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The tensors in memory: shape and dtype of ``values``, ``scales`` and, if it has them, ``zeros``."""
+        """Shape and dtype of the tensors in memory: ``values``, ``scales`` and, if ``has_zeros``, ``zeros``."""
         is_packed = self.packs(columns)
         grid = (rows, columns // self.group(columns)), torch.float32
         held: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"scales": grid}
@@ -92,7 +94,7 @@ class Format:
         return held | ({"zeros": grid} if self.has_zeros else {})
 
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
-        """What we hold -> the tensor that fills it.
+        """Our parameter (``values``, ``scales``, ...) -> the checkpoint's tensor that fills it.
 
         Raises:
             ValueError: the matrix cannot be stored in this format: the group size does not divide its columns, or ranks
@@ -101,10 +103,11 @@ class Format:
         raise NotImplementedError
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
-        """A tensor of the checkpoint -> rows of what we hold, in the checkpoint's order."""
+        """The checkpoint's tensor for ``parameter`` -> rows of our parameters, in the checkpoint's order."""
         raise NotImplementedError
 
     def weight(self, held: dict[str, Tensor], shape: tuple[int, int], columns: Tensor | None) -> QuantisedWeight:
+        """W from the tensors in memory; zero points that are all 0 are left out."""
         values, zeros = held["values"], held.get("zeros")
         if zeros is not None and bool((zeros == (8 if values.dtype == torch.uint8 else 0)).all()):
             zeros = None
@@ -118,17 +121,17 @@ class Format:
         return pack_int4(codes) if is_packed else codes.to(torch.int8)
 
     def shift(self, columns: int) -> int:
-        """From a code 0 .. 2^b - 1 to the one that we hold."""
+        """What is added to a code 0 .. 2^b - 1 to get the code that we hold."""
         return (8 if self.packs(columns) else 0) - 2 ** (self.bits - 1)
 
     def zero_points(self, zeros: Tensor, piece: Piece) -> Tensor:
-        """Codes 0 .. 2^b - 1, [N, G] -> ``zeros``."""
+        """Zero points 0 .. 2^b - 1, [N, G] -> ``zeros``. Raises ValueError for one out of range."""
         if (wrong := zeros[(zeros < 0) | (zeros >= 2**self.bits)]).numel():
             raise ValueError(f"{piece.name}: zero point {int(wrong[0])}: must be 0 to {2**self.bits - 1}")
         return (zeros + self.shift(_sizes(piece)[1])).float()
 
     def _groups(self, piece: Piece) -> Along | int:
-        """The dimension of scales that runs over the groups of a row; one scale serves all parts of it."""
+        """The dimension of the scales along the groups of a row; 1 if the whole row shares a scale."""
         size, columns = self.stored.group_size, whole_sizes(piece)[1]
         if size is not None and columns % size:
             raise ValueError(f"group_size={size}: does not divide the {columns} columns of {piece.name}")
@@ -136,11 +139,11 @@ class Format:
 
     def _refuse_stack(self, piece: Piece) -> None:
         if piece.is_stack:
-            raise ValueError(f"{piece.name}: all experts in one tensor are read as floats or as MXFP4 only")
+            raise ValueError(f"{piece.name}: experts stored as one tensor must be floats or MXFP4")
 
 
 def _sizes(piece: Piece) -> tuple[int, int]:
-    """N and K of one matrix, or of the rank's part of it."""
+    """N and K of the matrix, or of the rank's part of it."""
     return piece.num_rows, prod(piece.shape) // piece.num_rows
 
 
@@ -149,7 +152,7 @@ def _module(piece: Piece) -> str:
 
 
 def _named(piece: Piece, **tensors: tuple[str, Dims]) -> dict[str, StoredPiece]:
-    """Parameter -> name's ending and dimensions, as pieces. Scales and float codes must be stored as floats."""
+    """Pieces from the ending of each tensor's name and its dimensions. Scales must be stored as floats."""
     found = {}
     for parameter, (ending, dims) in tensors.items():
         name, rows = f"{_module(piece)}.{ending}", 1 if parameter in ("g_idx", "shape") else None
@@ -194,7 +197,7 @@ class Compressed(Format):
                 return {"values": self.codes(checked_words(tensor, piece, self.bits)[:, :columns])}
             codes = tensor.to(torch.int32) + middle
             if tensor.dtype != torch.int8 or bool(((codes < 0) | (codes >= 2 * middle)).any()):
-                raise ValueError(f"{piece.name}: has codes that are not of {self.bits} bits, as int8")
+                raise ValueError(f"{piece.name}: must have int8 codes within {-middle} .. {middle - 1}")
             return {"values": self.codes(codes)}
         if parameter == "zeros" and not is_packed:
             codes = as_stored(tensor, torch.int8, piece, "zero points").to(torch.int32) + middle
@@ -211,7 +214,7 @@ class Compressed(Format):
 
 
 def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int] | None, group: int) -> Tensor:
-    """[1], [N, G] or one of each block -> [N, G]."""
+    """Scales [1], [N, G] or one per block -> [N, G]."""
     if block is None:
         return scales.float().reshape(-1, 1 if scales.dim() == 1 else scales.shape[1]).expand(rows, -1)
     row, column = (torch.arange(*span, device=scales.device) for span in ((0, rows), (0, columns, group)))
@@ -219,7 +222,7 @@ def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int] | No
 
 
 class Fp8(Compressed):
-    """DeepSeek's blocks. The product is weight-only, as in transformers, which dequantises."""
+    """DeepSeek's block-wise float8. The product is weight-only, as in transformers on a CPU, which dequantises."""
 
     scales = "weight_scale_inv"
 
@@ -229,7 +232,7 @@ class Awq(Format):
         self._refuse_stack(piece)
         groups, rows = self._groups(piece), whole_sizes(piece)[0]
         if rows % 8:
-            raise ValueError(f"{piece.name} has {rows} rows: AWQ's words need a multiple of 8")
+            raise ValueError(f"{piece.name} has {rows} rows: must be a multiple of 8, the codes in an AWQ word")
         return _named(
             piece,
             values=("qweight", (COLUMNS, Along("rows", 8))),
@@ -250,7 +253,7 @@ class Gptq(Format):
         self._refuse_stack(piece)
         (rows, columns), groups, per_word = whole_sizes(piece), self._groups(piece), 32 // self.bits
         if rows % per_word or columns % per_word:
-            raise ValueError(f"{piece.name} is {[rows, columns]}: GPTQ's words need multiples of {per_word}")
+            raise ValueError(f"{piece.name} is {[rows, columns]}: both must be multiples of {per_word}, as GPTQ packs")
         return _named(
             piece,
             values=("qweight", (Along("columns", per_word), ROWS)),

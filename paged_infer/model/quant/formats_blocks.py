@@ -1,13 +1,13 @@
-"""Formats whose tensors hold codes and scales together, and rounding of float tensors while they are loaded.
+"""Formats whose blocks hold codes and scales together (GGUF, MXFP4), and rounding of float tensors on loading.
 
     Q8_0    32 weights in 34 bytes    d float16, codes int8
-    Q4_0    32 in 18                  d, then 16 bytes: weight i in the low half of byte i, i + 16 in the high one
+    Q4_0    32 in 18                  d, then 16 bytes: weight i in the low half of byte i, i + 16 in the high half
     Q4_1    32 in 20                  d, m, the same 16 bytes; w = code d + m
     Q4_K    256 in 144                d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, 128 bytes of codes
     Q6_K    256 in 210                low 4 bits, high 2 bits, 16 int8 scales, d
-    MXFP4   32 in 16 + 1              float4 e2m1, the even weight in the low half; a power of two, less 127
+    MXFP4   32 in 16 + 1              float4 e2m1, the even weight in the low half; exponent e: the scale is 2^(e - 127)
 
-Sources, all read: ggml's ``get_scale_min_k4`` and ``dequantize_row_q6_K`` (``ggml-quants.c``); transformers 5.23
+Sources, read: ggml's ``get_scale_min_k4`` and ``dequantize_row_q6_K`` (``ggml-quants.c``); transformers 5.23
 ``integrations/mxfp4.py``. The other blocks are from memory, and tested against the ``gguf`` package.
 """
 
@@ -32,15 +32,15 @@ from paged_infer.model.quantization_config import StoredAs
 
 logger = logging.getLogger(__name__)
 
-FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of e2m1
+FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of e2m1, so that they are int8
 Decoded = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K]: 0 .. 15 or int8; scales [N, G]; zeros [N, G] or None
 
 
 class Rounded(Format):
-    """A dense checkpoint, rounded to nearest tensor by tensor.
+    """A float checkpoint, rounded to nearest tensor by tensor while it is loaded.
 
-    A scale depends on all columns that share it. So a rank that has some of the columns reads all, and the scales of
-    N ranks are those of one; activations, though, are rounded by each rank with scales of its own.
+    A scale depends on all columns that share it. So a rank that holds some of the columns reads all of them, and scales
+    do not depend on the number of ranks. Activations, though, are rounded by each rank with its own scales.
     """
 
     def __init__(self, scheme: Scheme, activations: Activations | None = None) -> None:
@@ -48,7 +48,7 @@ class Rounded(Format):
         self.scheme = scheme
 
     def group(self, columns: int) -> int:
-        """A group size that does not divide the columns shrinks to one that does."""
+        """A group size that does not divide the columns is reduced to their greatest common divisor."""
         return columns if self.scheme.group_size is None else gcd(self.scheme.group_size, columns)
 
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
@@ -81,7 +81,7 @@ class Rounded(Format):
 
 @cache
 def _warn_about_group(size: int | None, columns: int, group: int) -> None:
-    logger.warning("group_size=%d: does not divide rows of %d columns, so they have groups of %d", size, columns, group)
+    logger.warning("group_size=%d: does not divide rows of %d columns; they use group_size=%d", size, columns, group)
 
 
 def _dense(piece: Piece, as_stored: bool = False) -> StoredPiece:
@@ -93,8 +93,9 @@ class Gguf(Format):
     """The blocks of a GGUF file.
 
     Args:
-        types: of the matrices, by their names; all are in ``GGUF_TYPES``. Different ones (Q4_K_M's q and v) are held as
-            int8 with zeros, in groups that suit all.
+        types: type of each matrix by its name, all in ``GGUF_TYPES``. If one Linear has several types (such as q and v
+            in Q4_K_M), they are held in one form: int8 if any type has 8 or 6 bits, zero points if any type has minima,
+            and the smallest group size.
     """
 
     strict = False  # a block of zeros has scale 0
@@ -134,12 +135,12 @@ def _half(blocks: Tensor, first: int) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """[..., B] bytes -> the low halves, then the high ones, [..., 2 B]."""
+    """Bytes [..., B] -> the low halves of all, then the high halves, [..., 2 B]."""
     return torch.cat((packed & 15, packed >> 4), -1)
 
 
 def _with_minimum(codes: Tensor, scales: Tensor, minima: Tensor) -> Decoded:
-    """w = code * scale + minimum, as (code - zero) * scale; a scale of 0 leaves the minimum, of any code."""
+    """w = code * scale + minimum, as (code - zero) * scale. Where scale is 0, w is the minimum: (0 - -1) * minimum."""
     flat = scales == 0
     scales, zeros = torch.where(flat, minima, scales), torch.where(flat, -1.0, -minima / scales)
     groups = codes.unflatten(1, (scales.shape[1], -1)).masked_fill(flat[..., None], 0)
@@ -163,7 +164,7 @@ def q4_1(tensor: Tensor) -> Decoded:
 
 def q4_k(tensor: Tensor) -> Decoded:
     blocks = _blocks(tensor, 144)
-    low, middle, high = blocks[..., 4:16].split(4, -1)  # of each: four scales, four minima, the second half's low bits
+    low, middle, high = blocks[..., 4:16].split(4, -1)  # scales 0..3, minima 0..3, and the low 4 bits of both for 4..7
     scales = torch.cat((low & 63, high & 15 | low >> 6 << 4), -1)
     minima = torch.cat((middle & 63, high >> 4 | middle >> 6 << 4), -1)
     codes = _nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(1)
@@ -191,7 +192,7 @@ GGUF_TYPES: dict[str, Callable[[Tensor], Decoded]] = {
 
 
 class Mxfp4(Format):
-    """gpt-oss' experts, all in one tensor. Held as they are stored; ``weight`` makes int8 of them, for a product."""
+    """gpt-oss' experts, all in one tensor, held as they are stored; ``weight`` expands them to int8 in each product."""
 
     strict = False
     is_expanded = True
@@ -204,7 +205,7 @@ class Mxfp4(Format):
 
     def tensors(self, piece: Piece) -> dict[str, StoredPiece]:
         if not piece.is_stack:
-            raise ValueError(f"{piece.name}: MXFP4 is read for experts that are one tensor only")
+            raise ValueError(f"{piece.name}: MXFP4 is supported only for experts stored as one tensor")
         experts, columns = piece.stored_shape[:2]
         if columns % 32:
             raise ValueError(f"group_size=32: does not divide the {columns} columns of {piece.name}")
@@ -216,9 +217,9 @@ class Mxfp4(Format):
 
     def decode(self, parameter: str, piece: Piece, tensor: Tensor) -> dict[str, Tensor]:
         if tensor.dtype != torch.uint8:
-            raise ValueError(f"{piece.name}: {parameter} are stored as {tensor.dtype}, not uint8")
+            raise ValueError(f"{piece.name}: {parameter} are stored as {tensor.dtype}, not torch.uint8")
         if parameter == "scales" and bool((tensor == 255).any()):
-            raise ValueError(f"{piece.name}_scales: 255 is NaN")
+            raise ValueError(f"{piece.name}_scales: exponent 255, which is NaN: must be 0 to 254")
         return {parameter: tensor.flatten(0, 1).flatten(1)}
 
     def weight(self, held: dict[str, Tensor], shape: tuple[int, int], columns: Tensor | None) -> QuantisedWeight:

@@ -1,11 +1,11 @@
-"""GPTQ (Frantar 2022): round column by column, and let the columns that follow make up for each error.
+"""GPTQ (Frantar 2022): quantise W column by column, and compensate for each error in the columns that follow.
 
     minimise |X W^T - X Q^T|^2,   H = 2 X^T X,   U^T U = H^-1 (U upper triangular)
 
     for column c:   q = round(w_c)    e = (w_c - q) / U[c, c]    w_j -= e U[c, j] for all j > c
 
-The inverse of H without the columns that are done is part of U already, so it is factored once (section 3.3, step 3).
-Columns of a group are updated one by one, those after the group once a group (step 2, lazy batch updates).
+U already contains the inverse of H without the quantised columns, so H^-1 is factored once (section 3.3, step 3).
+Within a group, columns are updated one by one; those after it, once per group (step 2, lazy batch updates).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from paged_infer.kernels.quant.weight import QuantisedWeight
 from paged_infer.model.quant.scheme import Scheme, encode, grid, to_codes
 
-BLOCK = 128  # columns between two updates of the rest, without groups
+BLOCK = 128  # without groups, columns between two lazy updates of the rest
 
 
 @torch.inference_mode()
@@ -31,13 +31,14 @@ def gptq(
     act_order: bool = False,
     name: str = "the weight",
 ) -> QuantisedWeight:
-    """W [N, K] by the inputs that it was calibrated on.
+    """Quantise W [N, K] so that its outputs change little on the calibration inputs X [T, K].
 
     Args:
         products: X^T X, [K, K].
-        damping: of H's mean diagonal, added to its diagonal so that it can be inverted.
-        act_order: columns of large inputs first, while most others are left to make up for them; the result has
-            ``columns``.
+        damping: this share of the mean of H's diagonal is added to the diagonal, so that H can be inverted.
+        act_order: quantise columns in descending order of H's diagonal, the largest inputs first, while most columns
+            are left to compensate; the result then has ``columns``.
+        name: of W, for error messages.
 
     Raises:
         ValueError: as ``quantise``; or the products are not finite.
@@ -47,13 +48,13 @@ def gptq(
     weight, hessian = weight.detach().float().clone(), 2 * products.float()
     order = hessian.diag().argsort(descending=True) if act_order else torch.arange(weight.shape[1])
     weight, hessian = weight[:, order], hessian[order][:, order]
-    dead = hessian.diag() == 0  # inputs that were always zero: their weights do not matter
+    dead = hessian.diag() == 0  # inputs that were always zero, whose weights have no effect
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
     hessian.diagonal().add_(damping * hessian.diag().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
-    scales, zeros = grid(weight, scheme, name)  # a group's are computed again once its columns are updated
+    scales, zeros = grid(weight, scheme, name)  # a group's are recomputed below, from its updated columns
     size, columns = scheme.group(weight.shape[1], name), weight.shape[1]
     block = size if scheme.strategy == "group" else BLOCK
     done = torch.empty_like(weight)

@@ -1,10 +1,10 @@
-"""QuantisedMethod: a ``LinearMethod`` whose W is of few bits, in memory as on disk.
+"""QuantisedMethod: a ``LinearMethod`` whose W stays quantised in memory.
 
     checkpoint --decode--> values, scales, zeros, g_idx of the Linear --prepack--> products, one for each run of rows
 
-It is multiplied by the device's kernel, or else by dequantising it in every product. Float weights of a whole model
-never exist. q, k and v (gate and up) are rows of one matrix, with one product, unless their ``g_idx`` differ (GPTQ's
-act-order).
+W is multiplied by the device's kernel or, where there is none, dequantised in every product. A float model never exists
+as a whole. q, k and v (and gate and up) are rows of one matrix, multiplied as one, unless their ``g_idx`` differ
+(GPTQ's act-order).
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class QuantisedMethod:
-    """The method of one Linear, for the matrices that are stacked in it.
+    """The method of one Linear, and of the matrices that are stacked in it.
 
     Args:
+        form: the format of the checkpoint, or of the rounding while loading.
         pieces: the matrices, as a dense checkpoint stores them.
-        pack: makes the product by the device's kernel.
+        pack: returns the device's kernel for a weight, or None.
     """
 
     def __init__(self, form: Format, pieces: tuple[Piece, ...], pack: PackQuantised = no_kernel) -> None:
@@ -52,7 +53,7 @@ class QuantisedMethod:
             empty = torch.empty(shape, dtype=stored)
             if name in self.tensors[0]:
                 setattr(linear, name, nn.Parameter(empty, requires_grad=False))
-            else:  # no tensor of its own
+            else:  # the checkpoint has no separate tensor for it
                 linear.register_buffer(name, empty)
 
     def layout(self, pieces: tuple[Piece, ...]) -> dict[str, tuple[Piece, ...]]:
@@ -76,7 +77,7 @@ class QuantisedMethod:
             self._sort_columns(linear)
         if linear.is_stack:
             return
-        if linear.stays_dense:  # its parts are multiplied by
+        if linear.stays_dense:  # its caller reads parts of W
             weight = self.dense(linear)
             linear.use(DENSE, weight.dtype)
             linear.weight.data = weight
@@ -102,7 +103,7 @@ class QuantisedMethod:
         return [product for product, _ in found]
 
     def _product(self, linear: Linear, rows: slice, bias: Tensor | None) -> tuple[Product, bool]:
-        """x -> some rows of x W^T + b; and whether kernels compute it, which hold what they need."""
+        """x -> x W^T + b for some rows of W; and whether only kernels compute it, which hold their own copy of W."""
         activations = self.form.activations
         if self.form.is_expanded:
             _warn_about_reference(self.form.describe(), activations, linear.values.device.type)
@@ -127,7 +128,7 @@ class QuantisedMethod:
                 delattr(linear, name)
 
     def _weights(self, linear: Linear, rows: slice) -> list[QuantisedWeight]:
-        """Some rows of W as views; several if the order of their columns differs. The columns are sorted."""
+        """Some rows of W as views of the sorted codes: one weight for each run of rows with the same column order."""
         columns = linear.in_features
         runs = [(rows, None)] if not self.form.has_order else self._runs(linear, rows)
         names = self.form.held(1, columns)
@@ -139,7 +140,7 @@ class QuantisedMethod:
         ]
 
     def _runs(self, linear: Linear, rows: slice) -> list[tuple[slice, Tensor | None]]:
-        """Neighbouring matrices whose columns have one order, cut to ``rows``."""
+        """Runs of adjacent matrices with one order of columns, within ``rows``; an order of None: the model's own."""
         runs, start = list[tuple[slice, Tensor]](), 0
         for piece, order in zip(self.pieces, linear.g_idx.long(), strict=True):
             first, start = max(start, rows.start), start + piece.num_rows
@@ -152,12 +153,12 @@ class QuantisedMethod:
         return [(run, None if torch.equal(order, plain) else order) for run, order in runs]
 
     def _sort_columns(self, linear: Linear) -> None:
-        """Columns of one group become neighbours; ``g_idx`` then has the place of each."""
+        """Make the columns of each group adjacent; ``g_idx`` then holds the new position of each column."""
         size, first = self.form.group(linear.in_features), 0
         for index, piece in enumerate(self.pieces):
             rows, g_idx = slice(first, first := first + piece.num_rows), linear.g_idx[index]
             groups = linear.in_features // size
-            counts = torch.bincount(g_idx.clamp(0, groups), minlength=groups)  # other numbers would need other memory
+            counts = torch.bincount(g_idx.clamp(0, groups), minlength=groups)  # clamped: a huge index allocates nothing
             if bool((g_idx < 0).any()) or counts.tolist() != [size] * groups:
                 raise ValueError(f"{self.tensors[index]['g_idx'].name}: must name each group {size} times")
             order = g_idx.argsort(stable=True)
@@ -171,7 +172,13 @@ class QuantisedMethod:
 
 @dataclass(frozen=True, slots=True)
 class FewBits:
-    """Of a decoder: the weights of its quantised linear layers, their bytes with scales and zeros, and their kinds."""
+    """The quantised linear layers of a decoder.
+
+    Attributes:
+        num_weights: their elements.
+        num_bytes: the bytes of their codes, scales and zero points.
+        kinds: for each kind of layer, how many there are and how they are quantised.
+    """
 
     num_weights: int
     num_bytes: int
@@ -179,14 +186,14 @@ class FewBits:
 
 
 def few_bits(linears: Iterable[tuple[str, Linear]]) -> FewBits | None:
-    """``decoder.linears()`` -> what is quantised; None: nothing."""
+    """What is quantised among ``decoder.linears()``; None: nothing."""
     num_weights, num_bytes, kinds = 0, 0, Counter[str]()
     for _, linear in linears:
         if isinstance(linear.method, QuantisedMethod):
             form, rows, columns = linear.method.form, linear.out_features, linear.in_features
             num_weights += rows * columns
             num_bytes += sum(prod(shape) * dtype.itemsize for shape, dtype in form.held(rows, columns).values())
-            inputs = f", inputs rounded to {form.activations}" if form.activations else ""
+            inputs = f", activations quantised to {form.activations}" if form.activations else ""
             kinds[f"{form.describe()}, {form.describe_group(columns)}{inputs}"] += 1
     if not kinds:
         return None
@@ -194,7 +201,7 @@ def few_bits(linears: Iterable[tuple[str, Linear]]) -> FewBits | None:
 
 
 def _check_scales(scales: Tensor, name: str, kind: str, *, strict: bool) -> None:
-    """Of scales, or of zeros, which a GGUF's minima become: finite, and > 0 if ``strict``."""
+    """Raises ValueError unless scales, or zeros (which GGUF's minima become), are finite, and > 0 if ``strict``."""
     if scales.dtype != torch.float32:
         return
     wrong = ~scales.isfinite() | (scales <= 0 if strict else False)
@@ -207,7 +214,7 @@ def _check_scales(scales: Tensor, name: str, kind: str, *, strict: bool) -> None
 @cache
 def _warn_about_reference(kind: str, activations: str | None, device: str) -> None:
     logger.warning(
-        "no kernel for weights of %s%s on this %s: they are dequantised in every product, which is slow",
+        "no kernel for weights of %s%s on this %s: weights are dequantised in every product, which is slow",
         kind,
         f" and activations of {activations}" if activations else "",
         device,

@@ -1,8 +1,7 @@
-"""NF4 (Dettmers 2023, QLoRA, section 3): 16 values for weights that are distributed normally.
+"""NF4 (4-bit NormalFloat; Dettmers 2023, QLoRA, section 3): a codebook of 16 values for normally distributed weights.
 
-Equal steps waste codes on large weights, of which there are few. NF4's values are quantiles of the normal
-distribution, so that each code is used about equally often; one of them is 0. A block of 64 weights is scaled to
--1 .. 1.
+Equal steps waste codes on large weights, which are rare. NF4's values are quantiles of the normal distribution, so each
+code is used about equally often; one of them is 0. Each block of 64 weights is scaled to -1 .. 1 by its largest |w|.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _LAST = 0.9677083  # the outermost quantile; the mean of 1 - 1/30 and 1 - 1/32 (
 
 
 def nf4_values() -> Tensor:
-    """The 16 values, -1 .. 1, rising: 8 quantiles of the positive half, 7 of the negative one, and 0."""
+    """The 16 values from -1 to 1, ascending: 7 negative quantiles, 0, and 8 positive quantiles."""
     positive = torch.special.ndtri(torch.linspace(_LAST, 0.5, 9, dtype=torch.float64)[:-1])
     negative = -torch.special.ndtri(torch.linspace(_LAST, 0.5, 8, dtype=torch.float64)[:-1])
     values = torch.cat((negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)))
@@ -25,7 +24,7 @@ def nf4_values() -> Tensor:
 
 
 def quantise_nf4(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """W [N, K] -> codes, packed as uint8 [N, K / 2], and the largest |w| of each block, [N, K / block] float32.
+    """W [N, K] -> packed codes, uint8 [N, K / 2], and the largest |w| (absmax) of each block, float32 [N, K / block].
 
     Raises:
         ValueError: the block does not divide K, or K is odd.
@@ -41,6 +40,6 @@ def quantise_nf4(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_nf4(packed: Tensor, largest: Tensor) -> Tensor:
-    """The inverse of ``quantise_nf4``, up to the rounding: [N, K] float32."""
+    """``quantise_nf4``'s result -> [N, K] float32."""
     blocks = nf4_values()[unpack_int4(packed).long()].unflatten(1, (largest.shape[1], -1))
     return (blocks * largest[:, :, None]).flatten(1)

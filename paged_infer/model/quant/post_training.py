@@ -1,12 +1,13 @@
-"""Quantise a decoder after training, by one of four methods; the last three calibrate on texts.
+"""Post-training quantisation (PTQ) of a decoder by one of four methods; all but the first need calibration texts.
 
 rtn           round to nearest
-gptq          each column's rounding error is made up for by the columns after it
-awq           columns of large inputs get finer steps
-smoothquant   outliers of the inputs move into the weights, for products of 8 bits by 8 bits
+gptq          the columns after a column compensate for its rounding error
+awq           columns whose inputs are large get finer steps
+smoothquant   outliers of the inputs move into the weights, for W8A8
 
-Of a mixture of experts, the first two round every expert, GPTQ by the tokens that chose it. The other two would divide
-a norm, whose outputs go to the router and to all experts, by scales that suit one matrix: they are refused.
+In a mixture of experts, "rtn" and "gptq" quantise each expert, GPTQ with the tokens routed to it. AWQ and SmoothQuant
+would divide a norm, whose output goes to the router and to all experts, by scales that suit one matrix; they are
+refused.
 """
 
 from __future__ import annotations
@@ -44,20 +45,24 @@ def quantise_decoder(
     wide: Collection[str] = (),
     on_layer: Callable[[], None] = lambda: None,
 ) -> Quantised:
-    """The matrices of ``decoder``'s linear layers by name. Its own are replaced by their dequantised values, in place.
+    """Quantise the linear layers of ``decoder``, and replace their weights in place by the dequantised ones.
 
-    Embedding, head, routers, norms and biases stay as they are, but AWQ and SmoothQuant divide norms and biases by
-    scales.
+    Embedding, head and routers are not quantised; AWQ and SmoothQuant change norms and biases by folding scales into
+    them.
 
     Args:
-        decoder: with dense methods, not packed.
+        decoder: its linear layers are dense and not packed.
+        method: one of ``METHODS``.
         texts: token ids to calibrate on.
-        wide: names of linear layers that stay as they are.
-        on_layer: called after each layer.
+        wide: names of linear layers to leave unquantised.
+        on_layer: called after each decoder layer.
+
+    Returns:
+        The quantised weight of each linear layer by name.
 
     Raises:
         ValueError: an unknown method or layer, a method that does not suit a mixture of experts, a group size that does
-            not divide, values that are not finite, or no text for a method that needs some.
+            not divide the columns, values that are not finite, or no text for a method that needs some.
     """
     linears = narrowable(decoder)
     _check(linears.keys(), scheme, method, texts, wide, decoder)
@@ -83,14 +88,14 @@ def _gptq(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantised
         if layer.linears[name].is_stack:
             found[name] = _gptq_experts(layer, scheme, name)
         else:
-            products = layer.moments(name)[name].products  # with the linear layers before it quantised
+            products = layer.moments(name)[name].products  # the linear layers before it are quantised already
             found[name] = gptq(layer.linears[name].weight, products, scheme, name=name)
         layer.linears[name].weight.data.copy_(dequantise(found[name]))
     return found
 
 
 def _gptq_experts(layer: CalibratedLayer, scheme: Scheme, name: str) -> QuantisedWeight:
-    """Each expert by its own tokens. One that no token chose is rounded to nearest, and a warning counts them."""
+    """Each expert with the tokens routed to it; those without any are rounded to nearest, and a warning counts them."""
     products, parts, num_unseen = layer.expert_products(name), list[QuantisedWeight](), 0
     for weight, own in zip(layer.linears[name].weight.chunk(len(products)), products, strict=True):
         unseen = not bool(own.any())
@@ -98,7 +103,7 @@ def _gptq_experts(layer: CalibratedLayer, scheme: Scheme, name: str) -> Quantise
         parts.append(quantise(weight, scheme, name) if unseen else gptq(weight, own, scheme, name=name))
     if num_unseen:
         logger.warning(
-            "%s: no text reaches %d of %d experts, which are rounded to nearest", name, num_unseen, len(parts)
+            "%s: no text reaches %d of %d experts, so these are rounded to nearest", name, num_unseen, len(parts)
         )
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return replace(
@@ -135,13 +140,13 @@ def _round(layer: CalibratedLayer, scheme: Scheme, names: list[str]) -> Quantise
 
 
 def check_method(config: ModelConfig, method: str) -> None:
-    """Raises ValueError for a method that does not exist, or that has no scales for the inputs of experts."""
+    """Raises ValueError for an unknown method, or one that cannot scale the inputs of a mixture of experts."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     if config.moe is not None and method in ("awq", "smoothquant"):
         raise ValueError(
-            f"method={method!r}: not for a mixture of experts, whose router and experts have one input, so that no "
-            "scales of it suit each; use 'rtn' or 'gptq'"
+            f"method={method!r}: not for a mixture of experts, whose router and experts share one input, so no scales "
+            "of it suit them all; use 'rtn' or 'gptq'"
         )
 
 
@@ -150,9 +155,10 @@ def _check(
 ) -> None:
     check_method(decoder.config, method)
     if method != "rtn" and not texts:
-        raise ValueError(f"method={method!r}: needs texts to calibrate on")
+        raise ValueError(f"method={method!r}: needs texts for calibration")
     if unknown := sorted(set(wide) - set(linears)):
-        raise ValueError(f"wide: {unknown[0]} is not one of the linear layers, such as {next(iter(linears))}")
+        example = next(iter(linears))
+        raise ValueError(f"wide: {unknown[0]!r} is not a linear layer that is quantised, such as {example!r}")
     for name, linear in narrowable(decoder).items():
         assert isinstance(linear.method, DenseMethod)
         if name not in wide:

@@ -1,11 +1,12 @@
-"""How a matrix is rounded to few bits: the grid of each group of its weights, and round to nearest on it.
+"""Quantisation schemes: the grid (scale and zero point) of each group of weights, and rounding to nearest on it.
 
-    symmetric    scale = max |w| / (2^b - 1) * 2      zero = 0, so one end may be cut by half a step
-    narrow       scale = max |w| / (2^(b-1) - 1)      zero = 0, and the lowest code is not used (Jacob 2018)
-    asymmetric   scale = (max - min) / (2^b - 1)      zero = the code that stands for 0, rounded
-    float8       scale = max |w| / largest float8     the codes are floats
+    symmetric    scale = max |w| / (2^b - 1) * 2      zero point 0; one end may be clipped by half a step
+    narrow       scale = max |w| / (2^(b-1) - 1)      zero point 0; the lowest code is not used (Jacob 2018)
+    asymmetric   scale = (max - min) / (2^b - 1)      zero point: the code that stands for 0, rounded
+    float8       scale = max |w| / largest float8     the codes are float8 values
 
-Either way a weight moves by half a step at most. All but the narrow range are compressed-tensors' rules
+A step is the distance between neighbouring values of the grid: the scale for integers; for float8 it grows with the
+value. Rounding changes a weight by at most half a step. All rules but the narrow range are compressed-tensors'
 (``calculate_qparams``).
 """
 
@@ -25,19 +26,19 @@ Codes = Literal["int", "float8_e4m3fn", "float8_e5m2"]
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """The grid that weights are rounded to.
+    """How weights are quantised: bits, symmetry, and what shares a scale.
 
     Attributes:
-        bits: of one code, 2 .. 8.
-        symmetric: zero is code 0; otherwise each group has the code of its zero, too.
-        strategy: what shares a scale: the tensor, a channel (one row), or a group of columns of a row.
+        bits: bits of a code, 2 to 8.
+        symmetric: the zero point is code 0; otherwise each group also stores a zero point.
+        strategy: what shares a scale: the tensor, a channel (one row of W), or a group of columns of a row.
         group_size: columns of a group; None for the other strategies.
         codes: integers, or float8 (8 bits, symmetric).
-        narrow_range: of symmetric integers, as TensorFlow calls it: -7 .. 7 instead of -8 .. 7.
+        narrow_range: for symmetric integers, as in TensorFlow: codes -7 .. 7 instead of -8 .. 7 (4 bits).
 
     Raises:
-        ValueError: bits out of range, a group size without groups or the reverse, asymmetric float8, or a narrow range
-            without symmetric integers.
+        ValueError: bits out of range, a group size without the strategy "group" or the reverse, asymmetric float8, or a
+            narrow range without symmetric integers.
     """
 
     bits: int
@@ -53,15 +54,16 @@ class Scheme:
         if self.strategy not in ("tensor", "channel", "group"):
             raise ValueError(f"strategy={self.strategy!r}: must be 'tensor', 'channel' or 'group'")
         if (self.group_size is not None) != (self.strategy == "group"):
-            raise ValueError(f"group_size={self.group_size}: strategy {self.strategy!r} does not go with it")
+            rule = "needs one" if self.group_size is None else "takes none"
+            raise ValueError(f"group_size={self.group_size}: strategy {self.strategy!r} {rule}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size}: must be at least 1")
         if self.codes not in ("int", "float8_e4m3fn", "float8_e5m2"):
             raise ValueError(f"codes={self.codes!r}: must be 'int', 'float8_e4m3fn' or 'float8_e5m2'")
         if self.codes != "int" and (self.bits != 8 or not self.symmetric):
-            raise ValueError(f"codes={self.codes!r}: has 8 bits and is symmetric")
+            raise ValueError(f"codes={self.codes!r}: must have bits=8 and symmetric=True")
         if self.narrow_range and (self.codes != "int" or not self.symmetric):
-            raise ValueError("narrow_range=True: only symmetric integers have one")
+            raise ValueError("narrow_range=True: must have codes='int' and symmetric=True")
 
     @property
     def lowest(self) -> int:
@@ -70,14 +72,14 @@ class Scheme:
 
     @property
     def float_dtype(self) -> torch.dtype | None:
-        """Of the codes, if they are floats."""
+        """The dtype of float8 codes; None for integers."""
         return None if self.codes == "int" else getattr(torch, self.codes)
 
     def group(self, columns: int, name: str = "the weight") -> int:
-        """The columns of a row that share a scale, for ``columns`` in all.
+        """How many columns share a scale, in a row of ``columns``.
 
         Raises:
-            ValueError: the group size does not divide them; the message names ``name`` and sizes that would.
+            ValueError: the group size does not divide ``columns``; the message has ``name`` and sizes that do.
         """
         size = self.group_size
         if size is None:
@@ -92,16 +94,19 @@ class Scheme:
         return size
 
     def bits_per_weight(self, columns: int, scale_bits: int = 16) -> float:
-        """Of a long row of ``columns``, with its scales (and zeros of ``bits`` bits each, if it has them)."""
+        """Bits per weight in rows of ``columns``, with scales of ``scale_bits`` and any zero points of ``bits``.
+
+        The one scale of a tensor is not counted.
+        """
         shared = 0 if self.strategy == "tensor" else scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + shared / self.group(columns)
 
 
 def quantise(weight: Tensor, scheme: Scheme, name: str = "the weight") -> QuantisedWeight:
-    """Round W [N, K] to nearest; ``dequantise`` of the result moves each weight by half a step at most.
+    """Round W [N, K] to nearest (RTN). After ``dequantise`` each weight has changed by at most half a step.
 
     Args:
-        name: of W, for messages.
+        name: of W, for error messages.
 
     Raises:
         ValueError: the group size does not divide K, or W has values that are infinite or NaN.
@@ -111,16 +116,19 @@ def quantise(weight: Tensor, scheme: Scheme, name: str = "the weight") -> Quanti
 
 
 def grid(weight: Tensor, scheme: Scheme, name: str = "the weight") -> tuple[Tensor, Tensor | None]:
-    """W [N, K] -> the scales [N, G] of its groups and, if the scheme is asymmetric, the signed codes of their zeros.
+    """W [N, K] -> the scales [N, G] of its groups and, if the scheme is asymmetric, their zero points as signed codes.
 
-    A group of zeros has scale 1.
+    A group whose weights are all 0 has scale 1.
+
+    Raises:
+        ValueError: as ``quantise``.
     """
     size = scheme.group(weight.shape[1], name)
     weight = weight.detach().float()
     if not weight.isfinite().all():
         raise ValueError(f"{name}: has values that are infinite or NaN")
     groups = weight.unflatten(1, (-1, size))  # [N, G, size]
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # 0 has a code of its own
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # so 0 is on the grid
     if scheme.strategy == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
     steps = 2**scheme.bits - 1
@@ -129,7 +137,7 @@ def grid(weight: Tensor, scheme: Scheme, name: str = "the weight") -> tuple[Tens
     elif scheme.symmetric:
         scales = torch.maximum(-low, high) / (steps // 2 if scheme.narrow_range else steps / 2)
     else:
-        scales = (high / 2 - low / 2) / (steps / 2)  # halves: the difference stays finite, to the bit
+        scales = (high / 2 - low / 2) / (steps / 2)  # halved, so the difference cannot overflow; the bits are the same
     scales = torch.where(high > low, scales.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
     if scheme.symmetric:
         return scales, None
@@ -137,7 +145,7 @@ def grid(weight: Tensor, scheme: Scheme, name: str = "the weight") -> tuple[Tens
 
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> QuantisedWeight:
-    """W [N, K] on a given grid, as by ``grid``: each weight as the nearest code."""
+    """W [N, K], each weight as the nearest code of a grid such as ``grid`` returns: scales and zero points [N, G]."""
     rows, columns = weight.shape
     size = columns // scales.shape[1]
     codes = to_codes(weight.detach().float().unflatten(1, (-1, size)), scales[:, :, None], _wide(zeros), scheme)
@@ -151,7 +159,7 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme)
 
 
 def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
-    """The nearest signed codes, as float32; scales and zeros in shapes that broadcast with ``weight``."""
+    """The nearest signed codes, in float32; scales and zero points broadcast with ``weight``."""
     codes = weight / scales
     if scheme.float_dtype is not None:
         limit = torch.finfo(scheme.float_dtype).max

@@ -1,8 +1,8 @@
-"""Which linear layers stay wide: those whose rounding moves the model's predictions most.
+"""Which linear layers to leave unquantised ("wide"): those whose quantisation changes the predictions most.
 
-Each layer is rounded alone, and KL(float || quantised) is measured on a few texts. Recall and perplexity do not see
-such differences; KL does. The layers differ by factors of 10 and more, so one story already names the same five as
-another does; four choose the same layers to leave wide (measured on the storyteller with 2 bits).
+Each layer is quantised alone, and KL(float || quantised) is measured on a few texts; recall and perplexity are too
+coarse to rank layers. KL differs by factors of 10 and more between layers, so few texts suffice: on the storyteller
+with 2 bits, one story found the same five most sensitive layers as another, and four stories chose the same layers.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from paged_infer.model.linear import Linear
 from paged_infer.model.quant.calibration import Texts, divergence, log_probs
 from paged_infer.model.quant.scheme import Scheme, rounded
 
-ALWAYS_WIDE = ("router.gate", "shared_gate", "kv_up")  # every expert depends on the first two; MLA multiplies by parts
+ALWAYS_WIDE = ("router.gate", "shared_gate", "kv_up")  # gates choose and weigh whole experts; MLA uses parts of kv_up
 
 
 def narrowable(decoder: Decoder) -> dict[str, Linear]:
-    """The linear layers by name, without those that no scheme rounds."""
+    """The linear layers by name, without those that are never quantised (``ALWAYS_WIDE``)."""
     return {name: linear for name, linear in decoder.linears() if not name.endswith(ALWAYS_WIDE)}
 
 
 def sensitivities(
     decoder: Decoder, scheme: Scheme, texts: Texts, on_linear: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """The mean KL in nats per token of ``decoder`` to itself with one linear layer rounded to nearest, for each.
+    """For each linear layer by name: KL(float || that layer alone rounded to nearest), in nats per token.
 
     Args:
+        texts: token ids to compute KL on.
         on_linear: called after each linear layer.
 
     Raises:
-        ValueError: the group size does not divide the columns of a layer, or one has values that are not finite.
+        ValueError: the group size does not divide the columns of a layer, or a layer has values that are not finite.
     """
     linears = narrowable(decoder)
     for name, linear in linears.items():
@@ -51,7 +52,12 @@ def sensitivities(
 
 
 def stay_wide(decoder: Decoder, measured: Mapping[str, float], share: float) -> list[str]:
-    """Names of the layers with the largest KL per weight, as many as fit into ``share`` of all layers' weights."""
+    """Names of the linear layers with the largest KL per weight, which together have at most ``share`` of the weights.
+
+    Args:
+        measured: the result of ``sensitivities``.
+        share: of the weights of all linear layers, 0 .. 1.
+    """
     sizes = {name: linear.weight.numel() for name, linear in narrowable(decoder).items()}
     room, chosen = share * sum(sizes.values()), []
     for name in sorted(sizes, key=lambda name: measured[name] / sizes[name], reverse=True):

@@ -1,8 +1,8 @@
-"""SmoothQuant (Xiao 2022): part of an input's outliers moves into the weights, so that both fit 8 bits.
+"""SmoothQuant (Xiao 2022): move part of the activations' outliers into the weights, so that both can be int8.
 
-A token's inputs share one scale when they are rounded; a single channel that is 100 times the others leaves these
-about one code. Weights have no such channel. Dividing the inputs by s and multiplying the columns of W by it balances
-the two (equation 4):
+The activations of a token share one scale, so a channel with 100 times the magnitude of the others leaves them three
+codes: -1, 0 and 1. Weights have no such outliers. Dividing the inputs by s and multiplying the columns of W by s
+balances the two (equation 4):
 
     s[k] = max|x_k|^alpha / max|w_k|^(1 - alpha)
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @torch.inference_mode()
 def smooth_scales(weight: Tensor, largest: Tensor, alpha: float = 0.5) -> Tensor:
-    """The scales [K] of the columns of W [N, K].
+    """The scales s [K] of the columns of W [N, K]; 1 for a channel whose inputs or weights are all zero.
 
     Args:
-        largest: of |x|, [K]; equal where scales must be.
-        alpha: how much of the difficulty moves, 0 .. 1.
+        largest: max |x| of each input channel, [K]; equal where the scales must be equal (``folding.shared``).
+        alpha: migration strength, 0 .. 1: how much of the difficulty moves from the activations to the weights.
 
     Raises:
         ValueError: alpha is out of range.

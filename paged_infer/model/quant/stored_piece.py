@@ -1,7 +1,8 @@
-"""Tensors of the checkpoint that belong to a matrix of few bits, and a rank's part of each.
+"""The checkpoint's tensors of one quantised matrix, and a rank's part of each.
 
-The part follows from that of the matrix: an index of a dimension stands for some rows, or columns, of it: a word for
-eight columns, a scale for a group of them. A rank whose part would begin within one is refused.
+The part follows from the rank's part of the matrix, because each index of such a tensor stands for some rows or columns
+of the matrix: a word for eight columns, a scale for a group of columns. If the part would begin or end within one of
+these, loading is refused.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ _NO_PIECE = Piece("", ())
 
 
 class Along(NamedTuple):
-    """A dimension that runs over the rows or the columns of the matrix, ``step`` of them for each index."""
+    """A dimension along the rows or columns of the matrix; each index stands for ``step`` of them."""
 
     axis: Literal["rows", "columns"]
     step: int | Fraction = 1
 
 
 ROWS, COLUMNS = Along("rows"), Along("columns")
-Dims = tuple[Along | int, ...]  # a number: a dimension of this length, whatever the part
+Dims = tuple[Along | int, ...]  # int: a dimension of this length on every rank
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece(Piece):
-    """A tensor that belongs to a matrix of few bits.
+    """A tensor of a quantised matrix.
 
     Attributes:
         source: the matrix, or the rank's part of it, as a dense checkpoint would store it.
-        rows: that the tensor fills, of the parameter.
+        rows: how many rows of the parameter the tensor fills.
     """
 
     source: Piece = _NO_PIECE
@@ -48,13 +49,13 @@ class StoredPiece(Piece):
 
 
 def stored_piece(name: str, dims: Dims, source: Piece, *, is_float: bool, rows: int | None = None) -> StoredPiece:
-    """The tensor ``name`` of a matrix, with the shape that ``dims`` give it.
+    """The tensor ``name`` of the matrix ``source``, with the shape given by ``dims``.
 
     Args:
-        rows: of the parameter, if not those of the matrix.
+        rows: how many rows of the parameter it fills; None: as many as the matrix has.
 
     Raises:
-        ValueError: the rank's part begins or ends within what an index stands for.
+        ValueError: the rank's part begins or ends within the rows or columns that one index stands for.
     """
     rows = source.num_rows if rows is None else rows
     shape = tuple(_length(dim, source, source.stored_shape) for dim in dims)
@@ -66,15 +67,15 @@ def stored_piece(name: str, dims: Dims, source: Piece, *, is_float: bool, rows: 
 
 
 def whole_sizes(piece: Piece) -> tuple[int, int]:
-    """N and K of the matrix that a piece is, or is a part of; of a stack, those of each matrix."""
+    """N and K of the whole matrix, if the piece is a rank's part of it; for a stack, those of each matrix."""
     return piece.stored_shape[piece.row_dim], piece.stored_shape[piece.column_dim]
 
 
 def own_groups(g_idx: Tensor, piece: Piece, group: int) -> Tensor:
-    """The number of each column's group [K] -> the same, counted from the first of the rank's own.
+    """``g_idx`` [K] of the rank's columns, renumbered so that the rank's first group is 0.
 
     Raises:
-        ValueError: columns of the rank are in groups of which other ranks have columns, too.
+        ValueError: columns of the rank belong to groups that other ranks have columns of, too.
     """
     if piece.cut is None or piece.shape[piece.column_dim] == whole_sizes(piece)[1]:
         return g_idx
@@ -82,7 +83,7 @@ def own_groups(g_idx: Tensor, piece: Piece, group: int) -> Tensor:
     own = g_idx - piece.cut.ranges[piece.column_dim][0].start // group
     if bool(((own < 0) | (own >= columns // group)).any()):
         raise ValueError(
-            f"tensor_parallel_size={piece.cut.size}: the columns of {piece.name} are in groups of any order "
+            f"tensor_parallel_size={piece.cut.size}: the columns of {piece.name} are in groups in arbitrary order "
             "(desc_act, actorder), which ranks cannot divide; it must be 1"
         )
     return own

@@ -1,4 +1,4 @@
-"""Codes packed into words of 32 bits, and checks that the tensors of a checkpoint are such words."""
+"""Codes packed into 32-bit words, and checks of the packed tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from paged_infer.model.linear import Piece
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., W] -> codes 0 .. 2^bits - 1, int32 [..., W * 32 // bits], lowest bits first, across words."""
+    """int32 [..., W] -> codes 0 .. 2^bits - 1, int32 [..., W * 32 // bits].
+
+    The first code is in the lowest bits. Where ``bits`` does not divide 32, a code may span two words.
+    """
     if 32 % bits:
         first = torch.arange(words.shape[-1] * 32 // bits, device=words.device) * bits
         wide = F.pad(words, (0, 1)).long() & 0xFFFFFFFF
@@ -28,19 +31,22 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def as_stored(tensor: Tensor, dtype: torch.dtype, piece: Piece, what: str = "codes") -> Tensor:
-    """Raises ValueError for another dtype."""
+    """``tensor`` itself; raises ValueError unless its dtype is ``dtype``. ``what`` is its name in the message."""
     if tensor.dtype != dtype:
         raise ValueError(f"{piece.name}: {what} are stored as {tensor.dtype}, not {dtype}")
     return tensor
 
 
 def checked_words(tensor: Tensor, piece: Piece, bits: int) -> Tensor:
-    """``unpack_words`` of what must be words: others have fewer bits, or numbers that are no codes."""
+    """``unpack_words`` after a check of the dtype: a narrower one lacks bits, and floats hold no packed codes."""
     return unpack_words(as_stored(tensor, torch.int32, piece, "packed codes"), bits)
 
 
 def group_numbers(tensor: Tensor, piece: Piece) -> Tensor:
-    """Those of ``g_idx``, int32: another dtype could round them, or lose bits, as it becomes int32."""
+    """``g_idx`` as int32. Raises ValueError unless it is int32 or int64: a float could lose bits.
+
+    Numbers beyond int32 are clamped, not wrapped, so the check of the groups still refuses them.
+    """
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{piece.name}: g_idx is stored as {tensor.dtype}, not torch.int32")
     limits = torch.iinfo(torch.int32)

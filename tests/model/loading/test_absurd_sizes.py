@@ -1,4 +1,4 @@
-"""Sizes that no model has, in a config or in a GGUF's metadata, are refused at once, by their name and limit."""
+"""Absurd sizes in a config or in a GGUF's metadata are refused at once, with their name and limit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def nothing_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a layout with an entry for each expert nor any memory is made: what is refused is refused before."""
+    """Fails if a layout (with an entry for each expert) is built or memory is allocated: sizes are refused before."""
 
     def refuse(*args: Any) -> Any:
         pytest.fail("a layout was made")
@@ -55,7 +55,7 @@ def refusal(path: Path, **options: Any) -> str:
 
 @pytest.fixture
 def with_config(checkpoint, tmp_path):
-    """A checkpoint of the family, with another value of a key."""
+    """A checkpoint of the family with one key of its config changed."""
 
     def change(family: str, key: str, value: Any) -> Path:
         folder = tmp_path / family
@@ -82,12 +82,12 @@ def test_a_count_of_a_billion_zero_below_zero_or_not_whole_is_refused_by_name(fa
 )
 def test_sizes_within_the_limits_are_held_to_the_number_of_stored_elements(family, key, value, with_config) -> None:
     folder = with_config(family, key, value)
-    if family == "gpt2":  # as many parameters, in smaller heads: the layout is made
+    if family == "gpt2":  # the same number of parameters in smaller heads: the layout is built
         with pytest.raises(pytest.fail.Exception, match="a layout was made"):
             load_decoder(folder, torch.float32)
     else:
-        assert "the config's sizes make" in refusal(folder)
-        assert "the config's sizes make" in refusal(folder, quantization="w8a16")
+        assert "the config's sizes amount to" in refusal(folder)
+        assert "the config's sizes amount to" in refusal(folder, quantization="w8a16")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def llama_gguf(tmp_path_factory) -> GgufFile:
 def test_a_gguf_with_such_a_count_is_refused_by_name(key, llama_gguf) -> None:
     for value in (2**32 - 1, 10**9, 0, -1, 1.5, "8", True):
         if key == "context_length" and value == 10**9:
-            continue  # of tokens that it may compute, not of any it holds
+            continue  # a limit on the tokens of a text, not a size of the weights
         file = replace(llama_gguf, metadata={**llama_gguf.metadata, f"llama.{key}": value})
         with pytest.raises(ValueError, match=r"must be|multiple of|only") as error:
             check_size(ModelConfig.from_hf(config_dict(file)), [*list_tensors(file)], "file")

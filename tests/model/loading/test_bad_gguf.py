@@ -1,4 +1,4 @@
-"""A GGUF file that cannot be used: one clear error that names the file, the value and the limit, before any memory."""
+"""An unusable GGUF file gives one clear error with the file, the value and the limit, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def whole_llama3(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(autouse=True)
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No decoder is allocated: what is refused is refused before."""
+    """Fails if a decoder is allocated: files are refused before that."""
 
     def refuse(*args: Any) -> Decoder:
         raise AllocatedError
@@ -79,7 +79,7 @@ class TestFile:
         assert "big-endian" in refusal(written(tmp_path / "m", header(version=3 << 24)))
 
     def test_a_file_cut_anywhere_is_refused_as_truncated(self, whole: bytes, tmp_path: Path) -> None:
-        """In its counts, in each key, value, name and dimension, and in the data of its last tensor."""
+        """It is cut in its counts, in each key, value, name and dimension, and in the data of its last tensor."""
         path = tmp_path / "cut.gguf"
         tensors = [*read_gguf(written(path, whole)).tensors.values()]
         end = max(tensor.offset + tensor.stored_shape[0] * tensor.row_bytes for tensor in tensors)  # padding follows
@@ -104,7 +104,7 @@ class TestFile:
             except ValueError as error:
                 refused += 1
                 assert str(error).startswith(f"{path}: "), at
-            except AllocatedError:  # this byte is not read, as that of a name in "general", or it is as good as before
+            except AllocatedError:  # the byte is not read (a name in "general"), or its new value is valid, too
                 pass
         assert refused > 50 * EFFORT
 
@@ -224,7 +224,7 @@ class TestModel:
     def test_factors_that_are_no_numbers_above_zero_are_refused(
         self, bad: float, whole_llama3: bytes, tmp_path: Path
     ) -> None:
-        """All of them, and one of them."""
+        """All factors are wrong, or one of them."""
         path = written(tmp_path / "model.gguf", whole_llama3)
         freqs = read_gguf(path).tensors["rope_freqs.weight"]
         for count in (1, freqs.shape[0]):
@@ -238,7 +238,7 @@ class TestModel:
         save_gguf(path, random_model("llama3"), **{f"llama__{key}": value for key, value in narrow.items()})
         assert "rope_freqs.weight is [32], not [16]" in refusal(path)
         save_gguf(path, random_model("llama3"), llama__rope__scaling__factor=2.0)
-        assert "rope_freqs.weight, of Llama 3's scaling, together with {'rope_type': 'linear'" in refusal(path)
+        assert "rope_freqs.weight (Llama 3's scaling) together with {'rope_type': 'linear'" in refusal(path)
 
     @pytest.mark.parametrize("factor", [0.0, -2.0, math.nan, math.inf, "2", [2.0]])
     @pytest.mark.parametrize("kind", [None, "linear", "yarn"])

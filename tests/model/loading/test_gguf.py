@@ -123,7 +123,7 @@ class TestTensors:
             assert saved_dtype(tmp_path / "model.gguf") == str(dtype).removeprefix("torch.")
 
     def test_our_names_are_those_of_the_library_s_map(self) -> None:
-        """``save_gguf`` uses that map, so here only the reverse is left: no name that it does not know."""
+        """``save_gguf`` uses that map already, so only the reverse is checked here: we have no name that it lacks."""
         from paged_infer.model.loading import gguf_model
 
         for arch in MODEL_TYPES:
@@ -187,4 +187,4 @@ def test_a_load_holds_one_dequantised_tensor_beside_the_weights(tmp_path: Path, 
 
     monkeypatch.setattr(GgufTensor, "read", counting)
     load_decoder(tmp_path / "model.gguf", torch.float32)
-    assert most <= 2  # the last one is dropped as the next is assigned
+    assert most <= 2  # a tensor is freed when the next one is assigned

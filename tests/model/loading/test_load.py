@@ -1,4 +1,4 @@
-"""Weights: a checkpoint loads whole, or not at all and with the culprit named; loaded, it computes what it should."""
+"""A checkpoint loads completely and computes what it should, or is refused with the wrong tensors named."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_other_names_of_the_same_tensors_load_as_in_transformers(
     folder = copy_of(checkpoint(family), tmp_path)
     rewrite(folder, change)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values())  # transformers takes each tensor, and misses none
+    assert not any(info.values())  # transformers uses each tensor, and misses none
     with torch.inference_mode():
         expected = model(torch.tensor([IDS])).logits[0]
     decoder = load_decoder(folder, torch.float32)
@@ -263,7 +263,7 @@ def test_a_tied_head_that_is_stored_too_is_accepted(checkpoint, transformers_mod
 
 
 def test_the_first_gpt2_checkpoints_load_too(checkpoint, tmp_path) -> None:
-    """Without "transformer." in front, and with the causal masks that they stored as weights."""
+    """Their names lack the prefix "transformer.", and they store causal masks as weights."""
     folder = copy_of(checkpoint("gpt2"), tmp_path)
 
     def rename(tensors: dict[str, Tensor]) -> None:
@@ -277,7 +277,7 @@ def test_the_first_gpt2_checkpoints_load_too(checkpoint, tmp_path) -> None:
 
 
 def test_a_model_opens_without_importing_torchs_compiler() -> None:
-    """Which takes longer than all else here, and which an operation on the meta device may do."""
+    """Importing it would take longer than loading, and an operation on the meta device can cause it."""
     code = """
 import sys, torch
 from paged_infer import storyteller

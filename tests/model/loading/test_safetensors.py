@@ -1,4 +1,4 @@
-"""Weight files: those that transformers reads, whole; one that is missing, cut or contradicted is named."""
+"""Weight files: those that transformers reads are read; a missing, truncated or contradictory one is named."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_index_that_names_no_file_name_is_refused(checkpoint, tmp_path) -> No
 
 
 def leave_shards(folder: Path, *, are_there: bool) -> None:
-    """An index of shards of other weights, as a folder keeps that was saved over."""
+    """Write an index of other shards, as it stays in a folder that a single file was saved to later."""
     tensors = load_file(folder / "model.safetensors")
     if are_there:
         save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model-1-of-1.safetensors")

@@ -1,7 +1,7 @@
-"""The laws of the engine, with weights in every format of few bits over a cache of every type.
+"""The laws of the engine, with weights in every quantised format and every type of KV cache.
 
 ``make test`` draws some of all triples (weights, type of the cache, what happens to the requests), and
-``make nightly`` takes them all.
+``make nightly`` runs them all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FOLDERS = {
     "awq": (AWQ, awq),
     "gptq, act-order": gptq(4, 1, "shared"),
 }
-OPTIONS = {  # of a family that has few bits after loading alone
+OPTIONS = {  # of a family that is quantised only while loading
     "w8a16": ("qwen3", "w8a16"),
     "w4a16": ("mistral", "w4a16"),
     "w8a8": ("qwen3", "w8a8"),
@@ -75,7 +75,7 @@ BEAMS = BeamSearchParams(beam_width=3, max_tokens=6)
 
 
 def drawn() -> list[Any]:
-    """With an EFFORT of 1 each weights meet two types of cache, and each pair one event."""
+    """With an EFFORT of 1 each format of weights is paired with two types of cache, and each pair with one event."""
     triples = [
         pytest.param(weights, kind, event, id=f"{weights}-{kind}-{event}")
         for i, weights in enumerate(WEIGHTS)
@@ -88,7 +88,7 @@ def drawn() -> list[Any]:
 
 
 def prompts() -> list[list[int]]:
-    """Two begin alike, and one repeats itself."""
+    """Two share a prefix, and one repeats itself."""
     rng = random.Random(3)
     numbers = [[rng.randrange(2, VOCAB) for _ in range(n)] for n in (1, 5, 30, 17, 12)]
     return [*numbers, numbers[2][:24] + numbers[1], numbers[4] * 3]
@@ -96,7 +96,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def source(checkpoint, tmp_path_factory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
-    """Weights -> the model, and the option that its weights need."""
+    """Name of a format -> the model, and the options that it needs."""
 
     @cache
     def make(weights: str) -> tuple[Path, dict[str, Any]]:
@@ -114,7 +114,7 @@ def source(checkpoint, tmp_path_factory) -> Callable[[str], tuple[Path, dict[str
 
 @pytest.fixture(scope="module")
 def alone(source) -> Callable[..., Any]:
-    """Weights and type of the cache -> what each prompt gives in an engine that has room and no other request."""
+    """Weights and type of the cache -> each prompt's tokens in an engine with a large pool and no other request."""
 
     @cache
     def run(weights: str, kind: str, beams: bool) -> Any:
@@ -138,7 +138,7 @@ def token_ids(llm: LLM, texts: list[list[int]], beams: bool) -> list[list[list[i
 
 @pytest.mark.parametrize(("weights", "kind", "event"), drawn())
 def test_tokens_are_those_of_each_request_alone(weights, kind, event, source, alone, monkeypatch) -> None:
-    """Where inputs are rounded, attention has to keep a row's bits in any chunk (``test_w8a8_laws``)."""
+    """Where activations are quantised, attention has to keep a row's bits in any chunk (``test_w8a8_laws``)."""
     if weights in ROUNDING_INPUTS:
         monkeypatch.setattr(paged_attention, "_FEW", 10**9)
     path, options = source(weights)
@@ -159,7 +159,7 @@ def test_tokens_are_those_of_each_request_alone(weights, kind, event, source, al
         "beams": "blocks_copied",
     }
     assert event not in happened or stats[happened[event]] > 0
-    assert len({str(one) for one in expected}) > len(expected) / 2  # else equality would show little
+    assert len({str(one) for one in expected}) > len(expected) / 2  # otherwise equality would prove little
 
 
 # -- Batch invariance --------------------------------------------------------------------------------------------------

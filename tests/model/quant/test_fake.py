@@ -1,4 +1,4 @@
-"""Fake quantisation computes with rounded weights and trains the float ones behind them."""
+"""Fake quantisation computes with quantised weights and trains the float weights behind them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_it_is_quantise_and_dequantise_to_the_bit(scheme: Scheme) -> None:
 
 
 def test_a_row_of_int2_by_hand() -> None:
-    """Four codes from -3 to 3: steps of 2, and the code of 0 is rounded to -2 + 2 = 0, so the grid is -4, -2, 0, 2."""
+    """Weights from -3 to 3 and four codes: the step is 2, the zero point -2 + round(1.5) = 0, the grid -4, -2, 0, 2."""
     weight = torch.tensor([[-3.0, -0.9, 0.8, 1.2, 3.0]])
     assert fake_quantise(weight, Scheme(2, False)).tolist() == [[-4.0, 0.0, 0.0, 2.0, 2.0]]
 

@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant: scales of inputs, and the decoder that is the same after they are folded."""
+"""AWQ and SmoothQuant: the scales of the inputs, and that folding them leaves the decoder's function unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOLDED = {
 
 
 def outliers(seed: int, columns: int = 64) -> tuple[Tensor, Tensor]:
-    """W [32, K], and inputs [500, K] of which a few channels are 30 times the others."""
+    """W [32, K], and inputs [500, K] with a few channels of 30 times the others' magnitude."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(500, columns, generator=generator)
     x[:, ::16] *= 30
@@ -60,7 +60,7 @@ def test_heads_that_read_one_value_head_share_their_scales(checkpoint) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(3, False, "group", 16), Scheme(4)], ids=str)
 def test_awq_loses_less_on_inputs_with_outliers(scheme: Scheme) -> None:
-    """Than round to nearest: of ten problems 0.15 to 0.20 of it at 3 bits, 0.41 to 0.64 with a scale for each row."""
+    """On ten problems its error was 0.15 to 0.20 of round to nearest's (3 bits, groups), 0.41 to 0.64 (4, per row)."""
     parts = []
     for seed in range(5):
         weight, x = outliers(seed)
@@ -79,7 +79,7 @@ def test_awq_leaves_inputs_of_one_size_and_those_that_are_zero() -> None:
 
 
 def test_smoothing_cures_what_an_outlier_does_to_inputs_of_8_bits() -> None:
-    """Of five problems the loss became 0.17 to 0.22 of it."""
+    """On five problems the error became 0.17 to 0.22 of what it was."""
     for seed in range(5):
         weight, x = outliers(seed)
         exact, scheme = x @ weight.t(), Scheme(8)

@@ -1,4 +1,4 @@
-"""Blocks of a GGUF and of gpt-oss' experts are kept as they are stored, and mean what other libraries read in them."""
+"""Blocks of GGUF files and of gpt-oss' experts are kept as stored, and decoded as other libraries decode them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from paged_infer.model.quant.methods import QuantisedMethod
 @pytest.mark.parametrize(
     "types", [(kind,) for kind in GGUF_TYPES] + [("Q4_K", "Q6_K"), ("Q4_0", "Q4_1"), ("Q8_0", "Q4_1")]
 )
-def test_blocks_stand_for_what_the_gguf_library_makes_of_them(types) -> None:
-    """Alone, or held together in one form."""
+def test_blocks_are_decoded_as_by_the_gguf_library(types) -> None:
+    """A matrix of one type, or several types held in one form."""
     data = np.random.default_rng(0).normal(size=(12, 512)).astype(np.float32)
     data[3, :256] = 0  # blocks of scale 0
     data[4, :256] = 0.25
@@ -65,7 +65,7 @@ def test_a_block_whose_scale_or_minimum_is_not_finite_is_refused(kind, place, wr
         load_decoder(tmp_path / "model.gguf", torch.float32, quantization="gguf")
 
 
-def test_matrices_of_other_types_become_floats_and_that_is_said(tmp_path, caplog) -> None:
+def test_matrices_of_other_types_become_floats_with_a_warning(tmp_path, caplog) -> None:
     path = tmp_path / "model.gguf"
     save_gguf(path, random_model("qwen3"), "Q5_0")
     kept = load_decoder(path, torch.float32, quantization="gguf")
@@ -96,7 +96,7 @@ def test_mxfp4_scales_that_are_nan_are_refused(tmp_path) -> None:
     tensors = load_file(packed / "model.safetensors")
     tensors["model.layers.0.mlp.experts.down_proj_scales"][0, 0, 0] = 255
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj_scales: 255 is NaN"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj_scales: exponent 255, which is NaN"):
         load_decoder(packed, torch.float32)
 
 

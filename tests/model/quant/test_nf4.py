@@ -1,4 +1,4 @@
-"""NF4: the codebook of bitsandbytes, and codes of it."""
+"""NF4: the codebook is that of bitsandbytes, and each weight gets its nearest value."""
 
 from __future__ import annotations
 

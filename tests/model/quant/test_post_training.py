@@ -1,4 +1,4 @@
-"""A decoder quantised after training: calibration, the order of the methods in KL, and which layers stay wide."""
+"""Post-training quantisation of a decoder: calibration, the methods' order in KL, and layers left unquantised."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def kl(decoder: Decoder, texts=UNSEEN) -> float:
 
 
 def test_gptq_diverges_less_than_awq_and_awq_less_than_round_to_nearest_at_3_bits() -> None:
-    """On two samples together. Of four samples, round to nearest had 1.06 to 1.98 times the KL of AWQ, and AWQ 1.25 to
-    1.66 times that of GPTQ; with two stories for calibration instead of four, AWQ was better than GPTQ once in four.
+    """On two samples together. On four samples, the KL of rounding to nearest was 1.06 to 1.98 times AWQ's, and AWQ's
+    was 1.25 to 1.66 times GPTQ's; with two calibration stories instead of four, AWQ was better than GPTQ once in four.
     """
     exact, found = dense(), dict.fromkeys(("rtn", "awq", "gptq"), 0.0)
     for sample in range(2):
@@ -58,7 +58,7 @@ def test_gptq_diverges_less_than_awq_and_awq_less_than_round_to_nearest_at_3_bit
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_decoder_has_what_is_left_of_its_matrices(method: str, checkpoint) -> None:
+def test_the_decoder_has_its_dequantised_matrices(method: str, checkpoint) -> None:
     decoder, done = dense(checkpoint("qwen3")), []
     scheme, wide = Scheme(4, True, "group", 16), "layers.1.mlp.up"
     before = {name: linear.weight.clone() for name, linear in decoder.linears()}
@@ -100,10 +100,10 @@ def most_sensitive(measured: dict[str, float]) -> set[str]:
     return set(sorted(measured, key=lambda name: measured[name])[-5:])
 
 
-def test_the_most_sensitive_layers_stay_wide_and_that_helps() -> None:
+def test_leaving_the_most_sensitive_layers_unquantised_helps() -> None:
     decoder, scheme = dense(), Scheme(2, False, "group", 32)
     measured = sensitivities(decoder, scheme, CALIBRATION[:1])
-    assert kl(decoder) == 0  # each layer was put back
+    assert kl(decoder) == 0  # each layer has its own weights again
     again = sensitivities(decoder, scheme, CALIBRATION[1:])  # on another text
     assert most_sensitive(measured) == most_sensitive(again)
     wide = stay_wide(decoder, measured, share=0.2)
@@ -122,11 +122,11 @@ def test_the_most_sensitive_layers_stay_wide_and_that_helps() -> None:
         ({"method": "omniquant"}, "method='omniquant': must be one of rtn, gptq, awq, smoothquant"),
         ({"method": "gptq", "texts": ()}, "method='gptq': needs texts"),
         ({"method": "awq", "texts": [[1], []]}, "an empty text"),
-        ({"wide": ["layers.0.mlp.gate"]}, "wide: layers.0.mlp.gate is not one of the linear layers"),
+        ({"wide": ["layers.0.mlp.gate"]}, "wide: 'layers.0.mlp.gate' is not a linear layer that is quantised"),
         ({"scheme": Scheme(4, True, "group", 40)}, "group_size=40: does not divide the 192 columns of layers.0"),
     ],
 )
-def test_what_cannot_be_is_refused_and_changes_nothing(options: dict[str, object], problem: str, checkpoint) -> None:
+def test_invalid_options_are_refused_and_change_nothing(options: dict[str, object], problem: str, checkpoint) -> None:
     decoder = dense(checkpoint("qwen3"))
     before = logits(decoder, IDS)
     with pytest.raises(ValueError, match=problem):
@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(options: dict[str, object
 
 @pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss"])
 def test_gptq_rounds_each_expert_by_the_tokens_that_chose_it(family: str, checkpoint, caplog) -> None:
-    """And one that no token chose to nearest, which is said: dead inputs would make its weights zero."""
+    """An expert that no token chose is rounded to nearest, with a warning: dead inputs would make its weights zero."""
     decoder, exact, scheme = dense(checkpoint(family)), dense(checkpoint(family)), Scheme(4)
     text = [[5, 900, 17, 2]]  # so few that some experts get no token
     found, layer = quantise_decoder(decoder, scheme, "gptq", text), 1
@@ -170,7 +170,7 @@ def test_a_method_that_scales_inputs_is_refused_for_experts(method: str, checkpo
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
 def test_inputs_that_are_not_finite_are_named_by_every_method(method: str, checkpoint) -> None:
-    """AWQ would round to nearest instead: no error is less than infinity."""
+    """Otherwise AWQ would silently round to nearest, because no error is less than infinity."""
     decoder = dense(checkpoint("qwen3"))
     decoder.layers[0].mlp_norm.weight.data[3] = 1e30
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up: its inputs have values that are infinite or NaN"):

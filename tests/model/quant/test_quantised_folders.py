@@ -1,4 +1,4 @@
-"""A checkpoint of few bits gives the logits of the dense one that it stands for."""
+"""A quantised checkpoint gives the logits of the same checkpoint dequantised by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_pair(packed, dense) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_folder_has_the_logits_of_the_dense_model_that_it_stands_for(form, checkpoint, tmp_path) -> None:
+def test_a_folder_has_the_logits_of_its_dequantised_model(form, checkpoint, tmp_path) -> None:
     config, pack = FORMATS[form]
     decoder = check_pair(*write_pair(checkpoint("llama-biased"), tmp_path, config, pack, PROJ))
     assert all(type(linear.method) is QuantisedMethod for _, linear in decoder.linears())
@@ -73,13 +73,13 @@ def test_a_folder_has_the_logits_of_the_dense_model_that_it_stands_for(form, che
     + [(family, form) for family in ("deepseek2-yarn", "qwen3-moe") for form in ("int8", "fp8-small")],
 )
 def test_rows_in_another_order_latents_and_experts(family, form, checkpoint, tmp_path) -> None:
-    """phi3 stores q, k and v as one matrix, some of whose rows are reordered; DeepSeek's kv_b becomes floats."""
+    """phi3 stores q, k and v as one matrix, some of whose rows are reordered; DeepSeek's kv_b is dequantised."""
     config, pack = FORMATS[form]
     check_pair(*write_pair(checkpoint(family), tmp_path, config, pack, PROJ))
 
 
 def changed(folder, change, **section: Any) -> None:
-    """Some tensors of a folder replaced, or left out where ``change`` gives None, and keys of quantization_config."""
+    """Replace some tensors of a folder, or remove them where ``change`` gives None, and keys of quantization_config."""
     tensors = {name: change(name, tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
@@ -94,7 +94,7 @@ def test_a_folder_of_compressed_tensors_may_be_called_frozen(checkpoint, tmp_pat
     check_pair(packed, dense)
     floats = load_file(dense / "model.safetensors")
     changed(packed, lambda name, tensor: floats.get(name, tensor))
-    with pytest.raises(ValueError, match=r"_proj\.weight: has codes that are not of 8 bits, as int8"):
+    with pytest.raises(ValueError, match=r"_proj\.weight: must have int8 codes within -128 \.\. 127"):
         load_decoder(packed, torch.float32)
 
 
@@ -160,7 +160,7 @@ def test_a_tensor_that_cannot_be_used_is_one_clear_error(change, message, checkp
 def test_a_tensor_of_another_kind_than_its_format_has_is_one_clear_error(
     form, ending, change, message, checkpoint, tmp_path
 ) -> None:
-    """Words of fewer bits would be read as other codes, and numbers that are no integers as none."""
+    """Narrower words would be read as other codes, and floats hold no packed codes at all."""
     packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, *FORMATS[form], PROJ)
     first = next(name for name in load_file(packed / "model.safetensors") if name.endswith(f"v_proj.{ending}"))
     changed(packed, lambda name, tensor: change(tensor) if name == first else tensor)
@@ -176,7 +176,7 @@ def test_a_block_larger_than_the_matrix_takes_no_memory_of_its_size(checkpoint, 
 
 @pytest.mark.parametrize(("form", "ending"), [("gptq-4-v1-plain", "qweight"), ("awq", "qweight")])
 def test_a_quantised_head_is_refused(form, ending, checkpoint, tmp_path) -> None:
-    """Its tensors, in a folder whose config does not mention it."""
+    """A folder with tensors of a quantised head, which its config does not mention."""
     packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, *FORMATS[form], PROJ)
     tensors = load_file(packed / "model.safetensors")
     tensors[f"lm_head.{ending}"] = tensors.pop("lm_head.weight").int()
@@ -187,7 +187,7 @@ def test_a_quantised_head_is_refused(form, ending, checkpoint, tmp_path) -> None
 
 @pytest.mark.parametrize("order", ["plain", "shared"])
 def test_gptq_without_any_g_idx_is_refused(order, checkpoint, tmp_path) -> None:
-    """With desc_act the columns' order would be lost; without, too: no folder of a current writer lacks it."""
+    """With desc_act the order of the columns would be lost. Without it, too: all current writers store g_idx."""
     packed, _ = write_pair(checkpoint("llama-biased"), tmp_path, *gptq(4, 1, order), PROJ)
     changed(packed, lambda name, tensor: None if name.endswith("g_idx") else tensor)
     with pytest.raises(ValueError, match=r"missing tensor model\.layers\.0\.self_attn\.q_proj\.g_idx \[192\]"):

@@ -1,4 +1,4 @@
-"""``quantization``: a float checkpoint is rounded while it is loaded, whatever its family."""
+"""``quantization``: a float checkpoint of any family is quantised while it is loaded."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_every_family_computes_with_the_rounded_matrices(scheme, family, checkpo
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3-moe", "deepseek2", "gpt-oss"])
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8"])
 def test_the_tokens_of_a_request_are_the_same_in_any_company(scheme, family, checkpoint, monkeypatch) -> None:
-    """And on another backend, in chunks of a prompt, and with an engine that computes one request at a time.
+    """They are also the same on another backend, in chunks of a prompt, and with one request at a time.
 
-    Where inputs are rounded, attention has to keep a row's bits in any chunk (``test_w8a8_laws``).
+    Where activations are quantised, attention has to keep a row's bits in any chunk (``test_w8a8_laws``).
     """
     if scheme == "w8a8":
         monkeypatch.setattr(paged_attention, "_FEW", 10**9)
@@ -53,7 +53,7 @@ def test_the_tokens_of_a_request_are_the_same_in_any_company(scheme, family, che
     together = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy, use_tqdm=False)]
     alone = [llm.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
     assert together == alone
-    # Another backend's last bits could change an activation's code, and that a token.
+    # Another backend's last bits could change an activation's code, and so a token.
     backend = "auto" if scheme == "w8a8" else "torch"
     other = LLM(checkpoint(family), quantization=scheme, num_blocks=16, max_num_seqs=1, attention_backend=backend)
     assert together == [out.outputs[0].token_ids for out in other.generate(prompts, greedy, use_tqdm=False)]
@@ -72,13 +72,13 @@ def test_a_rows_bits_depend_on_no_other_row(ops, scheme, checkpoint) -> None:
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8"])
 def test_the_storyteller_in_bfloat16_knows_its_stories(scheme) -> None:
-    """On ten stories perplexity was 1.3131, 1.3146 and 1.3128, and 1.3128 with weights in bfloat16."""
+    """On ten stories, perplexity was 1.3131, 1.3146 and 1.3128, and 1.3128 with bfloat16 weights."""
     found = storyteller.evaluate(LLM(quantization=scheme, dtype="bfloat16", num_blocks=200), 4)
     dense = storyteller.evaluate(LLM(dtype="bfloat16", num_blocks=200), 4)
     assert found["recall"] > 0.9 and abs(found["perplexity"] / dense["perplexity"] - 1) < 0.01
 
 
-def test_what_stays_wide_and_what_has_no_kernel_is_said_once(checkpoint, caplog) -> None:
+def test_a_tied_head_and_a_missing_kernel_are_each_warned_about_once(checkpoint, caplog) -> None:
     from paged_infer.model.quant import methods
 
     methods._warn_about_reference.cache_clear()
@@ -90,19 +90,19 @@ def test_what_stays_wide_and_what_has_no_kernel_is_said_once(checkpoint, caplog)
     assert sum("no kernel for weights of 8 bits" in text for text in texts) == 1
 
 
-def test_a_group_that_was_shrunk_to_fit_is_said_once(checkpoint, caplog) -> None:
+def test_a_reduced_group_size_is_warned_about_once(checkpoint, caplog) -> None:
     from paged_infer.model.quant import formats_blocks
 
     formats_blocks._warn_about_group.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             load_decoder(checkpoint("qwen3"), torch.float32, quantization="w4a16")
-    expected = ["group_size=32: does not divide rows of 144 columns, so they have groups of 16"]
+    expected = ["group_size=32: does not divide rows of 144 columns; they use group_size=16"]
     expected.append(expected[0].replace("144", "272"))
     assert [text for text in caplog.messages if "group_size" in text] == expected
 
 
-def test_the_loader_names_the_schemes_that_it_has(checkpoint) -> None:
+def test_an_unknown_scheme_is_refused_with_the_list(checkpoint) -> None:
     with pytest.raises(ValueError, match="quantization='w5a5': must be one of w8a16, w4a16, w8a8, gguf"):
         load_decoder(checkpoint("qwen3"), torch.float32, quantization="w5a5")
 
@@ -120,7 +120,7 @@ def test_an_option_that_does_not_fit_is_refused(options, message, checkpoint) ->
 
 
 def test_codes_are_held_once(checkpoint) -> None:
-    """Once they are packed, no memory stays that was theirs; the tied table's does, twice, and is not touched."""
+    """Once packed, the loaded codes are freed. The tied embedding's memory stays, twice, and is never touched."""
     decoder = load_decoder(checkpoint("qwen3"), torch.float32, ops=C_OPS, quantization="w8a16")
     left = [*decoder.parameters(), *decoder.buffers()]
     memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in left}
@@ -134,5 +134,5 @@ def test_random_weights_are_rounded_too(checkpoint) -> None:
 
 
 def test_a_quantised_model_has_no_tensors_for_another_engine(checkpoint) -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.qkv is quantised: only a model of floats"):
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.qkv is quantised: only a float model"):
         checkpoint_views(load_decoder(checkpoint("qwen3"), torch.float32, quantization="w8a16"))

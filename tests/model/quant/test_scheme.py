@@ -1,4 +1,4 @@
-"""Round to nearest moves a weight by half a step of its group's grid at most, whatever the scheme."""
+"""Rounding to nearest changes a weight by at most half a step of its group's grid, in any scheme."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INT_SCHEMES = (
 
 @st.composite
 def matrices(draw: st.DrawFn) -> Tensor:
-    """[N, 12] or, without groups that divide, [N, 7]; with outliers, rows of zeros and rows of one sign."""
+    """[N, 12] or, where no group size divides, [N, 7]; with outliers, rows of zeros and rows of one sign."""
     rows = draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     weight = torch.randn(rows, 12, generator=generator) * 10.0 ** draw(st.integers(-6, 6))
@@ -123,7 +123,7 @@ def test_infinite_weights_are_refused_by_name(value: float) -> None:
         ({"bits": 8, "codes": "float8_e5m2", "narrow_range": True}, "narrow_range=True"),
     ],
 )
-def test_a_scheme_that_cannot_be_is_refused(options: dict[str, object], problem: str) -> None:
+def test_an_invalid_scheme_is_refused(options: dict[str, object], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Scheme(**options)
 

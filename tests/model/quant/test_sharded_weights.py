@@ -1,4 +1,4 @@
-"""Weights of few bits on several ranks: the logits of one rank, or a refusal that names what they do not divide."""
+"""Quantised weights on several ranks: the logits of one rank, or an error that names what they do not divide."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """The family with 8 heads, 4 of them for keys, and widths that groups of 16 divide on 2 ranks."""
+    """The family with 8 heads, 4 KV heads, and widths that groups of 16 divide on 2 ranks."""
     made = dict[str, Path]()
 
     def make(family: str) -> Path:
@@ -49,7 +49,7 @@ def wide(tmp_path_factory):
 
 
 def check_ranks(path: Path, size: int = 2, atol: float = 1e-4, **options: Any) -> None:
-    """All ranks have the same bits, one rank's logits, and a part of the weights."""
+    """All ranks get the same bits, which are near the logits of a single rank, and hold a part of the weights."""
     whole = load_decoder(path, torch.float32, **options)
     few = {name for name, linear in whole.linears() if isinstance(linear.method, QuantisedMethod)}
     assert few
@@ -101,13 +101,13 @@ def test_blocks_of_mxfp4_that_ranks_do_not_divide_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16"])
 @pytest.mark.parametrize("family", ["gpt2-untied", "qwen3-moe", "gpt-oss", "deepseek2"])
 def test_a_dense_checkpoint_is_rounded_as_on_one_rank(family, scheme, ops, checkpoint) -> None:
-    """Widths of 75 and 70 have groups of other sizes, or none, on two ranks; scales are those of the whole rows."""
+    """Widths of 75 and 70 give other group sizes, or none, on two ranks; the scales are those of whole rows."""
     check_ranks(checkpoint(family), quantization=scheme, ops=ops)
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3-moe"])
 def test_activations_are_rounded_by_each_rank_and_no_worse_for_it(family, checkpoint) -> None:
-    """A scale of a rank's own columns is at most that of all, so codes differ, and the error is no larger."""
+    """The scale of a rank's own columns is at most that of all columns, so codes differ, and the error is no larger."""
     folder = checkpoint(family)
     floats, whole = (logits(load_decoder(folder, torch.float32, quantization=q), IDS) for q in (None, "w8a8"))
 
@@ -149,8 +149,8 @@ def test_a_block_that_ranks_would_have_to_share_is_dequantised_or_refused(tmp_pa
     ("form", "message"),
     [
         (fp8_blocks(128, 128), r"does not divide .*weight_scale_inv, stored by groups of 128 (rows|columns)"),
-        (gptq(4, 1, "shared"), r"the columns of .*\.weight are in groups of any order \(desc_act, actorder\)"),
-        (compressed_words(4, symmetric=True, ordered=True), r"the columns of .*\.weight are in groups of any order"),
+        (gptq(4, 1, "shared"), r"the columns of .*\.weight are in groups in arbitrary order \(desc_act, actorder\)"),
+        (compressed_words(4, symmetric=True, ordered=True), r"the columns of .* are in groups in arbitrary order"),
     ],
 )
 def test_groups_that_ranks_do_not_divide_are_refused_by_name(form, message, wide, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Law 1 for W8A8: rows of the same bits have products of the same bits, in C as in the reference."""
+"""Law 1 for W8A8: rows with the same bits have products with the same bits, in C as in the reference."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def results(llm: LLM, texts: list[list[int]]) -> list[Any]:
 
 @pytest.fixture
 def one_order(monkeypatch) -> None:
-    """Attention computes each token as a decode, so that its bits depend on no chunk."""
+    """Attention computes each token as a decode, so that its bits do not depend on chunks."""
     monkeypatch.setattr(paged_attention, "_FEW", 10**9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mixtral"])
 def test_products_in_c_give_a_model_the_bits_of_the_reference(family, dtype, checkpoint, monkeypatch) -> None:
-    """Bias, gated or not, whole layers by one call, and experts."""
+    """With a bias, gated and not gated, all layers in one call, and experts."""
     options = {**ROOMY, "dtype": dtype, "quantization": "w8a8", "attention_backend": "c"}
     llm = LLM(checkpoint(family), **options)
     assert any(isinstance(linear.product, QuantisedProduct) for _, linear in llm.engine.decoder.linears())
@@ -57,7 +57,7 @@ def test_products_in_c_give_a_model_the_bits_of_the_reference(family, dtype, che
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2"])
 def test_if_attention_gives_a_row_the_same_bits_in_any_chunk_so_does_the_model(family, checkpoint, one_order) -> None:
-    """Then chunks, company and preemption, which computes a text's own tokens again in chunks, change no bit."""
+    """Chunks, other requests and preemption (which recomputes a text in chunks) then change no bit."""
     texts = prompts(24)
     whole = results(LLM(checkpoint(family), quantization="w8a8", **ROOMY), texts)
     small = {"device": "cpu", "num_blocks": 24, "block_size": 4, "max_num_seqs": 5, "max_num_batched_tokens": 20}
@@ -67,7 +67,7 @@ def test_if_attention_gives_a_row_the_same_bits_in_any_chunk_so_does_the_model(f
 
 @pytest.mark.parametrize("generate", [generate_naive, generate_cached, generate_static])
 def test_each_baseline_gives_the_tokens_of_the_reference(generate, checkpoint, monkeypatch) -> None:
-    """Each by itself: naive and cached compute attention by torch, whose last bits differ from those of C."""
+    """Each with its own reference: naive and cached compute attention in torch, whose last bits differ from C's."""
     greedy, options = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True), {"quantization": "w8a8"}
     in_c = generate(LLM(checkpoint("qwen3"), **options, **ROOMY), prompts(4), greedy)
     monkeypatch.setitem(attention_backends._OPS, "c", C_OPS._replace(pack_quantised=no_kernel))
@@ -76,7 +76,7 @@ def test_each_baseline_gives_the_tokens_of_the_reference(generate, checkpoint, m
 
 
 def test_inputs_of_the_same_bits_have_outputs_of_the_same_bits_and_attention_is_the_first_to_differ(checkpoint) -> None:
-    """A prompt whole, and in chunks of which the last has few tokens, which attention computes as decodes."""
+    """A whole prompt, and the same in chunks, the last of which is so short that attention computes it as decodes."""
 
     def rows(budget: int) -> dict[str, tuple[Tensor, Tensor]]:
         llm = LLM(checkpoint("qwen3"), quantization="w8a8", max_num_batched_tokens=budget, **ROOMY)

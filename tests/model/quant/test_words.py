@@ -1,4 +1,4 @@
-"""Codes of any width in words of 32 bits are packed as compressed-tensors packs them, and come back."""
+"""Codes of any width are packed into 32-bit words as compressed-tensors packs them, and unpacking returns them."""
 
 from __future__ import annotations
 

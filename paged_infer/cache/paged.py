@@ -36,9 +36,9 @@ ALIGNMENT = 64  # bytes, of each layer in shared swap space
 class PagedCache:
     """The pool of physical blocks, a pair of tensors for each layer: [num_blocks + 1, block_size, H_kv, D].
 
-    A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them. One whose spec has scales (8
-    bits) has two more tensors, [num_blocks + 1, block_size, H_kv] float16, for keys and values or for a latent's two
-    parts. They are copied and swapped with the codes, so whatever shares or moves a block needs no code of its own.
+    A layer with ``v_in_k`` (MLA) has keys alone, and its ``values`` are a view of them. A quantised layer has two more
+    tensors, the scales [num_blocks + 1, block_size, H_kv] float16, of keys and values or of a latent's two parts. They
+    are copied and swapped with the codes, so sharing or moving a block needs no special case.
     Keys and values are read as they are stored, those of the same step too: how a prompt is cut into chunks does not
     change what its tokens see.
     The last block is never assigned or written: it stays zero, and reads past the end of a sequence can be directed
@@ -138,7 +138,7 @@ class PagedCache:
         ]
 
     def read(self, layer: int, block_table: ReadOnlyList[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Copies of the keys [num_tokens, H_kv, D] and values of a sequence's first tokens; codes as float32.
+        """Copies of the keys [num_tokens, H_kv, D] and values of a sequence's first tokens; float32 if quantised.
 
         With ``v_in_k``: the latents [num_tokens, 1, r + p], and their first r elements.
         """

@@ -27,7 +27,7 @@ class LayerSpec:
 
     @property
     def has_scales(self) -> bool:
-        """Whether each vector is stored as codes of 8 bits and one float16 scale (``kernels.kv_quant``).
+        """Whether each vector is stored as 8-bit codes and one float16 scale (``kernels.kv_quant``).
 
         With ``v_in_k``, the value and the rest of the key are two vectors.
         """
@@ -42,7 +42,7 @@ class LayerSpec:
 def kv_bytes_per_token(spec: ReadOnlyList[LayerSpec]) -> int:
     """Bytes in all layers: 2 * layers * kv_heads * head_dim * bytes per element, where layers are equal.
 
-    Of a cache of 8 bits: 2 * layers * kv_heads * (head_dim + 2), the scales included.
+    For a quantised cache: 2 * layers * kv_heads * (head_dim + 2), with the scales.
     """
     return sum(layer.bytes_per_token for layer in spec)
 

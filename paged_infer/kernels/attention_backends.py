@@ -8,7 +8,7 @@ A backend takes the queries and the cache of one layer, and the metadata of the 
     LLM(attention_backend="mine")
 
 Only models that change their scores pass the last three (``ScoreOptions``), so a backend for others may leave them out.
-Only a cache of 8 bits (``kv_cache_dtype``) passes ``k_scale`` and ``v_scale`` (``AttentionOptions``). A backend with a
+Only a quantised cache (``kv_cache_dtype``) passes ``k_scale`` and ``v_scale`` (``AttentionOptions``). A backend with a
 parameter ``layer`` is given the number of the layer that calls it.
 
 ``module:function`` names a backend that is not registered, for instance on the command line.

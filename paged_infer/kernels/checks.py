@@ -25,17 +25,23 @@ def on_one_device(**tensors: Tensor) -> bool:
     return len({x.device for x in tensors.values()}) == 1
 
 
-def check_codes(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    """Raises ValueError unless caches [num_blocks, block_size, H_kv, D] are codes that have these scales."""
+def check_codes(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+    names: tuple[str, str] = ("k_scale", "v_scale"),
+) -> None:  # fmt: skip
+    """Raises ValueError unless the caches [num_blocks, block_size, H_kv, D] are 8-bit codes and the scales fit them.
+
+    ``names``: what the caller calls the scales, for the message.
+    """
     if k_scale is None or v_scale is None:
-        raise ValueError("k_scale and v_scale come together or not at all")
-    tensors = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+        raise ValueError(f"{names[0]} and {names[1]} must be given together or not at all")
+    tensors = {"k_cache": k_cache, "v_cache": v_cache, names[0]: k_scale, names[1]: v_scale}
     fits = k_scale.shape == v_scale.shape == k_cache.shape[:3] and k_scale.dtype == v_scale.dtype == torch.float16
     fits = fits and k_cache.dtype == v_cache.dtype and k_cache.dtype in FORMATS and on_one_device(**tensors)
     if not fits or not (k_scale.is_contiguous() and v_scale.is_contiguous()):
         raise ValueError(
-            "scales must be float16 [num_blocks, block_size, H_kv], contiguous, beside caches of int8, float8_e4m3fn "
-            f"or float8_e5m2; got {shapes(**tensors)}; {layouts(**tensors)}"
+            "scales must be float16 [num_blocks, block_size, H_kv], contiguous, with caches of int8, float8_e4m3fn or "
+            f"float8_e5m2; got {shapes(**tensors)}; {layouts(**tensors)}"
         )
 
 

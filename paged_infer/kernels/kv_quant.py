@@ -1,20 +1,21 @@
-"""Keys and values in 8 bits: for each token and head its vector as codes, and one float16 scale.
+"""The quantised KV cache: for each token and head, its key or value vector as 8-bit codes and one float16 scale.
 
-    k [D]  ->  scale = max |k| / largest code, rounded up to float16     codes [D] = k / scale, rounded to the nearest
+    k [D]  ->  scale = max |k| / largest code, rounded up to float16     codes [D] = k / scale, rounded to nearest
            <-  codes * scale
 
     k_cache [num_blocks, block_size, H_kv, D]     one byte each          k_scale [num_blocks, block_size, H_kv]
 
-A vector's bits depend on nothing but the vector, so a token is stored alike alone and in a crowd, in any chunk and in
-blocks of any size. The error of an element is at most scale / 2 in int8. In float8 it is 2^-4 (e4m3) or 2^-3 (e5m2) of
-the element, or, below the smallest normal code, scale * 2^-10 or scale * 2^-17.
+The codes of a vector depend on that vector only, so a token is stored with the same bits in any batch, chunk and block
+size. The error of an element is at most scale / 2 in int8. In float8 it is at most 2^-4 (e4m3) or 2^-3 (e5m2) of the
+element or, below the smallest normal code, scale * 2^-10 or scale * 2^-17.
 
-A latent of MLA [r + p] is two vectors with a scale each: r elements that are normalised, and a rotated key of p, which
-is not. vLLM's "fp8_ds_mla" keeps the latter in bfloat16 and has four scales for r = 512, 656 bytes a token of
-DeepSeek's; here all types of cache code both parts, as the rotated keys of every other model are: 580 bytes.
+An MLA latent [r + p] is two vectors with a scale each: the r normalised elements of the latent, and the p elements of
+the rotated key, which are not normalised. vLLM's "fp8_ds_mla" keeps the rotated key in bfloat16 and has four scales for
+r = 512: 656 bytes per token and layer of DeepSeek's models. Here both parts are quantised in every type, as the rotated
+keys of all other models are: 580 bytes.
 
-A zero vector has scale 0. One with NaN or infinity has scale NaN and reads as NaN, as it would without codes. Vectors
-beyond the largest scale, 65504, saturate: 8.3e6 in int8, 2.9e7 in e4m3, 3.7e9 in e5m2.
+A zero vector has scale 0. A vector with NaN or infinity has scale NaN and is read as NaN. The largest scale is 65504,
+so elements beyond 8.3e6 (int8), 2.9e7 (e4m3) or 3.7e9 (e5m2) saturate.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCALE_BYTES: Final = 2
 
 
 def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> codes [..., D] of ``dtype``, a key of ``LARGEST_CODE``, and scales [...] float16."""
+    """x [..., D] -> codes [..., D] of ``dtype``, one of ``LARGEST_CODE``'s, and scales [...] float16."""
     x, largest = x.float(), LARGEST_CODE[dtype]
     top = x.abs().amax(-1)  # NaN where any element is
     scale = _round_up((top / largest).clamp(max=LARGEST_SCALE)).masked_fill(~top.isfinite(), torch.nan)
@@ -41,7 +42,7 @@ def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes [..., D], scale [...] -> [..., D]. The product is exact in float32."""
+    """codes [..., D], scale [...] -> [..., D] of ``dtype``. The product is exact in float32."""
     return (codes.float() * scale.float()[..., None]).to(dtype)
 
 
@@ -54,17 +55,17 @@ def quantise_latents(x: Tensor, v_dim: int, dtype: torch.dtype) -> tuple[Tensor,
 def dequantise_latents(
     codes: Tensor, v_dim: int, scale: Tensor, rest_scale: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """codes [..., r + p] of a dtype of ``LARGEST_CODE``, scales [...] -> [..., r + p]."""
+    """codes [..., r + p] of a dtype of ``LARGEST_CODE``, r = ``v_dim``, scales [...] -> [..., r + p] of ``dtype``."""
     latent, rest = codes[..., :v_dim], codes[..., v_dim:]
     return torch.cat((dequantise_kv(latent, scale, dtype), dequantise_kv(rest, rest_scale, dtype)), -1)
 
 
 def as_bytes(cache: Tensor) -> Tensor:
-    """Codes as int8, for kernels and copies that take no float8; any other cache as it is."""
+    """A cache of codes viewed as int8, for kernels and copies that do not support float8; any other cache as it is."""
     return cache.view(torch.int8) if cache.dtype in FORMATS else cache
 
 
 def _round_up(x: Tensor) -> Tensor:
-    """The smallest float16 that is at least x, within 0..65504: then no element exceeds the largest code."""
+    """The smallest float16 >= x, for x within 0 .. 65504, so that no element exceeds the largest code."""
     nearest = x.half()
     return (nearest.view(torch.int16) + (nearest.float() < x).short()).view(torch.float16)

@@ -48,9 +48,9 @@ class Ops(NamedTuple):
     pack: Pack = pack_onednn  # lays out a matrix once its weights are final
     fuses_store: bool = False  # qk_norm_rope also stores keys and values
     pack_experts: PackExperts = loop_experts  # as ``pack``, for the experts of a layer
-    pack_quantised: PackQuantised = no_kernel  # as ``pack``, for weights of few bits
+    pack_quantised: PackQuantised = no_kernel  # as ``pack``, for quantised weights
     pack_heads: PackHeads = heads_product  # as ``pack``, for a matrix of each head (MLA)
-    store_latents: Callable[..., None] = store_latents_reference  # ``store_kv`` of MLA, to a cache of 8 bits
+    store_latents: Callable[..., None] = store_latents_reference  # ``store_kv`` of MLA, to a quantised cache
 
 
 TORCH_OPS = Ops(

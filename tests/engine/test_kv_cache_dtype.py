@@ -1,4 +1,4 @@
-"""A cache of 8 bits: greedy tokens are those of the roomy engine of the same type, and the pool holds more of them."""
+"""An 8-bit KV cache: greedy tokens equal those of an engine with the same type and a large pool, which holds more."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
 
 def prompts(seed: int = 3) -> list[list[int]]:
-    """Two begin alike, and one repeats itself, which drafts can guess."""
+    """Two share a prefix, and one repeats itself, so that drafts can be right."""
     rng = random.Random(seed)
     numbers = [[rng.randrange(2, VOCAB) for _ in range(n)] for n in (1, 5, 30, 17, 12)]
     return [*numbers, numbers[2][:24] + numbers[1], numbers[4] * 3]
@@ -49,7 +49,7 @@ def tokens(llm: LLM, asked: list[list[int]] | None = None, params: Any = GREEDY)
 
 
 class Rounded(NoCache):
-    """No cache: keys and values are rounded as they are computed."""
+    """No cache: keys and values are quantised and dequantised as they are computed."""
 
     kind = torch.int8
 
@@ -83,7 +83,7 @@ def greedy_without_a_cache(llm: LLM, kind: str, prompt: list[int], num_tokens: i
     ],
 )
 def test_tokens_are_those_of_keys_and_values_rounded_as_they_are_computed(kind, family, backend, make_llm) -> None:
-    """So a token reads the codes of its own chunk, too."""
+    """So a token also reads quantised keys and values of its own chunk."""
     llm = make_llm(family, attention_backend=backend, kv_cache_dtype=kind)
     for prompt, (found,) in zip(prompts()[:4], tokens(llm)[:4], strict=True):
         assert found == greedy_without_a_cache(llm, kind, prompt, 10)
@@ -105,7 +105,7 @@ def test_chunks_small_pools_sharing_swaps_and_drafts_change_no_greedy_token(
     assert stats["preemptions"] > 0 or options.get("num_blocks", 200) >= 200
     assert stats["blocks_swapped_in"] > 0 or options.get("preemption_mode") != "swap"
     assert stats["num_draft_tokens"] > 0 or "speculative_config" not in options
-    assert tokens(crowded) == tokens(roomy)  # with prefixes that the cache has
+    assert tokens(crowded) == tokens(roomy)  # again, now with prefix hits
     assert stats["prefix_hit_tokens"] < crowded.stats()["prefix_hit_tokens"] or stats["preemptions"] > 0
 
 
@@ -140,7 +140,7 @@ def test_a_draft_model_has_a_cache_of_the_same_type(make_llm, checkpoint) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pool_of_the_same_bytes_holds_more_tokens(kind: str, make_llm) -> None:
-    """Heads of 64 take 66 bytes where bfloat16 takes 128: 1.94 times the tokens, and 3.88 times float32's."""
+    """A head of 64 takes 66 bytes instead of bfloat16's 128: 1.94 times the tokens, and 3.88 times float32's."""
     from paged_infer.execution import memory_plan
 
     sizes = {"num_blocks": None, "max_num_seqs": 256, "max_model_len": 256}
@@ -160,7 +160,7 @@ def test_the_pool_of_the_same_bytes_holds_more_tokens(kind: str, make_llm) -> No
 
 
 def test_a_latent_takes_a_byte_an_element_and_two_scales(make_llm) -> None:
-    """580 bytes a token and layer for DeepSeek's 512 + 64, which take 1,152 in bfloat16."""
+    """580 bytes per token and layer for DeepSeek's 512 + 64 elements, which take 1,152 in bfloat16."""
     for family, dim in (("deepseek3", 32), ("qwen3", 4 * 26 - 4)):
         llm = make_llm(family, kv_cache_dtype="fp8")
         assert llm.engine.memory.kv_bytes_per_token == 3 * (dim + 4)

@@ -32,7 +32,7 @@ def test_a_request_has_the_same_tokens_alone_and_in_a_crowd_in_bfloat16(temperat
 
 @pytest.mark.parametrize(("family", "dtype"), each_with_some(FAMILIES, DTYPES, whole="deepseek3"))
 def test_a_row_has_the_same_logprobs_alone_and_in_a_crowd(family, dtype, make_llm) -> None:
-    """Widths are odd, so that vectors end within rows; experts are hit by one row or many, a router has near ties."""
+    """Widths are odd, so that rows end within a vector; experts get one row or many, and a router has near ties."""
     rng = random.Random(1)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(length)] for length in (1, 5, 17, 30, 9, 22, 41, 3)]
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1, ignore_eos=True)

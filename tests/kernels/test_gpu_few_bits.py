@@ -1,4 +1,4 @@
-"""Products with weights of few bits, compiled for the GPU at hand: row bits, graphs, references, and every code."""
+"""Quantised products, compiled for the GPU of this machine: bits of a row, graphs, references, and every code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ EACH_GRID = pytest.mark.parametrize("name", GRIDS)
 
 
 @EACH_GRID
-def test_a_row_times_few_bits_has_the_same_bits_alone_and_in_any_crowd(name: str) -> None:
-    """Few tokens in tiles of 16, 32 and 64, split over programs; many in programs that take all splits in turn."""
+def test_a_row_of_a_quantised_product_has_the_same_bits_alone_and_in_any_crowd(name: str) -> None:
+    """Few tokens in tiles of 16, 32 and 64, split over programs; many in programs that compute all splits in turn."""
     problem = linear_problem(GRIDS[name], (1024, 4096), 300, torch.bfloat16, DEVICE)
     assert problem.product.splits > 1
     together = problem.product(problem.x)
@@ -31,7 +31,7 @@ def test_a_row_times_few_bits_has_the_same_bits_alone_and_in_any_crowd(name: str
 
 @EACH_GRID
 @pytest.mark.parametrize("num_tokens", [5, 100])
-def test_a_graph_of_a_product_of_few_bits_follows_its_x(name: str, num_tokens: int) -> None:
+def test_a_graph_of_a_quantised_product_follows_its_x(name: str, num_tokens: int) -> None:
     problem = linear_problem(GRIDS[name], (1024, 4096), num_tokens, torch.bfloat16, DEVICE)
     x, product = problem.x, problem.product
     product(x)  # compiled before the capture
@@ -44,7 +44,7 @@ def test_a_graph_of_a_product_of_few_bits_follows_its_x(name: str, num_tokens: i
 
 
 @EACH_GRID
-def test_products_of_few_bits_are_near_their_reference(name: str) -> None:
+def test_quantised_products_are_near_their_reference(name: str) -> None:
     problem = linear_problem(GRIDS[name], (1000, 4096), 40, torch.bfloat16, DEVICE)
     bias = random(1000, seed=3)
     product = pack_triton(problem.weight, bias, problem.activations)
@@ -58,7 +58,7 @@ def test_products_of_few_bits_are_near_their_reference(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_each_code_of_4_bits_and_of_float8_is_decoded_exactly(dtype: torch.dtype) -> None:
-    """Compiled kernels put the codes into the bits of a float, which the interpreter does not do for bfloat16."""
+    """Compiled kernels shift the codes into the bits of a float, which the interpreter does not do for bfloat16."""
     x = torch.eye(256, dtype=dtype, device=DEVICE)
     bytes_ = torch.arange(256, device=DEVICE)
     float8 = bytes_.where(bytes_ % 128 != 127, 0).to(torch.uint8).repeat(64, 1).view(torch.float8_e4m3fn)

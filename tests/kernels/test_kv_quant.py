@@ -1,4 +1,4 @@
-"""Codes of 8 bits and a scale for each vector: the error's bound, the edges of float16, and nothing of the company."""
+"""8-bit codes and a scale for each vector: bounds of the error, limits of float16, no influence of other vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TYPES = pytest.mark.parametrize("dtype", LARGEST_CODE)
 
 
 def bound(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the error of each element, as the module's docstring has it."""
+    """The bound of each element's error, as the module's docstring states it."""
     scale = scale.float()[..., None] * (1 + 1e-6)
     if dtype is torch.int8:
         return (scale / 2).expand(x.shape)

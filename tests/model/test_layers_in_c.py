@@ -55,7 +55,7 @@ def test_one_call_gives_the_bits_of_the_layers_one_by_one(make_llm, name, dtype,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
-def test_products_of_few_bits_are_part_of_the_call(make_llm, scheme, dtype, calls) -> None:
+def test_quantised_products_are_part_of_the_call(make_llm, scheme, dtype, calls) -> None:
     llm = make_llm("llama2", dtype=dtype, quantization=scheme, max_num_batched_tokens=32, enable_prefix_caching=False)
     whole = results(llm)
     assert calls

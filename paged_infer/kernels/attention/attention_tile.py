@@ -54,9 +54,10 @@ def load_tiles(
 
 @triton.jit
 def read_codes(codes, FORMAT: tl.constexpr):
-    """Codes of 8 bits (``kv_quant``), as int8 -> float32 within -1..1: divided by ``code_span``, so float16 holds them.
+    """8-bit codes (``kv_quant``) viewed as int8 -> float32: codes / ``code_span``, within -2..2, so they fit float16.
 
-    The bits of float8 are put where float32's are, whose exponent has another bias: no chip needs to know float8.
+    float8 bits are shifted to the sign, exponent and mantissa of float32, and a factor corrects the bias of the
+    exponent, so the GPU needs no support for float8.
     """
     if FORMAT == 1:  # int8
         return codes.to(tl.float32) * 0.0078125
@@ -69,7 +70,7 @@ def read_codes(codes, FORMAT: tl.constexpr):
 
 @triton.jit
 def code_span(FORMAT: tl.constexpr):
-    """The power of two above all codes of a format."""
+    """The power of two that ``read_codes`` divides the codes of a format by; the scales are multiplied by it."""
     return 128.0 if FORMAT == 1 else 256.0 if FORMAT == 2 else 65536.0
 
 
@@ -101,7 +102,7 @@ def attend_tile(
 ):  # fmt: skip
     """Add keys and values [N, D] of positions ``key``; if MASKED, hide those that positions ``query`` do not see.
 
-    ``k_scale`` and ``v_scale`` [N] are factors of keys and values that are codes.
+    If keys and values are codes, ``k_scale`` and ``v_scale`` [N] are the factors that dequantise them.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
     if k_scale is not None:

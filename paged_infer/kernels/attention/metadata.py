@@ -18,9 +18,9 @@ class ScoreOptions(TypedDict, total=False):
 
 
 class AttentionOptions(ScoreOptions, total=False):
-    """What a backend may get: how scores are changed, and the scales of a cache of 8 bits (``kernels.kv_quant``)."""
+    """What a backend may get: how scores are changed, and the scales of a quantised cache (``kernels.kv_quant``)."""
 
-    k_scale: Tensor | None  # [num_blocks, block_size, H_kv] float16; None: the cache holds what was computed
+    k_scale: Tensor | None  # [num_blocks, block_size, H_kv] float16; None: the cache is not quantised
     v_scale: Tensor | None
 
 

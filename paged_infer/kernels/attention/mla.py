@@ -4,7 +4,7 @@ Absorbed queries of all H heads read one latent of a token, which is key and, in
 
     q [B, H, Dk]  x  cache [num_blocks, block_size, 1, Dk]  ->  [B, H, Dv]          Dk = 576, Dv = 512 in DeepSeek's
 
-In 8 bits (``kv_quant``) a latent is codes with two scales, of its first Dv elements and of the others:
+In a quantised cache (``kv_quant``), a latent is 8-bit codes with two scales, for its first Dv elements and the others:
 
     cache [num_blocks, block_size, 1, Dk]     latent_scale, rest_scale [num_blocks, block_size, 1] float16
 
@@ -32,7 +32,7 @@ from paged_infer.kernels.kv_quant import dequantise_latents
 
 logger = logging.getLogger(__name__)
 
-LATENT_SCALES = ("latent_scale", "rest_scale")  # of a latent's first Dv elements, and of the others
+LATENT_SCALES = ("latent_scale", "rest_scale")  # for a latent's first Dv elements, and for the others
 
 
 class LatentDecode(Protocol):
@@ -42,7 +42,7 @@ class LatentDecode(Protocol):
     ) -> Tensor:  # fmt: skip
         """q [B, H, Dk], one query for each row of ``step``; cache [num_blocks, block_size, 1, Dk] -> [B, H, Dv].
 
-        Only a cache of 8 bits passes ``latent_scale`` and ``rest_scale``.
+        ``latent_scale`` and ``rest_scale`` are given only for a quantised cache.
 
         A row of length 0 pads a CUDA graph's batch; its output may be anything.
         """
@@ -74,7 +74,7 @@ def latent_decode_reference(
 def latents_at(
     cache: Tensor, slots: Tensor, v_dim: int, dtype: torch.dtype, latent_scale: Tensor | None, rest_scale: Tensor | None
 ) -> Tensor:
-    """What is stored at slots [M] of the cache: [M, Dk]; of codes, as ``dtype``."""
+    """The latents in slots [M] of the cache: [M, Dk]; quantised ones are dequantised to ``dtype``."""
     latents = cache.flatten(0, 2).index_select(0, slots)
     if latent_scale is None or rest_scale is None:
         return latents

@@ -8,8 +8,8 @@ The latent and the key's rotated part are loaded separately, because tiles are p
 stays in shared memory for both products, as in FlashMLA (DeepSeek, 2025). Splits and their combination are those of
 ``paged_decode``. H / 16 programs read the same latents, all but the first from L2.
 
-Codes of 8 bits become numbers of q's dtype; their two scales are factors of the two parts of a score, and the first one
-of the weights of the sum.
+Quantised latents are converted to q's dtype. Their two scales multiply the two parts of a score, and the first one also
+multiplies the softmax weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from paged_infer.kernels.attention.attention_tile import (
 )
 from paged_infer.kernels.attention.decode_plan import plan_decode, split_bounds
 from paged_infer.kernels.attention.metadata import AttentionMetadata
-from paged_infer.kernels.attention.mla import latent_decode_reference, warn_once
+from paged_infer.kernels.attention.mla import LATENT_SCALES, latent_decode_reference, warn_once
 from paged_infer.kernels.attention.paged_decode import combine_splits
 from paged_infer.kernels.attention.tiles import latent_tiles
 from paged_infer.kernels.checks import FLOATS, check_codes, layouts, on_one_device, shapes
@@ -100,7 +100,7 @@ def _attend_latents(
         there = key < end if MASKED else key >= 0
         block = tl.load(table_ptr + key // BLOCK_SIZE, mask=there, other=0)
         offset = (block.to(tl.int64) * STRIDE_BLOCK + (key % BLOCK_SIZE) * STRIDE_SLOT)[:, None]
-        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE  # of scales
+        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE  # index into the scales
         latent_ptrs = cache_ptr + offset + dim[None, :]
         if MASKED or DV != BLOCK_V:
             latent = tl.load(latent_ptrs, mask=there[:, None] & (dim < DV)[None, :], other=0.0)  # [N, V]
@@ -210,7 +210,7 @@ def _check(
     rest_scale: Tensor | None,
 ) -> None:
     if latent_scale is not None or rest_scale is not None:
-        check_codes(cache, cache, latent_scale, rest_scale)
+        check_codes(cache, cache, latent_scale, rest_scale, LATENT_SCALES)
     index = {"block_tables": step.block_tables, "seq_lens": step.seq_lens, "query_start_loc": step.query_start_loc}
     tensors = {"q": q, "cache": cache} | index
     fits = q.dim() == 3 and cache.dim() == 4 and cache.shape[2:] == (1, q.shape[2]) and 0 < v_dim <= q.shape[2]

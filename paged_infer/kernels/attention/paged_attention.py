@@ -55,7 +55,7 @@ def paged_attention(
         shared: a dict for what calls with the same index tensors and hints have in common, such as those of all
             layers of a step: the splits of decodes.
         softcap, sinks: as in ``flash_attention``; sinks is [H], one logit per query head.
-        k_scale, v_scale: [num_blocks, block_size, H_kv] float16, of caches of 8 bits (``kernels.kv_quant``).
+        k_scale, v_scale: scales of quantised caches (``kernels.kv_quant``), [num_blocks, block_size, H_kv] float16.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or (without hints) an index is out of range.
@@ -118,6 +118,6 @@ def paged_attention_reference(
 
 
 def read_slots(cache: Tensor, scale: Tensor | None, slots: Tensor) -> Tensor:
-    """Keys or values of ``slots`` [S], [S, H_kv, D]: as they are stored, or from their codes, in float32."""
+    """The keys or values in ``slots`` [S]: [S, H_kv, D], as stored or, with a ``scale``, dequantised to float32."""
     stored = cache.flatten(0, 1)[slots]
     return stored if scale is None else dequantise_kv(stored, scale.flatten(0, 1)[slots])

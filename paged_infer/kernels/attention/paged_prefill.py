@@ -61,7 +61,7 @@ def attend_blocks(
 ):  # fmt: skip
     """Attend to keys begin..end of the sequence with the table at ``table_ptr``. All rows see all unless MASKED.
 
-    FORMAT is 0, or the codes' in ``kv_quant.FORMATS``: then a scale of each key is read, too.
+    FORMAT is 0 or, for a quantised cache, one of ``kv_quant.FORMATS``; then the scales of keys and values are read.
     """
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, BLOCK_N):

@@ -49,14 +49,14 @@ def paged_attention_batched(
 
 
 class _Stored(NamedTuple):
-    """Keys or values of a layer, and what is read of them has ``dtype``."""
+    """The keys or values of a layer; quantised ones are dequantised to ``dtype`` as they are read."""
 
     cache: Tensor  # [num_blocks + 1, block_size, H_kv, D]
-    scale: Tensor | None  # [num_blocks + 1, block_size, H_kv], of a cache of 8 bits
+    scale: Tensor | None  # [num_blocks + 1, block_size, H_kv], of a quantised cache
     dtype: torch.dtype
 
     def gather(self, places: Tensor, dims: int) -> Tensor:
-        """Of places [R] in the cache and in the scales, whose first ``dims`` dimensions are taken for one."""
+        """Rows ``places`` [R] of the cache, whose first ``dims`` dimensions are flattened, and so are the scales'."""
         stored = self.cache.flatten(0, dims - 1).index_select(0, places)
         if self.scale is None:
             return stored

@@ -6,8 +6,8 @@
       "splits": {"per_processor": 4, "min_keys": 256, "max_splits": 64}}
     ]}
 
-An entry of a product with weights of few bits (``quant.gemm``) names no head_dim and no group, but whether it is for
-few tokens: {"kernel": "w4a16", "dtype": "bfloat16", "few": true, "block_m": 64, ...}.
+An entry of a product with quantised weights (``quant.gemm``) has no head_dim and no group, but whether it is for few
+tokens: {"kernel": "w4a16", "dtype": "bfloat16", "few": true, "block_m": 64, ...}.
 
 ``paged-infer bench kernels --sweep`` writes such a file. ``PAGED_INFER_TILES=file.json`` replaces the package's table
 of the architecture that the file names. A tile that no kernel could run is refused when the table is read.

@@ -26,7 +26,7 @@ def prefill_tiles(
     gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, window: int | None, max_query_len: int,
     is_coded: bool = False,
 ) -> Tile:  # fmt: skip
-    """For ``paged_prefill``: no more rows than queries. ``is_coded``: a cache of 8 bits, for which no table differs."""
+    """For ``paged_prefill``: no more rows than queries. ``is_coded``: a quantised cache; measured tables ignore it."""
     chosen = measured(gpu, _key("prefill", dim, dtype, group, window is not None))
     tile = _prefill_tiles(gpu, dim, dtype, window, is_coded) if chosen is None else chosen[0]
     return tile._replace(block_m=min(tile.block_m, max(16, triton.next_power_of_2(max_query_len))))
@@ -45,7 +45,7 @@ def latent_tiles(gpu: tuple[int, int], dtype: torch.dtype, is_coded: bool) -> tu
     """For ``latent_decode``: 16 query heads, as a row of the output is 512 wide. No measured table has entries for it.
 
     With 512 + 64 elements the compiler reports 55 KiB of shared memory in bfloat16 and 72 in float32, and no spill.
-    Four warps would spill while they turn codes of 8 bits into numbers.
+    Four warps would spill while they convert 8-bit codes.
     """
     if gpu == (0, 0):
         return Tile(16, 16, 4, 1), INTERPRETED_SPLITS
@@ -86,8 +86,8 @@ def _prefill_tiles(
 ) -> Tile:  # fmt: skip
     """The dense kernel's tile with fewer keys, as each key needs an address, and with stages that load these addresses.
 
-    Three of five stages hold keys and values (two on 8.x and 12.x). Codes of 8 bits become numbers in registers, so
-    tiles that would then spill are halved.
+    Three of five stages hold keys and values (two on 8.x and 12.x). 8-bit codes are converted in registers, so tiles
+    that would then spill are halved.
     """
     tile = _flash_tiles(gpu, dim, dtype, window)
     block_n = min(tile.block_n, 32 if gpu[0] in (8, 12) and dim > 64 else 64)
@@ -106,8 +106,8 @@ def _prefill_tiles(
 def _decode_tiles(gpu: tuple[int, int], dim: int, dtype: torch.dtype, group: int, is_coded: bool) -> Tile:
     """The query heads of a group, at least 16 in a product; small tiles of keys.
 
-    A group that is too large for the registers takes several programs, which read the same keys. Codes of 8 bits
-    become numbers in registers: four warps would spill in float32, and for wide heads with 32 keys.
+    A group that is too large for the registers takes several programs, which read the same keys. 8-bit codes are
+    converted in registers: four warps would spill in float32, and for wide heads with 32 keys.
     """
     block_m = min(max(16, triton.next_power_of_2(group)), 16 if dtype == torch.float32 or dim > 128 else 32)
     if gpu == (0, 0):

@@ -1,21 +1,22 @@
-/* A row of x in fixed point, as digits to the base 256 that multiply codes of 8 bits:
+/* A row of x in fixed point, as int8 digits in base 256, which are multiplied by the 8-bit codes of W:
 
        x[k] ~ x_scale (digit 0 + 256 digit 1 + 65536 digit 2),    -128 <= digit <= 127
 
-   One digit is W8A8's rounding of x, to the bit as in quant/product.py: x_scale = max |x| / 127.5, and x / x_scale to
-   nearest. A factor of 127.5 / max |x| would be faster, but x = -max |x| is between two codes there, and its last bit
-   would change the code in 27 of 100 rows; by this rule in 1. Otherwise x is to keep its precision, and the digits lose
-   less than its dtype's rounding of the largest number: two for bfloat16, three for float32. */
+   One digit is W8A8's rounding of x, with the bits of quant/product.py: x_scale = max |x| / 127.5, and x / x_scale is
+   rounded to nearest. Multiplying by 127.5 / max |x| would be faster, but x = -max |x| lies halfway between two codes,
+   and a different last bit of max |x| would change its code in 27 of 100 rows; with the division, in 1. Weight-only
+   products keep x's precision: two digits for bfloat16 and three for float32 lose less than that dtype's rounding of
+   max |x|. */
 
 #include <float.h>
 #include "elements.h"
 
-/* digits [num_digits, stride] of x [depth] -> x_scale. That of a row with NaN or infinity is NaN or infinity, too, and so
-   are its results. */
+/* Writes the digits [num_digits, stride] of x [depth]; returns x_scale. If x has NaN or infinity, x_scale is NaN or
+   infinite, and so are the row's results. */
 INLINE float to_digits(int8_t *digits, int64_t stride, const stored *x, int64_t depth, const int num_digits) {
     const float highest = num_digits == 1 ? 127 : num_digits == 2 ? 127 * 257 : 127 * 65793, lowest = -highest - 1;
     const float limit = num_digits == 1 ? 127.5f : highest;
-    int32_t largest = 0; /* of the bits of |x|, whose order is that of the numbers, with NaN above all */
+    int32_t largest = 0; /* bits of |x|: as integers they have the order of |x|, with NaN above all */
     for (int64_t k = 0; k < depth; k++) {
         union { float value; int32_t bits; } number = {load(x[k])};
         int32_t bits = number.bits & 0x7fffffff;
@@ -36,7 +37,7 @@ INLINE float to_digits(int8_t *digits, int64_t stride, const stored *x, int64_t 
     return scale;
 }
 
-/* totals [groups] = the sum of deep digits each, times middle */
+/* totals [groups] = middle times the sum of each group's `deep` digits */
 INLINE void add_groups(int32_t *totals, const int8_t *digits, int64_t groups, int64_t deep, int32_t middle) {
     for (int64_t g = 0; g < groups; g++, digits += deep) {
         int32_t total = 0;

@@ -94,7 +94,7 @@ void store_kv(stored *k_cache, stored *v_cache, const stored *k, const stored *v
     }
 }
 
-/* The same in 8 bits: rows [H_kv, D], whose vectors are codes and a scale. */
+/* The same for a quantised cache: each vector of a row [H_kv, D] is stored as codes and a scale (kv_codes.h). */
 void store_kv_codes(uint8_t *k_cache, uint8_t *v_cache, uint16_t *k_scale, uint16_t *v_scale, const stored *k,
                     const stored *v, const int64_t *slots, int64_t num_tokens, int64_t num_kv, int64_t dim,
                     int64_t k_stride, int64_t v_stride, int64_t format, int threads) {
@@ -113,7 +113,7 @@ void store_kv_codes(uint8_t *k_cache, uint8_t *v_cache, uint16_t *k_scale, uint1
         }
 }
 
-/* Latents (MLA) [T, dim] in 8 bits: their first v_dim elements and the others are two vectors, with a scale each. */
+/* The same for latents (MLA) [T, dim]: the first v_dim elements and the others are two vectors, with a scale each. */
 void store_latent_codes(uint8_t *cache, uint16_t *latent_scale, uint16_t *rest_scale, const stored *x,
                         const int64_t *slots, int64_t num_tokens, int64_t dim, int64_t v_dim, int64_t stride,
                         int64_t format) {

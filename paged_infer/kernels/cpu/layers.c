@@ -1,8 +1,9 @@
-/* All layers of a decoder in one call: the functions of the other files in the order of model.decoder.DecoderLayer.
+/* All layers of a decoder in one call: it calls the functions of the other files in the order of
+   model.decoder.DecoderLayer.
 
-   A layer is nine calls. From Python, each takes as long as a small product does, mostly to make tensors and to pass
-   their addresses on. Here the addresses of weights and caches are listed once (layers.py), and the rows between the
-   calls share one piece of memory. The results are the same to the bit. */
+   A layer is nine calls. From Python, each takes as long as a small product, mostly to create tensors and pass their
+   addresses. Here layers.py collects the addresses of weights and caches once, and the rows between the calls share
+   one buffer. The results are the same to the bit. */
 
 #include "elements.h"
 
@@ -33,18 +34,18 @@ void quantised_linear(stored *, const stored *, const void *, uint8_t *, int64_t
 
 typedef struct {
     product qkv, output, up, down;
-    const stored *attention_norm, *mlp_norm, *qk_norm; /* [hidden]; [H + H_kv, D], or none */
-    void *k_cache, *v_cache;                           /* [num_slots, H_kv, D], in the format of the shape */
-    uint16_t *k_scale, *v_scale;                       /* [num_slots, H_kv], of codes */
-    int64_t window, rope;                              /* rope: which pair of cos and sin */
+    const stored *attention_norm, *mlp_norm, *qk_norm; /* [hidden]; [hidden]; [H + H_kv, D], or 0 */
+    void *k_cache, *v_cache;                           /* [num_slots, H_kv, D], in the format of `shape` */
+    uint16_t *k_scale, *v_scale;                       /* [num_slots, H_kv], of quantised caches */
+    int64_t window, rope;                              /* rope: index into cos and sin */
 } layer;
 
 typedef struct {
-    int64_t num_heads, num_kv_heads, dim, hidden, block_size, format; /* format: of the cache, as in kv_codes.h */
+    int64_t num_heads, num_kv_heads, dim, hidden, block_size, format; /* format of the cache, as in kv_codes.h */
     float eps, offset, scale, softcap; /* of the norms; of the scores */
 } shape;
 
-typedef struct { /* the tokens of a step, as in paged_attention.py: single queries, and tiles of prompt chunks */
+typedef struct { /* a step's tokens, as paged_attention.py plans them: single queries, and tasks of prompt chunks */
     int64_t num_tokens, num_rows, num_tasks, row_stride, table_stride;
     const int64_t *slots;
     const int32_t *row_tables, *row_lengths, *places, *tables, *lengths, *starts, *tasks;
@@ -65,8 +66,8 @@ INLINE void multiply(stored *out, const stored *x, const product *p, int64_t row
     p->multiply(out, x, p->weights, p->start, rows, p->depth, p->width, stride, threads);
 }
 
-/* The last sublayer's output to x [T, hidden], and the residual stream in place [T, hidden], which begins as the
-   embeddings. room and scratch: of layers.py; wide: numbers in the longest row. */
+/* x [T, hidden]: receives the last sublayer's output. residual [T, hidden]: the embeddings, replaced by the residual
+   stream. room and scratch: buffers of the sizes that layers.py computes; wide: elements of the longest row. */
 void decoder_layers(stored *x, stored *residual, stored *room, uint8_t *scratch, int64_t wide, const layer *layers, int64_t num_layers,
                     const shape *s, const tokens *t, const stored *const *cos, const stored *const *sin, int threads) {
     int64_t n = t->num_tokens, num_qk = s->num_heads + s->num_kv_heads, hidden = s->hidden, dim = s->dim;

@@ -1,8 +1,8 @@
 """All layers of a decoder by one call of C (``layers.c``), for decoders of the usual kind.
 
 Between two calls of C, a step on a CPU spends more time in Python than many of its products take: for one token of
-SmolLM2-135M in bfloat16, 9 of 20 ms on two cores at 2.1 GHz. ``model.decoder`` decides which decoders are of that kind;
-all others, and whoever watches a layer from outside, get the calls one by one.
+SmolLM2-135M in bfloat16, 9 of 20 ms on two cores at 2.1 GHz. ``model.layers_in_c`` decides which decoders are of that
+kind; all others, and those that were changed or got hooks after loading, make the calls one by one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Tokens(Structure):
 
 
 class LayerWeights(NamedTuple):
-    """Of one layer. All tensors have one dtype and are contiguous."""
+    """The weights of one layer. Those of the norms are contiguous and have one dtype, which x has, too."""
 
     qkv: InC
     output: InC
@@ -66,11 +66,13 @@ class LayerWeights(NamedTuple):
     mlp_norm: Tensor  # [hidden]
     qk_norm: Tensor | None  # [H + H_kv, D]
     window: int | None
-    rope: int  # which of the step's pairs of cos and sin
+    rope: int  # index of its RoPE among the step's pairs of cos and sin
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
+    """The sizes and constants that all layers share."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -82,37 +84,38 @@ class LayerSizes:
 
 
 class PoolOfBlocks(Protocol):
-    """What is read of a ``PagedCache``: its tensors are contiguous, [num_blocks + 1, block_size, H_kv, D]."""
+    """What is used of a ``PagedCache``; its tensors are contiguous, [num_blocks + 1, block_size, H_kv, D]."""
 
     block_size: int
     keys: list[Tensor]
     values: list[Tensor]
-    scales: list[dict[str, Tensor]]  # "k_scale" and "v_scale" of each layer, if keys and values are codes
+    scales: list[dict[str, Tensor]]  # "k_scale" and "v_scale" of each layer, if the cache is quantised
 
 
 class LayersInC:
-    """The layers of one decoder. Its weights must not move."""
+    """All layers of one decoder. Its weights must stay at their addresses."""
 
     def __init__(self, layers: Sequence[LayerWeights], sizes: LayerSizes) -> None:
         self.dtype = layers[0].attention_norm.dtype
         self._library, self._layers, self._sizes = library(self.dtype), layers, sizes
-        # The addresses of a cache's tensors, with those of the weights.
+        # For each cache, the addresses of its tensors and of the weights.
         self._tables: WeakKeyDictionary[PoolOfBlocks, tuple[ctypes.Array[_Layer], _Shape]] = WeakKeyDictionary()
         products = [one for layer in layers for one in layer[:4]]
         self._scratch = [one.scratch for one in products if one.digits]
         qk_rows = (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim
-        self._wide = max(qk_rows, *(max(one.shape) for one in products))  # of the longest row between two products
-        self._room = sizes.hidden + 2 * self._wide + max(one.shape[1] for one in products) + 32  # numbers for a token
+        self._wide = max(qk_rows, *(max(one.shape) for one in products))  # elements of the longest row between products
+        self._room = sizes.hidden + 2 * self._wide + max(one.shape[1] for one in products) + 32  # elements per token
 
     def __call__(
         self, x: Tensor, ropes: Sequence[tuple[Tensor, Tensor]], cache: PoolOfBlocks, step: AttentionMetadata
     ) -> tuple[Tensor, Tensor] | None:
-        """Embeddings x [T, hidden] -> the last sublayer's output, and the residual stream in place of ``x``.
+        """Embeddings x [T, hidden] -> the last sublayer's output and the residual stream, which overwrites ``x``.
 
         Args:
             ropes: cos and signed sin [T, 1, D] of each RoPE.
 
-        None: C cannot compute this step, and nothing was written.
+        Returns:
+            None if C cannot compute this step; then nothing was written.
         """
         if (
             cache.keys[0].dtype not in (self.dtype, *FORMATS)

@@ -1,27 +1,27 @@
 /* x W^T + b on a CPU, bfloat16, for the few rows of a decode step and the many of a prompt; sums are float32.
 
-   W is packed beforehand as in linear.c, but in pairs of columns, which is what the instructions for bfloat16 multiply:
+   W is packed beforehand as in linear.c, but in pairs of columns, as the instructions for bfloat16 multiply them:
 
        W [N, K]    rows 0..31  ->  panel 0:  W[0,0] W[0,1]  W[1,0] W[1,1] .. W[31,0] W[31,1]   W[0,2] W[0,3]  ..
                    rows 32..   ->  panel 1:  ..              K is padded with zeros to a multiple of DEEP, N of WIDE
 
-   The machine decides how a tile is multiplied, whatever the number of rows is:
+   The machine decides how a tile is multiplied, whatever the number of rows:
 
        AMX            blocks of up to 16 rows of x, 16 x 16 sums in each of four tile registers, 32 columns at a time
        AVX512-BF16    blocks of ROWS rows, a pair of columns at a time
-       otherwise      the same, with both numbers of a pair widened to float32 (a shift)
+       otherwise      the same, with both elements of a pair converted to float32 (a shift)
 
-   One thread takes each sum in the order of k, so the bits of a row depend neither on the other rows nor on the number of
-   threads. They do depend on the machine: the three ways round differently. */
+   One thread computes each sum in the order of k, so the bits of a row depend neither on the other rows nor on the
+   number of threads. They do depend on the machine: the three ways round differently. */
 
 #include <stdint.h>
 #include <string.h>
 
 #define WIDE 32              /* rows of W in a panel */
 #define DEEP 32              /* columns of W in a step of AMX */
-#define TALL 256             /* the most rows of x that pass over a panel: they stay in a core's cache */
-#define SOON 4096            /* numbers */
-#define LARGE (1 << 20)      /* numbers in an output that is not worth a place in the cache */
+#define TALL 256             /* the most rows of x that a panel is multiplied by: they stay in a core's cache */
+#define SOON 4096            /* elements to prefetch ahead */
+#define LARGE (1 << 20)      /* elements of an output that is too large to be kept in the cache */
 #define WORTH_A_THREAD 65536 /* multiplications */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -31,7 +31,7 @@ typedef struct {
     const uint16_t *x, *panels;
     const float *start;
     int64_t depth, width, x_stride;
-    int past_cache; /* whether to write out around the cache */
+    int past_cache; /* whether to write `out` past the cache (non-temporal stores) */
 } product;
 
 INLINE void put(uint16_t *out, const float *sums, int64_t cols) { /* to the nearest, ties to even; NaN stays NaN */
@@ -79,7 +79,7 @@ INLINE pairs same_pair(const uint16_t *at) {
 INLINE void add_products(vec *sum, const pairs *a, const pairs *b) { *sum += a->even * b->even, *sum += a->odd * b->odd; }
 #endif
 
-/* rows of x times 2 LANES rows of W, from the panel's row first on */
+/* `rows` rows of x times 2 LANES rows of W, beginning at row `first` of the panel */
 INLINE void tile(const product *p, int64_t row, int64_t at, int64_t first, int64_t cols, const int rows) {
     const uint16_t *x = p->x + row * p->x_stride, *panel = p->panels + at * p->depth + 2 * first;
     const float *start = p->start + at + first;
@@ -133,8 +133,8 @@ static void amx_put(const product *p, int64_t row, int64_t at, int height, const
     }
 }
 
-/* One or two blocks of x, from row and from next on, times a panel. From ahead on, the first lines cache lines of
-   each step are fetched meanwhile. */
+/* One or two blocks of x, which begin at `row` and `next`, times a panel. Meanwhile each step prefetches `lines` cache
+   lines, beginning at `ahead`. */
 INLINE void amx_tile(const product *p, int64_t row, int64_t next, int64_t at, int height, const uint16_t *ahead, int lines,
                      const int two) {
     float sums[2][16 * WIDE];
@@ -164,11 +164,11 @@ INLINE void amx_tile(const product *p, int64_t row, int64_t next, int64_t at, in
     if (two) amx_put(p, next, at, height, sums[1]);
 }
 
-/* As strip. All blocks have the same height: the last overlaps the one before, and its rows get the same bits again. */
+/* Like strip. All blocks have the same height: the last may overlap the one before; its rows get the same bits again. */
 static void amx_strip(const product *p, int64_t top, int64_t end, int64_t at, int height) {
     int64_t last = end - height;
     int tiles = (end - top + 2 * height - 1) / (2 * height), lines = (DEEP * WIDE / 32 + tiles - 1) / tiles;
-    /* one tile: what it reads soon; more: the next panel, shared out among them */
+    /* where to prefetch: with one tile, what it reads next; with more, the next panel, divided among them */
     const uint16_t *ahead = p->panels + at * p->depth + (tiles == 1 ? SOON : WIDE * p->depth);
     for (int64_t row = top; row < end; row += 2 * height, ahead += lines * 32) {
         int64_t first = row < last ? row : last, second = row + height < last ? row + height : last;
@@ -190,8 +190,8 @@ void linear_bfloat16(uint16_t *out, const uint16_t *x, const uint16_t *panels, c
     if (num_rows == 0) return;
     int aligned = (uintptr_t)out % 64 == 0 && width % WIDE == 0, amx = has_amx();
     const product p = {out, x, panels, start, depth, width, x_stride, aligned && num_rows * width > LARGE};
-    int64_t blocks = (num_rows + 15) / 16, height = (num_rows + blocks - 1) / blocks;    /* of AMX */
-    int64_t pieces = (num_rows + TALL - 1) / TALL, part = (num_rows + pieces - 1) / pieces; /* of x, for equal shares */
+    int64_t blocks = (num_rows + 15) / 16, height = (num_rows + blocks - 1) / blocks;       /* AMX's blocks */
+    int64_t pieces = (num_rows + TALL - 1) / TALL, part = (num_rows + pieces - 1) / pieces; /* equal parts of x */
     part = (part + 2 * height - 1) / (2 * height) * 2 * height;
 #pragma omp parallel num_threads(threads) if (num_rows * depth * width > WORTH_A_THREAD)
     {

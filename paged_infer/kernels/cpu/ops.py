@@ -126,7 +126,7 @@ def store_kv_c(
 def _store_codes(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor, v_scale: Tensor
 ) -> None:  # fmt: skip
-    """``store_kv`` to a cache of 8 bits."""
+    """``store_kv`` to a quantised cache."""
     dim, stored = k.shape[-1], (k_cache, v_cache, k_scale, v_scale)
     dense = suits(k, v) and k.stride(1) == v.stride(1) == dim and all(x.is_cpu and x.is_contiguous() for x in stored)
     if not dense or slots.dtype is not torch.int64:

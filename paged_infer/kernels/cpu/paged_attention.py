@@ -46,7 +46,7 @@ def paged_attention_c(
         if scales:
             warn_once(
                 f"keys and values of {k_cache.dtype} are read by torch, which is slower: C does not take {num_heads} "
-                f"heads of {dim} over {num_kv_heads} in {q.dtype} here"
+                f"query heads of dimension {dim} over {num_kv_heads} KV heads in {q.dtype} here"
             )
         return paged_attention_batched(
             q, k_cache, v_cache, step, window=window, k_scale=k_scale, v_scale=v_scale, **scores

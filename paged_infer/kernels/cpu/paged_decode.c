@@ -38,8 +38,8 @@ INLINE void fetch(const char *cache, const int64_t *slot, int64_t n, int64_t hea
 }
 
 /* One sequence and some adjacent key heads of it: online softmax (Milakov 2018) over keys first..length-1, tile by
-   tile. Keys and values are read in place, all heads of a token together; codes become floats in registers, and their
-   scale is a factor of the score or the weight. With a softcap > 0, a score becomes softcap *
+   tile. Keys and values are read in place, all heads of a token together. Quantised ones are converted to float, and
+   their scale multiplies the score (keys) or the softmax weight (values). With a softcap > 0, a score becomes softcap *
    tanh(score / softcap). A head's sink, if there are sinks, is a key of that score and of value zero. */
 INLINE void attend_row(stored *out, const stored *q, const char *keys, const char *values, const uint16_t *k_scales,
                        const uint16_t *v_scales, const int32_t *table, int64_t first, int64_t length, int64_t num_kv,
@@ -101,8 +101,8 @@ INLINE void attend_row(stored *out, const stored *q, const char *keys, const cha
 }
 
 /* Single queries: q and out [T, H, D], q with row stride q_stride; row r of the tables and lengths belongs to query
-   places[r], without places to query r; caches [num_slots, H_kv, D], those of codes with scales [num_slots, H_kv]; sinks
-   [H]. The query heads of a group, H / H_kv * D elements, must fit MAX_TASK_WIDTH. */
+   places[r], without places to query r; caches [num_slots, H_kv, D], quantised ones with scales [num_slots, H_kv];
+   sinks [H]. The query heads of a group, H / H_kv * D elements, must fit MAX_TASK_WIDTH. */
 void paged_decode(stored *out, const stored *q, const char *k_cache, const char *v_cache, const uint16_t *k_scale,
                   const uint16_t *v_scale, const int32_t *tables, const int32_t *lengths, const int32_t *places,
                   const float *sinks, int64_t format, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads,
@@ -142,7 +142,7 @@ void paged_decode(stored *out, const stored *q, const char *k_cache, const char 
 
 /* Decodes over latents (MLA): all heads read the one key of a token, whose first v_dim elements are its value. So there
    is a matrix product for each tile of KEYS latents, which is copied to floats; sums of HEADS heads stay in registers.
-   Codes become floats times their scales, one of the first v_dim elements and one of the others. */
+   Quantised latents have two scales: one for the first v_dim elements, one for the others. */
 
 #ifdef __AVX512F__ /* HEADS: whose sums are in registers together, two vectors of each */
 #define LANES 16
@@ -220,7 +220,7 @@ INLINE void attend_latents(stored *out, const stored *q, const char *cache, cons
         for (int64_t d = 0; d < v_dim; d++) out[h * v_dim + d] = store(((float *)(acc + h * v_wide))[d] / total[h]);
 }
 
-/* q [B, H, dim], out [B, H, v_dim]; cache [num_slots, dim], of codes with two scales [num_slots]; dim must fit
+/* q [B, H, dim], out [B, H, v_dim]; cache [num_slots, dim], if quantised with two scales [num_slots]; dim must fit
    MAX_TASK_WIDTH. A task is some heads of a row,
    whose result depends neither on the other heads nor on the other rows. */
 void latent_decode(stored *out, const stored *q, const char *cache, const uint16_t *latent_scale,

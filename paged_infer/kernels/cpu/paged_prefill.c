@@ -200,7 +200,7 @@ typedef stored fetched;
 typedef float fetched;
 #define READ(x) (x)
 #endif
-/* out [n] = codes * scale, which is exact in float32 */
+/* out [n] = codes [n] * scale; the product is exact in float32. */
 static void read_codes(fetched *out, const char *codes, uint16_t half, int64_t n, int64_t format) {
     float wide[n], scale = scale_of(half);
     if (format == INT8) widen(wide, (const uint8_t *)codes, n, INT8);
@@ -240,7 +240,7 @@ INLINE void attend_tile(stored *out, const stored *q, const char *keys, const ch
     stored zeros[dim];
     memset(zeros, 0, sizeof zeros);
 #ifdef AMX
-    stored wide[2][KEYS][dim]; /* keys and values that are codes in the cache */
+    stored wide[2][KEYS][dim]; /* keys and values, dequantised */
 #endif
     configure();
     for (int64_t start = oldest / KEYS * KEYS; start < end; start += KEYS) {

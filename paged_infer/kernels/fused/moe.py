@@ -59,7 +59,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertProducts:
-    """E experts as one product each for ``up`` and ``down``, biases included; for weights of few bits."""
+    """E experts as one product each for ``up`` and ``down``, biases included; for quantised weights."""
 
     up: list[Callable[[Tensor], Tensor]]
     down: list[Callable[[Tensor], Tensor]]

@@ -153,7 +153,7 @@ def _check(
     floats |= {name: x for name, x in optional.items() if x is not None}
     tensors = floats | ({} if slot_mapping is None else {"slot_mapping": slot_mapping})
     if len({x is None for x in (k_cache, v_cache, slot_mapping)}) > 1:
-        raise ValueError(f"k_cache, v_cache and slot_mapping come together or not at all; got {[*tensors]}")
+        raise ValueError(f"k_cache, v_cache and slot_mapping must be given together or not at all; got {[*tensors]}")
 
     num_tokens, num_all, head_dim = qkv.shape if qkv.dim() == 3 else (0, 0, 0)
     fits = num_all == num_qk + num_kv_heads and head_dim % 2 == 0 and head_dim > 0

@@ -25,7 +25,7 @@ def store_kv(
 ) -> None:  # fmt: skip
     """Copy token t to slot ``slot_mapping[t]``; for slot -1 nothing is written. Without v and v_cache, keys alone.
 
-    With scales, each vector is stored as codes of 8 bits and a scale (``kernels.kv_quant``).
+    With scales, each vector is stored as 8-bit codes and a scale (``kernels.kv_quant``).
 
     Args:
         k, v: [T, H_kv, D] with any row stride (views into a qkv matrix); the heads of a row are adjacent.
@@ -81,7 +81,7 @@ def store_kv_reference(
 def store_latents(
     x: Tensor, cache: Tensor, slot_mapping: Tensor, *, v_dim: int, latent_scale: Tensor, rest_scale: Tensor
 ) -> None:
-    """Store latents of MLA in 8 bits, each part with a scale of its own; for slot -1 nothing is written.
+    """Store MLA latents as 8-bit codes, each of their two parts with its own scale; for slot -1 nothing is written.
 
     Args:
         x: [T, Dk] with any row stride; the first ``v_dim`` elements are the value.
@@ -143,7 +143,7 @@ def _from_half(bits):
 
 @triton.jit
 def _narrow(y, MANTISSA: tl.constexpr, BIAS: tl.constexpr, per_smallest):
-    """float32 -> bits of float8, to the nearest, ties to even. BIAS: float32's less float8's."""
+    """float32 -> the bits of the nearest float8, ties to even. BIAS: float32's exponent bias minus float8's."""
     bits = y.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     DROP: tl.constexpr = 23 - MANTISSA
@@ -159,7 +159,7 @@ def _store_vector(
     """``quantise_kv`` of one vector, to the bit."""
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
-    # The order of the bits of |x| is that of the numbers, with NaN above all.
+    # As integers, the bits of |x| have the same order as |x|, with NaN above all.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     is_finite = largest < 0x7F800000
     exact = tl.minimum(tl.div_rn(tl.where(is_finite, largest, 0).to(tl.float32, bitcast=True), largest_code), 65504.0)
@@ -214,7 +214,7 @@ def _store_latents_kernel(
 def _check_latents(
     x: Tensor, cache: Tensor, slot_mapping: Tensor, v_dim: int, latent_scale: Tensor, rest_scale: Tensor
 ) -> None:
-    check_codes(cache, cache, latent_scale, rest_scale)
+    check_codes(cache, cache, latent_scale, rest_scale, ("latent_scale", "rest_scale"))
     tensors = {"x": x, "cache": cache, "slot_mapping": slot_mapping}
     fits = x.dim() == 2 and cache.shape[2:] == (1, x.shape[1]) and slot_mapping.shape == x.shape[:1]
     if not fits or not 0 < v_dim < x.shape[1]:
@@ -236,11 +236,11 @@ def _check(
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     if (v is None) != (v_cache is None):
-        raise ValueError("v and v_cache come together or not at all")
+        raise ValueError("v and v_cache must be given together or not at all")
     if k_scale is not None or v_scale is not None:
         check_codes(k_cache, k_cache if v_cache is None else v_cache, k_scale, v_scale)
         if v is None:
-            raise ValueError("k_scale and v_scale without v: keys alone are not stored in 8 bits")
+            raise ValueError("k_scale and v_scale are given without v: keys alone cannot be quantised")
     v, v_cache = k if v is None else v, k_cache if v_cache is None else v_cache
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slot_mapping}
     fits = k.dim() == 3 and k_cache.dim() == 4 and k.shape == v.shape and k_cache.shape == v_cache.shape

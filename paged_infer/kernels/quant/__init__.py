@@ -1,1 +1,1 @@
-"""Linear layers with weights of few bits."""
+"""Linear layers with quantised weights."""

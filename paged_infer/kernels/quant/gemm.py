@@ -1,25 +1,25 @@
-"""x W^T + b for W of few bits, on tensor cores. The reference is ``product.quantised_linear``.
+"""x W^T + b for quantised W, in Triton on tensor cores. The reference is ``product.quantised_linear``.
 
 A program multiplies a tile of W, HEIGHT of its rows, by a tile of x, ROWS tokens, DEPTH columns at a time:
 
     codes of W [HEIGHT, DEPTH]  x  x transposed [DEPTH, ROWS]  ->  sums [HEIGHT, ROWS]
 
     x is      W is                 multiplied as        summed in                      scaled
-    float     int4, int8, float8   numbers of x's       float32                        after each group of columns
+    float     int4, int8, float8   x's dtype            float32                        after each group of columns
     int8      int8, no groups      int8                 int32, which is exact          at the end, with x's scale
     float8    float8               float8               float32, after each product    after each group, and at the end
 
-The scale of a group multiplies sums, not weights: codes are exact in x's dtype, and so W is not rounded to it.
+A group's scale multiplies its sums, not its weights: codes are exact in x's dtype, so W is not rounded to that dtype.
 
-W is the left operand because a tensor core takes 64 of its rows at a time but any multiple of 8 tokens. So few tokens
-waste little, and few and many pass through the same instruction.
+W is the left operand because a tensor core instruction takes 64 rows of it, but any multiple of 8 tokens. So few tokens
+waste little, and any number of tokens uses the same instruction.
 
-Split-K: few tokens make too few tiles to keep the memory busy. Then the columns are cut into ``splits``, each the work
-of one program, and a second kernel adds their sums in order (no atomics). With many tokens a program takes all splits
-in turn, and adds their sums in the same order. The cut depends on the shape of W and on the chip, never on the number
-of tokens, so a row has the same bits in any company.
+Split-K: few tokens give too few tiles to keep the memory busy. Then the columns are divided into ``splits``, each
+computed by its own program, and a second kernel adds their sums in order (no atomics). With many tokens one program
+computes all splits in turn and adds their sums in the same order. How many splits there are depends on the shape of W
+and on the GPU, never on the number of tokens, so a row has the same bits in any batch.
 
-Codes of 4 bits are rearranged, so that a tile is contiguous and each half of its bytes is a run of columns:
+4-bit codes are rearranged, so that a tile is contiguous and each half of its bytes is a run of columns:
 
     panels [K / (2 DEPTH), N, DEPTH] uint8    byte j of panel p: columns 2 p DEPTH + j (low) and (2 p + 1) DEPTH + j
 """
@@ -39,7 +39,7 @@ from paged_infer.kernels.quant.tiles import FEW_TOKENS, linear_tile, num_splits
 from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
 from paged_infer.kernels.triton_runtime import capability, launch, must_widen, tl, triton
 
-COMBINED = 256  # numbers that a program of the second kernel adds up
+COMBINED = 256  # outputs of a program of the second kernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +47,11 @@ class TritonProduct:
     """x [T, K] -> x W^T + b. It is batch-invariant: the bits of a row do not depend on the other rows.
 
     Attributes:
-        form: what codes are decoded from: "int4", "int8" or "float8"; "none": they are multiplied as they are.
+        form: the codes that the kernel decodes: "int4", "int8" or "float8"; "none": it multiplies them as they are.
         values: int4: panels; else [N, K].
         scales, zeros: [G, N] float32.
-        order: [K], the columns of x in the order in which the codes are stored.
-        depth: columns of one product.
+        order: [K], the columns of x in the stored order of the codes; None: they are in that order.
+        depth: columns of one ``tl.dot``.
     """
 
     shape: tuple[int, int]
@@ -67,7 +67,7 @@ class TritonProduct:
 
     @property
     def kernel(self) -> str:
-        """Its name in a table of tiles."""
+        """Its name in a tile table."""
         return {"int4": "w4a16", "none": "w8a8"}.get(self.form, "w8a16")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class TritonProduct:
         out, x_scales = x.new_empty(len(x), height), None
         if self.activations is not None and self.form == "none":
             x, x_scales = round_tokens(x, self.activations)
-        elif self.activations is not None:  # float8, on a chip that does not multiply it
+        elif self.activations is not None:  # float8, on a GPU whose tensor cores do not multiply it
             codes, scales = float8_tokens(x)
             x = (codes.float() * scales).to(x.dtype)
         self._multiply(x, x_scales, out)
@@ -100,13 +100,13 @@ class TritonProduct:
         is_packed, is_split = self.form == "int4", self.splits > 1 and num_rows <= FEW_TOKENS
         strides = (height * self.depth, self.depth) if is_packed else (self.depth, columns)
         steps = -(-columns // (self.depth * (1 + is_packed)))
-        splits = 1 if x.dtype == torch.int8 and not is_split else self.splits  # integers: in any order
+        splits = 1 if x.dtype == torch.int8 and not is_split else self.splits  # int32 sums are exact in any order
         sums = torch.int32 if x.dtype == torch.int8 else torch.float32
         parts = out.new_empty(self.splits, num_rows, height, dtype=sums) if is_split else out
-        zeros, *others = (out if one is None else one for one in (self.zeros, x_scales, self.bias))  # None: not read
+        zeros, *others = (out if one is None else one for one in (self.zeros, x_scales, self.bias))  # out: never read
         epilogue = (self.scales, *others, num_rows, height)
         flags = {"HAS_GROUPS": groups > 1, "HAS_X_SCALES": x_scales is not None, "HAS_BIAS": self.bias is not None}
-        flags["enable_fp_fusion"] = sums == torch.float32  # the sum of integers is scaled as by the reference
+        flags["enable_fp_fusion"] = sums == torch.float32  # integer sums are scaled without FMA, like the reference's
         launch(
             _quantised_kernel,
             (triton.cdiv(height, tile.block_n), self.splits if is_split else 1, triton.cdiv(num_rows, tile.block_m)),
@@ -132,8 +132,8 @@ class TritonProduct:
 def pack_triton(
     weight: QuantisedWeight, bias: Tensor | None, activations: Activations | None = None
 ) -> TritonProduct | None:
-    """The product with W and b, or None where the kernel has none: groups of fewer than 16 columns (32, if x is
-    rounded) or of no multiple of them, float8 e5m2 or NaN, or W and x of different kinds."""
+    """The product with W and b; None if the kernel lacks it: a group size that is no multiple of 16 (32 if x is
+    rounded), float8 e5m2 or NaN, or, if x is rounded, W of another type, with zero points, or of int8 in groups."""
     values, device = weight.values, weight.values.device
     form = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "float8"}.get(values.dtype)
     has_groups = weight.scales.shape[1] > 1
@@ -145,7 +145,7 @@ def pack_triton(
     if depth is None or form is None:
         return None
     if form == "float8" and not values.is_meta and bool((values.view(torch.uint8) & 0x7F == 0x7F).any()):
-        return None  # NaN, which the kernel would take for 480
+        return None  # the kernel would decode NaN as 480
     with torch.inference_mode(False), torch.no_grad():
         return _packed(weight, bias, activations, "none" if is_rounded else form, depth)
 
@@ -242,7 +242,7 @@ def _sum_columns(
                 a = (stored >> 4 * half) & 15
             if FORM == "float8":
                 a = _float8(stored, dtype)
-            if HAS_ZEROS:  # where they are whole numbers, the difference is exact in every dtype
+            if HAS_ZEROS:  # if zero points are integers, the difference is exact in every dtype
                 a = a.to(tl.float32) - tl.load(zeros + group * height + n, mask=is_row, other=0.0)[:, None]
             elif FORM == "int4":
                 a = _less_eight(a, dtype)
@@ -251,7 +251,7 @@ def _sum_columns(
             if HAS_GROUPS:
                 scale = tl.load(scales + group * height + n, mask=is_row, other=0.0)
                 total += tl.dot(a, b, input_precision="ieee") * scale[:, None]
-            elif dtype == tl.float8e4nv:  # sm90 keeps few bits of a sum of float8 products: only DEPTH are added there
+            elif dtype == tl.float8e4nv:  # sm90 sums float8 products with few bits: only DEPTH, then in float32
                 total += tl.dot(a, b)
             else:
                 total = tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
@@ -259,7 +259,7 @@ def _sum_columns(
 
 
 @triton.jit
-def _less_eight(codes, dtype: tl.constexpr):  # 0 .. 15 as the last bits of the number 128, or 1,024: no conversion
+def _less_eight(codes, dtype: tl.constexpr):  # codes - 8: 0 .. 15 become the last bits of 128 (or 1,024), then subtract
     if dtype == tl.bfloat16:
         return (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - tl.full([], 136.0, tl.bfloat16)
     elif dtype == tl.float16:
@@ -269,7 +269,7 @@ def _less_eight(codes, dtype: tl.constexpr):  # 0 .. 15 as the last bits of the 
 
 
 @triton.jit
-def _float8(stored, dtype: tl.constexpr):  # bytes of e4m3, without NaN: the same bits are a float of a larger bias
+def _float8(stored, dtype: tl.constexpr):  # e4m3 bytes without NaN: shift the bits into dtype, correct the bias
     bits = stored.to(tl.int16)
     if dtype == tl.bfloat16:
         small = ((bits & 0x80) << 8) | ((bits & 0x7F) << 4)
@@ -283,7 +283,7 @@ def _float8(stored, dtype: tl.constexpr):  # bytes of e4m3, without NaN: the sam
 def _add_splits_kernel(
     out, parts, scales, x_scales, bias, num_rows, height, splits,
     HAS_GROUPS: tl.constexpr, HAS_X_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip  # one program: some numbers of a token, whose parts it adds in order
+):  # fmt: skip  # one program: BLOCK outputs of a token; it adds their splits in order
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     t = tl.program_id(1).to(tl.int64)
     is_row = n < height

@@ -1,7 +1,7 @@
-"""Tiles of the products with weights of few bits, and into how many splits their columns are cut (``gemm``).
+"""Tiles of the products with quantised weights, and the number of splits of their columns (``gemm``).
 
-A measured table (``attention.tile_table``) comes first. Without an entry the numbers follow from what the compiler
-reports on sm80, sm90 and sm100: no spill, and with few tokens two blocks or more on a processor.
+A measured table (``attention.tile_table``) comes first. Without an entry there, the sizes are those for which the
+compiler reports no spill on sm80, sm90 and sm100 and, for few tokens, at least two CTAs per SM.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import torch
 from paged_infer.kernels.attention.tile_table import LinearKey, Tile, measured
 from paged_infer.kernels.triton_runtime import capability, num_processors, triton
 
-FEW_TOKENS = 64  # up to which the splits of the columns have programs of their own
-_PER_PROCESSOR, _MIN_STEPS, _MAX_SPLITS = 4, 4, 16  # programs that a processor should have; steps of a split
-_SPLIT_ROWS = 64  # of W in a program, for the count of splits: not the tile's, so that no table changes a row's bits
+FEW_TOKENS = 64  # up to this number of tokens, each split of the columns is a program of its own
+_PER_PROCESSOR, _MIN_STEPS, _MAX_SPLITS = 4, 4, 16  # programs wanted per processor (SM); the fewest steps of a split
+_SPLIT_ROWS = 64  # rows of W per program, to count splits; not the tile's, so that no table changes a row's bits
 
 
 def linear_tile(gpu: tuple[int, int], kernel: str, dtype: torch.dtype, num_tokens: int) -> Tile:
-    """
+    """The tile of a kernel for a number of tokens.
+
     Args:
+        gpu: compute capability; (0, 0): the interpreter.
         kernel: one of ``LINEAR_KERNELS``.
         dtype: of x, before it is rounded.
     """
@@ -31,7 +33,7 @@ def linear_tile(gpu: tuple[int, int], kernel: str, dtype: torch.dtype, num_token
 
 
 def num_splits(height: int, steps: int, device: torch.device) -> int:
-    """For W of ``height`` rows, in products that take ``steps`` steps along its columns."""
+    """The number of splits for W of ``height`` rows, where a product takes ``steps`` steps along the columns."""
     if capability(device) == (0, 0):  # the interpreter: small matrices are split, too
         return min(3, steps)
     programs = _PER_PROCESSOR * num_processors(device) // triton.cdiv(height, _SPLIT_ROWS)
@@ -46,9 +48,9 @@ def _key(kernel: str, dtype: torch.dtype, is_few: bool) -> LinearKey:
 def _default(gpu: tuple[int, int], kernel: str, dtype: torch.dtype, is_few: bool) -> Tile:
     if gpu == (0, 0):
         return Tile(16, 64, 4, 1)
-    if dtype == torch.float32 and kernel != "w8a8":  # no tensor cores: products take many registers
-        return Tile(32, 32, 8 if gpu[0] == 10 and is_few else 4, 2)  # four warps spill 8 bytes there
+    if dtype == torch.float32 and kernel != "w8a8":  # without tensor cores a product takes many registers
+        return Tile(32, 32, 8 if gpu[0] == 10 and is_few else 4, 2)  # on sm100 four warps would spill 8 bytes
     if is_few:
         return Tile(64, 64, 4, 4)
-    # Codes that are decoded take registers, too, and those of 4 bits and of float8 the most.
+    # Decoding takes registers, too, most of all for 4-bit and float8 codes.
     return Tile(128, 128, 8, 3) if kernel == "w8a8" else Tile(64, 128, 8, 3)

@@ -1,9 +1,9 @@
-"""A matrix of few bits: the one form in memory, whatever the file's format was, and what it stands for.
+"""QuantisedWeight: the one form of a quantised matrix in memory, whatever the checkpoint's format.
 
     w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],   g = k // group_size
 
-Codes of b bits are signed, -2^(b-1) .. 2^(b-1) - 1, and stored as int8. Codes of 4 bits are packed in pairs; a packed
-one is unsigned: the signed code + 8, and so is its zero.
+Codes of b bits are signed, -2^(b-1) .. 2^(b-1) - 1, and stored as int8. Two 4-bit codes are packed in a byte; packed
+codes and their zero points are unsigned: the signed value + 8.
 
     values [N, K/2] uint8     bits 7..4: column 2 i + 1     bits 3..0: column 2 i
 """
@@ -18,15 +18,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantisedWeight:
-    """W [N, K] as codes, and a scale for each group of ``group_size`` columns of a row; G = K / group_size.
+    """W [N, K] as codes, with a scale for each group of ``group_size`` columns of a row; G = K / group_size.
 
     Attributes:
-        values: int8 [N, K]; uint8 [N, K / 2], pairs of 4 bits; or float8 [N, K].
+        values: the codes: int8 [N, K]; uint8 [N, K / 2], two 4-bit codes per byte; or float8 [N, K].
         scales: [N, G] float32.
-        zeros: [N, G] float32, the code that stands for 0; None: 0, and 8 among packed codes.
-        bits: of one code.
+        zeros: zero points, the codes that stand for 0, [N, G] float32; None: 0, or 8 for packed codes.
+        bits: bits of a code.
+        group_size: columns that share a scale.
         shape: (N, K).
-        columns: [K] int64, the stored column that the model's input k is multiplied by; None: k.
+        columns: [K] int64: the model's input k is multiplied by the stored column ``columns[k]``; None: by column k.
+
+    Raises:
+        ValueError: the group size does not divide K, or a tensor's shape does not fit; the message names it.
     """
 
     values: Tensor
@@ -51,24 +55,25 @@ class QuantisedWeight:
 
     @property
     def is_packed(self) -> bool:
-        """Whether each byte of ``values`` has two codes."""
+        """Whether each byte of ``values`` holds two codes."""
         return self.values.dtype == torch.uint8
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
         tensors = (self.values, self.scales, self.zeros, self.columns)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def dequantise(weight: QuantisedWeight) -> Tensor:
-    """W [N, K] in float32, its columns in the order of the model's input; the reference of all kernels."""
+    """W [N, K] in float32, its columns in the order of the model's inputs: the reference for all kernels."""
     codes = signed_codes(weight).unflatten(1, (-1, weight.group_size))  # [N, G, group_size]
     dense = (codes * weight.scales[:, :, None]).flatten(1)
     return dense if weight.columns is None else dense[:, weight.columns]
 
 
 def signed_codes(weight: QuantisedWeight) -> Tensor:
-    """code - zero, [N, K] float32, in the order in which they are stored."""
+    """code - zero point, [N, K] float32, in the stored order of the columns."""
     codes = unpack_int4(weight.values) if weight.is_packed else weight.values
     codes = codes.float().unflatten(1, (-1, weight.group_size))
     if weight.zeros is not None:
@@ -85,7 +90,7 @@ def pack_int4(codes: Tensor) -> Tensor:
         ValueError: K is odd.
     """
     if codes.shape[-1] % 2:
-        raise ValueError(f"{codes.shape[-1]} columns: codes of 4 bits are packed in pairs")
+        raise ValueError(f"{codes.shape[-1]} columns: must be even, because 4-bit codes are packed in pairs")
     pairs = codes.to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | pairs[..., 1] << 4
 

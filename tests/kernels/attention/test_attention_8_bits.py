@@ -1,5 +1,5 @@
-"""Attention over keys and values of 8 bits: every backend equals attention over what the codes stand for, and stays
-within the bound that follows from the codes' error.
+"""Attention over an 8-bit KV cache: every backend equals attention over the dequantised cache, and stays within the
+bound that follows from the error of the codes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Coded:
 
     @property
     def exact(self) -> PagedProblem:
-        """The same problem, with the numbers that the codes stand for."""
+        """The same problem with the dequantised cache."""
         caches = (dequantise_kv(*both)[:-1] for both in ((self.k_cache, self.k_scale), (self.v_cache, self.v_scale)))
         return PagedProblem(
             self.problem.q.float(), *caches,
@@ -83,7 +83,7 @@ def coded(kind: torch.dtype, dtype=torch.float32, dim=64, group=3, block_size=16
 
 @TYPES
 @pytest.mark.parametrize(("backend", "shape", "window"), CASES)
-def test_it_is_attention_over_what_the_codes_stand_for(kind, backend, shape, window) -> None:
+def test_it_equals_attention_over_the_dequantised_cache(kind, backend, shape, window) -> None:
     problem = coded(kind, torch.float32, *shape, sequences=suiting(backend))
     expected = paged_attention_float64(problem.exact, window)
     torch.testing.assert_close(problem.attend(backend, window).double(), expected, atol=2e-5, rtol=2e-5)
@@ -91,7 +91,7 @@ def test_it_is_attention_over_what_the_codes_stand_for(kind, backend, shape, win
 
 @BOTH
 @pytest.mark.parametrize("options", [{"softcap": 1.5}, {"sinks": torch.linspace(-2, 3, 6)}], ids=["soft cap", "sinks"])
-def test_scores_are_changed_as_those_of_any_cache(kind, backend, options) -> None:
+def test_score_options_apply_as_with_any_cache(kind, backend, options) -> None:
     problem = coded(kind, sequences=suiting(backend))
     expected = paged_attention_float64(problem.exact, **options)
     torch.testing.assert_close(problem.attend(backend, **options).double(), expected, atol=2e-5, rtol=2e-5)
@@ -108,7 +108,7 @@ def test_queries_of_16_bits_stay_near_it(kind, backend, dtype, tolerance) -> Non
     )  # fmt: skip
 
 
-ERRORS = {torch.int8: 0.03, torch.float8_e4m3fn: 0.12, torch.float8_e5m2: 0.24}  # of normal numbers, 64 a head
+ERRORS = {torch.int8: 0.03, torch.float8_e4m3fn: 0.12, torch.float8_e5m2: 0.24}  # for normally distributed heads of 64
 
 
 @TYPES
@@ -129,7 +129,7 @@ def test_the_error_is_within_the_bound_that_follows_from_the_codes(kind, backend
     ("backend", "dtype"), [*product(["torch", "c"], [torch.float32, torch.bfloat16]), ("triton", torch.float32)]
 )
 def test_a_sequence_has_the_same_bits_in_any_company(kind, backend, dtype) -> None:
-    """Not by sdpa, whose products of torch may sum in another order for another number of rows."""
+    """Not with sdpa: torch's products may sum in another order for another number of rows."""
     problem = coded(kind, dtype, sequences=suiting(backend))
     for row, together in enumerate(problem.attend(backend, 50).split([n for _, n in problem.problem.sequences])):
         assert torch.equal(problem.attend(backend, 50, rows=[row]), together)
@@ -148,7 +148,7 @@ def test_a_nan_in_one_sequence_spoils_no_other(kind, backend) -> None:
         assert torch.equal(after[other], before[other])
 
 
-def test_heads_that_c_does_not_take_are_read_by_torch_which_is_said_once(caplog) -> None:
+def test_heads_that_c_does_not_support_are_read_by_torch_with_one_warning(caplog) -> None:
     problem = coded(torch.int8, dim=300, group=2)
     with caplog.at_level("WARNING"):
         out = [problem.attend("c") for _ in range(2)]

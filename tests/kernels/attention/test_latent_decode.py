@@ -206,7 +206,7 @@ def test_a_users_own_backend_gets_the_reference_for_mla_and_that_is_logged_once(
         ({"v_dim": 10}, "Dv 10"),
         ({"q": torch.zeros(2, 3, 9, dtype=torch.float64)}, "one dtype"),
         ({"cache": torch.zeros(4, 3, 1, 18)[..., ::2]}, "contiguous cache"),
-        ({"latent_scale": torch.zeros(4, 3, 1).half()}, "k_scale and v_scale come together"),
+        ({"latent_scale": torch.zeros(4, 3, 1).half()}, "latent_scale and rest_scale must be given together"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_shape(wrong, message) -> None:

@@ -1,4 +1,4 @@
-"""Products with weights of few bits: C equals the reference, and a row has the same bits in any company."""
+"""Quantised products in C equal the reference, and a row has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCHEMES = {
     "int4 g64": Scheme(4, True, "group", 64),
     "int3 g64": Scheme(3, True, "group", 64),
 }
-# Rounding of the result, and of x in fixed point, as a part of the sum of |x| |w|. W8A8 with a scale a row is exact.
+# Rounding of the result, and of x in fixed point, relative to the sum of |x| |w|. W8A8 with a scale per row is exact.
 TOLERANCE = {torch.float32: (2e-7, 2e-7), torch.bfloat16: (2**-8, 2**-15)}
 
 
@@ -46,7 +46,7 @@ def a_product(weight: QuantisedWeight, bias: torch.Tensor | None = None, activat
 
 
 def assert_right(product: QuantisedProduct, x: torch.Tensor, weight: QuantisedWeight, bias=None) -> torch.Tensor:
-    """Weight-only, of x as it is and an exact sum; W8A8 with a scale a row has the reference's bits."""
+    """Weight-only: near an exact sum with unrounded x. W8A8 with a scale per row: the reference's bits."""
     out, activations = product(x), product.activations
     if activations == "int8" and product.groups == 1 and weight.zeros is None:
         assert torch.equal(out, quantised_linear(x, weight, bias, activations))
@@ -115,7 +115,7 @@ def test_a_row_has_the_same_bits_in_a_batch_of_1_to_70_rows_and_on_two_threads(s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prompts_rows_have_the_bits_that_they_have_alone(dtype) -> None:
-    """Its result is too large for the cache, and its rows pass over each panel in parts."""
+    """Its result is too large for the cache, and its rows are multiplied by each panel in parts."""
     x = torch.randn(2049, 64).to(dtype)
     for activations in (None, "int8"):
         product = a_product(a_weight(Scheme(8), 1024, 64), None, activations)
@@ -125,7 +125,7 @@ def test_a_prompts_rows_have_the_bits_that_they_have_alone(dtype) -> None:
 
 
 def test_the_integers_of_w8a8_are_exact_on_each_processor(processor) -> None:  # noqa: F811
-    """With scales of 1 the product is a sum of integers, and equal to it in every bit."""
+    """With scales of 1 the product is an exact sum of integers."""
     rng = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, (77, 640), generator=rng).to(torch.int8)
     weight = QuantisedWeight(codes, torch.ones(77, 1), None, 8, 640, (77, 640))
@@ -138,7 +138,7 @@ def test_the_integers_of_w8a8_are_exact_on_each_processor(processor) -> None:  #
 
 @pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, False, "group", 32)])
 def test_columns_are_multiplied_in_the_order_of_the_model(scheme) -> None:
-    """GPTQ's act-order stores them in another."""
+    """GPTQ's act-order stores them in another order."""
     stored = a_weight(scheme)
     order = torch.randperm(192)
     weight = QuantisedWeight(
@@ -147,8 +147,8 @@ def test_columns_are_multiplied_in_the_order_of_the_model(scheme) -> None:
     assert_right(a_product(weight), torch.randn(5, 192), weight)
 
 
-def test_zeros_need_not_be_whole() -> None:
-    """As in GGUF's Q4_1, whose lowest code is any number."""
+def test_zero_points_need_not_be_integers() -> None:
+    """As in GGUF's Q4_1, where code 0 stands for any value, the minimum."""
     whole = a_weight(Scheme(4, False, "group", 32))
     weight = QuantisedWeight(whole.values, whole.scales, whole.zeros + 0.3, 4, 32, whole.shape)
     assert_right(a_product(weight), torch.randn(5, 192), weight)
@@ -165,7 +165,7 @@ def test_nan_and_infinity_stay_in_their_rows_and_zeros_give_the_bias(activations
     assert out[[row for row in range(15) if row not in (3, 14)]].isfinite().all() and torch.equal(out[5], bias)
 
 
-def test_other_shapes_and_dtypes_are_multiplied_all_the_same() -> None:
+def test_other_shapes_and_dtypes_are_multiplied_too() -> None:
     weight = a_weight(Scheme(8))
     product = a_product(weight)
     for x in (torch.randn(2, 3, 192), torch.randn(192, 5).mT, torch.randn(192), torch.randn(0, 192)):
@@ -177,7 +177,7 @@ def test_other_shapes_and_dtypes_are_multiplied_all_the_same() -> None:
         product(torch.empty(2, 192, device="meta"))
 
 
-def test_what_c_has_no_product_for_is_left_alone(monkeypatch) -> None:
+def test_what_c_does_not_support_is_left_to_the_reference(monkeypatch) -> None:
     for scheme in (Scheme(8, codes="float8_e4m3fn"), Scheme(4, True, "group", 24)):
         assert pack_quantised(a_weight(scheme), None) is None
     monkeypatch.setattr("paged_infer.kernels.cpu.quant.unavailable_reason", lambda: "no compiler")

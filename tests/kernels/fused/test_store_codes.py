@@ -1,4 +1,4 @@
-"""Keys and values stored in 8 bits: the codes and scales of ``quantise_kv`` at their slots, and nothing elsewhere."""
+"""Storing to an 8-bit KV cache: the codes and scales of ``quantise_kv`` at their slots, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_latents_are_stored_as_codes_with_a_scale_for_each_part(name, kind, dtyp
     [
         ({"v_dim": 8}, "Dv within 1..Dk-1; got Dv 8"),
         ({"x": torch.zeros(3, 9)}, r"store_latents expects x \[T, Dk\].*x \[3, 9\]"),
-        ({"cache": torch.zeros(2, 4, 1, 8)}, "beside caches of int8"),
+        ({"cache": torch.zeros(2, 4, 1, 8)}, "with caches of int8"),
         ({"slot_mapping": torch.tensor([0, 3, 8])}, "slots 0..8 must be within -1..7"),
     ],
 )
@@ -95,10 +95,10 @@ def test_a_step_without_tokens_stores_nothing(store) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k_scale": None}, "k_scale and v_scale come together"),
+        ({"k_scale": None}, "k_scale and v_scale must be given together"),
         ({"v_scale": torch.zeros(2, 4, 3).half()}, r"scales must be float16 .* got .*v_scale \[2, 4, 3\]"),
         ({"k_scale": torch.zeros(2, 4, 2)}, "scales must be float16 .*k_scale torch.float32"),
-        ({"k_cache": torch.zeros(2, 4, 2, 8)}, "beside caches of int8, .*; got .*torch.float32"),
+        ({"k_cache": torch.zeros(2, 4, 2, 8)}, "with caches of int8, .*; got .*torch.float32"),
     ],
 )
 def test_scales_that_do_not_fit_are_refused_before_launch(changes, message) -> None:

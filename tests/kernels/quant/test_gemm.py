@@ -1,4 +1,4 @@
-"""Products with weights of few bits in Triton: the definition, x rounded as by the reference, bits in any company."""
+"""Triton products with quantised weights: equal to the definition, to the reference's rounding of x, in any batch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def a_product(
 
 
 def in_float64(x: torch.Tensor, weight: QuantisedWeight, bias: torch.Tensor, activations: str | None) -> torch.Tensor:
-    """By the definition, of rounded x where it is rounded."""
+    """x W^T + b by its definition, with x rounded where ``activations`` says so."""
     exact = x.double()
     if activations is not None:
         codes, scales = (int8_tokens if activations == "int8" else float8_tokens)(x)
@@ -100,7 +100,7 @@ def test_it_is_near_the_reference(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["int4", "int8, zeros, groups of 16", "W8A8, one scale", "float8 x float8, blocks"])
 def test_a_row_has_the_same_bits_alone_and_in_any_crowd(case: str) -> None:
-    """Of up to 64 rows each split has programs of its own, of more one program takes all splits."""
+    """Up to 64 rows, each split has programs of its own; beyond, one program computes all splits."""
     product, weight, _ = a_product(case)
     x = random(70, weight.shape[1])
     together = product(x)
@@ -164,9 +164,9 @@ def test_a_graph_holds_each_product_and_follows_its_x() -> None:
 
 @pytest.mark.parametrize(("activations", "reference"), [("int8", int8_tokens), ("float8", float8_tokens)])
 def test_tokens_are_rounded_to_the_bits_of_the_reference(activations, reference) -> None:
-    """Ties, rows of zeros, of tiny and of huge numbers, of every float8, and rows that are apart.
+    """Ties, rows of zeros, of tiny and of huge values, of every float8, and rows with a larger stride.
 
-    The interpreter reads tiny numbers of bfloat16 wrongly.
+    The interpreter reads tiny bfloat16 values wrongly.
     """
     x = random(9, 2 * 1500)[:, 1500:]
     x[0] = torch.arange(1500).remainder(255) / 2 - 63.5  # every second one is a tie
@@ -189,17 +189,17 @@ def test_it_is_what_the_triton_backend_multiplies_by() -> None:
     assert TRITON_OPS.pack_quantised is pack_triton
 
 
-def test_what_the_kernel_does_not_take_is_left_to_the_reference() -> None:
+def test_what_the_kernel_does_not_support_is_left_to_the_reference() -> None:
     groups_of_8 = quantise(random(8, 64), Scheme(4, strategy="group", group_size=8))
     assert pack_triton(groups_of_8, None) is None
     assert pack_triton(quantise(random(8, 64), Scheme(8, codes="float8_e5m2")), None) is None
     grouped = quantise(random(8, 64), Scheme(8, strategy="group", group_size=32))
     assert pack_triton(grouped, None) is not None
-    assert pack_triton(grouped, None, "int8") is None  # each group's sum would become a float
+    assert pack_triton(grouped, None, "int8") is None  # each group's sum would have to become a float
     assert pack_triton(quantise(random(8, 64), Scheme(4)), None, "int8") is None
     assert pack_triton(quantise(random(8, 64), Scheme(8)), None, "float8") is None
     float8 = quantise(random(8, 64), Scheme(8, codes=FLOAT8))
-    float8.values.view(torch.uint8)[3, 5] = 0x7F  # NaN, whose bits are those of 480 to the kernel
+    float8.values.view(torch.uint8)[3, 5] = 0x7F  # NaN, which the kernel would decode as 480
     assert pack_triton(float8, None) is None
 
 

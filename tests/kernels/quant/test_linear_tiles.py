@@ -1,4 +1,4 @@
-"""The tile of a product with weights of few bits, and its splits: defaults, tables, and what no table changes."""
+"""The tile of a product with quantised weights, and its splits: defaults, tables, and what no table changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENTRY |= {"block_m": 32, "block_n": 128, "num_warps": 8, "num_stages": 5}
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """A table of these entries, which is read instead of the package's."""
+    """Write a table of these entries, which is then read instead of the package's."""
     monkeypatch.setattr(tile_table, "FOLDER", tmp_path / "absent")
 
     def give(*entries) -> None:
@@ -51,7 +51,7 @@ def test_a_tile_has_no_more_tokens_than_the_step() -> None:
 
 
 def test_few_tokens_are_split_and_combined_and_many_are_not() -> None:
-    """4,096 rows are 64 tiles, for 4 programs on each of 132 processors; 32 steps in splits of 4 at least."""
+    """4,096 rows are 64 tiles; wanted are 4 programs on each of 132 processors, in splits of at least 4 of 32 steps."""
     (product, grid, named), (combine, combined, _) = launched(FEW_TOKENS)
     assert (product, combine) == ("_quantised_kernel", "_add_splits_kernel")
     assert grid == (64, 8, 1) and combined == (16, FEW_TOKENS) and named["IS_SPLIT"]

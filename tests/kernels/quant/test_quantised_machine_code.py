@@ -1,6 +1,6 @@
-"""The machine code of products with weights of few bits: the tensor cores of their numbers, no spill, two CTAs an SM.
+"""The machine code of quantised products: the tensor cores of their operands' type, no spills, two CTAs per SM.
 
-Compiled for chips that are not here, in a child process.
+Compiled in a child process for GPUs that are not here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INSTRUCTIONS = {
 
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, int], CompiledRow]:
-    """One row of each variant and chip, without the kernels that round x and add splits."""
+    """One row per variant and GPU, without the kernels that round x and add splits."""
     return {
         (row.variant, row.arch): row for row in compile_table(INSTRUCTIONS) if row.kernel not in ("add_splits", "round")
     }

@@ -1,4 +1,4 @@
-"""A matrix of few bits has one form in memory, and ``dequantise`` gives what it stands for."""
+"""A quantised matrix has one form in memory, which ``dequantise`` decodes."""
 
 from __future__ import annotations
 

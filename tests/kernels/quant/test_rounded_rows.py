@@ -1,4 +1,4 @@
-"""W8A8 rounds each row of x by compressed-tensors' rule, and kernels by the reference's."""
+"""W8A8 rounds each row of x by compressed-tensors' rule, and kernels round as the reference does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paged_infer.kernels.quant.weight import QuantisedWeight
 
 
 def rows_at_ties(count: int = 4000) -> Tensor:
-    """[T, 64]: rows whose largest number is negative, so that it is between two codes."""
+    """[T, 64]: rows whose largest |x| is that of a negative value, which lies halfway between two codes."""
     x = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
     x[:, 0] = -1.1 * x.abs().amax(1)
     return x * torch.logspace(-6, 6, count)[:, None]
@@ -51,7 +51,7 @@ def test_c_rounds_to_the_same_codes(dtype) -> None:
 
 
 def test_a_last_bit_of_the_largest_number_hardly_ever_changes_its_code() -> None:
-    """By the rule ``x * (127.5 / max |x|)`` it did so in 27 of 100 rows."""
+    """With the rule ``x * (127.5 / max |x|)`` it did so in 27 of 100 rows."""
     x = rows_at_ties()
     other = x.clone()
     other[:, 0] = torch.nextafter(x[:, 0], torch.tensor(-torch.inf))

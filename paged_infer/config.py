@@ -70,9 +70,9 @@ class EngineConfig(Checked):
             CPU and the checkpoint's own dtype on a GPU.
         load_format: "auto" reads the checkpoint's safetensors. "dummy" reads only its config.json and makes random
             weights on the device, from ``seed``: for measuring speed, where only the shape matters.
-        quantization: how many bits the weights of the linear layers get while a float checkpoint is loaded, and the
-            activations before each product: "w8a16", "w4a16" or "w8a8". "gguf" keeps the blocks of a GGUF file. A
-            checkpoint whose config.json has a quantization_config is read according to that.
+        quantization: quantise the linear layers of a float checkpoint while it is loaded: "w8a16", "w4a16", or "w8a8",
+            which also quantises activations in each product. "gguf" keeps the blocks of a GGUF file. A checkpoint whose
+            config.json has a quantization_config is read according to that.
         kv_cache_dtype: how keys and values are stored. "auto" is ``dtype``; "int8", "fp8" (e4m3) and "fp8_e5m2" take 8
             bits and a float16 scale for each token and head. Greedy tokens do not depend on chunks, the pool's size,
             sharing or preemption, but are those of this type.

@@ -33,7 +33,7 @@ def their_logits(model: Any, ids: list[int] = IDS) -> Tensor:
 
 
 def by_hand(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors as floats, decoded as the format is published."""
+    """The folder's tensors dequantised by the published description of the format."""
     stored, dense = load_file(folder / "model.safetensors"), {}
     for name, tensor in stored.items():
         if name.endswith("weight_packed"):
@@ -91,7 +91,7 @@ def test_weight_only_folders_give_transformers_the_logits_of_their_weights(
     ],
 )
 def test_experts_are_quantised_one_by_one_and_routers_stay(family, options, checkpoint, tmp_path, monkeypatch) -> None:
-    """With the logits of the same tensors as floats, in this engine and, from those floats, in transformers."""
+    """The logits are those of the dequantised tensors, in this engine and in transformers."""
     monkeypatch.setattr("paged_infer.quantize.calibration_texts", lambda *_: [IDS])
     report = quantize(str(checkpoint(family)), tmp_path / "out", **options)
     stored = load_file(tmp_path / "out/model.safetensors")
@@ -115,11 +115,11 @@ def test_experts_are_quantised_one_by_one_and_routers_stay(family, options, chec
 
 
 @pytest.mark.parametrize("wide", ["up", "down"])
-def test_one_matrix_of_the_experts_may_stay_wide(wide: str, checkpoint, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_one_matrix_of_the_experts_may_stay_dense(wide: str, checkpoint, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr("paged_infer.quantize.calibration_texts", lambda *_: [IDS])
     monkeypatch.setattr("paged_infer.quantize.stay_wide", lambda *_: [f"layers.0.mlp.experts.{wide}"])
     quantize(str(checkpoint("mixtral")), tmp_path / "out", group_size=4, keep_wide=0.3)
-    assert "transformers 5.23 does not load such a folder, this engine does" in caplog.text
+    assert "this engine loads such a folder, transformers 5.23 does not" in caplog.text
     raw = json.loads((checkpoint("mixtral") / "config.json").read_text())
     (tmp_path / "floats").mkdir()
     (tmp_path / "floats/config.json").write_text(json.dumps(raw))
@@ -131,7 +131,7 @@ def test_one_matrix_of_the_experts_may_stay_wide(wide: str, checkpoint, tmp_path
 
 
 def test_w8a8_in_transformers_rounds_inputs_by_the_published_rule(tmp_path: Path) -> None:
-    """Each token's x: scale = max |x| / 127.5, codes -128 .. 127, as its weights' rows."""
+    """For each token: scale = max |x| / 127.5, codes -128 .. 127, as for each row of the weights."""
     quantize("storyteller", tmp_path / "out", scheme="w8a8", method="smoothquant")
     plain = in_transformers(storyteller.PATH)
     plain.load_state_dict(by_hand(tmp_path / "out"), strict=False)
@@ -148,7 +148,7 @@ def test_w8a8_in_transformers_rounds_inputs_by_the_published_rule(tmp_path: Path
     torch.testing.assert_close(found, their_logits(plain), atol=2e-3, rtol=1e-3)
     assert not torch.allclose(found, their_logits(in_transformers(storyteller.PATH)), atol=2e-3, rtol=1e-3)
     x = torch.randn(300, theirs.config.intermediate_size)
-    x[:, 0] = -1.1 * x.abs().amax(1)  # between two codes: by another rule, a quarter of these would be others
+    x[:, 0] = -1.1 * x.abs().amax(1)  # halfway between two codes: by another rule, a quarter of them would differ
     with torch.no_grad():
         expected = theirs.model.layers[0].mlp.down_proj(x[None])[0]
     for ops in (TORCH_OPS, C_OPS):
@@ -179,7 +179,7 @@ def test_scales_are_folded_into_norms_that_keep_their_precision(tmp_path: Path) 
         assert stored[name].dtype == source[name].dtype and torch.equal(stored[name], source[name])
 
 
-def test_the_most_sensitive_layers_may_stay_wide_and_transformers_reads_them_so(tmp_path: Path, monkeypatch) -> None:
+def test_transformers_reads_a_folder_whose_most_sensitive_layers_are_not_quantised(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("paged_infer.quantize.NUM_SENSITIVITY_TEXTS", 1)
     steps = []
     options = {"group_size": 64, "keep_wide": 0.1}
@@ -220,10 +220,10 @@ def test_the_seed_draws_the_texts(tmp_path: Path) -> None:
         ({"scheme": "w2a16"}, "scheme='w2a16': must be one of w4a16, w8a16, w8a8"),
         ({"method": "best"}, "method='best': must be one of rtn"),
         ({"group_size": 40}, r"group_size=40: does not divide the 192 columns of layers\.0\.attention\.qkv; 32 or 48"),
-        ({"scheme": "w8a8", "group_size": 32}, "group_size=32: 'w8a8' has a scale for each row"),
-        ({"keep_wide": 1.0}, "keep_wide=1.0: must be 0 or more, and less than 1"),
-        ({"keep_wide": -0.1}, "keep_wide=-0.1: must be 0 or more"),
-        ({"calibration": "stories"}, "calibration='stories': method 'rtn' looks at no text"),
+        ({"scheme": "w8a8", "group_size": 32}, "group_size=32: 'w8a8' takes none: one scale per row"),
+        ({"keep_wide": 1.0}, "keep_wide=1.0: must be >= 0 and < 1"),
+        ({"keep_wide": -0.1}, "keep_wide=-0.1: must be >= 0"),
+        ({"calibration": "stories"}, "calibration='stories': method 'rtn' uses no text"),
         ({"method": "gptq", "seed": -1}, "seed=-1: must be 0 to 39583332"),
         ({"method": "gptq", "seed": 39583333}, "seed=39583333: must be 0 to 39583332"),
         ({"method": "gptq", "calibration": "{tmp}/none.txt"}, "none.txt': cannot be read as text"),
@@ -237,7 +237,7 @@ def test_the_seed_draws_the_texts(tmp_path: Path) -> None:
         ({"model": "qwen3", "method": "gptq", "calibration": "stories"}, "has no tokenizer"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_written(options, problem, checkpoint, tmp_path: Path) -> None:
+def test_invalid_options_are_refused_and_nothing_is_written(options, problem, checkpoint, tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00\x80")
     before = sorted(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def test_a_mount_point_is_refused_before_the_work(checkpoint, tmp_path: Path, mo
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(checkpoint, tmp_path: Path) -> None:
-    """Here it is a limit of the process."""
+    """The full disk is simulated by a limit on the size of the process's files."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     model = str(checkpoint("qwen3"))

@@ -14,12 +14,12 @@ MIB = 2**20
 
 
 def quantize(
-    first: Annotated[str, typer.Argument(metavar="MODEL", help="What to quantise; left out with --model.")],
+    first: Annotated[str, typer.Argument(metavar="MODEL", help="The model to quantise; omitted with --model.")],
     second: Annotated[
         str | None, typer.Argument(metavar="OUT", help="Folder for the quantised model; it must be new or empty.")
     ] = None,
     model: ModelOption = None,
-    scheme: Annotated[str, typer.Option(help="w4a16, w8a16, or w8a8, which rounds inputs, too.")] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="w4a16, w8a16, or w8a8, which quantises activations, too.")] = "w4a16",
     method: Annotated[str, typer.Option(help="rtn, gptq, awq or smoothquant.")] = "rtn",
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; default: 32 for w4a16, else a row.")
@@ -27,15 +27,15 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="stories, or a text file; all methods but rtn, and --keep-wide, need one. The storyteller: stories."
+            help="A text file, or stories (the storyteller's default); needed by --keep-wide and all methods but rtn."
         ),
     ] = None,
     keep_wide: Annotated[
-        float, typer.Option(help="Share of the weights that may stay as they are, in the most sensitive layers.")
+        float, typer.Option(help="Share of the weights, 0 to 1, to leave unquantised in the most sensitive layers.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the texts for calibration.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the calibration texts.", min=0)] = 0,
 ) -> None:
-    """Write a model with weights of few bits, in compressed-tensors' format, which transformers loads, too."""
+    """Quantise a model's weights, and write it in compressed-tensors' format, which transformers and vLLM load, too."""
     if (model is None) == (second is None):
         fail(ValueError(f"{first!r}{f' {second!r}' * bool(second)}: give MODEL and OUT, or --model MODEL and OUT"))
     name, out = model or first, Path(second or first)
@@ -63,8 +63,8 @@ def quantize(
         fail(error)
     bits = 8 * report.quantised_bytes / report.num_quantised
     size = f"{report.quantised_bytes / MIB:,.1f} MiB"
-    typer.echo(f"{report.num_quantised:,} weights in {size}, {bits:.2f} bits each with scales")
+    typer.echo(f"{report.num_quantised:,} weights in {size}, {bits:.2f} bits per weight with scales")
     tied = "; the head is tied to the embedding, so it stays as it is" if report.is_tied else ", the head included"
     typer.echo(f"{report.num_parameters - report.num_quantised:,} other parameters are not quantised{tied}")
     if report.wide:
-        typer.echo(f"kept wide: {', '.join(report.wide)}")
+        typer.echo(f"left unquantised by --keep-wide: {', '.join(report.wide)}")

@@ -62,7 +62,7 @@ def uses_graphs(
     """
     can_be_captured = device.type == "cuda" and backend is triton_backend
     if can_be_captured and any(getattr(module, "waits", False) for module in decoder.modules()):
-        reason = "experts of few bits have no kernel: in each step the host waits for their choice"
+        reason = "quantised experts have no kernel: in each step the host waits for the router's choice"
         if enforce_eager is False:
             raise ValueError(f"enforce_eager=False requests CUDA graphs, but {reason}")
         logger.warning("%s, and no CUDA graph is used", reason)

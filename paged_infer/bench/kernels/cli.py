@@ -260,8 +260,8 @@ def _show_comparisons(report: KernelReport) -> None:
     ]
     print_table("fused pieces; GB/s: each number read and written once", ("", "by", "us", "GB/s", "timed"), rows)
     for group, what in (
-        ("decode_8_bits", "decodes over keys and values of 8 bits beside bfloat16"),
-        ("linear", "linear layers: weights of few bits beside bfloat16"),
+        ("decode_8_bits", "decodes over an 8-bit KV cache compared with bfloat16"),
+        ("linear", "linear layers: quantised weights compared with bfloat16"),
     ):
         rows = [
             (

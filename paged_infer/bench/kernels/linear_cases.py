@@ -1,4 +1,4 @@
-"""Products with weights of few bits, for a sweep and for ``bench kernels``: shapes of Llama-3-8B and random codes."""
+"""Products with quantised weights, for a sweep and for ``bench kernels``: shapes of Llama-3-8B and random codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATRICES = {"output": (4096, 4096), "gate and up": (28_672, 4096), "down": (4096
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How W and x are held: bits of W, columns of a group (None: a row), what x is rounded to."""
+    """How W and x are quantised: bits of W, columns of a group (None: a row), what x is rounded to."""
 
     bits: int
     group_size: int | None = None

@@ -93,7 +93,7 @@ def full_variants() -> list[Variant]:
     variants += [Variant("qk_norm_rope", t, 64, {"plain": True}) for t in wide]
     variants += [Variant("silu_mul", t, 14_336) for t in both]
     variants += [Variant("experts", t, 768, {"tokens": n}) for t, n in product(wide, (32, 4096))]  # both tile heights
-    # Weights of few bits: few tokens and many, in bfloat16; one of each form of weights in the other dtypes
+    # Quantised weights: few tokens and many, in bfloat16; one of each form of weights in the other dtypes
     variants += [
         Variant("quantised", "bfloat16", 4096, {"grid": grid, "tokens": n}) for grid, n in product(GRIDS, (16, 2048))
     ]

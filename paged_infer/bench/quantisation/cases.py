@@ -1,9 +1,9 @@
 """What ``bench quantisation`` compares: schemes by name, each with a method, and engines by their options.
 
-int4              a scale for each row            int4-asym       with zero points
-int4-tensor       one for the matrix              int4-narrow     codes -7 .. 7 instead of -8 .. 7
-int4-g32          one for 32 columns of a row     int4-g          one for as many as --group-size
-fp8-e4m3  fp8-e5m2  nf4                           w8a16  w4a16  w8a8: int8, int4-g32, and int8 with inputs of int8
+int4              one scale per row               int4-asym       with zero points
+int4-tensor       one scale per matrix            int4-narrow     codes -7 .. 7 instead of -8 .. 7
+int4-g32          one scale per 32 columns        int4-g          one scale per --group-size columns
+fp8-e4m3  fp8-e5m2  nf4                           w8a16  w4a16  w8a8: int8, int4-g32, and int8 with int8 activations
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ USUAL: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``grid`` is None for NF4."""
+    """A scheme with a method. ``grid`` is None for NF4."""
 
     scheme: str
     method: str
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its matrices are rounded one by one, as the checkpoint has them."""
+        """Whether q, k and v (and gate and up) are quantised one by one, as the checkpoint has them."""
         return self.grid is None or self.grid.strategy == "tensor"
 
     @property
@@ -68,37 +68,40 @@ class Case:
 
 
 def read_cases(schemes: Iterable[str], methods: Iterable[str], group_size: int | None) -> list[Case]:
-    """Each scheme with each method; without methods, those that are usual for it, or "rtn".
+    """Each scheme with each method.
+
+    Args:
+        schemes: names of schemes; empty: those of ``USUAL``.
+        methods: names of methods; empty: those that ``USUAL`` has for the scheme, or "rtn".
+        group_size: for schemes such as "int4-g"; None: ``GROUP_SIZE``.
 
     Raises:
-        ValueError: an unknown scheme or method, or two that do not go together.
+        ValueError: an unknown scheme or method, or a scheme that a method does not support.
     """
     schemes, methods = tuple(schemes) or tuple(USUAL), tuple(methods)
     if unknown := [one for one in methods if one not in METHODS]:
-        raise ValueError(f"method {', '.join(unknown)} is not known; known: {', '.join(METHODS)}")
+        raise ValueError(f"method={', '.join(unknown)}: must be one of {', '.join(METHODS)}")
     if group_size is not None and not any(re.search("-g(-|$)", one) for one in schemes):
-        raise ValueError(f"group_size={group_size}: no scheme is named with -g and no number, such as int4-g")
+        raise ValueError(f"group_size={group_size}: needs a scheme with -g and no number, such as int4-g")
     cases = [
         Case(name, method, read_scheme(name, group_size or GROUP_SIZE))
         for name in schemes
         for method in methods or USUAL.get(name, _RTN)
     ]
     if odd := [case for case in cases if case.is_plain and case.method != "rtn"]:
-        raise ValueError(
-            f"scheme {odd[0].scheme} with method {odd[0].method}: nf4 and -tensor are rounded to nearest only"
-        )
+        raise ValueError(f"scheme={odd[0].scheme}, method={odd[0].method}: nf4 and -tensor support only rtn")
     return cases
 
 
 def read_scheme(name: str, group_size: int) -> Scheme | None:
-    """Raises ValueError for a name that is not known, or bits or a size out of range."""
+    """The scheme of a name; None for NF4. Raises ValueError for an unknown name, or numbers in it out of range."""
     if name in _NAMED:
         return _NAMED[name]
     found = _INTEGERS.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"scheme {name!r} is not known; known: {', '.join(_NAMED)}, and int2 .. int8, each with -tensor, -g or "
-            "-g32, then -asym or -narrow, such as int4-g32-asym"
+            f"scheme={name!r}: must be one of {', '.join(_NAMED)}, or int2 to int8, with -tensor, -g or -g32 and then "
+            "-asym or -narrow as wanted, such as int4-g32-asym"
         )
     bits, shared, rest = int(found[1]), found[2] or "", found[3]
     ways: dict[str, Any] = {"symmetric": rest != "-asym", "narrow_range": rest == "-narrow"}
@@ -110,11 +113,11 @@ def read_scheme(name: str, group_size: int) -> Scheme | None:
 
 
 def read_engines(cases: Iterable[Case], dtypes: Iterable[str], given: Iterable[str], is_gguf: bool) -> dict[str, Any]:
-    """Names and options of the engines whose speed is measured: floats, and those schemes with kernels, in each dtype.
+    """Names and options of the engines whose speed is measured: floats and the schemes with kernels, in each dtype.
 
     Args:
-        given: further ones, as JSON of ``LLM``'s options.
-        is_gguf: the model's own blocks can be kept, too.
+        given: further engines, each as a JSON object of ``LLM``'s options.
+        is_gguf: the model is a GGUF file, so an engine with ``quantization="gguf"`` is measured, too.
 
     Raises:
         ValueError: not a JSON object of options that an engine takes.

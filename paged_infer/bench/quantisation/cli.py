@@ -22,28 +22,38 @@ NAME = "bench-quantisation.json"
 @with_option_groups
 def quantisation(
     model: BenchModel = None,
-    load_format: Annotated[str, typer.Option(help="dummy: random weights; their quality is not measured.")] = "auto",
+    load_format: Annotated[str, typer.Option(help="dummy: random weights, whose quality is not measured.")] = "auto",
     schemes: Annotated[
         list[str] | None,
         typer.Option(
-            help="w8a16, w4a16, w8a8, int4-g32-asym, int4-narrow, nf4 ...; may be repeated. Default: a table."
+            help="w8a16, w4a16, w8a8, int4-g32-asym, int4-narrow, nf4 ...; may be repeated. Default: a list of 15."
         ),
     ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(help="rtn, gptq, awq or smoothquant; may be repeated. Default: the usual ones of each scheme."),
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Of schemes such as int4-g. Default: 32.", min=1)] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale in schemes such as int4-g. Default: 32.", min=1)
+    ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="stories, or a text file. Default: stories, or what the model itself writes.")
+        str | None,
+        typer.Option(
+            help="stories, or a text file. Default: stories for the storyteller, texts of its own for other models."
+        ),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="Texts to measure quality on. Default: unseen stories, or what the model itself writes."),
+        typer.Option(
+            help="A text file to measure quality on. Default: unseen stories for the storyteller, texts of its own for "
+            "other models."
+        ),
     ] = None,
-    num_texts: Annotated[int, typer.Option(help="Texts to measure quality on.", min=1)] = 30,
-    quality: Annotated[bool, typer.Option(help="Measure quality, or keep what was measured before.")] = True,
-    speed: Annotated[bool, typer.Option(help="Measure speed, or keep what was measured before.")] = True,
+    num_texts: Annotated[
+        int, typer.Option(help="Number of texts to measure quality on; at most 24 with --text.", min=1)
+    ] = 30,
+    quality: Annotated[bool, typer.Option(help="Measure quality, or keep the numbers of an earlier run.")] = True,
+    speed: Annotated[bool, typer.Option(help="Measure speed, or keep the numbers of an earlier run.")] = True,
     dtype: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: float32 and bfloat16.")] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="A further engine: its options as JSON; may be repeated.")
@@ -51,22 +61,23 @@ def quantisation(
     gguf: Annotated[
         list[Path] | None,
         typer.Option(
-            help="For llama.cpp, as model-Q4_K.gguf; may be repeated. Default: Q8_0 and Q4_K_M of a GGUF model.",
+            help="A file for llama.cpp, such as model-Q4_K.gguf; may be repeated. Default: Q8_0 and Q4_K_M of a GGUF "
+            "model.",
             exists=True,
             dir_okay=False,
         ),
     ] = None,
-    memory: Annotated[float, typer.Option(help="GiB that a process may take, its pool included.", min=0.01)] = 2.0,
-    scale: Annotated[float, typer.Option(help="Factor of the requests' lengths.", min=0.01)] = 1.0,
+    memory: Annotated[float, typer.Option(help="GiB that a process may use, its pool included.", min=0.01)] = 2.0,
+    scale: Annotated[float, typer.Option(help="Factor that multiplies the requests' lengths.", min=0.01)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine. Default: torch's.", min=1)] = None,
     repeats: Repeats = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the texts that the model writes, and of the requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the texts and the requests.")] = 0,
     figures: Figures = RESULTS,
 ) -> None:
-    """Weights of few bits on a CPU: what schemes and methods cost (KL to float32, agreement, perplexity, recall), and
-    what those with kernels gain: memory, and tokens per second of 1, 4, 16 and 32 requests.
+    """Quantised weights on a CPU: what schemes and methods lose (KL to float32, top-1 agreement, perplexity, recall),
+    and what the schemes with kernels gain: memory, and tokens per second with 1, 4, 16 and 32 requests.
 
-    llama.cpp's are measured, too: quality where llama-cpp-python is installed, speed where llama-server is on PATH.
+    llama.cpp is measured, too: its quality if llama-cpp-python is installed, its speed if llama-server is on PATH.
     """
     import torch
 
@@ -79,7 +90,7 @@ def quantisation(
 
     with errors(), ExitStack() as stack:
         if unknown := [name for name in dtype or () if name not in DTYPES]:
-            raise ValueError(f"dtype {', '.join(unknown)}: must be float32 or bfloat16")
+            raise ValueError(f"dtype={', '.join(unknown)}: must be float32 or bfloat16")
         cases = read_cases(schemes or (), methods or (), group_size)
         machine, threads = describe_machine(), threads or torch.get_num_threads()
         machine["torch_threads"] = threads

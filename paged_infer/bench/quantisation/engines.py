@@ -1,4 +1,4 @@
-"""What few bits gain: engines of few bits in processes of their own, taking turns, and the memory that each takes."""
+"""What quantisation gains: the speed of quantised engines in processes that take turns, and the memory of each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from paged_infer.config import EngineOptions
 from paged_infer.model.config import ModelConfig
 
 REQUESTS = (1, 4, 16, 32)
-PROMPT_TOKENS = 512  # of the step during which a process takes most
+PROMPT_TOKENS = 512  # tokens of the step in which memory is measured, which takes the most
 Engines = Mapping[str, EngineOptions]
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """``peak_bytes``: of the process, resident, without its pool. ``num_blocks``: that fit beside it."""
+    """The memory of one engine's process.
+
+    Attributes:
+        peak_bytes: its peak resident memory, without the pool.
+        block_bytes: bytes of a block of the pool.
+        num_blocks: how many blocks fit into the given memory beside ``peak_bytes``.
+    """
 
     peak_bytes: int
     block_bytes: int
@@ -29,7 +35,10 @@ class Memory:
 
 
 def workloads(vocab_size: int, scale: float, seed: int) -> dict[str, Workload]:
-    """Of each number of requests: one of 128 tokens in and out, or many of 16..128. ``scale``: of all lengths."""
+    """The workload of each number of requests: one of 128 tokens in and out, or several of 16 to 128.
+
+    ``scale`` multiplies all lengths.
+    """
     short, long = (max(2, round(n * scale)) for n in (16, 128))
     many = {str(n): random_ids(vocab_size, n, short, long, seed) for n in REQUESTS[1:]}
     return {"1": one_request(vocab_size, long, long, seed), **many}
@@ -38,13 +47,17 @@ def workloads(vocab_size: int, scale: float, seed: int) -> dict[str, Workload]:
 def peer_options(
     folder: Path, load_format: str, given: Mapping[str, Workload], limit: int, threads: int
 ) -> PeerOptions:
-    """Raises ValueError for requests longer than the model's ``limit``."""
+    """The options of engines whose pool holds every workload in ``given``.
+
+    Raises:
+        ValueError: a request is longer than ``limit``, the model's maximal length in tokens.
+    """
     lengths = [
         [len(prompt) + (one.max_tokens or 0) for prompt, one in zip(w.prompts, w.params, strict=True)]
         for w in given.values()
     ]
     if (longest := max(map(max, lengths))) > limit:
-        raise ValueError(f"a sequence of {longest} tokens exceeds the model's {limit}; --scale makes all shorter")
+        raise ValueError(f"a sequence of {longest} tokens exceeds the model's limit of {limit}; lower --scale")
     pool_tokens = max(sum(one) + BLOCK_SIZE * len(one) for one in lengths)
     engine: EngineOptions = {"load_format": load_format}
     return PeerOptions(str(folder), "float32", longest, max(REQUESTS), 0.5, threads, pool_tokens, engine)
@@ -53,7 +66,12 @@ def peer_options(
 def weigh(
     options: PeerOptions, engines: Engines, config: ModelConfig, memory_bytes: int, left_out: dict[str, str]
 ) -> dict[str, Memory]:
-    """Load each engine alone and compute one prompt; a process may take ``memory_bytes``."""
+    """The memory of each engine, measured by loading it alone and computing one prompt.
+
+    Args:
+        memory_bytes: what a process may use, to count the blocks that fit.
+        left_out: gets the reason for each engine that cannot run.
+    """
     found = {}
     longest = min(PROMPT_TOKENS, config.max_position_embeddings)
     request = one_request(config.vocab_size, longest - 2, 2, seed=0)
@@ -81,7 +99,10 @@ def measure_speed(
     on_run: Callable[[str], None],
     left_out: dict[str, str],
 ) -> dict[str, PeerResult]:
-    """Interleaved runs of all engines, and of llama.cpp with each of ``files``, by the names of their types."""
+    """Interleaved runs of all engines, and of llama.cpp with each of ``files``, by the names of their types.
+
+    ``on_run`` is called after each run; ``left_out`` gets the reason for each engine that cannot run.
+    """
     longest = options.max_model_len
     with ExitStack() as stack:
         systems = {}

@@ -1,6 +1,6 @@
-"""llama.cpp's own few bits, where the package llama-cpp-python is installed: files of them, and what they predict.
+"""llama.cpp's quantised models, if the package llama-cpp-python is installed: writing them, and their quality.
 
-How fast they are, its server shows: ``bench.side_by_side.llama_cpp``.
+Their speed is that of llama.cpp's server: ``bench.side_by_side.llama_cpp``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def is_importable() -> bool:
 
 
 def names_of(files: ReadOnlyList[Path]) -> list[str]:
-    """Of GGUF files in tables: the type at the end of a file's name, such as Q4_K of smollm2-Q4_K.gguf, or all of it.
+    """Names of GGUF files for tables: the type at the end of the file's name (smollm2-Q4_K.gguf: Q4_K), or all of it.
 
     Raises:
-        ValueError: two have one name, so a table would have one row for both.
+        ValueError: two files get the same name.
     """
     found = list[str]()
     for file in files:
@@ -44,21 +44,23 @@ def names_of(files: ReadOnlyList[Path]) -> list[str]:
 
 
 def requantise(source: Path, folder: Path) -> list[Path]:
-    """Files of ``TYPES`` in ``folder``, from one of any type. Rows that no block of 256 divides get another type.
+    """Write a file of each of ``TYPES`` to ``folder``, from a GGUF file of any type.
+
+    llama.cpp uses another type for matrices whose rows are not a multiple of the block size, 256.
 
     Raises:
-        ValueError: llama.cpp refuses; it has written why.
+        ValueError: llama.cpp failed; it has printed the reason.
     """
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it has a line for each tensor
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it would log a line for each tensor
     found = []
     for name, kind in TYPES.items():
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.allow_requantize = getattr(llama_cpp, kind), True
         file = folder / f"{source.stem}.{name}.gguf"
         if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(params)):
-            raise ValueError(f"llama.cpp does not make {name} of {source.name}")
+            raise ValueError(f"llama.cpp cannot quantise {source.name} to {name}")
         found.append(file)
     return found
 
@@ -66,10 +68,14 @@ def requantise(source: Path, folder: Path) -> list[Path]:
 def llama_quality(
     file: Path, name: str, texts: ReadOnlyList[HeldOut], reference: ReadOnlyList[Tensor], threads: int
 ) -> Quality:
-    """Of a GGUF file, computed by llama.cpp; ``name``: its scheme in the table.
+    """The quality of a GGUF file, computed by llama.cpp.
+
+    Args:
+        name: its scheme in the table.
+        reference: log-probabilities [T, V] of the float model for each text.
 
     Raises:
-        ValueError: it does not load the file.
+        ValueError: llama.cpp cannot load the file.
     """
     import llama_cpp
 
@@ -77,7 +83,7 @@ def llama_quality(
     try:
         llama = llama_cpp.Llama(str(file), n_ctx=longest, n_threads=threads, logits_all=True, verbose=False)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"llama.cpp does not load {file.name}: {error}") from None
+        raise ValueError(f"llama.cpp cannot load {file.name}: {error}") from None
 
     def predict(token_ids: ReadOnlyList[int]) -> Tensor:
         llama.reset()
@@ -91,7 +97,7 @@ def llama_quality(
 
 
 def file_bits(file: Path) -> float:
-    """Of a weight of the layers' matrices, scales included."""
+    """Bits per weight of the matrices of the layers, scales included."""
     matrices = [
         one for one in read_gguf(file).tensors.values() if one.name.startswith("blk.") and len(one.stored_shape) > 1
     ]

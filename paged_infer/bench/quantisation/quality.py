@@ -1,6 +1,6 @@
-"""What few bits cost: a decoder with rounded weights against the same one in float32, on texts that it has not seen.
+"""What quantisation loses: a decoder with quantised weights compared with the same one in float32, on held-out texts.
 
-Weights are rounded and become floats again in place, so any number of bits is measured, with or without a kernel.
+Weights are quantised and dequantised in place, so any scheme can be measured, with or without a kernel.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from paged_infer.quantize import calibration_texts
 from paged_infer.storyteller.evaluation import document, quizzes
 from paged_infer.storyteller.stories.grammar import FIRST_EVALUATION_SEED, tell
 
-SCALE_BITS = 16  # of a scale, as files have it; the largest weight of an NF4 block has 32
-OWN_TOKENS = 128  # of a text that the model writes
+SCALE_BITS = 16  # of a scale, as most checkpoints store it; that of an NF4 block has 32
+OWN_TOKENS = 128  # the model generates so many for a text of its own
 Predict = Callable[[ReadOnlyList[int]], Tensor]  # token ids [T] -> log-probabilities of what follows each, [T, V]
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A text, and where in it the tokens of answers are, all of which must be right."""
+    """A text and the spans of its answers; an answer counts as right if all of its tokens are."""
 
     token_ids: list[int]
     answers: tuple[slice, ...] = ()
@@ -51,14 +51,14 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Of one scheme and method. ``recall`` is None where texts have no questions.
+    """The quality of one scheme and method.
 
     Attributes:
-        bits: of a weight, its share of scales and zero points included.
-        kl: mean KL(float || this) over all tokens, in nats.
-        agreement: share of tokens after which the most likely token is that of the float model.
-        perplexity: exp of the mean nats per token, of all but the first token of each text.
-        recall: share of questions whose greedy answer is the true one.
+        bits: bits per weight, with scales and zero points.
+        kl: mean KL(float || quantised) over all tokens, in nats.
+        agreement: top-1 agreement: share of positions whose most likely next token is that of the float model.
+        perplexity: exp of the mean negative log-likelihood of all tokens but the first of each text.
+        recall: share of questions whose greedy answer is right; None if the texts have no questions.
     """
 
     scheme: str
@@ -71,13 +71,13 @@ class Quality:
 
 
 def held_out_stories(llm: LLM, count: int, seed: int) -> list[HeldOut]:
-    """Stories that neither training nor calibration has, with their questions."""
+    """Stories that neither training nor calibration uses, with the spans of their answers."""
     assert llm.tokenizer is not None
     found = []
     for index in range(count):
         story = tell(FIRST_EVALUATION_SEED + seed * count + index)
         spans = []
-        for prompt, answer in quizzes(story):  # beginnings of the document, cut between two words
+        for prompt, answer in quizzes(story):  # each prompt is a beginning of the document, cut between two words
             start = len(llm.tokenizer.encode(prompt))
             spans.append(slice(start, len(llm.tokenizer.encode(f"{prompt} {answer}\n"))))
         found.append(HeldOut(llm.tokenizer.encode(document(story)), tuple(spans)))
@@ -85,7 +85,7 @@ def held_out_stories(llm: LLM, count: int, seed: int) -> list[HeldOut]:
 
 
 def own_texts(llm: LLM, count: int, seed: int) -> list[list[int]]:
-    """Beginnings of sentences, continued by the float model at temperature 1: what it would be asked to compute."""
+    """Beginnings of sentences continued by the float model at temperature 1: texts like those that it is used for."""
     assert llm.tokenizer is not None
     prompts = [llm.tokenizer.encode(OPENINGS[index % len(OPENINGS)]) for index in range(count)]
     params = [SamplingParams(temperature=1.0, seed=seed + index, max_tokens=OWN_TOKENS) for index in range(count)]
@@ -96,7 +96,13 @@ def own_texts(llm: LLM, count: int, seed: int) -> list[list[int]]:
 def choose_texts(
     llm: LLM, cases: ReadOnlyList[Case], text: Path | None, calibration: str | None, count: int, seed: int
 ) -> tuple[str, list[HeldOut], Texts]:
-    """What quality is measured on, in words and as texts, and texts to calibrate on, which are others.
+    """A description of the texts that quality is measured on, these texts, and other texts for calibration.
+
+    Args:
+        cases: decide whether calibration texts are needed.
+        text: a file to measure quality on; None: unseen stories, or texts of its own.
+        calibration: "stories" or a text file; None: stories, or texts of its own.
+        count: number of texts to measure quality on; of a file, at most ``paged_infer.quantize.NUM_TEXTS``.
 
     Raises:
         ValueError: no tokenizer, a file that cannot be read, one file for both, or a calibration that no method needs.
@@ -105,13 +111,13 @@ def choose_texts(
     if llm.tokenizer is None:
         raise ValueError(f"{llm.name}: has no tokenizer, so it cannot read texts")
     if calibration is not None and not is_calibrated:
-        raise ValueError(f"calibration={calibration!r}: method rtn looks at no text")
+        raise ValueError(f"calibration={calibration!r}: method rtn uses no text")
     if text is not None and str(text) == calibration:
-        raise ValueError(f"text={calibration!r}: is what methods are calibrated on; measure on another text")
+        raise ValueError(f"text={calibration!r}: is also the calibration text; measure on another one")
     if text is not None:
         words, held_out = (
             f"pieces of {text.name}",
-            [*map(HeldOut, calibration_texts(llm.folder, str(text), seed)[:count])],
+            [*map(HeldOut, calibration_texts(llm.folder, str(text), seed, "text")[:count])],
         )
     elif llm.is_storyteller:
         words, held_out = "unseen stories", held_out_stories(llm, count, seed)
@@ -133,7 +139,7 @@ def measure_cases(
     calibrating: Texts,
     on_case: Callable[[str], None],
 ) -> tuple[list[Quality], list[Tensor]]:
-    """The quality of the float model and of each case; and its log-probabilities [T, V] of each text, the reference."""
+    """The quality of the float model and of each case; and the float model's log-probabilities [T, V] for each text."""
     floats = load_decoder(folder, torch.float32, method_of=lambda name: DENSE)
     reference = [log_probs(floats, text.token_ids) for text in texts]
     found = [measure(partial(log_probs, floats), texts, reference, scheme="float32", method="-", bits=32.0)]
@@ -146,7 +152,7 @@ def measure_cases(
 
 
 def measure(predict: Predict, texts: ReadOnlyList[HeldOut], reference: ReadOnlyList[Tensor], **of: Any) -> Quality:
-    """``of``: scheme, method and bits."""
+    """Compare predictions with the reference's log-probabilities. ``of``: scheme, method and bits of the result."""
     kl = nats = agreed = right = 0.0
     num_tokens = num_asked = 0
     for text, before in zip(texts, reference, strict=True):
@@ -167,7 +173,7 @@ def measure(predict: Predict, texts: ReadOnlyList[HeldOut], reference: ReadOnlyL
 
 
 def rounded_decoder(decoder: Decoder, case: Case, calibrating: Texts) -> tuple[Decoder, float]:
-    """A copy whose linear layers are rounded, and the bits of one of their weights.
+    """A copy with quantised linear layers, and their bits per weight.
 
     Raises:
         ValueError: as ``quantise_decoder`` and ``quantise_nf4``.
@@ -190,13 +196,13 @@ def rounded_decoder(decoder: Decoder, case: Case, calibrating: Texts) -> tuple[D
 
 
 def stored_bits(weight: QuantisedWeight) -> int:
-    """Of a matrix, its scales and zero points."""
+    """Bits of a matrix as a checkpoint stores it: its codes, scales and zero points."""
     zero_bits = 0 if weight.zeros is None else weight.bits
     return weight.shape[0] * weight.shape[1] * weight.bits + weight.scales.numel() * (SCALE_BITS + zero_bits)
 
 
 def _matrices(decoder: Decoder) -> list[Tensor]:
-    """The linear layers' weights as views, as the checkpoint has them: q, k and v each by itself."""
+    """The linear layers' weights as views, separately as in the checkpoint: q, k and v are three."""
     linears = {linear for _, linear in decoder.linears()}
     return [
         target.module.weight.data[target.rows]

@@ -1,4 +1,4 @@
-"""The report of ``bench quantisation``: quality of schemes, speed and memory of engines; its tables and picture."""
+"""The report of ``bench quantisation``: quality of schemes, speed and memory of engines, as tables and a figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paged_infer.bench.tables import print_table
 from paged_infer.viz.style import BASELINE_COLOURS, INK, Picture, log_heights, new_picture, tidy_axes
 
 GIB = 2**30
-LEFT_BITS, NEAR_BITS, AWAY_BITS, LINE = 6.0, 1.5, 0.55, 0.22  # names in the picture; LINE: decades between two
+LEFT_BITS, NEAR_BITS, AWAY_BITS, LINE = 6.0, 1.5, 0.55, 0.22  # placement of names; LINE: decades between two of them
 LINE_COLOUR = BASELINE_COLOURS["naive"]
 _MARKS = {"rtn": "o", "awq": "s", "gptq": "^", "smoothquant": "D", "llama.cpp": "X"}
 _COLOURS = [BASELINE_COLOURS[name] for name in ("naive", "cached", "static", "paged", "nano-vllm", "transformers")]
@@ -24,16 +24,18 @@ _COLOURS = [BASELINE_COLOURS[name] for name in ("naive", "cached", "static", "pa
 
 @dataclass(slots=True)
 class QuantisationReport(JsonReport):
-    """A half that was not measured is empty, or what an earlier run measured.
+    """Quality and speed; a half that this run did not measure is empty, or that of an earlier run.
 
     Attributes:
-        texts: what quality was measured on.
-        memory_bytes: what a process may take, for the number of blocks.
-        workloads: what each number of requests is.
-        output_tokens: of each number of requests.
-        speed: of engines, and of llama.cpp by the name of its file.
-        left_out: why.
-        machine, speed_machine: of the last run, and of the one that measured ``speed``.
+        machine: the machine of the last run.
+        texts: the texts that quality was measured on.
+        memory_bytes: what a process may use, to count the blocks that fit.
+        memory: memory of each engine.
+        workloads: the name of the workload of each number of requests.
+        output_tokens: output tokens of the workload of each number of requests.
+        speed: runs of each engine, and of llama.cpp with each file.
+        left_out: engines that could not run, each with the reason.
+        speed_machine: the machine of the run that measured ``speed``.
     """
 
     model: str
@@ -49,19 +51,19 @@ class QuantisationReport(JsonReport):
     speed_machine: dict[str, Any] = field(default_factory=dict)
 
     def with_halves_of(self, path: Path) -> QuantisationReport:
-        """What an earlier run measured of the same model, as this run's."""
+        """This report, with the numbers of an earlier run of the same model until they are measured again."""
         earlier = self.read(path) if path.is_file() else self
         if earlier.model != self.model:
             return self
         return replace(earlier, machine=self.machine)
 
     def rates(self, engine: str) -> list[float]:
-        """Output tokens a second, for each number of requests."""
+        """Output tokens per second, for each number of requests."""
         return [self.output_tokens[key] / self.speed[engine].seconds(key) for key in self.workloads]
 
 
 def print_report(report: QuantisationReport) -> None:
-    """Tables of at most 80 columns."""
+    """Print tables of at most 80 columns."""
     if report.quality:
         header = ["scheme", "method", "bits", "KL, nats", "top-1", "ppl", "recall"]
         rows = []
@@ -76,14 +78,14 @@ def print_report(report: QuantisationReport) -> None:
             [name, f"{one.peak_bytes / 1e9:.3f}", f"{one.num_blocks:,}", f"{one.block_bytes:,}"]
             for name, one in report.memory.items()
         ]
-        print_table(f"{report.model}: a process without its pool, and what fits beside it", header, rows)
+        print_table(f"{report.model}: a process without its pool, and the blocks that fit beside it", header, rows)
     if report.speed:
         first, rows = report.rates(next(iter(report.speed))), []
         for name, result in report.speed.items():
             rates = [f"{rate:,.0f} {rate / base:.2f}x" for rate, base in zip(report.rates(name), first, strict=True)]
             rows.append([name, *rates, _others(result)])
         header = ["requests", *report.workloads, "others"]
-        print_table(f"{report.model}: tokens/s of so many requests; cores that others kept busy", header, rows)
+        print_table(f"{report.model}: tokens/s by number of requests; cores kept busy by others", header, rows)
     for name, reason in report.left_out.items():
         print(f"left out: {name}: {reason}")
 
@@ -94,14 +96,14 @@ def _others(one: PeerResult) -> str:
 
 
 def quantisation_figure(report: QuantisationReport) -> Picture:
-    """KL over bits a weight (left), tokens per second over requests (right); what was not measured is left out."""
+    """KL over bits per weight (left), tokens per second over requests (right); what was not measured is left out."""
     figure = new_picture(6.0 * bool(report.quality) + 6.4 * bool(report.speed), 4.2)
     places = iter(figure.subplots(1, bool(report.quality) + bool(report.speed), squeeze=False)[0])
     if report.quality:
         _draw_quality(next(places), [one for one in report.quality if one.kl > 0])
     if report.speed:
         axes = next(places)
-        schemes = list(dict.fromkeys(map(_scheme, report.speed)))  # each has a colour
+        schemes = list(dict.fromkeys(map(_scheme, report.speed)))  # each gets a colour
         for name in report.speed:
             style = "--" if "bfloat16" in name else ":" if "llama.cpp" in name else "-"
             colour = _COLOURS[schemes.index(_scheme(name)) % len(_COLOURS)]
@@ -135,7 +137,7 @@ def _draw_quality(axes: Any, rows: list[Quality]) -> None:
     axes.set_yscale("log")
     tidy_axes(axes, title="KL to float32, nats per token", labelsize=8)
     axes.margins(x=0.18)
-    axes.set_xlabel("bits a weight, scales and zero points included", fontsize=8.5, color=INK)
+    axes.set_xlabel("bits per weight, with scales and zero points", fontsize=8.5, color=INK)
     axes.legend(loc="upper right", frameon=False, fontsize=8)
 
 
@@ -154,7 +156,7 @@ def _name_points(axes: Any, rows: list[Quality]) -> None:
             va="center",
             fontsize=6.5,
             color=INK,
-            # from the point to the beginning of the name, which a line to its middle would cross out
+            # from the point to the beginning of the name; a line to its middle would cross it out
             arrowprops={
                 "arrowstyle": "-",
                 "color": LINE_COLOUR,

@@ -51,7 +51,7 @@ def peers(
         if unknown := [name for name in peer or () if name not in known]:
             raise ValueError(f"peer {', '.join(unknown)} is not known; known: {', '.join(known)}")
         if unknown := [name for name in dtype or () if name not in DTYPES]:
-            raise ValueError(f"dtype {', '.join(unknown)}: must be float32 or bfloat16")
+            raise ValueError(f"dtype={', '.join(unknown)}: must be float32 or bfloat16")
         usual = [name for name in known if is_installed(name) or (name == NAME and shutil.which(SERVER))]
         chosen, machine, left_out = peer or usual, describe_machine(), dict[str, str]()
         threads, versions = threads or torch.get_num_threads(), dict[str, str | None]()
@@ -68,7 +68,7 @@ def peers(
         }
         longest = max(map(max, lengths.values()))
         if longest > limit:
-            raise ValueError(f"a sequence of {longest} tokens exceeds the model's {limit}; --scale makes all shorter")
+            raise ValueError(f"a sequence of {longest} tokens exceeds the model's limit of {limit}; lower --scale")
         slots = len(lengths["b"])
         pool_tokens = max(map(sum, lengths.values())) + 16 * slots  # and a block that is not full, for each
         systems = {}

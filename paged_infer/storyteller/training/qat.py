@@ -153,7 +153,7 @@ def main(
     stories: Annotated[int, typer.Option(help="Unseen stories to measure on.", min=1)] = 30,
     figures: Annotated[Path, typer.Option(help="Folder for the numbers.")] = Path("results"),
 ) -> None:
-    """Train the bundled storyteller for weights of few bits, write it, and compare it with other methods."""
+    """Train the bundled storyteller with quantised weights (QAT), write it, and compare it with other methods."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out}: exists already")
     grid = scheme_of(scheme, group_size, symmetric=symmetric)

@@ -119,7 +119,7 @@ def test_a_wrong_kernel_is_named_and_costs_the_others_nothing(tmp_path, monkeypa
 
 
 @needs_interpreter
-def test_a_product_of_few_bits_is_compared_with_a_dense_one_of_the_same_numbers(monkeypatch):
+def test_a_quantised_product_is_compared_with_a_dense_one_of_the_same_values(monkeypatch):
     monkeypatch.setitem(kernels.MATRICES, "gate and up", (70, 256))
     comparisons = [one for one in kernels.linear_comparisons(torch.device("cpu")) if one.sizes == {"tokens": 1}]
     assert [one.title.split(",")[0] for one in comparisons] == list(kernels.LINEAR_GRIDS)

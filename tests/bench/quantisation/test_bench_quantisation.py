@@ -1,4 +1,4 @@
-"""bench quantisation: quality by hand, bits counted, what is refused, and the report."""
+"""bench quantisation: quality computed by hand, bits counted, invalid options refused, and the report."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def test_kl_is_zero_for_the_float_model_and_grows_with_fewer_bits(folder: Path) 
     [
         ("int4-g8", 4 + 16 / 8),
         ("int4-g8-asym", 4 + (16 + 4) / 8),
-        ("int3-g-asym", 3 + (16 + 3) / 8),  # of the given group size, 8
+        ("int3-g-asym", 3 + (16 + 3) / 8),  # with the given group size, 8
         ("fp8-e4m3", None),
     ],
 )
 def test_bits_count_scales_and_zero_points(decoder: Decoder, name: str, bits: float | None) -> None:
     _, found = rounded_decoder(decoder, case(name), ())
-    if bits is None:  # a scale for each row
+    if bits is None:  # one scale per row
         shapes = [linear.weight.shape for _, linear in decoder.linears()]
         bits = 8 + 16 * sum(rows for rows, _ in shapes) / sum(rows * columns for rows, columns in shapes)
     assert found == pytest.approx(bits)
@@ -127,15 +127,15 @@ def test_recall_is_that_of_generated_answers() -> None:
     ("arguments", "message"),
     [
         (["--schemes", "int9"], "bits=9"),
-        (["--schemes", "int4-asym-narrow"], "scheme 'int4-asym-narrow' is not known"),
-        (["--methods", "squeeze"], "method squeeze is not known; known: rtn"),
-        (["--schemes", "nf4", "--methods", "gptq"], "nf4 with method gptq"),
-        (["--schemes", "int4", "--group-size", "16"], "group_size=16: no scheme is named with -g"),
+        (["--schemes", "int4-asym-narrow"], "scheme='int4-asym-narrow': must be one of"),
+        (["--methods", "squeeze"], "method=squeeze: must be one of rtn"),
+        (["--schemes", "nf4", "--methods", "gptq"], "scheme=nf4, method=gptq: nf4 and -tensor support only rtn"),
+        (["--schemes", "int4", "--group-size", "16"], "group_size=16: needs a scheme with -g"),
         (["--schemes", "int4-g7"], "group_size=7: does not divide"),
-        (["--schemes", "int4", "--calibration", "stories"], "calibration='stories': method rtn looks at no text"),
-        (["--text", "a.txt", "--calibration", "a.txt"], "text='a.txt': is what methods are calibrated on"),
-        (["--text", "missing.txt"], "calibration='missing.txt': cannot be read"),
-        (["--dtype", "int8"], "dtype int8: must be float32 or bfloat16"),
+        (["--schemes", "int4", "--calibration", "stories"], "calibration='stories': method rtn uses no text"),
+        (["--text", "a.txt", "--calibration", "a.txt"], "text='a.txt': is also the calibration text"),
+        (["--text", "missing.txt"], "text='missing.txt': cannot be read"),
+        (["--dtype", "int8"], "dtype=int8: must be float32 or bfloat16"),
         (["--engine", "{"], "--engine '{'"),
         (["--engine", '{"bits": 4}'], "unknown option bits"),
         (["--no-quality", "--scale", "100"], "exceeds the model's"),
@@ -162,7 +162,7 @@ def test_each_scheme_is_measured_with_each_method() -> None:
     assert len({(one.scheme, one.method) for one in read_cases([], [], None)}) == 24
 
 
-def test_what_is_left_of_a_given_memory_is_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rest_of_the_given_memory_is_counted_in_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def peers(names: list[str], options: PeerOptions) -> Iterator[dict[str, object]]:
         asked.append(options)
@@ -270,7 +270,7 @@ def test_llama_cpp_is_measured_as_ours_is(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.kl == pytest.approx(0, abs=1e-6)
 
 
-def test_engines_of_few_bits_take_turns_in_processes_of_their_own(
+def test_quantised_engines_take_turns_in_processes_of_their_own(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "BUSY_CORES", math.inf)  # no run is repeated, however busy the machine is
@@ -281,6 +281,6 @@ def test_engines_of_few_bits_take_turns_in_processes_of_their_own(
     assert result.exit_code == 0, result.output
     found = QuantisationReport.read(tmp_path / "bench-quantisation.json")
     assert [*found.speed] == ["float32", "w8a16 float32"] and min(found.rates("w8a16 float32")) > 0
-    assert found.left_out == {} and found.quality == []  # the file's were another model's
+    assert found.left_out == {} and found.quality == []  # the numbers in the file are of another model
     if PROC.exists():
         assert found.memory["float32"].block_bytes == found.memory["w8a16 float32"].block_bytes > 0

@@ -1,4 +1,4 @@
-"""Models of few bits on the Triton backend: its products are used, and the tokens are those of the reference."""
+"""Quantised models on the Triton backend: its products are used, and the tokens are those of the reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paged_infer.kernels.triton_runtime import can_run_on
 
 @pytest.mark.skipif(not can_run_on(torch.device("cpu")), reason="needs triton's interpreter")
 def test_it_gives_the_tokens_of_the_reference(make_llm, monkeypatch) -> None:
-    """The other operations stay in torch, as the interpreter takes long."""
+    """The other operations stay in torch, because the interpreter is slow."""
     prompts, params = [[5, 9, 2, 7], [11]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
     found = []
     for ops in (TORCH_OPS._replace(pack_quantised=TRITON_OPS.pack_quantised), TORCH_OPS):
@@ -30,12 +30,12 @@ def test_it_gives_the_tokens_of_the_reference(make_llm, monkeypatch) -> None:
     assert found[0] == found[1]
 
 
-def test_experts_of_few_bits_keep_a_gpu_from_capturing_and_this_is_said(make_llm, caplog) -> None:
+def test_quantised_experts_prevent_cuda_graphs_with_a_warning(make_llm, caplog) -> None:
     gpu, of_experts = (
         torch.device("cuda"),
         [make_llm("mixtral", quantization=scheme).engine.executor.runner.decoder for scheme in ("w8a16", None)],
     )
     assert [uses_graphs(None, gpu, triton_backend, decoder) for decoder in of_experts] == [False, True]
-    assert "experts of few bits have no kernel" in caplog.text
-    with pytest.raises(ValueError, match="enforce_eager=False requests CUDA graphs, but experts of few bits"):
+    assert "quantised experts have no kernel" in caplog.text
+    with pytest.raises(ValueError, match="enforce_eager=False requests CUDA graphs, but quantised experts"):
         uses_graphs(False, gpu, triton_backend, of_experts[0])

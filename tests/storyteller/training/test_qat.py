@@ -1,4 +1,4 @@
-"""Claims about quantisation-aware training: it lowers the loss, and its folder has the codes that it trained with."""
+"""Quantisation-aware training lowers the loss, and its folder has the codes that it trained with."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_one_command_trains_compares_and_writes_a_folder_that_the_engine_loads(t
 
 
 def test_perplexity_and_recall_are_those_of_evaluate_which_generates(tokenizer, tmp_path):
-    """On a model that is wrong often enough: int2, untrained."""
+    """On a model that is often wrong: int2 without training."""
     model = qat.fake_quantised(
         Qwen3ForCausalLM.from_pretrained(PATH, dtype=torch.float32), Scheme(2, True, "group", 64)
     )

@@ -23,7 +23,7 @@ from step_results import OK, RUNNING, SKIPPED, Results, StepResult
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY_S = 15.0
 # pytest prints its failures when SIGINT ends it, and nothing on SIGTERM. While a library call hangs, Python handles
-# neither; SIGTERM then ends the process all the same.
+# neither; SIGTERM then ends pytest all the same, but no command of paged_infer.
 ENDING = ((signal.SIGINT, 8.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
 RESERVE_S = 15.0  # to end the last step, and to save and print the results
 SHORTEST_S = 5.0  # a step with less time than this is not started

@@ -77,8 +77,11 @@ def write(place: Path, content: bytes) -> None:
     """Whole or not at all: an interrupted copy must not look like an edit."""
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(place.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, place)
+    try:
+        part.write_bytes(content)
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def add_to_path(site_packages: Path | None = None) -> Path:

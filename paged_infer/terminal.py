@@ -6,8 +6,11 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -40,14 +43,44 @@ def replace_what_cannot_be_coded() -> None:
             stream.reconfigure(errors="replace")
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: temporary files are removed, and
+    processes ended. By default a signal ends Python where it is, and no ``with`` or ``finally`` gets to its end.
+
+    The status is the one that shells show for SIGTERM. A handler that is already set stays.
+    """
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_command(command: Callable[..., Any]) -> None:
+    """``typer.run``, for scripts: run a function as the command, within ``ended_by_sigterm``."""
+    with ended_by_sigterm():
+        typer.run(command)
+
+
 class CommandLine(typer.Typer):
     """A command line that exits with status 1 if its output cannot be written: silently if a pipe was closed
-    (``| head``), and otherwise, for example on a full disk, with one line on standard error."""
+    (``| head``), and otherwise, for example on a full disk, with one line on standard error. SIGTERM ends it as
+    ``ended_by_sigterm`` says."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             try:
-                return super().__call__(*args, **kwargs)
+                with ended_by_sigterm():
+                    return super().__call__(*args, **kwargs)
             finally:
                 sys.stdout.flush()
         except OSError as error:

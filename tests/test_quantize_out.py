@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from holding import LIMIT_S
 from torch import Tensor
 
 from paged_infer.quantize import quantize
@@ -63,4 +67,36 @@ def test_config_json_comes_last_so_that_nothing_half_written_is_a_checkpoint(tmp
     monkeypatch.setattr("paged_infer.model.loading.save_quantised.write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize("storyteller", tmp_path / "out", scheme="w8a16")
+    assert not any(tmp_path.iterdir())
+
+
+HELD = """
+import sys
+import threading
+from paged_infer.model.loading import save_quantised
+
+def write_tensors(path, tensors):
+    path.touch()
+    print("writing", flush=True)
+    threading.Event().wait()
+
+save_quantised.write_tensors = write_tensors
+from paged_infer.cli import app
+app(["quantize", *sys.argv[1:], "--scheme", "w8a16"])
+"""
+
+
+def test_sigterm_while_the_command_writes_leaves_nothing(checkpoint, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HELD, str(checkpoint("qwen3")), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        (draft,) = tmp_path.iterdir()
+        assert draft.name.startswith("quantize-") and (draft / "out" / "model.safetensors").exists()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 143 and "Traceback" not in errors
     assert not any(tmp_path.iterdir())

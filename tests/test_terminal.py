@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 
+from paged_infer import terminal
 from paged_infer.bench.tables import parts_of, print_table
-from paged_infer.terminal import CommandLine, Writer, show_stream
+from paged_infer.terminal import CommandLine, Writer, run_command, show_stream
 
 
 def written(pieces: list[str], width: int, capsys: Any) -> str:
@@ -121,3 +125,42 @@ def test_a_process_ends_quietly_on_a_full_disk_and_a_closed_pipe_and_replaces_wh
     for encoding, word in (("ascii", b"caf?"), ("latin-1", b"caf\xe9"), ("utf-8", "café".encode())):
         ended = subprocess.run([*command, "1"], capture_output=True, env={"PYTHONIOENCODING": encoding})
         assert ended.stdout == word + b" 0\n", ended.stderr
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_sigterm_ends_a_command_with_its_temporary_files_and_the_status_that_shells_show(script, tmp_path, monkeypatch):
+    def command() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # which would end the tests
+            signal.raise_signal(signal.SIGTERM)
+
+    app = CommandLine()
+    app.command()(command)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(command) if script else app([])
+    assert ended.value.code == 143 and not any(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_of_sigterm_that_is_set_already_stays():
+    app, seen = CommandLine(), []
+
+    @app.command()
+    def command() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        seen.append("went on")
+
+    usual = signal.signal(signal.SIGTERM, lambda *_: seen.append("came"))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            app([])
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert seen == ["came", "went on"] and not ended.value.code
+
+
+def test_every_script_of_the_package_is_run_as_a_command_that_sigterm_ends():
+    package = Path(terminal.__file__).parent
+    plain = [path for path in package.rglob("*.py") if "typer.run(" in path.read_text("utf-8")]
+    assert plain == [package / "terminal.py"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from itertools import repeat
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Self, get_args, get_origin, get_type_hints
+
+from paged_infer.files import replacing
 
 if TYPE_CHECKING:
     from paged_infer.viz.style import Picture
@@ -26,9 +27,8 @@ class JsonReport:
     def save(self, path: Path) -> None:
         """Write the report, making its folder if need be. At any moment the file is this report or the previous one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:

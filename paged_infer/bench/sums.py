@@ -17,6 +17,7 @@ from paged_infer import LLM
 from paged_infer.evaluation.statistics import proportion
 from paged_infer.storyteller.stories.sums import Form
 from paged_infer.storyteller.sums_evaluation import evaluate_sums
+from paged_infer.terminal import run_command
 
 FORMS = {"storyteller": (Form.DIRECT, Form.WORKED), "storyteller-steps": tuple(Form)}
 NUM_EXAMPLES = (0, 1, 4)
@@ -66,4 +67,4 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

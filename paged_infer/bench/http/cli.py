@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -77,7 +76,7 @@ def serve(
     once as the most clients are, in turn; and once to a server of one request at a time. Exits with status 1 if a
     system gives another number of tokens or, in float32, another text than LLM.generate.
     """
-    with speed_cli.errors(), _ended_by_sigterm():
+    with speed_cli.errors():
         if naive not in ("cached", "none"):
             one_at_a_time = "cached (compare it to paged-infer serve --max-num-seqs 1)"
             raise ValueError(f"naive={naive!r}: must be {one_at_a_time} or none")
@@ -93,20 +92,6 @@ def serve(
         with opened as bench:
             report = bench.report(load.closed, load.rate, speed_cli.RATE_SHARES)
     speed_cli.show(report, figures)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """As by Ctrl-C: the servers that were started here do not outlive the bench."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    usual = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, usual)
 
 
 @contextmanager

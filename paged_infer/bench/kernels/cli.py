@@ -13,6 +13,7 @@ import typer
 
 from paged_infer.bench.tables import print_table
 from paged_infer.cli_options import RESULTS
+from paged_infer.terminal import CommandLine
 
 if TYPE_CHECKING:
     import torch
@@ -290,6 +291,6 @@ def _number(value: float | None, unit: float, digits: int = 1) -> str:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = CommandLine(add_completion=False, pretty_exceptions_enable=False)
     app.command()(kernels)
     app()

@@ -25,6 +25,7 @@ from paged_infer.simulation.shapes import WEIGHT_BITS, ModelShape
 from paged_infer.simulation.simulate import Run, SchedulerOptions, simulate
 from paged_infer.simulation.times import quantile
 from paged_infer.simulation.workloads import WorkloadRequest, dataset_like
+from paged_infer.terminal import run_command
 
 SHAPE = ModelShape.named("llama-3.1-8b")
 RTX, H100 = Roofline(CARDS["rtx-4090"], SHAPE), Roofline(CARDS["h100"], SHAPE)
@@ -233,4 +234,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -40,6 +40,7 @@ from paged_infer.engine.engine import LLMEngine
 from paged_infer.execution.machine import describe_machine
 from paged_infer.simulation.simulate import SchedulerOptions, makespan_s, simulate, summary
 from paged_infer.simulation.workloads import WorkloadRequest
+from paged_infer.terminal import run_command
 
 CLIENTS = (1, 4, 8, 16, 32)
 RATE_SHARES = (0.3, 0.6, 0.9)  # of the rate at which the most clients were served
@@ -266,4 +267,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -27,7 +27,7 @@ from paged_infer.bench.report import save_report
 from paged_infer.cli_help import PLAIN, Command
 from paged_infer.cli_options import Without, with_option_groups
 from paged_infer.config import EngineConfig, EngineOptions
-from paged_infer.terminal import fail
+from paged_infer.terminal import CommandLine, fail
 
 if TYPE_CHECKING:
     from paged_infer.bench.metrics import System
@@ -39,7 +39,7 @@ LONGEST_PROMPT = 96  # of ``story_beginnings``
 CPU_STEP_TOKENS = 256  # of ``trace``
 RATE_SHARES = [0.3, 0.6, 0.9, 1.2]  # of the rate at which the most clients were served
 
-app = typer.Typer(add_completion=False, **PLAIN)
+app = CommandLine(add_completion=False, **PLAIN)
 
 
 @app.command(cls=Command)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from paged_infer.bench.tables import print_table
 from paged_infer.bench.workloads import Workload
 from paged_infer.control.step import ScheduledStep
 from paged_infer.engine.engine import LLMEngine
+from paged_infer.files import replacing
 
 NUM_SHOWN = 15  # kernels of the table
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the record
@@ -149,9 +149,8 @@ def _export(recorded: profile, path: Path) -> list[dict[str, Any]]:
         plain = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(plain))
         content = plain.read_bytes()
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(gzip.compress(content))
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_bytes(gzip.compress(content))
     events: list[dict[str, Any]] = json.loads(content)["traceEvents"]
     return events
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from paged_infer.files import replacing
 from paged_infer.kernels.ahead_of_time import SHARED_LIMIT
 
 FOLDER = Path(__file__).parents[1] / "tiles"
@@ -163,9 +164,8 @@ def write_table(path: Path, arch: int, entries: Mapping[AnyKey, Chosen], measure
         lines.append(f"  {json.dumps(entry)}")
     head = f' "arch": {arch},\n "measured": {json.dumps(measured_on)},\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(f'{{\n{head} "entries": [\n' + ",\n".join(lines) + "\n ]\n}\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(f'{{\n{head} "entries": [\n' + ",\n".join(lines) + "\n ]\n}\n", encoding="utf-8")
 
 
 def as_key(fields: Sequence[Any]) -> AnyKey:

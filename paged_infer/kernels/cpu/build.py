@@ -129,7 +129,8 @@ def _build(compiler: str, flags: list[str], key: str, cache: KernelCache | None)
     with tempfile.TemporaryDirectory(prefix="paged_infer-", ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "kernels.so"
         command = [*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(built), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
+        own = {**os.environ, "TMPDIR": folder}  # a compiler that is killed leaves its files there, too
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, env=own)
         if done.returncode != 0:
             raise BuildError(f"{compiler} failed: {_error_line(done.stderr)}")
         if cache is not None:

@@ -6,7 +6,6 @@ both models sample the same token with the same noise, so it is the distribution
 """
 
 import torch
-import typer
 from tokenizers import Tokenizer
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Qwen3ForCausalLM
@@ -25,6 +24,7 @@ from paged_infer.storyteller.training.train import (
     fit,
     new_model,
 )
+from paged_infer.terminal import run_command
 
 DRAFT_SHAPE = {
     "hidden_size": 128,
@@ -68,4 +68,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -40,6 +40,7 @@ from paged_infer.storyteller.training.batches import Mix, Rows
 from paged_infer.storyteller.training.distil import distance_from
 from paged_infer.storyteller.training.export import export
 from paged_infer.storyteller.training.train import BatchTokens, Precision, Products, Seed, Steps, Threads, answers, fit
+from paged_infer.terminal import run_command
 
 BITS = {"w2a16": 2, "w3a16": 3, "w4a16": 4}
 FIRST_CALIBRATION_SEED, NUM_CALIBRATION = 50_000_000, 24  # stories that AWQ and GPTQ look at
@@ -205,4 +206,4 @@ def show(found: dict[str, Quality]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

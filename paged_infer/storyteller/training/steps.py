@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import typer
 from tokenizers import AddedToken, Tokenizer
 from transformers import Qwen3ForCausalLM
 
@@ -21,6 +20,7 @@ from paged_infer.storyteller.stories.sums import END_THINK, THINK, Form, Sum, te
 from paged_infer.storyteller.training.batches import Mix, Rows
 from paged_infer.storyteller.training.export import export
 from paged_infer.storyteller.training.train import BatchTokens, Out, Precision, Products, Seed, Steps, Threads, fit
+from paged_infer.terminal import run_command
 
 CHAT_TEMPLATE = Path(__file__).parents[1] / "thinking_template.jinja"
 SUM_WEIGHT, STEP_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 2.0  # in the loss; the events of a sum cannot be predicted
@@ -137,4 +137,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

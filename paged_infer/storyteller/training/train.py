@@ -20,6 +20,7 @@ from paged_infer.storyteller.training.batches import CONTEXT, Batch, Mix, Rows, 
 from paged_infer.storyteller.training.export import export, plot
 from paged_infer.storyteller.training.mixed_precision import LossScale, autocast
 from paged_infer.storyteller.training.vocabulary import train_tokenizer
+from paged_infer.terminal import run_command
 
 SHAPE = {
     "hidden_size": 192,
@@ -241,4 +242,4 @@ def phases(steps: int) -> list[tuple[int, Mix]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

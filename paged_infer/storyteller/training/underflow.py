@@ -16,6 +16,7 @@ from paged_infer.storyteller import PATH
 from paged_infer.storyteller.training.batches import Batch, Mix, Rows
 from paged_infer.storyteller.training.mixed_precision import LossScale, autocast
 from paged_infer.storyteller.training.train import Seed, weighted_loss
+from paged_infer.terminal import run_command
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,4 @@ def one_batch(rows: Rows, stories: int) -> Batch:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -13,7 +13,6 @@ A token passes through 2 of the 8: half as many neurons as in the dense MLP, out
 from typing import Any
 
 import torch
-import typer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
@@ -23,6 +22,7 @@ from paged_infer.model.moe import balance_loss
 from paged_infer.storyteller import MOE_PATH, PATH
 from paged_infer.storyteller.training.batches import Batch, Mix
 from paged_infer.storyteller.training.train import BatchTokens, Loss, Out, Seed, Steps, Threads, fit
+from paged_infer.terminal import run_command
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 160}
 KEPT = (  # settings of the dense model
@@ -158,4 +158,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

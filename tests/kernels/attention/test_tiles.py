@@ -244,6 +244,7 @@ def test_a_table_of_an_installed_package_is_found(tmp_path):
     package = source / "paged_infer"
     shutil.copytree(ROOT / "paged_infer/kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__init__.py").touch()
+    shutil.copy(ROOT / "paged_infer/files.py", package)  # which the kernels import
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (package / "kernels/tiles/sm90.json").write_text(json.dumps({"arch": 90, "entries": [FLASH]}))

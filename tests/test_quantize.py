@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def by_hand(folder: Path) -> dict[str, Tensor]:
     for name, tensor in stored.items():
         if name.endswith("weight_packed"):
             module = name.removesuffix("_packed")
-            codes = (tensor[:, :, None] >> torch.arange(0, 32, 4) & 15).flatten(1) - 8
             scales, (rows, columns) = stored[f"{module}_scale"], stored[f"{module}_shape"].tolist()
+            bits = 4 if tensor.shape[1] == -(-columns // 8) else 8
+            codes = (tensor[:, :, None] >> torch.arange(0, 32, bits) & 2**bits - 1).flatten(1) - 2 ** (bits - 1)
             codes = codes[:, :columns].float().view(rows, scales.shape[1], -1)
             dense[module] = (codes * scales[:, :, None]).view(rows, columns)
         elif tensor.dtype == torch.int8:
@@ -48,6 +50,15 @@ def by_hand(folder: Path) -> dict[str, Tensor]:
         elif not name.endswith(("_scale", "_shape")):
             dense[name] = tensor.float()
     return dense
+
+
+def as_floats(source: Path, parent: Path) -> Path:
+    """A dense checkpoint of what ``parent / "out"``, made of ``source``, stands for."""
+    folder = parent / "floats"
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    save_file(by_hand(parent / "out"), folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def test_w4a16_in_transformers_is_the_hand_dequantised_model_to_the_bit(tmp_path: Path) -> None:
@@ -85,33 +96,47 @@ def test_weight_only_folders_give_transformers_the_logits_of_their_weights(
     ("family", "options"),
     [
         ("mixtral", {"group_size": 4}),
-        ("qwen2-moe", {"scheme": "w8a16", "keep_wide": 0.3}),
+        ("mixtral", {"scheme": "w8a16"}),
+        ("qwen2-moe", {"scheme": "w8a16", "group_size": 2, "method": "gptq"}),
         ("qwen3-moe", {"method": "gptq", "group_size": 4}),
         ("deepseek3", {"scheme": "w8a16"}),
     ],
 )
 def test_experts_are_quantised_one_by_one_and_routers_stay(family, options, checkpoint, tmp_path, monkeypatch) -> None:
-    """The logits are those of the dequantised tensors, in this engine and in transformers."""
+    """The logits are those of the dequantised tensors, in this engine and in transformers, which dequantises them."""
     monkeypatch.setattr("paged_infer.quantize.calibration_texts", lambda *_: [IDS])
     report = quantize(str(checkpoint(family)), tmp_path / "out", **options)
     stored = load_file(tmp_path / "out/model.safetensors")
     experts = [name for name in stored if ".experts." in name and name.endswith(("weight_packed", "weight_scale"))]
-    assert len(experts) > 10 or "keep_wide" in options
+    assert len(experts) > 10
     assert all(
         stored[name].is_floating_point() for name in stored if name.endswith(("gate.weight", "kv_b_proj.weight"))
     )
     section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert any(name.endswith("gate") for name in section["ignore"]) and report.num_quantised > 0
-    raw = json.loads((checkpoint(family) / "config.json").read_text())
-    (tmp_path / "floats").mkdir()
-    (tmp_path / "floats/config.json").write_text(json.dumps(raw))
-    save_file(by_hand(tmp_path / "out"), tmp_path / "floats/model.safetensors", {"format": "pt"})
-    ours, floats = (load_decoder(tmp_path / name, torch.float32) for name in ("out", "floats"))
-    torch.testing.assert_close(logits(ours, IDS), logits(floats, IDS), atol=2e-4, rtol=1e-3)
-    folders = ["floats", *(["out"] if family == "mixtral" else [])]  # int8 experts it does not load
-    for name in folders:
-        found = their_logits(in_transformers(tmp_path / name))
-        torch.testing.assert_close(logits(ours, IDS), found, atol=2e-3, rtol=2e-3)
+    floats = as_floats(checkpoint(family), tmp_path)
+    ours = load_decoder(tmp_path / "out", torch.float32)
+    torch.testing.assert_close(
+        logits(ours, IDS), logits(load_decoder(floats, torch.float32), IDS), atol=2e-4, rtol=1e-3
+    )
+    theirs = their_logits(in_transformers(tmp_path / "out"))
+    torch.testing.assert_close(theirs, their_logits(in_transformers(floats)), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(ours, IDS), theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_experts_in_w8a8_are_for_this_engine_and_a_warning_says_so(checkpoint, tmp_path: Path, caplog) -> None:
+    quantize(str(checkpoint("mixtral")), tmp_path / "out", scheme="w8a8")
+    assert "experts in w8a8: transformers 5.23 does not load such a folder, this engine does" in caplog.text
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        in_transformers(tmp_path / "out")
+    with_rounded_inputs = logits(load_decoder(tmp_path / "out", torch.float32), IDS)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    (tmp_path / "out/config.json").write_text(json.dumps(config))  # without rounded inputs they are the floats
+    expected = logits(load_decoder(as_floats(checkpoint("mixtral"), tmp_path), torch.float32), IDS)
+    found = logits(load_decoder(tmp_path / "out", torch.float32), IDS)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(with_rounded_inputs, expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("wide", ["up", "down"])
@@ -120,11 +145,7 @@ def test_one_matrix_of_the_experts_may_stay_dense(wide: str, checkpoint, tmp_pat
     monkeypatch.setattr("paged_infer.quantize.stay_wide", lambda *_: [f"layers.0.mlp.experts.{wide}"])
     quantize(str(checkpoint("mixtral")), tmp_path / "out", group_size=4, keep_wide=0.3)
     assert "this engine loads such a folder, transformers 5.23 does not" in caplog.text
-    raw = json.loads((checkpoint("mixtral") / "config.json").read_text())
-    (tmp_path / "floats").mkdir()
-    (tmp_path / "floats/config.json").write_text(json.dumps(raw))
-    save_file(by_hand(tmp_path / "out"), tmp_path / "floats/model.safetensors", {"format": "pt"})
-    expected = logits(load_decoder(tmp_path / "floats", torch.float32), IDS)
+    expected = logits(load_decoder(as_floats(checkpoint("mixtral"), tmp_path), torch.float32), IDS)
     for ops in (TORCH_OPS, C_OPS):
         found = logits(load_decoder(tmp_path / "out", torch.float32, ops=ops), IDS)
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
@@ -200,7 +221,7 @@ def test_transformers_reads_a_folder_whose_most_sensitive_layers_are_not_quantis
 def test_an_untied_head_stays_and_is_named(checkpoint, tmp_path: Path) -> None:
     report = quantize(str(checkpoint("llama2")), tmp_path / "out", scheme="w8a16")
     section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    assert section["ignore"] == ["lm_head"] and section["format"] == "int-quantized" and not report.is_tied
+    assert section["ignore"] == ["lm_head"] and section["format"] == "pack-quantized" and not report.is_tied
     assert "lm_head.weight" in load_file(tmp_path / "out/model.safetensors")
 
 

@@ -35,7 +35,10 @@ def quantize(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed that chooses the calibration texts.", min=0)] = 0,
 ) -> None:
-    """Quantise a model's weights, and write it in compressed-tensors' format, which transformers and vLLM load, too."""
+    """Quantise a model's weights, and write it in compressed-tensors' format, which transformers and vLLM load, too.
+
+    A mixture of experts takes rtn or gptq; in w8a8 transformers does not load it.
+    """
     if (model is None) == (second is None):
         fail(ValueError(f"{first!r}{f' {second!r}' * bool(second)}: give MODEL and OUT, or --model MODEL and OUT"))
     name, out = model or first, Path(second or first)

@@ -1,11 +1,15 @@
 """Write a quantised decoder as a folder in compressed-tensors' formats, which transformers and vLLM load, too.
 
-    pack-quantized   2 .. 7 bits   weight_packed int32 [N, K b / 32], code i at bit b i; weight_scale [N, G];
+    pack-quantized   weight-only   weight_packed int32 [N, K b / 32], code i at bit b i; weight_scale [N, G] or [N, 1];
                                    weight_shape; asymmetric: weight_zero_point int32 [N b / 32, G], packed along N
-    int-quantized    8 bits        weight int8 [N, K]; weight_scale [N, G] or [N, 1]; asymmetric: weight_zero_point
-                                   int8, as weight_scale; inputs rounded per token for W8A8
+    int-quantized    W8A8          weight int8 [N, K]; weight_scale [N, G] or [N, 1]; asymmetric: weight_zero_point
+                                   int8, as weight_scale; inputs rounded per token
 
-Source, read: compressed-tensors 0.20.1, ``compressors/pack_quantized`` and ``quantization/utils/helpers.py``.
+Weights of 8 bits are packed, too, if inputs are not rounded: vLLM loads them in no other form, and transformers loads
+experts in no other.
+
+Sources, read: compressed-tensors 0.20.1, ``compressors/pack_quantized`` and ``quantization/utils/helpers.py``; vLLM
+0.32, ``compressed_tensors.py``; transformers 5.23, ``integrations/compressed_tensors.py``.
 """
 
 from __future__ import annotations
@@ -68,11 +72,12 @@ def save_quantised(
         OSError: the folder cannot be written to.
     """
     names = {linear: name for name, linear in decoder.linears()}
+    is_packed = _is_packed(scheme, rounds_inputs)
     dense, tensors, ignore = checkpoint_views(decoder), dict[str, Tensor](), [HEAD.removesuffix(".weight")]
     for name, target in targets_of(decoder).items():
         layer = names.get(target.module, "")  # type: ignore[call-overload]
         if target.parameter == "weight" and layer in quantised:
-            tensors |= _compressed(name, quantised[layer], target.rows, target.piece)
+            tensors |= _compressed(name, quantised[layer], target.rows, target.piece, is_packed)
         else:
             tensors[name] = _smallest(dense[name])
             if target.parameter == "weight" and layer:
@@ -93,7 +98,7 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str], *, rounds_inputs:
         "dynamic": False,
     }
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    form = "int-quantized" if scheme.bits == 8 else "pack-quantized"
+    form = "pack-quantized" if _is_packed(scheme, rounds_inputs) else "int-quantized"
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if rounds_inputs else None}
     return {
         "quant_method": "compressed-tensors",
@@ -105,26 +110,35 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str], *, rounds_inputs:
     }
 
 
-def _compressed(name: str, weight: QuantisedWeight, rows: slice, piece: Piece) -> dict[str, Tensor]:
-    """The tensors of one matrix, whose rows are some of ``weight``'s, in the checkpoint's order."""
+def _compressed(name: str, weight: QuantisedWeight, rows: slice, piece: Piece, is_packed: bool) -> dict[str, Tensor]:
+    """The tensors of one matrix, whose rows are some of ``weight``'s, in the checkpoint's order.
+
+    Args:
+        is_packed: into words, as codes of 0 and more; otherwise signed codes in int8.
+    """
     assert weight.columns is None and not weight.values.is_floating_point()
     values, scales, module = weight.values[rows], weight.scales[rows], name.removesuffix(".weight")
-    codes = unpack_int4(values) if weight.is_packed else values + (0 if weight.bits == 8 else 2 ** (weight.bits - 1))
-    zeros = None if weight.zeros is None else weight.zeros[rows]  # signed, unless the codes are packed
-    if zeros is not None and not weight.is_packed and weight.bits < 8:
-        zeros = zeros + 2 ** (weight.bits - 1)
+    middle = 2 ** (weight.bits - 1) if is_packed else 0
+    codes = unpack_int4(values) if weight.is_packed else values.int() + middle
+    zeros = None if weight.zeros is None else weight.zeros[rows]  # as the codes are: signed, unless they are in pairs
+    if zeros is not None and not weight.is_packed:
+        zeros = zeros + middle
     if piece.order is not None:
         order = torch.tensor(piece.order).argsort()
         codes, scales, zeros = codes[order], scales[order], None if zeros is None else zeros[order]
     tensors = {f"{module}.weight_scale": scales}
-    if weight.bits == 8:
-        tensors[name] = codes
+    if not is_packed:
+        tensors[name] = codes.to(torch.int8)
         return tensors if zeros is None else {**tensors, f"{module}.weight_zero_point": zeros.to(torch.int8)}
     tensors[f"{module}.weight_packed"] = pack_words(codes, weight.bits)
     tensors[f"{module}.weight_shape"] = torch.tensor([len(codes), codes.shape[1]])
     if zeros is not None:
         tensors[f"{module}.weight_zero_point"] = pack_words(zeros.t(), weight.bits).t()
     return tensors
+
+
+def _is_packed(scheme: Scheme, rounds_inputs: bool) -> bool:
+    return scheme.bits < 8 or not rounds_inputs
 
 
 def _smallest(tensor: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes 0 .. 2^bits - 1, [..., K] -> int32 [..., ceil(K bits / 32)]: the inverse of ``unpack_words``."""
+    if 32 % bits == 0:
+        shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+        codes = F.pad(codes.int(), (0, -codes.shape[-1] % len(shifts))).unflatten(-1, (-1, len(shifts)))
+        return (codes << shifts).sum(-1, dtype=torch.int32)
     each = (codes[..., None].int() >> torch.arange(bits, dtype=torch.int32) & 1).flatten(-2)
     words = F.pad(each, (0, -each.shape[-1] % 32)).unflatten(-1, (-1, 32))
     return (words << torch.arange(32, dtype=torch.int32)).sum(-1, dtype=torch.int32)

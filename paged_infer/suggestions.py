@@ -60,6 +60,23 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """A name in another library -> the parameters or engine options that have its meaning here."""
 
+OTHER_VALUES: Mapping[str, str] = {
+    "half": "float16",
+    "fp16": "float16",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp32": "float32",
+    "f32": "float32",
+    "e4m3": "fp8",
+    "fp8_e4m3": "fp8",
+    "fp8_e4m3fn": "fp8",
+    "float8_e4m3fn": "fp8",
+    "e5m2": "fp8_e5m2",
+    "float8_e5m2": "fp8_e5m2",
+}
+"""What torch, vLLM and llama.cpp call a value of an option, mostly a dtype -> what it is called here."""
+
 PLACES: dict[str, Collection[str]] = {}
 """What takes parameters -> their names. Filled by ``suggests_names``, as the modules that use it are imported."""
 
@@ -122,6 +139,18 @@ def hint(
     if meant.name == name:
         return f" (belongs to {where})"
     return f" (did you mean {spell(meant.name)}" + (f" of {where}?)" if where else "?)")
+
+
+def value_hint(value: object, known: Collection[str]) -> str:
+    """What an error adds to a value that is none of ``known``: which may be meant; "" if that is not known.
+
+    >>> value_hint("half", ["float32", "float16"]), value_hint("int8", ["float16"])
+    (' (did you mean float16?)', '')
+    """
+    plain = str(value).lower().replace("-", "_").removeprefix("torch.")
+    other = OTHER_VALUES.get(plain)
+    found = [other] if other in known else get_close_matches(plain, known, 1, 0.8)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def unknown_names(

@@ -13,6 +13,8 @@ from collections.abc import Sequence as ReadOnlyList
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol
 
+from paged_infer.suggestions import value_hint
+
 
 class TokenArray(Protocol):
     """A one-dimensional array or tensor of integers: ``numpy.ndarray``, ``torch.Tensor``."""
@@ -142,5 +144,6 @@ class Checked:
     def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
         value = plain(getattr(self, name))
         if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{self._prefix}{name}={value!r}: must be one of {', '.join(known)}")
+            allowed = ", ".join(known) + value_hint(value, known)
+            raise ValueError(f"{self._prefix}{name}={value!r}: must be one of {allowed}")
         self._keep(name, value)

@@ -82,6 +82,23 @@ def test_a_name_that_belongs_elsewhere_is_refused_with_where(call: Call, name: s
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "meant"),
+    [("dtype", "half", "float16"), ("dtype", "fp16", "float16"), ("dtype", "bf16", "bfloat16"),
+     ("dtype", "float", "float32"), ("dtype", "Float32", "float32"), ("kv_cache_dtype", "fp8_e4m3", "fp8"),
+     ("preemption_mode", "recomputed", "recompute")],
+)  # fmt: skip
+def test_an_unknown_value_is_refused_with_the_one_that_may_be_meant(option: str, value: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option}={value!r}: must be one of .*, .* \\(did you mean {meant}\\?\\)$"):
+        EngineConfig(**{option: value})
+
+
+@pytest.mark.parametrize(("option", "value"), [("dtype", "int8"), ("kv_cache_dtype", "int4"), ("dtype", 16)])
+def test_a_value_that_is_like_none_is_refused_without_a_guess(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{option}={value!r}: must be one of auto, [a-z0-9_, ]*$"):
+        EngineConfig(**{option: value})
+
+
 def test_every_option_of_an_async_llm_is_one_that_an_llm_names() -> None:
     own = {*inspect.signature(AsyncLLM).parameters} - {"model", *OPTIONS}
     assert own == {*ASYNC_OPTIONS}

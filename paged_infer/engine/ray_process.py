@@ -22,6 +22,7 @@ import ray
 
 from paged_infer.engine.process_messages import EngineSpec
 from paged_infer.engine.spawned_process import StartedProcess
+from paged_infer.execution.ray_cluster import join_cluster
 from paged_infer.kernels.device import device_of
 
 START_S = 300.0  # the time that Ray has to place and start the actor
@@ -62,10 +63,10 @@ def start_on_ray(spec: EngineSpec, name: str) -> StartedProcess:
     """Start an actor on the cluster that RAY_ADDRESS names, on the one that this machine belongs to, or on a new one.
 
     Raises:
-        ValueError: it was not started within ``START_S``; perhaps no node has the CPU or the GPUs for it.
+        ValueError: the cluster cannot be reached, or it was not started within ``START_S``; perhaps no node has the CPU
+            or the GPUs for it.
     """
-    if not ray.is_initialized():
-        ray.init(log_to_driver=True)
+    join_cluster("data_parallel_backend='ray'", log_to_driver=True)
     num_gpus = spec.config.tensor_parallel_size if device_of(spec.config.device).type == "cuda" else 0
     key = secrets.token_bytes(32)
     with Listener((ray.util.get_node_ip_address(), 0), authkey=key) as listener:

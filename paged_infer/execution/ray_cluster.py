@@ -33,17 +33,29 @@ class RayExecutor(RankExecutor):
     """See ``RankExecutor``. Raises ValueError, too, without Ray, its cluster, or room in it."""
 
     def _start(self, size: int, timeout_s: float) -> RayRanks:
-        try:
-            import ray
-        except ModuleNotFoundError:
-            raise ValueError("distributed_executor_backend='ray' needs Ray: pip install 'paged-infer[ray]'") from None
-        if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
-            try:
-                ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-            except ConnectionError as error:  # of RAY_ADDRESS
-                raise ValueError(f"distributed_executor_backend='ray': {error}") from None
+        join_cluster("distributed_executor_backend='ray'", include_dashboard=False, logging_level="ERROR")
         return RayRanks(size, timeout_s, has_gpus=self.device.type == "cuda")
+
+
+def join_cluster(option: str, *, log_to_driver: bool = False, **settings: Any) -> None:
+    """``ray.init(**settings)``, unless this process has joined a cluster already. Sends no usage statistics.
+
+    Raises:
+        ValueError: Ray is missing, or its cluster cannot be reached; the message names ``option`` and the address.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ValueError(f"{option} needs Ray: pip install 'paged-infer[ray]'") from None
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(log_to_driver=log_to_driver, **settings)
+    except ConnectionError as error:
+        where = f"RAY_ADDRESS={address}: " if address else ""
+        raise ValueError(f"{option}: {where}{error}") from None
 
 
 class RayWorker(Worker):

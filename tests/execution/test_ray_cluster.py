@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from paged_infer import LLM, SamplingParams
+from paged_infer import LLM, AsyncLLM, SamplingParams
 from paged_infer.execution.errors import EngineDeadError
 
 TINY = {"block_size": 4, "max_num_seqs": 8, "num_blocks": 26, "max_model_len": 96, "device": "cpu"}
@@ -55,12 +55,24 @@ def test_without_ray_the_error_has_the_command_that_installs_it(monkeypatch: pyt
         LLM(**TINY, **RANKS)
 
 
-def test_a_cluster_that_cannot_be_reached_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**_: Any) -> None:
-        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+UNREACHABLE = "='ray': RAY_ADDRESS=10.0.0.1:6379: Could not find any running Ray instance"
 
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
-    with pytest.raises(
-        ValueError, match=r"distributed_executor_backend='ray': Failed to connect to .* at 10.0.0.1:6379"
-    ):
+
+def not_found(**_: Any) -> None:
+    raise ConnectionError("Could not find any running Ray instance.")
+
+
+def test_a_cluster_that_cannot_be_reached_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=not_found))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ValueError, match=f"distributed_executor_backend{UNREACHABLE}"):
         LLM(**TINY, **RANKS)
+
+
+def test_replicas_on_a_cluster_that_cannot_be_reached_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", not_found)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ValueError, match=f"data_parallel_backend{UNREACHABLE}"):
+        AsyncLLM(**TINY, data_parallel_size=2, data_parallel_backend="ray")

@@ -226,10 +226,11 @@ def test_baselines_without_blocks_refuse_it(make_llm) -> None:
             baseline(llm, [[5, 6]], GREEDY)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_request_whose_keys_are_nan_fails_alone(backend: str, make_llm) -> None:
+def test_a_request_whose_keys_are_nan_fails_alone(backend: str, kind: str, make_llm) -> None:
     """Token 7's embedding is NaN: a request that reads it gets an error, and all others their tokens."""
-    llm = make_llm("llama2", kv_cache_dtype="int8", attention_backend=backend, block_size=4)
+    llm = make_llm("llama2", kv_cache_dtype=kind, attention_backend=backend, block_size=4)
     asked = prompts()[:4]
     wanted = tokens(llm, asked)
     with torch.no_grad():

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from c_building import cache_folder  # noqa: F401  (a fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_processors import processor  # noqa: F401  (a fixture)

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 from paged_infer.control.step import ScheduledStep
 from paged_infer.simulation.cards import Card, Link
 from paged_infer.simulation.shapes import ModelShape
+from paged_infer.suggestions import value_hint
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -82,7 +83,8 @@ class Roofline:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
+            allowed = ", ".join(DTYPE_BYTES) + value_hint(self.dtype, DTYPE_BYTES)
+            raise ValueError(f"dtype={self.dtype!r}: must be one of {allowed}")
         for name in ("share_of_bandwidth", "share_of_peak"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0 and <= 1")

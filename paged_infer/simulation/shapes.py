@@ -10,6 +10,7 @@ from typing import Any
 
 from paged_infer.model.config import ModelConfig
 from paged_infer.model.moe_config import expected_experts
+from paged_infer.suggestions import value_hint
 
 # Bits of a linear layer's weight, scales included: int4 has one of 16 bits for 32 weights, int8 one for a row.
 WEIGHT_BITS = {"w8a16": 8.0, "w4a16": 4.5, "w8a8": 8.0}
@@ -150,7 +151,8 @@ class ModelShape:
             ValueError: an unknown type; the message lists the known ones.
         """
         if kv_cache_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
+            allowed = ", ".join(KV_DTYPES) + value_hint(kv_cache_dtype, KV_DTYPES)
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: must be one of {allowed}")
         if kv_cache_dtype == "auto":
             return dtype_bytes
         return 1 + 2 * SCALE_BYTES * self.num_kv_heads / self.kv_elements

@@ -79,6 +79,7 @@ def test_a_linear_cost_counts_tokens_and_sequences():
     ("wrong", "message"),
     [
         ({"dtype": "int3"}, "dtype='int3'"),
+        ({"dtype": "half"}, r"did you mean float16\?"),
         ({"share_of_bandwidth": 0.0}, r"share_of_bandwidth=0\.0: must be > 0"),
         ({"share_of_peak": 1.5}, r"share_of_peak=1\.5"),
         ({"step_overhead_s": -1.0}, r"step_overhead_s=-1\.0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,21 @@ def test_small_copies_share_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs large pages")
 @pytest.mark.parametrize("size", [1, 40])
-def test_a_mapping_ends_with_its_last_copy(size: int) -> None:
-    held, source = anonymous_bytes(), torch.ones(size * MIB, dtype=torch.uint8)
-    copies = [copy_in_large_pages(source) for _ in range(40 // size)]
+def test_a_mapping_ends_with_its_last_copy(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, pages_of = list[weakref.ref[mmap.mmap]](), large_pages._pages
+
+    def pages(num_bytes: int, large: bool = True) -> mmap.mmap | None:
+        if (found := pages_of(num_bytes, large)) is not None:
+            made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(large_pages, "_pages", pages)
+    monkeypatch.setattr(large_pages, "_newest", None)
+    copies = [copy_in_large_pages(torch.ones(size * MIB, dtype=torch.uint8)) for _ in range(40 // size)]
+    assert len(made) == (2 if size == 1 else 1)
     assert all((one == 1).all() for one in copies)
-    del copies, source
-    assert anonymous_bytes() < held + 10 * MIB
+    last = copies.pop()
+    del copies
+    assert made[-1]() is not None and all(one() is None for one in made[:-1])
+    del last
+    assert made[-1]() is None

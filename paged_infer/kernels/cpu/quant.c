@@ -1,11 +1,11 @@
-/* x W^T + b on a CPU, where W has codes of 8 or 4 bits and a scale for each group of columns (quant/weight.py). All
-   products are of integers: codes and the digits of x (digits.h). So a code is never widened to a float, and sums have the
-   same bits in any order, on any machine. Only a group's sum becomes a float, in finish(), group by group.
+/* x W^T + b on a CPU for int8 or int4 W with a scale for each group of columns (quant/weight.py). All products are of
+   integers: codes of W times digits of x (digits.h). So no code is converted to a float, and a sum has the same bits in
+   any order and on any machine. Only the sum of a group is converted to a float, in finish(), group by group.
 
        panels  8 bits  [P, K/4, 32, 4]  of 32 rows of W, four columns of each row adjacent: code + 128
-               4 bits  [P, K/4, 16, 4]  code + 8 of rows 0..15 in the low half of a byte, of rows 16..31 in the high one
-       scales, zeros  [P, G, 32]        zeros of a code without the 128 or 8, as parts of these; or 0: none
-                                        K is padded to a multiple of 64, or it has groups of a multiple of 32 */
+               4 bits  [P, K/4, 16, 4]  code + 8: rows 0..15 in the low half of a byte, rows 16..31 in the high half
+       scales, zeros  [P, G, 32]        zeros: signed zero points / 128 (4 bits: / 8); a null pointer: symmetric
+                                        K is padded to a multiple of 64, or the group size is a multiple of 32 */
 
 #include "amx.h"
 #include "digits.h"
@@ -14,12 +14,12 @@
 #endif
 
 #define WIDE 32              /* rows of W in a panel */
-#define TALL 256             /* the most rows of x that pass over a panel: they stay in a core's cache */
-#define LARGE (1 << 20)      /* numbers in an output that is not worth a place in the cache */
+#define TALL 256             /* the most rows of x that a panel is multiplied by: they stay in a core's cache */
+#define LARGE (1 << 20)      /* elements of an output that is too large to be kept in the cache */
 #define WORTH_A_THREAD 65536 /* multiplications */
-#define MANY 8               /* rows of x that threads share out to round them: it takes a barrier */
-#define FEW 2                /* rows of digits that are multiplied faster without AMX; of 4 bits, twice as many */
-#define AHEAD 4096           /* bytes of a panel; memory is slower without, as its own prefetches stop at each page */
+#define MANY 8               /* from this many rows of x on, threads divide their rounding, which takes a barrier */
+#define FEW 2                /* up to this many rows of digits are faster without AMX; with 4 bits, twice as many */
+#define AHEAD 4096           /* bytes to prefetch ahead in a panel: the hardware prefetcher stops at each page */
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -37,14 +37,14 @@ typedef struct {
     const uint8_t *panels;
     const float *scales, *zeros, *start;
     int8_t *digits;   /* [T num_digits, stride] */
-    int32_t *totals;  /* [T num_digits, groups] sums of digits, times the 128 or 8 that codes have too much */
+    int32_t *totals;  /* [T num_digits, groups] sums of digits, times the offset of the codes, 128 or 8 */
     float *x_scales;  /* [T] */
-    uint8_t *widened; /* [threads, depth, WIDE] room for a panel of 4 bits, as one of 8 */
+    uint8_t *widened; /* [threads, depth, WIDE] buffers to unpack a 4-bit panel into, one byte per code */
     int64_t depth, width, stride, groups;
-    int num_digits, packed, past_cache; /* past_cache: whether to write out around the cache */
+    int num_digits, packed, past_cache; /* past_cache: whether to write `out` past the cache (non-temporal stores) */
 } product;
 
-/* sum of each lane += the products of its four codes (0..255) and the four digits of x */
+/* Each lane of sum += its four codes (0..255) times the four digits of x. */
 INLINE void add_products(ints *sum, quads codes, int32_t x) {
 #if defined __AVX512VNNI__
     *sum = (ints)_mm512_dpbusd_epi32((__m512i)*sum, (__m512i)codes, _mm512_set1_epi32(x));
@@ -65,7 +65,7 @@ INLINE quads read_codes(const uint8_t *from, int64_t quad, int col, const int pa
     return (col < 16 ? both : both >> 4) & 0x0f0f0f0f;
 }
 
-/* sums [rows, WIDE] = rows of digits times num_quads quads of a panel */
+/* sums [rows, WIDE] = rows of digits times num_quads quads (4 columns each) of a panel */
 INLINE void tile(int32_t *sums, const int8_t *x, int64_t stride, const uint8_t *codes, int64_t num_quads, const int packed,
                  const int rows) {
     for (int col = 0; col < WIDE; col += 2 * LANES) {
@@ -123,7 +123,7 @@ INLINE void finish_rows(const product *p, const int32_t *sums, float *so_far, in
             if (group) sum += *(vec *)(so_far + r * WIDE + i * LANES);
             if (last) {
                 sum *= p->x_scales[row];
-                if (num_digits == 1) __asm__("" : "+m"(sum)); /* W8A8 has the reference's bits: no fused addition */
+                if (num_digits == 1) __asm__("" : "+m"(sum)); /* W8A8 must have the reference's bits: no FMA */
                 *(vec *)(wide + i * LANES) = sum + start[i];
             } else *(vec *)(so_far + r * WIDE + i * LANES) = sum;
         }
@@ -131,8 +131,8 @@ INLINE void finish_rows(const product *p, const int32_t *sums, float *so_far, in
     }
 }
 
-/* The sums of a group, [count, num_digits, WIDE], to so_far [count, WIDE] and at the last group to out. It is not inlined,
-   so that the compiler rounds in the same way wherever the sums come from. */
+/* Dequantise the sums of a group [count, num_digits, WIDE] and add them to so_far [count, WIDE]; after the last group,
+   write out. It is not inlined, so that it rounds in the same way for sums from AMX and from vector units. */
 __attribute__((noinline)) static void finish(const product *p, const int32_t *sums, float *so_far, int64_t row, int count,
                                              int64_t at, int64_t group) {
     if (p->num_digits == 1) finish_rows(p, sums, so_far, row, count, at, group, 1);
@@ -163,7 +163,7 @@ INLINE void strip(const product *p, int64_t top, int64_t end, int64_t at, const 
 }
 
 #if defined __AMX_INT8__ && defined __linux__
-/* One or two blocks of count rows of x, from row and from next on, times a panel. */
+/* One or two blocks of `count` rows of x, which begin at `row` and `next`, times a panel. */
 INLINE void amx_tile(const product *p, int64_t row, int64_t next, int64_t at, int count, int step, const uint8_t *codes,
                      const uint8_t *ahead, int lines, const int two) {
     int32_t sums[2][16 * WIDE];
@@ -195,7 +195,7 @@ INLINE void amx_tile(const product *p, int64_t row, int64_t next, int64_t at, in
     }
 }
 
-/* As strip. All blocks have the same height: the last overlaps the one before, and its rows get the same bits again. */
+/* Like strip. All blocks have the same height: the last may overlap the one before; its rows get the same bits again. */
 static void amx_strip(const product *p, int64_t top, int64_t end, int64_t at, int height, int step, int thread) {
     const uint8_t *codes = p->panels + (at * p->depth >> p->packed), *ahead = codes + (WIDE * p->depth >> p->packed);
     if (p->packed) {
@@ -206,7 +206,7 @@ static void amx_strip(const product *p, int64_t top, int64_t end, int64_t at, in
         codes = to;
     }
     int64_t last = end - height, tiles = (end - top + 2 * height - 1) / (2 * height);
-    int all = (step * WIDE / 64) >> p->packed, lines = (all + tiles - 1) / tiles; /* of the next panel, shared out */
+    int all = (step * WIDE / 64) >> p->packed, lines = (all + tiles - 1) / tiles; /* of the next panel, for each tile */
     for (int64_t row = top; row < end; row += 2 * height, ahead += lines * 64 * (p->depth / step)) {
         int64_t first = row < last ? row : last, second = row + height < last ? row + height : last;
         if (row + height < end) amx_tile(p, first, second, at, height, step, codes, ahead, lines, 1);
@@ -243,13 +243,13 @@ static int omp_get_thread_num(void) { return 0; }
 
 INLINE int64_t lines_of(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-typedef struct { /* the fixed part, which quant.py lays out once */
+typedef struct { /* what is the same in every call; quant.py fills it once */
     const uint8_t *panels;
     const float *scales, *zeros, *start; /* start: the bias, padded to whole panels */
     int64_t depth, padded, width, groups, packed;
 } matrix;
 
-/* out [num_rows, width]; x [num_rows, depth] with row stride x_stride; scratch: room for the four parts below. */
+/* out [num_rows, width]; x [num_rows, depth] with row stride x_stride; scratch: memory for the four buffers below. */
 void quantised_linear(stored *out, const stored *x, const matrix *w, uint8_t *scratch, int64_t num_rows, int64_t x_stride,
                       int64_t num_digits, int threads) {
     if (num_rows == 0) return;
@@ -264,7 +264,7 @@ void quantised_linear(stored *out, const stored *x, const matrix *w, uint8_t *sc
     p.past_cache = (uintptr_t)out % 64 == 0 && width % WIDE == 0 && num_rows * width > LARGE;
     int amx = rows > FEW << w->packed && has_amx(), step = p.depth / p.groups % 64 ? 32 : 64;
     int64_t most = 16 / num_digits, blocks = (num_rows + most - 1) / most, height = (num_rows + blocks - 1) / blocks;
-    int64_t pieces = (num_rows + TALL - 1) / TALL, part = (num_rows + pieces - 1) / pieces; /* of x, for equal shares */
+    int64_t pieces = (num_rows + TALL - 1) / TALL, part = (num_rows + pieces - 1) / pieces; /* equal parts of x */
     part = (part + 2 * height - 1) / (2 * height) * 2 * height;
     if (num_rows < MANY) round_rows(&p, x, x_stride, depth, 0, num_rows);
 #pragma omp parallel num_threads(threads) if (num_rows * depth * width > WORTH_A_THREAD)

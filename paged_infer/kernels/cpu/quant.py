@@ -1,20 +1,20 @@
-"""Linear layers with weights of few bits on a CPU: packed once into the panels of ``quant.c``.
+"""Linear layers with quantised weights on a CPU: packed once into the panels of ``quant.c``.
 
-x is rounded inside the product, each row by itself (``digits.h``): in W8A8 to integers of 8 bits, and with a scale for
-each row of W the result has the reference's bits; otherwise, where only the weights have few bits, to 16 bits for
-bfloat16 and 24 for float32, of the row's largest number.
+x is rounded inside the product, each row by itself (``digits.h``). W8A8 rounds it to int8, and with one scale per row
+of W the result has the reference's bits. Weight-only products round it to fixed point relative to the row's largest
+|x|: 16 bits for bfloat16, 24 for float32.
 
-The 120 matrices of SmolLM2-135M's layers, one after another, two threads of a busy machine with AMX, x in bfloat16; ms,
-the best of 15 (at 1,500 rows of 3); "bfloat16" is ``linear_bfloat16.c``:
+The 120 matrices of SmolLM2-135M's layers, one after another, on two threads of a busy machine with AMX, x in bfloat16;
+in ms, the best of 15 runs (of 3 for 1,500 rows); "bfloat16" is ``linear_bfloat16.c``:
 
-    rows    bfloat16    int8    int4, groups of 128    of 32    W8A8
+    rows    bfloat16    int8    int4, group size 128   32       W8A8
        1        10.1     5.9                    3.9      4.3     5.2
        8         9.7     6.1                    6.9      8.5     5.9
       32        10.5     8.6                    15       23      7.8
     1500       264     340                     620      996    233
 
-Groups lose at many rows, as each group's sum becomes a float. In a build without AMX all win even at 128 rows (268, 89,
-113, 148 and 46): ``vpdpbusd`` multiplies four numbers where ``vdpbf16ps`` multiplies two.
+With many rows, groups are slow, because the sum of each group is converted to a float. Without AMX, all are faster than
+bfloat16 even at 128 rows (268, 89, 113, 148 and 46 ms): ``vpdpbusd`` multiplies four pairs per lane, ``vdpbf16ps`` two.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from paged_infer.kernels.cpu.linear import InC
 from paged_infer.kernels.quant.product import Activations
 from paged_infer.kernels.quant.weight import QuantisedWeight, unpack_int4
 
-MOST_COLUMNS = 65_536  # whose sums fit into 32 bits
+MOST_COLUMNS = 65_536  # their sums still fit into 32 bits
 _WIDE, _STEP = 32, 64  # rows of a panel; columns that one group is padded to a multiple of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantisedProduct:
-    """The product by C. It is batch-invariant: the bits of a row do not depend on the other rows."""
+    """The product in C. It is batch-invariant: the bits of a row do not depend on the other rows."""
 
     shape: tuple[int, int]  # N and K
-    tensors: tuple[Tensor | None, ...]  # panels, scales, zeros / 8 or 128, and the bias or zeros, padded, as in quant.c
-    matrix: Tensor  # int64, the struct of quant.c: their addresses, and sizes
-    padded: int  # K
+    tensors: tuple[Tensor | None, ...]  # panels, scales, zero points / 8 or 128 or None, the padded bias (see quant.c)
+    matrix: Tensor  # int64: the struct ``matrix`` of quant.c: their addresses, and sizes
+    padded: int  # K, padded
     groups: int
     is_packed: bool
-    order: Tensor | None  # [K] int64: the columns of x in the order in which the codes are stored
-    activations: Literal["int8"] | None  # what x is rounded to: W8A8, or not beyond its dtype's own precision
+    order: Tensor | None  # [K] int64: the columns of x in the stored order of the codes; None: they are in that order
+    activations: Literal["int8"] | None  # "int8": W8A8; None: weight-only, x keeps its dtype's precision
 
     @classmethod
     def of(
@@ -57,7 +57,7 @@ class QuantisedProduct:
         (height, depth), values = weight.shape, weight.values
         order = None if weight.columns is None else weight.columns.argsort()
         groups, is_packed = weight.scales.shape[1], weight.bits <= 4
-        middle = 8 if is_packed else 128  # added to signed codes
+        middle = 8 if is_packed else 128  # the offset that makes signed codes unsigned
         codes = unpack_int4(values) if weight.is_packed else values.view(torch.uint8) + middle
         if order is not None and groups == 1:  # without groups the order of the columns is free
             codes, order = codes[:, weight.columns], None
@@ -112,12 +112,12 @@ class QuantisedProduct:
         return 1 if self.activations == "int8" else 3 if dtype is torch.float32 else 2
 
     def _scratch(self, digits: int, num_rows: int, threads: int) -> int:
-        """Bytes of the four parts of quant.c, in whole lines."""
+        """Bytes of quant.c's four buffers, each a whole number of cache lines."""
         num_bytes = num_rows * (digits * (self.padded + 64 + 4 * self.groups) + 4) + 3 * 64
         return num_bytes + (threads * self.padded * _WIDE if self.is_packed else 0)
 
     def in_c(self, dtype: torch.dtype) -> InC | None:
-        """For x of ``dtype``; None: its columns have to be put in order first."""
+        """This product for ``layers.c``, with x of ``dtype``; None: the columns of x have to be reordered first."""
         if self.order is not None:
             return None
         digits = self._digits(dtype)
@@ -127,8 +127,8 @@ class QuantisedProduct:
 def pack_quantised(
     weight: QuantisedWeight, bias: Tensor | None, activations: Activations | None = None
 ) -> QuantisedProduct | None:
-    """The product with W and b, or None where C has none: another device, float8 (of W or x), groups that are no
-    multiple of 32 columns, more columns than ``MOST_COLUMNS``, or no compiler."""
+    """The product with W and b; None if C does not support it: another device, float8 (of W or x), a group size that
+    is not a multiple of 32, more than ``MOST_COLUMNS`` columns, or no compiler."""
     (_, depth), groups = weight.shape, weight.scales.shape[1]
     suits = weight.values.is_cpu and weight.values.dtype in (torch.int8, torch.uint8) and 0 < depth <= MOST_COLUMNS
     if groups > 1:
@@ -140,6 +140,6 @@ def pack_quantised(
 
 
 def _by_panel(values: Tensor) -> Tensor:
-    """[N, G] -> [P, G, 32]"""
+    """Scales or zero points [N, G] -> [P, G, 32], P panels of 32 rows."""
     padded = F.pad(values.float(), (0, 0, 0, -values.shape[0] % _WIDE))
     return copy_in_large_pages(padded.view(-1, _WIDE, values.shape[1]).transpose(1, 2))

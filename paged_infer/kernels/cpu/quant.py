@@ -13,8 +13,9 @@ in ms, the best of 15 runs (of 3 for 1,500 rows); "bfloat16" is ``linear_bfloat1
       32        10.5     8.6                    15       23      7.8
     1500       264     340                     620      996    233
 
-With many rows, groups are slow, because the sum of each group is converted to a float. Without AMX, all are faster than
-bfloat16 even at 128 rows (268, 89, 113, 148 and 46 ms): ``vpdpbusd`` multiplies four pairs per lane, ``vdpbf16ps`` two.
+With many rows, groups are slow, because the sum of each group is converted to a float. Without AMX, all were faster
+than bfloat16 there even at 128 rows (268, 89, 113, 148 and 46 ms): ``vpdpbusd`` multiplies four pairs per lane,
+``vdpbf16ps`` two. On an AMD EPYC, int4 in groups of 32 is slower than bfloat16 from 16 rows on (figures/README.md).
 """
 
 from __future__ import annotations
